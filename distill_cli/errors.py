@@ -1,0 +1,16 @@
+"""Two kinds of failure: the user's input is wrong (exit status 2), or something failed while running (exit status 1)."""
+
+
+class DistillError(Exception):
+    """A failure while running. The message is one line that says what failed and where to look."""
+
+
+class ConfigError(DistillError):
+    """The user's input is wrong.
+
+    Each problem says what, value, rule and fix in one line. All problems found are reported at once.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems

@@ -1,0 +1,70 @@
+"""What passes between the stages of a step: prompts, rollouts, the teacher's scores. No torch at import time.
+
+Shape letters: R response tokens of one sequence, K the teacher's top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row of a dataset: what the user says, and the answer that a verifier compares with."""
+
+    question: str
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An example as the student sees it: chat template applied, tokenized once."""
+
+    index: int
+    """Position in the order of the data: seeds and reports refer to it."""
+    token_ids: list[int]
+    example: Example
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the sampler wrote after a prompt."""
+
+    token_ids: list[int]
+    logp: list[float]
+    """Log-probability of each token under the student at temperature 1, over the whole vocabulary."""
+    finish_reason: str
+    """`stop` (an end-of-sequence or stop token, which is the last of `token_ids`) or `length`."""
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """The teacher's view of one sequence, at its response positions only.
+
+    Row r is the teacher's distribution for response token r, given all tokens before it.
+    """
+
+    topk_ids: torch.Tensor
+    """int32 [R, K], by falling log-probability."""
+    topk_logp: torch.Tensor
+    """float32 [R, K], of logits divided by `loss.temperature`, normalised over the whole vocabulary."""
+    sampled_logp: torch.Tensor
+    """float32 [R], of the response tokens themselves, normalised likewise."""
+
+
+@dataclass
+class Rollout:
+    """A prompt with the student's answer and, once scored, the teacher's scores."""
+
+    prompt: Prompt
+    sample: Sample
+    reward: float | None = None
+    scores: TeacherScores | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.prompt.token_ids + self.sample.token_ids
