@@ -1,0 +1,147 @@
+"""What no single key can tell: ranges, and keys that contradict each other. Reads nothing but the config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from distill_cli.config.schema import Config
+
+READS_KL_WEIGHT = ("mixed", "jsd")
+READS_SKEW = ("skew_forward", "skew_reverse")
+
+
+def config_problems(config: Config) -> list[str]:
+    """One line for each value that cannot be: what, value, rule, fix."""
+    return [
+        *_loss(config),
+        *_rollout(config),
+        *_train(config),
+        *_data(config),
+        *_eval(config),
+        *_cluster(config),
+    ]
+
+
+def inert_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
+    """Warnings: keys that were typed and that the chosen loss does not read."""
+    typed = {override.lstrip("+").split("=", 1)[0] for override in overrides}
+    readers = {"loss.kl_weight": READS_KL_WEIGHT, "loss.skew": READS_SKEW}
+    kind = config.loss.kl_type
+    return [
+        f"{key} has no effect with loss.kl_type={kind}: only {' and '.join(kinds)} read it"
+        for key, kinds in readers.items()
+        if key in typed and kind not in kinds and ":" not in kind
+    ]
+
+
+def _loss(config: Config) -> Iterator[str]:
+    loss = config.loss
+    yield from _within("loss.kl_weight", loss.kl_weight, 0, 1)
+    yield from _within("loss.skew", loss.skew, 0, 1)
+    yield from _at_least("loss.topk", loss.topk, 1)
+    yield from _above_zero("loss.temperature", loss.temperature)
+
+
+def _rollout(config: Config) -> Iterator[str]:
+    rollout, prompt_tokens = config.rollout, config.data.max_prompt_tokens
+    yield from _at_least("rollout.prompts_per_step", rollout.prompts_per_step, 1)
+    yield from _at_least("rollout.generations_per_prompt", rollout.generations_per_prompt, 1)
+    yield from _at_least("rollout.max_new_tokens", rollout.max_new_tokens, 1)
+    yield from _sampling("rollout", rollout.temperature, rollout.top_p)
+    if rollout.top_k == 0 or rollout.top_k < -1:
+        yield f"rollout.top_k={rollout.top_k}: must be at least 1, or -1 for all tokens"
+    room = rollout.max_sequence_length - rollout.max_new_tokens
+    if room < prompt_tokens:
+        yield (
+            f"rollout.max_new_tokens={rollout.max_new_tokens}: leaves {max(room, 0)} of "
+            f"rollout.max_sequence_length={rollout.max_sequence_length} tokens for a prompt of up to "
+            f"data.max_prompt_tokens={prompt_tokens}; lower it, or raise rollout.max_sequence_length"
+        )
+
+
+def _train(config: Config) -> Iterator[str]:
+    train, rollout = config.train, config.rollout
+    for name in ("max_steps", "max_epochs", "global_batch_size"):
+        yield from _at_least(f"train.{name}", getattr(train, name), 1)
+    for name in ("lr", "max_grad_norm", "eps"):
+        yield from _above_zero(f"train.{name}", getattr(train, name))
+    for name in ("warmup_steps", "weight_decay", "seed"):
+        yield from _at_least(f"train.{name}", getattr(train, name), 0)
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        yield f"train.betas={train.betas}: must be two numbers from 0 to below 1"
+    sequences = rollout.prompts_per_step * rollout.generations_per_prompt
+    if train.global_batch_size >= 1 and sequences % train.global_batch_size:
+        yield (
+            f"train.global_batch_size={train.global_batch_size}: must divide the {sequences} sequences of a step "
+            f"(rollout.prompts_per_step={rollout.prompts_per_step} x "
+            f"rollout.generations_per_prompt={rollout.generations_per_prompt})"
+        )
+    if train.micro_batch_tokens < rollout.max_sequence_length:
+        yield (
+            f"train.micro_batch_tokens={train.micro_batch_tokens}: a sequence of "
+            f"rollout.max_sequence_length={rollout.max_sequence_length} tokens does not fit; raise the one or lower "
+            "the other"
+        )
+
+
+def _data(config: Config) -> Iterator[str]:
+    yield from _at_least("data.max_prompt_tokens", config.data.max_prompt_tokens, 1)
+    if "{question}" not in config.data.prompt_template:
+        yield f"data.prompt_template={config.data.prompt_template!r}: must contain {{question}}"
+    if not config.data.train:
+        yield "data.train: a source is needed; choose data=... (distill ls data)"
+    validates = config.eval.period or config.eval.at_start or config.eval.at_end
+    if validates and not config.data.validation:
+        yield (
+            "data.validation: a source is needed to validate; choose one, or turn validation off with "
+            "eval.period=0 eval.at_start=false eval.at_end=false"
+        )
+    if validates and config.data.validation and config.data.verifier is None:
+        yield "data.verifier=null: validation needs one to call an answer right; choose exact, or turn validation off"
+
+
+def _eval(config: Config) -> Iterator[str]:
+    yield from _at_least("eval.period", config.eval.period, 0)
+    yield from _at_least("eval.max_samples", config.eval.max_samples, 1)
+    yield from _at_least("eval.batch_size", config.eval.batch_size, 1)
+    yield from _sampling("eval", config.eval.temperature, config.eval.top_p)
+    if config.eval.max_new_tokens is not None:
+        yield from _at_least("eval.max_new_tokens", config.eval.max_new_tokens, 1)
+
+
+def _cluster(config: Config) -> Iterator[str]:
+    cluster = config.cluster
+    if cluster.nodes != 1:
+        yield f"cluster.nodes={cluster.nodes}: cluster.launcher=local runs on this one machine; set it to 1"
+    if cluster.gpus_per_node is not None:
+        yield from _at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0)
+    if cluster.ranks_per_node is not None:
+        yield from _at_least("cluster.ranks_per_node", cluster.ranks_per_node, 1)
+        if cluster.ranks_per_node > config.train.global_batch_size:
+            yield (
+                f"cluster.ranks_per_node={cluster.ranks_per_node}: more ranks than the "
+                f"train.global_batch_size={config.train.global_batch_size} sequences they share; lower the one or "
+                "raise the other"
+            )
+
+
+def _sampling(group: str, temperature: float, top_p: float) -> Iterator[str]:
+    yield from _at_least(f"{group}.temperature", temperature, 0)
+    if not 0 < top_p <= 1:
+        yield f"{group}.top_p={top_p}: must lie above 0 and up to 1"
+
+
+def _within(key: str, value: float, low: float, high: float) -> Iterator[str]:
+    if not low <= value <= high:
+        yield f"{key}={value}: must lie in {low}..{high}"
+
+
+def _at_least(key: str, value: float, low: float) -> Iterator[str]:
+    if not low <= value < math.inf:
+        yield f"{key}={value}: must be at least {low}"
+
+
+def _above_zero(key: str, value: float) -> Iterator[str]:
+    if not 0 < value < math.inf:
+        yield f"{key}={value}: must be above 0"

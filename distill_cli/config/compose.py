@@ -1,0 +1,139 @@
+"""Hydra composes; what comes out is a list of jobs, each a config that is ready to run.
+
+`@hydra.main` keeps Hydra's own flags (-m, --cfg, --info, --help, completion). Its task function starts nothing: it
+checks and collects, so that a sweep is checked whole before its first run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from distill_cli.config.overrides import override_problems, unknown_keys
+from distill_cli.config.schema import Config
+from distill_cli.errors import ConfigError
+
+PACKAGED_CONF = Path(__file__).parent.parent / "_conf"
+CHECKOUT_CONF = Path(__file__).parent.parent.parent / "conf"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One composed config, and what is needed to name its run."""
+
+    config: Config
+    choices: dict[str, str]
+    """The chosen file of each config group."""
+    overrides: list[str]
+    """What was typed, for this element of a sweep."""
+    swept: list[str]
+    """The overrides that tell this element of a sweep from the others; empty for a single run."""
+
+
+def conf_dir() -> Path:
+    """The wheel carries conf/ inside the package; a checkout has it beside the package."""
+    return PACKAGED_CONF if PACKAGED_CONF.is_dir() else CHECKOUT_CONF
+
+
+def compose(argv: Sequence[str]) -> list[Job]:
+    """The jobs that `argv` (what follows the verb) describes: one, or with -m one for each element of the sweep.
+
+    Empty where a flag of Hydra's own (--help, --cfg, ...) was answered instead.
+
+    Raises:
+        ConfigError: a key, a type, a choice or an override is wrong; all problems of what was typed at once.
+    """
+    problems = override_problems(_overrides(argv), conf_dirs=_conf_dirs(argv))
+    if problems:
+        raise ConfigError(*problems)
+    ConfigStore.instance().store("base_config", Config)
+    jobs: list[Job] = []
+
+    def collect(config: DictConfig) -> None:
+        jobs.append(_job(config))
+
+    with tempfile.TemporaryDirectory() as sweep_dir:
+        os.environ["DISTILL_SWEEP_DIR"] = sweep_dir  # Hydra writes its multirun.yaml here; our folders come later
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions
+        argv_before = sys.argv
+        sys.argv = ["distill", *argv]
+        try:
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(collect)()
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            raise ConfigError(_one_line(error)) from error
+        finally:
+            sys.argv = argv_before
+    return jobs
+
+
+def load_config(path: Path) -> Config:
+    """A run's config.yaml, as written by `save_config`."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+
+
+def save_config(config: Config, path: Path) -> None:
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _job(config: DictConfig) -> Job:
+    unknown = unknown_keys(config)
+    missing = sorted(OmegaConf.missing_keys(config))
+    problems = [f"{key}: unknown key" for key in unknown] + [f"{key}: a value is needed" for key in missing]
+    if problems:
+        raise ConfigError(*problems)
+    runtime = HydraConfig.get()
+    task = list(runtime.overrides.task)
+    swept = []
+    if runtime.mode is not None and runtime.mode.name == "MULTIRUN":
+        fixed = set(_overrides(sys.argv[1:]))
+        swept = [override for override in task if override not in fixed]
+    return Job(
+        config=OmegaConf.to_object(config),
+        choices={group: choice for group, choice in runtime.runtime.choices.items() if "/" not in group},
+        overrides=task,
+        swept=swept,
+    )
+
+
+def _overrides(argv: Sequence[str]) -> list[str]:
+    """What is no flag and no flag's value."""
+    takes_value = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
+    found, skip = [], False
+    for argument in argv:
+        if skip:
+            skip = False
+        elif argument in takes_value:
+            skip = True
+        elif not argument.startswith("-"):
+            found.append(argument)
+    return found
+
+
+def _conf_dirs(argv: Sequence[str]) -> list[Path]:
+    folders = [conf_dir()]
+    for flag, value in zip(argv, [*argv[1:], ""], strict=False):
+        if flag in ("--config-dir", "-cd"):
+            folders.append(Path(value))
+        elif flag.startswith("--config-dir="):
+            folders.append(Path(flag.split("=", 1)[1]))
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _one_line(error: Exception) -> str:
+    cause = error.__cause__
+    text = str(error).strip().splitlines()[0]
+    if isinstance(cause, OmegaConfBaseException):
+        text += ": " + str(cause).splitlines()[0]
+    return text

@@ -1,0 +1,138 @@
+"""What was typed, held against the schema before Hydra composes: every problem at once, with the nearest known name.
+
+Hydra alone stops at the first problem, and lets `+loss.zz=1` past a structured config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill_cli.config.schema import Config
+
+
+def override_problems(overrides: Sequence[str], *, conf_dirs: Sequence[Path]) -> list[str]:
+    """One line for each override that names no key, no choice, or a value of another type."""
+    schema = OmegaConf.structured(Config)
+    parser = OverridesParser.create()
+    problems = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            problems.append(f"{text}: not an override: {reason}; write key=value, and quote what has blanks or commas")
+            continue
+        problems += _problems_of(override, text, schema, conf_dirs)
+    return problems
+
+
+def unknown_keys(node: Any, at: str = "") -> list[str]:
+    """Dotted paths in a composed config that no dataclass field declares."""
+    if not isinstance(node, DictConfig):
+        return []
+    kind = OmegaConf.get_type(node)
+    fields = {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else None
+    found = []
+    for key in node:
+        path = f"{at}.{key}" if at else str(key)
+        if fields is not None and key not in fields:
+            found.append(path)
+        elif not OmegaConf.is_missing(node, key):
+            found += unknown_keys(node._get_node(key), path)
+    return found
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean x?` where something known is close, else nothing."""
+    known = list(known)
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not found:  # the right last part in another group: topk for loss.topk
+        last = name.rsplit(".", 1)[-1]
+        by_last = {key.rsplit(".", 1)[-1]: key for key in known}
+        close = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
+        found = [by_last[close[0]]] if close else []
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def known_keys(kind: type = Config, at: str = "") -> Iterator[str]:
+    """Every dotted key of the schema; a dictionary's own keys are its user's."""
+    for field in dataclasses.fields(kind):
+        path = f"{at}.{field.name}" if at else field.name
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            yield from known_keys(type(default), path)
+        else:
+            yield path
+
+
+def group_choices(group: str, conf_dirs: Sequence[Path]) -> list[str]:
+    return sorted({file.stem for folder in conf_dirs for file in (folder / group).glob("*.yaml")})
+
+
+def groups(conf_dirs: Sequence[Path]) -> list[str]:
+    return sorted({d.name for folder in conf_dirs for d in folder.iterdir() if d.is_dir() and d.name != "hydra"})
+
+
+def _problems_of(override: Override, text: str, schema: DictConfig, conf_dirs: Sequence[Path]) -> list[str]:
+    key = override.key_or_group
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        return []
+    if override.is_delete():
+        return [f"{text}: keys cannot be removed; set another value"]
+    values = [_plain(value) for value in _values(override)]
+    if key.split("@")[0] in groups(conf_dirs) and all(isinstance(value, str | None) for value in values):
+        choices = group_choices(key.split("@")[0], conf_dirs)
+        return [
+            f"{key}={value}: no such choice{nearest(str(value), choices)} ({key} has: {', '.join(choices)})"
+            for value in values
+            if value is not None and value not in choices
+        ]
+    if not _is_known(schema, key):
+        return [f"{key}: unknown key{nearest(key, known_keys())}"]
+    return [problem for value in values if (problem := _type_problem(schema, key, value))]
+
+
+def _values(override: Override) -> list[Any]:
+    if not override.is_sweep_override() or override.is_range_sweep() or override.is_interval_sweep():
+        return [] if override.is_sweep_override() else [override.value()]
+    return list(override.sweep_iterator())
+
+
+def _plain(value: Any) -> Any:
+    """A parsed value as a plain one: what `sweep_iterator` and `value` give for quoted strings are objects."""
+    text = getattr(value, "text", None)
+    return text if isinstance(text, str) else value
+
+
+def _is_known(schema: DictConfig, key: str) -> bool:
+    node: Any = schema
+    for part in key.split("."):
+        if not isinstance(node, DictConfig):
+            return False
+        if not dataclasses.is_dataclass(OmegaConf.get_type(node)):
+            return True  # inside a dictionary: its reader judges
+        if part not in node:
+            return False
+        node = node._get_node(part)
+    return True
+
+
+def _type_problem(schema: DictConfig, key: str, value: Any) -> str | None:
+    if isinstance(value, str) and "${" in value:
+        return None  # an interpolation is judged where it is resolved
+    try:
+        OmegaConf.update(OmegaConf.create(schema), key, value, merge=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        return f"{key}={value}: {reason[0].lower()}{reason[1:]}"
+    return None

@@ -1,0 +1,244 @@
+"""Every key: its type, default, unit and range. The defaults are those of the Qwen3 recipe on GPUs.
+
+`conf/` chooses among them by group; `model=tiny`, the embedded default, turns down what a laptop needs turned down.
+A key's meaning stands beneath it. `null` in YAML is None here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Dtype(Enum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class Precision(Enum):
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    cosine = "cosine"
+    linear = "linear"
+
+
+class Tail(Enum):
+    bucket = "bucket"
+    renormalize = "renormalize"
+    zero = "zero"
+
+
+class Launcher(Enum):
+    local = "local"
+
+
+@dataclass
+class StudentModel:
+    path: str = MISSING
+    """A Hugging Face folder or hub name. `package://tiny_pair/student` is the student that ships with distill."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; null is the newest."""
+    dtype: Dtype = Dtype.bfloat16
+    """Of the sampler's weights. The trainer's own precision is `train.precision`."""
+
+
+@dataclass
+class TeacherModel:
+    path: str = MISSING
+    """A Hugging Face folder or hub name; the same vocabulary as the student's."""
+    revision: str | None = None
+    dtype: Dtype = Dtype.bfloat16
+    """Of the scorer's weights."""
+    quantization: str | None = None
+    """A vLLM quantization method (fp8, awq, ...); null leaves the weights as they are."""
+
+
+@dataclass
+class ModelConfig:
+    student: StudentModel = field(default_factory=StudentModel)
+    teacher: TeacherModel = field(default_factory=TeacherModel)
+    tokenizer: str | None = None
+    """Folder or hub name; null is the student's own."""
+    chat_template: str | None = None
+    """A Jinja file, or the template itself; null is the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the template, such as `enable_thinking`."""
+    trust_remote_code: bool = False
+    """Run Python that a model's folder brings along. Only for models whose code you have read."""
+
+
+@dataclass
+class LossConfig:
+    kl_type: str = "mixed"
+    """forward, reverse, mixed, jsd, skew_forward, skew_reverse, or `pkg.module:function` of your own."""
+    kl_weight: float = 0.5
+    """Weight of the forward part, for mixed and jsd: 0..1."""
+    skew: float = 0.1
+    """How much of the other distribution is mixed in, for skew_forward and skew_reverse: 0..1
+    (DistiLLM, Ko et al. 2024, found 0.1 best)."""
+    topk: int = 64
+    """Tokens of the teacher's distribution that are kept at each position: 1..vocabulary."""
+    tail: Tail = Tail.bucket
+    """What happens outside the top-k: one more class (bucket), both sides renormalised on the top-k (renormalize),
+    or a teacher that is zero there (zero)."""
+    temperature: float = 1.0
+    """Divides both models' logits before the softmax: above 0."""
+
+
+@dataclass
+class DataConfig:
+    train: dict[str, Any] = field(default_factory=dict)
+    """`source` and that source's own keys; `distill ls data` lists them."""
+    validation: dict[str, Any] = field(default_factory=dict)
+    prompt_template: str = "{question}"
+    """The user's message; `{question}` stands for the row's question."""
+    system_prompt: str | None = None
+    max_prompt_tokens: int = 1024
+    """Prompts that are longer are left out, and counted."""
+    shuffle: bool = True
+    """A new order of the training prompts each epoch, by `train.seed`."""
+    verifier: str | None = None
+    """What calls an answer right: exact, or `pkg.module:function`; null where the task has no answers to check."""
+
+
+@dataclass
+class RolloutConfig:
+    prompts_per_step: int = 128
+    generations_per_prompt: int = 1
+    max_new_tokens: int = 7168
+    """Tokens of an answer, at most."""
+    max_sequence_length: int = 8192
+    """Tokens of prompt and answer together, at most."""
+    temperature: float = 1.0
+    """Of sampling; 0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = -1
+    """Sample among the k most likely tokens; -1 is all of them."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end an answer."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Tokens that end an answer, besides the model's own end-of-sequence tokens."""
+
+
+@dataclass
+class TrainConfig:
+    max_steps: int = 1000
+    """Steps, each of `rollout.prompts_per_step` prompts."""
+    max_epochs: int = 10
+    """Passes over the training prompts, at most; whichever of the two ends first."""
+    global_batch_size: int = 64
+    """Sequences to an optimizer step, over all ranks; it divides prompts_per_step x generations_per_prompt."""
+    micro_batch_tokens: int = 16384
+    """Tokens of a forward and backward pass on one rank: sequences are packed up to it."""
+    lr: float = 2e-5
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    warmup_steps: int = 10
+    """Optimizer steps over which the learning rate rises from 0."""
+    schedule: Schedule = Schedule.constant
+    """After the warm-up: constant, or falling to 0 by the last optimizer step as a cosine or a line."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm where it is larger."""
+    precision: Precision = Precision.bf16
+    """bf16: bfloat16 compute, float32 weights, reductions and loss. fp32: float32 throughout."""
+    activation_checkpointing: bool = True
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
+    seed: int = 42
+    """Of the order of prompts and of every sampled answer."""
+
+
+@dataclass
+class EngineModelConfig:
+    gpu_memory_utilization: float = 0.4
+    """Share of a GPU's memory that the engine may take; not used on CPUs."""
+    kv_cache_gib: float | None = None
+    """Size of the KV cache; null on GPUs is what gpu_memory_utilization leaves, on CPUs 0.5 GiB."""
+    max_model_len: int | None = None
+    """Tokens of a sequence, at most; null is rollout.max_sequence_length (or the validation's need, if larger)."""
+    enforce_eager: bool = False
+    """Leave out CUDA graphs and compilation: a faster start, slower sampling. CPUs always do."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `vllm.LLM`."""
+
+
+@dataclass
+class EngineConfig:
+    student: EngineModelConfig = field(default_factory=EngineModelConfig)
+    teacher: EngineModelConfig = field(default_factory=EngineModelConfig)
+
+
+@dataclass
+class EvalConfig:
+    period: int = 20
+    """Steps between validations; 0 is never."""
+    at_start: bool = True
+    at_end: bool = True
+    teacher: bool = True
+    """Measure the teacher once at the start: the share of the gap that was closed needs it."""
+    max_samples: int = 512
+    """Validation prompts, at most."""
+    batch_size: int = 64
+    """Validation prompts handed to each rank's engine at a time."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    """null is rollout.max_new_tokens."""
+
+
+@dataclass
+class ClusterConfig:
+    launcher: Launcher = Launcher.local
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    """null is what is visible; 0 runs on CPUs."""
+    ranks_per_node: int | None = None
+    """Processes of a node; null is one a GPU, or one on CPUs. On GPUs it is the number of GPUs."""
+
+
+@dataclass
+class MlflowConfig:
+    enabled: bool = True
+    uri: str | None = None
+    """Tracking server or SQLite address; null is `mlflow.db` in run.root."""
+    experiment: str = "distill"
+    run_name: str | None = None
+    """null is the run folder's name."""
+
+
+@dataclass
+class TrackerConfig:
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+
+
+@dataclass
+class RunConfig:
+    root: str = "runs"
+    """Where runs are kept."""
+    name: str | None = None
+    """The run's folder in root; null is <date>-<time>_<model>_<loss>."""
+    print_every: int = 1
+    """Steps between printed lines where the output is no terminal."""
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
