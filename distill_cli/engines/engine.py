@@ -1,0 +1,165 @@
+"""One vLLM engine in this process: built, run, put to sleep, closed. Sampler and Scorer are each made of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from distill_cli.engines.process import keep_process_state, patch_vllm, prepare_process
+from distill_cli.engines.settings import CPU_KV_CACHE_BYTES, EngineSettings
+from distill_cli.errors import ConfigError, DistillError
+
+
+class Engine:
+    """`vllm.LLM` with the process kept intact, and with errors that say what failed and leave it usable.
+
+    Every rank builds its engines in the same order, after `init_process_group` (vLLM makes subgroups of it), and
+    closes them before `destroy_process_group`.
+    """
+
+    def __init__(self, settings: EngineSettings, *, role: str, **kwargs: Any) -> None:
+        """Load the model.
+
+        Args:
+            role: who it is in messages, as in "the sampler".
+            kwargs: what the role needs of `vllm.LLM`; `settings.kwargs` goes over it.
+        """
+        check_settings(settings, role=role)
+        prepare_process()
+        patch_vllm()
+        self.role = role
+        self.settings = settings
+        self.asleep = False
+        self.llm = load(settings, role=role, **kwargs)
+        check_length(settings, model_config=self.llm.model_config, role=role)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.llm.model_config.get_vocab_size()
+
+    @property
+    def on_cpu(self) -> bool:
+        from vllm.platforms import current_platform
+
+        return current_platform.is_cpu()
+
+    def generate(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> list[Any]:
+        """Run requests to their ends; one `vllm.RequestOutput` for each prompt, in their order.
+
+        Raises DistillError where vLLM refuses a request or fails in a step; the engine stays usable.
+        """
+        if self.asleep:  # vLLM would wait for ever
+            raise DistillError(f"{self.role} is asleep: wake() comes before its next use")
+        if not prompts:
+            return []
+        try:
+            return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], list(params), use_tqdm=False)
+        except BaseException as error:
+            self.abort_requests()
+            if isinstance(error, Exception):
+                raise DistillError(f"{self.role} failed ({self.settings.path}): {one_line(error)}") from error
+            raise
+
+    def abort_requests(self) -> None:
+        """Drop whatever is pending: after an exception inside a step the next `generate` would wait for it for ever."""
+        engine = self.llm.llm_engine
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+
+    def call_worker(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(worker, *args)` where the model is: in this process, so arguments may be live objects."""
+        return self.llm.collective_rpc(function, args=args)[0]
+
+    def sleep(self, *, level: int) -> None:
+        """Give the device's memory back; level 1 keeps the weights in host memory, 2 drops them.
+
+        Does nothing without `settings.sleep_mode`, and frees nothing on a CPU. Not run on a GPU so far.
+        """
+        if not self.settings.sleep_mode or self.asleep:
+            return
+        if not self.on_cpu:
+            self.llm.sleep(level=level)
+        self.asleep = True
+
+    def wake(self) -> None:
+        """Take the memory again; without effect on an engine that is awake."""
+        if not self.asleep:
+            return
+        if not self.on_cpu:
+            self.llm.wake_up()
+        self.asleep = False
+
+    def close(self) -> None:
+        """Free the engine; closing again does nothing."""
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None
+
+
+def check_settings(settings: EngineSettings, *, role: str) -> None:
+    if settings.tensor_parallel != 1:
+        # To come: one engine over several ranks needs all of them in every call, so `load` would hand
+        # tensor_parallel_size to the external launcher and the callers agree on the requests first.
+        raise ConfigError(
+            f"tensor_parallel of {role} is {settings.tensor_parallel}: set it to 1, each rank has an engine of its own"
+        )
+    if not dist.is_initialized():
+        raise DistillError(f"{role} needs torch.distributed: call init_process_group before engines are built")
+
+
+def check_length(settings: EngineSettings, *, model_config: Any, role: str) -> None:
+    """Refuse sequences longer than the model's positions: vLLM's own check is off, see `prepare_process`."""
+    derived = model_config.get_and_verify_max_len(None)  # with rope scaling
+    limit = max(derived, getattr(model_config.hf_text_config, "max_position_embeddings", derived))
+    if settings.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len of {role} is {settings.max_model_len}: {settings.path} has {limit} positions, lower it"
+        )
+
+
+def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
+    """-> `vllm.LLM`; raises DistillError naming the model and vLLM's reason."""
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    implied = {
+        "revision": settings.revision,
+        "tokenizer_revision": settings.revision,
+        "dtype": settings.dtype,
+        "quantization": settings.quantization,
+        "trust_remote_code": settings.trust_remote_code,
+        "max_model_len": settings.max_model_len,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
+        "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+        "enable_sleep_mode": settings.sleep_mode and not on_cpu,
+        # It takes the device of LOCAL_RANK; the default would put every rank's engine on device 0.
+        "distributed_executor_backend": "external_launcher" if "LOCAL_RANK" in os.environ else "uni",
+        "logprobs_mode": "raw_logprobs",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "seed": settings.seed,
+    }
+    try:
+        with keep_process_state():
+            return LLM(settings.path, **{**implied, **kwargs, **settings.kwargs})
+    except Exception as error:
+        raise DistillError(f"{role} could not load {settings.path}: {one_line(error)}") from error
+
+
+def check_token_ids(sequences: Sequence[list[int]], *, vocab_size: int, max_len: int, role: str) -> None:
+    """Refuse what would fail inside a step: an empty or too long sequence, an id outside the vocabulary."""
+    for index, ids in enumerate(sequences):
+        if not 1 <= len(ids) <= max_len:
+            raise DistillError(f"{role}: sequence {index} has {len(ids)} tokens, allowed are 1 to {max_len}")
+        if not (min(ids) >= 0 and max(ids) < vocab_size):
+            raise DistillError(f"{role}: sequence {index} has token ids outside 0 to {vocab_size - 1}")
+
+
+def one_line(error: BaseException, *, max_length: int = 400) -> str:
+    text = " ".join(str(error).split()) or "no reason given"
+    text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= max_length else text[: max_length - 3] + "..."

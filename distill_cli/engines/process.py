@@ -1,0 +1,118 @@
+"""What vLLM does to the process it lives in, and how a trainer's process is kept its own.
+
+vLLM expects a process to itself: it sets environment variables, thread counts and random states, and destroys the
+default process group when an engine goes. Here are the settings and patches that let it live beside a trainer. Each
+patch replaces one name, which must be there: a vLLM that lacks it is named in a `DistillError`.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from distill_cli.errors import DistillError
+
+CHANGED_BY_VLLM = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "NUMEXPR_MAX_THREADS", "OMP_NUM_THREADS", "CUDA_MODULE_LOADING")
+"""Environment variables that building an engine overwrites and that the trainer or its children read."""
+
+
+def prepare_process(*, quiet: bool = True) -> None:
+    """Set the environment for in-process engines: call before vLLM is imported, and torch if it can be.
+
+    Args:
+        quiet: only errors of vLLM are shown. The user's own VLLM_LOGGING_LEVEL wins.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's core runs in this process
+    # A scorer's engine is one position longer than its model may be. vLLM keeps what it reads here from the first
+    # engine on, so this holds for all of them, and `Engine` checks the length itself.
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["DO_NOT_TRACK"] = "1"
+    # Without it vLLM cuts torch to one thread, the trainer's forward and backward included.
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads_per_rank()))
+    if quiet and "VLLM_LOGGING_LEVEL" not in os.environ:
+        os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def num_threads_per_rank() -> int:
+    """This process' share of the CPUs it may run on."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def patch_vllm() -> None:
+    """Apply every patch; doing it again changes nothing."""
+    from vllm.platforms import current_platform
+
+    from distill_cli.engines.logprobs import TensorLogprobsProcessor
+
+    # An engine that goes would take the trainer's process group with it, and every other engine.
+    replace_name("vllm.v1.engine.core", "cleanup_dist_env_and_memory", release_memory)
+    replace_name("vllm.v1.engine.output_processor", "LogprobsProcessor", TensorLogprobsProcessor)
+    if current_platform.is_cpu():
+        # vLLM's is compiled: 7 to 19 s at the first request for log-probabilities, for one comparison.
+        replace_name("vllm.v1.sample.sampler", "batched_count_greater_than", count_at_least)
+
+
+def replace_name(module_name: str, name: str, replacement: Any) -> None:
+    """Set `module.name`; raises DistillError where this vLLM has no such name."""
+    import vllm
+
+    module = importlib.import_module(module_name)
+    if not hasattr(module, name):
+        raise DistillError(
+            f"vLLM {vllm.__version__} has no {module_name}.{name}, which in-process engines must replace: "
+            "install a version that pyproject.toml allows"
+        )
+    setattr(module, name, replacement)
+
+
+def release_memory(*_args: Any, **_kwargs: Any) -> None:
+    """Free what a closed engine held, and nothing else."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def count_at_least(values_TV: Any, thresholds_T1: Any) -> Any:
+    """int64 [T]: how many of each row's values reach its threshold (the rank of a token's log-probability)."""
+    return (values_TV >= thresholds_T1).sum(-1)
+
+
+@contextmanager
+def keep_process_state() -> Iterator[None]:
+    """Undo what building an engine does to the process: environment, threads, random states, matmul precision."""
+    import numpy
+    import torch
+
+    environment = {name: os.environ.get(name) for name in CHANGED_BY_VLLM}
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    random_state, numpy_state = random.getstate(), numpy.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(random_state)
+        numpy.random.set_state(numpy_state)
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker makes it do nothing
+        torch.set_num_threads(num_threads)
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,134 @@
+"""The student's engine: writes answers, and takes new weights from the trainer in the same process.
+
+Tokens in and tokens out; text is never tokenized again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from distill_cli.engines.engine import Engine, check_token_ids, one_line
+from distill_cli.engines.settings import EngineSettings, SamplingSettings
+from distill_cli.engines.weights import check_names_and_shapes, expected_shapes, full_tensors, load_weights
+from distill_cli.errors import DistillError
+from distill_cli.types import Sample
+
+__all__ = ["Sampler", "SamplingSettings"]
+
+
+class Sampler:
+    """Samples the student.
+
+    sampler = Sampler(settings)
+    samples = sampler.sample(prompts, seeds=seeds, sampling=SamplingSettings(max_new_tokens=256))
+    sampler.sync(model.named_parameters(), version=step)
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.version = 0
+        """Which weights the engine has: what `sync` was last told, 0 for those of `settings.path`."""
+        self._has_weights = True
+        self._engine = Engine(settings, role="the sampler")
+        model_config = self._engine.llm.model_config
+        self._dtype: torch.dtype = model_config.dtype
+        self._expected, self._optional = expected_shapes(
+            model_config.hf_config, trust_remote_code=settings.trust_remote_code
+        )
+
+    def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
+        """One answer to each prompt, in their order.
+
+        Args:
+            prompts: token ids; shorter than the engine's `max_model_len`.
+            seeds: one a prompt. A prompt, a seed and the weights decide the answer; a shared seed would give answers
+                that are correlated.
+
+        Returns:
+            Samples whose `logp` is raw: at temperature 1 over the whole vocabulary, whatever `sampling` says.
+
+        Raises:
+            DistillError: a bad request, or a failure in the engine, which stays usable.
+        """
+        if len(prompts) != len(seeds):
+            raise DistillError(f"the sampler got {len(prompts)} prompts and {len(seeds)} seeds")
+        if not self._has_weights:
+            raise DistillError("the sampler has no weights: sync() comes before its next use")
+        max_model_len = self._engine.settings.max_model_len
+        check_token_ids(prompts, vocab_size=self._engine.vocab_size, max_len=max_model_len - 1, role="the sampler")
+        params = [
+            request_params(sampling, seed=seed, max_tokens=min(sampling.max_new_tokens, max_model_len - len(prompt)))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        return [to_sample(output) for output in self._engine.generate(prompts, params)]
+
+    def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
+        """Replace the engine's weights with the trainer's. A collective where they are DTensors.
+
+        Names and shapes are compared with the model's before anything is copied. Pass DTensors as they are
+        (`model.named_parameters()`): their global shapes are known without communication, and they are gathered here
+        one after the other, so that one full parameter lives at a time.
+
+        Args:
+            named_tensors: every parameter under its name in transformers; tied ones may be left out.
+            version: what `self.version` is afterwards.
+
+        Raises:
+            DistillError: a name or shape is wrong (the engine keeps its weights), or copying failed half-way (the
+                engine refuses to sample until a sync succeeds).
+        """
+        weights = list(named_tensors)
+        check_names_and_shapes(weights, expected=self._expected, optional=self._optional)
+        self._has_weights = False
+        try:
+            self._engine.call_worker(load_weights, full_tensors(weights, dtype=self._dtype))
+        except Exception as error:
+            raise DistillError(f"sync of version {version} to the sampler failed: {one_line(error)}") from error
+        if not self._engine.llm.reset_prefix_cache():  # else old keys and values would answer for new weights
+            raise DistillError("the sampler's prefix cache could not be reset after a sync: requests are still running")
+        self._has_weights = True
+        self.version = version
+
+    def sleep(self) -> None:
+        """Give the device's memory back, weights included: after `wake` the next `sync` brings them."""
+        if self._engine.settings.sleep_mode:
+            self._has_weights = False
+        self._engine.sleep(level=2)
+
+    def wake(self) -> None:
+        """Take the memory again. `sync` comes before the next `sample`."""
+        self._engine.wake()
+
+    def close(self) -> None:
+        """Free the engine: before `destroy_process_group`."""
+        self._engine.close()
+
+
+def request_params(sampling: SamplingSettings, *, seed: int, max_tokens: int) -> Any:
+    """-> `vllm.SamplingParams` of one request."""
+    from vllm import SamplingParams
+
+    from distill_cli.engines.logprobs import KEEP_TENSORS
+
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=seed,
+        stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=0,  # the sampled token's alone
+        detokenize=bool(sampling.stop),
+        extra_args=dict(KEEP_TENSORS),
+    )
+
+
+def to_sample(output: Any) -> Sample:
+    completion = output.outputs[0]
+    if completion.finish_reason not in ("stop", "length"):
+        raise DistillError(f"the sampler ended a response with {completion.finish_reason!r}")
+    return Sample(list(completion.token_ids), list(completion.logprobs), completion.finish_reason)

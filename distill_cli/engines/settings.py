@@ -1,0 +1,59 @@
+"""What an engine is built from, and how it samples. No torch and no vLLM at import time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+CPU_KV_CACHE_BYTES = 256 << 20
+"""KV cache of an engine on a CPU where nothing else is said: it is resident from the start, in every rank, twice."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """One engine: a model, its precision and its memory."""
+
+    path: str
+    """A model's folder or its name on the Hugging Face hub."""
+    max_model_len: int
+    """Tokens of the longest sequence, prompt and response together."""
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    """`bfloat16`, `float16` or `float32`: of the weights and of the KV cache."""
+    quantization: str | None = None
+    """vLLM's name of a quantization; None is what the model's own config says."""
+    trust_remote_code: bool = False
+    tensor_parallel: int = 1
+    """Ranks that share one engine. Only 1 so far: each rank has engines of its own."""
+    gpu_memory_utilization: float = 0.4
+    """Share of a GPU's memory for weights, activations and KV cache: two engines and a trainer live on one device."""
+    kv_cache_bytes: int | None = None
+    """KV cache; None is what is left under `gpu_memory_utilization` on a GPU and `CPU_KV_CACHE_BYTES` on a CPU."""
+    enforce_eager: bool | None = None
+    """Run without CUDA graphs and compilation; None is False on a GPU, True on a CPU, where compiling takes longer
+    than a short run."""
+    sleep_mode: bool = False
+    """Give memory back between uses (`sleep`, `wake`). On CUDA vLLM allows one such engine in a process."""
+    seed: int = 0
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Passed to `vllm.LLM` as they are, over everything that the fields above imply."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How the student answers."""
+
+    max_new_tokens: int
+    """Longest response; shorter where prompt and response would pass the engine's `max_model_len`."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is the whole vocabulary."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response. They need the engine's tokenizer, and make sampling slower: text is decoded."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, besides the model's own end-of-sequence tokens."""
+    ignore_eos: bool = False
+    """Go on after end-of-sequence tokens: for benchmarks."""
