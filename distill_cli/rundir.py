@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -51,10 +52,12 @@ def create(path: Path, *, command: Sequence[str]) -> RunDir:
     except FileExistsError as error:
         raise ConfigError(f"{path}: this run folder exists already; choose another run.name") from error
     except OSError as error:
-        raise ConfigError(f"{path}: no run folder can be made here ({error.strerror}); choose another run.root") from error
+        raise ConfigError(
+            f"{path}: no run folder can be made here ({error.strerror}); choose another run.root"
+        ) from error
     run = RunDir(path)
     run.logs().mkdir(parents=True)
-    (path / "command.txt").write_text(" ".join(_quote(word) for word in command) + "\n")
+    (path / "command.txt").write_text(" ".join(shlex.quote(word) for word in command) + "\n")
     write_json(path / "env.json", environment())
     return run
 
@@ -111,7 +114,3 @@ def environment() -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "argv": sys.argv,
     }
-
-
-def _quote(word: str) -> str:
-    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else "'" + word.replace("'", "'\"'\"'") + "'"

@@ -109,7 +109,18 @@ def _job(config: DictConfig) -> Job:
 
 def _overrides(argv: Sequence[str]) -> list[str]:
     """What is no flag and no flag's value."""
-    takes_value = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
+    takes_value = {
+        "--cfg",
+        "-c",
+        "--package",
+        "-p",
+        "--config-path",
+        "-cp",
+        "--config-name",
+        "-cn",
+        "--config-dir",
+        "-cd",
+    }
     found, skip = [], False
     for argument in argv:
         if skip:

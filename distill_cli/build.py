@@ -1,0 +1,203 @@
+"""Builds one rank's side of a run from its config.yaml, and runs it. `trainer` receives what is made here.
+
+The order matters: the process is prepared before vLLM is imported, the process group stands before an engine is built,
+and every rank builds the same engines in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from distill_cli.config.compose import load_config
+from distill_cli.config.schema import Config, EngineModelConfig, Precision, StudentModel, TeacherModel
+from distill_cli.data.prompts import PromptOrder, build_prompts, load_tokenizer
+from distill_cli.data.registry import load_examples, resolve_verifier
+from distill_cli.engines.sampler import Sampler
+from distill_cli.engines.scorer import Scorer
+from distill_cli.engines.settings import EngineSettings, SamplingSettings
+from distill_cli.evaluate import Validator
+from distill_cli.log import StepPrinter
+from distill_cli.losses.divergence import DistillLoss
+from distill_cli.modelpath import locate
+from distill_cli.parallel.mesh import Parallel, init_parallel
+from distill_cli.rundir import RunDir, write_json
+from distill_cli.student.model import Student, load_lm, wrap
+from distill_cli.student.optimizer import build_optimizer, build_schedule
+from distill_cli.student.weights import save_student
+from distill_cli.track.recorder import MetricsFile
+from distill_cli.trainer import Trainer
+from distill_cli.types import Prompt
+
+log = logging.getLogger(__name__)
+
+
+def run_rank(run: RunDir, console: IO[str]) -> None:
+    """The whole life of a rank. Every rank of the run calls it."""
+    config = load_config(run.config)
+    parallel = init_parallel(device=pick_device())
+    tokenizer = build_tokenizer(config)
+    engines = build_engines(config)
+    trainer = build_trainer(config, run, console, parallel=parallel, tokenizer=tokenizer, engines=engines)
+    with trainer.printer:
+        result = trainer.run()
+    save_student(trainer.student, tokenizer, run.student, dtype=getattr(torch, config.model.student.dtype.value))
+    if parallel.is_main:
+        trainer.metrics_file.close()
+        write_json(run.outcome, {"state": "finished", **asdict(result), "gap_closed": result.gap_closed})
+    for engine in reversed(engines):
+        engine.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def pick_device() -> torch.device:
+    """This rank's GPU, or the CPU where the launcher hid them all."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    model = config.model
+    if model.tokenizer is not None:
+        return load_tokenizer(locate(model.tokenizer, key="model.tokenizer"), model)
+    return load_tokenizer(locate(model.student.path, revision=model.student.revision, key="model.student.path"), model)
+
+
+def build_engines(config: Config) -> tuple[Sampler, Scorer]:
+    begin = time.perf_counter()
+    sampler = Sampler(engine_settings(config, config.model.student, config.engine.student))
+    scorer = Scorer(
+        engine_settings(config, config.model.teacher, config.engine.teacher),
+        topk=config.loss.topk,
+        temperature=config.loss.temperature,
+    )
+    log.info("engines ready in %.1f s", time.perf_counter() - begin)
+    return sampler, scorer
+
+
+def engine_settings(config: Config, model: StudentModel | TeacherModel, engine: EngineModelConfig) -> EngineSettings:
+    """What `model.<role>` and `engine.<role>` say, as the engine takes it."""
+    return EngineSettings(
+        path=str(locate(model.path, revision=model.revision, key="model.path")),
+        max_model_len=engine.max_model_len or config.rollout.max_sequence_length,
+        dtype=model.dtype.value,
+        quantization=getattr(model, "quantization", None),
+        trust_remote_code=config.model.trust_remote_code,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        kv_cache_bytes=None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 2**30),
+        enforce_eager=True if engine.enforce_eager else None,
+        seed=config.train.seed,
+        kwargs=engine.kwargs,
+    )
+
+
+def build_student(config: Config, parallel: Parallel) -> Student:
+    model, loss = config.model, config.loss
+    folder = locate(model.student.path, revision=model.student.revision, key="model.student.path")
+    student = Student(
+        load_lm(folder, trust_remote_code=model.trust_remote_code),
+        loss=DistillLoss(kl_type=loss.kl_type, kl_weight=loss.kl_weight, skew=loss.skew, tail=loss.tail.value),
+        temperature=loss.temperature,
+    )
+    return wrap(
+        student,
+        parallel,
+        bf16=config.train.precision is Precision.bf16,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
+
+
+def build_trainer(
+    config: Config,
+    run: RunDir,
+    console: IO[str],
+    *,
+    parallel: Parallel,
+    tokenizer: PreTrainedTokenizerBase,
+    engines: tuple[Sampler, Scorer],
+) -> Trainer:
+    order = PromptOrder(
+        build_prompt_set(config, config.data.train, tokenizer, key="data.train"),
+        batch_size=config.rollout.prompts_per_step,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+    )
+    num_steps = min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch)
+    sequences = config.rollout.prompts_per_step * config.rollout.generations_per_prompt
+    student = build_student(config, parallel)
+    optimizer = build_optimizer(student, config.train)
+    return Trainer(
+        config=config,
+        parallel=parallel,
+        student=student,
+        optimizer=optimizer,
+        schedule=build_schedule(
+            optimizer, config.train, num_steps=num_steps * sequences // config.train.global_batch_size
+        ),
+        sampler=engines[0],
+        scorer=engines[1],
+        prompts=order,
+        sampling=train_sampling(config),
+        verify=resolve_verifier(config.data.verifier) if config.data.verifier else None,
+        decode=make_decode(tokenizer),
+        validator=build_validator(config, parallel, tokenizer),
+        metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,
+        printer=StepPrinter(console, num_steps=num_steps, every=config.run.print_every),
+        num_steps=num_steps,
+    )
+
+
+def build_prompt_set(
+    config: Config, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, key: str
+) -> list[Prompt]:
+    return build_prompts(load_examples(spec, key=key), tokenizer, data=config.data, model=config.model)
+
+
+def build_validator(config: Config, parallel: Parallel, tokenizer: PreTrainedTokenizerBase) -> Validator | None:
+    settings = config.eval
+    if not config.data.validation or not (settings.period or settings.at_start or settings.at_end):
+        return None
+    prompts = build_prompt_set(config, config.data.validation, tokenizer, key="data.validation")
+    return Validator(
+        prompts=prompts[: settings.max_samples],
+        sampling=SamplingSettings(
+            max_new_tokens=settings.max_new_tokens or config.rollout.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            stop=tuple(config.rollout.stop),
+            stop_token_ids=tuple(config.rollout.stop_token_ids),
+        ),
+        verify=resolve_verifier(config.data.verifier),
+        decode=make_decode(tokenizer),
+        batch_size=settings.batch_size,
+        seed=config.train.seed,
+        parallel=parallel,
+    )
+
+
+def train_sampling(config: Config) -> SamplingSettings:
+    rollout = config.rollout
+    return SamplingSettings(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=max(rollout.top_k, 0),
+        stop=tuple(rollout.stop),
+        stop_token_ids=tuple(rollout.stop_token_ids),
+    )
+
+
+def make_decode(tokenizer: PreTrainedTokenizerBase):
+    return lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True)

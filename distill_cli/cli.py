@@ -1,0 +1,136 @@
+"""`distill [VERB] [OVERRIDES]`: verbs, and errors in one line each.
+
+Exit status: 0 done; 1 a failure while running; 2 the input is wrong; 130 and 143 stopped by Ctrl-C and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from distill_cli.errors import ConfigError, DistillError
+
+HELP = """\
+distill - on-policy distillation of language models from one command
+
+  distill [train] [OVERRIDES]     train a student on its own answers, scored by a teacher (the default verb)
+  distill plan [OVERRIDES]        compose and check everything, print what would run, start nothing
+  distill ls [GROUP]              the choices of a config group, each with its first comment line
+  distill doctor [--json]         what is installed, visible and reachable, and how to fix what is not
+
+examples
+  distill                                              the embedded pair, on this machine's CPU
+  distill experiment=quick                             ten steps of it
+  distill model=qwen3_1.7b_4b loss=mixed data.train.path=train.jsonl data.validation.path=test.jsonl
+  distill -m loss.topk=32,64 loss.kl_weight=0.3,0.5    a sweep, one run after the other
+  distill --cfg job                                    print the composed config
+
+overrides are Hydra's: group=choice, key=value. `distill ls` lists the groups; -m, --cfg, --info and
+`eval "$(distill -sc install=bash)"` for tab completion work as in any Hydra application.
+Set DISTILL_DEBUG=1 for tracebacks.
+"""
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one command line; its exit status."""
+    verb, rest = split_verb(argv)
+    if "--help" in rest or "-h" in rest:
+        print(HELP, end="")
+        return 0
+    try:
+        return VERBS[verb](rest)
+    except ConfigError as error:
+        if os.environ.get("DISTILL_DEBUG"):
+            raise
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except DistillError as error:
+        if os.environ.get("DISTILL_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb and what follows; `train` where none is given.
+
+    Raises:
+        SystemExit: the first word is neither a verb nor an override (status 2, with the verbs).
+    """
+    strip_verb_from_completion()
+    if not argv or argv[0].startswith("-") or "=" in argv[0] or argv[0][0] in "+~":
+        return "train", list(argv)
+    if argv[0] not in VERBS:
+        from distill_cli.config.overrides import nearest
+
+        print(
+            f"error: {argv[0]}: no such verb{nearest(argv[0], VERBS)} (there are: {', '.join(VERBS)}; "
+            "an override is key=value)",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    return argv[0], list(argv[1:])
+
+
+def strip_verb_from_completion() -> None:
+    """Hydra's completion reads the command line from COMP_LINE and knows no verbs."""
+    line = os.environ.get("COMP_LINE")
+    if line is None:
+        return
+    words = line.split(" ")
+    if len(words) > 2 and words[1] in VERBS:
+        removed = len(words.pop(1)) + 1
+        os.environ["COMP_LINE"] = " ".join(words)
+        if "COMP_POINT" in os.environ:
+            os.environ["COMP_POINT"] = str(max(0, int(os.environ["COMP_POINT"]) - removed))
+
+
+def train(argv: Sequence[str]) -> int:
+    from distill_cli.config.compose import compose
+    from distill_cli.run import run_jobs
+
+    jobs = compose(argv)
+    return run_jobs(jobs, command=["distill", *argv]) if jobs else 0
+
+
+def plan(argv: Sequence[str]) -> int:
+    from distill_cli.config.compose import compose
+    from distill_cli.plan import print_plan
+
+    for job in compose(argv):
+        print_plan(job)
+    return 0
+
+
+def ls(argv: Sequence[str]) -> int:
+    from distill_cli.config.compose import conf_dir
+    from distill_cli.listing import print_choices
+
+    if len(argv) > 1:
+        raise ConfigError(f"{' '.join(argv)}: `distill ls` takes one group")
+    print_choices(conf_dir(), argv[0] if argv else None)
+    return 0
+
+
+def doctor(argv: Sequence[str]) -> int:
+    from distill_cli.doctor import run_doctor
+
+    if any(argument != "--json" for argument in argv):
+        raise ConfigError(f"{' '.join(argv)}: `distill doctor` takes --json alone")
+    return run_doctor(as_json="--json" in argv)
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "plan": plan, "ls": ls, "doctor": doctor}
+
+
+if __name__ == "__main__":
+    main()

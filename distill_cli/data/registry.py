@@ -1,0 +1,108 @@
+"""Sources and verifiers by name: a file in data/sources or data/verifiers, or `pkg.module:function`.
+
+A source is a function `load(**keys) -> list[Example]`; its keyword arguments are the keys that `data.train` takes beside
+`source`, so a key that it does not know, or of another type, is refused here. A verifier is a function
+`verify(response, answer) -> float`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distill_cli.config.overrides import nearest
+from distill_cli.errors import ConfigError
+from distill_cli.plugins import load_function
+from distill_cli.types import Example
+
+Verifier = Callable[[str, str], float]
+
+
+def load_examples(spec: dict[str, Any], *, key: str) -> list[Example]:
+    """The rows of the source that `spec` describes.
+
+    Args:
+        spec: `source` and that source's own keys.
+        key: where in the config it stands, for messages.
+
+    Raises:
+        ConfigError: no such source, keys it does not take, or data that is not what it should be.
+    """
+    load = resolve_source(spec, key=key)
+    keys = {name: value for name, value in spec.items() if name != "source"}
+    problems = _key_problems(load, keys, key=key)
+    if problems:
+        raise ConfigError(*problems)
+    examples = load(**keys)
+    if not examples:
+        raise ConfigError(f"{key}: the source {spec['source']} has no rows")
+    return examples
+
+
+def resolve_source(spec: dict[str, Any], *, key: str) -> Callable[..., list[Example]]:
+    name = spec.get("source")
+    if not name:
+        raise ConfigError(
+            f"{key}.source: a value is needed; one of {', '.join(names('sources'))}, or pkg.module:function"
+        )
+    return _resolve(str(name), "sources", "load", key=f"{key}.source")
+
+
+def resolve_verifier(name: str) -> Verifier:
+    return _resolve(name, "verifiers", "verify", key="data.verifier")
+
+
+def names(kind: str) -> list[str]:
+    """The files of data/sources or data/verifiers."""
+    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / kind)]))
+
+
+def _resolve(name: str, kind: str, function: str, *, key: str) -> Callable:
+    if ":" in name:
+        return load_function(name, key=key)
+    known = names(kind)
+    if name not in known:
+        raise ConfigError(
+            f"{key}={name}: no such name{nearest(name, known)} (there are: {', '.join(known)}; or pkg.module:function)"
+        )
+    return getattr(importlib.import_module(f"distill_cli.data.{kind}.{name}"), function)
+
+
+def _key_problems(load: Callable, keys: dict[str, Any], *, key: str) -> list[str]:
+    parameters = inspect.signature(load).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return []
+    hints = typing.get_type_hints(load)
+    problems = []
+    for name, value in keys.items():
+        if name not in parameters:
+            problems.append(f"{key}.{name}: unknown key{nearest(name, parameters)} (known: {', '.join(parameters)})")
+        elif name in hints and not _fits(value, hints[name]):
+            problems.append(f"{key}.{name}={value!r}: must be {_type_name(hints[name])}")
+    for name, parameter in parameters.items():
+        if name not in keys and parameter.default is parameter.empty:
+            problems.append(f"{key}.{name}: a value is needed")
+    return problems
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    kind = typing.get_origin(hint) or hint
+    if kind is Any or not isinstance(kind, type):
+        return True
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _type_name(hint: Any) -> str:
+    return str(hint) if isinstance(hint, types.UnionType) else getattr(hint, "__name__", str(hint))

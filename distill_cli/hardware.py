@@ -1,0 +1,27 @@
+"""What this machine has, without importing torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from distill_cli.config.schema import Config
+
+
+def visible_gpus() -> int:
+    """NVIDIA GPUs of this machine that CUDA_VISIBLE_DEVICES does not hide."""
+    devices = Path("/proc/driver/nvidia/gpus")
+    present = len(list(devices.iterdir())) if devices.is_dir() else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return present
+    return min(present, len([name for name in listed.split(",") if name.strip() and name.strip() != "-1"]))
+
+
+def gpus_per_node(config: Config) -> int:
+    return visible_gpus() if config.cluster.gpus_per_node is None else config.cluster.gpus_per_node
+
+
+def ranks_per_node(config: Config) -> int:
+    """One a GPU; on CPUs what is asked for, or one."""
+    return config.cluster.ranks_per_node or gpus_per_node(config) or 1

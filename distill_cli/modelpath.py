@@ -1,0 +1,79 @@
+"""Where a model's files are, and what its config says: read as JSON, so that checks need no torch.
+
+`package://...` is a folder that ships with distill; a folder is itself; anything else is a name on the hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from distill_cli.errors import ConfigError
+
+ASSETS = Path(__file__).parent / "assets"
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+"""What is taken from the hub: no pickles."""
+
+
+def locate(path: str, *, revision: str | None = None, key: str) -> Path:
+    """The folder of a model, downloaded from the hub if need be.
+
+    Raises:
+        ConfigError: there is none, or it is no model.
+    """
+    if path.startswith("package://"):
+        return _model_folder(ASSETS / path.removeprefix("package://"), path, key)
+    folder = Path(path).expanduser()
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        return _model_folder(folder, path, key)
+    return _from_hub(path, revision, key)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def vocab_size(config: dict[str, Any]) -> int:
+    return int((config.get("text_config") or config)["vocab_size"])
+
+
+def vocabulary(folder: Path) -> dict[str, int] | None:
+    """Token -> id of a fast tokenizer, added tokens included; None where there is no tokenizer.json to read."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text())
+    vocab = content["model"].get("vocab") or {}
+    if not isinstance(vocab, dict):  # unigram models list [token, score]
+        vocab = {token: index for index, (token, _) in enumerate(vocab)}
+    return vocab | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+
+
+def _model_folder(folder: Path, path: str, key: str) -> Path:
+    if not folder.is_dir():
+        raise ConfigError(f"{key}={path}: no such folder; give a Hugging Face model's folder or its name on the hub")
+    try:
+        config = read_config(folder)
+        vocab_size(config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{key}={path}: no Hugging Face model is there (config.json: {error!r})") from error
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{key}={path}: no weights are there; *.safetensors are needed (pickles are not loaded)")
+    return folder.resolve()
+
+
+def _from_hub(path: str, revision: str | None, key: str) -> Path:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(path, revision=revision, allow_patterns=FILES)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{key}={path}: no such folder, and not to be had from the hub or its cache ({reason[:200]})"
+        ) from error
+    return _model_folder(Path(folder), path, key)

@@ -1,0 +1,132 @@
+"""`distill plan`: what a run would do, before it does anything.
+
+Memory is by part and by arithmetic; activations are left out, since they depend on lengths.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import struct
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from distill_cli import hardware
+from distill_cli.config.checks import inert_overrides
+from distill_cli.config.compose import Job
+from distill_cli.config.schema import Config, Dtype
+from distill_cli.launch.local import command
+from distill_cli.preflight import Preflight, preflight
+from distill_cli.run import single_path
+from distill_cli.rundir import RunDir
+
+BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
+
+
+def print_plan(job: Job) -> None:
+    """Composes and checks everything, and prints it; starts nothing.
+
+    Raises:
+        ConfigError: something is wrong, all of it at once.
+    """
+    found, config = preflight(job.config), job.config
+    console = Console(highlight=False)
+    console.print(_table("mesh", mesh_rows(config)))
+    console.print(_table("a step", step_rows(config)))
+    console.print(_table("the run", run_rows(config, found)))
+    console.print(_table("memory of a rank, GiB", memory_rows(config, found)))
+    run = RunDir(single_path(job))
+    launch = shlex.join(command(run, num_ranks=hardware.ranks_per_node(config)))
+    console.print(_table("launch", {"folder": str(run.path), "command": launch}))
+    for warning in [*found.warnings, *inert_overrides(config, job.overrides)]:
+        console.print(f"warning: {escape(warning)}")
+
+
+def mesh_rows(config: Config) -> dict[str, str]:
+    ranks, gpus = hardware.ranks_per_node(config), hardware.gpus_per_node(config)
+    return {
+        "ranks": f"{ranks} on {'GPUs' if gpus else 'the CPU'}",
+        "shard": f"{ranks}: each rank holds 1/{ranks} of weights, gradients and optimizer, and its own two engines",
+    }
+
+
+def step_rows(config: Config) -> dict[str, str]:
+    rollout, train, ranks = config.rollout, config.train, hardware.ranks_per_node(config)
+    sequences = rollout.prompts_per_step * rollout.generations_per_prompt
+    most_tokens = sequences * rollout.max_sequence_length
+    rounds = math.ceil(train.global_batch_size * rollout.max_sequence_length / ranks / train.micro_batch_tokens)
+    return {
+        "sequences": f"{rollout.prompts_per_step} prompts x {rollout.generations_per_prompt} answers = {sequences}",
+        "updates": f"{sequences} / {train.global_batch_size} sequences = {sequences // train.global_batch_size}",
+        "tokens": f"at most {most_tokens:,} ({rollout.max_sequence_length:,} a sequence)",
+        "micro-batches": f"at most about {rounds} of {train.micro_batch_tokens:,} tokens a rank and update",
+    }
+
+
+def run_rows(config: Config, found: Preflight) -> dict[str, str]:
+    steps_per_epoch = found.num_train // config.rollout.prompts_per_step
+    steps = found.num_steps(config)
+    validations = sum(
+        [
+            config.eval.at_start,
+            steps // config.eval.period if config.eval.period else 0,
+            config.eval.at_end and not (config.eval.period and steps % config.eval.period == 0),
+        ]
+    )
+    samples = min(config.eval.max_samples, found.num_validation)
+    return {
+        "rows": f"{found.num_train:,} for training, {found.num_validation:,} for validation",
+        "epoch": f"{steps_per_epoch:,} steps",
+        "steps": f"{steps:,} (max_steps {config.train.max_steps:,}, max_epochs {config.train.max_epochs})",
+        "validation": f"{validations} times on {samples} prompts"
+        + (", and the teacher once" if config.eval.teacher and config.eval.at_start else ""),
+    }
+
+
+def memory_rows(config: Config, found: Preflight) -> dict[str, str]:
+    ranks = hardware.ranks_per_node(config)
+    student, teacher = num_parameters(found.student), num_parameters(found.teacher)
+    on_cpu = not hardware.gpus_per_node(config)
+    parts = {
+        "weights": student * 4 / ranks,
+        "gradients": student * 4 / ranks,
+        "optimizer": student * 8 / ranks,
+        "sampler's weights": student * BYTES[config.model.student.dtype],
+        "scorer's weights": teacher * BYTES[config.model.teacher.dtype],
+    }
+    rows = {name: f"{value / 2**30:9.3f}" for name, value in parts.items()}
+    for role, engine in (("sampler", config.engine.student), ("scorer", config.engine.teacher)):
+        if engine.kv_cache_gib is not None:
+            rows[f"{role}'s KV cache"] = f"{engine.kv_cache_gib:9.3f}"
+        elif not on_cpu:
+            rows[f"{role}'s KV cache"] = f"what is left of {engine.gpu_memory_utilization:.0%} of the GPU"
+    return rows
+
+
+def num_parameters(folder: Path) -> int:
+    """Elements of all tensors in a folder's safetensors files, from their headers."""
+    return sum(
+        math.prod(tensor["shape"])
+        for file in folder.glob("*.safetensors")
+        for name, tensor in _header(file).items()
+        if name != "__metadata__"
+    )
+
+
+def _header(file: Path) -> dict:
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        return json.loads(stream.read(length))
+
+
+def _table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", min_width=18)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    return table

@@ -1,0 +1,178 @@
+"""What can be found wrong before an engine starts: models, vocabularies, data, devices. No torch.
+
+`preflight` looks at everything and raises once, with every problem it found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill_cli import hardware, modelpath
+from distill_cli.config.checks import config_problems
+from distill_cli.config.schema import Config
+from distill_cli.data.registry import load_examples, resolve_verifier
+from distill_cli.errors import ConfigError
+from distill_cli.plugins import load_function
+
+KL_TYPES = ("forward", "reverse", "mixed", "jsd", "skew_forward", "skew_reverse")
+
+
+@dataclass
+class Preflight:
+    """What was found; whatever a problem hides is None."""
+
+    student: Path | None = None
+    teacher: Path | None = None
+    tokenizer: Path | None = None
+    num_train: int = 0
+    """Rows of the training data."""
+    num_validation: int = 0
+    warnings: tuple[str, ...] = ()
+
+    def num_steps(self, config: Config) -> int:
+        """Steps of the run: max_steps, or fewer where max_epochs ends first."""
+        return min(
+            config.train.max_steps, config.train.max_epochs * (self.num_train // config.rollout.prompts_per_step)
+        )
+
+
+def preflight(config: Config) -> Preflight:
+    """Checks a composed config against the machine, the models and the data.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    found, problems = Preflight(), config_problems(config)
+
+    @contextlib.contextmanager
+    def collecting() -> Iterator[None]:
+        try:
+            yield
+        except ConfigError as error:
+            problems.extend(error.problems)
+
+    model = config.model
+    with collecting():
+        found.student = modelpath.locate(model.student.path, revision=model.student.revision, key="model.student.path")
+    with collecting():
+        found.teacher = modelpath.locate(model.teacher.path, revision=model.teacher.revision, key="model.teacher.path")
+    found.tokenizer = found.student
+    if model.tokenizer is not None:
+        with collecting():
+            found.tokenizer = modelpath.locate(model.tokenizer, key="model.tokenizer")
+    with collecting():
+        found.num_train = len(load_examples(config.data.train, key="data.train")) if config.data.train else 0
+    with collecting():
+        if config.data.validation:
+            found.num_validation = len(load_examples(config.data.validation, key="data.validation"))
+    for check in (_check_names, _check_devices):
+        with collecting():
+            check(config)
+    if found.student and found.teacher:
+        problems += _model_problems(config, found)
+        found.warnings = tuple(_model_warnings(found))
+    if 0 < found.num_train < config.rollout.prompts_per_step:
+        problems.append(
+            f"rollout.prompts_per_step={config.rollout.prompts_per_step}: the training data has only "
+            f"{found.num_train} rows"
+        )
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    return found
+
+
+def _check_names(config: Config) -> None:
+    if config.data.verifier is not None:
+        resolve_verifier(config.data.verifier)
+    if ":" in config.loss.kl_type:
+        load_function(config.loss.kl_type, key="loss.kl_type")
+    elif config.loss.kl_type not in KL_TYPES:
+        raise ConfigError(
+            f"loss.kl_type={config.loss.kl_type}: must be one of {', '.join(KL_TYPES)}, or pkg.module:function"
+        )
+
+
+def _check_devices(config: Config) -> None:
+    asked, visible = config.cluster.gpus_per_node, hardware.visible_gpus()
+    if asked is not None and asked > visible:
+        raise ConfigError(
+            f"cluster.gpus_per_node={asked}: this machine has {visible} visible GPUs; set it to at most {visible} "
+            "(0 runs on CPUs)"
+        )
+    ranks, gpus = config.cluster.ranks_per_node, hardware.gpus_per_node(config)
+    if ranks is not None and gpus and ranks != gpus:
+        raise ConfigError(f"cluster.ranks_per_node={ranks}: one rank a GPU, and there are {gpus}; leave it out")
+
+
+def _model_problems(config: Config, found: Preflight) -> Iterator[str]:
+    student, teacher = modelpath.read_config(found.student), modelpath.read_config(found.teacher)
+    sizes = modelpath.vocab_size(student), modelpath.vocab_size(teacher)
+    difference = _vocabulary_difference(found.student, found.teacher)
+    if difference:
+        yield (
+            f"model.teacher.path={config.model.teacher.path}: its vocabulary is not the student's "
+            f"({config.model.student.path}): {difference}; choose a pair with the same tokenizer"
+        )
+    elif sizes[1] > sizes[0]:
+        yield (
+            f"model.teacher.path={config.model.teacher.path}: vocabulary of {sizes[1]}, and the student's "
+            f"({config.model.student.path}) is {sizes[0]}; choose a pair with the same vocabulary"
+        )
+    if config.loss.topk > min(sizes):
+        yield f"loss.topk={config.loss.topk}: must be at most the vocabulary of {min(sizes)}"
+    for role, model in (("student", student), ("teacher", teacher)):
+        positions = (model.get("text_config") or model).get("max_position_embeddings")
+        if positions is not None and config.rollout.max_sequence_length > positions:
+            yield (
+                f"rollout.max_sequence_length={config.rollout.max_sequence_length}: the {role} has "
+                f"{positions} positions; lower it"
+            )
+
+
+def _vocabulary_difference(student: Path, teacher: Path) -> str | None:
+    """What differs in the two tokenizers' token -> id, in words; None where nothing does or one cannot be read."""
+    ours, theirs = modelpath.vocabulary(student), modelpath.vocabulary(teacher)
+    if ours is None or theirs is None or ours == theirs:
+        return None
+    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    first = differing[0]
+    return (
+        f"{len(differing)} tokens have different ids, such as {first!r} "
+        f"({ours.get(first, 'absent')} and {theirs.get(first, 'absent')})"
+    )
+
+
+def _model_warnings(found: Preflight) -> Iterator[str]:
+    student, teacher = _end_tokens(found.student), _end_tokens(found.teacher)
+    if student != teacher:
+        yield (
+            f"the student ends with tokens {sorted(student)} and the teacher with {sorted(teacher)}: the student may "
+            "learn not to stop; give both in rollout.stop_token_ids"
+        )
+    templates = [_chat_template(folder) for folder in (found.student, found.teacher)]
+    if templates[0] != templates[1]:
+        yield "student and teacher have different chat templates: both see the prompt as the student's renders it"
+
+
+def _end_tokens(folder: Path) -> set[int]:
+    for name in ("generation_config.json", "config.json"):
+        ids = _read_json(folder / name, {}).get("eos_token_id")
+        if ids is not None:
+            return set(ids) if isinstance(ids, list) else {ids}
+    return set()
+
+
+def _chat_template(folder: Path) -> Any:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text()
+    return _read_json(folder / "tokenizer_config.json", {}).get("chat_template")
+
+
+def _read_json(file: Path, default: Any) -> Any:
+    return json.loads(file.read_text()) if file.is_file() else default

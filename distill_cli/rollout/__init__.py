@@ -1,0 +1,1 @@
+"""From prompts to rollouts, and from rollouts to micro-batches."""

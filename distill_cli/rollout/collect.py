@@ -1,0 +1,41 @@
+"""Prompts become rollouts: the student samples, the teacher scores, the verifier judges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distill_cli.data.registry import Verifier
+from distill_cli.engines.sampler import Sampler
+from distill_cli.engines.scorer import Scorer
+from distill_cli.engines.settings import SamplingSettings
+from distill_cli.types import Prompt, Rollout
+
+
+def sequence_seed(seed: int, *, step: int, sequence: int) -> int:
+    """The seed of one answer: another for each, the same on any number of ranks."""
+    return ((seed * 1_000_003 + step) * 1_000_003 + sequence) % 2**63
+
+
+def sample_rollouts(
+    prompts: Sequence[Prompt], *, seeds: Sequence[int], sampler: Sampler, sampling: SamplingSettings
+) -> list[Rollout]:
+    """One answer to each prompt."""
+    samples = sampler.sample([prompt.token_ids for prompt in prompts], seeds=seeds, sampling=sampling)
+    return [Rollout(prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
+
+
+def score_rollouts(rollouts: Sequence[Rollout], *, scorer: Scorer) -> None:
+    """Fills in the teacher's scores."""
+    scores = scorer.score(
+        [rollout.token_ids for rollout in rollouts],
+        response_starts=[len(rollout.prompt.token_ids) for rollout in rollouts],
+    )
+    for rollout, score in zip(rollouts, scores, strict=True):
+        rollout.scores = score
+
+
+def judge_rollouts(rollouts: Sequence[Rollout], *, verify: Verifier, decode) -> None:
+    """Fills in the reward where the example has an answer; `decode` makes text of token ids."""
+    for rollout in rollouts:
+        if rollout.prompt.example.answer is not None:
+            rollout.reward = verify(decode(rollout.sample.token_ids), rollout.prompt.example.answer)

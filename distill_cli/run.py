@@ -1,0 +1,219 @@
+"""One job, or the jobs of a sweep, from a composed config to the summary that is printed at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from distill_cli import hardware, rundir
+from distill_cli.config.checks import inert_overrides
+from distill_cli.config.compose import Job, save_config
+from distill_cli.config.schema import Config
+from distill_cli.errors import ConfigError, DistillError
+from distill_cli.launch.local import Stopped, launch
+from distill_cli.preflight import Preflight, preflight
+from distill_cli.rundir import RunDir
+from distill_cli.track.mlflow import MlflowShipper, MlflowTarget
+
+
+def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
+    """Checks every job, then runs them one after the other; the exit status.
+
+    A run of a sweep that fails does not stop the others.
+
+    Raises:
+        ConfigError: some job is wrong; nothing was started.
+        DistillError: the only job failed.
+    """
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    checked = check_jobs(jobs)
+    try:
+        if not any(job.swept for job in jobs):
+            run_job(jobs[0], checked[0], path=single_path(jobs[0]), command=command, console=console)
+            return 0
+        return run_sweep(jobs, checked, command=command, console=console)
+    except Stopped as stopped:
+        print(f"stopped by {stopped}; no process was left behind", file=sys.stderr)
+        return 128 + stopped.signum
+
+
+def check_jobs(jobs: Sequence[Job]) -> list[Preflight]:
+    """Every job through `preflight`; all problems of all jobs at once, each said once."""
+    found, problems = [], {}
+    for job in jobs:
+        try:
+            found.append(preflight(job.config))
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.problems)
+    names = [job.config.run.name for job in jobs if job.config.run.name]
+    for job in jobs:
+        if job.config.run.name and (single_path(job)).exists():
+            problems[f"{single_path(job)}: this run folder exists already; choose another run.name"] = None
+    if len(names) != len(set(names)) and len(jobs) > 1 and not any(job.swept for job in jobs):
+        problems["run.name: the runs of a sweep need a folder each; leave it out"] = None
+    if problems:
+        raise ConfigError(*problems)
+    return found
+
+
+def single_path(job: Job) -> Path:
+    root = Path(job.config.run.root)
+    return root / (job.config.run.name or rundir.free_name(root, rundir.default_name(job.choices)))
+
+
+def run_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Sequence[str], console: Console) -> int:
+    """One folder for the sweep, one in it for each run; a table at the end."""
+    root = Path(jobs[0].config.run.root)
+    name = jobs[0].config.run.name or rundir.free_name(root, time.strftime("%Y%m%d-%H%M%S_sweep"))
+    sweep = root / name
+    rows = []
+    for index, (job, found) in enumerate(zip(jobs, checked, strict=True)):
+        path = sweep / rundir.element_name(index, job.swept)
+        console.rule(escape(f"{index + 1}/{len(jobs)} {' '.join(job.swept)}"), align="left")
+        try:
+            outcome = run_job(job, found, path=path, command=command, console=console)
+        except DistillError as error:
+            console.print(f"error: {escape(str(error))}")
+            outcome = {"state": "failed"}
+        rows.append((job, path, outcome))
+    console.print(sweep_table(rows))
+    console.print(f"folder   {sweep}")
+    return 0 if all(outcome["state"] == "finished" for _, _, outcome in rows) else 1
+
+
+def run_job(job: Job, found: Preflight, *, path: Path, command: Sequence[str], console: Console) -> dict[str, Any]:
+    """One run in its own folder; what `outcome.json` says afterwards."""
+    run = rundir.create(path.absolute(), command=command)
+    save_config(job.config, run.config)
+    rundir.point_latest(Path(job.config.run.root), os.path.relpath(path, job.config.run.root))
+    for warning in [*found.warnings, *inert_overrides(job.config, job.overrides)]:
+        console.print(f"warning: {escape(warning)}")
+    console.print(start_panel(job, found, run))
+    with tracking(job.config, run) as state:
+        launch(run, num_ranks=hardware.ranks_per_node(job.config), use_gpus=hardware.gpus_per_node(job.config) > 0)
+        state["finished"] = True
+    outcome = json.loads(run.outcome.read_text())
+    console.print(end_panel(job, outcome, run, command))
+    return outcome
+
+
+@contextmanager
+def tracking(config: Config, run: RunDir) -> Iterator[dict[str, bool]]:
+    """MLflow follows the run's metrics.jsonl as long as the context lasts."""
+    state = {"finished": False}
+    if not config.tracker.mlflow.enabled:
+        yield state
+        return
+    run.metrics.touch()
+    shipper = MlflowShipper(run, mlflow_target(config, run))
+    try:
+        yield state
+    finally:
+        shipper.close(finished=state["finished"])
+
+
+def mlflow_target(config: Config, run: RunDir) -> MlflowTarget:
+    settings = config.tracker.mlflow
+    store = (Path(config.run.root) / "mlflow.db").absolute()
+    return MlflowTarget(
+        uri=settings.uri or f"sqlite:///{store}",
+        experiment=settings.experiment,
+        run_name=settings.run_name or run.path.name,
+        params=flatten(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)),
+    )
+
+
+def flatten(node: Any, at: str = "") -> dict[str, Any]:
+    """A nested config as dotted keys."""
+    if not isinstance(node, dict) or not node:
+        return {at: node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= flatten(value, f"{at}.{key}" if at else str(key))
+    return flat
+
+
+def start_panel(job: Job, found: Preflight, run: RunDir) -> Panel:
+    config = job.config
+    ranks, gpus = hardware.ranks_per_node(config), hardware.gpus_per_node(config)
+    rows = {
+        "student": config.model.student.path,
+        "teacher": config.model.teacher.path,
+        "loss": f"{config.loss.kl_type}, top-{config.loss.topk}, tail {config.loss.tail.value}",
+        "data": f"{found.num_train} training rows, {found.num_validation} for validation",
+        "steps": f"{found.num_steps(config)} of {config.rollout.prompts_per_step} prompts",
+        "ranks": f"{ranks} on {'GPUs' if gpus else 'the CPU'}",
+        "folder": _shown(run.path),
+    }
+    return Panel(_rows(rows), title="distill", title_align="left", expand=False)
+
+
+def end_panel(job: Job, outcome: dict[str, Any], run: RunDir, command: Sequence[str]) -> Panel:
+    """What came of it, where it lies, what to type next."""
+    rows = {}
+    if outcome["after"]:
+        parts = [f"{outcome['before']['accuracy']:.1%} before"] if outcome["before"] else []
+        parts.append(f"{outcome['after']['accuracy']:.1%} after")
+        if outcome["teacher"]:
+            parts.append(f"the teacher {outcome['teacher']['accuracy']:.1%}")
+        rows["accuracy"] = ", ".join(parts) + f" ({outcome['after']['num_samples']} held-out prompts)"
+    if outcome["gap_closed"] is not None:
+        rows["gap closed"] = f"{outcome['gap_closed']:.0%}"
+    rows["time"] = f"{outcome['num_steps']} steps in {outcome['seconds']:.0f} s"
+    rows["student"] = _shown(run.student)
+    rows["metrics"] = _shown(run.metrics)
+    if job.config.tracker.mlflow.enabled:
+        uri = mlflow_target(job.config, run).uri
+        rows["MLflow"] = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri
+    rows["next"] = " ".join(["distill", *_without_verb(command[1:]), next_override(job)])
+    return Panel(_rows(rows), title="done", title_align="left", expand=False)
+
+
+def next_override(job: Job) -> str:
+    """Something worth trying after this run."""
+    return "loss=reverse" if job.choices.get("loss") != "reverse" else "loss=forward"
+
+
+def sweep_table(rows: Sequence[tuple[Job, Path, dict[str, Any]]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "state", "accuracy", "gap closed"):
+        table.add_column(column)
+    for job, _, outcome in rows:
+        after, gap = outcome.get("after"), outcome.get("gap_closed")
+        table.add_row(
+            escape(" ".join(job.swept)),
+            outcome["state"],
+            f"{after['accuracy']:.3f}" if after else "",
+            f"{gap:.0%}" if gap is not None else "",
+        )
+    return table
+
+
+def _rows(rows: dict[str, str]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, escape(str(value)))
+    return table
+
+
+def _shown(path: Path) -> str:
+    """Relative to the current folder where it lies inside."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _without_verb(arguments: Sequence[str]) -> list[str]:
+    return [argument for argument in arguments if argument != "train" and not argument.startswith("loss=")]

@@ -1,0 +1,109 @@
+"""AdamW, its schedule, and one optimizer step over micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distill_cli.config.schema import Schedule, TrainConfig
+from distill_cli.errors import DistillError
+from distill_cli.losses.linear_topk import HeadOutput
+from distill_cli.parallel.mesh import Parallel
+from distill_cli.rollout.pack import MicroBatch, empty_micro_batch
+from distill_cli.student.model import Student
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step."""
+
+    loss: float
+    """Of the global batch: the mean over its response tokens."""
+    grad_norm: float
+    """Before clipping."""
+    num_response_tokens: int
+    """Of the global batch."""
+    outputs: list[HeadOutput]
+    """Of this rank's own micro-batches, in their order."""
+
+
+def build_optimizer(student: Student, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; matrices decay, vectors (norms, biases) do not."""
+    params = [param for param in student.parameters() if param.requires_grad]
+    groups = [
+        {"params": [param for param in params if param.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [param for param in params if param.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.lr, betas=tuple(train.betas), eps=train.eps)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, train: TrainConfig, *, num_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate over `num_steps` optimizer steps."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, train=train, num_steps=num_steps))
+
+
+def lr_factor(step: int, *, train: TrainConfig, num_steps: int) -> float:
+    """What `train.lr` is multiplied by at optimizer step `step`, counted from 0.
+
+    It rises linearly to 1 at step `warmup_steps`, and falls to 0 where the schedule does, at step `num_steps`.
+    """
+    if step < train.warmup_steps:
+        return (step + 1) / (train.warmup_steps + 1)
+    progress = min(1.0, (step - train.warmup_steps) / max(1, num_steps - train.warmup_steps))
+    match train.schedule:
+        case Schedule.constant:
+            return 1.0
+        case Schedule.linear:
+            return 1.0 - progress
+        case Schedule.cosine:
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def optimizer_step(
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    batches: Sequence[MicroBatch],
+    *,
+    topk: int,
+    max_grad_norm: float,
+    parallel: Parallel,
+) -> StepResult:
+    """Forward and backward over this rank's micro-batches of one global batch, clip, step. A collective.
+
+    How the global batch was cut into ranks and micro-batches changes neither loss nor gradient: each token's loss is
+    divided by the token count of all of them, and gradients are summed.
+
+    Raises:
+        DistillError: the loss or the gradient is not finite; the parameters are left as they were.
+    """
+    num_tokens = sum(batch.num_response_tokens for batch in batches)
+    total_tokens = parallel.all_sum(torch.tensor(float(num_tokens), device=parallel.device))
+    num_rounds = parallel.all_max(len(batches))
+    rounds = [*batches, *(empty_micro_batch(topk) for _ in range(num_rounds - len(batches)))]
+    loss, outputs = torch.zeros((), device=parallel.device), []
+    for number, batch in enumerate(rounds):
+        student.set_requires_gradient_sync(number == num_rounds - 1)
+        batch_loss, output = student(batch.to(parallel.device), num_loss_tokens=total_tokens.clamp(min=1))
+        batch_loss.backward()
+        loss += batch_loss.detach()
+        outputs.append(output)
+    parallel.all_sum(loss)
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).full_tensor()
+    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        optimizer.zero_grad(set_to_none=True)
+        raise DistillError(f"the loss ({float(loss)}) or its gradient's norm ({float(norm)}) is not finite")
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(
+        loss=float(loss),
+        grad_norm=float(norm),
+        num_response_tokens=int(total_tokens),
+        outputs=outputs[: len(batches)],
+    )

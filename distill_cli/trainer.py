@@ -1,0 +1,270 @@
+"""The loop: sync, sample, score, pack, train, record; now and then validate.
+
+Everything it works with is handed in, built by `worker`. One `step` reads top to bottom; every rank runs it, each with
+its share of the sequences, and enters the same collectives in the same order.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from distill_cli.config.schema import Config
+from distill_cli.data.prompts import PromptOrder
+from distill_cli.data.registry import Verifier
+from distill_cli.engines.sampler import Sampler
+from distill_cli.engines.scorer import Scorer
+from distill_cli.engines.settings import SamplingSettings
+from distill_cli.evaluate import Score, Validator
+from distill_cli.log import StepPrinter
+from distill_cli.losses.divergence import token_statistics
+from distill_cli.losses.linear_topk import HeadOutput
+from distill_cli.parallel.mesh import Parallel
+from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts, sequence_seed
+from distill_cli.rollout.pack import MicroBatch, pack
+from distill_cli.student.model import Student
+from distill_cli.student.optimizer import StepResult, optimizer_step
+from distill_cli.student.weights import named_parameters
+from distill_cli.track.recorder import MetricsFile
+from distill_cli.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run comes to."""
+
+    num_steps: int
+    seconds: float
+    before: Score | None
+    after: Score | None
+    teacher: Score | None
+
+    @property
+    def gap_closed(self) -> float | None:
+        """The share of the way from the student's start to the teacher; None where there was no gap to close."""
+        if not (self.before and self.after and self.teacher) or self.teacher.accuracy <= self.before.accuracy:
+            return None
+        return (self.after.accuracy - self.before.accuracy) / (self.teacher.accuracy - self.before.accuracy)
+
+
+class Stopwatch:
+    """Seconds by stage of the current step."""
+
+    def __init__(self, on_stage: Callable[[str], None]) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._on_stage = on_stage
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._on_stage(stage)
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - begin
+
+    def lap(self) -> dict[str, float]:
+        """`time/<stage>_s` since the last lap."""
+        metrics = {f"time/{stage}_s": seconds for stage, seconds in self.seconds.items()}
+        self.seconds.clear()
+        return metrics
+
+
+@dataclass
+class Trainer:
+    """One rank's side of a run."""
+
+    config: Config
+    parallel: Parallel
+    student: Student
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    sampler: Sampler
+    scorer: Scorer
+    prompts: PromptOrder
+    sampling: SamplingSettings
+    verify: Verifier | None
+    decode: Callable[[list[int]], str]
+    validator: Validator | None
+    metrics_file: MetricsFile | None
+    """The main rank's."""
+    printer: StepPrinter
+    num_steps: int
+    watch: Stopwatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Stopwatch(self.printer.stage)
+
+    def run(self) -> Result:
+        """Every step, with validation before, between and after as the config says. A collective."""
+        begin, settings = time.perf_counter(), self.config.eval
+        before = self.validate(self.sampler) if settings.at_start else None
+        teacher = self.validate(self.scorer) if settings.teacher and settings.at_start else None
+        self.record(0, self.baseline_metrics(before, teacher))
+        score = before
+        for step in range(1, self.num_steps + 1):
+            metrics = self.step(step)
+            if self.validates_at(step):
+                self.sync(step)
+                score = self.validate(self.sampler)
+                metrics |= score.metrics()
+            metrics |= self.watch.lap()
+            self.record(step, metrics)
+        after = score if self.validates_at(self.num_steps) else None
+        return Result(self.num_steps, time.perf_counter() - begin, before, after, teacher)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One step of the run, counted from 1; its metrics."""
+        begin = time.perf_counter()
+        with self.watch("sync"):
+            self.sync(step - 1)
+        rollouts = self.collect(step)
+        results = []
+        for global_batch in self.global_batches(rollouts):
+            with self.watch("pack"):
+                batches = pack(global_batch, max_tokens=self.config.train.micro_batch_tokens)
+            with self.watch("train"):
+                lr = self.schedule.get_last_lr()[0]
+                result = self.train(batches)
+            results.append((batches, result))
+        with self.watch("record"):
+            metrics = {"train/lr": lr, **self.train_metrics(results), **self.rollout_metrics(rollouts)}
+            seconds = time.perf_counter() - begin
+            metrics |= {
+                "time/step_s": seconds,
+                "perf/tokens_per_s": metrics["train/response_tokens"] / seconds,
+                "perf/peak_mem_gib": peak_memory_gib(self.parallel.device),
+            }
+        return metrics
+
+    def sync(self, version: int) -> None:
+        """The student's weights into the sampler's engine, unless it has them. A collective."""
+        if version != self.sampler.version:
+            self.sampler.sync(named_parameters(self.student), version=version)
+
+    def collect(self, step: int) -> list[Rollout]:
+        """This rank's share of the step's sequences, sampled, judged and scored."""
+        mine = self.share(step)
+        with self.watch("sample"):
+            rollouts = sample_rollouts(
+                [prompt for _, prompt in mine],
+                seeds=[sequence_seed(self.config.train.seed, step=step, sequence=number) for number, _ in mine],
+                sampler=self.sampler,
+                sampling=self.sampling,
+            )
+            if self.verify is not None:
+                judge_rollouts(rollouts, verify=self.verify, decode=self.decode)
+        with self.watch("score"):
+            score_rollouts(rollouts, scorer=self.scorer)
+        return rollouts
+
+    def train(self, batches: Sequence[MicroBatch]) -> StepResult:
+        """One optimizer step on this rank's part of a global batch. A collective."""
+        return optimizer_step(
+            self.student,
+            self.optimizer,
+            self.schedule,
+            batches,
+            topk=self.config.loss.topk,
+            max_grad_norm=self.config.train.max_grad_norm,
+            parallel=self.parallel,
+        )
+
+    def validate(self, engine: Sampler | Scorer) -> Score:
+        with self.watch("eval"):
+            return self.validator.run(engine)
+
+    def validates_at(self, step: int) -> bool:
+        settings = self.config.eval
+        periodic = settings.period > 0 and step % settings.period == 0
+        return periodic or (step == self.num_steps and settings.at_end)
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        if self.metrics_file is not None:
+            self.metrics_file.write(step, metrics)
+        self.printer.step(step, metrics)
+
+    def baseline_metrics(self, before: Score | None, teacher: Score | None) -> dict[str, float]:
+        metrics = before.metrics() if before else {}
+        if teacher:
+            metrics["val/teacher_accuracy"] = teacher.accuracy
+        return metrics | self.watch.lap()
+
+    def share(self, step: int) -> list[tuple[int, Prompt]]:
+        """(number, prompt) of each of this rank's sequences in the step, global batch after global batch.
+
+        A global batch is the same set of sequences on any number of ranks; the ranks take turns in it.
+        """
+        repeat, size = self.config.rollout.generations_per_prompt, self.config.train.global_batch_size
+        sequences = [prompt for prompt in self.prompts.batch(step - 1) for _ in range(repeat)]
+        return [
+            (number, sequences[number])
+            for begin in range(0, len(sequences), size)
+            for number in range(begin + self.parallel.data_rank, begin + size, self.parallel.data_size)
+        ]
+
+    def global_batches(self, rollouts: Sequence[Rollout]) -> Iterator[Sequence[Rollout]]:
+        """This rank's rollouts, cut where `share` went on to the next global batch."""
+        size = self.config.train.global_batch_size
+        mine = len(range(self.parallel.data_rank, size, self.parallel.data_size))
+        for begin in range(0, len(rollouts), mine):
+            yield rollouts[begin : begin + mine]
+
+    def train_metrics(self, results: Sequence[tuple[Sequence[MicroBatch], StepResult]]) -> dict[str, float]:
+        """Means over the response tokens of the step, of all ranks. A collective."""
+        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.parallel.device))
+        for batches, result in results:
+            for batch, output in zip(batches, result.outputs, strict=True):
+                for name, values_N in token_metrics(batch.to(self.parallel.device), output).items():
+                    sums[name] += values_N.sum()
+        num_tokens = sum(result.num_response_tokens for _, result in results)
+        names = sorted(sums)
+        totals = self.parallel.all_sum(torch.stack([sums[name] for name in names])).tolist()
+        loss = sum(result.loss * result.num_response_tokens for _, result in results)
+        return {
+            "train/loss": loss / max(num_tokens, 1),
+            "train/grad_norm": sum(result.grad_norm for _, result in results) / len(results),
+            "train/response_tokens": num_tokens,
+            **{name: total / max(num_tokens, 1) for name, total in zip(names, totals, strict=True)},
+        }
+
+    def rollout_metrics(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Means over the step's sequences, of all ranks. A collective."""
+        judged = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+        values = [
+            len(rollouts),
+            sum(len(rollout.sample.token_ids) for rollout in rollouts),
+            sum(rollout.sample.finish_reason == "length" for rollout in rollouts),
+            len(judged),
+            sum(judged),
+        ]
+        totals = torch.tensor(values, dtype=torch.float64, device=self.parallel.device)
+        number, length, truncated, num_judged, right = self.parallel.all_sum(totals).tolist()
+        metrics = {"rollout/mean_length": length / number, "rollout/truncated_rate": truncated / number}
+        if num_judged:
+            metrics["rollout/accuracy"] = right / num_judged
+        return metrics
+
+
+def token_metrics(batch: MicroBatch, output: HeadOutput) -> dict[str, torch.Tensor]:
+    """float [N] each, by the metric's name: what is averaged over response tokens."""
+    return {
+        **{f"train/{name}": v for name, v in token_statistics(batch.topk_logp, output.topk_logp_NK).items()},
+        "train/entropy": output.entropy_N,
+        "train/top1_agreement": (output.argmax_N == batch.topk_ids[:, 0]).float(),
+        # By the engine and by the trainer, of the same tokens: a broken sync shows here at once.
+        "rollout/engine_mismatch": (batch.sampler_logp - output.sampled_logp_N).abs(),
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The largest so far: the allocator's on a GPU, the process' resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

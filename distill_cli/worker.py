@@ -1,0 +1,57 @@
+"""What each torchrun rank runs: `python -m distill_cli.worker RUN_DIR`.
+
+Whatever a rank or a library prints goes to the rank's log; the main rank's standard output is kept for the lines that
+are meant for the user. Only then is torch imported, and `build` makes the trainer.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import IO
+
+from distill_cli.engines.process import prepare_process
+from distill_cli.errors import DistillError
+from distill_cli.launch.local import die_with_parent
+from distill_cli.log import log_to
+from distill_cli.rundir import RunDir, write_json
+
+
+def main() -> None:
+    run, rank = RunDir(Path(sys.argv[1])), int(os.environ["RANK"])
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
+    console = redirect_output(run.rank_log(rank), is_main=rank == 0)
+    try:
+        prepare_process()
+        from distill_cli.build import run_rank
+
+        run_rank(run, console)
+    except Exception as error:
+        traceback.print_exc()
+        message = " ".join(str(error).split())
+        if not isinstance(error, DistillError):
+            message = f"{type(error).__name__}: {message}"
+        write_json(run.rank_error(rank), {"time": time.time(), "message": message[:2000]})
+        sys.stderr.flush()
+        os._exit(1)  # other ranks may stand in a collective that this one will never enter
+
+
+def redirect_output(log_file: Path, *, is_main: bool) -> IO[str]:
+    """Standard output and error into the log, C code's too; returns the stream that the user sees."""
+    console = os.fdopen(os.dup(1), "w", buffering=1) if is_main else open(os.devnull, "w")  # noqa: SIM115
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stdout.reconfigure(line_buffering=True)
+    log_to(sys.stderr)
+    return console
+
+
+if __name__ == "__main__":
+    main()
