@@ -162,7 +162,14 @@ def build_trainer(
 def build_prompt_set(
     config: Config, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, key: str
 ) -> list[Prompt]:
-    return build_prompts(load_examples(spec, key=key), tokenizer, data=config.data, model=config.model)
+    room = config.rollout.max_sequence_length - config.rollout.max_new_tokens
+    return build_prompts(
+        load_examples(spec, key=key),
+        tokenizer,
+        data=config.data,
+        model=config.model,
+        max_tokens=config.data.max_prompt_tokens or room,
+    )
 
 
 def build_validator(config: Config, parallel: Parallel, tokenizer: PreTrainedTokenizerBase) -> Validator | None:

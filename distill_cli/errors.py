@@ -1,4 +1,4 @@
-"""Two kinds of failure: the user's input is wrong (exit status 2), or something failed while running (exit status 1)."""
+"""Two kinds of failure: the user's input is wrong (exit status 2), or something failed in a run (exit status 1)."""
 
 
 class DistillError(Exception):

@@ -44,7 +44,7 @@ def _loss(config: Config) -> Iterator[str]:
 
 
 def _rollout(config: Config) -> Iterator[str]:
-    rollout, prompt_tokens = config.rollout, config.data.max_prompt_tokens
+    rollout, prompt_tokens = config.rollout, config.data.max_prompt_tokens or 1
     yield from _at_least("rollout.prompts_per_step", rollout.prompts_per_step, 1)
     yield from _at_least("rollout.generations_per_prompt", rollout.generations_per_prompt, 1)
     yield from _at_least("rollout.max_new_tokens", rollout.max_new_tokens, 1)
@@ -55,8 +55,9 @@ def _rollout(config: Config) -> Iterator[str]:
     if room < prompt_tokens:
         yield (
             f"rollout.max_new_tokens={rollout.max_new_tokens}: leaves {max(room, 0)} of "
-            f"rollout.max_sequence_length={rollout.max_sequence_length} tokens for a prompt of up to "
-            f"data.max_prompt_tokens={prompt_tokens}; lower it, or raise rollout.max_sequence_length"
+            f"rollout.max_sequence_length={rollout.max_sequence_length} tokens for a prompt"
+            + (f" of up to data.max_prompt_tokens={prompt_tokens}" if config.data.max_prompt_tokens else "")
+            + "; lower it, or raise rollout.max_sequence_length"
         )
 
 
@@ -86,7 +87,8 @@ def _train(config: Config) -> Iterator[str]:
 
 
 def _data(config: Config) -> Iterator[str]:
-    yield from _at_least("data.max_prompt_tokens", config.data.max_prompt_tokens, 1)
+    if config.data.max_prompt_tokens is not None:
+        yield from _at_least("data.max_prompt_tokens", config.data.max_prompt_tokens, 1)
     if "{question}" not in config.data.prompt_template:
         yield f"data.prompt_template={config.data.prompt_template!r}: must contain {{question}}"
     if not config.data.train:

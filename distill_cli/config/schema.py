@@ -101,8 +101,8 @@ class DataConfig:
     prompt_template: str = "{question}"
     """The user's message; `{question}` stands for the row's question."""
     system_prompt: str | None = None
-    max_prompt_tokens: int = 1024
-    """Prompts that are longer are left out, and counted."""
+    max_prompt_tokens: int | None = None
+    """Prompts that are longer are left out, and counted; null is the room that rollout.max_new_tokens leaves."""
     shuffle: bool = True
     """A new order of the training prompts each epoch, by `train.seed`."""
     verifier: str | None = None

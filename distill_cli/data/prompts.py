@@ -30,11 +30,16 @@ def load_tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def build_prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, data: DataConfig, model: ModelConfig
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data: DataConfig,
+    model: ModelConfig,
+    max_tokens: int,
 ) -> list[Prompt]:
     """Each example through the prompt template, the chat template and the tokenizer.
 
-    Prompts of more than `data.max_prompt_tokens` are left out, with a warning that counts them.
+    Prompts of more than `max_tokens` are left out, with a warning that counts them.
 
     Raises:
         ConfigError: none is short enough, or a template fails (which row, which error).
@@ -45,15 +50,16 @@ def build_prompts(
             token_ids = _token_ids(example, tokenizer, data, model)
         except Exception as error:  # a template is the user's code: it raises what it likes
             raise ConfigError(f"row {index}: the prompt's template failed: {type(error).__name__}: {error}") from error
-        if 0 < len(token_ids) <= data.max_prompt_tokens:
+        if 0 < len(token_ids) <= max_tokens:
             prompts.append(Prompt(index=index, token_ids=token_ids, example=example))
     left_out = len(examples) - len(prompts)
     if not prompts:
         raise ConfigError(
-            f"data.max_prompt_tokens={data.max_prompt_tokens}: all {left_out} prompts are longer; raise it"
+            f"data.max_prompt_tokens={max_tokens}: all {left_out} prompts are longer; raise it, or lower "
+            "rollout.max_new_tokens, which shares rollout.max_sequence_length with the prompt"
         )
     if left_out:
-        log.warning("%d of %d prompts are longer than data.max_prompt_tokens and left out", left_out, len(examples))
+        log.warning("%d of %d prompts are longer than %d tokens and left out", left_out, len(examples), max_tokens)
     return prompts
 
 

@@ -1,7 +1,7 @@
 """Sources and verifiers by name: a file in data/sources or data/verifiers, or `pkg.module:function`.
 
-A source is a function `load(**keys) -> list[Example]`; its keyword arguments are the keys that `data.train` takes beside
-`source`, so a key that it does not know, or of another type, is refused here. A verifier is a function
+A source is a function `load(**keys) -> list[Example]`; its keyword arguments are the keys that `data.train` takes
+beside `source`, so a key that it does not know, or of another type, is refused here. A verifier is a function
 `verify(response, answer) -> float`.
 """
 

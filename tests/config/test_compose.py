@@ -1,0 +1,139 @@
+"""Composing: every YAML, and every mistake that Hydra alone lets through or stops at one by one."""
+
+from pathlib import Path
+
+import pytest
+
+from distill_cli.config.checks import config_problems, inert_overrides
+from distill_cli.config.compose import compose, conf_dir, load_config, save_config
+from distill_cli.config.overrides import group_choices, groups, known_keys
+from distill_cli.config.schema import Config
+from distill_cli.errors import ConfigError
+
+JSONL_PATHS = ["data.train.path=a.jsonl", "data.validation.path=b.jsonl"]
+CHOICES = [(g, c) for g in groups([conf_dir()]) for c in group_choices(g, [conf_dir()])]
+
+
+def problems_of(*argv: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        compose(argv)
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_yaml_composes_and_passes_the_checks(group: str, choice: str) -> None:
+    argv = [f"{group}={choice}"]
+    if choice == "jsonl" or (group == "model" and choice != "tiny"):
+        argv += JSONL_PATHS
+    if group == "rollout":  # answers of 7,168 tokens need the micro-batches that go with them
+        argv.append("train=default")
+    (job,) = compose(argv)
+    assert job.choices[group] == choice
+    assert config_problems(job.config) == []
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_yaml_opens_with_a_comment_for_ls(group: str, choice: str) -> None:
+    from distill_cli.listing import first_comment
+
+    assert len(first_comment(conf_dir() / group / f"{choice}.yaml")) > 5
+
+
+def test_the_default_is_the_tiny_pair_and_a_model_brings_its_own_recipe() -> None:
+    (tiny,) = compose([])
+    (qwen,) = compose(["model=qwen3_1.7b_4b", *JSONL_PATHS])
+    assert tiny.config.model.student.path == "package://tiny_pair/student"
+    assert tiny.config.data.train["source"] == "arithmetic"
+    assert qwen.config.train.lr == 2e-5
+    assert qwen.config.rollout.prompts_per_step == 128
+
+
+def test_what_is_typed_beats_the_choice_of_the_model() -> None:
+    (job,) = compose(["data=jsonl", *JSONL_PATHS, "train.lr=0.5"])
+    assert job.config.data.train["source"] == "jsonl"
+    assert job.config.train.lr == 0.5
+
+
+def test_a_sweep_is_a_list_of_jobs_with_what_tells_them_apart() -> None:
+    jobs = compose(["-m", "loss.topk=8,16", "loss.kl_weight=0.3,0.5", "train.seed=7"])
+    assert [job.swept for job in jobs] == [
+        [f"loss.topk={topk}", f"loss.kl_weight={weight}"] for topk in (8, 16) for weight in (0.3, 0.5)
+    ]
+    assert [(job.config.loss.topk, job.config.train.seed) for job in jobs] == [(8, 7), (8, 7), (16, 7), (16, 7)]
+
+
+def test_composing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    compose([])
+    compose(["-m", "train.seed=1,2"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("loss.topkk=3", "loss.topkk: unknown key; did you mean loss.topk?"),
+        ("+loss.zz=1", "loss.zz: unknown key"),
+        ("topk=3", "did you mean loss.topk?"),
+        ("train.lr=abc", "could not be converted to Float"),
+        ("loss.topk=3.5", "could not be converted to Integer"),
+        ("train.precision=bf17", "expected one of [bf16, fp32]"),
+        ("loss=mixd", "did you mean mixed?"),
+        ("loss=mixd", "(loss has: forward, jsd, mixed, reverse, skew_forward, skew_reverse)"),
+        ("~loss.topk", "keys cannot be removed"),
+        ("a b", "not an override"),
+        ("data=jsonl", "data.train.path: a value is needed"),
+    ],
+)
+def test_a_mistake_is_named(override: str, said: str) -> None:
+    assert any(said in problem for problem in problems_of(override))
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    assert len(problems_of("loss.topkk=3", "train.lr=abc", "loss=foo", "-m", "train.seed=1,x")) == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("loss.kl_weight=1.5", "loss.kl_weight=1.5: must lie in 0..1"),
+        ("loss.skew=-0.1", "loss.skew"),
+        ("loss.topk=0", "loss.topk=0: must be at least 1"),
+        ("loss.temperature=0", "loss.temperature=0.0: must be above 0"),
+        ("loss.temperature=nan", "loss.temperature"),
+        ("data.max_prompt_tokens=65", "leaves 64 of"),
+        ("rollout.max_new_tokens=128", "leaves 0 of rollout.max_sequence_length=128"),
+        ("rollout.top_k=0", "rollout.top_k"),
+        ("rollout.top_p=0", "rollout.top_p"),
+        ("train.global_batch_size=48", "must divide the 64 sequences"),
+        ("train.micro_batch_tokens=100", "does not fit"),
+        ("train.betas=[0.9]", "train.betas"),
+        ("train.lr=0", "train.lr"),
+        ("data.prompt_template=hello", "must contain {question}"),
+        ("data.verifier=null", "data.verifier=null"),
+        ("data.validation.source=null", ""),
+        ("cluster.nodes=2", "cluster.nodes=2"),
+        ("cluster.ranks_per_node=65", "more ranks than"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(override: str, said: str) -> None:
+    (job,) = compose([override])
+    found = config_problems(job.config)
+    assert any(said in problem for problem in found) or said == ""
+
+
+def test_a_key_that_the_loss_does_not_read_is_warned_of() -> None:
+    (job,) = compose(["loss=forward", "loss.kl_weight=0.3"])
+    assert "no effect with loss.kl_type=forward" in inert_overrides(job.config, job.overrides)[0]
+    (job,) = compose(["loss=mixed", "loss.kl_weight=0.3"])
+    assert inert_overrides(job.config, job.overrides) == []
+
+
+def test_a_config_survives_its_file(tmp_path: Path) -> None:
+    (job,) = compose(["loss.topk=7", "train.schedule=linear", "data.prompt_template='a: {question}'"])
+    save_config(job.config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == job.config
+
+
+def test_every_key_says_what_it_is_or_names_itself() -> None:
+    assert len(list(known_keys(Config))) > 60

@@ -1,0 +1,63 @@
+"""The package is a stack: a module imports only from layers below its own, and what answers fast imports no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "distill_cli"
+LAYERS = [  # the lowest first; a name is the first component under distill_cli
+    {"errors", "types"},
+    {"config"},
+    {"log", "rundir", "plugins", "modelpath", "hardware"},
+    {"parallel", "losses", "data", "engines", "track", "launch"},
+    {"rollout", "preflight"},
+    {"student", "evaluate"},
+    {"trainer"},
+    {"build"},
+    {"worker", "run", "listing", "doctor"},
+    {"plan"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+NO_TORCH = ["distill_cli.cli", "distill_cli.run", "distill_cli.plan", "distill_cli.doctor", "distill_cli.worker"]
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def unit(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> list[tuple[int, str]]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    me = unit(path)
+    if me == "__init__":
+        return
+    for line, name in imported_modules(path):
+        head, _, rest = name.partition(".")
+        other = rest.split(".")[0]
+        if head == "distill_cli" and other in LEVEL and other != me:
+            assert LEVEL[other] < LEVEL[me], f"{path}:{line} {me} imports {other}"
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {unit(path) for path in FILES} - {"__init__"} <= set(LEVEL)
+
+
+@pytest.mark.parametrize("module", NO_TORCH)
+def test_the_command_imports_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
