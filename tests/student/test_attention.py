@@ -1,0 +1,50 @@
+"""Packed attention against transformers' own, document by document."""
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from distill_cli.student import attention
+
+
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: tuple[int, ...], window: int | None
+) -> torch.Tensor:
+    length, groups = q.shape[2], q.shape[1] // k.shape[1]
+    document = torch.bucketize(torch.arange(length), torch.tensor(bounds[1:]), right=True)
+    i, j = torch.arange(length)[:, None], torch.arange(length)[None]
+    allowed = (document[:, None] == document[None]) & (j <= i) & (i - j < (window or length + 1))
+    scores = q @ k.repeat_interleave(groups, 1).transpose(-1, -2) / q.shape[-1] ** 0.5
+    return scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v.repeat_interleave(groups, 1)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("bounds", [(0, 9), (0, 1, 9), (0, 4, 5, 9)])
+def test_documents_do_not_see_each_other(bounds: tuple[int, ...], window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, 9, 8, generator=generator, dtype=torch.float64)
+    k, v = (torch.randn(1, 2, 9, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    out = attention.attend_packed(q, k, v, document_bounds=bounds, scale=None, window=window)
+    torch.testing.assert_close(out, dense(q, k, v, bounds, window))
+
+
+def test_a_packed_row_gives_each_document_what_it_gets_alone() -> None:
+    attention.register()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, attn_implementation=attention.NAME,
+    )  # fmt: skip
+    packed = Qwen3ForCausalLM(config).double().eval()
+    plain = Qwen3ForCausalLM(config).double().eval()
+    plain.load_state_dict(packed.state_dict())
+    plain.set_attn_implementation("eager")
+    documents = [torch.randint(0, 50, (n,)) for n in (5, 1, 7)]
+    logits = packed(
+        input_ids=torch.cat(documents)[None],
+        position_ids=torch.cat([torch.arange(len(d)) for d in documents])[None],
+        document_bounds=(0, 5, 6, 13),
+        use_cache=False,
+    ).logits[0]
+    alone = torch.cat([plain(input_ids=d[None], use_cache=False).logits[0] for d in documents])
+    torch.testing.assert_close(logits, alone, rtol=1e-9, atol=1e-9)
