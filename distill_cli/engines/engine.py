@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
-from distill_cli.engines.process import keep_process_state, patch_vllm, prepare_process
+from distill_cli.engines.process import keep_process_state, patch_vllm, prepare_process, release_memory
 from distill_cli.engines.settings import CPU_KV_CACHE_BYTES, EngineSettings
 from distill_cli.errors import ConfigError, DistillError
 
@@ -34,7 +35,11 @@ class Engine:
         self.settings = settings
         self.asleep = False
         self.llm = load(settings, role=role, **kwargs)
-        check_length(settings, model_config=self.llm.model_config, role=role)
+        try:
+            check_length(settings, model_config=self.llm.model_config, role=role)
+        except ConfigError:
+            self.close()
+            raise
 
     @property
     def vocab_size(self) -> int:
@@ -51,8 +56,7 @@ class Engine:
 
         Raises DistillError where vLLM refuses a request or fails in a step; the engine stays usable.
         """
-        if self.asleep:  # vLLM would wait for ever
-            raise DistillError(f"{self.role} is asleep: wake() comes before its next use")
+        self.check_awake()
         if not prompts:
             return []
         try:
@@ -60,7 +64,7 @@ class Engine:
         except BaseException as error:
             self.abort_requests()
             if isinstance(error, Exception):
-                raise DistillError(f"{self.role} failed ({self.settings.path}): {one_line(error)}") from error
+                raise DistillError(f"{self.role} failed ({self.settings.path}): {reason(error)}") from error
             raise
 
     def abort_requests(self) -> None:
@@ -68,8 +72,13 @@ class Engine:
         engine = self.llm.llm_engine
         engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
+    def check_awake(self) -> None:
+        if self.asleep:  # vLLM would wait for ever
+            raise DistillError(f"{self.role} is asleep: wake() comes before its next use")
+
     def call_worker(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(worker, *args)` where the model is: in this process, so arguments may be live objects."""
+        self.check_awake()
         return self.llm.collective_rpc(function, args=args)[0]
 
     def sleep(self, *, level: int) -> None:
@@ -96,6 +105,7 @@ class Engine:
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
+            release_memory()
 
 
 def check_settings(settings: EngineSettings, *, role: str) -> None:
@@ -124,6 +134,10 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    if os.path.isabs(settings.path) and not os.path.isdir(settings.path):
+        raise DistillError(
+            f"{role} could not load {settings.path}: there is no such folder"
+        )  # vLLM asks the hub for it
     on_cpu = current_platform.is_cpu()
     implied = {
         "revision": settings.revision,
@@ -147,7 +161,7 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
         with keep_process_state():
             return LLM(settings.path, **{**implied, **kwargs, **settings.kwargs})
     except Exception as error:
-        raise DistillError(f"{role} could not load {settings.path}: {one_line(error)}") from error
+        raise DistillError(f"{role} could not load {settings.path}: {reason(error)}") from error
 
 
 def check_token_ids(sequences: Sequence[list[int]], *, vocab_size: int, max_len: int, role: str) -> None:
@@ -159,7 +173,21 @@ def check_token_ids(sequences: Sequence[list[int]], *, vocab_size: int, max_len:
             raise DistillError(f"{role}: sequence {index} has token ids outside 0 to {vocab_size - 1}")
 
 
-def one_line(error: BaseException, *, max_length: int = 400) -> str:
-    text = " ".join(str(error).split()) or "no reason given"
-    text = f"{type(error).__name__}: {text}"
+def sampling_params(**fields: Any) -> Any:
+    """-> `vllm.SamplingParams` of a request whose log-probabilities stay tensors, of raw logits at temperature 1."""
+    from vllm import SamplingParams
+
+    from distill_cli.engines.logprobs import KEEP_TENSORS
+
+    try:
+        return SamplingParams(extra_args=dict(KEEP_TENSORS), **fields)
+    except Exception as error:  # vLLM's errors of validation have no common base in the versions that we allow
+        raise DistillError(f"vLLM refuses the sampling settings: {reason(error)}") from error
+
+
+def reason(error: BaseException, *, max_length: int = 400) -> str:
+    """An exception in one line, without the frame that pydantic puts around a message."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^\d+ validation errors? for \w+ (Value error, )?", "", text).split(" [type=")[0]
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= max_length else text[: max_length - 3] + "..."

@@ -39,8 +39,9 @@ def prepare_process(*, quiet: bool = True) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads_per_rank()))
     if quiet and "VLLM_LOGGING_LEVEL" not in os.environ:
         os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        )  # of the CPU worker's memory binding; torch reads it early
         logging.getLogger("vllm").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 

@@ -5,12 +5,13 @@ Tokens in and tokens out; text is never tokenized again.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from distill_cli.engines.engine import Engine, check_token_ids, one_line
+from distill_cli.engines.engine import Engine, check_token_ids, reason, sampling_params
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.weights import check_names_and_shapes, expected_shapes, full_tensors, load_weights
 from distill_cli.errors import DistillError
@@ -30,7 +31,8 @@ class Sampler:
     def __init__(self, settings: EngineSettings) -> None:
         self.version = 0
         """Which weights the engine has: what `sync` was last told, 0 for those of `settings.path`."""
-        self._has_weights = True
+        self._needs_sync = False
+        self._is_broken = False
         self._engine = Engine(settings, role="the sampler")
         model_config = self._engine.llm.model_config
         self._dtype: torch.dtype = model_config.dtype
@@ -43,8 +45,8 @@ class Sampler:
 
         Args:
             prompts: token ids; shorter than the engine's `max_model_len`.
-            seeds: one a prompt. A prompt, a seed and the weights decide the answer; a shared seed would give answers
-                that are correlated.
+            seeds: one a prompt, any integers. A prompt, a seed and the weights decide the answer; prompts that share a
+                seed get correlated answers.
 
         Returns:
             Samples whose `logp` is raw: at temperature 1 over the whole vocabulary, whatever `sampling` says.
@@ -54,12 +56,17 @@ class Sampler:
         """
         if len(prompts) != len(seeds):
             raise DistillError(f"the sampler got {len(prompts)} prompts and {len(seeds)} seeds")
-        if not self._has_weights:
-            raise DistillError("the sampler has no weights: sync() comes before its next use")
+        self._check_usable()
+        if self._needs_sync:
+            raise DistillError("the sampler has no weights since it slept: sync() comes before its next use")
+        if sampling.stop and self._engine.llm.model_config.skip_tokenizer_init:  # vLLM would ignore them
+            raise DistillError("the sampler has no tokenizer (skip_tokenizer_init): it cannot stop at strings")
         max_model_len = self._engine.settings.max_model_len
         check_token_ids(prompts, vocab_size=self._engine.vocab_size, max_len=max_model_len - 1, role="the sampler")
         params = [
-            request_params(sampling, seed=seed, max_tokens=min(sampling.max_new_tokens, max_model_len - len(prompt)))
+            request_params(
+                sampling, seed=fold_seed(seed), max_tokens=min(sampling.max_new_tokens, max_model_len - len(prompt))
+            )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         return [to_sample(output) for output in self._engine.generate(prompts, params)]
@@ -77,24 +84,29 @@ class Sampler:
 
         Raises:
             DistillError: a name or shape is wrong (the engine keeps its weights), or copying failed half-way (the
-                engine refuses to sample until a sync succeeds).
+                engine refuses all further use).
         """
+        self._check_usable()
         weights = list(named_tensors)
         check_names_and_shapes(weights, expected=self._expected, optional=self._optional)
-        self._has_weights = False
+        self._is_broken = True
         try:
             self._engine.call_worker(load_weights, full_tensors(weights, dtype=self._dtype))
         except Exception as error:
-            raise DistillError(f"sync of version {version} to the sampler failed: {one_line(error)}") from error
+            raise DistillError(f"sync of version {version} to the sampler failed: {reason(error)}") from error
         if not self._engine.llm.reset_prefix_cache():  # else old keys and values would answer for new weights
             raise DistillError("the sampler's prefix cache could not be reset after a sync: requests are still running")
-        self._has_weights = True
+        self._is_broken = self._needs_sync = False
         self.version = version
+
+    def _check_usable(self) -> None:
+        self._engine.check_awake()
+        if self._is_broken:
+            raise DistillError("the sampler's weights are incomplete since a sync failed half-way: build it again")
 
     def sleep(self) -> None:
         """Give the device's memory back, weights included: after `wake` the next `sync` brings them."""
-        if self._engine.settings.sleep_mode:
-            self._has_weights = False
+        self._needs_sync = self._engine.settings.sleep_mode
         self._engine.sleep(level=2)
 
     def wake(self) -> None:
@@ -108,11 +120,7 @@ class Sampler:
 
 def request_params(sampling: SamplingSettings, *, seed: int, max_tokens: int) -> Any:
     """-> `vllm.SamplingParams` of one request."""
-    from vllm import SamplingParams
-
-    from distill_cli.engines.logprobs import KEEP_TENSORS
-
-    return SamplingParams(
+    return sampling_params(
         max_tokens=max_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -123,8 +131,12 @@ def request_params(sampling: SamplingSettings, *, seed: int, max_tokens: int) ->
         ignore_eos=sampling.ignore_eos,
         logprobs=0,  # the sampled token's alone
         detokenize=bool(sampling.stop),
-        extra_args=dict(KEEP_TENSORS),
     )
+
+
+def fold_seed(seed: int) -> int:
+    """A seed's 32 bits for torch's CPU generator, which drops the higher ones: 0 and 2**32 would sample the same."""
+    return zlib.crc32(str(seed).encode())
 
 
 def to_sample(output: Any) -> Sample:

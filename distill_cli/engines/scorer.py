@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distill_cli.engines.engine import Engine, check_token_ids
+from distill_cli.engines.engine import Engine, check_token_ids, sampling_params
 from distill_cli.engines.settings import EngineSettings
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.types import TeacherScores
@@ -33,6 +33,8 @@ class Scorer:
         """
         if temperature <= 0:
             raise ConfigError(f"temperature of the scorer is {temperature}: it must be above 0")
+        if topk < 1:
+            raise ConfigError(f"topk is {topk}: it must be at least 1")
         self._topk = topk
         self._max_len = settings.max_model_len
         # vLLM wants room for the one token that every request samples, although that token never enters the model.
@@ -45,10 +47,10 @@ class Scorer:
             # A prefix from the cache has no logits to score, and reading it here gives uninitialised memory.
             enable_prefix_caching=False,
         )
-        if not 1 <= topk <= self._engine.vocab_size:
-            vocab_size = self._engine.vocab_size
+        vocab_size = self._engine.vocab_size
+        if topk > vocab_size:
             self.close()
-            raise ConfigError(f"topk is {topk}: it must be 1 to the teacher's vocabulary of {vocab_size}")
+            raise ConfigError(f"topk is {topk}: the teacher's vocabulary has {vocab_size} tokens, lower it")
         if temperature != 1.0:
             self._engine.call_worker(divide_logits, temperature)
 
@@ -64,7 +66,9 @@ class Scorer:
         """
         self._check(sequences, response_starts)
         scored = [index for index, start in enumerate(response_starts) if start < len(sequences[index])]
-        outputs = self._engine.generate([sequences[i] for i in scored], [self._request_params()] * len(scored))
+        # Every request of vLLM samples a token; this one is not looked at.
+        params = sampling_params(max_tokens=1, temperature=0.0, prompt_logprobs=self._topk, detokenize=False)
+        outputs = self._engine.generate([sequences[index] for index in scored], [params] * len(scored))
         scores = [empty_scores(self._topk) for _ in sequences]
         for index, output in zip(scored, outputs, strict=True):
             scores[index] = to_scores(output, start=response_starts[index])
@@ -80,20 +84,6 @@ class Scorer:
                     f"allowed are 1 to {len(ids)}"
                 )
         check_token_ids(sequences, vocab_size=self._engine.vocab_size, max_len=self._max_len, role="the scorer")
-
-    def _request_params(self) -> Any:
-        """-> `vllm.SamplingParams`: score the prompt and sample one token, since vLLM has no request without one."""
-        from vllm import SamplingParams
-
-        from distill_cli.engines.logprobs import KEEP_TENSORS
-
-        return SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=self._topk,
-            detokenize=False,
-            extra_args=dict(KEEP_TENSORS),
-        )
 
     def sleep(self) -> None:
         """Move the weights to host memory and drop the KV cache."""
@@ -135,7 +125,7 @@ def divide_logits(worker: Any, temperature: float) -> None:
     """
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    model = worker.model_runner.get_model()
+    model = worker.get_model()
     processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
     if not processors:
         raise DistillError(

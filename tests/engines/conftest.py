@@ -1,0 +1,79 @@
+"""Two tiny random models and an engine of each, shared by all tests here: an engine takes seconds to start."""
+
+import copy
+from dataclasses import replace
+
+from distill_cli.engines.process import prepare_process
+
+prepare_process()  # before torch
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from distill_cli.engines.sampler import Sampler  # noqa: E402
+from distill_cli.engines.scorer import Scorer  # noqa: E402
+from distill_cli.engines.settings import EngineSettings  # noqa: E402
+
+from .reference import MAX_LEN, make_model  # noqa: E402
+
+
+@pytest.fixture(scope="package")
+def process_group(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="package")
+def settings(tmp_path_factory):
+    """Settings of an engine without its model."""
+    return EngineSettings(
+        path="", max_model_len=MAX_LEN, dtype="float32", kv_cache_bytes=32 << 20, kwargs={"skip_tokenizer_init": True}
+    )
+
+
+@pytest.fixture(scope="package")
+def student_settings(tmp_path_factory, settings):
+    return replace(settings, path=str(tmp_path_factory.mktemp("student")))
+
+
+@pytest.fixture(scope="package")
+def teacher_settings(tmp_path_factory, settings):
+    return replace(settings, path=str(tmp_path_factory.mktemp("teacher")))
+
+
+@pytest.fixture(scope="package")
+def student(student_settings):
+    return make_model(student_settings.path, hidden_size=128, seed=1)
+
+
+@pytest.fixture(scope="package")
+def teacher(teacher_settings):
+    return make_model(teacher_settings.path, hidden_size=96, seed=2)
+
+
+@pytest.fixture(scope="package")
+def sampler(process_group, student, student_settings):
+    sampler = Sampler(student_settings)
+    yield sampler
+    sampler.close()
+
+
+@pytest.fixture(scope="package")
+def scorer(process_group, teacher, teacher_settings):
+    scorer = Scorer(teacher_settings, topk=16)
+    yield scorer
+    scorer.close()
+
+
+@pytest.fixture
+def changed_student(student, sampler):
+    """The student after a step of training; the sampler has its first weights again afterwards."""
+    changed = copy.deepcopy(student)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in changed.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    yield changed
+    sampler.sync(student.named_parameters(), version=0)

@@ -1,0 +1,54 @@
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distill_cli.engines.process import keep_process_state, num_threads_per_rank, replace_name
+from distill_cli.engines.scorer import Scorer
+from distill_cli.errors import DistillError
+
+from .reference import random_sequences
+
+
+def test_a_name_that_vllm_lacks_is_named():
+    with pytest.raises(DistillError, match=r"has no vllm.v1.engine.core.no_such_name"):
+        replace_name("vllm.v1.engine.core", "no_such_name", None)
+
+
+def test_process_state_is_kept(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.delenv("NUMEXPR_MAX_THREADS", raising=False)
+    set_num_threads, num_threads, random_state = torch.set_num_threads, torch.get_num_threads(), torch.get_rng_state()
+    with keep_process_state():
+        os.environ.update(LOCAL_WORLD_SIZE="1", NUMEXPR_MAX_THREADS="9")
+        torch.set_num_threads(num_threads + 1)
+        torch.set_num_threads = print
+        torch.manual_seed(1234)
+    assert os.environ["LOCAL_WORLD_SIZE"] == "4"
+    assert "NUMEXPR_MAX_THREADS" not in os.environ
+    assert torch.set_num_threads is set_num_threads
+    assert torch.get_num_threads() == num_threads
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_threads_are_shared_by_the_ranks_of_a_node(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert num_threads_per_rank() == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100000")
+    assert num_threads_per_rank() == 1
+
+
+def test_building_and_closing_an_engine_leaves_the_rest_alone(scorer, teacher_settings, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    random_state, num_threads = torch.get_rng_state(), torch.get_num_threads()
+    other = Scorer(teacher_settings, topk=4)
+    assert os.environ["LOCAL_WORLD_SIZE"] == "3"
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.get_num_threads() == num_threads
+    other.close()
+    other.close()
+    assert dist.is_initialized()
+    dist.all_reduce(torch.ones(1))
+    (scores,) = scorer.score(random_sequences([9]), response_starts=[3])
+    assert scores.topk_ids.shape == (6, 16)

@@ -1,0 +1,130 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distill_cli.engines.scorer import Scorer
+from distill_cli.errors import ConfigError, DistillError
+
+from .reference import MAX_LEN, VOCAB_SIZE, random_sequences, reference_logp
+
+TOLERANCE = 1e-4
+
+
+def assert_scores_equal_reference(scores, model, token_ids, *, start, topk, temperature=1.0):
+    logp_RV = reference_logp(model, token_ids, temperature=temperature)[start - 1 :]
+    targets_R1 = torch.tensor(token_ids[start:])[:, None]
+    num_response_tokens = len(token_ids) - start
+
+    assert scores.topk_ids.shape == scores.topk_logp.shape == (num_response_tokens, topk)
+    assert (scores.topk_ids.dtype, scores.topk_logp.dtype) == (torch.int32, torch.float32)
+    assert (scores.sampled_logp.dtype, scores.sampled_logp.shape) == (torch.float32, (num_response_tokens,))
+    torch.testing.assert_close(scores.sampled_logp, logp_RV.gather(-1, targets_R1)[:, 0], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(scores.topk_logp, logp_RV.topk(topk).values, atol=TOLERANCE, rtol=0)
+    # By value, not by id: two candidates may be equal up to rounding.
+    torch.testing.assert_close(logp_RV.gather(-1, scores.topk_ids.long()), scores.topk_logp, atol=TOLERANCE, rtol=0)
+
+
+def test_scores_equal_transformers_at_ragged_lengths(scorer, teacher):
+    lengths = [2, 3, 17, 128, 129, 200, MAX_LEN - 1, MAX_LEN]
+    starts = [1, 2, 5, 127, 1, 150, 300, 1]
+    sequences = random_sequences(lengths)
+    scores = scorer.score(sequences, response_starts=starts)
+    for sequence, start, result in zip(sequences, starts, scores, strict=True):
+        assert_scores_equal_reference(result, teacher, sequence, start=start, topk=16)
+
+
+def test_candidates_fall_and_differ(scorer):
+    (scores,) = scorer.score(random_sequences([60]), response_starts=[10])
+    assert (scores.topk_logp.diff(dim=-1) <= 0).all()
+    assert all(len(set(row)) == 16 for row in scores.topk_ids.tolist())
+
+
+@pytest.mark.parametrize(("topk", "temperature"), [(1, 0.5), (VOCAB_SIZE, 1.7)])
+def test_topk_and_temperature(process_group, teacher, teacher_settings, topk, temperature):
+    scorer = Scorer(teacher_settings, topk=topk, temperature=temperature)
+    sequences = random_sequences([40, 90])
+    for sequence, scores in zip(sequences, scorer.score(sequences, response_starts=[8, 30]), strict=True):
+        start = len(sequence) - len(scores.sampled_logp)
+        assert_scores_equal_reference(scores, teacher, sequence, start=start, topk=topk, temperature=temperature)
+        if topk == VOCAB_SIZE:  # full support: nothing is outside
+            torch.testing.assert_close(scores.topk_logp.exp().sum(-1), torch.ones(len(scores.sampled_logp)))
+    scorer.close()
+
+
+def test_prefill_in_chunks_changes_nothing(process_group, teacher, teacher_settings):
+    chunked = replace(teacher_settings, kwargs={"max_num_batched_tokens": 48, "max_num_seqs": 4})
+    scorer = Scorer(chunked, topk=16)
+    sequences = random_sequences([MAX_LEN, 47, 48, 49, 200])
+    for sequence, scores in zip(sequences, scorer.score(sequences, response_starts=[1, 2, 3, 4, 100]), strict=True):
+        start = len(sequence) - len(scores.sampled_logp)
+        assert_scores_equal_reference(scores, teacher, sequence, start=start, topk=16)
+    scorer.close()
+
+
+def test_shared_prefixes_are_not_taken_from_a_cache(scorer, teacher):
+    (prefix,) = random_sequences([260])
+    sequences = [prefix + [token] * 8 for token in (5, 6, 7)]
+    for _ in range(2):
+        for sequence, scores in zip(sequences, scorer.score(sequences, response_starts=[1] * 3), strict=True):
+            assert_scores_equal_reference(scores, teacher, sequence, start=1, topk=16)
+
+
+def test_empty_responses_give_empty_tensors(scorer, teacher):
+    sequences = random_sequences([1, 9, 12])
+    empty, scored, also_empty = scorer.score(sequences, response_starts=[1, 4, 12])
+    for scores in (empty, also_empty):
+        assert scores.topk_ids.shape == scores.topk_logp.shape == (0, 16)
+        assert (scores.topk_ids.dtype, scores.topk_logp.dtype) == (torch.int32, torch.float32)
+        assert scores.sampled_logp.shape == (0,)
+    assert_scores_equal_reference(scored, teacher, sequences[1], start=4, topk=16)
+    assert scorer.score([], response_starts=[]) == []
+
+
+@pytest.mark.parametrize(
+    ("sequences", "starts", "message"),
+    [
+        ([[3, 4]], [0], "response 0 starts at 0"),
+        ([[3, 4]], [3], "response 0 starts at 3"),
+        ([[3, 4], [5]], [1], "2 sequences and 1 response starts"),
+        ([[3, 4], [5, VOCAB_SIZE]], [1, 1], "sequence 1 has token ids outside"),
+        ([[3, -1]], [1], "sequence 0 has token ids outside"),
+        ([[3] * (MAX_LEN + 1)], [1], f"sequence 0 has {MAX_LEN + 1} tokens"),
+    ],
+)
+def test_bad_requests_are_refused_and_leave_the_engine_usable(scorer, teacher, sequences, starts, message):
+    with pytest.raises(DistillError, match=message):
+        scorer.score(sequences, response_starts=starts)
+    (good,) = random_sequences([30])
+    (scores,) = scorer.score([good], response_starts=[10])
+    assert_scores_equal_reference(scores, teacher, good, start=10, topk=16)
+
+
+def test_a_failure_inside_a_step_leaves_the_engine_usable(scorer, teacher, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("out of memory, say")
+
+    sequences = random_sequences([30, 31, 32])
+    with monkeypatch.context() as patch:
+        scorer._engine.call_worker(lambda worker: patch.setattr(worker.get_model(), "compute_logits", fail))
+        with pytest.raises(DistillError, match=r"the scorer failed .*out of memory, say"):
+            scorer.score(sequences, response_starts=[1, 1, 1])
+    (scores,) = scorer.score(sequences[:1], response_starts=[10])
+    assert_scores_equal_reference(scores, teacher, sequences[0], start=10, topk=16)
+
+
+@pytest.mark.parametrize(
+    ("topk", "temperature", "changes", "message"),
+    [
+        (VOCAB_SIZE + 1, 1.0, {}, "topk is 301"),
+        (0, 1.0, {}, "topk is 0"),
+        (8, 0.0, {}, "temperature of the scorer is 0"),
+        (8, 1.0, {"max_model_len": MAX_LEN + 1}, "has 320 positions"),
+        (8, 1.0, {"tensor_parallel": 2}, "tensor_parallel of the scorer is 2"),
+    ],
+)
+def test_impossible_settings_are_the_users_mistake(
+    process_group, teacher, teacher_settings, topk, temperature, changes, message
+):
+    with pytest.raises(ConfigError, match=message):
+        Scorer(replace(teacher_settings, **changes), topk=topk, temperature=temperature)

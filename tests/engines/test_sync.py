@@ -1,0 +1,133 @@
+import gc
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+
+from distill_cli.engines.sampler import Sampler, SamplingSettings
+from distill_cli.engines.weights import check_names_and_shapes, expected_shapes
+from distill_cli.errors import DistillError
+
+from .reference import random_sequences, sampled_reference_logp
+
+SAMPLING = SamplingSettings(max_new_tokens=12, ignore_eos=True)
+
+
+def error_of_logp(sampler, model, prompts):
+    """Largest difference between the sampler's log-probabilities and the model's."""
+    samples = sampler.sample(prompts, seeds=range(len(prompts)), sampling=SAMPLING)
+    return max(
+        (torch.tensor(sample.logp) - sampled_reference_logp(model, prompt, sample.token_ids)).abs().max().item()
+        for sample, prompt in zip(samples, prompts, strict=True)
+    )
+
+
+def test_sync_brings_new_weights_and_forgets_old_prefixes(sampler, student, changed_student):
+    prompts = random_sequences([300, 4])  # two blocks of the first would come from the prefix cache
+    assert error_of_logp(sampler, student, prompts) < 1e-4
+    assert error_of_logp(sampler, changed_student, prompts) > 0.1
+    sampler.sync(changed_student.named_parameters(), version=7)
+    assert sampler.version == 7
+    assert error_of_logp(sampler, changed_student, prompts) < 1e-4
+    sampler.sync(student.state_dict().items(), version=8)  # with the tied head's own name
+    assert error_of_logp(sampler, student, prompts) < 1e-4
+
+
+def without(weights, name):
+    return {key: tensor for key, tensor in weights.items() if key != name}
+
+
+NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: {**weights, "model.extra": torch.zeros(2)}, "model.extra is not a parameter"),
+        (lambda weights: without(weights, NORM), f"{NORM} is missing"),
+        (lambda weights: {**weights, QUERY: weights[QUERY][:-1]}, f"{QUERY} has shape .127, 128., the engine's"),
+    ],
+)
+def test_wrong_weights_are_refused_and_leave_the_engine_as_it_was(sampler, student, changed_student, change, message):
+    prompts = random_sequences([20])
+    with pytest.raises(DistillError, match=message):
+        sampler.sync(change(dict(changed_student.named_parameters())).items(), version=9)
+    assert sampler.version != 9
+    assert error_of_logp(sampler, student, prompts) < 1e-4
+    sampler.sync(changed_student.named_parameters(), version=9)
+    assert error_of_logp(sampler, changed_student, prompts) < 1e-4
+
+
+def test_check_of_names_and_shapes():
+    expected = {"a": torch.Size([2]), "b": torch.Size([3])}
+    a, b = ("a", torch.zeros(2)), ("b", torch.zeros(3))
+    check_names_and_shapes([a, b], expected=expected, optional=set())
+    check_names_and_shapes([a], expected=expected, optional={"b"})
+    with pytest.raises(DistillError, match="twice"):
+        check_names_and_shapes([a, b, b], expected=expected, optional=set())
+    with pytest.raises(DistillError, match="b is missing"):
+        check_names_and_shapes([a], expected=expected, optional=set())
+
+
+def test_expected_shapes_are_the_models_own(student):
+    shapes, tied = expected_shapes(student.config, trust_remote_code=False)
+    assert tied == {"lm_head.weight"}
+    assert {name: tensor.shape for name, tensor in student.named_parameters()} == {
+        name: shape for name, shape in shapes.items() if name not in tied
+    }
+
+
+def test_twenty_syncs_hold_no_memory(sampler, student):
+    def resident_mib():
+        gc.collect()
+        return psutil.Process().memory_info().rss / 2**20
+
+    weights = list(student.named_parameters())
+    for _ in range(3):
+        sampler.sync(weights, version=0)
+    before = resident_mib()
+    for _ in range(20):
+        sampler.sync(weights, version=0)
+    size_mib = sum(tensor.nbytes for _, tensor in weights) / 2**20
+    assert resident_mib() - before < 5 * size_mib
+
+
+def test_a_sampler_that_sleeps_wants_waking_and_weights(process_group, student, student_settings):
+    sampler = Sampler(replace(student_settings, sleep_mode=True))
+    prompts = random_sequences([5])
+    sampler.sleep()
+    sampler.sleep()
+    with pytest.raises(DistillError, match=r"asleep: wake\(\)"):
+        sampler.sample(prompts, seeds=[1], sampling=SAMPLING)
+    with pytest.raises(DistillError, match=r"asleep: wake\(\)"):
+        sampler.sync(student.named_parameters(), version=1)
+    sampler.wake()
+    with pytest.raises(DistillError, match=r"sync\(\) comes before"):
+        sampler.sample(prompts, seeds=[1], sampling=SAMPLING)
+    sampler.sync(student.named_parameters(), version=1)
+    assert error_of_logp(sampler, student, prompts) < 1e-4
+    sampler.close()
+
+
+def test_a_sync_that_fails_half_way_ends_the_engine(process_group, student, student_settings):
+    class Lost(torch.Tensor):
+        """A parameter that cannot be read, as when a rank is gone."""
+
+        def detach(self):
+            raise RuntimeError("connection closed by peer")
+
+    sampler = Sampler(student_settings)
+    weights = dict(student.named_parameters())
+    weights[QUERY] = weights[QUERY].as_subclass(Lost)
+    with pytest.raises(DistillError, match=r"sync of version 1 .*connection closed by peer"):
+        sampler.sync(weights.items(), version=1)
+    with pytest.raises(DistillError, match="build it again"):
+        sampler.sample(random_sequences([5]), seeds=[1], sampling=SAMPLING)
+    sampler.close()
+
+
+def test_sleep_does_nothing_without_sleep_mode(sampler, student):
+    sampler.sleep()
+    assert error_of_logp(sampler, student, random_sequences([5])) < 1e-4
+    sampler.wake()
