@@ -255,7 +255,7 @@ class Trainer:
 def token_metrics(batch: MicroBatch, output: HeadOutput) -> dict[str, torch.Tensor]:
     """float [N] each, by the metric's name: what is averaged over response tokens."""
     return {
-        **{f"train/{name}": v for name, v in token_statistics(batch.topk_logp, output.topk_logp_NK).items()},
+        **{f"train/{name}": v for name, v in token_statistics(batch.topk_logp, output.student_logp_NC).items()},
         "train/entropy": output.entropy_N,
         "train/top1_agreement": (output.argmax_N == batch.topk_ids[:, 0]).float(),
         # By the engine and by the trainer, of the same tokens: a broken sync shows here at once.

@@ -119,9 +119,10 @@ def _is_known(schema: DictConfig, key: str) -> bool:
     for part in key.split("."):
         if not isinstance(node, DictConfig):
             return False
-        if not dataclasses.is_dataclass(OmegaConf.get_type(node)):
+        kind = OmegaConf.get_type(node)
+        if not dataclasses.is_dataclass(kind):
             return True  # inside a dictionary: its reader judges
-        if part not in node:
+        if part not in {field.name for field in dataclasses.fields(kind)}:
             return False
         node = node._get_node(part)
     return True

@@ -3,7 +3,7 @@
 The order of wrapping is the order of the lines of `wrap`. Parameters are float32; `train.precision=bf16` computes in
 bfloat16 and reduces gradients in float32.
 
-Shape letters: N response tokens, K the teacher's top-k, H hidden size, V vocabulary.
+Shape letters: T tokens of the packed row, N response tokens, n of a chunk, C the top-k and the rest, H hidden size.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Student(nn.Module):
             document_bounds=batch.document_bounds,
         ).last_hidden_state
 
-        def token_loss(student_logp_NK: torch.Tensor, entropy_N: torch.Tensor, rows: slice) -> torch.Tensor:
-            return self.loss(batch.topk_logp[rows], student_logp_NK, entropy_N) / num_loss_tokens
+        def token_loss(student_logp_nC: torch.Tensor, entropy_n: torch.Tensor, rows: slice) -> torch.Tensor:
+            return self.loss(batch.topk_logp[rows], student_logp_nC, entropy_n) / num_loss_tokens
 
         out = linear_topk_loss(
             hidden_1TH[0, batch.rows],

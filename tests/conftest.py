@@ -1,0 +1,25 @@
+"""What several test folders share: small model folders made on the spot."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder that looks like a model to everything that only reads configs and vocabularies."""
+
+    def make(name: str, *, vocab: dict[str, int] | None = None, vocab_size: int = 8, **config: object) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        vocab = vocab if vocab is not None else {f"t{i}": i for i in range(vocab_size)}
+        (folder / "config.json").write_text(json.dumps({"vocab_size": vocab_size, "eos_token_id": 0, **config}))
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": []}))
+        save_file({"w": torch.zeros(3, 4)}, folder / "model.safetensors")
+        return folder
+
+    return make

@@ -1,0 +1,105 @@
+"""What is found before an engine starts, all of it at once."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distill_cli import hardware
+from distill_cli.config.compose import compose
+from distill_cli.errors import ConfigError
+from distill_cli.plan import num_parameters
+from distill_cli.preflight import preflight
+
+MakeModel = Callable[..., Path]
+
+
+def problems_of(*argv: str) -> str:
+    (job,) = compose(argv)
+    with pytest.raises(ConfigError) as caught:
+        preflight(job.config)
+    return str(caught.value)
+
+
+def pair(student: Path, teacher: Path) -> list[str]:
+    return [f"model.student.path={student}", f"model.teacher.path={teacher}", "loss.topk=4"]
+
+
+def test_a_good_pair_passes(make_model: MakeModel) -> None:
+    (job,) = compose(pair(make_model("s"), make_model("t")))
+    found = preflight(job.config)
+    assert found.num_train == 20000
+    assert found.num_steps(job.config) == job.config.train.max_steps
+    assert num_parameters(found.student) == 12
+
+
+def test_a_path_that_is_not_there_or_is_no_model(tmp_path: Path, make_model: MakeModel) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pickles").mkdir()
+    (tmp_path / "pickles" / "config.json").write_text('{"vocab_size": 8}')
+    (tmp_path / "pickles" / "pytest_model.bin").write_bytes(b"")
+    student = make_model("s")
+    assert "model.teacher.path" in problems_of(*pair(student, tmp_path / "none"))
+    assert "no such folder" in problems_of(*pair(student, tmp_path / "none"))
+    assert "no Hugging Face model is there" in problems_of(*pair(student, tmp_path / "empty"))
+    assert "no weights are there" in problems_of(*pair(student, tmp_path / "pickles"))
+
+
+def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = problems_of("model.student.path=nobody/nothing")
+    assert "model.student.path=nobody/nothing: no such folder, and not to be had from the hub" in said
+
+
+def test_different_vocabularies_are_refused_with_a_token_that_differs(make_model: MakeModel) -> None:
+    swapped = {"t1": 0, "t0": 1, **{f"t{i}": i for i in range(2, 8)}}
+    said = problems_of(*pair(make_model("s"), make_model("t", vocab=swapped)))
+    assert "2 tokens have different ids, such as 't0' (0 and 1)" in said
+    said = problems_of(*pair(make_model("s2"), make_model("t2", vocab={f"t{i}": i for i in range(8)}, vocab_size=16)))
+    assert "vocabulary of 16" in said
+
+
+def test_more_top_k_than_vocabulary(make_model: MakeModel) -> None:
+    said = problems_of(*pair(make_model("s"), make_model("t")), "loss.topk=9")
+    assert "loss.topk=9: must be at most the vocabulary of 8" in said
+
+
+def test_a_sequence_longer_than_a_model_s_positions(make_model: MakeModel) -> None:
+    said = problems_of(*pair(make_model("s", max_position_embeddings=100), make_model("t")))
+    assert "the student has 100 positions" in said
+
+
+def test_other_end_tokens_and_templates_are_warned_of(make_model: MakeModel) -> None:
+    teacher = make_model("t", eos_token_id=3)
+    (teacher / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
+    (job,) = compose(pair(make_model("s"), teacher))
+    warnings = " ".join(preflight(job.config).warnings)
+    assert "ends with tokens [0] and the teacher with [3]" in warnings
+    assert "different chat templates" in warnings
+
+
+def test_a_gpu_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "visible_gpus", lambda: 0)
+    assert "cluster.gpus_per_node=1: this machine has 0 visible GPUs" in problems_of("cluster.gpus_per_node=1")
+
+
+def test_a_loss_that_does_not_exist() -> None:
+    assert "loss.kl_type=revers: must be one of" in problems_of("loss.kl_type=revers")
+    assert "No module named" in problems_of("loss.kl_type=nowhere_at_all:kl")
+
+
+def test_too_few_prompts_for_a_step() -> None:
+    assert "the training data has only 10 rows" in problems_of("data.train.size=10")
+
+
+def test_everything_at_once(tmp_path: Path) -> None:
+    said = problems_of(
+        f"model.student.path={tmp_path}/none",
+        "data=jsonl",
+        f"data.train.path={tmp_path}/none.jsonl",
+        f"data.validation.path={tmp_path}/none.jsonl",
+        "loss.kl_weight=7",
+        "data.verifier=exactly",
+    )
+    assert len(said.splitlines()) == 5
