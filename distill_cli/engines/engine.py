@@ -67,6 +67,14 @@ class Engine:
                 raise DistillError(f"{self.role} failed ({self.settings.path}): {reason(error)}") from error
             raise
 
+    def check_token_ids(self, sequences: Sequence[list[int]], *, max_len: int) -> None:
+        """Refuse what would fail inside a step: an empty or too long sequence, an id outside the vocabulary."""
+        for index, ids in enumerate(sequences):
+            if not 1 <= len(ids) <= max_len:
+                raise DistillError(f"{self.role}: sequence {index} has {len(ids)} tokens, allowed are 1 to {max_len}")
+            if min(ids) < 0 or max(ids) >= self.vocab_size:
+                raise DistillError(f"{self.role}: sequence {index} has token ids outside 0 to {self.vocab_size - 1}")
+
     def abort_requests(self) -> None:
         """Drop whatever is pending: after an exception inside a step the next `generate` would wait for it for ever."""
         engine = self.llm.llm_engine
@@ -164,17 +172,8 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
         raise DistillError(f"{role} could not load {settings.path}: {reason(error)}") from error
 
 
-def check_token_ids(sequences: Sequence[list[int]], *, vocab_size: int, max_len: int, role: str) -> None:
-    """Refuse what would fail inside a step: an empty or too long sequence, an id outside the vocabulary."""
-    for index, ids in enumerate(sequences):
-        if not 1 <= len(ids) <= max_len:
-            raise DistillError(f"{role}: sequence {index} has {len(ids)} tokens, allowed are 1 to {max_len}")
-        if not (min(ids) >= 0 and max(ids) < vocab_size):
-            raise DistillError(f"{role}: sequence {index} has token ids outside 0 to {vocab_size - 1}")
-
-
-def sampling_params(**fields: Any) -> Any:
-    """-> `vllm.SamplingParams` of a request whose log-probabilities stay tensors, of raw logits at temperature 1."""
+def request_params(**fields: Any) -> Any:
+    """-> `vllm.SamplingParams` of a request whose log-probabilities stay tensors."""
     from vllm import SamplingParams
 
     from distill_cli.engines.logprobs import KEEP_TENSORS

@@ -1,17 +1,13 @@
-"""The student's engine: writes answers, and takes new weights from the trainer in the same process.
-
-Tokens in and tokens out; text is never tokenized again.
-"""
+"""The student's engine: writes answers, and takes new weights from the trainer in the same process."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 
-from distill_cli.engines.engine import Engine, check_token_ids, reason, sampling_params
+from distill_cli.engines.engine import Engine, reason
+from distill_cli.engines.sampling import sample
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.weights import check_names_and_shapes, expected_shapes, full_tensors, load_weights
 from distill_cli.errors import DistillError
@@ -23,9 +19,10 @@ __all__ = ["Sampler", "SamplingSettings"]
 class Sampler:
     """Samples the student.
 
-    sampler = Sampler(settings)
-    samples = sampler.sample(prompts, seeds=seeds, sampling=SamplingSettings(max_new_tokens=256))
-    sampler.sync(model.named_parameters(), version=step)
+    For example:
+        sampler = Sampler(settings)
+        samples = sampler.sample(prompts, seeds=seeds, sampling=SamplingSettings(max_new_tokens=256))
+        sampler.sync(model.named_parameters(), version=step)
     """
 
     def __init__(self, settings: EngineSettings) -> None:
@@ -41,35 +38,11 @@ class Sampler:
         )
 
     def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
-        """One answer to each prompt, in their order.
-
-        Args:
-            prompts: token ids; shorter than the engine's `max_model_len`.
-            seeds: one a prompt, any integers. A prompt, a seed and the weights decide the answer; prompts that share a
-                seed get correlated answers.
-
-        Returns:
-            Samples whose `logp` is raw: at temperature 1 over the whole vocabulary, whatever `sampling` says.
-
-        Raises:
-            DistillError: a bad request, or a failure in the engine, which stays usable.
-        """
-        if len(prompts) != len(seeds):
-            raise DistillError(f"the sampler got {len(prompts)} prompts and {len(seeds)} seeds")
+        """One answer to each prompt, in their order; see `distill_cli.engines.sampling.sample`."""
         self._check_usable()
         if self._needs_sync:
             raise DistillError("the sampler has no weights since it slept: sync() comes before its next use")
-        if sampling.stop and self._engine.llm.model_config.skip_tokenizer_init:  # vLLM would ignore them
-            raise DistillError("the sampler has no tokenizer (skip_tokenizer_init): it cannot stop at strings")
-        max_model_len = self._engine.settings.max_model_len
-        check_token_ids(prompts, vocab_size=self._engine.vocab_size, max_len=max_model_len - 1, role="the sampler")
-        params = [
-            request_params(
-                sampling, seed=fold_seed(seed), max_tokens=min(sampling.max_new_tokens, max_model_len - len(prompt))
-            )
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        return [to_sample(output) for output in self._engine.generate(prompts, params)]
+        return sample(self._engine, prompts, seeds=seeds, sampling=sampling)
 
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Replace the engine's weights with the trainer's. A collective where they are DTensors.
@@ -116,31 +89,3 @@ class Sampler:
     def close(self) -> None:
         """Free the engine: before `destroy_process_group`."""
         self._engine.close()
-
-
-def request_params(sampling: SamplingSettings, *, seed: int, max_tokens: int) -> Any:
-    """-> `vllm.SamplingParams` of one request."""
-    return sampling_params(
-        max_tokens=max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        seed=seed,
-        stop=list(sampling.stop),
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=sampling.ignore_eos,
-        logprobs=0,  # the sampled token's alone
-        detokenize=bool(sampling.stop),
-    )
-
-
-def fold_seed(seed: int) -> int:
-    """A seed's 32 bits for torch's CPU generator, which drops the higher ones: 0 and 2**32 would sample the same."""
-    return zlib.crc32(str(seed).encode())
-
-
-def to_sample(output: Any) -> Sample:
-    completion = output.outputs[0]
-    if completion.finish_reason not in ("stop", "length"):
-        raise DistillError(f"the sampler ended a response with {completion.finish_reason!r}")
-    return Sample(list(completion.token_ids), list(completion.logprobs), completion.finish_reason)

@@ -5,22 +5,25 @@ Shape letters: R response tokens of one sequence, K the teacher's top-k.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from distill_cli.engines.engine import Engine, check_token_ids, sampling_params
-from distill_cli.engines.settings import EngineSettings
+from distill_cli.engines.engine import Engine, request_params
+from distill_cli.engines.sampling import sample
+from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.types import TeacherScores
+from distill_cli.types import Sample, TeacherScores
 
 
 class Scorer:
     """Scores sequences with the teacher.
 
-    scorer = Scorer(settings, topk=64, temperature=1.0)
-    scores = scorer.score(sequences, response_starts=[len(prompt) for prompt in prompts])
+    For example:
+        scorer = Scorer(settings, topk=64, temperature=1.0)
+        scores = scorer.score(sequences, response_starts=[len(prompt) for prompt in prompts])
     """
 
     def __init__(self, settings: EngineSettings, *, topk: int, temperature: float = 1.0) -> None:
@@ -36,14 +39,12 @@ class Scorer:
         if topk < 1:
             raise ConfigError(f"topk is {topk}: it must be at least 1")
         self._topk = topk
-        self._max_len = settings.max_model_len
         # vLLM wants room for the one token that every request samples, although that token never enters the model.
         self._engine = Engine(
             settings,
             role="the scorer",
             max_model_len=settings.max_model_len + 1,
             max_logprobs=topk,
-            skip_tokenizer_init=True,
             # A prefix from the cache has no logits to score, and reading it here gives uninitialised memory.
             enable_prefix_caching=False,
         )
@@ -51,8 +52,11 @@ class Scorer:
         if topk > vocab_size:
             self.close()
             raise ConfigError(f"topk is {topk}: the teacher's vocabulary has {vocab_size} tokens, lower it")
-        if temperature != 1.0:
-            self._engine.call_worker(divide_logits, temperature)
+        self._temperature = temperature
+        self._logits_processors = self._engine.call_worker(logits_processors)
+        if temperature != 1.0 and not self._logits_processors:
+            self.close()
+            raise ConfigError(f"loss.temperature is {temperature}: {settings.path} allows only 1 in vLLM")
 
     def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:
         """The teacher's view of each sequence, in their order.
@@ -67,12 +71,17 @@ class Scorer:
         self._check(sequences, response_starts)
         scored = [index for index, start in enumerate(response_starts) if start < len(sequences[index])]
         # Every request of vLLM samples a token; this one is not looked at.
-        params = sampling_params(max_tokens=1, temperature=0.0, prompt_logprobs=self._topk, detokenize=False)
-        outputs = self._engine.generate([sequences[index] for index in scored], [params] * len(scored))
+        params = request_params(max_tokens=1, temperature=0.0, prompt_logprobs=self._topk, detokenize=False)
+        with self._divided_logits():
+            outputs = self._engine.generate([sequences[index] for index in scored], [params] * len(scored))
         scores = [empty_scores(self._topk) for _ in sequences]
         for index, output in zip(scored, outputs, strict=True):
             scores[index] = to_scores(output, start=response_starts[index])
         return scores
+
+    def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
+        """The teacher's own answers, to measure it by; see `distill_cli.engines.sampling.sample`."""
+        return sample(self._engine, prompts, seeds=seeds, sampling=sampling)
 
     def _check(self, sequences: Sequence[list[int]], response_starts: Sequence[int]) -> None:
         if len(sequences) != len(response_starts):
@@ -83,7 +92,21 @@ class Scorer:
                     f"the scorer: response {index} starts at {start} in a sequence of {len(ids)} tokens, "
                     f"allowed are 1 to {len(ids)}"
                 )
-        check_token_ids(sequences, vocab_size=self._engine.vocab_size, max_len=self._max_len, role="the scorer")
+        self._engine.check_token_ids(sequences, max_len=self._engine.settings.max_model_len)
+
+    @contextmanager
+    def _divided_logits(self) -> Iterator[None]:
+        """Divide the model's logits by the temperature, which vLLM leaves out of a prompt's log-probabilities.
+
+        A 16-bit model rounds its logits once more, unless the temperature is a power of two.
+        """
+        for processor, scale in self._logits_processors:
+            processor.scale = scale / self._temperature
+        try:
+            yield
+        finally:
+            for processor, scale in self._logits_processors:
+                processor.scale = scale
 
     def sleep(self) -> None:
         """Move the weights to host memory and drop the KV cache."""
@@ -118,18 +141,8 @@ def empty_scores(topk: int) -> TeacherScores:
     )
 
 
-def divide_logits(worker: Any, temperature: float) -> None:
-    """Inside vLLM's worker: log-probabilities of a prompt know no temperature, so the model's logits get it.
-
-    A 16-bit model rounds its logits once more, unless the temperature is a power of two.
-    """
+def logits_processors(worker: Any) -> list[tuple[Any, float]]:
+    """Inside vLLM's worker: the modules that scale the model's logits, each with its scale."""
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    model = worker.get_model()
-    processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
-    if not processors:
-        raise DistillError(
-            f"{type(model).__name__} has no LogitsProcessor in vLLM: only loss.temperature=1 is possible"
-        )
-    for processor in processors:
-        processor.scale /= temperature
+    return [(module, module.scale) for module in worker.get_model().modules() if isinstance(module, LogitsProcessor)]

@@ -3,10 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distill_cli.engines.sampler import SamplingSettings
 from distill_cli.engines.scorer import Scorer
 from distill_cli.errors import ConfigError, DistillError
 
-from .reference import MAX_LEN, VOCAB_SIZE, random_sequences, reference_logp
+from .reference import MAX_LEN, VOCAB_SIZE, random_sequences, reference_logp, sampled_reference_logp
 
 TOLERANCE = 1e-4
 
@@ -44,6 +45,11 @@ def test_candidates_fall_and_differ(scorer):
 def test_topk_and_temperature(process_group, teacher, teacher_settings, topk, temperature):
     scorer = Scorer(teacher_settings, topk=topk, temperature=temperature)
     sequences = random_sequences([40, 90])
+    # Its own answers know nothing of the temperature that it scores at.
+    greedy = SamplingSettings(max_new_tokens=10, temperature=0.0, ignore_eos=True)
+    for prompt, answer in zip(sequences, scorer.sample(sequences, seeds=[1, 2], sampling=greedy), strict=True):
+        expected = sampled_reference_logp(teacher, prompt, answer.token_ids)
+        torch.testing.assert_close(torch.tensor(answer.logp), expected, atol=TOLERANCE, rtol=0)
     for sequence, scores in zip(sequences, scorer.score(sequences, response_starts=[8, 30]), strict=True):
         start = len(sequence) - len(scores.sampled_logp)
         assert_scores_equal_reference(scores, teacher, sequence, start=start, topk=topk, temperature=temperature)
@@ -53,7 +59,9 @@ def test_topk_and_temperature(process_group, teacher, teacher_settings, topk, te
 
 
 def test_prefill_in_chunks_changes_nothing(process_group, teacher, teacher_settings):
-    chunked = replace(teacher_settings, kwargs={"max_num_batched_tokens": 48, "max_num_seqs": 4})
+    chunked = replace(
+        teacher_settings, kwargs={**teacher_settings.kwargs, "max_num_batched_tokens": 48, "max_num_seqs": 4}
+    )
     scorer = Scorer(chunked, topk=16)
     sequences = random_sequences([MAX_LEN, 47, 48, 49, 200])
     for sequence, scores in zip(sequences, scorer.score(sequences, response_starts=[1, 2, 3, 4, 100]), strict=True):

@@ -23,7 +23,8 @@ def main(student_path: str, teacher_path: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     common = {"max_model_len": 64, "dtype": "float32", "kv_cache_bytes": 32 << 20}
-    sampler = Sampler(EngineSettings(student_path, **common, kwargs={"skip_tokenizer_init": True}))
+    common["kwargs"] = {"skip_tokenizer_init": True}
+    sampler = Sampler(EngineSettings(student_path, **common))
     scorer = Scorer(EngineSettings(teacher_path, **common), topk=8)
     assert os.environ["LOCAL_WORLD_SIZE"] == "2"
 

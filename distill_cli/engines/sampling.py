@@ -1,0 +1,69 @@
+"""Answers from an engine, for whoever holds one: tokens in and tokens out."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from distill_cli.engines.engine import Engine, request_params
+from distill_cli.engines.settings import SamplingSettings
+from distill_cli.errors import DistillError
+from distill_cli.types import Sample
+
+
+def sample(
+    engine: Engine, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings
+) -> list[Sample]:
+    """One answer to each prompt, in their order.
+
+    Args:
+        prompts: token ids; shorter than the engine's `max_model_len`.
+        seeds: one a prompt, any integers. A prompt, a seed and the weights decide the answer; prompts that share a
+            seed get correlated answers.
+
+    Returns:
+        Samples whose `logp` is raw: at temperature 1 over the whole vocabulary, whatever `sampling` says.
+
+    Raises:
+        DistillError: a bad request, or a failure in the engine, which stays usable.
+    """
+    if len(prompts) != len(seeds):
+        raise DistillError(f"{engine.role} got {len(prompts)} prompts and {len(seeds)} seeds")
+    if sampling.stop and engine.llm.model_config.skip_tokenizer_init:  # vLLM would ignore them
+        raise DistillError(f"{engine.role} has no tokenizer (skip_tokenizer_init): it cannot stop at strings")
+    max_len = engine.settings.max_model_len
+    engine.check_token_ids(prompts, max_len=max_len - 1)
+    params = [
+        sampling_params(sampling, seed=seed, max_tokens=min(sampling.max_new_tokens, max_len - len(prompt)))
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    return [to_sample(output) for output in engine.generate(prompts, params)]
+
+
+def sampling_params(sampling: SamplingSettings, *, seed: int, max_tokens: int) -> Any:
+    """-> `vllm.SamplingParams` of one request."""
+    return request_params(
+        max_tokens=max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=fold_seed(seed),
+        stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=0,  # the sampled token's alone
+        detokenize=bool(sampling.stop),
+    )
+
+
+def fold_seed(seed: int) -> int:
+    """A seed's 32 bits for torch's CPU generator, which drops the higher ones: 0 and 2**32 would sample the same."""
+    return zlib.crc32(str(seed).encode())
+
+
+def to_sample(output: Any) -> Sample:
+    completion = output.outputs[0]
+    if completion.finish_reason not in ("stop", "length"):
+        raise DistillError(f"vLLM ended a response with {completion.finish_reason!r}")
+    return Sample(list(completion.token_ids), list(completion.logprobs), completion.finish_reason)
