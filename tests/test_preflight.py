@@ -29,7 +29,7 @@ def pair(student: Path, teacher: Path) -> list[str]:
 def test_a_good_pair_passes(make_model: MakeModel) -> None:
     (job,) = compose(pair(make_model("s"), make_model("t")))
     found = preflight(job.config)
-    assert found.num_train == 20000
+    assert found.num_train == 8192
     assert found.num_steps(job.config) == job.config.train.max_steps
     assert num_parameters(found.student) == 12
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from distill_cli.errors import ConfigError
 from distill_cli.losses.divergence import DistillLoss
@@ -74,6 +75,7 @@ def load_lm(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel
         ConfigError: the model changes its logits after the head, which the fused head would leave out.
     """
     attention.register()
+    disable_progress_bar()
     lm = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=attention.NAME, trust_remote_code=trust_remote_code
     )

@@ -59,6 +59,9 @@ class MlflowShipper:
 
     def _loop(self) -> None:
         wait_s, warned = self._period_s, False
+        # MLflow takes seconds to import: not while the ranks start.
+        while self._run.metrics.stat().st_size == 0 and not self._closing.wait(self._period_s):
+            pass
         while True:
             last = self._closing.wait(wait_s)
             try:
@@ -82,6 +85,7 @@ def ship(run: RunDir, target: MlflowTarget, *, end: str | None = None) -> int:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     from mlflow import MlflowClient  # seconds of import
 
     client = MlflowClient(tracking_uri=target.uri)

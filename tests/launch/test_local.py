@@ -1,0 +1,103 @@
+"""What the launcher says of ranks that failed, and that it leaves nothing behind; the ranks are small scripts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distill_cli.errors import DistillError
+from distill_cli.launch import local
+from distill_cli.rundir import RunDir, create
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return create(tmp_path / "run", command=["distill"])
+
+
+def script_command(tmp_path: Path, body: str):
+    """torchrun on a script in place of the worker."""
+    script = tmp_path / "rank.py"
+    script.write_text("import os, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n" + body)
+
+    def command(run: RunDir, *, num_ranks: int) -> list[str]:
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
+                str(script), str(run.path)]  # fmt: skip
+
+    return command
+
+
+def test_a_killed_rank_is_named_with_its_signal(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "import signal\nos.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)"
+    monkeypatch.setattr(local, "command", script_command(tmp_path, body))
+    begin = time.monotonic()
+    with pytest.raises(DistillError, match=r"rank 1 was killed by SIGKILL \(out of memory\?\); log: .*rank_1.log"):
+        local.launch(run, num_ranks=2, use_gpus=False)
+    assert time.monotonic() - begin < 50
+
+
+def test_the_first_rank_to_fail_is_the_one_that_is_named(run: RunDir) -> None:
+    run.rank_error(0).write_text(json.dumps({"time": 2.0, "message": "connection closed by peer"}))
+    run.rank_error(1).write_text(json.dumps({"time": 1.0, "message": "ValueError: bad"}))
+    (run.logs() / "torchrun.log").write_text("")
+    assert local.failure(run, num_ranks=2, status=1) == f"rank 1: ValueError: bad; log: {run.rank_log(1)}"
+
+
+def test_ranks_see_no_gpu_where_none_is_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert local.environment(num_ranks=1, use_gpus=False)["CUDA_VISIBLE_DEVICES"] == ""
+    assert local.environment(num_ranks=1, use_gpus=True)["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals) -> None:
+    """Also where a rank ignores SIGTERM, and where the launcher itself is killed."""
+    mark = tmp_path / "started"
+    (tmp_path / "rank.py").write_text(
+        textwrap.dedent(f"""
+        import os, signal, time
+        from pathlib import Path
+        from distill_cli.launch.local import die_with_parent
+        die_with_parent()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        Path("{mark}" + os.environ["RANK"]).write_text(str(os.getpid()))
+        time.sleep(120)
+        """)
+    )
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text(
+        textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        from distill_cli.launch import local
+        from distill_cli.rundir import create
+        local.command = lambda run, num_ranks: [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                "--nproc-per-node=2", "{tmp_path / "rank.py"}"]
+        try:
+            local.launch(create(Path("{tmp_path}/run"), command=[]), num_ranks=2, use_gpus=False)
+        except local.Stopped as stopped:
+            sys.exit(128 + stopped.signum)
+        """)
+    )
+    process = subprocess.Popen([sys.executable, str(launcher)], cwd=Path(__file__).parent.parent.parent)
+    marks = [Path(f"{mark}{rank}") for rank in (0, 1)]
+    deadline = time.monotonic() + 60
+    while not all(file.exists() and file.read_text() for file in marks):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    tree = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    begin = time.monotonic()
+    os.kill(process.pid, signum)
+    process.wait(30)
+    assert process.returncode == (-signal.SIGKILL if signum == signal.SIGKILL else 128 + signum)
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in tree):
+        assert time.monotonic() - begin < 10
+        time.sleep(0.1)
