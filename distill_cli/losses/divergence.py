@@ -80,12 +80,12 @@ def resolve_divergence(kl_type: str, *, kl_weight: float = 0.5, skew: float = 0.
         choices = ", ".join(DIVERGENCES)
         raise ConfigError(f"loss.kl_type={kl_type}: must be one of {choices}, or pkg.module:function")
     function = DIVERGENCES.get(kl_type) or load_function(kl_type, key="loss.kl_type")
-    parameters = inspect.signature(function).parameters
     known = {"kl_weight": kl_weight, "skew": skew}
-    options = {name: value for name, value in known.items() if name in parameters}
     try:
-        inspect.signature(function).bind(None, None, **options)
-    except TypeError as error:
+        signature = inspect.signature(function)
+        options = {name: value for name, value in known.items() if name in signature.parameters}
+        signature.bind(None, None, **options)
+    except (TypeError, ValueError) as error:
         takes = "must take (logp, logq), and of other arguments only kl_weight and skew"
         raise ConfigError(f"loss.kl_type={kl_type}: {takes}: {error}") from error
     return partial(function, **options)
@@ -210,7 +210,8 @@ def _outside_coefficients(divergence: Divergence, *, kl_type: str) -> tuple[floa
     logq = torch.tensor([-1.0, -2.0, -5.0], dtype=torch.float64)
     first, second, third = (divergence(torch.full_like(logq, ZERO_LOGP), logq) / logq.exp()).tolist()
     per_log, per_mass = first - second, 2 * first - second
-    if not math.isclose(third, per_mass - 5 * per_log, rel_tol=1e-9, abs_tol=1e-9):
+    # Loosely, since a skew of about exp(-100) bends the line a little.
+    if not math.isclose(third, per_mass - 5 * per_log, rel_tol=0.02, abs_tol=1e-9):
         raise ConfigError(
             f"loss.kl_type={kl_type}: cannot be used with loss.tail=zero, whose terms must tend to q (a log q + b) "
             "as p tends to 0; use loss.tail=bucket"

@@ -1,0 +1,142 @@
+"""The fused head against the plain one: peak memory, time, and the gradient's error.
+
+    python scripts/bench_loss.py                        # 2,048 tokens, V = 151,936, hidden 512, k = 64
+    python scripts/bench_loss.py --device cuda --dtype bfloat16 --hidden 2048
+
+Each is measured in a fresh process, over what the process held before: the growth of its resident memory's peak on a
+CPU, of the allocator's on a GPU. The weight's gradient is part of both. The error is the norm of the gradient's
+difference from float64's, over that norm, on a small case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from distill_cli.losses.divergence import DIVERGENCES, TAILS, DistillLoss
+from distill_cli.losses.linear_topk import linear_topk_loss
+
+SMALL = {"tokens": 64, "vocab": 1000, "hidden": 32, "topk": 16}
+
+
+def fused(hidden_NH, weight_VH, ids_NK, teacher_logp_NK, loss: DistillLoss) -> torch.Tensor:
+    num_tokens = hidden_NH.shape[0]
+    return linear_topk_loss(
+        hidden_NH,
+        weight_VH,
+        ids_NK,
+        lambda logp, entropy, rows: loss(teacher_logp_NK[rows], logp, entropy) / num_tokens,
+        sampled_ids_N=ids_NK[:, 0],
+    ).loss
+
+
+def materialised(hidden_NH, weight_VH, ids_NK, teacher_logp_NK, loss: DistillLoss) -> torch.Tensor:
+    """log_softmax over all logits, and autograd."""
+    logp_NV = (hidden_NH @ weight_VH.t()).to(teacher_logp_NK.dtype).log_softmax(-1)
+    logp_NK = logp_NV.gather(1, ids_NK)
+    rest_N = (1 - logp_NK.exp().sum(-1)).clamp_min(1e-7).log()
+    # Only the `zero` tail reads the entropy, which would cost two more [tokens, vocabulary].
+    entropy_N = -(logp_NV.exp() * logp_NV).sum(-1) if loss.tail == "zero" else rest_N
+    return loss(teacher_logp_NK, torch.cat([logp_NK, rest_N[:, None]], dim=-1), entropy_N).mean()
+
+
+VARIANTS: dict[str, Callable[..., torch.Tensor]] = {"materialised": materialised, "fused": fused}
+
+
+def make_inputs(sizes: dict[str, int], *, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    tokens, vocab, hidden, topk = (sizes[name] for name in ("tokens", "vocab", "hidden", "topk"))
+    hidden_NH = torch.randn(tokens, hidden, generator=generator)
+    weight_VH = torch.randn(vocab, hidden, generator=generator).mul_(2 / hidden**0.5)
+    ids_NK = torch.randint(vocab, (tokens, 1), generator=generator).add(torch.arange(topk) * (vocab // topk)) % vocab
+    # The rest of the teacher's distribution is one more logit.
+    teacher_logp_NK = torch.randn(tokens, topk + 1, generator=generator).mul_(2).log_softmax(-1)
+    hidden_NH, weight_VH = (x.to(device, dtype).requires_grad_() for x in (hidden_NH, weight_VH))
+    return hidden_NH, weight_VH, ids_NK.to(device), teacher_logp_NK[:, :-1].to(device)
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """One forward and backward in this process, which should be fresh: peak MiB, CPU seconds, wall seconds."""
+    torch.set_num_threads(args.threads)
+    inputs = make_inputs(vars(args), device=args.device, dtype=getattr(torch, args.dtype))
+    loss = DistillLoss(kl_type=args.kl_type, tail=args.tail)
+    warm = make_inputs(SMALL, device=args.device, dtype=getattr(torch, args.dtype))
+    VARIANTS[name](*warm, loss).backward()  # libraries load on first use
+    on_gpu = args.device == "cuda"
+    before_mib = peak_mib(on_gpu=on_gpu, reset=True)
+    cpu_s, wall_s = time.process_time(), time.perf_counter()
+    VARIANTS[name](*inputs, loss).backward()
+    if on_gpu:
+        torch.cuda.synchronize()
+    times = {"cpu_s": time.process_time() - cpu_s, "wall_s": time.perf_counter() - wall_s}
+    return {"peak_mib": peak_mib(on_gpu=on_gpu) - before_mib, **times, "gradient_error": gradient_error(name, loss)}
+
+
+def peak_mib(*, on_gpu: bool, reset: bool = False) -> float:
+    """The largest memory so far; where `reset`, what is held now, from where the peak is counted anew."""
+    if not on_gpu:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+    if reset:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def gradient_error(name: str, loss: DistillLoss) -> float:
+    """Of float32 against float64, on the CPU."""
+    gradients = []
+    for function, dtype in ((VARIANTS[name], torch.float32), (materialised, torch.float64)):
+        hidden_NH, weight_VH, ids_NK, teacher_logp_NK = make_inputs(SMALL, device="cpu", dtype=torch.float32)
+        hidden_NH, weight_VH = (x.detach().to(dtype).requires_grad_() for x in (hidden_NH, weight_VH))
+        function(hidden_NH, weight_VH, ids_NK, teacher_logp_NK.to(dtype), loss).backward()
+        gradients.append(torch.cat([hidden_NH.grad.flatten(), weight_VH.grad.flatten()]).double())
+    ours, exact = gradients
+    return float((ours - exact).norm() / exact.norm())
+
+
+def print_table(args: argparse.Namespace, results: dict[str, dict[str, float]]) -> None:
+    weight_mib = args.vocab * args.hidden * getattr(torch, args.dtype).itemsize / 2**20
+    print(
+        f"{args.tokens} tokens, V={args.vocab}, hidden {args.hidden}, k={args.topk}, {args.kl_type}/{args.tail}, "
+        f"{args.dtype} on {args.device}, {args.threads} threads; the weight's gradient alone is {weight_mib:.0f} MiB"
+    )
+    columns = ("peak_mib", "cpu_s", "wall_s", "gradient_error")
+    print(f"{'':14}" + "".join(f"{column:>16}" for column in columns))
+    for name, result in results.items():
+        print(f"{name:14}" + "".join(f"{result[column]:>16.4g}" for column in columns))
+    ratios = {column: results["fused"][column] / results["materialised"][column] for column in columns[:3]}
+    print(f"{'ratio':14}" + "".join(f"{ratio:>16.3f}" for ratio in ratios.values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, size in {"tokens": 2048, "vocab": 151_936, "hidden": 512, "topk": 64, "threads": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--kl-type", choices=tuple(DIVERGENCES), default="mixed")
+    parser.add_argument("--tail", choices=TAILS, default="bucket")
+    parser.add_argument("--only", choices=tuple(VARIANTS), help="measure one in this process, print JSON")
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps(measure(args.only, args)))
+        return
+    results = {}
+    for name in VARIANTS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+        results[name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    print_table(args, results)
+
+
+if __name__ == "__main__":
+    main()
