@@ -188,7 +188,8 @@ class Trainer:
     def record(self, step: int, metrics: dict[str, float]) -> None:
         if self.metrics_file is not None:
             self.metrics_file.write(step, metrics)
-        self.printer.step(step, metrics)
+        if step > 0 or metrics.keys() & {"val/accuracy"}:
+            self.printer.step(step, metrics)
 
     def baseline_metrics(self, before: Score | None, teacher: Score | None) -> dict[str, float]:
         metrics = before.metrics() if before else {}

@@ -72,6 +72,8 @@ def environment(*, num_ranks: int, use_gpus: bool) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
     env.setdefault("OMP_NUM_THREADS", str(threads))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait by spinning make a step twenty times slower as soon as anything else wants a core.
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not use_gpus:
         env["CUDA_VISIBLE_DEVICES"] = ""
     return env

@@ -1,0 +1,110 @@
+"""`distill` as a user types it: real ranks, real engines, the embedded pair."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.end_to_end.conftest import Finished, distill
+
+EVERY_STEP = {
+    "step", "time", "train/loss", "train/kl_forward", "train/kl_reverse", "train/grad_norm", "train/lr",
+    "train/entropy", "train/teacher_topk_mass", "train/student_topk_mass", "train/top1_agreement",
+    "train/response_tokens", "rollout/mean_length", "rollout/truncated_rate", "rollout/accuracy",
+    "rollout/engine_mismatch", "time/sync_s", "time/sample_s", "time/score_s", "time/pack_s", "time/train_s",
+    "time/step_s", "perf/tokens_per_s", "perf/peak_mem_gib",
+}  # fmt: skip
+VALIDATION = {"val/accuracy", "val/mean_length", "val/truncated_rate", "time/eval_s"}
+
+
+def test_the_default_run_ends_well_and_says_what_came_of_it(one_rank: Finished) -> None:
+    assert one_rank.status == 0, one_rank.stderr
+    assert one_rank.stderr == ""
+    for word in ("student", "teacher", "accuracy", "time", "metrics", "MLflow", "next", "step 3/3 loss="):
+        assert word in one_rank.stdout
+    outcome = json.loads(one_rank.run.outcome.read_text())
+    assert outcome["state"] == "finished"
+    assert outcome["teacher"]["accuracy"] > 0.9 > outcome["before"]["accuracy"]
+
+
+def test_every_step_has_every_metric(one_rank: Finished) -> None:
+    rows = one_rank.metrics
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert rows[0].keys() >= VALIDATION | {"val/teacher_accuracy"}
+    for row in rows[1:]:
+        assert row.keys() >= EVERY_STEP
+        assert all(isinstance(value, int | float) for value in row.values())
+    assert [row.keys() >= VALIDATION for row in rows] == [True, False, True, True]
+
+
+def test_the_sampler_has_the_trainer_s_weights_at_every_step(one_rank: Finished, two_ranks: Finished) -> None:
+    for row in one_rank.metrics[1:] + two_ranks.metrics[1:]:
+        assert row["rollout/engine_mismatch"] < 1e-4
+
+
+def test_two_ranks_learn_what_one_rank_learns(one_rank: Finished, two_ranks: Finished) -> None:
+    assert two_ranks.status == 0, two_ranks.stderr
+    assert one_rank.metrics[1]["train/loss"] == pytest.approx(two_ranks.metrics[1]["train/loss"], rel=1e-5)
+    for ours, theirs in zip(one_rank.metrics[1:], two_ranks.metrics[1:], strict=True):
+        assert ours["train/response_tokens"] == theirs["train/response_tokens"]
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
+        assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-4)
+
+
+def test_the_folder_holds_what_the_contract_says(one_rank: Finished) -> None:
+    run = one_rank.run
+    assert re.fullmatch(r"\d{8}-\d{6}_tiny_mixed", run.path.name)
+    assert (run.path / "command.txt").read_text().startswith("distill train.max_steps=3 ")
+    assert json.loads((run.path / "env.json").read_text())["packages"]["torch"]
+    assert one_rank.config.train.max_steps == 3
+    assert run.rank_log(0).is_file()
+    assert not [path for path in one_rank.folder.iterdir() if path.name != "runs"]
+
+
+def test_the_student_that_was_trained_loads(one_rank: Finished) -> None:
+    student = AutoModelForCausalLM.from_pretrained(one_rank.run.student)
+    tokenizer = AutoTokenizer.from_pretrained(one_rank.run.student)
+    before = AutoModelForCausalLM.from_pretrained(distilled_from("student"))
+    assert tokenizer.chat_template
+    assert student.config.tie_word_embeddings
+    moved = [n for n, p in student.named_parameters() if not p.equal(before.get_parameter(n))]
+    assert len(moved) == len(list(student.named_parameters()))
+
+
+def test_mlflow_has_what_the_file_has(one_rank: Finished) -> None:
+    client = MlflowClient(tracking_uri=f"sqlite:///{one_rank.folder}/runs/mlflow.db")
+    run_id = json.loads((one_rank.run.path / "mlflow.json").read_text())["run_id"]
+    for key in ("train/loss", "val/accuracy", "rollout/engine_mismatch", "time/sample_s"):
+        stored = sorted((m.step, m.value) for m in client.get_metric_history(run_id, key))
+        assert stored == [(row["step"], row[key]) for row in one_rank.metrics if key in row]
+    assert client.get_run(run_id).data.params["loss.topk"] == "64"
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_each_element_in_its_own_folder(tmp_path) -> None:
+    off = ("eval.period=0", "eval.max_samples=16", "train.max_steps=1", "tracker=none", "eval.teacher=false")
+    done = distill(tmp_path, "-m", "loss.topk=4,8", *off)
+    assert done.status == 0, done.stdout + done.stderr
+    (sweep,) = tmp_path.glob("runs/*_sweep")
+    assert sorted(folder.name for folder in sweep.iterdir()) == ["0_topk=4", "1_topk=8"]
+    assert all((folder / "outcome.json").is_file() for folder in sweep.iterdir())
+    assert "loss.topk=8" in done.stdout.rsplit("run ", 1)[1]
+
+
+def test_a_rank_that_fails_is_one_line_and_a_log(tmp_path) -> None:
+    (tmp_path / "broken.py").write_text("def kl(logp, logq):\n    raise ValueError('a loss of my own')\n")
+    done = distill(tmp_path, "loss.kl_type=broken:kl", "eval.at_start=false", "tracker=none")
+    assert done.status == 1
+    (line,) = done.stderr.splitlines()
+    log = re.fullmatch(r"error: rank 0: ValueError: a loss of my own; log: (.*)", line)[1]
+    assert "Traceback" in Path(log).read_text()
+
+
+def distilled_from(role: str) -> str:
+    from distill_cli.modelpath import ASSETS
+
+    return str(ASSETS / "tiny_pair" / role)
