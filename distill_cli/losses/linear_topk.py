@@ -31,7 +31,8 @@ from torch.autograd.function import once_differentiable
 from distill_cli.losses.divergence import PADDING_LOGP
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
-"""(student_logp_nC, student_entropy_n, rows) -> [n], already weighted; `rows` are the chunk's among all N."""
+"""(student_logp_nC, student_entropy_n, rows) -> [n], already weighted; `rows` are the chunk's among all N. It must read
+the log-probabilities; reading the entropy too costs one more pass over the chunk."""
 
 MIN_BUFFER_BYTES = 2**26
 """The chunks of a small head take at least this much."""
@@ -127,7 +128,14 @@ def linear_topk_loss(
         loss = loss_N.sum()
     if needs_hidden or needs_weight:
         loss = _KnownGradient.apply(hidden_NH, weight_VH, loss, grad_hidden, grad_weight)
-    return HeadOutput(loss, loss_N, logp_NC, entropy_N, argmax_N, sampled_logp_N)
+    return HeadOutput(
+        loss=loss,
+        loss_N=loss_N,
+        student_logp_NC=logp_NC,
+        entropy_N=entropy_N,
+        argmax_N=argmax_N,
+        sampled_logp_N=sampled_logp_N,
+    )
 
 
 @dataclass(frozen=True)
@@ -282,15 +290,12 @@ class _KnownGradient(torch.autograd.Function):
             raise RuntimeError("the fused head's backward ran twice: its gradients were given away the first time")
         # Given away, not kept: autograd then takes the weight's gradient as it is instead of copying it.
         known, ctx.known = ctx.known, None
-        return (
-            *(None if known_grad is None else known_grad.mul_(grad).to(ctx.dtype) for known_grad in known),
-            None,
-            None,
-            None,
-        )
+        scaled = (None if known_grad is None else known_grad.mul_(grad).to(ctx.dtype) for known_grad in known)
+        return *scaled, None, None, None
 
 
 def _operands(hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inputs, or float32 copies of them where the device has no product from low precision to float32."""
     assert hidden_NH.dtype == weight_VH.dtype, f"hidden states {hidden_NH.dtype}, head {weight_VH.dtype}"
     if weight_VH.is_cuda or weight_VH.dtype.itemsize >= 4:
         return hidden_NH, weight_VH

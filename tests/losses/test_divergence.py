@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
+from distill_cli.config.compose import conf_dir
 from distill_cli.errors import ConfigError
 from distill_cli.losses.divergence import (
     DIVERGENCES,
@@ -225,6 +227,11 @@ def test_a_users_own_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         DistillLoss(kl_type="own_losses:greedy")
     with pytest.raises(ConfigError, match="own_losses:absent"):
         DistillLoss(kl_type="own_losses:absent")
+
+
+@pytest.mark.parametrize("path", sorted((conf_dir() / "loss").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_yaml_names_a_divergence(path: Path) -> None:
+    DistillLoss(kl_type=OmegaConf.load(path).kl_type)
 
 
 @pytest.mark.parametrize(
