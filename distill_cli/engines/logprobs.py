@@ -52,5 +52,5 @@ def join_prompt_logprobs(chunks: list[Any], rows: slice) -> tuple[torch.Tensor, 
 
     Row i of a prompt is the distribution of its token i + 1.
     """
-    ids, logp = ([chunk[part] for chunk in chunks] for part in (0, 1))
-    return torch.cat(ids)[rows].cpu().int(), torch.cat(logp)[rows].cpu().float()
+    ids, logp = (torch.cat([chunk[part] for chunk in chunks])[rows] for part in (0, 1))
+    return ids.cpu().int(), logp.cpu().float()

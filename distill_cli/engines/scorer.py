@@ -74,10 +74,11 @@ class Scorer:
         params = request_params(max_tokens=1, temperature=0.0, prompt_logprobs=self._topk, detokenize=False)
         with self._divided_logits():
             outputs = self._engine.generate([sequences[index] for index in scored], [params] * len(scored))
-        scores = [empty_scores(self._topk) for _ in sequences]
-        for index, output in zip(scored, outputs, strict=True):
-            scores[index] = to_scores(output, start=response_starts[index])
-        return scores
+        scores = {
+            index: to_scores(output, start=response_starts[index])
+            for index, output in zip(scored, outputs, strict=True)
+        }
+        return [scores.get(index) or empty_scores(self._topk) for index in range(len(sequences))]
 
     def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
         """The teacher's own answers, to measure it by; see `distill_cli.engines.sampling.sample`."""
@@ -126,6 +127,7 @@ def to_scores(output: Any, *, start: int) -> TeacherScores:
 
     # Row i of a prompt's log-probabilities is the distribution of its token i + 1.
     ids_RK1, logp_RK1 = join_prompt_logprobs(output.prompt_logprobs, slice(start - 1, None))
+    assert len(ids_RK1) == len(output.prompt_token_ids) - start, "vLLM left positions of a prompt out"
     return TeacherScores(
         topk_ids=ids_RK1[:, 1:].contiguous(),
         topk_logp=logp_RK1[:, 1:].contiguous(),

@@ -1,14 +1,15 @@
 """Tiny random models, and what transformers says of them."""
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 VOCAB_SIZE = 300  # not a multiple of 64: vLLM pads it
 MAX_LEN = 320  # above two blocks of vLLM's prefix cache on a CPU
 EOS = 2
 
 
-def make_model(folder, *, hidden_size, seed):
+def make_model(folder, *, hidden_size, seed, tied=True):
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
@@ -19,7 +20,7 @@ def make_model(folder, *, hidden_size, seed):
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=MAX_LEN,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=EOS,
         pad_token_id=0,
@@ -28,6 +29,13 @@ def make_model(folder, *, hidden_size, seed):
     model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
     model.save_pretrained(folder)
     return model
+
+
+def make_tokenizer(folder):
+    """Token i reads `<i>`."""
+    tokenizer = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(VOCAB_SIZE)}, unk_token="<0>"))
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"<{EOS}>").save_pretrained(folder)
 
 
 def random_sequences(lengths, *, seed=0):

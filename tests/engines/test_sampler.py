@@ -7,7 +7,16 @@ import torch
 from distill_cli.engines.sampler import Sampler, SamplingSettings
 from distill_cli.errors import DistillError
 
-from .reference import EOS, MAX_LEN, VOCAB_SIZE, random_sequences, reference_logp, sampled_reference_logp
+from .reference import (
+    EOS,
+    MAX_LEN,
+    VOCAB_SIZE,
+    make_model,
+    make_tokenizer,
+    random_sequences,
+    reference_logp,
+    sampled_reference_logp,
+)
 
 GREEDY = SamplingSettings(max_new_tokens=24, temperature=0.0, ignore_eos=True)
 
@@ -84,9 +93,23 @@ def test_stop_tokens_end_a_response_and_stay_in_it(sampler, student):
     assert sample.finish_reason == "stop"
 
 
+def test_a_stop_string_ends_a_response(process_group, tmp_path, settings):
+    model = make_model(tmp_path, hidden_size=64, seed=5)
+    make_tokenizer(tmp_path)
+    sampler = Sampler(replace(settings, path=str(tmp_path), kwargs={}))
+    (prompt,) = random_sequences([6])
+    response = greedy_reference(model, prompt, num_tokens=24)
+    stop = SamplingSettings(max_new_tokens=24, temperature=0.0, ignore_eos=True, stop=(f"<{response[5]}>",))
+    (sample,) = sampler.sample([prompt], seeds=[0], sampling=stop)
+    assert sample.token_ids == response[: response.index(response[5]) + 1]
+    assert len(sample.logp) == len(sample.token_ids)
+    assert sample.finish_reason == "stop"
+    sampler.close()
+
+
 def test_end_of_sequence_ends_a_response(sampler):
     prompts = random_sequences([3] * 16)
-    samples = sampler.sample(prompts, seeds=range(16), sampling=SamplingSettings(max_new_tokens=200))
+    samples = sampler.sample(prompts, seeds=range(16), sampling=SamplingSettings(max_new_tokens=100))
     stopped = [sample for sample in samples if sample.finish_reason == "stop"]
     assert stopped
     assert all(sample.token_ids.index(EOS) == len(sample.token_ids) - 1 for sample in stopped)

@@ -1,3 +1,4 @@
+import copy
 import gc
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from distill_cli.engines.sampler import Sampler, SamplingSettings
 from distill_cli.engines.weights import check_names_and_shapes, expected_shapes
 from distill_cli.errors import DistillError
 
-from .reference import random_sequences, sampled_reference_logp
+from .reference import make_model, random_sequences, sampled_reference_logp
 
 SAMPLING = SamplingSettings(max_new_tokens=12, ignore_eos=True)
 
@@ -32,6 +33,19 @@ def test_sync_brings_new_weights_and_forgets_old_prefixes(sampler, student, chan
     assert error_of_logp(sampler, changed_student, prompts) < 1e-4
     sampler.sync(student.state_dict().items(), version=8)  # with the tied head's own name
     assert error_of_logp(sampler, student, prompts) < 1e-4
+
+
+def test_a_sampler_of_16_bits_follows_a_trainer_of_32(process_group, tmp_path, settings):
+    model = make_model(tmp_path, hidden_size=64, seed=4, tied=False)
+    sampler = Sampler(replace(settings, path=str(tmp_path), dtype="bfloat16"))
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape) * 0.05)
+    prompts = random_sequences([40, 4])
+    rounded = copy.deepcopy(model).bfloat16()
+    assert error_of_logp(sampler, rounded, prompts) > 1
+    sampler.sync(model.named_parameters(), version=1)
+    assert error_of_logp(sampler, rounded, prompts) < 0.2
+    sampler.close()
 
 
 def without(weights, name):
