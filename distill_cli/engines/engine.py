@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distill_cli.engines.process import keep_process_state, patch_vllm, prepare_process, release_memory
+from distill_cli.engines.process import is_prepared, keep_process_state, patch_vllm, prepare_process, release_memory
 from distill_cli.engines.settings import CPU_KV_CACHE_BYTES, EngineSettings
 from distill_cli.errors import ConfigError, DistillError
 
@@ -29,7 +29,8 @@ class Engine:
             kwargs: what the role needs of `vllm.LLM`; `settings.kwargs` goes over it.
         """
         check_settings(settings, role=role)
-        prepare_process()
+        if not is_prepared():
+            prepare_process()
         patch_vllm()
         self.role = role
         self.settings = settings
@@ -143,9 +144,8 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
     from vllm.platforms import current_platform
 
     if os.path.isabs(settings.path) and not os.path.isdir(settings.path):
-        raise DistillError(
-            f"{role} could not load {settings.path}: there is no such folder"
-        )  # vLLM asks the hub for it
+        # vLLM would ask the hub for it, and complain of a wrong name.
+        raise DistillError(f"{role} could not load {settings.path}: there is no such folder")
     on_cpu = current_platform.is_cpu()
     implied = {
         "revision": settings.revision,
@@ -167,6 +167,8 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
     }
     try:
         with keep_process_state():
+            if settings.kv_cache_bytes:
+                os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over the setting
             return LLM(settings.path, **{**implied, **kwargs, **settings.kwargs})
     except Exception as error:
         raise DistillError(f"{role} could not load {settings.path}: {reason(error)}") from error

@@ -19,8 +19,15 @@ from typing import Any
 
 from distill_cli.errors import DistillError
 
-CHANGED_BY_VLLM = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "NUMEXPR_MAX_THREADS", "OMP_NUM_THREADS", "CUDA_MODULE_LOADING")
-"""Environment variables that building an engine overwrites and that the trainer or its children read."""
+CHANGED_VARIABLES = (
+    "LOCAL_WORLD_SIZE",
+    "LD_PRELOAD",
+    "NUMEXPR_MAX_THREADS",
+    "OMP_NUM_THREADS",
+    "CUDA_MODULE_LOADING",
+    "VLLM_CPU_KVCACHE_SPACE",
+)
+"""Environment variables that change while an engine is built, and that the trainer or its children read."""
 
 
 def prepare_process(*, quiet: bool = True) -> None:
@@ -39,11 +46,14 @@ def prepare_process(*, quiet: bool = True) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads_per_rank()))
     if quiet and "VLLM_LOGGING_LEVEL" not in os.environ:
         os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
-        os.environ.setdefault(
-            "TORCH_CPP_LOG_LEVEL", "ERROR"
-        )  # of the CPU worker's memory binding; torch reads it early
+        # Else the CPU worker announces its memory binding. Read when torch is imported.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         logging.getLogger("vllm").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def is_prepared() -> bool:
+    return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
 
 
 def num_threads_per_rank() -> int:
@@ -55,11 +65,14 @@ def patch_vllm() -> None:
     """Apply every patch; doing it again changes nothing."""
     from vllm.platforms import current_platform
 
+    processor = require_name("vllm.v1.engine.logprobs", "LogprobsProcessor")
+    for method in ("from_new_request", "_update_prompt_logprobs", "_update_sample_logprobs"):
+        require_name("vllm.v1.engine.logprobs", method, owner=processor)
     from distill_cli.engines.logprobs import TensorLogprobsProcessor
 
+    replace_name("vllm.v1.engine.output_processor", "LogprobsProcessor", TensorLogprobsProcessor)
     # An engine that goes would take the trainer's process group with it, and every other engine.
     replace_name("vllm.v1.engine.core", "cleanup_dist_env_and_memory", release_memory)
-    replace_name("vllm.v1.engine.output_processor", "LogprobsProcessor", TensorLogprobsProcessor)
     if current_platform.is_cpu():
         # Compiling this one takes 7 to 19 s at the first request for log-probabilities.
         replace_name("vllm.v1.sample.sampler", "batched_count_greater_than", skip_ranks)
@@ -67,15 +80,21 @@ def patch_vllm() -> None:
 
 def replace_name(module_name: str, name: str, replacement: Any) -> None:
     """Set `module.name`; raises DistillError where this vLLM has no such name."""
+    require_name(module_name, name)
+    setattr(importlib.import_module(module_name), name, replacement)
+
+
+def require_name(module_name: str, name: str, *, owner: Any = None) -> Any:
+    """-> `module.name`, or a class' attribute; raises DistillError where this vLLM has no such name."""
     import vllm
 
-    module = importlib.import_module(module_name)
-    if not hasattr(module, name):
+    try:
+        return getattr(owner or importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
         raise DistillError(
-            f"vLLM {vllm.__version__} has no {module_name}.{name}, which in-process engines must replace: "
+            f"vLLM {vllm.__version__} has no {module_name}.{name}, which engines in a trainer's process must replace: "
             "install a version that pyproject.toml allows"
-        )
-    setattr(module, name, replacement)
+        ) from error
 
 
 def release_memory(*_args: Any, **_kwargs: Any) -> None:
@@ -103,7 +122,7 @@ def keep_process_state() -> Iterator[None]:
     import numpy
     import torch
 
-    environment = {name: os.environ.get(name) for name in CHANGED_BY_VLLM}
+    environment = {name: os.environ.get(name) for name in CHANGED_VARIABLES}
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
     random_state, numpy_state = random.getstate(), numpy.random.get_state()

@@ -22,7 +22,10 @@ from .reference import MAX_LEN, make_model  # noqa: E402
 def process_group(tmp_path_factory):
     store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models as small as these only wait for a second thread
     yield
+    torch.set_num_threads(num_threads)
     dist.destroy_process_group()
 
 

@@ -14,6 +14,8 @@ from .reference import random_sequences
 def test_a_name_that_vllm_lacks_is_named():
     with pytest.raises(DistillError, match=r"has no vllm.v1.engine.core.no_such_name"):
         replace_name("vllm.v1.engine.core", "no_such_name", None)
+    with pytest.raises(DistillError, match=r"has no vllm.no_such_module.name"):
+        replace_name("vllm.no_such_module", "name", None)
 
 
 def test_process_state_is_kept(monkeypatch):
