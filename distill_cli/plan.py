@@ -17,7 +17,7 @@ from rich.table import Table
 
 from distill_cli import hardware
 from distill_cli.config.checks import inert_overrides
-from distill_cli.config.compose import Job
+from distill_cli.config.compose import Job, known_losses
 from distill_cli.config.schema import Config, Dtype
 from distill_cli.launch.local import command
 from distill_cli.preflight import Preflight, preflight
@@ -42,7 +42,7 @@ def print_plan(job: Job) -> None:
     run = RunDir(single_path(job))
     launch = shlex.join(command(run, num_ranks=hardware.ranks_per_node(config)))
     console.print(_table("launch", {"folder": str(run.path), "command": launch}))
-    for warning in [*found.warnings, *inert_overrides(config, job.overrides)]:
+    for warning in [*found.warnings, *inert_overrides(config, job.overrides, known_losses())]:
         console.print(f"warning: {escape(warning)}")
 
 

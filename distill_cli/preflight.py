@@ -14,12 +14,11 @@ from typing import Any
 
 from distill_cli import hardware, modelpath
 from distill_cli.config.checks import config_problems
+from distill_cli.config.compose import known_losses
 from distill_cli.config.schema import Config
 from distill_cli.data.registry import load_examples, resolve_verifier
 from distill_cli.errors import ConfigError
 from distill_cli.plugins import load_function
-
-KL_TYPES = ("forward", "reverse", "mixed", "jsd", "skew_forward", "skew_reverse")
 
 
 @dataclass
@@ -91,9 +90,9 @@ def _check_names(config: Config) -> None:
         resolve_verifier(config.data.verifier)
     if ":" in config.loss.kl_type:
         load_function(config.loss.kl_type, key="loss.kl_type")
-    elif config.loss.kl_type not in KL_TYPES:
+    elif config.loss.kl_type not in known_losses():
         raise ConfigError(
-            f"loss.kl_type={config.loss.kl_type}: must be one of {', '.join(KL_TYPES)}, or pkg.module:function"
+            f"loss.kl_type={config.loss.kl_type}: must be one of {', '.join(known_losses())}, or pkg.module:function"
         )
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from distill_cli import hardware, rundir
 from distill_cli.config.checks import inert_overrides
-from distill_cli.config.compose import Job, save_config
+from distill_cli.config.compose import Job, known_losses, save_config
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.launch.local import Stopped, launch
@@ -98,7 +98,7 @@ def run_job(job: Job, found: Preflight, *, path: Path, command: Sequence[str], c
     run = rundir.create(path.absolute(), command=command)
     save_config(job.config, run.config)
     rundir.point_latest(Path(job.config.run.root), os.path.relpath(path, job.config.run.root))
-    for warning in [*found.warnings, *inert_overrides(job.config, job.overrides)]:
+    for warning in [*found.warnings, *inert_overrides(job.config, job.overrides, known_losses())]:
         console.print(f"warning: {escape(warning)}")
     console.print(start_panel(job, found, run))
     with tracking(job.config, run) as state:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from distill_cli.config.schema import Config
-
-READS_KL_WEIGHT = ("mixed", "jsd")
-READS_SKEW = ("skew_forward", "skew_reverse")
 
 
 def config_problems(config: Config) -> list[str]:
@@ -23,16 +20,19 @@ def config_problems(config: Config) -> list[str]:
     ]
 
 
-def inert_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
-    """Warnings: keys that were typed and that the chosen loss does not read."""
+def inert_overrides(config: Config, overrides: Sequence[str], losses: Mapping[str, Set[str]]) -> list[str]:
+    """Warnings: keys that were typed and that the chosen loss does not read.
+
+    Args:
+        losses: the keys that each divergence reads (`compose.known_losses`).
+    """
     typed = {override.lstrip("+").split("=", 1)[0] for override in overrides}
-    readers = {"loss.kl_weight": READS_KL_WEIGHT, "loss.skew": READS_SKEW}
-    kind = config.loss.kl_type
-    return [
-        f"{key} has no effect with loss.kl_type={kind}: only {' and '.join(kinds)} read it"
-        for key, kinds in readers.items()
-        if key in typed and kind not in kinds and ":" not in kind
-    ]
+    kind, warnings = config.loss.kl_type, []
+    for name in ("kl_weight", "skew"):
+        readers = [loss for loss, keys in losses.items() if name in keys]
+        if f"loss.{name}" in typed and kind in losses and kind not in readers:
+            warnings.append(f"loss.{name} has no effect with loss.kl_type={kind}: only {' and '.join(readers)} read it")
+    return warnings
 
 
 def _loss(config: Config) -> Iterator[str]:

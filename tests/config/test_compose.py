@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distill_cli.config.checks import config_problems, inert_overrides
-from distill_cli.config.compose import compose, conf_dir, load_config, save_config
+from distill_cli.config.compose import compose, conf_dir, known_losses, load_config, save_config
 from distill_cli.config.overrides import group_choices, groups, known_keys
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
@@ -124,9 +124,9 @@ def test_a_value_that_cannot_be_is_refused(override: str, said: str) -> None:
 
 def test_a_key_that_the_loss_does_not_read_is_warned_of() -> None:
     (job,) = compose(["loss=forward", "loss.kl_weight=0.3"])
-    assert "no effect with loss.kl_type=forward" in inert_overrides(job.config, job.overrides)[0]
+    assert "no effect with loss.kl_type=forward" in inert_overrides(job.config, job.overrides, known_losses())[0]
     (job,) = compose(["loss=mixed", "loss.kl_weight=0.3"])
-    assert inert_overrides(job.config, job.overrides) == []
+    assert inert_overrides(job.config, job.overrides, known_losses()) == []
 
 
 def test_a_config_survives_its_file(tmp_path: Path) -> None:
