@@ -1,0 +1,29 @@
+"""The last final-answer line, compared as a number.
+
+47 + 85 = 132
+132 - 16 = 116
+#### 116
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+FINAL_ANSWER = re.compile(r"^[^\S\n]*####([^\n]*)$", re.MULTILINE)
+NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)", re.ASCII)
+
+
+def verify(response_text: str, answer: str) -> float:
+    """1.0 if the last `#### x` line says the answer, else 0.0; of any text.
+
+    Commas and whitespace do not count, and numbers are compared by value: `#### 1,160.0` says 1160. What is no number
+    is compared as text.
+    """
+    final_answers = FINAL_ANSWER.findall(response_text)
+    return float(bool(final_answers) and _value(final_answers[-1]) == _value(answer))
+
+
+def _value(text: str) -> Decimal | str:
+    bare = "".join(text.split()).replace(",", "")
+    return Decimal(bare) if NUMBER.fullmatch(bare) else bare
