@@ -15,6 +15,9 @@ from distill_cli.types import Sample
 
 __all__ = ["Sampler", "SamplingSettings"]
 
+NO_WEIGHTS = -1
+"""`Sampler.version` after sleep, which drops the weights."""
+
 
 class Sampler:
     """Samples the student.
@@ -27,8 +30,7 @@ class Sampler:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.version = 0
-        """Which weights the engine has: what `sync` was last told, 0 for those of `settings.path`."""
-        self._needs_sync = False
+        """Which weights the engine has: what `sync` was last told, 0 for those of `settings.path`, -1 for none."""
         self._is_broken = False
         self._engine = Engine(settings, role="the sampler")
         model_config = self._engine.llm.model_config
@@ -40,7 +42,7 @@ class Sampler:
     def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
         """One answer to each prompt, in their order; see `distill_cli.engines.sampling.sample`."""
         self._check_usable()
-        if self._needs_sync:
+        if self.version == NO_WEIGHTS:
             raise DistillError("the sampler has no weights since it slept: sync() comes before its next use")
         return sample(self._engine, prompts, seeds=seeds, sampling=sampling)
 
@@ -69,7 +71,7 @@ class Sampler:
             raise DistillError(f"sync of version {version} to the sampler failed: {reason(error)}") from error
         if not self._engine.llm.reset_prefix_cache():  # else old keys and values would answer for new weights
             raise DistillError("the sampler's prefix cache could not be reset after a sync: requests are still running")
-        self._is_broken = self._needs_sync = False
+        self._is_broken = False
         self.version = version
 
     def _check_usable(self) -> None:
@@ -79,7 +81,8 @@ class Sampler:
 
     def sleep(self) -> None:
         """Give the device's memory back, weights included: after `wake` the next `sync` brings them."""
-        self._needs_sync = self._engine.settings.sleep_mode
+        if self._engine.settings.sleep_mode:
+            self.version = NO_WEIGHTS
         self._engine.sleep(level=2)
 
     def wake(self) -> None:

@@ -117,6 +117,7 @@ def test_a_sampler_that_sleeps_wants_waking_and_weights(process_group, student, 
     with pytest.raises(DistillError, match=r"asleep: wake\(\)"):
         sampler.sync(student.named_parameters(), version=1)
     sampler.wake()
+    assert sampler.version == -1
     with pytest.raises(DistillError, match=r"sync\(\) comes before"):
         sampler.sample(prompts, seeds=[1], sampling=SAMPLING)
     sampler.sync(student.named_parameters(), version=1)
