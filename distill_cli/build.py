@@ -18,6 +18,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from distill_cli.config.compose import load_config
+from distill_cli.config.derived import engine_length, max_prompt_tokens, updates_per_step
 from distill_cli.config.schema import Config, EngineModelConfig, Precision, StudentModel, TeacherModel
 from distill_cli.data.prompts import PromptOrder, build_prompts, load_tokenizer
 from distill_cli.data.registry import load_examples, resolve_verifier
@@ -91,7 +92,7 @@ def engine_settings(config: Config, model: StudentModel | TeacherModel, engine: 
     """What `model.<role>` and `engine.<role>` say, as the engine takes it."""
     return EngineSettings(
         path=str(locate(model.path, revision=model.revision, key="model.path")),
-        max_model_len=engine.max_model_len or config.rollout.max_sequence_length,
+        max_model_len=engine_length(config, engine),
         dtype=model.dtype.value,
         quantization=getattr(model, "quantization", None),
         trust_remote_code=config.model.trust_remote_code,
@@ -135,7 +136,6 @@ def build_trainer(
         shuffle=config.data.shuffle,
     )
     num_steps = min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch)
-    sequences = config.rollout.prompts_per_step * config.rollout.generations_per_prompt
     student = build_student(config, parallel)
     optimizer = build_optimizer(student, config.train)
     return Trainer(
@@ -143,9 +143,7 @@ def build_trainer(
         parallel=parallel,
         student=student,
         optimizer=optimizer,
-        schedule=build_schedule(
-            optimizer, config.train, num_steps=num_steps * sequences // config.train.global_batch_size
-        ),
+        schedule=build_schedule(optimizer, config.train, num_steps=num_steps * updates_per_step(config)),
         sampler=engines[0],
         scorer=engines[1],
         prompts=order,
@@ -162,13 +160,12 @@ def build_trainer(
 def build_prompt_set(
     config: Config, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, key: str
 ) -> list[Prompt]:
-    room = config.rollout.max_sequence_length - config.rollout.max_new_tokens
     return build_prompts(
         load_examples(spec, key=key),
         tokenizer,
         data=config.data,
         model=config.model,
-        max_tokens=config.data.max_prompt_tokens or room,
+        max_tokens=max_prompt_tokens(config),
     )
 
 

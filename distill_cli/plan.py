@@ -18,6 +18,7 @@ from rich.table import Table
 from distill_cli import hardware
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, known_losses
+from distill_cli.config.derived import updates_per_step
 from distill_cli.config.schema import Config, Dtype
 from distill_cli.launch.local import command
 from distill_cli.preflight import Preflight, preflight
@@ -61,7 +62,7 @@ def step_rows(config: Config) -> dict[str, str]:
     rounds = math.ceil(train.global_batch_size * rollout.max_sequence_length / ranks / train.micro_batch_tokens)
     return {
         "sequences": f"{rollout.prompts_per_step} prompts x {rollout.generations_per_prompt} answers = {sequences}",
-        "updates": f"{sequences} / {train.global_batch_size} sequences = {sequences // train.global_batch_size}",
+        "updates": f"{sequences} / {train.global_batch_size} sequences = {updates_per_step(config)}",
         "tokens": f"at most {most_tokens:,} ({rollout.max_sequence_length:,} a sequence)",
         "micro-batches": f"at most about {rounds} of {train.micro_batch_tokens:,} tokens a rank and update",
     }

@@ -15,6 +15,7 @@ from typing import Any
 from distill_cli import hardware, modelpath
 from distill_cli.config.checks import config_problems
 from distill_cli.config.compose import known_losses
+from distill_cli.config.derived import needed_length
 from distill_cli.config.schema import Config
 from distill_cli.data.registry import load_examples, resolve_verifier
 from distill_cli.errors import ConfigError
@@ -126,10 +127,11 @@ def _model_problems(config: Config, found: Preflight) -> Iterator[str]:
         yield f"loss.topk={config.loss.topk}: must be at most the vocabulary of {min(sizes)}"
     for role, model in (("student", student), ("teacher", teacher)):
         positions = (model.get("text_config") or model).get("max_position_embeddings")
-        if positions is not None and config.rollout.max_sequence_length > positions:
+        if positions is not None and needed_length(config) > positions:
             yield (
-                f"rollout.max_sequence_length={config.rollout.max_sequence_length}: the {role} has "
-                f"{positions} positions; lower it"
+                f"rollout.max_sequence_length={config.rollout.max_sequence_length}, "
+                f"eval.max_new_tokens={config.eval.max_new_tokens}: sequences of up to {needed_length(config)} tokens, "
+                f"and the {role} has {positions} positions; lower the larger"
             )
 
 

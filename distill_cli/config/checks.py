@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 
+from distill_cli.config.derived import needed_length
 from distill_cli.config.schema import Config
 
 
@@ -16,6 +17,7 @@ def config_problems(config: Config) -> list[str]:
         *_train(config),
         *_data(config),
         *_eval(config),
+        *_engine(config),
         *_cluster(config),
     ]
 
@@ -110,6 +112,19 @@ def _eval(config: Config) -> Iterator[str]:
     yield from _sampling("eval", config.eval.temperature, config.eval.top_p)
     if config.eval.max_new_tokens is not None:
         yield from _at_least("eval.max_new_tokens", config.eval.max_new_tokens, 1)
+
+
+def _engine(config: Config) -> Iterator[str]:
+    for role, engine in (("student", config.engine.student), ("teacher", config.engine.teacher)):
+        if engine.max_model_len is not None and engine.max_model_len < needed_length(config):
+            yield (
+                f"engine.{role}.max_model_len={engine.max_model_len}: sequences of up to {needed_length(config)} "
+                "tokens come to it; leave it out"
+            )
+        if engine.kv_cache_gib is not None:
+            yield from _above_zero(f"engine.{role}.kv_cache_gib", engine.kv_cache_gib)
+        if not 0 < engine.gpu_memory_utilization <= 1:
+            yield f"engine.{role}.gpu_memory_utilization={engine.gpu_memory_utilization}: must lie above 0 and up to 1"
 
 
 def _cluster(config: Config) -> Iterator[str]:

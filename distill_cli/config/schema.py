@@ -158,12 +158,12 @@ class TrainConfig:
 
 @dataclass
 class EngineModelConfig:
-    gpu_memory_utilization: float = 0.4
-    """Share of a GPU's memory that the engine may take; not used on CPUs."""
+    gpu_memory_utilization: float = 0.25
+    """Share of a GPU's memory that the engine takes for weights and KV cache; the trainer lives in what both leave."""
     kv_cache_gib: float | None = None
-    """Size of the KV cache; null on GPUs is what gpu_memory_utilization leaves, on CPUs 0.5 GiB."""
+    """Size of the KV cache; null on GPUs is what gpu_memory_utilization leaves, on CPUs 0.25 GiB."""
     max_model_len: int | None = None
-    """Tokens of a sequence, at most; null is rollout.max_sequence_length (or the validation's need, if larger)."""
+    """Tokens of a sequence, at most; null is what training and validation need."""
     enforce_eager: bool = False
     """Leave out CUDA graphs and compilation: a faster start, slower sampling. CPUs always do."""
     kwargs: dict[str, Any] = field(default_factory=dict)

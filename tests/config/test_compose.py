@@ -113,6 +113,9 @@ def test_all_mistakes_are_named_at_once() -> None:
         ("data.verifier=null", "data.verifier=null"),
         ("data.validation.source=null", ""),
         ("cluster.nodes=2", "cluster.nodes=2"),
+        ("engine.teacher.max_model_len=100", "sequences of up to 128 tokens"),
+        ("engine.student.kv_cache_gib=0", "engine.student.kv_cache_gib"),
+        ("engine.student.gpu_memory_utilization=1.5", "gpu_memory_utilization"),
         ("cluster.ranks_per_node=65", "more ranks than"),
     ],
 )

@@ -10,10 +10,10 @@ import torch
 SCRIPT = Path(__file__).parent / "train_rank.py"
 
 
-def train(out: Path, *, ranks: int, micro_batch_tokens: int, checkpointing: bool = False) -> tuple:
+def train(out: Path, *, ranks: int, micro_batch_tokens: int, checkpointing: bool = False, bf16: bool = False) -> tuple:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
-        *(str(SCRIPT), str(out), str(micro_batch_tokens), str(checkpointing)),
+        *(str(SCRIPT), str(out), str(micro_batch_tokens), str(checkpointing), str(bf16)),
     ]
     subprocess.run(command, check=True, env=None, capture_output=True, timeout=300)
     return torch.load(out, weights_only=True)
@@ -44,3 +44,10 @@ def test_the_same_on_other_ranks_and_micro_batches(
     assert params.keys() == one_rank[2].keys()
     for name, param in params.items():
         torch.testing.assert_close(param, one_rank[2][name], rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_computes_close_to_float32_and_keeps_float32_parameters(one_rank: tuple, tmp_path: Path) -> None:
+    losses, norms, params = train(tmp_path / "out.pt", ranks=2, micro_batch_tokens=60, bf16=True)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(one_rank[0]), rtol=0.02, atol=0)
+    torch.testing.assert_close(torch.tensor(norms), torch.tensor(one_rank[1]), rtol=0.1, atol=0)
+    assert all(param.dtype == torch.float32 for param in params.values())

@@ -1,6 +1,6 @@
 """One rank of `test_equality`: a few optimizer steps on made-up rollouts; rank 0 writes what came of them.
 
-torchrun --nproc-per-node N train_rank.py OUT MICRO_BATCH_TOKENS ACTIVATION_CHECKPOINTING
+torchrun --nproc-per-node N train_rank.py OUT MICRO_BATCH_TOKENS ACTIVATION_CHECKPOINTING BF16
 """
 
 import sys
@@ -35,7 +35,8 @@ def made_up_rollout(seed: int) -> Rollout:
 
 
 def main() -> None:
-    out, micro_batch_tokens, checkpointing = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
+    out, micro_batch_tokens = sys.argv[1], int(sys.argv[2])
+    checkpointing, bf16 = (word == "True" for word in sys.argv[3:5])
     attention.register()
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -44,7 +45,7 @@ def main() -> None:
     )  # fmt: skip
     parallel = init_parallel(device=torch.device("cpu"))
     student = Student(Qwen3ForCausalLM(config).train(), loss=DistillLoss(kl_type="mixed"), temperature=1.0)
-    wrap(student, parallel, bf16=False, activation_checkpointing=checkpointing)
+    wrap(student, parallel, bf16=bf16, activation_checkpointing=checkpointing)
     settings = TrainConfig(lr=1e-2, warmup_steps=0, eps=1e-5, max_grad_norm=0.05)
     optimizer = build_optimizer(student, settings)
     schedule = build_schedule(optimizer, settings, num_steps=NUM_STEPS)
