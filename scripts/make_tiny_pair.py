@@ -91,8 +91,8 @@ def careless_solution(question: str, rng: random.Random) -> str:
 
 
 RECIPES = {
-    "teacher": Recipe(128, 256, 3, right_solution, steps=1500, lr=3e-3, seed=1),
-    "student": Recipe(128, 256, 2, careless_solution, steps=1500, lr=3e-3, seed=2),
+    "teacher": Recipe(128, 256, 3, right_solution, steps=1000, lr=3e-3, seed=1),
+    "student": Recipe(128, 256, 2, careless_solution, steps=1000, lr=3e-3, seed=2),
 }
 
 
