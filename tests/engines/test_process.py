@@ -1,10 +1,12 @@
+import importlib
 import os
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from distill_cli.engines.process import keep_process_state, num_threads_per_rank, replace_name
+from distill_cli.engines.process import hide_broken_packages, keep_process_state, num_threads_per_rank, replace_name
 from distill_cli.engines.scorer import Scorer
 from distill_cli.errors import DistillError
 
@@ -54,3 +56,20 @@ def test_building_and_closing_an_engine_leaves_the_rest_alone(scorer, teacher_se
     dist.all_reduce(torch.ones(1))
     (scores,) = scorer.score(random_sequences([9]), response_starts=[3])
     assert scores.topk_ids.shape == (6, 16)
+
+
+def test_a_package_that_cannot_be_imported_looks_absent(tmp_path, monkeypatch):
+    (tmp_path / "brokenpackage").mkdir()
+    (tmp_path / "brokenpackage" / "__init__.py").write_text(
+        "from . import part\nraise RuntimeError('operator brokenpackage::nms does not exist')"
+    )
+    (tmp_path / "brokenpackage" / "part.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert hide_broken_packages(("brokenpackage", "json", "notinstalled")) == ["brokenpackage"]
+        assert importlib.util.find_spec("brokenpackage") is None
+        assert "brokenpackage.part" not in sys.modules
+        with pytest.raises(ImportError):
+            importlib.import_module("brokenpackage")
+    finally:
+        sys.modules.pop("brokenpackage", None)
