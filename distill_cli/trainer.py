@@ -34,6 +34,15 @@ from distill_cli.student.weights import named_parameters
 from distill_cli.track.recorder import MetricsFile
 from distill_cli.types import Prompt, Rollout
 
+TOKEN_METRICS = (
+    "train/kl_forward",
+    "train/kl_reverse",
+    "train/entropy",
+    "train/teacher_topk_mass",
+    "train/student_topk_mass",
+    "train/top1_agreement",
+)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -219,20 +228,24 @@ class Trainer:
 
     def train_metrics(self, results: Sequence[tuple[Sequence[MicroBatch], StepResult]]) -> dict[str, float]:
         """Means over the response tokens of the step, of all ranks. A collective."""
-        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.parallel.device))
-        for batches, result in results:
+        device = self.parallel.device
+        sums = torch.zeros(len(TOKEN_METRICS), device=device)
+        mismatch = torch.zeros((), device=device)
+        for update, (batches, result) in enumerate(results):
             for batch, output in zip(batches, result.outputs, strict=True):
-                for name, values_N in token_metrics(batch.to(self.parallel.device), output).items():
-                    sums[name] += values_N.sum()
+                batch = batch.to(device)
+                sums += token_metrics_CN(batch, output).sum(-1)
+                if update == 0:  # later ones see a student that has moved on from what was sampled
+                    mismatch += (batch.sampler_logp - output.sampled_logp_N).abs().sum()
+        *totals, mismatch_total = self.parallel.all_sum(torch.cat([sums, mismatch[None]])).tolist()
         num_tokens = sum(result.num_response_tokens for _, result in results)
-        names = sorted(sums)
-        totals = self.parallel.all_sum(torch.stack([sums[name] for name in names])).tolist()
         loss = sum(result.loss * result.num_response_tokens for _, result in results)
         return {
             "train/loss": loss / max(num_tokens, 1),
             "train/grad_norm": sum(result.grad_norm for _, result in results) / len(results),
             "train/response_tokens": num_tokens,
-            **{name: total / max(num_tokens, 1) for name, total in zip(names, totals, strict=True)},
+            **{name: total / max(num_tokens, 1) for name, total in zip(TOKEN_METRICS, totals, strict=True)},
+            "rollout/engine_mismatch": mismatch_total / max(results[0][1].num_response_tokens, 1),
         }
 
     def rollout_metrics(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -253,15 +266,12 @@ class Trainer:
         return metrics
 
 
-def token_metrics(batch: MicroBatch, output: HeadOutput) -> dict[str, torch.Tensor]:
-    """float [N] each, by the metric's name: what is averaged over response tokens."""
-    return {
-        **{f"train/{name}": v for name, v in token_statistics(batch.topk_logp, output.student_logp_NC).items()},
-        "train/entropy": output.entropy_N,
-        "train/top1_agreement": (output.argmax_N == batch.topk_ids[:, 0]).float(),
-        # By the engine and by the trainer, of the same tokens: a broken sync shows here at once.
-        "rollout/engine_mismatch": (batch.sampler_logp - output.sampled_logp_N).abs(),
-    }
+def token_metrics_CN(batch: MicroBatch, output: HeadOutput) -> torch.Tensor:
+    """float [C, N]: what is averaged over response tokens, in the order of TOKEN_METRICS."""
+    statistics = token_statistics(batch.topk_logp, output.student_logp_NC)
+    agreement_N = (output.argmax_N == batch.topk_ids[:, 0]).float()
+    values = {**statistics, "entropy": output.entropy_N, "top1_agreement": agreement_N}
+    return torch.stack([values[name.removeprefix("train/")] for name in TOKEN_METRICS])
 
 
 def peak_memory_gib(device: torch.device) -> float:

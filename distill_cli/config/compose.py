@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from distill_cli.config.overrides import override_problems, unknown_keys
+from distill_cli.config.overrides import override_problems, sweep_keys, unknown_keys
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
 
@@ -56,7 +56,7 @@ def compose(argv: Sequence[str]) -> list[Job]:
         ConfigError: a key, a type, a choice or an override is wrong; all problems of what was typed at once.
     """
     problems = override_problems(_overrides(argv), conf_dirs=_conf_dirs(argv))
-    if problems:
+    if problems and not {"-sc", "--shell-completion"} & set(argv):  # what follows those are no overrides
         raise ConfigError(*problems)
     ConfigStore.instance().store("base_config", Config)
     jobs: list[Job] = []
@@ -103,8 +103,8 @@ def _job(config: DictConfig) -> Job:
     task = list(runtime.overrides.task)
     swept = []
     if runtime.mode is not None and runtime.mode.name == "MULTIRUN":
-        fixed = set(_overrides(sys.argv[1:]))
-        swept = [override for override in task if override not in fixed]
+        keys = sweep_keys(_overrides(sys.argv[1:]))
+        swept = [override for override in task if override.lstrip("+").split("=", 1)[0] in keys]
     return Job(
         config=OmegaConf.to_object(config),
         choices={group: choice for group, choice in runtime.runtime.choices.items() if "/" not in group},

@@ -36,6 +36,12 @@ def override_problems(overrides: Sequence[str], *, conf_dirs: Sequence[Path]) ->
     return problems
 
 
+def sweep_keys(overrides: Sequence[str]) -> set[str]:
+    """The keys and groups that were given several values."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return {override.key_or_group for override in parsed if override.is_sweep_override()}
+
+
 def unknown_keys(node: Any, at: str = "") -> list[str]:
     """Dotted paths in a composed config that no dataclass field declares."""
     if not isinstance(node, DictConfig):
