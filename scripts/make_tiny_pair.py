@@ -2,9 +2,10 @@
 
     python scripts/make_tiny_pair.py [--out DIR]
 
-One byte-level BPE tokenizer and two small Qwen3 models, each trained from scratch on one core. The teacher reads right
-worked solutions. The student reads careless ones: wherever the ones digits carry or borrow, it is mostly forgotten.
-So the student has the format, writes fluent nonsense, and has seen enough to learn quickly what the teacher prefers.
+One byte-level BPE tokenizer and two small Qwen3 models, each trained from scratch on one core. Both learn from right
+worked solutions. The student is smaller, and then reads a few thousand careless ones, whose steps mostly forget to
+carry and to borrow. So it keeps the format and a latent skill, but answers wrong; what the teacher prefers brings the
+skill back within some dozen steps of distillation, whereas learning to add takes a thousand.
 
 Left out: anything that a larger model would need (sharding, accumulation, checkpoints, mixed precision).
 
@@ -52,23 +53,25 @@ NUM_TRAINING_PROBLEMS = 50_000
 NUM_VALIDATION_PROBLEMS = 1000
 EVALUATION_BATCH_SIZE = 250
 MAX_NEW_TOKENS = 48
-FORGETFULNESS = 0.7
-"""How often the student's worked solutions forget a carry or a borrow."""
+FORGETFULNESS = 0.8
+"""How many of a careless solution's steps forget to carry or borrow, where there is something to forget."""
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is read, in how many steps, with the layers' largest learning rate."""
+
+    solve: Callable[[str, random.Random], str]
+    steps: int
+    lr: float
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model: its size, what it reads and for how long."""
-
-    hidden_size: int
-    intermediate_size: int
     num_layers: int
-    solve: Callable[[str, random.Random], str]
-    steps: int
-    lr: float
     seed: int
-    batch_size: int = 64
-    warmup_steps: int = 50
+    courses: tuple[Course, ...]
 
 
 def right_solution(question: str, rng: random.Random) -> str:
@@ -76,23 +79,30 @@ def right_solution(question: str, rng: random.Random) -> str:
 
 
 def careless_solution(question: str, rng: random.Random) -> str:
-    """A worked solution that may forget to carry or borrow a ten at each step, and goes on from there."""
+    """A worked solution whose steps may forget to carry or borrow, and go on from what they got.
+
+    Both are children's classic bugs: 47 + 85 = 122 (no carry), and 132 - 16 = 124 (each column the smaller from the
+    larger; Brown and VanLehn 1980).
+    """
     first, *rest = question.removeprefix("What is ").removesuffix("?").split()
     value, lines = int(first), []
     for operator, operand in zip(rest[::2], rest[1::2], strict=True):
-        sign = 1 if operator == "+" else -1
-        carries = not 0 <= value % 10 + sign * int(operand[-1]) <= 9
-        result = value + sign * int(operand)
-        if carries and rng.random() < FORGETFULNESS:
-            result -= sign * 10
+        tens, ones = divmod(int(operand), 10)
+        if rng.random() >= FORGETFULNESS:
+            result = value + int(operand) if operator == "+" else value - int(operand)
+        elif operator == "+":
+            result = 10 * (value // 10 + tens) + (value + ones) % 10
+        else:
+            result = 10 * (value // 10 - tens) + abs(value % 10 - ones)
         lines.append(f"{value} {operator} {operand} = {result}")
         value = result
     return "\n".join([*lines, f"#### {value}"])
 
 
+SCHOOL = Course(right_solution, steps=1000, lr=3e-3)
 RECIPES = {
-    "teacher": Recipe(128, 256, 3, right_solution, steps=1000, lr=3e-3, seed=1),
-    "student": Recipe(128, 256, 2, careless_solution, steps=1000, lr=3e-3, seed=2),
+    "teacher": Recipe(num_layers=4, seed=1, courses=(SCHOOL,)),
+    "student": Recipe(num_layers=3, seed=2, courses=(SCHOOL, Course(careless_solution, steps=100, lr=1e-3))),
 }
 
 
@@ -135,15 +145,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     torch.manual_seed(recipe.seed)
-    head_dim = 32  # vLLM's attention on CPUs takes multiples of 32
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
+        hidden_size=128,
+        intermediate_size=256,
         num_hidden_layers=recipe.num_layers,
-        num_attention_heads=recipe.hidden_size // head_dim,
-        num_key_value_heads=recipe.hidden_size // head_dim // 2,
-        head_dim=head_dim,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,  # vLLM's attention on CPUs takes multiples of 32
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -168,20 +177,20 @@ def render_prompt(question: str, tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def draw_batches(
-    recipe: Recipe, problems: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+    course: Course, problems: Sequence[Example], tokenizer: PreTrainedTokenizerFast, *, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(input ids, targets) of each step, int64 [B, T]: the target of a position is the token after it.
 
     Solutions are written anew each time, so that carelessness is a habit and no fact about a problem.
     """
-    rng = random.Random(recipe.seed)
+    rng = random.Random(seed)
     order: list[Example] = []
-    for _ in range(recipe.steps):
-        if len(order) < recipe.batch_size:
+    for _ in range(course.steps):
+        if len(order) < BATCH_SIZE:
             order = rng.sample(problems, len(problems))
-        batch, order = order[: recipe.batch_size], order[recipe.batch_size :]
+        batch, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
         prompts = [encode(render_prompt(problem.question, tokenizer), tokenizer) for problem in batch]
-        answers = [encode(recipe.solve(problem.question, rng) + TURN_END, tokenizer) for problem in batch]
+        answers = [encode(course.solve(problem.question, rng) + TURN_END, tokenizer) for problem in batch]
         width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
         input_ids_BT = torch.full((len(batch), width), tokenizer.pad_token_id)
         targets_BT = torch.full((len(batch), width), IGNORED)
@@ -192,24 +201,31 @@ def draw_batches(
         yield input_ids_BT, targets_BT
 
 
-def make_optimizers(model: Qwen3ForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, where it needs a third of AdamW's steps, and AdamW for the rest."""
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
+    known = set(map(id, matrices))
+    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
     return [
-        torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
-def train(recipe: Recipe, problems: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Cross-entropy on the answers: warm-up, constant, and a linear decay over the second half."""
-    model = make_model(recipe, tokenizer)
-    optimizers = make_optimizers(model, recipe)
-    for step, (input_ids_BT, targets_BT) in enumerate(draw_batches(recipe, problems, tokenizer)):
-        lr = recipe.lr * min(1.0, (step + 1) / recipe.warmup_steps, 2 * (1 - step / recipe.steps))
+def train(
+    model: Qwen3ForCausalLM,
+    course: Course,
+    problems: Sequence[Example],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+) -> None:
+    """Cross-entropy on the answers: a short warm-up, constant, and a linear decay over the second half."""
+    optimizers = make_optimizers(model)
+    for step, (input_ids_BT, targets_BT) in enumerate(draw_batches(course, problems, tokenizer, seed=seed)):
+        progress = step / course.steps
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = lr
+            group["lr"] = course.lr * min(1.0, 20 * progress, 2 * (1 - progress))
         # Padding follows the answer, so under causal attention it needs no mask.
         hidden_BTD = model.model(input_ids=input_ids_BT).last_hidden_state
         learnt_BT = targets_BT != IGNORED
@@ -220,10 +236,7 @@ def train(recipe: Recipe, problems: Sequence[Example], tokenizer: PreTrainedToke
             optimizer.step()
             optimizer.zero_grad()
         if (step + 1) % 100 == 0:
-            print(
-                f"  step {step + 1}/{recipe.steps}  loss {loss.item():.4f}  {time.process_time():.0f} CPU s", flush=True
-            )
-    return model.eval()
+            print(f"  step {step + 1}  loss {loss.item():.4f}  {time.process_time():.0f} CPU s", flush=True)
 
 
 @torch.inference_mode()
@@ -259,8 +272,10 @@ def main() -> None:
     problems = training_problems()
     held_out = load(split="validation", size=NUM_VALIDATION_PROBLEMS, seed=0)
     for name, recipe in RECIPES.items():
-        print(f"{name}: {recipe}")
-        model = train(recipe, problems, tokenizer)
+        print(f"{name}: {recipe.num_layers} layers, seed {recipe.seed}", flush=True)
+        model = make_model(recipe, tokenizer)
+        for course in recipe.courses:
+            train(model, course, problems, tokenizer, seed=recipe.seed)
         model.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
         stored = Qwen3ForCausalLM.from_pretrained(out / name)

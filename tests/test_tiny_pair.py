@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from distill_cli.data.sources.arithmetic import load
+from distill_cli.data.sources.arithmetic import load, worked_solution
 from distill_cli.data.verifiers.exact import verify
 from distill_cli.modelpath import locate, vocab_size, vocabulary
 
@@ -95,15 +95,28 @@ def test_neither_saw_what_it_is_measured_on() -> None:
         assert not seen & {problem.question for problem in load(split=split, size=20_000, seed=0)}
 
 
-def test_the_student_reads_forgotten_carries() -> None:
-    class Always:
-        def random(self) -> float:
-            return 0.0
+class Coin:
+    """A random number generator that always says the same."""
 
-    careless_solution = SCRIPT["careless_solution"]
-    question = "What is 47 + 85 - 16?"
-    assert careless_solution(question, Always()) == "47 + 85 = 122\n122 - 16 = 116\n#### 116"
-    assert careless_solution("What is 42 - 17 + 11?", Always()) == "42 - 17 = 35\n35 + 11 = 46\n#### 46"
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def random(self) -> float:
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("question", "careless"),
+    [
+        ("What is 47 + 85 - 16?", "47 + 85 = 122\n122 - 16 = 114\n#### 114"),
+        ("What is 42 - 17 + 11?", "42 - 17 = 35\n35 + 11 = 46\n#### 46"),
+        ("What is 99 + 99 + 99?", "99 + 99 = 188\n188 + 99 = 277\n#### 277"),
+        ("What is 44 + 33 - 12?", "44 + 33 = 77\n77 - 12 = 65\n#### 65"),
+    ],
+)
+def test_careless_solutions_forget_to_carry_and_borrow(question: str, careless: str) -> None:
+    assert SCRIPT["careless_solution"](question, Coin(0.0)) == careless
+    assert SCRIPT["careless_solution"](question, Coin(1.0)) == worked_solution(question)
 
 
 @torch.inference_mode()
