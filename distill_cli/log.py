@@ -81,13 +81,18 @@ def step_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:
     return f"step {step}/{num_steps} " + " ".join(shown)
 
 
-def log_to(stream: IO[str]) -> None:
-    """Sends the package's log records to a rank's log file, with the time."""
+def log_to(stream: IO[str], *, console: IO[str] | None = None) -> None:
+    """Sends the package's log records to a rank's log file, with the time; warnings also to what the user sees."""
     handler = logging.StreamHandler(stream)
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     root = logging.getLogger("distill_cli")
     root.handlers = [handler]
+    if console is not None:
+        shown = logging.StreamHandler(console)
+        shown.setLevel(logging.WARNING)
+        shown.setFormatter(logging.Formatter("warning: %(message)s"))
+        root.addHandler(shown)
     root.setLevel(logging.INFO)
     root.propagate = False

@@ -177,7 +177,7 @@ def end_panel(job: Job, outcome: dict[str, Any], run: RunDir, command: Sequence[
     if job.config.tracker.mlflow.enabled:
         uri = mlflow_target(job.config, run).uri
         rows["MLflow"] = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri
-    rows["next"] = " ".join(["distill", *_without_verb(command[1:]), next_override(job)])
+    rows["next"] = " ".join(["distill", *_repeatable(command[1:]), next_override(job)])
     return Panel(_rows(rows), title="done", title_align="left", expand=False)
 
 
@@ -215,5 +215,7 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _without_verb(arguments: Sequence[str]) -> list[str]:
-    return [argument for argument in arguments if argument != "train" and not argument.startswith("loss=")]
+def _repeatable(arguments: Sequence[str]) -> list[str]:
+    """The overrides that the next command can repeat: a run's name is its own."""
+    taken = ("loss=", "run.name=")
+    return [argument for argument in arguments if argument != "train" and not argument.startswith(taken)]

@@ -50,7 +50,7 @@ def redirect_output(log_file: Path, *, is_main: bool) -> IO[str]:
     os.dup2(descriptor, 2)
     os.close(descriptor)
     sys.stdout.reconfigure(line_buffering=True)
-    log_to(sys.stderr)
+    log_to(sys.stderr, console=console if is_main else None)
     return console
 
 

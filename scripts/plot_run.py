@@ -13,8 +13,9 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "distill"  # the same run gives the same file
+matplotlib.use("agg")
+# The same run gives the same file, and its text stays text.
+matplotlib.rcParams |= {"svg.hashsalt": "distill", "svg.fonttype": "none"}
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -42,13 +43,12 @@ def draw_accuracy(axes: Axes, rows: list[dict]) -> None:
     trained = [row for row in rows if "rollout/accuracy" in row]
     axes.axhline(teacher, color=GREY, linestyle="--", linewidth=1)
     axes.annotate("teacher", (0, teacher), (2, 3), textcoords="offset points", color=GREY, fontsize=9)
-    axes.plot([r["step"] for r in trained], [r["rollout/accuracy"] for r in trained], color=ORANGE, lw=1, alpha=0.7)
-    axes.plot([r["step"] for r in validated], [r["val/accuracy"] for r in validated], "o-", color=BLUE, lw=2)
-    last = validated[-1]
-    axes.annotate("held out, greedy", (last["step"], last["val/accuracy"]), (-6, -16), textcoords="offset points",
-                  ha="right", color=BLUE, fontsize=9)  # fmt: skip
-    axes.annotate("sampled in training", (last["step"], trained[-1]["rollout/accuracy"]), (-6, -34),
-                  textcoords="offset points", ha="right", color=ORANGE, fontsize=9)  # fmt: skip
+    for points, key, style, color, label in (
+        (trained, "rollout/accuracy", "-", ORANGE, "sampled in training"),
+        (validated, "val/accuracy", "o-", BLUE, "held out, greedy"),
+    ):
+        axes.plot([row["step"] for row in points], [row[key] for row in points], style, color=color, label=label)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
     axes.set_ylim(0, 1.08)
     axes.set_ylabel("share of answers that are right")
 

@@ -76,7 +76,7 @@ def hide_broken_packages(names: Sequence[str] = ("torchvision", "torchaudio", "t
             for module in [module for module in sys.modules if module.partition(".")[0] == name]:
                 del sys.modules[module]
             sys.modules[name] = None  # what `find_spec` and `import` take for not installed
-            log.warning("%s does not work with this torch and is left out: %s", name, str(error).splitlines()[0])
+            log.info("%s does not work with this torch and is left out: %s", name, str(error).splitlines()[0])
             hidden.append(name)
     return hidden
 
