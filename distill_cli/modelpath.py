@@ -13,8 +13,8 @@ from typing import Any
 from distill_cli.errors import ConfigError
 
 ASSETS = Path(__file__).parent / "assets"
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-"""What is taken from the hub: no pickles."""
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
+"""What is taken from the hub: no pickles. Python is run only where `model.trust_remote_code` says so."""
 
 
 def locate(path: str, *, revision: str | None = None, key: str) -> Path:
@@ -23,16 +23,28 @@ def locate(path: str, *, revision: str | None = None, key: str) -> Path:
     Raises:
         ConfigError: there is none, or it is no model.
     """
+    is_local = path.startswith(("package://", ".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
+    if is_local and revision is not None:
+        raise ConfigError(
+            f"{key.replace('.path', '.revision')}={revision}: {path} is a folder, which has none; drop it"
+        )
     if path.startswith("package://"):
         return _model_folder(ASSETS / path.removeprefix("package://"), path, key)
-    folder = Path(path).expanduser()
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        return _model_folder(folder, path, key)
+    if is_local:
+        return _model_folder(Path(path).expanduser(), path, key)
     return _from_hub(path, revision, key)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
+    return read_json(folder / "config.json")
+
+
+def read_json(file: Path) -> Any:
+    """Raises ConfigError where the file is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file}: not JSON ({str(error)[:100]}); the model's folder is damaged") from error
 
 
 def vocab_size(config: dict[str, Any]) -> int:
@@ -44,11 +56,14 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
-    content = json.loads(file.read_text())
-    vocab = content["model"].get("vocab") or {}
-    if not isinstance(vocab, dict):  # unigram models list [token, score]
-        vocab = {token: index for index, (token, _) in enumerate(vocab)}
-    return vocab | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    content = read_json(file)
+    try:
+        vocab = content["model"].get("vocab") or {}
+        if not isinstance(vocab, dict):  # unigram models list [token, score]
+            vocab = {token: index for index, (token, _) in enumerate(vocab)}
+        return vocab | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{file}: no tokenizer of the tokenizers library ({error!r})") from error
 
 
 def _model_folder(folder: Path, path: str, key: str) -> Path:
@@ -57,7 +72,7 @@ def _model_folder(folder: Path, path: str, key: str) -> Path:
     try:
         config = read_config(folder)
         vocab_size(config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise ConfigError(f"{key}={path}: no Hugging Face model is there (config.json: {error!r})") from error
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"{key}={path}: no weights are there; *.safetensors are needed (pickles are not loaded)")

@@ -21,20 +21,16 @@ from distill_cli.config.compose import Job, known_losses
 from distill_cli.config.derived import updates_per_step
 from distill_cli.config.schema import Config, Dtype
 from distill_cli.launch.local import command
-from distill_cli.preflight import Preflight, preflight
+from distill_cli.preflight import Preflight
 from distill_cli.run import single_path
 from distill_cli.rundir import RunDir
 
 BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
 
 
-def print_plan(job: Job) -> None:
-    """Composes and checks everything, and prints it; starts nothing.
-
-    Raises:
-        ConfigError: something is wrong, all of it at once.
-    """
-    found, config = preflight(job.config), job.config
+def print_plan(job: Job, found: Preflight) -> None:
+    """Prints what a checked job would do; starts nothing."""
+    config = job.config
     console = Console(highlight=False)
     console.print(_table("mesh", mesh_rows(config)))
     console.print(_table("a step", step_rows(config)))
@@ -84,7 +80,7 @@ def run_rows(config: Config, found: Preflight) -> dict[str, str]:
         "epoch": f"{steps_per_epoch:,} steps",
         "steps": f"{steps:,} (max_steps {config.train.max_steps:,}, max_epochs {config.train.max_epochs})",
         "validation": f"{validations} times on {samples} prompts"
-        + (", and the teacher once" if config.eval.teacher and config.eval.at_start else ""),
+        + (", and the teacher once" if config.eval.teacher and validations else ""),
     }
 
 

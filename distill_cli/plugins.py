@@ -23,8 +23,8 @@ def load_function(spec: str, *, key: str) -> Callable:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{key}={spec}: {error}") from error
+    except Exception as error:  # a user's module raises what it likes
+        raise ConfigError(f"{key}={spec}: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ConfigError(f"{key}={spec}: {name} is no function")
     return found

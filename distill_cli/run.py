@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -57,12 +58,15 @@ def check_jobs(jobs: Sequence[Job]) -> list[Preflight]:
             found.append(preflight(job.config))
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
-    names = [job.config.run.name for job in jobs if job.config.run.name]
+    names = {job.config.run.name for job in jobs}
+    if "latest" in names:
+        problems["run.name=latest: is the link to the newest run; choose another"] = None
+    roots = {job.config.run.root for job in jobs}
     for job in jobs:
-        if job.config.run.name and (single_path(job)).exists():
+        if job.config.run.name and single_path(job).exists():
             problems[f"{single_path(job)}: this run folder exists already; choose another run.name"] = None
-    if len(names) != len(set(names)) and len(jobs) > 1 and not any(job.swept for job in jobs):
-        problems["run.name: the runs of a sweep need a folder each; leave it out"] = None
+    if len(names) > 1 or len(roots) > 1:
+        problems["run.name, run.root: a sweep has one folder, with one in it for each run; do not sweep them"] = None
     if problems:
         raise ConfigError(*problems)
     return found
@@ -101,27 +105,30 @@ def run_job(job: Job, found: Preflight, *, path: Path, command: Sequence[str], c
     for warning in [*found.warnings, *inert_overrides(job.config, job.overrides, known_losses())]:
         console.print(f"warning: {escape(warning)}")
     console.print(start_panel(job, found, run))
-    with tracking(job.config, run) as state:
+    with tracking(job.config, run):
         launch(run, num_ranks=hardware.ranks_per_node(job.config), use_gpus=hardware.gpus_per_node(job.config) > 0)
-        state["finished"] = True
     outcome = json.loads(run.outcome.read_text())
-    console.print(end_panel(job, outcome, run, command))
+    console.print(end_panel(job, outcome, run))
     return outcome
 
 
 @contextmanager
-def tracking(config: Config, run: RunDir) -> Iterator[dict[str, bool]]:
-    """MLflow follows the run's metrics.jsonl as long as the context lasts."""
-    state = {"finished": False}
+def tracking(config: Config, run: RunDir) -> Iterator[None]:
+    """MLflow follows the run's metrics.jsonl as long as the context lasts, and learns how it ended."""
     if not config.tracker.mlflow.enabled:
-        yield state
+        yield
         return
     run.metrics.touch()
     shipper = MlflowShipper(run, mlflow_target(config, run))
     try:
-        yield state
-    finally:
-        shipper.close(finished=state["finished"])
+        yield
+    except Stopped:
+        shipper.close(status="KILLED", timeout_s=2.0)  # who stops a run waits for no server
+        raise
+    except BaseException:
+        shipper.close(status="FAILED")
+        raise
+    shipper.close()
 
 
 def mlflow_target(config: Config, run: RunDir) -> MlflowTarget:
@@ -160,7 +167,7 @@ def start_panel(job: Job, found: Preflight, run: RunDir) -> Panel:
     return Panel(_rows(rows), title="distill", title_align="left", expand=False)
 
 
-def end_panel(job: Job, outcome: dict[str, Any], run: RunDir, command: Sequence[str]) -> Panel:
+def end_panel(job: Job, outcome: dict[str, Any], run: RunDir) -> Panel:
     """What came of it, where it lies, what to type next."""
     rows = {}
     if outcome["after"]:
@@ -177,7 +184,7 @@ def end_panel(job: Job, outcome: dict[str, Any], run: RunDir, command: Sequence[
     if job.config.tracker.mlflow.enabled:
         uri = mlflow_target(job.config, run).uri
         rows["MLflow"] = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri
-    rows["next"] = " ".join(["distill", *_repeatable(command[1:]), next_override(job)])
+    rows["next"] = shlex.join(["distill", *_repeatable(job.overrides), next_override(job)])
     return Panel(_rows(rows), title="done", title_align="left", expand=False)
 
 
@@ -215,7 +222,7 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _repeatable(arguments: Sequence[str]) -> list[str]:
-    """The overrides that the next command can repeat: a run's name is its own."""
-    taken = ("loss=", "run.name=")
-    return [argument for argument in arguments if argument != "train" and not argument.startswith(taken)]
+def _repeatable(overrides: Sequence[str]) -> list[str]:
+    """The overrides that the next command can repeat: a run's name is its own, and the loss is what changes."""
+    taken = ("loss=", "loss.kl_type=", "loss.kl_weight=", "loss.skew=", "run.name=")
+    return [override for override in overrides if not override.lstrip("+").startswith(taken)]

@@ -29,7 +29,6 @@ class RunDir:
     metrics = property(lambda self: self.path / "metrics.jsonl")
     outcome = property(lambda self: self.path / "outcome.json")
     student = property(lambda self: self.path / "student")
-    rollouts = property(lambda self: self.path / "rollouts")
 
     def logs(self, attempt: int = 1) -> Path:
         return self.path / "logs" / f"attempt_{attempt}"
@@ -69,7 +68,8 @@ def default_name(choices: dict[str, str]) -> str:
 
 def element_name(index: int, swept: Sequence[str]) -> str:
     """The folder of a sweep's element: its number and what tells it from the others."""
-    words = [override.rsplit(".", 1)[-1] for override in swept]
+    parts = [override.partition("=") for override in swept]
+    words = [f"{key.rsplit('.', 1)[-1]}={value}" for key, _, value in parts]
     return re.sub(r"[^\w.,=+-]", "_", f"{index}_{','.join(words)}")[:120]
 
 

@@ -114,7 +114,7 @@ class Trainer:
         """Every step, with validation before, between and after as the config says. A collective."""
         begin, settings = time.perf_counter(), self.config.eval
         before = self.validate(self.sampler) if settings.at_start else None
-        teacher = self.validate(self.scorer) if settings.teacher and settings.at_start else None
+        teacher = self.validate(self.scorer) if settings.teacher and self.validator else None
         self.record(0, self.baseline_metrics(before, teacher))
         score = before
         for step in range(1, self.num_steps + 1):

@@ -38,7 +38,7 @@ class Sample:
     logp: list[float]
     """Log-probability of each token under the student at temperature 1, over the whole vocabulary."""
     finish_reason: str
-    """`stop` (an end-of-sequence or stop token, which is the last of `token_ids`) or `length`."""
+    """`stop` (the last of `token_ids` is an end-of-sequence or stop token, or ends a stop string) or `length`."""
 
 
 @dataclass(frozen=True)

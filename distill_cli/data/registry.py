@@ -39,7 +39,12 @@ def load_examples(spec: dict[str, Any], *, key: str) -> list[Example]:
     problems = _key_problems(load, keys, key=key)
     if problems:
         raise ConfigError(*problems)
-    examples = load(**keys)
+    try:
+        examples = load(**keys)
+    except ConfigError:
+        raise
+    except Exception as error:  # a source may be a user's own
+        raise ConfigError(f"{key}.source={spec['source']}: {type(error).__name__}: {error}") from error
     if not examples:
         raise ConfigError(f"{key}: the source {spec['source']} has no rows")
     return examples

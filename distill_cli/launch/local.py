@@ -19,10 +19,10 @@ from pathlib import Path
 
 import psutil
 
-from distill_cli.errors import DistillError
+from distill_cli.errors import ConfigError, DistillError
 from distill_cli.rundir import RunDir
 
-GRACE_S = 5.0
+GRACE_S = 3.0
 """Between asking the ranks to end and killing them."""
 PR_SET_PDEATHSIG = 1
 
@@ -48,6 +48,7 @@ def launch(run: RunDir, *, num_ranks: int, use_gpus: bool) -> None:
 
     Raises:
         DistillError: a rank failed; its own error in one line, and the path of its log.
+        ConfigError: a rank found the input wrong.
         Stopped: SIGINT or SIGTERM came; every process is gone.
     """
     with (run.logs() / "torchrun.log").open("wb") as log, stop_signals():
@@ -63,7 +64,7 @@ def launch(run: RunDir, *, num_ranks: int, use_gpus: bool) -> None:
         finally:
             end_tree(process)
     if status != 0:
-        raise DistillError(failure(run, num_ranks=num_ranks, status=status))
+        raise failure(run, num_ranks=num_ranks, status=status)
 
 
 def environment(*, num_ranks: int, use_gpus: bool) -> dict[str, str]:
@@ -122,7 +123,7 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def failure(run: RunDir, *, num_ranks: int, status: int) -> str:
+def failure(run: RunDir, *, num_ranks: int, status: int) -> DistillError:
     """The first failed rank's own error in one line, and the path of its log."""
     errors = [_read_error(run.rank_error(rank), rank) for rank in range(num_ranks)]
     errors = sorted((error for error in errors if error), key=lambda error: error["time"])
@@ -131,10 +132,13 @@ def failure(run: RunDir, *, num_ranks: int, status: int) -> str:
     if killed and not errors:
         name, rank = signal.Signals(-int(killed[1])).name, int(killed[2])
         hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return f"rank {rank} was killed by {name}{hint}; log: {run.rank_log(rank)}"
+        return DistillError(f"rank {rank} was killed by {name}{hint}; log: {run.rank_log(rank)}")
+    if errors and errors[0].get("is_config"):
+        return ConfigError(errors[0]["message"])
     if errors:
-        return f"rank {errors[0]['rank']}: {errors[0]['message']}; log: {run.rank_log(errors[0]['rank'])}"
-    return f"torchrun ended with status {status}; log: {torchrun_log}"
+        first = errors[0]
+        return DistillError(f"rank {first['rank']}: {first['message']}; log: {run.rank_log(first['rank'])}")
+    return DistillError(f"torchrun ended with status {status}; log: {torchrun_log}")
 
 
 def _read_error(file: Path, rank: int) -> dict | None:

@@ -59,12 +59,6 @@ class Parallel:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.fsdp.get_group())
         return int(tensor)
 
-    def gather(self, value: object) -> list:
-        """Each share's object, in order of the shares, on every rank. A collective; for small things."""
-        values: list = [None] * self.data_size
-        dist.all_gather_object(values, value, group=self.fsdp.get_group())
-        return values
-
 
 def init_parallel(*, device: torch.device, timeout_s: float = 1800) -> Parallel:
     """Joins the process group that torchrun set up, and lays out the mesh. A collective."""

@@ -93,12 +93,13 @@ def packed_attention(
     document_bounds: tuple[int, ...] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: [1, H, T, D] in, [1, T, H, D] out."""
     assert document_bounds is not None, "the packed attention needs the documents' bounds"
-    if softcap is not None or dropout:
-        raise DistillError("the packed attention has no soft cap and no dropout, and this model asks for one")
+    if softcap is not None or s_aux is not None or dropout:
+        raise DistillError("the packed attention has no soft cap, sinks or dropout, and this model asks for one")
     out_1HTD = attend_packed(query, key, value, document_bounds=document_bounds, scale=scaling, window=sliding_window)
     return out_1HTD.transpose(1, 2).contiguous(), None
 

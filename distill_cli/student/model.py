@@ -90,7 +90,9 @@ def load_lm(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel
         raise ConfigError(
             f"{folder}: the head has a bias, which the fused head leaves out; this model is not supported"
         )
-    lm.config.use_cache = False
+    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unknown:  # their state would cross from one packed document into the next
+        raise ConfigError(f"{folder}: layers of type {', '.join(sorted(unknown))} cannot be packed; not supported")
     return lm.train()
 
 

@@ -28,6 +28,7 @@ def save_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder: P
     if not is_main:
         return
     temporary = folder.with_name(f".{folder.name}.tmp")
+    student.lm.config.dtype = dtype
     student.lm.save_pretrained(temporary, state_dict=state)
     tokenizer.save_pretrained(temporary)
     temporary.replace(folder)

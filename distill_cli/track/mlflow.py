@@ -48,9 +48,9 @@ class MlflowShipper:
         self._thread = threading.Thread(target=self._loop, name="mlflow", daemon=True)
         self._thread.start()
 
-    def close(self, *, finished: bool, timeout_s: float = 20.0) -> bool:
-        """Whether everything was sent, the run's end included."""
-        self._outcome = "FINISHED" if finished else "FAILED"
+    def close(self, *, status: str = "FINISHED", timeout_s: float = 20.0) -> bool:
+        """Whether everything was sent, the run's end included. `status` is MLflow's: FINISHED, FAILED or KILLED."""
+        self._outcome = status
         self._closing.set()
         self._thread.join(timeout_s)
         if not self._sent:

@@ -83,6 +83,7 @@ def test_composing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         ("~loss.topk", "keys cannot be removed"),
         ("a b", "not an override"),
         ("data=jsonl", "data.train.path: a value is needed"),
+        ("loss=null", "loss=None: no such choice"),
     ],
 )
 def test_a_mistake_is_named(override: str, said: str) -> None:
@@ -114,13 +115,19 @@ def test_all_mistakes_are_named_at_once() -> None:
         ("data.validation.source=null", ""),
         ("cluster.nodes=2", "cluster.nodes=2"),
         ("engine.teacher.max_model_len=100", "sequences of up to 128 tokens"),
+        ("run.print_every=0", "run.print_every=0"),
+        ("train.seed=4294967296", "below 2**32"),
+        ("+engine.teacher.kwargs.enable_prefix_caching=true", "engine.teacher.kwargs.enable_prefix_caching"),
+        ("loss.tail=renormalize loss.topk=1", "makes the loss zero"),
+        ("loss=jsd loss.kl_weight=1", "makes the loss zero"),
+        ("loss=skew_forward loss.skew=1", "makes the loss zero"),
         ("engine.student.kv_cache_gib=0", "engine.student.kv_cache_gib"),
         ("engine.student.gpu_memory_utilization=1.5", "gpu_memory_utilization"),
         ("cluster.ranks_per_node=65", "more ranks than"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(override: str, said: str) -> None:
-    (job,) = compose([override])
+    (job,) = compose(override.split(" "))
     found = config_problems(job.config)
     assert any(said in problem for problem in found) or said == ""
 

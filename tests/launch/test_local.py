@@ -47,7 +47,7 @@ def test_the_first_rank_to_fail_is_the_one_that_is_named(run: RunDir) -> None:
     run.rank_error(0).write_text(json.dumps({"time": 2.0, "message": "connection closed by peer"}))
     run.rank_error(1).write_text(json.dumps({"time": 1.0, "message": "ValueError: bad"}))
     (run.logs() / "torchrun.log").write_text("")
-    assert local.failure(run, num_ranks=2, status=1) == f"rank 1: ValueError: bad; log: {run.rank_log(1)}"
+    assert str(local.failure(run, num_ranks=2, status=1)) == f"rank 1: ValueError: bad; log: {run.rank_log(1)}"
 
 
 def test_ranks_see_no_gpu_where_none_is_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

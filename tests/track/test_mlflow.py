@@ -80,7 +80,7 @@ def test_a_server_that_goes_away_delays_nothing_and_misses_nothing(run: RunDir, 
                 metrics.write(step, {"train/loss": float(step)})
                 slowest_s = max(slowest_s, time.perf_counter() - begin)
                 time.sleep(0.05)
-        assert shipper.close(finished=True, timeout_s=60)
+        assert shipper.close(timeout_s=60)
         assert history(uri, run, "train/loss") == [(step, float(step)) for step in range(40)]
         assert slowest_s < 1.0  # a blocked call would take the server's time-out of ten seconds
     finally:

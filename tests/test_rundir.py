@@ -1,0 +1,28 @@
+"""Names of run folders, and that one is never used twice."""
+
+from pathlib import Path
+
+import pytest
+
+from distill_cli import rundir
+from distill_cli.errors import ConfigError
+
+
+def test_a_sweep_s_element_is_named_by_what_tells_it_apart() -> None:
+    assert rundir.element_name(1, ["loss.topk=32", "loss.kl_weight=0.3"]) == "1_topk=32,kl_weight=0.3"
+    assert rundir.element_name(0, ["model=a/b c"]) == "0_model=a_b_c"
+
+
+def test_a_folder_is_made_once(tmp_path: Path) -> None:
+    run = rundir.create(tmp_path / "a", command=["distill", "x=a b"])
+    assert (run.path / "command.txt").read_text() == "distill 'x=a b'\n"
+    with pytest.raises(ConfigError, match="exists already"):
+        rundir.create(tmp_path / "a", command=[])
+    assert rundir.free_name(tmp_path, "a") == "a_2"
+
+
+def test_latest_points_to_the_newest(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        rundir.create(tmp_path / name, command=[])
+        rundir.point_latest(tmp_path, name)
+    assert (tmp_path / "latest").resolve() == tmp_path / "b"
