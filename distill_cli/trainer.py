@@ -28,6 +28,7 @@ from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts, sequence_seed
 from distill_cli.rollout.pack import MicroBatch, pack
+from distill_cli.student.flops import peak_flops, train_flops
 from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, optimizer_step
 from distill_cli.student.weights import named_parameters
@@ -148,7 +149,8 @@ class Trainer:
             metrics |= {
                 "time/step_s": seconds,
                 "perf/tokens_per_s": metrics["train/response_tokens"] / seconds,
-                "perf/peak_mem_gib": peak_memory_gib(self.parallel.device),
+                "perf/peak_mem_gib": self.parallel.all_max(peak_memory_gib(self.parallel.device)),
+                **self.mfu(results, num_response_tokens=int(metrics["train/response_tokens"])),
             }
         return metrics
 
@@ -184,6 +186,18 @@ class Trainer:
             max_grad_norm=self.config.train.max_grad_norm,
             parallel=self.parallel,
         )
+
+    def mfu(
+        self, results: Sequence[tuple[Sequence[MicroBatch], StepResult]], *, num_response_tokens: int
+    ) -> dict[str, float]:
+        """`perf/mfu` of the step's training, where the device's peak is known. A collective."""
+        peak = peak_flops(self.parallel.device)
+        if peak is None:
+            return {}
+        mine = sum(batch.num_tokens for batches, _ in results for batch in batches)
+        num_tokens = int(self.parallel.all_sum(torch.tensor(float(mine), device=self.parallel.device)))
+        flops = train_flops(self.student, num_tokens=num_tokens, num_response_tokens=num_response_tokens)
+        return {"perf/mfu": flops / (self.watch.seconds["train"] * peak * self.parallel.data_size)}
 
     def validate(self, engine: Sampler | Scorer) -> Score:
         with self.watch("eval"):

@@ -53,11 +53,11 @@ class Parallel:
         dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.fsdp.get_group())
         return values
 
-    def all_max(self, value: int) -> int:
+    def all_max(self, value: float) -> float:
         """The largest of the shares' values. A collective."""
-        tensor = torch.tensor(value, device=self.device)
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.fsdp.get_group())
-        return int(tensor)
+        return float(tensor)
 
 
 def init_parallel(*, device: torch.device, timeout_s: float = 1800) -> Parallel:

@@ -84,7 +84,7 @@ def optimizer_step(
     """
     num_tokens = sum(batch.num_response_tokens for batch in batches)
     total_tokens = parallel.all_sum(torch.tensor(float(num_tokens), device=parallel.device))
-    num_rounds = parallel.all_max(len(batches))
+    num_rounds = int(parallel.all_max(len(batches)))
     rounds = [*batches, *(empty_micro_batch(topk) for _ in range(num_rounds - len(batches)))]
     loss, outputs = torch.zeros((), device=parallel.device), []
     for number, batch in enumerate(rounds):
