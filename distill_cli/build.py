@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill_cli.config.compose import load_config
 from distill_cli.config.derived import engine_length, max_prompt_tokens, updates_per_step
-from distill_cli.config.schema import Config, EngineModelConfig, Precision, StudentModel, TeacherModel
+from distill_cli.config.schema import Checkpointing, Config, EngineModelConfig, Precision, StudentModel, TeacherModel
 from distill_cli.data.prompts import PromptOrder, build_prompts, load_tokenizer
 from distill_cli.data.registry import load_examples, resolve_verifier
 from distill_cli.engines.sampler import Sampler
@@ -145,7 +145,7 @@ def build_training(
         ),
         parallel,
         bf16=config.train.precision is Precision.bf16,
-        activation_checkpointing=config.train.activation_checkpointing,
+        activation_checkpointing=config.train.activation_checkpointing is Checkpointing.full,
     )
     num_steps = min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch)
     optimizer = build_optimizer(student, config.train)

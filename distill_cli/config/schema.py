@@ -24,6 +24,17 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
+class Checkpointing(Enum):
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class LoraSync(Enum):
+    merged = "merged"
+    adapter = "adapter"
+
+
 class Schedule(Enum):
     constant = "constant"
     cosine = "cosine"
@@ -41,6 +52,18 @@ class Launcher(Enum):
 
 
 @dataclass
+class LoraConfig:
+    rank: int = 0
+    """Of the two matrices that are trained beside each frozen one; 0 trains all weights instead."""
+    alpha: float = 32.0
+    """What they add is scaled by alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the linear layers that get one, such as q_proj; all-linear is every one but the head."""
+    sync: LoraSync = LoraSync.merged
+    """How the sampler gets them: merged into the weights (as fast as any model), or as an adapter (less to copy)."""
+
+
+@dataclass
 class StudentModel:
     path: str = MISSING
     """A Hugging Face folder or hub name. `package://tiny_pair/student` is the student that ships with distill."""
@@ -48,6 +71,7 @@ class StudentModel:
     """Branch, tag or commit on the hub; null is the newest."""
     dtype: Dtype = Dtype.bfloat16
     """Of the sampler's weights. The trainer's own precision is `train.precision`."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
@@ -137,7 +161,10 @@ class TrainConfig:
     global_batch_size: int = 64
     """Sequences to an optimizer step, over all ranks; it divides prompts_per_step x generations_per_prompt."""
     micro_batch_tokens: int = 16384
-    """Tokens of a forward and backward pass on one rank: sequences are packed up to it."""
+    """Tokens of a forward and backward pass, at most: sequences are packed or padded up to it. Context-parallel ranks
+    share them."""
+    packing: bool = True
+    """Sequences laid end to end, none seeing another; false pads those of similar length to the same length."""
     lr: float = 2e-5
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -150,14 +177,39 @@ class TrainConfig:
     """The gradient is scaled down to this norm where it is larger."""
     precision: Precision = Precision.bf16
     """bf16: bfloat16 compute, float32 weights, reductions and loss. fp32: float32 throughout."""
-    activation_checkpointing: bool = True
-    """Recompute each layer's activations in the backward pass instead of keeping them."""
+    activation_checkpointing: Checkpointing = Checkpointing.full
+    """What the backward pass computes again instead of keeping: each layer whole (full), all but matrix products and
+    attention (selective), or nothing (none)."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer in host memory, on GPUs: slower, for what does not fit otherwise."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory while the engines work, on GPUs: it comes back for each update."""
+    compile: bool = False
+    """Compile each layer (torch.compile): a slower start, faster steps. Not with mesh.tensor above 1."""
     seed: int = 42
     """Of the order of prompts and of every sampled answer."""
 
 
 @dataclass
+class MeshConfig:
+    """How the ranks share the work; what is left of them after these three is FSDP's and shards the parameters."""
+
+    tensor: int = 1
+    """Ranks that share each layer's matrices; it divides attention heads, their keys, the MLP and the vocabulary."""
+    context: int = 1
+    """Ranks that share each sequence: for sequences longer than one rank's memory."""
+    sequence_parallel: bool = False
+    """Tensor-parallel ranks share the tokens too, outside attention and MLP: less memory for activations."""
+    replicate: int = 1
+    """Copies of the sharded model (HSDP): parameters are gathered within a copy, gradients summed over all."""
+
+
+@dataclass
 class EngineModelConfig:
+    tensor_parallel: int = 1
+    """Ranks that share one engine; it divides the ranks of a node."""
+    sleep: bool = False
+    """Give the GPU's memory back while the others work."""
     gpu_memory_utilization: float = 0.25
     """Share of a GPU's memory that the engine takes for weights and KV cache; the trainer lives in what both leave."""
     kv_cache_gib: float | None = None
@@ -237,6 +289,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
