@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill_cli.config.compose import load_config
 from distill_cli.config.derived import engine_length, max_prompt_tokens, updates_per_step
-from distill_cli.config.schema import Checkpointing, Config, EngineModelConfig, Precision, StudentModel, TeacherModel
+from distill_cli.config.schema import Config, EngineModelConfig, StudentModel, TeacherModel
 from distill_cli.data.prompts import PromptOrder, build_prompts, load_tokenizer
 from distill_cli.data.registry import load_examples, resolve_verifier
 from distill_cli.engines.sampler import Sampler
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 def run_rank(run: RunDir, console: IO[str]) -> None:
     """The whole life of a rank. Every rank of the run calls it."""
     config = load_config(run.config)
-    parallel = init_parallel(device=pick_device())
+    parallel = init_parallel(device=pick_device(), mesh=config.mesh)
     tokenizer = build_tokenizer(config)
     # What the user may have got wrong comes first, before engines take their time.
     order, loss = build_order(config, tokenizer), build_loss(config)
@@ -141,11 +141,13 @@ def build_training(
     folder = locate(model.student.path, revision=model.student.revision, key="model.student.path")
     student = wrap(
         Student(
-            load_lm(folder, trust_remote_code=model.trust_remote_code), loss=loss, temperature=config.loss.temperature
+            load_lm(folder, trust_remote_code=model.trust_remote_code),
+            loss=loss,
+            temperature=config.loss.temperature,
+            parallel=parallel,
         ),
         parallel,
-        bf16=config.train.precision is Precision.bf16,
-        activation_checkpointing=config.train.activation_checkpointing is Checkpointing.full,
+        config.train,
     )
     num_steps = min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch)
     optimizer = build_optimizer(student, config.train)

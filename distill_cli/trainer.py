@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 
@@ -26,14 +27,15 @@ from distill_cli.log import StepPrinter
 from distill_cli.losses.divergence import token_statistics
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.parallel.mesh import Parallel
+from distill_cli.parallel.sharing import bring_together, share_out
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts, sequence_seed
-from distill_cli.rollout.pack import MicroBatch, pack
+from distill_cli.rollout.pack import BatchPlan, MicroBatch, micro_batches, plan_batch
 from distill_cli.student.flops import peak_flops, train_flops
 from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, optimizer_step
 from distill_cli.student.weights import named_parameters
 from distill_cli.track.recorder import MetricsFile
-from distill_cli.types import Prompt, Rollout
+from distill_cli.types import Rollout
 
 TOKEN_METRICS = (
     "train/kl_forward",
@@ -134,11 +136,15 @@ class Trainer:
         begin = time.perf_counter()
         with self.watch("sync"):
             self.sync(step - 1)
-        rollouts = self.collect(step)
+        rollouts = self.sample(step)
+        with self.watch("pack"):
+            plans = self.plan(rollouts)
+        with self.watch("score"):
+            self.score(rollouts, plans)
         results = []
-        for global_batch in self.global_batches(rollouts):
+        for global_batch, plan in plans:
             with self.watch("pack"):
-                batches = pack(global_batch, max_tokens=self.config.train.micro_batch_tokens)
+                batches = micro_batches(plan, global_batch, topk=self.config.loss.topk, parallel=self.parallel)
             with self.watch("train"):
                 lr = self.schedule.get_last_lr()[0]
                 result = self.train(batches)
@@ -150,6 +156,8 @@ class Trainer:
                 "time/step_s": seconds,
                 "perf/tokens_per_s": metrics["train/response_tokens"] / seconds,
                 "perf/peak_mem_gib": self.parallel.all_max(peak_memory_gib(self.parallel.device)),
+                "perf/packing_efficiency": sum(plan.num_tokens for _, plan in plans)
+                / sum(plan.computed_tokens for _, plan in plans),
                 **self.mfu(results, num_response_tokens=int(metrics["train/response_tokens"])),
             }
         return metrics
@@ -159,21 +167,58 @@ class Trainer:
         if version != self.sampler.version:
             self.sampler.sync(named_parameters(self.student), version=version)
 
-    def collect(self, step: int) -> list[Rollout]:
-        """This rank's share of the step's sequences, sampled, judged and scored."""
-        mine = self.share(step)
+    def sample(self, step: int) -> list[Rollout]:
+        """The step's sequences, sampled and judged: each by one rank, known to all of them. A collective.
+
+        Whichever rank samples a sequence, it comes out the same: its seed is the sequence's own.
+        """
+        repeat = self.config.rollout.generations_per_prompt
+        prompts = [prompt for prompt in self.prompts.batch(step - 1) for _ in range(repeat)]
+        shares = share_out([len(prompt.token_ids) for prompt in prompts], self.parallel.size)
+        mine = shares[self.parallel.rank]
         with self.watch("sample"):
             rollouts = sample_rollouts(
-                [prompt for _, prompt in mine],
-                seeds=[sequence_seed(self.config.train.seed, step=step, sequence=number) for number, _ in mine],
+                [prompts[number] for number in mine],
+                seeds=[sequence_seed(self.config.train.seed, step=step, sequence=number) for number in mine],
                 sampler=self.sampler,
                 sampling=self.sampling,
             )
             if self.verify is not None:
                 judge_rollouts(rollouts, verify=self.verify, decode=self.decode)
-        with self.watch("score"):
-            score_rollouts(rollouts, scorer=self.scorer)
-        return rollouts
+            sampled = bring_together([(rollout.sample, rollout.reward) for rollout in rollouts], shares)
+        return [Rollout(prompt, *sampled[number]) for number, prompt in enumerate(prompts)]
+
+    def plan(self, rollouts: Sequence[Rollout]) -> list[tuple[Sequence[Rollout], BatchPlan]]:
+        """The step's global batches, each the same sequences on any number of ranks, and how each is cut up."""
+        train = self.config.train
+        batches = [rollouts[i : i + train.global_batch_size] for i in range(0, len(rollouts), train.global_batch_size)]
+        return [
+            (
+                batch,
+                plan_batch(
+                    [len(rollout.token_ids) for rollout in batch],
+                    num_ranks=self.parallel.data_size,
+                    max_tokens=train.micro_batch_tokens,
+                    packing=train.packing,
+                    multiple=self.parallel.length_multiple,
+                ),
+            )
+            for batch in batches
+        ]
+
+    def score(self, rollouts: Sequence[Rollout], plans: Sequence[tuple[Sequence[Rollout], BatchPlan]]) -> None:
+        """Fills in the teacher's scores of what this rank trains on. A collective.
+
+        The ranks that train on the same sequences share them out, and keep what the others scored.
+        """
+        mine = [batch[member] for batch, plan in plans for member in plan.members_of(self.parallel.data_rank)]
+        peers = self.parallel.peers
+        shares = share_out([len(rollout.token_ids) for rollout in mine], peers.size())
+        to_score = [mine[index] for index in shares[peers.get_local_rank()]]
+        score_rollouts(to_score, scorer=self.scorer)
+        scored = bring_together([rollout.scores for rollout in to_score], shares, group=peers.get_group())
+        for index, scores in scored.items():
+            mine[index].scores = scores
 
     def train(self, batches: Sequence[MicroBatch]) -> StepResult:
         """One optimizer step on this rank's part of a global batch. A collective."""
@@ -182,7 +227,6 @@ class Trainer:
             self.optimizer,
             self.schedule,
             batches,
-            topk=self.config.loss.topk,
             max_grad_norm=self.config.train.max_grad_norm,
             parallel=self.parallel,
         )
@@ -197,7 +241,7 @@ class Trainer:
         mine = sum(batch.num_tokens for batches, _ in results for batch in batches)
         num_tokens = int(self.parallel.all_sum(torch.tensor(float(mine), device=self.parallel.device)))
         flops = train_flops(self.student, num_tokens=num_tokens, num_response_tokens=num_response_tokens)
-        return {"perf/mfu": flops / (self.watch.seconds["train"] * peak * self.parallel.data_size)}
+        return {"perf/mfu": flops / (self.watch.seconds["train"] * peak * self.parallel.size)}
 
     def validate(self, engine: Sampler | Scorer) -> Score:
         with self.watch("eval"):
@@ -219,26 +263,6 @@ class Trainer:
         if teacher:
             metrics["val/teacher_accuracy"] = teacher.accuracy
         return metrics | self.watch.lap()
-
-    def share(self, step: int) -> list[tuple[int, Prompt]]:
-        """(number, prompt) of each of this rank's sequences in the step, global batch after global batch.
-
-        A global batch is the same set of sequences on any number of ranks; the ranks take turns in it.
-        """
-        repeat, size = self.config.rollout.generations_per_prompt, self.config.train.global_batch_size
-        sequences = [prompt for prompt in self.prompts.batch(step - 1) for _ in range(repeat)]
-        return [
-            (number, sequences[number])
-            for begin in range(0, len(sequences), size)
-            for number in range(begin + self.parallel.data_rank, begin + size, self.parallel.data_size)
-        ]
-
-    def global_batches(self, rollouts: Sequence[Rollout]) -> Iterator[Sequence[Rollout]]:
-        """This rank's rollouts, cut where `share` went on to the next global batch."""
-        size = self.config.train.global_batch_size
-        mine = len(range(self.parallel.data_rank, size, self.parallel.data_size))
-        for begin in range(0, len(rollouts), mine):
-            yield rollouts[begin : begin + mine]
 
     def train_metrics(self, results: Sequence[tuple[Sequence[MicroBatch], StepResult]]) -> dict[str, float]:
         """Means over the response tokens of the step, of all ranks. A collective."""
@@ -263,20 +287,14 @@ class Trainer:
         }
 
     def rollout_metrics(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        """Means over the step's sequences, of all ranks. A collective."""
-        judged = [rollout.reward for rollout in rollouts if rollout.reward is not None]
-        values = [
-            len(rollouts),
-            sum(len(rollout.sample.token_ids) for rollout in rollouts),
-            sum(rollout.sample.finish_reason == "length" for rollout in rollouts),
-            len(judged),
-            sum(judged),
-        ]
-        totals = torch.tensor(values, dtype=torch.float64, device=self.parallel.device)
-        number, length, truncated, num_judged, right = self.parallel.all_sum(totals).tolist()
-        metrics = {"rollout/mean_length": length / number, "rollout/truncated_rate": truncated / number}
-        if num_judged:
-            metrics["rollout/accuracy"] = right / num_judged
+        """Means over the step's sequences, which every rank knows."""
+        rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+        metrics = {
+            "rollout/mean_length": fmean(len(rollout.sample.token_ids) for rollout in rollouts),
+            "rollout/truncated_rate": fmean(rollout.sample.finish_reason == "length" for rollout in rollouts),
+        }
+        if rewards:
+            metrics["rollout/accuracy"] = fmean(rewards)
         return metrics
 
 

@@ -23,7 +23,6 @@ def config_problems(config: Config) -> list[str]:
         *_rollout(config),
         *_train(config),
         *_mesh(config),
-        *_lora(config),
         *_data(config),
         *_eval(config),
         *_engine(config),
@@ -112,24 +111,11 @@ def _mesh(config: Config) -> Iterator[str]:
     for name in ("tensor", "context", "replicate"):
         yield from _at_least(f"mesh.{name}", getattr(mesh, name), 1)
     if mesh.sequence_parallel and mesh.tensor == 1:
-        yield "mesh.sequence_parallel=true: shares tokens among tensor-parallel ranks; raise mesh.tensor, or leave it out"
+        yield "mesh.sequence_parallel=true: needs tensor-parallel ranks; raise mesh.tensor, or leave it out"
     if config.train.compile and mesh.tensor > 1:
         yield (
             f"train.compile=true: gives wrong gradients with mesh.tensor={mesh.tensor} in this torch; turn one of them "
             "off"
-        )
-
-
-def _lora(config: Config) -> Iterator[str]:
-    lora = config.model.student.lora
-    yield from _at_least("model.student.lora.rank", lora.rank, 0)
-    yield from _above_zero("model.student.lora.alpha", lora.alpha)
-    if lora.rank and not lora.targets:
-        yield "model.student.lora.targets=[]: nothing would be trained; name linear layers, or use [all-linear]"
-    if lora.rank and config.mesh.tensor > 1:
-        yield (
-            f"model.student.lora.rank={lora.rank}: adapters are not cut by mesh.tensor={config.mesh.tensor}; set it to "
-            "1 (mesh.context and FSDP's sharding work), or rank=0"
         )
 
 
@@ -151,13 +137,6 @@ def mesh_problems(config: Config, *, ranks_per_node: int) -> Iterator[str]:
             f"train.global_batch_size={config.train.global_batch_size}: fewer sequences than the {data_ranks} ranks "
             "that share them; raise it, or lower cluster.ranks_per_node or cluster.gpus_per_node"
         )
-    for role, engine in (("student", config.engine.student), ("teacher", config.engine.teacher)):
-        if engine.tensor_parallel >= 1 and ranks_per_node % engine.tensor_parallel:
-            fits = [size for size in range(1, ranks_per_node + 1) if ranks_per_node % size == 0]
-            yield (
-                f"engine.{role}.tensor_parallel={engine.tensor_parallel}: must divide the {ranks_per_node} ranks of a "
-                f"node; choose {_listed(fits)}"
-            )
 
 
 def _listed(sizes: Sequence[int]) -> str:
@@ -192,7 +171,6 @@ def _eval(config: Config) -> Iterator[str]:
 
 def _engine(config: Config) -> Iterator[str]:
     for role, engine in (("student", config.engine.student), ("teacher", config.engine.teacher)):
-        yield from _at_least(f"engine.{role}.tensor_parallel", engine.tensor_parallel, 1)
         if engine.max_model_len is not None and engine.max_model_len < needed_length(config):
             yield (
                 f"engine.{role}.max_model_len={engine.max_model_len}: sequences of up to {needed_length(config)} "

@@ -30,11 +30,6 @@ class Checkpointing(Enum):
     full = "full"
 
 
-class LoraSync(Enum):
-    merged = "merged"
-    adapter = "adapter"
-
-
 class Schedule(Enum):
     constant = "constant"
     cosine = "cosine"
@@ -52,18 +47,6 @@ class Launcher(Enum):
 
 
 @dataclass
-class LoraConfig:
-    rank: int = 0
-    """Of the two matrices that are trained beside each frozen one; 0 trains all weights instead."""
-    alpha: float = 32.0
-    """What they add is scaled by alpha / rank."""
-    targets: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Names of the linear layers that get one, such as q_proj; all-linear is every one but the head."""
-    sync: LoraSync = LoraSync.merged
-    """How the sampler gets them: merged into the weights (as fast as any model), or as an adapter (less to copy)."""
-
-
-@dataclass
 class StudentModel:
     path: str = MISSING
     """A Hugging Face folder or hub name. `package://tiny_pair/student` is the student that ships with distill."""
@@ -71,7 +54,6 @@ class StudentModel:
     """Branch, tag or commit on the hub; null is the newest."""
     dtype: Dtype = Dtype.bfloat16
     """Of the sampler's weights. The trainer's own precision is `train.precision`."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
@@ -182,8 +164,6 @@ class TrainConfig:
     attention (selective), or nothing (none)."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer in host memory, on GPUs: slower, for what does not fit otherwise."""
-    offload_optimizer: bool = False
-    """Keep the optimizer's state in host memory while the engines work, on GPUs: it comes back for each update."""
     compile: bool = False
     """Compile each layer (torch.compile): a slower start, faster steps. Not with mesh.tensor above 1."""
     seed: int = 42
@@ -206,10 +186,6 @@ class MeshConfig:
 
 @dataclass
 class EngineModelConfig:
-    tensor_parallel: int = 1
-    """Ranks that share one engine; it divides the ranks of a node."""
-    sleep: bool = False
-    """Give the GPU's memory back while the others work."""
     gpu_memory_utilization: float = 0.25
     """Share of a GPU's memory that the engine takes for weights and KV cache; the trainer lives in what both leave."""
     kv_cache_gib: float | None = None

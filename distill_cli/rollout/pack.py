@@ -1,4 +1,8 @@
-"""Rollouts become micro-batches: sequences laid end to end up to a token budget.
+"""Rollouts become micro-batches: planned from lengths alone, the same plan on every rank, then laid out.
+
+A row is sequences laid end to end, up to a token budget; none sees another. Without packing they have similar lengths
+and each is padded to the same one. Every rank runs as many micro-batches, since FSDP's collectives must be entered by
+all as often, and those that run at the same time have about as many tokens, since the slowest holds up the others.
 
 Where a response token stands at position s of the packed row, the hidden state that predicts it stands at s - 1: those
 are the `rows` that reach the head; no other position's logits are ever computed.
@@ -8,11 +12,14 @@ Shape letters: T tokens of the packed row, N response tokens in it, K the teache
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
+from distill_cli.parallel.context import Documents
+from distill_cli.parallel.mesh import Parallel
 from distill_cli.types import Rollout
 
 
@@ -24,8 +31,8 @@ class MicroBatch:
     """int64 [1, T]"""
     position_ids: torch.Tensor
     """int64 [1, T], from 0 in each document."""
-    document_bounds: tuple[int, ...]
-    """0, then each document's end."""
+    documents: Documents
+    """Where each sequence ends; the padding is a document too."""
     rows: torch.Tensor
     """int64 [N]: positions whose hidden state predicts a response token."""
     sampled_ids: torch.Tensor
@@ -37,7 +44,7 @@ class MicroBatch:
     topk_logp: torch.Tensor
     """float32 [N, K]"""
     sequences: tuple[int, ...] = ()
-    """Which of the rollouts handed to `pack` the documents are, in order."""
+    """Which of the planned sequences the documents are, in order."""
 
     @property
     def num_tokens(self) -> int:
@@ -54,66 +61,145 @@ class MicroBatch:
         moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         return MicroBatch(**moved)
 
+    def context_share(self, parallel: Parallel) -> MicroBatch:
+        """The part of the row that is this rank's among the context-parallel ones; the row itself for a single one."""
+        size, rank = parallel.context.size(), parallel.context.get_local_rank()
+        if size == 1:
+            return self
+        documents = replace(self.documents, rank=rank, size=size, group=parallel.context.get_group())
+        place = torch.full((self.num_tokens,), -1)
+        place[documents.take(torch.arange(self.num_tokens), 0)] = torch.arange(self.num_tokens // size)
+        mine = (place[self.rows] >= 0).nonzero()[:, 0]
+        return replace(
+            self,
+            input_ids=documents.take(self.input_ids, 1),
+            position_ids=documents.take(self.position_ids, 1),
+            documents=documents,
+            rows=place[self.rows][mine],
+            sampled_ids=self.sampled_ids[mine],
+            sampler_logp=self.sampler_logp[mine],
+            topk_ids=self.topk_ids[mine],
+            topk_logp=self.topk_logp[mine],
+        )
 
-def pack(rollouts: Sequence[Rollout], *, max_tokens: int) -> list[MicroBatch]:
-    """Scored rollouts as micro-batches of at most `max_tokens` tokens, by first-fit decreasing.
 
-    A rollout longer than `max_tokens` has a micro-batch of its own. All rollouts carry the same k.
+@dataclass(frozen=True)
+class RowPlan:
+    """One micro-batch: which sequences, each taking how many tokens of the row, and the row's length."""
+
+    members: tuple[int, ...]
+    places: tuple[int, ...]
+    """Tokens that each member takes: its own, or more where it is padded."""
+    length: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is cut into micro-batches over the ranks that share its sequences."""
+
+    rows: tuple[tuple[RowPlan, ...], ...]
+    """Of each rank, as many for all of them; the i-th of all run at the same time."""
+    num_tokens: int
+    """Of all sequences."""
+
+    @property
+    def computed_tokens(self) -> int:
+        """What the ranks could have computed while the slowest of them computed."""
+        rounds = zip(*self.rows, strict=True)
+        return sum(max(row.length for row in one_round) for one_round in rounds) * len(self.rows)
+
+    def members_of(self, rank: int) -> list[int]:
+        return [member for row in self.rows[rank] for member in row.members]
+
+
+def plan_batch(
+    lengths: Sequence[int], *, num_ranks: int, max_tokens: int, packing: bool = True, multiple: int = 1
+) -> BatchPlan:
+    """Cuts sequences of these lengths into micro-batches of at most `max_tokens` tokens.
+
+    A sequence longer than `max_tokens` has a micro-batch of its own. Rows are padded to a multiple of `multiple`.
     """
-    bins = first_fit_decreasing([len(rollout.token_ids) for rollout in rollouts], max_tokens)
-    return [_micro_batch([rollouts[i] for i in members], tuple(members)) for members in bins]
+    cut = _packed_rows if packing else _padded_rows
+    rows = cut(lengths, num_ranks=num_ranks, max_tokens=max_tokens)
+    plans = [_row_plan(members, place, lengths, multiple) for members, place in rows]
+    plans.sort(key=lambda row: -row.length)  # those of a round are neighbours
+    plans += [_row_plan((), None, lengths, multiple)] * (-len(plans) % num_ranks)
+    return BatchPlan(tuple(tuple(plans[rank::num_ranks]) for rank in range(num_ranks)), sum(lengths))
 
 
-def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in bins whose sums stay within `capacity`, longest first."""
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((b for b, left in enumerate(room) if lengths[index] <= left), None)
-        if place is None:
-            bins.append([])
-            room.append(capacity)
-            place = len(bins) - 1
-        bins[place].append(index)
-        room[place] -= lengths[index]
-    return bins
+def _packed_rows(lengths: Sequence[int], *, num_ranks: int, max_tokens: int) -> list[tuple[tuple[int, ...], None]]:
+    """As few rounds as the budget allows, and sequences spread evenly over their rows, the longest first."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    num_rows = -(-max(-(-sum(lengths) // max_tokens), 1) // num_ranks) * num_ranks
+    while True:
+        rows: list[list[int]] = [[] for _ in range(num_rows)]
+        heap = [(0, row) for row in range(num_rows)]
+        for index in order:
+            filled, row = heapq.heappop(heap)
+            rows[row].append(index)
+            heapq.heappush(heap, (filled + lengths[index], row))
+        if all(len(row) <= 1 or sum(lengths[i] for i in row) <= max_tokens for row in rows):
+            return [(tuple(row), None) for row in rows if row]
+        num_rows += num_ranks
 
 
-def empty_micro_batch(topk: int) -> MicroBatch:
-    """One token and no loss: what a rank computes when others have more micro-batches than it has.
+def _padded_rows(lengths: Sequence[int], *, num_ranks: int, max_tokens: int) -> list[tuple[tuple[int, ...], int]]:
+    """Neighbours in length share a row; all are padded to the bucket of the longest."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    rows: list[tuple[tuple[int, ...], int]] = []
+    while order:
+        place = bucket(lengths[order[0]])
+        size = max(1, max_tokens // place)
+        taken, order = order[: size * num_ranks], order[size * num_ranks :]
+        rows += [(tuple(taken[rank::num_ranks]), place) for rank in range(min(num_ranks, len(taken)))]
+    return rows
 
-    FSDP's collectives must be entered by every rank as often.
+
+def bucket(length: int) -> int:
+    """The length that padding goes up to: the next of four to an octave, so that there are few."""
+    step = max(1, 2 ** (max(length - 1, 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+def _row_plan(members: tuple[int, ...], place: int | None, lengths: Sequence[int], multiple: int) -> RowPlan:
+    places = tuple(place or lengths[member] for member in members)
+    return RowPlan(members, places, max(-(-sum(places) // multiple), 1) * multiple)
+
+
+def lay_out(plan: RowPlan, rollouts: Sequence[Rollout], *, topk: int) -> MicroBatch:
+    """The planned row. `rollouts` are all that were planned; its members carry their scores.
+
+    A row without members has no loss: what a rank computes while others have more than it has.
     """
-    none = torch.zeros(0, dtype=torch.int64)
-    return MicroBatch(
-        input_ids=torch.zeros(1, 1, dtype=torch.int64),
-        position_ids=torch.zeros(1, 1, dtype=torch.int64),
-        document_bounds=(0, 1),
-        rows=none,
-        sampled_ids=none,
-        sampler_logp=torch.zeros(0),
-        topk_ids=torch.zeros(0, topk, dtype=torch.int32),
-        topk_logp=torch.zeros(0, topk),
-    )
-
-
-def _micro_batch(rollouts: Sequence[Rollout], members: tuple[int, ...]) -> MicroBatch:
-    bounds, tokens, positions, rows = [0], [], [], []
-    for rollout in rollouts:
+    bounds, rows = [0], []
+    tokens = torch.zeros(1, plan.length, dtype=torch.int64)
+    positions = torch.zeros(1, plan.length, dtype=torch.int64)
+    members = [rollouts[member] for member in plan.members]
+    for rollout, place in zip(members, plan.places, strict=True):
         begin, ids = bounds[-1], rollout.token_ids
         first = begin + len(rollout.prompt.token_ids) - 1  # predicts the first response token
-        tokens += ids
-        positions.append(torch.arange(len(ids)))
+        tokens[0, begin : begin + len(ids)] = torch.tensor(ids)
+        positions[0, begin : begin + place] = torch.arange(place)
         rows.append(torch.arange(first, first + len(rollout.sample.token_ids)))
-        bounds.append(begin + len(ids))
+        bounds.append(begin + place)
+    if bounds[-1] < plan.length:
+        positions[0, bounds[-1] :] = torch.arange(plan.length - bounds[-1])
+        bounds.append(plan.length)
+    none = torch.zeros(0, dtype=torch.int64)
     return MicroBatch(
-        input_ids=torch.tensor([tokens]),
-        position_ids=torch.cat(positions)[None],
-        document_bounds=tuple(bounds),
-        rows=torch.cat(rows),
-        sampled_ids=torch.tensor([t for rollout in rollouts for t in rollout.sample.token_ids], dtype=torch.int64),
-        sampler_logp=torch.tensor([x for rollout in rollouts for x in rollout.sample.logp], dtype=torch.float32),
-        topk_ids=torch.cat([rollout.scores.topk_ids for rollout in rollouts]),
-        topk_logp=torch.cat([rollout.scores.topk_logp for rollout in rollouts]),
-        sequences=members,
+        input_ids=tokens,
+        position_ids=positions,
+        documents=Documents(tuple(bounds)),
+        rows=torch.cat([none, *rows]),
+        sampled_ids=torch.tensor([t for rollout in members for t in rollout.sample.token_ids], dtype=torch.int64),
+        sampler_logp=torch.tensor([x for rollout in members for x in rollout.sample.logp], dtype=torch.float32),
+        topk_ids=torch.cat([torch.zeros(0, topk, dtype=torch.int32), *(r.scores.topk_ids for r in members)]),
+        topk_logp=torch.cat([torch.zeros(0, topk), *(r.scores.topk_logp for r in members)]),
+        sequences=plan.members,
     )
+
+
+def micro_batches(plan: BatchPlan, rollouts: Sequence[Rollout], *, topk: int, parallel: Parallel) -> list[MicroBatch]:
+    """This rank's part of a planned global batch, in the order in which all ranks run theirs."""
+    mine = plan.rows[parallel.data_rank]
+    return [lay_out(row, rollouts, topk=topk).context_share(parallel) for row in mine]

@@ -1,7 +1,7 @@
 """Attention over packed documents: [1, H, T, D] and the documents' bounds, never a mask.
 
 Registered with transformers under a name that its mask registry does not know, so that it builds no mask; the bounds
-come through the model's forward as `document_bounds`, a tuple of host integers.
+come through the model's forward as `documents`, host integers.
 
 Shape letters: H heads, G key-value heads, T tokens, D head size.
 """
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from distill_cli.errors import DistillError
+from distill_cli.parallel.context import Documents, Span, gather_row
 
 NAME = "distill_packed"
 
@@ -24,33 +25,47 @@ def attend_packed(
     key_1GTD: torch.Tensor,
     value_1GTD: torch.Tensor,
     *,
-    document_bounds: tuple[int, ...],
+    documents: Documents,
     scale: float | None,
     window: int | None = None,
 ) -> torch.Tensor:
     """Causal attention within each document.
 
     Args:
-        document_bounds: 0, then the end of each document; the last is T.
+        query_1HTD: with key and value this rank's part of the row, where context-parallel ranks share it: then a
+            collective.
+        documents: their bounds in the row, and which part is this rank's.
         window: a token sees itself and the window - 1 tokens before it; None is all before it.
 
     Returns:
         [1, H, T, D], in the query's dtype.
     """
-    grouped = query_1HTD.shape[1] != key_1GTD.shape[1]
+    key_1GTD, value_1GTD = gather_row(key_1GTD, documents), gather_row(value_1GTD, documents)
+    attend = _attend_by_document
     if query_1HTD.is_cuda and query_1HTD.dtype in (torch.bfloat16, torch.float16):
-        return _attend_varlen(query_1HTD, key_1GTD, value_1GTD, document_bounds, scale, window, grouped)
+        attend = _attend_varlen
     parts = []
-    for begin, end in pairwise(document_bounds):
-        document = (slice(None), slice(None), slice(begin, end))
-        mask = _window_mask(end - begin, window, query_1HTD.device) if window and window < end - begin else None
+    for span in documents.spans():
+        queries, keys = slice(span.begin, span.end), slice(*span.keys)
+        parts.append(
+            attend(query_1HTD[:, :, queries], key_1GTD[:, :, keys], value_1GTD[:, :, keys], span, scale, window)
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _attend_by_document(query, key, value, span: Span, scale, window) -> torch.Tensor:
+    parts, grouped = [], query.shape[1] != key.shape[1]
+    bounds = zip(pairwise(span.query_bounds), pairwise(span.key_bounds), strict=True)
+    for (first, last), (first_key, last_key) in bounds:
+        num_queries, num_keys = last - first, last_key - first_key
+        is_plain = num_queries == num_keys and not (window and window < num_keys)
         parts.append(
             F.scaled_dot_product_attention(
-                query_1HTD[document],
-                key_1GTD[document],
-                value_1GTD[document],
-                attn_mask=mask,
-                is_causal=mask is None,
+                query[:, :, first:last],
+                key[:, :, first_key:last_key],
+                value[:, :, first_key:last_key],
+                attn_mask=None if is_plain else _mask(num_queries, num_keys, window, query.device),
+                is_causal=is_plain,
                 scale=scale,
                 enable_gqa=grouped,
             )
@@ -58,30 +73,35 @@ def attend_packed(
     return torch.cat(parts, dim=2)
 
 
-def _attend_varlen(query, key, value, document_bounds, scale, window, grouped) -> torch.Tensor:
+def _attend_varlen(query, key, value, span: Span, scale, window) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = torch.tensor(document_bounds, dtype=torch.int32, device=query.device)
-    longest = max(end - begin for begin, end in pairwise(document_bounds))
+    query_bounds, key_bounds = (
+        torch.tensor(bounds, dtype=torch.int32, device=query.device) for bounds in (span.query_bounds, span.key_bounds)
+    )
     out_THD = varlen_attn(
         *(x[0].transpose(0, 1) for x in (query, key, value)),
-        bounds,
-        bounds,
-        longest,
-        longest,
-        window_size=(window - 1 if window else -1, 0),
+        query_bounds,
+        key_bounds,
+        max(end - begin for begin, end in pairwise(span.query_bounds)),
+        max(end - begin for begin, end in pairwise(span.key_bounds)),
+        window_size=(window - 1 if window else -1, 0),  # the last query is aligned with the last key
         scale=scale,
-        enable_gqa=grouped,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return out_THD.transpose(0, 1)[None]
 
 
-def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """[length, length], true where a query may look."""
-    ones = torch.ones(length, length, dtype=torch.bool, device=device)
-    return ones.tril() & ones.triu(1 - window)
+def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[queries, keys], true where a query may look; the last query is the last key's own."""
+    ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    before = num_keys - num_queries
+    seen = ones.tril(before)
+    return seen & ones.triu(before + 1 - window) if window else seen
 
 
+# Kept out of compiled layers: the bounds differ from batch to batch, and each would be compiled anew.
+@torch.compiler.disable
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -90,17 +110,17 @@ def packed_attention(
     attention_mask: None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    document_bounds: tuple[int, ...] | None = None,
+    documents: Documents | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: [1, H, T, D] in, [1, T, H, D] out."""
-    assert document_bounds is not None, "the packed attention needs the documents' bounds"
+    assert documents is not None, "the packed attention needs the documents' bounds"
     if softcap is not None or s_aux is not None or dropout:
         raise DistillError("the packed attention has no soft cap, sinks or dropout, and this model asks for one")
-    out_1HTD = attend_packed(query, key, value, document_bounds=document_bounds, scale=scaling, window=sliding_window)
+    out_1HTD = attend_packed(query, key, value, documents=documents, scale=scaling, window=sliding_window)
     return out_1HTD.transpose(1, 2).contiguous(), None
 
 

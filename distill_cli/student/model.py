@@ -8,20 +8,31 @@ Shape letters: T tokens of the packed row, N response tokens, n of a chunk, C th
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from distill_cli.config.schema import Checkpointing, Precision, TrainConfig
 from distill_cli.errors import ConfigError
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
 from distill_cli.parallel.mesh import Parallel
+from distill_cli.parallel.tensor import apply_tensor_parallel, gather_hidden
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.student import attention
+
+KEPT = {
+    *(torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten._flash_attention_forward),
+    *(torch.ops.aten._scaled_dot_product_flash_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu),
+}
+"""Operators whose outputs selective checkpointing keeps: what costs most to compute again."""
 
 
 class Student(nn.Module):
@@ -30,9 +41,14 @@ class Student(nn.Module):
     The head's weight is used inside this forward, so that FSDP's hooks gather it before and reduce its gradient after.
     """
 
-    def __init__(self, lm: PreTrainedModel, *, loss: DistillLoss, temperature: float) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, *, loss: DistillLoss, temperature: float, parallel: Parallel | None = None
+    ) -> None:
+        """`parallel` is where `wrap` will lay it out; None is a student of one process, without a mesh."""
         super().__init__()
         self.lm = lm
+        self.tensor = parallel.tensor if parallel and parallel.tensor.size() > 1 else None
+        self.sequence_parallel = bool(parallel and parallel.sequence_parallel)
         self.loss = loss
         self.temperature = temperature
 
@@ -51,19 +67,25 @@ class Student(nn.Module):
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            document_bounds=batch.document_bounds,
+            documents=batch.documents,
         ).last_hidden_state
 
         def token_loss(student_logp_nC: torch.Tensor, entropy_n: torch.Tensor, rows: slice) -> torch.Tensor:
             return self.loss(batch.topk_logp[rows], student_logp_nC, entropy_n) / num_loss_tokens
 
+        weight, group = self.lm.get_output_embeddings().weight, None
+        if self.tensor is not None:
+            group = self.tensor.get_group()
+            hidden_1TH = gather_hidden(hidden_1TH, self.tensor, sequence_parallel=self.sequence_parallel)
+            weight = weight.to_local(grad_placements=[Shard(0)])  # the head's gradient is this shard's, and whole
         out = linear_topk_loss(
             hidden_1TH[0, batch.rows],
-            self.lm.get_output_embeddings().weight,
+            weight,
             batch.topk_ids,
             token_loss,
             sampled_ids_N=batch.sampled_ids,
             temperature=self.temperature,
+            group=group,
         )
         return out.loss, out
 
@@ -96,30 +118,51 @@ def load_lm(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel
     return lm.train()
 
 
-def wrap(student: Student, parallel: Parallel, *, bf16: bool, activation_checkpointing: bool) -> Student:
+def wrap(student: Student, parallel: Parallel, train: TrainConfig) -> Student:
     """Lays the student out over the mesh, in place. Every rank must call it."""
-    # Tensor parallelism comes first, on plain parameters.
-    if activation_checkpointing:
-        student.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    # Compilation comes here, layer by layer.
-    shard(student, parallel, bf16=bf16)
+    apply_tensor_parallel(student.lm, parallel.tensor, sequence_parallel=parallel.sequence_parallel)
+    checkpoint_activations(student.lm, train.activation_checkpointing)
+    if train.compile:
+        for layer in student.lm.base_model.layers:
+            layer.compile()
+    shard(student, parallel, bf16=train.precision is Precision.bf16, cpu_offload=train.cpu_offload)
     return student
 
 
-def shard(student: Student, parallel: Parallel, *, bf16: bool) -> None:
+def checkpoint_activations(lm: PreTrainedModel, which: Checkpointing) -> None:
+    """Layer by layer: nothing kept but its input (full), or that and KEPT's outputs (selective)."""
+    arguments: dict[str, object] = {"use_reentrant": False}
+    if which is Checkpointing.none:
+        return
+    if which is Checkpointing.selective:
+        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    lm.gradient_checkpointing_enable(arguments)
+
+
+def _keep_products(_context: object, operator: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
+    name = getattr(operator, "overloadpacket", operator)
+    return CheckpointPolicy.MUST_SAVE if name in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def shard(student: Student, parallel: Parallel, *, bf16: bool, cpu_offload: bool) -> None:
     """FSDP2: a group for each layer, and the root's for embedding, last norm and head.
 
     FSDP divides gradients by the ranks unless told not to; the loss is divided once already, so they are summed.
     """
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # the teacher's log-probabilities stay float32
-    )
+    settings = {
+        "mesh": parallel.fsdp,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bf16 else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # the teacher's log-probabilities stay float32
+        ),
+    }
+    if cpu_offload:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=parallel.device.type == "cuda")
     for layer in student.lm.base_model.layers:
-        fully_shard(layer, mesh=parallel.fsdp, mp_policy=policy)
+        fully_shard(layer, **settings)
     # The root's parameters are needed from the head's forward into its backward: gathered once.
-    fully_shard(student, mesh=parallel.fsdp, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(student, **settings, reshard_after_forward=False)
     for module in student.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

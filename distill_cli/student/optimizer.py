@@ -12,7 +12,7 @@ from distill_cli.config.schema import Schedule, TrainConfig
 from distill_cli.errors import DistillError
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.rollout.pack import MicroBatch, empty_micro_batch
+from distill_cli.rollout.pack import MicroBatch
 from distill_cli.student.model import Student
 
 
@@ -70,11 +70,12 @@ def optimizer_step(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     batches: Sequence[MicroBatch],
     *,
-    topk: int,
     max_grad_norm: float,
     parallel: Parallel,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches of one global batch, clip, step. A collective.
+
+    Every rank has as many micro-batches (`rollout.pack`), some of them perhaps without loss.
 
     How the global batch was cut into ranks and micro-batches changes neither loss nor gradient: each token's loss is
     divided by the token count of all of them, and gradients are summed.
@@ -84,11 +85,9 @@ def optimizer_step(
     """
     num_tokens = sum(batch.num_response_tokens for batch in batches)
     total_tokens = parallel.all_sum(torch.tensor(float(num_tokens), device=parallel.device))
-    num_rounds = int(parallel.all_max(len(batches)))
-    rounds = [*batches, *(empty_micro_batch(topk) for _ in range(num_rounds - len(batches)))]
     loss, outputs = torch.zeros((), device=parallel.device), []
-    for number, batch in enumerate(rounds):
-        student.set_requires_gradient_sync(number == num_rounds - 1)
+    for number, batch in enumerate(batches):
+        student.set_requires_gradient_sync(number == len(batches) - 1)
         batch_loss, output = student(batch.to(parallel.device), num_loss_tokens=total_tokens.clamp(min=1))
         batch_loss.backward()
         loss += batch_loss.detach()
@@ -105,5 +104,5 @@ def optimizer_step(
         loss=float(loss),
         grad_norm=float(norm),
         num_response_tokens=int(total_tokens),
-        outputs=outputs[: len(batches)],
+        outputs=outputs,
     )

@@ -1,66 +1,99 @@
-"""One rank of `test_equality`: a few optimizer steps on made-up rollouts; rank 0 writes what came of them.
+"""One rank of `layouts.train`: five optimizer steps on made-up rollouts for each layout; rank 0 writes what came of it.
 
-torchrun --nproc-per-node N train_rank.py OUT MICRO_BATCH_TOKENS ACTIVATION_CHECKPOINTING BF16
+torchrun --nproc-per-node N train_rank.py OUT LAYOUTS_AS_JSON
 """
 
+import json
 import sys
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from distill_cli.config.schema import TrainConfig
+from distill_cli.config.schema import Checkpointing, MeshConfig, Precision, TrainConfig
 from distill_cli.losses.divergence import DistillLoss
-from distill_cli.parallel.mesh import init_parallel
-from distill_cli.rollout.pack import pack
+from distill_cli.parallel.mesh import Parallel, layout
+from distill_cli.rollout.pack import micro_batches, plan_batch
 from distill_cli.student import attention
 from distill_cli.student.model import Student, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
 from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
 
-VOCAB, TOPK, NUM_SEQUENCES, NUM_STEPS = 64, 8, 7, 3
+VOCAB, TOPK, NUM_STEPS = 64, 8, 5
 
 
-def made_up_rollout(seed: int) -> Rollout:
-    generator = torch.Generator().manual_seed(seed)
-    num_prompt, num_response = (int(torch.randint(1, 20, (), generator=generator)) for _ in range(2))
+def lengths_of(kind: str, generator: torch.Generator) -> list[tuple[int, int]]:
+    """(prompt, response) tokens of each sequence of a global batch."""
+    number = {"ragged": 7, "few": 3, "long": 5}[kind]
+    lengths = [tuple(torch.randint(1, 20, (2,), generator=generator).tolist()) for _ in range(number)]
+    return [(5, 200), *lengths[1:]] if kind == "long" else lengths
+
+
+def made_up_rollout(index: int, num_prompt: int, num_response: int, generator: torch.Generator) -> Rollout:
     ids = torch.randint(0, VOCAB, (num_prompt + num_response,), generator=generator).tolist()
     logp, top = torch.randn(num_response, VOCAB, generator=generator).mul(2).log_softmax(-1).topk(TOPK)
     return Rollout(
-        Prompt(seed, ids[:num_prompt], Example("q")),
+        Prompt(index, ids[:num_prompt], Example("q")),
         Sample(ids[num_prompt:], [-1.0] * num_response, "stop"),
         scores=TeacherScores(top.int(), logp, logp[:, 0]),
     )
 
 
-def main() -> None:
-    out, micro_batch_tokens = sys.argv[1], int(sys.argv[2])
-    checkpointing, bf16 = (word == "True" for word in sys.argv[3:5])
-    attention.register()
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, attn_implementation=attention.NAME,
+def made_up_model(family: str, *, tied: bool) -> PreTrainedModel:
+    extra = {"sliding_window": 8} if family in ("mistral", "gemma3_text") else {}
+    if family == "gemma3_text":
+        extra |= {"layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8}
+    config = AutoConfig.for_model(
+        family, vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied, **extra,
     )  # fmt: skip
-    parallel = init_parallel(device=torch.device("cpu"))
-    student = Student(Qwen3ForCausalLM(config).train(), loss=DistillLoss(kl_type="mixed"), temperature=1.0)
-    wrap(student, parallel, bf16=bf16, activation_checkpointing=checkpointing)
-    settings = TrainConfig(lr=1e-2, warmup_steps=0, eps=1e-5, max_grad_norm=0.05)
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    with torch.no_grad():  # norms that differ, so that a wrong gradient of theirs shows
+        for param in lm.parameters():
+            param.add_(torch.randn(param.shape).mul(0.1 if param.ndim == 1 else 0.02))
+    return lm.train()
+
+
+def train(case: dict, parallel: Parallel) -> tuple:
+    settings = TrainConfig(
+        lr=1e-2, warmup_steps=0, eps=1e-5, max_grad_norm=0.05, packing=case["packing"],
+        activation_checkpointing=Checkpointing[case["activation_checkpointing"]], compile=case["compile"],
+        cpu_offload=case["cpu_offload"], precision=Precision[case["precision"]],
+    )  # fmt: skip
+    lm = made_up_model(case["family"], tied=case["tied"])
+    student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
+    wrap(student, parallel, settings)
     optimizer = build_optimizer(student, settings)
     schedule = build_schedule(optimizer, settings, num_steps=NUM_STEPS)
     results = []
     for step in range(NUM_STEPS):
-        rollouts = [made_up_rollout(100 * step + number) for number in range(NUM_SEQUENCES)]
-        batches = pack(rollouts[parallel.data_rank :: parallel.data_size], max_tokens=micro_batch_tokens)
-        results.append(
-            optimizer_step(
-                student, optimizer, schedule, batches, topk=TOPK, max_grad_norm=0.05, parallel=parallel
-            )
+        generator = torch.Generator().manual_seed(step)
+        lengths = lengths_of(case["lengths"], generator)
+        rollouts = [made_up_rollout(index, *pair, generator) for index, pair in enumerate(lengths)]
+        plan = plan_batch(
+            [sum(pair) for pair in lengths], num_ranks=parallel.data_size, max_tokens=case["micro_batch_tokens"],
+            packing=case["packing"], multiple=parallel.length_multiple,
         )  # fmt: skip
+        batches = micro_batches(plan, rollouts, topk=TOPK, parallel=parallel)
+        results.append(
+            optimizer_step(student, optimizer, schedule, batches, max_grad_norm=0.05, parallel=parallel)
+        )
     params = {n: p.full_tensor().detach() if isinstance(p, DTensor) else p for n, p in student.named_parameters()}
-    if parallel.is_main:
-        torch.save(([r.loss for r in results], [r.grad_norm for r in results], params), out)
+    return [r.loss for r in results], [r.grad_norm for r in results], params
+
+
+def main() -> None:
+    out, cases = sys.argv[1], json.loads(sys.argv[2])
+    attention.register()
+    dist.init_process_group("gloo")
+    results = []
+    for case in cases:
+        mesh = MeshConfig(**{name: case[name] for name in ("tensor", "context", "replicate", "sequence_parallel")})
+        results.append(train(case, layout(mesh, device=torch.device("cpu"))))
+    if dist.get_rank() == 0:
+        torch.save(results, out)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,0 +1,111 @@
+"""Context parallelism: which tokens of a packed row are whose, and keys and values brought together again.
+
+A row is cut into 2n pieces for n ranks, and rank r has pieces r and 2n - 1 - r: causal attention costs more towards the
+end of a sequence, so each rank gets as much of it. Hidden states stay cut all the way through the model. In attention
+every rank gathers the keys and values of the whole row, few with grouped queries, and its own queries look back into
+them; in backward their gradients are summed back to their owners in float32. Nothing else changes, and nothing is
+scaled.
+
+Shape letters: T tokens of the row, t of this rank, G key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Span:
+    """Queries that follow one another in the row, and the keys that they may see, which end with them."""
+
+    begin: int
+    """Of the queries, among this rank's tokens."""
+    keys: tuple[int, int]
+    """Of the keys, in the row."""
+    query_bounds: tuple[int, ...]
+    """0, then each document's end, counted from the span's first query."""
+    key_bounds: tuple[int, ...]
+    """0, then each document's end, counted from the span's first key."""
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.query_bounds[-1]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a packed row of T tokens, and the part of the row that is this rank's."""
+
+    bounds: tuple[int, ...]
+    """0, then each document's end in the row; the last is T."""
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def pieces(self) -> tuple[tuple[int, int], ...]:
+        """(begin, end) in the row of this rank's tokens, in their order."""
+        return self.pieces_of(self.rank)
+
+    def pieces_of(self, rank: int) -> tuple[tuple[int, int], ...]:
+        if self.size == 1:
+            return ((0, self.bounds[-1]),)
+        length = self.bounds[-1] // (2 * self.size)
+        return tuple((piece * length, (piece + 1) * length) for piece in (rank, 2 * self.size - 1 - rank))
+
+    def spans(self) -> list[Span]:
+        spans, begin = [], 0
+        for first, last in self.pieces:
+            ends = [min(b, last) for a, b in pairwise(self.bounds) if a < last and b > first]
+            keys_begin = next(a for a, b in pairwise(self.bounds) if b > first)
+            spans.append(
+                Span(
+                    begin=begin,
+                    keys=(keys_begin, last),
+                    query_bounds=(0, *(end - first for end in ends)),
+                    key_bounds=(0, *(end - keys_begin for end in ends)),
+                )
+            )
+            begin += last - first
+        return spans
+
+    def take(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's part of something that has the row's T along `dim`."""
+        return torch.cat([x.narrow(dim, begin, end - begin) for begin, end in self.pieces], dim)
+
+    def order(self) -> torch.Tensor:
+        """int64 [T]: where in the row each token stands, in the order in which ranks' parts follow each other."""
+        ranks = range(self.size)
+        return torch.cat([torch.arange(begin, end) for rank in ranks for begin, end in self.pieces_of(rank)])
+
+
+def gather_row(x_1GtD: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """[1, G, t, D] of each rank -> [1, G, T, D] in the row's order, on every rank. A collective, in backward too."""
+    if documents.size == 1:
+        return x_1GtD
+    return _GatherRow.apply(x_1GtD, documents)
+
+
+class _GatherRow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_1GtD: torch.Tensor, documents: Documents) -> torch.Tensor:
+        ctx.documents, ctx.dtype = documents, x_1GtD.dtype
+        ctx.order = documents.order().to(x_1GtD.device)
+        part = x_1GtD.movedim(2, 0).contiguous()
+        gathered = part.new_empty(part.shape[0] * documents.size, *part.shape[1:])
+        dist.all_gather_into_tensor(gathered, part, group=documents.group)
+        row = torch.empty_like(gathered)
+        row[ctx.order] = gathered
+        return row.movedim(0, 2)
+
+    @staticmethod
+    def backward(ctx, grad_1GTD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # Summed in float32: the ranks' parts of a key's gradient may cancel.
+        grad = grad_1GTD.movedim(2, 0)[ctx.order].to(torch.promote_types(ctx.dtype, torch.float32)).contiguous()
+        mine = grad.new_empty(grad.shape[0] // ctx.documents.size, *grad.shape[1:])
+        dist.reduce_scatter_tensor(mine, grad, op=dist.ReduceOp.SUM, group=ctx.documents.group)
+        return mine.movedim(0, 2).to(ctx.dtype), None

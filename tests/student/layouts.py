@@ -1,0 +1,119 @@
+"""The layouts that must all learn the same, and what runs them; `train_rank.py` is a rank's side."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCRIPT = Path(__file__).parent / "train_rank.py"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a made-up run is cut up. The default is one plain rank with everything in one micro-batch."""
+
+    ranks: int = 1
+    tensor: int = 1
+    context: int = 1
+    replicate: int = 1
+    sequence_parallel: bool = False
+    packing: bool = True
+    micro_batch_tokens: int = 10_000
+    activation_checkpointing: str = "none"
+    compile: bool = False
+    cpu_offload: bool = False
+    precision: str = "fp32"
+    family: str = "qwen3"
+    tied: bool = True
+    lengths: str = "ragged"
+    """ragged; few: fewer sequences than there are ranks; long: one is longer than all others together."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What five optimizer steps came to."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    params: Mapping[str, torch.Tensor]
+
+    def difference(self, reference: Outcome) -> dict[str, float]:
+        """The largest relative difference of loss, gradient norm and parameters (by their norms)."""
+        assert self.params.keys() == reference.params.keys()
+        return {
+            "loss": _relative(self.losses, reference.losses),
+            "grad_norm": _relative(self.grad_norms, reference.grad_norms),
+            "params": max(
+                float((self.params[name].double() - other.double()).norm() / other.double().norm())
+                for name, other in reference.params.items()
+            ),
+        }
+
+
+TABLE: dict[str, Layout] = {
+    "shard=2": Layout(ranks=2),
+    "tensor=2": Layout(ranks=2, tensor=2),
+    "tensor=2, sequence parallel": Layout(ranks=2, tensor=2, sequence_parallel=True),
+    "context=2": Layout(ranks=2, context=2),
+    "replicate=2": Layout(ranks=2, replicate=2),
+    "tensor=2 x shard=2": Layout(ranks=4, tensor=2),
+    "context=2 x shard=2": Layout(ranks=4, context=2),
+    "replicate=2 x shard=2": Layout(ranks=4, replicate=2),
+    "context=2 x tensor=2, sequence parallel": Layout(ranks=4, context=2, tensor=2, sequence_parallel=True),
+    "packing off": Layout(packing=False),
+    "packing off, shard=2": Layout(ranks=2, packing=False, micro_batch_tokens=80),
+    "packing off, context=2": Layout(ranks=2, packing=False, context=2),
+    "accumulation 4": Layout(micro_batch_tokens=46),
+    "accumulation, shard=2": Layout(ranks=2, micro_batch_tokens=46),
+    "accumulation, tensor=2, sequence parallel": Layout(
+        ranks=2, tensor=2, sequence_parallel=True, micro_batch_tokens=46
+    ),
+    "full checkpointing": Layout(activation_checkpointing="full"),
+    "selective checkpointing": Layout(activation_checkpointing="selective"),
+    "full checkpointing, context=2": Layout(ranks=2, context=2, activation_checkpointing="full"),
+    "selective checkpointing, tensor=2": Layout(ranks=2, tensor=2, activation_checkpointing="selective"),
+    "cpu offload, shard=2": Layout(ranks=2, cpu_offload=True),
+    "untied, tensor=2": Layout(ranks=2, tensor=2, tied=False),
+    "an empty micro-batch, shard=4": Layout(ranks=4, lengths="few"),
+    "one long sequence, shard=2": Layout(ranks=2, lengths="long", micro_batch_tokens=60),
+    "one long sequence, context=2": Layout(ranks=2, lengths="long", context=2, micro_batch_tokens=60),
+    **{f"{family}, tensor=2": Layout(ranks=2, tensor=2, family=family) for family in ("qwen2", "llama", "mistral")},
+    "gemma3, tensor=2, sequence parallel": Layout(ranks=2, tensor=2, sequence_parallel=True, family="gemma3_text"),
+    "gemma3, context=2": Layout(ranks=2, context=2, family="gemma3_text"),
+}
+
+
+def reference_of(layout: Layout) -> Layout:
+    """One plain rank on the same model and data."""
+    return Layout(family=layout.family, tied=layout.tied, lengths=layout.lengths)
+
+
+def train(layouts: Iterable[Layout]) -> dict[Layout, Outcome]:
+    """Runs each, those on as many ranks in the same processes."""
+    outcomes: dict[Layout, Outcome] = {}
+    layouts = list(dict.fromkeys(layouts))
+    for ranks in sorted({layout.ranks for layout in layouts}):
+        group = [layout for layout in layouts if layout.ranks == ranks]
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out.pt"
+            command = [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
+                *(str(SCRIPT), str(out), json.dumps([asdict(layout) for layout in group])),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr[-4000:]
+            results: list[tuple[Any, ...]] = torch.load(out, weights_only=True)
+        outcomes |= {layout: Outcome(*result) for layout, result in zip(group, results, strict=True)}
+    return outcomes
+
+
+def _relative(values: list[float], others: list[float]) -> float:
+    return max(abs(value - other) / abs(other) for value, other in zip(values, others, strict=True))
