@@ -1,14 +1,14 @@
 """How much each layout differs from one plain rank in float32, after five optimizer steps: one table.
 
-    python scripts/bench_equality.py
+python scripts/bench_equality.py
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from tests.student.layouts import TABLE, reference_of, train
+from student.layouts import TABLE, reference_of, train
 
 LIMIT = 1e-5
 

@@ -164,7 +164,6 @@ class VocabularyParallelEmbedding(ParallelStyle):
         def partition(_name: str, part: nn.Module, mesh: DeviceMesh) -> None:
             _distribute_parameters(part, mesh, Shard(0))
 
-        module.padding_idx = None  # an index into the whole vocabulary; it matters for sparse gradients only
         distribute_module(module, mesh, partition)
         scale = getattr(module, "embed_scale", None)
         scale = scale.to_local() if isinstance(scale, DTensor) else scale
@@ -177,6 +176,8 @@ class VocabularyParallelEmbedding(ParallelStyle):
             elsewhere = (local_ids < 0) | (local_ids >= size)
             rows = nn.functional.embedding(local_ids.masked_fill(elsewhere, 0), shard)
             rows = rows.masked_fill(elsewhere[..., None], 0.0)
+            if module.padding_idx is not None:  # no gradient comes from there, as in torch's own
+                rows = torch.where((ids == module.padding_idx)[..., None], rows.detach(), rows)
             rows = rows if scale is None else rows * scale.to(rows)
             partial = DTensor.from_local(rows, mesh, [Partial()], run_check=False)
             return partial.redistribute(placements=[self.output]).to_local()

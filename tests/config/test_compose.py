@@ -123,7 +123,9 @@ def test_all_mistakes_are_named_at_once() -> None:
         ("loss=skew_forward loss.skew=1", "makes the loss zero"),
         ("engine.student.kv_cache_gib=0", "engine.student.kv_cache_gib"),
         ("engine.student.gpu_memory_utilization=1.5", "gpu_memory_utilization"),
-        ("cluster.ranks_per_node=65", "more ranks than"),
+        ("mesh.tensor=0", "mesh.tensor=0: must be at least 1"),
+        ("mesh.sequence_parallel=true", "needs tensor-parallel ranks"),
+        ("mesh.tensor=2 train.compile=true", "gives wrong gradients with mesh.tensor=2"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(override: str, said: str) -> None:

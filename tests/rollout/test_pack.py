@@ -1,10 +1,13 @@
-"""Packing: every token once, each row the hidden state that predicts a response token."""
+"""Packing: every token once, each row the hidden state that predicts a response token, rounds of about equal size."""
 
+import random
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill_cli.rollout.pack import empty_micro_batch, first_fit_decreasing, pack
+from distill_cli.rollout.pack import BatchPlan, MicroBatch, bucket, lay_out, plan_batch
 from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
 
 
@@ -21,41 +24,70 @@ def rollout(prompt: list[int], response: list[int], topk: int = 2) -> Rollout:
     )
 
 
+def one_row(rollouts: list[Rollout], *, multiple: int = 1, packing: bool = True) -> MicroBatch:
+    lengths = [len(r.token_ids) for r in rollouts]
+    plan = plan_batch(lengths, num_ranks=1, max_tokens=100, multiple=multiple, packing=packing)
+    ((row,),) = plan.rows
+    return lay_out(row, rollouts, topk=2)
+
+
 def test_rows_are_the_positions_before_the_response_tokens() -> None:
-    (batch,) = pack([rollout([1, 2, 3], [4, 5]), rollout([6], [7, 8, 9])], max_tokens=16)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
-    assert batch.document_bounds == (0, 5, 9)
+    batch = one_row([rollout([1, 2, 3], [4, 5]), rollout([6], [7, 8, 9])], multiple=4)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]
+    assert batch.documents.bounds == (0, 5, 9, 12)
     assert batch.rows.tolist() == [2, 3, 5, 6, 7]
     assert batch.sampled_ids.tolist() == [4, 5, 7, 8, 9]
-    assert batch.input_ids[0, batch.rows + 1].tolist() == batch.sampled_ids.tolist()
     assert batch.topk_ids[:, 0].tolist() == batch.sampled_ids.tolist()
     assert batch.sampler_logp.tolist() == [-2.0, -2.5, -3.5, -4.0, -4.5]
 
 
-@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 20)), min_size=1, max_size=30), st.integers(1, 40))
-def test_packing_keeps_every_sequence_whole_and_once(lengths: list[tuple[int, int]], max_tokens: int) -> None:
-    rollouts = [rollout([1] * p, list(range(2, 2 + r))) for p, r in lengths]
-    batches = pack(rollouts, max_tokens=max_tokens)
-    assert sorted(i for batch in batches for i in batch.sequences) == list(range(len(rollouts)))
-    for batch in batches:
-        sizes = [len(rollouts[i].token_ids) for i in batch.sequences]
-        assert batch.num_tokens == sum(sizes)
-        assert batch.num_tokens <= max_tokens or len(sizes) == 1
-        assert torch.equal(batch.input_ids[0, batch.rows + 1], batch.sampled_ids)
+def test_without_packing_each_sequence_is_padded_to_the_same_length() -> None:
+    batch = one_row([rollout([1, 2], [3, 4, 5, 6, 7, 8, 9]), rollout([1], [2, 3, 4, 5, 6])], packing=False)
+    assert bucket(9) == 10
+    assert batch.documents.bounds == (0, 10, 20)
+    assert batch.input_ids[0, 10:].tolist() == [1, 2, 3, 4, 5, 6, 0, 0, 0, 0]
+    assert batch.rows.tolist() == [1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14]
 
 
-@given(st.lists(st.integers(1, 100), max_size=40))
-def test_bins_waste_less_than_half(lengths: list[int]) -> None:
-    bins = first_fit_decreasing(lengths, 100)
-    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
-    sums = [sum(lengths[i] for i in members) for members in bins]
-    assert all(total <= 100 for total in sums)
-    assert sum(total <= 50 for total in sums) <= 1
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
-def test_an_empty_micro_batch_carries_no_loss() -> None:
-    batch = empty_micro_batch(topk=5)
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 80), st.booleans(), st.sampled_from([1, 2, 8]))
+def test_every_sequence_has_one_place_and_every_rank_as_many_rows(
+    lengths: list[int], num_ranks: int, max_tokens: int, packing: bool, multiple: int
+) -> None:
+    plan = plan_batch(lengths, num_ranks=num_ranks, max_tokens=max_tokens, packing=packing, multiple=multiple)
+    assert len(plan.rows) == num_ranks
+    assert len({len(rows) for rows in plan.rows}) == 1
+    assert sorted(member for rank in range(num_ranks) for member in plan.members_of(rank)) == list(range(len(lengths)))
+    for row in (row for rows in plan.rows for row in rows):
+        assert all(place >= lengths[member] for member, place in zip(row.members, row.places, strict=True))
+        assert sum(row.places) <= max_tokens or len(row.members) == 1
+        assert sum(row.places) <= row.length <= max(sum(row.places), 1) + multiple - 1
+        assert row.length % multiple == 0
+    assert plan.num_tokens <= plan.computed_tokens
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_long_tailed_lengths_fill_eight_micro_batches_a_rank(seed: int) -> None:
+    generator, lengths = random.Random(seed), []
+    while sum(lengths) < 7.5 * 8 * 16384:
+        lengths.append(max(16, min(8192, int(generator.lognormvariate(6.9, 1.0)))))
+    plan: BatchPlan = plan_batch(lengths, num_ranks=8, max_tokens=16384)
+    assert len(plan.rows[0]) == 8
+    assert plan.num_tokens / plan.computed_tokens > 0.95
+
+
+@given(st.integers(1, 100_000))
+def test_buckets_are_few_and_waste_at_most_a_quarter(length: int) -> None:
+    assert length <= bucket(length) <= max(length * 1.25, length + 1)
+    assert bucket(bucket(length)) == bucket(length)
+
+
+def test_a_row_without_members_carries_no_loss() -> None:
+    plan = plan_batch([5], num_ranks=2, max_tokens=10, multiple=4)
+    batch = lay_out(plan.rows[1][0], [], topk=5)
     assert batch.num_response_tokens == 0
     assert batch.topk_ids.shape == (0, 5)
-    assert batch.document_bounds[-1] == batch.num_tokens
+    assert batch.documents.bounds == (0, 4)

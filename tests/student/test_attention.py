@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from distill_cli.parallel.context import Documents
 from distill_cli.student import attention
 
 
@@ -24,7 +25,7 @@ def test_documents_do_not_see_each_other(bounds: tuple[int, ...], window: int | 
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 4, 9, 8, generator=generator, dtype=torch.float64)
     k, v = (torch.randn(1, 2, 9, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    out = attention.attend_packed(q, k, v, document_bounds=bounds, scale=None, window=window)
+    out = attention.attend_packed(q, k, v, documents=Documents(bounds), scale=None, window=window)
     torch.testing.assert_close(out, dense(q, k, v, bounds, window))
 
 
@@ -43,7 +44,7 @@ def test_a_packed_row_gives_each_document_what_it_gets_alone() -> None:
     logits = packed(
         input_ids=torch.cat(documents)[None],
         position_ids=torch.cat([torch.arange(len(d)) for d in documents])[None],
-        document_bounds=(0, 5, 6, 13),
+        documents=Documents((0, 5, 6, 13)),
         use_cache=False,
     ).logits[0]
     alone = torch.cat([plain(input_ids=d[None], use_cache=False).logits[0] for d in documents])

@@ -77,9 +77,7 @@ def train(case: dict, parallel: Parallel) -> tuple:
             packing=case["packing"], multiple=parallel.length_multiple,
         )  # fmt: skip
         batches = micro_batches(plan, rollouts, topk=TOPK, parallel=parallel)
-        results.append(
-            optimizer_step(student, optimizer, schedule, batches, max_grad_norm=0.05, parallel=parallel)
-        )
+        results.append(optimizer_step(student, optimizer, schedule, batches, max_grad_norm=0.05, parallel=parallel))
     params = {n: p.full_tensor().detach() if isinstance(p, DTensor) else p for n, p in student.named_parameters()}
     return [r.loss for r in results], [r.grad_norm for r in results], params
 
