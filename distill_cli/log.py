@@ -20,6 +20,7 @@ COLUMNS = (  # what a step's line shows of its metrics, and how
     ("len", "rollout/mean_length", "{:.0f}"),
     ("gnorm", "train/grad_norm", "{:.2f}"),
     ("mismatch", "rollout/engine_mismatch", "{:.1e}"),
+    ("packed", "perf/packing_efficiency", "{:.0%}"),
     ("tok/s", "perf/tokens_per_s", "{:.0f}"),
     ("s", "time/step_s", "{:.2f}"),
     ("val", "val/accuracy", "{:.3f}"),

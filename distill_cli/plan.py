@@ -44,23 +44,42 @@ def print_plan(job: Job, found: Preflight) -> None:
 
 
 def mesh_rows(config: Config) -> dict[str, str]:
-    ranks, gpus = hardware.ranks_per_node(config), hardware.gpus_per_node(config)
-    return {
-        "ranks": f"{ranks} on {'GPUs' if gpus else 'the CPU'}",
-        "shard": f"{ranks}: each rank holds 1/{ranks} of weights, gradients and optimizer, and its own two engines",
+    mesh, ranks, gpus = config.mesh, num_ranks(config), hardware.gpus_per_node(config)
+    shards = parameter_shards(config)
+    rows = {
+        "ranks": f"{ranks} on {'GPUs' if gpus else 'the CPU'}, each with its own two engines",
+        "shard": f"{ranks // (mesh.tensor * mesh.context * mesh.replicate)}: each takes a share of the sequences",
+        "replicate": f"{mesh.replicate}: copies of the sharded student",
+        "context": f"{mesh.context}: share each sequence",
+        "tensor": f"{mesh.tensor}: share each layer's matrices"
+        + (", and the tokens between them" if mesh.sequence_parallel else ""),
     }
+    rows = {name: text for name, text in rows.items() if name in ("ranks", "shard") or not text.startswith("1:")}
+    return rows | {"of a rank": f"1/{shards} of weights, gradients and optimizer"}
+
+
+def num_ranks(config: Config) -> int:
+    return hardware.ranks_per_node(config) * config.cluster.nodes
+
+
+def parameter_shards(config: Config) -> int:
+    """Into how many parts weights, gradients and optimizer are cut."""
+    return num_ranks(config) // config.mesh.replicate
 
 
 def step_rows(config: Config) -> dict[str, str]:
-    rollout, train, ranks = config.rollout, config.train, hardware.ranks_per_node(config)
+    rollout, train, mesh = config.rollout, config.train, config.mesh
     sequences = rollout.prompts_per_step * rollout.generations_per_prompt
     most_tokens = sequences * rollout.max_sequence_length
-    rounds = math.ceil(train.global_batch_size * rollout.max_sequence_length / ranks / train.micro_batch_tokens)
+    shares = num_ranks(config) // (mesh.tensor * mesh.context)
+    rounds = math.ceil(train.global_batch_size * rollout.max_sequence_length / shares / train.micro_batch_tokens)
+    how = "packed" if train.packing else "padded"
+    shared = f", shared by {mesh.context} context ranks" if mesh.context > 1 else ""
     return {
         "sequences": f"{rollout.prompts_per_step} prompts x {rollout.generations_per_prompt} answers = {sequences}",
         "updates": f"{sequences} / {train.global_batch_size} sequences = {updates_per_step(config)}",
         "tokens": f"at most {most_tokens:,} ({rollout.max_sequence_length:,} a sequence)",
-        "micro-batches": f"at most about {rounds} of {train.micro_batch_tokens:,} tokens a rank and update",
+        "micro-batches": f"at most about {rounds} of {train.micro_batch_tokens:,} tokens, {how}{shared}, an update",
     }
 
 
@@ -85,13 +104,13 @@ def run_rows(config: Config, found: Preflight) -> dict[str, str]:
 
 
 def memory_rows(config: Config, found: Preflight) -> dict[str, str]:
-    ranks = hardware.ranks_per_node(config)
+    shards = parameter_shards(config)
     student, teacher = num_parameters(found.student), num_parameters(found.teacher)
     on_cpu = not hardware.gpus_per_node(config)
     parts = {
-        "weights": student * 4 / ranks,
-        "gradients": student * 4 / ranks,
-        "optimizer": student * 8 / ranks,
+        "weights": student * 4 / shards,
+        "gradients": student * 4 / shards,
+        "optimizer": student * 8 / shards,
         "sampler's weights": student * BYTES[config.model.student.dtype],
         "scorer's weights": teacher * BYTES[config.model.teacher.dtype],
     }

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from distill_cli.config.compose import known_losses
 from distill_cli.config.derived import needed_length
 from distill_cli.config.schema import Config
 from distill_cli.data.registry import load_examples, resolve_verifier
+from distill_cli.engines.process import hide_broken_packages
 from distill_cli.errors import ConfigError
 from distill_cli.plugins import load_function
 
@@ -83,6 +86,11 @@ def preflight(config: Config) -> Preflight:
         with collecting():
             problems += _model_problems(config, found)
             found.warnings = tuple(_model_warnings(found))
+    if found.student:
+        with collecting():
+            problems += _tensor_problems(config, found.student)
+    if config.train.cpu_offload and not hardware.gpus_per_node(config):
+        found.warnings += ("train.cpu_offload=true has no effect on CPU ranks: all of it is in host memory",)
     if 0 < found.num_train < config.rollout.prompts_per_step:
         problems.append(
             f"rollout.prompts_per_step={config.rollout.prompts_per_step}: the training data has only "
@@ -116,9 +124,32 @@ def _check_devices(config: Config) -> None:
     problems = list(mesh_problems(config, ranks_per_node=hardware.ranks_per_node(config)))
     if problems:
         raise ConfigError(*problems)
+    if config.train.compile and not hardware.gpus_per_node(config) and not _has_compiler():
+        raise ConfigError("train.compile=true: needs a C++ compiler on CPUs (g++, or what CXX names); install one")
     ranks, gpus = config.cluster.ranks_per_node, hardware.gpus_per_node(config)
     if ranks is not None and gpus and ranks != gpus:
         raise ConfigError(f"cluster.ranks_per_node={ranks}: one rank a GPU, and there are {gpus}; leave it out")
+
+
+def _has_compiler() -> bool:
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def _tensor_problems(config: Config, student: Path) -> Iterator[str]:
+    """What keeps the student from being cut over mesh.tensor ranks. Imports torch, where there is more than one."""
+    if config.mesh.tensor <= 1:
+        return
+    hide_broken_packages()
+    from transformers import AutoConfig
+
+    from distill_cli.parallel.tensor import check_sizes, matrix_plan
+
+    model = AutoConfig.from_pretrained(student, trust_remote_code=config.model.trust_remote_code).get_text_config()
+    try:
+        matrix_plan(model)
+        check_sizes(model, config.mesh.tensor)
+    except ConfigError as error:
+        yield from error.problems
 
 
 def _model_problems(config: Config, found: Preflight) -> Iterator[str]:

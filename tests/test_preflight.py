@@ -112,11 +112,6 @@ def test_validation_rows_without_an_answer(tmp_path: Path) -> None:
     assert said.startswith("data.validation: 40 of 80 rows have no answer to check")
 
 
-def test_more_ranks_than_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "ranks_per_node", lambda config: 8)
-    assert "fewer sequences than the 8 ranks" in problems_of("train.global_batch_size=4")
-
-
 def test_a_cpu_build_of_vllm_leaves_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "visible_gpus", lambda: 2)
     monkeypatch.setattr(hardware, "has_cpu_vllm", lambda: True)
@@ -148,3 +143,40 @@ def test_a_plugin_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "torn.py").write_text("def (:")
     monkeypatch.chdir(tmp_path)
     assert "loss.kl_type=torn:kl: SyntaxError" in problems_of("loss.kl_type=torn:kl")
+
+
+FEW_RANKS = ["cluster.gpus_per_node=0", "cluster.ranks_per_node=6"]
+
+
+def test_a_mesh_that_does_not_multiply_to_the_ranks(make_model: MakeModel) -> None:
+    said = problems_of(*pair(make_model("s"), make_model("t")), *FEW_RANKS, "mesh.context=4")
+    assert "mesh.context=4" in said
+    assert "their product 4 must divide the 6 ranks; choose sizes whose product is one of 1, 2, 3, 6" in said
+
+
+def test_more_ranks_than_sequences(make_model: MakeModel) -> None:
+    argv = [*pair(make_model("s"), make_model("t")), *FEW_RANKS, "train.global_batch_size=4"]
+    assert "fewer sequences than the 6 ranks" in problems_of(*argv)
+    (job,) = compose([*argv, "mesh.context=2"])  # context ranks share their sequences
+    preflight(job.config)
+
+
+def test_heads_that_do_not_divide_are_said_with_the_sizes_that_do(make_model: MakeModel) -> None:
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 16, "hidden_size": 8}
+    student = make_model("s", model_type="llama", **sizes)
+    said = problems_of(*pair(student, make_model("t")), *FEW_RANKS, "mesh.tensor=3")
+    assert "mesh.tensor=3: does not divide attention heads (4), key-value heads (2)" in said
+    assert "choose one of 1, 2" in said
+
+
+def test_a_family_without_a_plan_is_said_with_those_that_have_one(make_model: MakeModel) -> None:
+    student = make_model("s", model_type="gpt2", n_head=4, n_embd=8)
+    said = problems_of(*pair(student, make_model("t")), *FEW_RANKS, "mesh.tensor=2")
+    assert "the family gpt2 cannot be cut (it declares no plan)" in said
+    assert "gemma3_text, llama, mistral, qwen2, qwen3" in said
+    assert "PLANS" in said
+
+
+def test_offloading_on_cpus_is_warned_of(make_model: MakeModel) -> None:
+    (job,) = compose([*pair(make_model("s"), make_model("t")), "cluster.gpus_per_node=0", "train.cpu_offload=true"])
+    assert any("no effect on CPU ranks" in warning for warning in preflight(job.config).warnings)
