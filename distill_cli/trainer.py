@@ -152,13 +152,13 @@ class Trainer:
         with self.watch("record"):
             metrics = {"train/lr": lr, **self.train_metrics(results), **self.rollout_metrics(rollouts)}
             seconds = time.perf_counter() - begin
+            num_tokens = sum(plan.num_tokens for _, plan in plans)
             metrics |= {
                 "time/step_s": seconds,
                 "perf/tokens_per_s": metrics["train/response_tokens"] / seconds,
                 "perf/peak_mem_gib": self.parallel.all_max(peak_memory_gib(self.parallel.device)),
-                "perf/packing_efficiency": sum(plan.num_tokens for _, plan in plans)
-                / sum(plan.computed_tokens for _, plan in plans),
-                **self.mfu(results, num_response_tokens=int(metrics["train/response_tokens"])),
+                "perf/packing_efficiency": num_tokens / sum(plan.computed_tokens for _, plan in plans),
+                **self.mfu(num_tokens=num_tokens, num_response_tokens=int(metrics["train/response_tokens"])),
             }
         return metrics
 
@@ -231,15 +231,11 @@ class Trainer:
             parallel=self.parallel,
         )
 
-    def mfu(
-        self, results: Sequence[tuple[Sequence[MicroBatch], StepResult]], *, num_response_tokens: int
-    ) -> dict[str, float]:
-        """`perf/mfu` of the step's training, where the device's peak is known. A collective."""
+    def mfu(self, *, num_tokens: int, num_response_tokens: int) -> dict[str, float]:
+        """`perf/mfu` of the step's training, where the device's peak is known; padding is no work."""
         peak = peak_flops(self.parallel.device)
         if peak is None:
             return {}
-        mine = sum(batch.num_tokens for batches, _ in results for batch in batches)
-        num_tokens = int(self.parallel.all_sum(torch.tensor(float(mine), device=self.parallel.device)))
         flops = train_flops(self.student, num_tokens=num_tokens, num_response_tokens=num_response_tokens)
         return {"perf/mfu": flops / (self.watch.seconds["train"] * peak * self.parallel.size)}
 

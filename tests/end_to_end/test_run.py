@@ -8,14 +8,14 @@ import pytest
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.end_to_end.conftest import Finished, distill
+from tests.end_to_end.conftest import SHORT, Finished, distill
 
 EVERY_STEP = {
     "step", "time", "train/loss", "train/kl_forward", "train/kl_reverse", "train/grad_norm", "train/lr",
     "train/entropy", "train/teacher_topk_mass", "train/student_topk_mass", "train/top1_agreement",
     "train/response_tokens", "rollout/mean_length", "rollout/truncated_rate", "rollout/accuracy",
     "rollout/engine_mismatch", "time/sync_s", "time/sample_s", "time/score_s", "time/pack_s", "time/train_s",
-    "time/step_s", "perf/tokens_per_s", "perf/peak_mem_gib",
+    "time/step_s", "perf/tokens_per_s", "perf/peak_mem_gib", "perf/packing_efficiency",
 }  # fmt: skip
 VALIDATION = {"val/accuracy", "val/mean_length", "val/truncated_rate", "time/eval_s"}
 
@@ -52,6 +52,27 @@ def test_two_ranks_learn_what_one_rank_learns(one_rank: Finished, two_ranks: Fin
         assert ours["train/response_tokens"] == theirs["train/response_tokens"]
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
         assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("mesh.tensor=2", "mesh.sequence_parallel=true", "train.activation_checkpointing=selective"),
+        ("mesh.context=2", "train.packing=false"),
+    ],
+    ids=["tensor", "context"],
+)
+def test_other_layouts_learn_what_one_rank_learns(one_rank: Finished, tmp_path, layout: tuple[str, ...]) -> None:
+    without_eval = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker=none")
+    other = distill(tmp_path, *SHORT, *without_eval, "cluster.ranks_per_node=2", *layout)
+    assert other.status == 0, other.stderr
+    rows = [row for row in other.metrics if row["step"] > 0]
+    for ours, theirs in zip(one_rank.metrics[1:], rows, strict=True):
+        assert ours["train/response_tokens"] == theirs["train/response_tokens"]
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
+        assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-4)
+        assert theirs["rollout/engine_mismatch"] < 1e-4
 
 
 def test_the_folder_holds_what_the_contract_says(one_rank: Finished) -> None:
