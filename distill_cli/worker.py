@@ -16,8 +16,8 @@ from typing import IO
 
 from distill_cli.engines.process import hide_broken_packages, prepare_process
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.launch.local import die_with_parent
 from distill_cli.log import log_to
+from distill_cli.processes import die_with_parent
 from distill_cli.rundir import RunDir, write_json
 
 

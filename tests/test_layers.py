@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "distill_cli"
 LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"errors", "types"},
     {"config"},
-    {"log", "rundir", "plugins", "modelpath", "hardware"},
+    {"log", "rundir", "plugins", "modelpath", "hardware", "processes"},
     {"parallel", "losses", "data", "engines", "track", "launch"},
     {"rollout", "preflight"},
     {"student", "evaluate"},

@@ -6,7 +6,6 @@ descendants are ended by process id. Each rank also dies with its agent, and the
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -20,11 +19,11 @@ from pathlib import Path
 import psutil
 
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.processes import describe_exit, die_with_parent
 from distill_cli.rundir import RunDir
 
 GRACE_S = 3.0
 """Between asking the ranks to end and killing them."""
-PR_SET_PDEATHSIG = 1
 
 
 class Stopped(BaseException):
@@ -117,12 +116,6 @@ def end_tree(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def die_with_parent() -> None:
-    """In a child: the kernel kills it when its parent dies, however that happens. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def failure(run: RunDir, *, num_ranks: int, status: int) -> DistillError:
     """The first failed rank's own error in one line, and the path of its log."""
     errors = [_read_error(run.rank_error(rank), rank) for rank in range(num_ranks)]
@@ -130,9 +123,8 @@ def failure(run: RunDir, *, num_ranks: int, status: int) -> DistillError:
     torchrun_log = run.logs() / "torchrun.log"
     killed = re.search(r"failed \(exitcode: (-\d+)\) local_rank: (\d+)", torchrun_log.read_text(errors="replace"))
     if killed and not errors:
-        name, rank = signal.Signals(-int(killed[1])).name, int(killed[2])
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return DistillError(f"rank {rank} was killed by {name}{hint}; log: {run.rank_log(rank)}")
+        rank = int(killed[2])
+        return DistillError(f"rank {rank} {describe_exit(int(killed[1]))}; log: {run.rank_log(rank)}")
     if errors and errors[0].get("is_config"):
         return ConfigError(errors[0]["message"])
     if errors:

@@ -64,7 +64,7 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
         textwrap.dedent(f"""
         import os, signal, time
         from pathlib import Path
-        from distill_cli.launch.local import die_with_parent
+        from distill_cli.processes import die_with_parent
         die_with_parent()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         Path("{mark}" + os.environ["RANK"]).write_text(str(os.getpid()))
