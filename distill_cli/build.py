@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.config.compose import load_config
-from distill_cli.config.derived import engine_length, max_prompt_tokens, updates_per_step
+from distill_cli.config.derived import engine_length, max_prompt_tokens, parse_duration, updates_per_step
 from distill_cli.config.schema import Config, EngineModelConfig, StudentModel, TeacherModel
 from distill_cli.data.prompts import PromptOrder, build_prompts, load_tokenizer
 from distill_cli.data.registry import load_examples, resolve_verifier
@@ -30,26 +33,36 @@ from distill_cli.log import StepPrinter
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.modelpath import locate
 from distill_cli.parallel.mesh import Parallel, init_parallel
+from distill_cli.processes import StopFlag
 from distill_cli.rundir import RunDir, write_json
 from distill_cli.student.model import Student, load_lm, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule
 from distill_cli.student.weights import save_student
 from distill_cli.track.recorder import MetricsFile
-from distill_cli.trainer import Trainer
+from distill_cli.trainer import Progress, Trainer
 from distill_cli.types import Prompt
 
 log = logging.getLogger(__name__)
 
 
-def run_rank(run: RunDir, console: IO[str]) -> None:
-    """The whole life of a rank. Every rank of the run calls it."""
+def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -> None:
+    """The whole life of a rank. Every rank of the run calls it.
+
+    Args:
+        checkpoint: where to go on from; None begins at the beginning.
+    """
     config = load_config(run.config)
+    limit = config.checkpoint.must_save_by
+    stop = StopFlag(limit_s=parse_duration(limit) if limit else None)
     parallel = init_parallel(device=pick_device(), mesh=config.mesh)
     tokenizer = build_tokenizer(config)
     # What the user may have got wrong comes first, before engines take their time.
     order, loss = build_order(config, tokenizer), build_loss(config)
     validator = build_validator(config, parallel, tokenizer)
     engines = build_engines(config)
+    training = build_training(config, console, loss, order=order, parallel=parallel)
+    trainable = Trainable(training["student"].lm, training["optimizer"], training["schedule"])
+    progress = Progress.of(load(checkpoint, trainable)) if checkpoint else Progress()
     trainer = Trainer(
         config=config,
         parallel=parallel,
@@ -61,14 +74,21 @@ def run_rank(run: RunDir, console: IO[str]) -> None:
         decode=make_decode(tokenizer),
         validator=validator,
         metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,
-        **build_training(config, console, loss, order=order, parallel=parallel),
+        saver=Saver(run, config.checkpoint, trainable) if config.checkpoint.enabled else None,
+        rollouts_dir=run.rollouts,
+        stop=stop,
+        heartbeat=run.heartbeat.touch if parallel.is_main else lambda: None,
+        progress=progress,
+        **training,
     )
+    stop.listen(signal.SIGTERM, signal.SIGUSR1)
     with trainer.printer:
         result = trainer.run()
-    save_student(trainer.student, tokenizer, run.student, dtype=getattr(torch, config.model.student.dtype.value))
+    if result.state == "finished" or trainer.saver is None:
+        save_student(trainer.student, tokenizer, run.student, dtype=getattr(torch, config.model.student.dtype.value))
     if parallel.is_main:
         trainer.metrics_file.close()
-        write_json(run.outcome, {"state": "finished", **asdict(result), "gap_closed": result.gap_closed})
+        write_json(run.outcome, {**asdict(result), "gap_closed": result.gap_closed})
     for engine in reversed(engines):
         engine.close()
     dist.barrier()

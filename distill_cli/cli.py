@@ -16,6 +16,7 @@ distill - on-policy distillation of language models from one command
 
   distill [train] [OVERRIDES]     train a student on its own answers, scored by a teacher (the default verb)
   distill plan [OVERRIDES]        compose and check everything, print what would run, start nothing
+  distill resume RUN [OVERRIDES]  go on from a run's newest checkpoint, on any number of ranks
   distill ls [GROUP]              the choices of a config group, each with its first comment line
   distill doctor [--json]         what is installed, visible and reachable, and how to fix what is not
 
@@ -113,6 +114,12 @@ def plan(argv: Sequence[str]) -> int:
     return 0
 
 
+def resume(argv: Sequence[str]) -> int:
+    from distill_cli.resume import resume
+
+    return resume(argv)
+
+
 def ls(argv: Sequence[str]) -> int:
     from distill_cli.config.compose import conf_dir
     from distill_cli.listing import print_choices
@@ -131,7 +138,13 @@ def doctor(argv: Sequence[str]) -> int:
     return run_doctor(as_json="--json" in argv)
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "plan": plan, "ls": ls, "doctor": doctor}
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "plan": plan,
+    "resume": resume,
+    "ls": ls,
+    "doctor": doctor,
+}
 
 
 if __name__ == "__main__":

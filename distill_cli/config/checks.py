@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 
-from distill_cli.config.derived import needed_length
+from distill_cli.config.derived import needed_length, parse_duration
 from distill_cli.config.schema import Config
 
 RESERVED_ENGINE_KWARGS = {
@@ -14,6 +14,15 @@ RESERVED_ENGINE_KWARGS = {
     *("enable_prefix_caching", "logprobs_mode", "max_logprobs", "distributed_executor_backend", "enable_sleep_mode"),
 }
 """Arguments of `vllm.LLM` that another key sets, or that the right numbers rest on."""
+
+
+RANKABLE = {
+    *("train/loss", "train/kl_forward", "train/kl_reverse", "train/entropy", "train/grad_norm"),
+    *("train/teacher_topk_mass", "train/student_topk_mass", "train/top1_agreement"),
+    *("rollout/accuracy", "rollout/mean_length", "rollout/truncated_rate", "rollout/engine_mismatch"),
+    *("val/accuracy", "val/mean_length", "val/truncated_rate"),
+}
+"""Metrics that checkpoints can be ranked by."""
 
 
 def config_problems(config: Config) -> list[str]:
@@ -26,6 +35,7 @@ def config_problems(config: Config) -> list[str]:
         *_data(config),
         *_eval(config),
         *_engine(config),
+        *_checkpoint(config),
         *_cluster(config),
         *_at_least("run.print_every", config.run.print_every, 1),
     ]
@@ -67,6 +77,7 @@ def _rollout(config: Config) -> Iterator[str]:
     yield from _at_least("rollout.generations_per_prompt", rollout.generations_per_prompt, 1)
     yield from _at_least("rollout.max_new_tokens", rollout.max_new_tokens, 1)
     yield from _sampling("rollout", rollout.temperature, rollout.top_p)
+    yield from _within("rollout.max_truncated_rate", rollout.max_truncated_rate, 0, 1)
     if rollout.top_k == 0 or rollout.top_k < -1:
         yield f"rollout.top_k={rollout.top_k}: must be at least 1, or -1 for all tokens"
     room = rollout.max_sequence_length - rollout.max_new_tokens
@@ -81,7 +92,7 @@ def _rollout(config: Config) -> Iterator[str]:
 
 def _train(config: Config) -> Iterator[str]:
     train, rollout = config.train, config.rollout
-    for name in ("max_steps", "max_epochs", "global_batch_size"):
+    for name in ("max_steps", "max_epochs", "global_batch_size", "max_bad_steps"):
         yield from _at_least(f"train.{name}", getattr(train, name), 1)
     for name in ("lr", "max_grad_norm", "eps"):
         yield from _above_zero(f"train.{name}", getattr(train, name))
@@ -184,8 +195,20 @@ def _engine(config: Config) -> Iterator[str]:
             yield f"engine.{role}.gpu_memory_utilization={engine.gpu_memory_utilization}: must lie above 0 and up to 1"
 
 
+def _checkpoint(config: Config) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    yield from _at_least("checkpoint.period", checkpoint.period, 1)
+    yield from _at_least("checkpoint.keep_top_k", checkpoint.keep_top_k, 0)
+    if checkpoint.metric not in RANKABLE:
+        yield f"checkpoint.metric={checkpoint.metric}: no such metric; choose one of {', '.join(sorted(RANKABLE))}"
+    if checkpoint.must_save_by is not None and parse_duration(checkpoint.must_save_by) is None:
+        yield f"checkpoint.must_save_by={checkpoint.must_save_by}: must be DD:HH:MM:SS, such as 00:03:45:00"
+
+
 def _cluster(config: Config) -> Iterator[str]:
     cluster = config.cluster
+    for name in ("max_restarts", "hang_timeout_s", "grace_s"):
+        yield from _at_least(f"cluster.{name}", getattr(cluster, name), 0)
     if cluster.nodes != 1:
         yield f"cluster.nodes={cluster.nodes}: cluster.launcher=local runs on this one machine; set it to 1"
     if cluster.gpus_per_node is not None:

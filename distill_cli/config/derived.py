@@ -24,3 +24,14 @@ def engine_length(config: Config, engine: EngineModelConfig) -> int:
 def updates_per_step(config: Config) -> int:
     """Optimizer steps of a step."""
     return config.rollout.prompts_per_step * config.rollout.generations_per_prompt // config.train.global_batch_size
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of DD:HH:MM:SS; None where it is none."""
+    fields = text.split(":")
+    if len(fields) != 4 or not all(field.isdecimal() for field in fields):
+        return None
+    days, hours, minutes, seconds = map(int, fields)
+    if hours >= 24 or minutes >= 60 or seconds >= 60:
+        return None
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)

@@ -42,6 +42,11 @@ class Tail(Enum):
     zero = "zero"
 
 
+class OnTruncation(Enum):
+    warn = "warn"
+    stop = "stop"
+
+
 class Launcher(Enum):
     local = "local"
 
@@ -132,6 +137,11 @@ class RolloutConfig:
     """Strings that end an answer."""
     stop_token_ids: list[int] = field(default_factory=list)
     """Tokens that end an answer, besides the model's own end-of-sequence tokens."""
+    max_truncated_rate: float = 0.9
+    """Share of answers that may reach their length limit, 0..1. Above it for three steps in a row the student may be
+    losing its way of ending; 1 never minds."""
+    on_truncation: OnTruncation = OnTruncation.warn
+    """What happens then: a warning, or a checkpoint and the end of the run."""
 
 
 @dataclass
@@ -157,6 +167,9 @@ class TrainConfig:
     """After the warm-up: constant, or falling to 0 by the last optimizer step as a cosine or a line."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm where it is larger."""
+    max_bad_steps: int = 3
+    """Optimizer steps in a row whose loss or gradient may be not finite: each is skipped, after that many the run
+    stops and leaves their rollouts in `rollouts/`."""
     precision: Precision = Precision.bf16
     """bf16: bfloat16 compute, float32 weights, reductions and loss. fp32: float32 throughout."""
     activation_checkpointing: Checkpointing = Checkpointing.full
@@ -224,6 +237,24 @@ class EvalConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    enabled: bool = True
+    period: int = 10
+    """Steps between checkpoints. The last step has one too, and so has a run that is asked to stop."""
+    keep_top_k: int = 3
+    """How many are kept, the best by `metric`; the newest is kept besides. Those of steps without a value fill up."""
+    metric: str = "val/accuracy"
+    """Any train/, rollout/ or val/ metric of metrics.jsonl."""
+    higher_is_better: bool = True
+    must_save_by: str | None = None
+    """DD:HH:MM:SS of wall clock since the start: by then a checkpoint is made and the run stops; `resume` goes on."""
+    save_optimizer: bool = True
+    """Without it a checkpoint is a third as large, and a resumed run is no longer exact."""
+    async_save: bool = True
+    """Train on while a checkpoint is written, at the cost of a copy in host memory."""
+
+
+@dataclass
 class ClusterConfig:
     launcher: Launcher = Launcher.local
     nodes: int = 1
@@ -231,6 +262,13 @@ class ClusterConfig:
     """null is what is visible; 0 runs on CPUs."""
     ranks_per_node: int | None = None
     """Processes of a node; null is one a GPU, or one on CPUs. On GPUs it is the number of GPUs."""
+    max_restarts: int = 3
+    """How often a run that failed goes on by itself from its newest checkpoint. An attempt that ends with an error
+    before its first step is not repeated."""
+    hang_timeout_s: float = 1800
+    """Seconds that a stage of a step may take before the ranks are taken for hung and ended; 0 waits for ever."""
+    grace_s: float = 60
+    """Seconds that the ranks have for a checkpoint when the run is asked to stop (Ctrl-C, SIGTERM)."""
 
 
 @dataclass
@@ -268,6 +306,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -69,10 +69,16 @@ class Sampler:
             self._engine.call_worker(load_weights, full_tensors(weights, dtype=self._dtype))
         except Exception as error:
             raise DistillError(f"sync of version {version} to the sampler failed: {reason(error)}") from error
-        if not self._engine.llm.reset_prefix_cache():  # else old keys and values would answer for new weights
-            raise DistillError("the sampler's prefix cache could not be reset after a sync: requests are still running")
         self._is_broken = False
+        self.reset_prefix_cache()  # else old keys and values would answer for new weights
         self.version = version
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what was asked: the next answers are those of an engine that is new."""
+        self._check_usable()
+        if not self._engine.llm.reset_prefix_cache():
+            self._is_broken = True
+            raise DistillError("the sampler's prefix cache could not be reset: requests are still running")
 
     def _check_usable(self) -> None:
         self._engine.check_awake()

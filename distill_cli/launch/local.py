@@ -12,13 +12,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.processes import describe_exit, die_with_parent
 from distill_cli.rundir import RunDir
 
@@ -34,36 +35,90 @@ class Stopped(BaseException):
         self.signum = signum
 
 
-def command(run: RunDir, *, num_ranks: int) -> list[str]:
+def command(run: RunDir, *, num_ranks: int, checkpoint: Path | None = None) -> list[str]:
     """What starts the ranks of a run on this machine."""
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"),
-        *("--max-restarts=0", "-m", "distill_cli.worker", str(run.path)),
+        *(
+            "--max-restarts=0",
+            f"--shutdown-timeout={GRACE_S:.0f}",
+            "-m",
+            "distill_cli.worker",
+            str(run.path),
+            f"--attempt={run.attempt}",
+        ),
+        *([f"--checkpoint={checkpoint}"] if checkpoint else []),
     ]
 
 
-def launch(run: RunDir, *, num_ranks: int, use_gpus: bool) -> None:
+def launch(
+    run: RunDir,
+    *,
+    num_ranks: int,
+    use_gpus: bool,
+    checkpoint: Path | None = None,
+    hang_timeout_s: float = 0.0,
+    grace_s: float = 60.0,
+) -> None:
     """Runs the ranks to their end.
 
+    Args:
+        checkpoint: where they go on from.
+        hang_timeout_s: how long a stage of a step may take; 0 is for ever.
+        grace_s: how long the ranks may take to save a checkpoint when they are asked to stop.
+
     Raises:
-        DistillError: a rank failed; its own error in one line, and the path of its log.
         ConfigError: a rank found the input wrong.
+        Killed: a rank was killed, or none got on.
+        DistillError: a rank failed; its own error in one line, and the path of its log.
         Stopped: SIGINT or SIGTERM came; every process is gone.
     """
-    with (run.logs() / "torchrun.log").open("wb") as log, stop_signals():
+    with (run.logs / "torchrun.log").open("wb") as log, stop_signals():
         process = subprocess.Popen(
-            command(run, num_ranks=num_ranks),
+            command(run, num_ranks=num_ranks, checkpoint=checkpoint),
             stderr=log,
             env=environment(num_ranks=num_ranks, use_gpus=use_gpus),
             start_new_session=True,  # Ctrl-C reaches us alone, and we end the ranks
             preexec_fn=die_with_parent,
         )
         try:
-            status = process.wait()
+            status = wait(process, run, hang_timeout_s=hang_timeout_s)
+        except Stopped:
+            ask_to_stop(process, run, grace_s=grace_s)
+            raise
         finally:
             end_tree(process)
     if status != 0:
         raise failure(run, num_ranks=num_ranks, status=status)
+
+
+def wait(process: subprocess.Popen, run: RunDir, *, hang_timeout_s: float) -> int:
+    """The agent's exit status; raises Killed where the main rank has been in one stage for too long."""
+    begin = time.time()
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=1.0)
+        last_sign = max(begin, run.heartbeat.stat().st_mtime) if run.heartbeat.exists() else begin
+        if hang_timeout_s and time.time() - last_sign > hang_timeout_s:
+            raise Killed(
+                f"the ranks have been in one stage for cluster.hang_timeout_s={hang_timeout_s:g} s and are taken for "
+                f"hung; log: {run.rank_log(0)}"
+            )
+
+
+def ask_to_stop(process: subprocess.Popen, run: RunDir, *, grace_s: float) -> None:
+    """Lets the ranks save a checkpoint and end; a second signal, or the end of the grace, ends the wait.
+
+    The ranks are the agent's children. Before the first heartbeat there is nothing to save.
+    """
+    if not run.heartbeat.exists():
+        return
+    with suppress(psutil.NoSuchProcess):
+        for rank in psutil.Process(process.pid).children():
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGTERM)
+    with suppress(Stopped, subprocess.TimeoutExpired), stop_signals():
+        process.wait(timeout=grace_s)
 
 
 def environment(*, num_ranks: int, use_gpus: bool) -> dict[str, str]:
@@ -117,20 +172,27 @@ def end_tree(process: subprocess.Popen) -> None:
 
 
 def failure(run: RunDir, *, num_ranks: int, status: int) -> DistillError:
-    """The first failed rank's own error in one line, and the path of its log."""
+    """What went wrong first, in one line, and the path of its log.
+
+    A rank that was killed comes before the errors of those that waited for it.
+    """
+    torchrun_log = run.logs / "torchrun.log"
+    text = torchrun_log.read_text(errors="replace")
+    exits = re.findall(r"failed \(exitcode: (-\d+)\) local_rank: (\d+)", text)
+    exits += [(code, rank) for rank, code in re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-\d+)", text)]
+    for code, rank in exits:
+        if int(code) != -signal.SIGTERM:  # with which torchrun ends the others
+            return Killed(f"rank {rank} {describe_exit(int(code))}; log: {run.rank_log(int(rank))}")
     errors = [_read_error(run.rank_error(rank), rank) for rank in range(num_ranks)]
     errors = sorted((error for error in errors if error), key=lambda error: error["time"])
-    torchrun_log = run.logs() / "torchrun.log"
-    killed = re.search(r"failed \(exitcode: (-\d+)\) local_rank: (\d+)", torchrun_log.read_text(errors="replace"))
-    if killed and not errors:
-        rank = int(killed[2])
-        return DistillError(f"rank {rank} {describe_exit(int(killed[1]))}; log: {run.rank_log(rank)}")
-    if errors and errors[0].get("is_config"):
-        return ConfigError(errors[0]["message"])
-    if errors:
-        first = errors[0]
-        return DistillError(f"rank {first['rank']}: {first['message']}; log: {run.rank_log(first['rank'])}")
-    return DistillError(f"torchrun ended with status {status}; log: {torchrun_log}")
+    if not errors:
+        return DistillError(f"torchrun ended with status {status}; log: {torchrun_log}")
+    first = errors[0]
+    if first.get("kind") == "ConfigError":
+        return ConfigError(first["message"])
+    kinds = {"Killed": Killed, "Unrecoverable": Unrecoverable}
+    kind = kinds.get(first.get("kind"), DistillError)
+    return kind(f"rank {first['rank']}: {first['message']}; log: {run.rank_log(first['rank'])}")
 
 
 def _read_error(file: Path, rank: int) -> dict | None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from distill_cli.config.schema import Schedule, TrainConfig
-from distill_cli.errors import DistillError
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import MicroBatch
@@ -28,6 +27,11 @@ class StepResult:
     """Of the global batch."""
     outputs: list[HeadOutput]
     """Of this rank's own micro-batches, in their order."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the parameters were updated: where the loss or its gradient is not finite, they are not."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def build_optimizer(student: Student, train: TrainConfig) -> torch.optim.AdamW:
@@ -78,10 +82,8 @@ def optimizer_step(
     Every rank has as many micro-batches (`rollout.pack`), some of them perhaps without loss.
 
     How the global batch was cut into ranks and micro-batches changes neither loss nor gradient: each token's loss is
-    divided by the token count of all of them, and gradients are summed.
-
-    Raises:
-        DistillError: the loss or the gradient is not finite; the parameters are left as they were.
+    divided by the token count of all of them, and gradients are summed. Where the loss or the gradient is not finite,
+    parameters, moments and learning rate stay as they were.
     """
     num_tokens = sum(batch.num_response_tokens for batch in batches)
     total_tokens = parallel.all_sum(torch.tensor(float(num_tokens), device=parallel.device))
@@ -94,15 +96,14 @@ def optimizer_step(
         outputs.append(output)
     parallel.all_sum(loss)
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).full_tensor()
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        optimizer.zero_grad(set_to_none=True)
-        raise DistillError(f"the loss ({float(loss)}) or its gradient's norm ({float(norm)}) is not finite")
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(
+    result = StepResult(
         loss=float(loss),
         grad_norm=float(norm),
         num_response_tokens=int(total_tokens),
         outputs=outputs,
     )
+    if result.is_finite:
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    return result

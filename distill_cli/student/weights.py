@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,9 @@ def save_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder: P
     if not is_main:
         return
     temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     student.lm.config.dtype = dtype
     student.lm.save_pretrained(temporary, state_dict=state)
     tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that ended earlier
     temporary.replace(folder)

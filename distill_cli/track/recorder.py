@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +21,11 @@ class MetricsFile:
         self._file = path.open("a", buffering=1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        row = {"step": step, "time": round(time.time(), 3), **{key: _plain(value) for key, value in metrics.items()}}
+        row = {"step": step, "time": round(time.time(), 3), **{key: plain(value) for key, value in metrics.items()}}
         self._file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
+        os.fsync(self._file.fileno())
         self._file.close()
 
     def __enter__(self) -> MetricsFile:
@@ -33,17 +35,38 @@ class MetricsFile:
         self.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line that was cut off is left out."""
-    rows = []
+def read_metrics(path: Path, *, after_step: int = -1) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl beyond a step; a last line that was cut off is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") and _step(line) > after_step]
+
+
+def _step(line: str) -> int:
+    """What a line begins with, without reading all of it."""
+    return int(line[len('{"step": ') : line.index(",")])
+
+
+def cut_back(path: Path, *, last_step: int, removed_to: Path) -> int:
+    """Leaves the rows up to `last_step`; what comes after goes to `removed_to`. The number of rows taken out.
+
+    Done again after being killed in the middle, it ends the same.
+    """
+    if not path.exists():
+        return 0
+    kept, removed = [], []
     for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
+        is_kept = line.endswith("\n") and _step(line) <= last_step
+        (kept if is_kept else removed).append(line)
+    if removed:
+        removed_to.write_text("".join(removed))
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+    return len(removed)
 
 
-def _plain(value: float) -> float | int | None:
-    """JSON knows no NaN and no infinity: null stands for them."""
+def plain(value: float) -> float | int | None:
+    """A number as JSON has it. JSON knows no NaN and no infinity: null stands for them."""
     if isinstance(value, int):
         return value
     value = float(value)

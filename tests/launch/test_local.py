@@ -27,7 +27,7 @@ def script_command(tmp_path: Path, body: str):
     script = tmp_path / "rank.py"
     script.write_text("import os, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n" + body)
 
-    def command(run: RunDir, *, num_ranks: int) -> list[str]:
+    def command(run: RunDir, *, num_ranks: int, checkpoint: Path | None = None) -> list[str]:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
                 str(script), str(run.path)]  # fmt: skip
 
@@ -46,7 +46,7 @@ def test_a_killed_rank_is_named_with_its_signal(run: RunDir, tmp_path: Path, mon
 def test_the_first_rank_to_fail_is_the_one_that_is_named(run: RunDir) -> None:
     run.rank_error(0).write_text(json.dumps({"time": 2.0, "message": "connection closed by peer"}))
     run.rank_error(1).write_text(json.dumps({"time": 1.0, "message": "ValueError: bad"}))
-    (run.logs() / "torchrun.log").write_text("")
+    (run.logs / "torchrun.log").write_text("")
     assert str(local.failure(run, num_ranks=2, status=1)) == f"rank 1: ValueError: bad; log: {run.rank_log(1)}"
 
 

@@ -1,0 +1,167 @@
+"""`distill resume RUN [--step N] [OVERRIDES]`: a run goes on in its own folder, from a checkpoint.
+
+What may be changed on the way is what changes where and how the run computes, when it looks at itself and when it ends
+(`SAFE`). The rest has shaped the weights that are there: it is compared with the checkpoint's own config, and a
+difference is refused with both values.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.markup import escape
+
+from distill_cli.checkpoint import store
+from distill_cli.checkpoint.store import Checkpoint
+from distill_cli.config.compose import Job, conf_dir, load_config, save_config
+from distill_cli.config.overrides import override_problems
+from distill_cli.config.schema import Config
+from distill_cli.errors import ConfigError, DistillError
+from distill_cli.preflight import preflight
+from distill_cli.run import carry_out, exit_status, flatten, read_outcome, start_panel
+from distill_cli.rundir import RunDir
+
+SAFE = (
+    *("mesh.", "cluster.", "engine.", "eval.", "checkpoint.", "tracker.mlflow.enabled", "run.print_every"),
+    *("train.max_steps", "train.max_epochs", "train.micro_batch_tokens", "train.packing"),
+    *("train.activation_checkpointing", "train.cpu_offload", "train.compile", "train.max_bad_steps"),
+    *("rollout.max_truncated_rate", "rollout.on_truncation"),
+)
+"""Keys, or their beginnings, that a resumed run may change."""
+
+
+def resume(argv: Sequence[str]) -> int:
+    """The verb; its exit status.
+
+    Raises:
+        ConfigError: there is no such run, it is in use, it is finished, or an override cannot be taken.
+        DistillError: the run failed again.
+    """
+    path, step, overrides = _arguments(argv)
+    console = Console(highlight=False, soft_wrap=True)
+    run = open_run(path)
+    with run.lock(), exit_status() as status:
+        config = with_overrides(load_config(run.config), overrides)
+        start = start_of(run, step, config=config, console=console)
+        found = preflight(config)
+        outcome, num_steps = read_outcome(run), found.num_steps(config)
+        if outcome and outcome["state"] == "finished" and outcome["num_steps"] >= num_steps and step is None:
+            raise ConfigError(
+                f"{path}: finished after {outcome['num_steps']} steps; give train.max_steps=N to go on, or --step N "
+                "to go on from an earlier checkpoint"
+            )
+        save_config(config, run.config)
+        if step is not None and start is not None:
+            set_aside(run, later_than=start.step)
+        attempt = run.next_attempt()
+        for warning in found.warnings:
+            console.print(f"warning: {escape(warning)}")
+        typed = shlex.split(run.command.read_text())[1:] if run.command.exists() else []
+        job = Job(config=config, choices={}, overrides=[word for word in typed if "=" in word], swept=[])
+        console.print(start_panel(job, found, attempt))
+        carry_out(job, attempt, console=console)
+    return status.value
+
+
+def _arguments(argv: Sequence[str]) -> tuple[Path, int | None, list[str]]:
+    words, step = list(argv), None
+    for index, word in enumerate(words):
+        if word == "--step" or word.startswith("--step="):
+            value = word.partition("=")[2] if "=" in word else "".join(words[index + 1 : index + 2])
+            if not value.isdecimal():
+                raise ConfigError(f"--step {value}: must be the number of a step")
+            step = int(value)
+            del words[index : index + (1 if "=" in word else 2)]
+            break
+    if not words or words[0].startswith("-") or "=" in words[0]:
+        raise ConfigError("distill resume: which run? give its folder, such as runs/latest")
+    flags = [word for word in words[1:] if word.startswith("-")]
+    if flags:
+        raise ConfigError(f"{' '.join(flags)}: `distill resume` takes a run, --step and overrides")
+    return Path(words[0]), step, words[1:]
+
+
+def open_run(path: Path) -> RunDir:
+    """The run in a folder. Raises ConfigError where none is."""
+    run = RunDir(path.resolve())
+    if not run.config.is_file():
+        what = "no such folder" if not path.exists() else "no run is there (it has no config.yaml)"
+        raise ConfigError(f"{path}: {what}; give a run's folder, such as runs/latest")
+    return run
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """A run's config with `key=value` and `group=choice` of `SAFE` keys; others are for `differences` to refuse.
+
+    Raises:
+        ConfigError: an override that is none.
+    """
+    problems = override_problems(overrides, conf_dirs=[conf_dir()])
+    if problems:
+        raise ConfigError(*problems)
+    merged = OmegaConf.structured(config)
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_delete() or override.is_sweep_override():
+            raise ConfigError(f"{override.input_line}: `distill resume` takes key=value and group=choice only")
+        try:
+            file = conf_dir() / override.key_or_group / f"{override.value()}.yaml"
+            if file.is_file():
+                OmegaConf.update(merged, override.key_or_group, OmegaConf.load(file))
+            else:
+                OmegaConf.update(merged, override.key_or_group, override.value())
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
+    return OmegaConf.to_object(merged)
+
+
+def start_of(run: RunDir, step: int | None, *, config: Config, console: Console) -> Checkpoint | None:
+    """The checkpoint to go on from; None is the beginning.
+
+    Raises:
+        ConfigError: `step` has none, or the config does not fit it.
+    """
+    if step is None:
+        start = store.newest_whole(run.checkpoints, warn=lambda text: console.print(f"warning: {escape(text)}"))
+    else:
+        try:
+            start = store.choose(run.checkpoints, str(step), metric="", higher_is_better=True)
+        except DistillError as error:
+            raise ConfigError(str(error)) from error
+    made_under = start.path / store.CONFIG if start else run.config
+    problems = differences(load_config(made_under), config)
+    if problems:
+        raise ConfigError(*problems)
+    return start
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """One line for each key that differs and may not."""
+    before, after = plain(old), plain(new)
+    return [
+        f"{key}={after.get(key)}: the run was made with {before.get(key)}, which has shaped its weights; leave it, or "
+        "start a new run"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(SAFE)
+    ]
+
+
+def plain(config: Config) -> dict[str, Any]:
+    return flatten(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+
+
+def set_aside(run: RunDir, *, later_than: int) -> None:
+    """Moves checkpoints that the run goes back behind to where no attempt looks for them."""
+    for checkpoint in store.find(run.checkpoints):
+        if checkpoint.step > later_than:
+            aside = run.path / "checkpoints_aside"
+            aside.mkdir(exist_ok=True)
+            shutil.rmtree(aside / checkpoint.path.name, ignore_errors=True)
+            checkpoint.path.rename(aside / checkpoint.path.name)
