@@ -77,7 +77,7 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
         saver=Saver(run, config.checkpoint, trainable) if config.checkpoint.enabled else None,
         rollouts_dir=run.rollouts,
         stop=stop,
-        heartbeat=run.heartbeat.touch if parallel.is_main else lambda: None,
+        heartbeat=run.heartbeat.write_text if parallel.is_main else lambda stage: None,
         progress=progress,
         **training,
     )

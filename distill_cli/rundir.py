@@ -36,7 +36,7 @@ class RunDir:
     rollouts = property(lambda self: self.path / "rollouts")
     logs = property(lambda self: self.path / "logs" / f"attempt_{self.attempt}")
     heartbeat = property(lambda self: self.logs / "heartbeat")
-    """Touched by the main rank as each stage of a step begins."""
+    """Names the stage that the main rank is in; written as it begins."""
 
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.log"

@@ -159,7 +159,7 @@ class Trainer:
     rollouts_dir: Path
     """Where rollouts are left for a look at them."""
     stop: StopFlag = field(default_factory=StopFlag)
-    heartbeat: Callable[[], None] = lambda: None
+    heartbeat: Callable[[str], object] = lambda stage: None
     """Called as each stage of a step begins."""
     progress: Progress = field(default_factory=Progress)
     """Where to go on from."""
@@ -167,7 +167,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         def on_stage(stage: str) -> None:
-            self.heartbeat()
+            self.heartbeat(stage)
             self.printer.stage(stage)
 
         self.watch = Stopwatch(on_stage)

@@ -84,7 +84,7 @@ def damage(path: Path) -> str | None:
     try:
         files: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text())["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     for name, (size, _) in expected.items():
         file = path / name

@@ -186,7 +186,8 @@ def failure(run: RunDir, *, num_ranks: int, status: int) -> DistillError:
     errors = [_read_error(run.rank_error(rank), rank) for rank in range(num_ranks)]
     errors = sorted((error for error in errors if error), key=lambda error: error["time"])
     if not errors:
-        return DistillError(f"torchrun ended with status {status}; log: {torchrun_log}")
+        kind = Killed if status < 0 else DistillError
+        return kind(f"torchrun {describe_exit(status)}; log: {torchrun_log}")
     first = errors[0]
     if first.get("kind") == "ConfigError":
         return ConfigError(first["message"])

@@ -78,8 +78,8 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
         from pathlib import Path
         from distill_cli.launch import local
         from distill_cli.rundir import create
-        local.command = lambda run, num_ranks: [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                "--nproc-per-node=2", "{tmp_path / "rank.py"}"]
+        agent = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        local.command = lambda run, num_ranks, checkpoint: [*agent, "--nproc-per-node=2", "{tmp_path / "rank.py"}"]
         try:
             local.launch(create(Path("{tmp_path}/run"), command=[]), num_ranks=2, use_gpus=False)
         except local.Stopped as stopped:

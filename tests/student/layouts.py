@@ -35,6 +35,11 @@ class Layout:
     tied: bool = True
     lengths: str = "ragged"
     """ragged; few: fewer sequences than there are ranks; long: one is longer than all others together."""
+    save_to: str | None = None
+    """A run's folder that a checkpoint is left in after `save_at` steps."""
+    save_at: int = 2
+    start_from: str | None = None
+    """A checkpoint to go on from: losses and norms are those of the steps that were left."""
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,19 @@ torchrun --nproc-per-node N train_rank.py OUT LAYOUTS_AS_JSON
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from distill_cli.config.schema import Checkpointing, MeshConfig, Precision, TrainConfig
+from distill_cli.checkpoint.saver import Saver, Trainable, load
+from distill_cli.config.schema import CheckpointConfig, Checkpointing, MeshConfig, Precision, TrainConfig
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.rollout.pack import micro_batches, plan_batch
+from distill_cli.rundir import RunDir
 from distill_cli.student import attention
 from distill_cli.student.model import Student, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
@@ -67,8 +70,10 @@ def train(case: dict, parallel: Parallel) -> tuple:
     wrap(student, parallel, settings)
     optimizer = build_optimizer(student, settings)
     schedule = build_schedule(optimizer, settings, num_steps=NUM_STEPS)
-    results = []
-    for step in range(NUM_STEPS):
+    trainable, results = Trainable(student.lm, optimizer, schedule), []
+    if case["start_from"]:
+        load(Path(case["start_from"]), trainable)
+    for step in range(trainable.num_updates, NUM_STEPS):
         generator = torch.Generator().manual_seed(step)
         lengths = lengths_of(case["lengths"], generator)
         rollouts = [made_up_rollout(index, *pair, generator) for index, pair in enumerate(lengths)]
@@ -78,6 +83,10 @@ def train(case: dict, parallel: Parallel) -> tuple:
         )  # fmt: skip
         batches = micro_batches(plan, rollouts, topk=TOPK, parallel=parallel)
         results.append(optimizer_step(student, optimizer, schedule, batches, max_grad_norm=0.05, parallel=parallel))
+        if case["save_to"] and step + 1 == case["save_at"]:
+            saver = Saver(RunDir(Path(case["save_to"])), CheckpointConfig(), trainable)
+            saver.save(step + 1, {"metrics": {"train/loss": results[-1].loss}})
+            saver.close()
     params = {n: p.full_tensor().detach() if isinstance(p, DTensor) else p for n, p in student.named_parameters()}
     return [r.loss for r in results], [r.grad_norm for r in results], params
 

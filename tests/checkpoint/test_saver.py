@@ -1,0 +1,101 @@
+"""A checkpoint goes on as if nothing had been, on as many ranks as it came from and on others."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from student.layouts import Layout, Outcome, train
+
+from distill_cli.checkpoint import store
+from distill_cli.config.compose import save_config
+from distill_cli.config.schema import Config
+
+ONE = Layout(lengths="ragged")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """1 -> 2 -> 4 -> 1 ranks, and tensor=2 -> shard=2; each leaves a checkpoint after one more step."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "two", "four", "tensor")}
+    for folder in folders.values():
+        save_config(Config(), folder / "config.yaml")
+    one = replace(ONE, save_to=str(folders["one"]), save_at=1)
+    two = Layout(ranks=2, start_from=f"{folders['one']}/checkpoints/step_1", save_to=str(folders["two"]), save_at=2)
+    tensor = Layout(ranks=2, tensor=2, save_to=str(folders["tensor"]), save_at=2)
+    four = Layout(
+        ranks=4, tensor=2, start_from=f"{folders['two']}/checkpoints/step_2", save_to=str(folders["four"]), save_at=3
+    )
+    layouts = {
+        "one": one,
+        "one again": replace(ONE, start_from=f"{folders['one']}/checkpoints/step_1"),
+        "two": two,
+        "two again": Layout(ranks=2, start_from=f"{folders['two']}/checkpoints/step_2"),
+        "tensor": tensor,
+        "tensor to shard": Layout(ranks=2, start_from=f"{folders['tensor']}/checkpoints/step_2"),
+        "four": four,
+        "four to one": replace(ONE, start_from=f"{folders['four']}/checkpoints/step_3"),
+    }
+    last = layouts["four to one"]
+    results = train(layout for layout in layouts.values() if layout != last) | train([last])
+    return {name: results[layout] for name, layout in layouts.items()} | {"folder": folders["two"]}
+
+
+def test_the_same_ranks_go_on_bit_for_bit(outcomes: dict[str, Outcome]) -> None:
+    for whole, rest in (("one", "one again"), ("two", "two again")):
+        steps = len(outcomes[rest].losses)
+        assert 0 < steps < 5
+        assert outcomes[rest].losses == outcomes[whole].losses[-steps:]
+        for name, param in outcomes[whole].params.items():
+            assert torch.equal(param, outcomes[rest].params[name]), name
+
+
+@pytest.mark.parametrize("name", ["two", "four", "four to one", "tensor to shard"])
+def test_other_ranks_go_on_as_one_rank_would(name: str, outcomes: dict[str, Outcome]) -> None:
+    outcome, whole = outcomes[name], outcomes["one"]
+    steps = len(outcome.losses)
+    rest = Outcome(whole.losses[-steps:], whole.grad_norms[-steps:], whole.params)
+    assert max(outcome.difference(rest).values()) < 1e-5
+
+
+def test_a_checkpoint_is_safetensors_and_json(outcomes: dict[str, Outcome]) -> None:
+    (checkpoint,) = store.find(outcomes["folder"] / "checkpoints")
+    assert store.damage(checkpoint.path) is None
+    assert {file.suffix for file in checkpoint.path.iterdir()} == {".safetensors", ".json", ".yaml"}
+    assert checkpoint.metric("train/loss") == outcomes["two"].losses[0]
+    weights = sorted(checkpoint.path.glob("shard-*-model-00001-of-00002.safetensors"))
+    assert len(weights) == 2  # one a rank
+    with safe_open(weights[0], framework="pt") as file:
+        assert "model.norm.weight" in set(file.keys())
+        assert not any(name.startswith("exp_avg") for name in file.keys())  # noqa: SIM118
+
+
+def test_a_planted_pickle_is_not_run(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
+    class Planted:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    (checkpoint,) = store.find(outcomes["folder"] / "checkpoints")
+    for name in (".metadata", "__0_0.distcp", "optimizer.pt"):
+        (checkpoint.path / name).write_bytes(pickle.dumps(Planted()))
+    try:
+        train([Layout(ranks=2, start_from=str(checkpoint.path))])
+    finally:
+        for name in (".metadata", "__0_0.distcp", "optimizer.pt"):
+            (checkpoint.path / name).unlink()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_model_s_checkpoint_is_refused(outcomes: dict[str, Outcome]) -> None:
+    (checkpoint,) = store.find(outcomes["folder"] / "checkpoints")
+    with pytest.raises(AssertionError, match="does not fit this student"):
+        train([Layout(family="gemma3_text", start_from=str(checkpoint.path))])
+
+
+def test_the_state_says_how_far_it_is(outcomes: dict[str, Outcome]) -> None:
+    (checkpoint,) = store.find(outcomes["folder"] / "checkpoints")
+    state = json.loads((checkpoint.path / "state.json").read_text())
+    assert (state["step"], state["num_updates"], state["num_ranks"]) == (2, 2, 2)

@@ -1,0 +1,96 @@
+"""What is on disk: damage is found and named, the best and the newest are kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distill_cli.checkpoint import store
+from distill_cli.errors import DistillError
+
+
+def make(root: Path, step: int, **metrics: float | None) -> Path:
+    temporary = store.temporary_path(root, step)
+    temporary.mkdir(parents=True)
+    (temporary / "shard-00001-model-00001-of-00002.safetensors").write_bytes(bytes(range(256)) * 40)
+    (temporary / store.STATE).write_text(json.dumps({"step": step, "metrics": metrics}))
+    entries = store.describe(temporary.iterdir())
+    store.seal(temporary, store.final_path(root, step), entries)
+    return store.final_path(root, step)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[5000] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("hurt", "said"),
+    [
+        (flip, "has changed since"),
+        (lambda file: file.write_bytes(file.read_bytes()[:100]), "has 100 bytes instead of 10240"),
+        (lambda file: file.unlink(), "is missing"),
+    ],
+)
+def test_the_newest_that_is_damaged_is_named_and_the_one_before_used(tmp_path: Path, hurt, said: str) -> None:
+    make(tmp_path, 10)
+    newest = make(tmp_path, 20)
+    hurt(newest / "shard-00001-model-00001-of-00002.safetensors")
+    warnings: list[str] = []
+    assert store.newest_whole(tmp_path, warn=warnings.append).step == 10
+    (warning,) = warnings
+    assert str(newest) in warning
+    assert f"shard-00001-model-00001-of-00002.safetensors {said}" in warning
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"files": 3}', '{"files": {"../x": {"bytes": 1, "sha256": ""}}}'])
+def test_a_manifest_that_is_damaged_is_damage(tmp_path: Path, content: str) -> None:
+    path = make(tmp_path, 10)
+    (path / store.MANIFEST).write_text(content)
+    assert store.MANIFEST in store.damage(path)
+    assert store.newest_whole(tmp_path, warn=lambda text: None) is None
+
+
+def test_what_was_not_finished_is_no_checkpoint_and_goes(tmp_path: Path) -> None:
+    make(tmp_path, 10)
+    store.temporary_path(tmp_path, 20).mkdir()
+    assert [checkpoint.step for checkpoint in store.find(tmp_path)] == [10]
+    store.remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_10"]
+
+
+def keep(root: Path, number: int, *, higher_is_better: bool = True) -> list[int]:
+    store.prune(root, keep_top_k=number, metric="val/accuracy", higher_is_better=higher_is_better)
+    return [checkpoint.step for checkpoint in store.find(root)]
+
+
+def test_the_best_and_the_newest_are_kept(tmp_path: Path) -> None:
+    for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.8), (5, None), (6, 0.1)):
+        make(tmp_path, step, **{"val/accuracy": accuracy})
+    assert keep(tmp_path, 3) == [2, 3, 4, 6]
+    assert keep(tmp_path, 1, higher_is_better=False) == [6]
+
+
+def test_one_without_a_value_is_kept_as_newest_and_never_as_best(tmp_path: Path) -> None:
+    for step, accuracy in ((1, 0.2), (2, None), (3, 0.4), (4, None)):
+        make(tmp_path, step, **{"val/accuracy": accuracy})
+    assert keep(tmp_path, 2) == [1, 3, 4]
+    with pytest.raises(DistillError, match="no checkpoint 2"):
+        store.choose(tmp_path, "2", metric="val/accuracy", higher_is_better=True)
+    assert store.choose(tmp_path, "best", metric="val/accuracy", higher_is_better=True).step == 3
+    assert store.choose(tmp_path, "last", metric="val/accuracy", higher_is_better=True).step == 4
+
+
+def test_while_nothing_has_a_value_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        make(tmp_path, step)
+    assert keep(tmp_path, 2) == [4, 5]
+    with pytest.raises(DistillError, match="none has a value for val/accuracy"):
+        store.choose(tmp_path, "best", metric="val/accuracy", higher_is_better=True)
+
+
+def test_a_damaged_one_is_not_chosen(tmp_path: Path) -> None:
+    flip(make(tmp_path, 10) / "shard-00001-model-00001-of-00002.safetensors")
+    with pytest.raises(DistillError, match=r"step_10: damaged: shard-.* has changed"):
+        store.choose(tmp_path, "last", metric="val/accuracy", higher_is_better=True)
