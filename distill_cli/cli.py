@@ -17,6 +17,7 @@ distill - on-policy distillation of language models from one command
   distill [train] [OVERRIDES]     train a student on its own answers, scored by a teacher (the default verb)
   distill plan [OVERRIDES]        compose and check everything, print what would run, start nothing
   distill resume RUN [OVERRIDES]  go on from a run's newest checkpoint, on any number of ranks
+  distill export RUN [DIR]        a checkpoint as a Hugging Face folder (--step N|best|last, --push NAME)
   distill ls [GROUP]              the choices of a config group, each with its first comment line
   distill doctor [--json]         what is installed, visible and reachable, and how to fix what is not
 
@@ -25,6 +26,7 @@ examples
   distill experiment=quick                             ten steps of it
   distill model=qwen3_1.7b_4b loss=mixed data.train.path=train.jsonl data.validation.path=test.jsonl
   distill -m loss.topk=32,64 loss.kl_weight=0.3,0.5    a sweep, one run after the other
+  distill resume runs/latest train.max_steps=200       go on with the newest run, for longer
   distill --cfg job                                    print the composed config
 
 overrides are Hydra's: group=choice, key=value. `distill ls` lists the groups; -m, --cfg, --info and
@@ -120,6 +122,12 @@ def resume(argv: Sequence[str]) -> int:
     return resume(argv)
 
 
+def export(argv: Sequence[str]) -> int:
+    from distill_cli.export import export
+
+    return export(argv)
+
+
 def ls(argv: Sequence[str]) -> int:
     from distill_cli.config.compose import conf_dir
     from distill_cli.listing import print_choices
@@ -142,6 +150,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "plan": plan,
     "resume": resume,
+    "export": export,
     "ls": ls,
     "doctor": doctor,
 }

@@ -19,6 +19,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"build"},
     {"worker", "run", "listing", "doctor"},
     {"plan", "resume"},
+    {"export"},
     {"cli"},
     {"__main__"},
 ]

@@ -26,3 +26,19 @@ def test_latest_points_to_the_newest(tmp_path: Path) -> None:
         rundir.create(tmp_path / name, command=[])
         rundir.point_latest(tmp_path, name)
     assert (tmp_path / "latest").resolve() == tmp_path / "b"
+
+
+def test_a_folder_in_use_says_by_whom(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with run.lock(), pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on "), run.lock():
+        pass
+    with run.lock():  # free again
+        pass
+
+
+def test_an_attempt_has_logs_of_its_own(tmp_path: Path) -> None:
+    first = RunDir(tmp_path).next_attempt()
+    second = first.next_attempt()
+    assert (first.attempt, second.attempt) == (1, 2)
+    assert first.logs != second.logs
+    assert second.logs.is_dir()

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distill_cli.errors import DistillError
+from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.launch import local
 from distill_cli.rundir import RunDir, create
 
@@ -101,3 +101,24 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in tree):
         assert time.monotonic() - begin < 10
         time.sleep(0.1)
+
+
+def test_ranks_that_hang_are_ended(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "command", script_command(tmp_path, "time.sleep(120)"))
+    with pytest.raises(Killed, match=r"hang_timeout_s=3 s and are taken for hung; log: .*rank_0.log"):
+        local.launch(run, num_ranks=1, use_gpus=False, hang_timeout_s=3)
+
+
+def test_a_rank_that_was_killed_comes_before_those_that_waited_for_it(run: RunDir) -> None:
+    run.rank_error(0).write_text(json.dumps({"time": 1.0, "message": "connection closed by peer", "kind": "X"}))
+    (run.logs / "torchrun.log").write_text("failed (exitcode: -9) local_rank: 1 (pid: 7) of binary\n")
+    error = local.failure(run, num_ranks=2, status=1)
+    assert isinstance(error, Killed)
+    assert str(error).startswith("rank 1 was killed by SIGKILL")
+
+
+def test_what_would_come_again_is_told_from_what_may_not(run: RunDir) -> None:
+    (run.logs / "torchrun.log").write_text("")
+    for kind in (ConfigError, Unrecoverable, Killed):
+        run.rank_error(0).write_text(json.dumps({"time": 1.0, "message": "so", "kind": kind.__name__}))
+        assert type(local.failure(run, num_ranks=1, status=1)) is kind

@@ -1,0 +1,178 @@
+"""`distill export RUN [DIR] [--step N|best|last] [--push NAME]`: a checkpoint as a Hugging Face folder.
+
+One process reads the ranks' shards, whatever their number and mesh was, one output file after the other: never more than
+one such file is in memory, and the optimizer's state is not touched.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from distill_cli.checkpoint import store
+from distill_cli.checkpoint.saver import MOMENTS
+from distill_cli.checkpoint.store import Checkpoint
+from distill_cli.config.compose import load_config
+from distill_cli.config.schema import Config
+from distill_cli.data.prompts import load_tokenizer
+from distill_cli.errors import ConfigError, DistillError
+from distill_cli.modelpath import locate
+from distill_cli.resume import open_run
+
+MAX_FILE_BYTES = 5 * 10**9
+"""Of one safetensors file, as the hub likes them."""
+
+
+def export(argv: Sequence[str]) -> int:
+    """The verb; its exit status.
+
+    Raises:
+        ConfigError: no such run or checkpoint, or the folder exists.
+        DistillError: it could not be written, or not be pushed.
+    """
+    words, options = _arguments(argv)
+    run = open_run(Path(words[0]))
+    config, which = load_config(run.config), options.get("--step", "last")
+    settings = config.checkpoint
+    try:
+        checkpoint = store.choose(
+            run.checkpoints, which, metric=settings.metric, higher_is_better=settings.higher_is_better
+        )
+    except DistillError as error:
+        raise ConfigError(str(error)) from error
+    folder = Path(words[1]) if len(words) > 1 else run.path / "export" / checkpoint.path.name
+    if folder.exists():
+        raise ConfigError(f"{folder}: exists already; give another folder")
+    write_folder(checkpoint, config, folder)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"student of step {checkpoint.step}: {folder}")
+    if "--push" in options:
+        push(folder, options["--push"])
+        console.print(f"pushed to {options['--push']}")
+    return 0
+
+
+def _arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    words, options, rest = [], {}, list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, is_joined, value = word.partition("=")
+        if name in ("--step", "--push"):
+            options[name] = value if is_joined else (rest.pop(0) if rest else "")
+            if not options[name]:
+                raise ConfigError(f"{name}: a value is needed")
+        elif word.startswith("-"):
+            raise ConfigError(f"{word}: `distill export` takes a run, a folder, --step and --push")
+        else:
+            words.append(word)
+    if not 1 <= len(words) <= 2:
+        raise ConfigError("distill export: give a run's folder, such as runs/latest, and perhaps a folder to write")
+    return words, options
+
+
+def write_folder(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
+    """Weights, config, tokenizer and model card; the folder is there whole or not at all."""
+    model = config.model
+    base = locate(model.student.path, revision=model.student.revision, key="model.student.path")
+    tokenizer_folder = locate(model.tokenizer, key="model.tokenizer") if model.tokenizer else base
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    dtype = getattr(torch, model.student.dtype.value)
+    try:
+        temporary.mkdir(parents=True)
+        write_weights(checkpoint, temporary, dtype=dtype)
+        hf_config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
+        hf_config.dtype = dtype
+        hf_config.save_pretrained(temporary)
+        if (base / "generation_config.json").is_file():
+            shutil.copyfile(base / "generation_config.json", temporary / "generation_config.json")
+        load_tokenizer(tokenizer_folder, model).save_pretrained(temporary)
+        (temporary / "README.md").write_text(model_card(checkpoint, config))
+        temporary.rename(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise DistillError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def write_weights(
+    checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype, max_file_bytes: int = MAX_FILE_BYTES
+) -> None:
+    """Safetensors files of at most `max_file_bytes` each, or of one tensor, with an index where there are several."""
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint.path))
+    found = reader.read_metadata().state_dict_metadata
+    sizes = {name: meta.size for name, meta in found.items() if not name.startswith(MOMENTS)}
+    files = split({name: size.numel() * dtype.itemsize for name, size in sizes.items()}, max_file_bytes)
+    weight_map = {}
+    for number, names in enumerate(files, start=1):
+        tensors = {name: torch.empty(sizes[name], dtype=found[name].properties.dtype) for name in names}
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        file = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        save_file({name: tensors.pop(name).to(dtype) for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        total = sum(size.numel() * dtype.itemsize for size in sizes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def split(num_bytes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in files of at most `limit` bytes, in their order; one that is larger has a file of its own."""
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, size in num_bytes.items():
+        if files[-1] and filled + size > limit:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    return files
+
+
+def model_card(checkpoint: Checkpoint, config: Config) -> str:
+    """What the hub shows: the recipe and the scores."""
+    loss, state = config.loss, checkpoint.state
+    rows = {
+        "student": config.model.student.path,
+        "teacher": config.model.teacher.path,
+        "loss": f"{loss.kl_type} KL (kl_weight {loss.kl_weight}), top-{loss.topk}, tail {loss.tail.value}",
+        "steps": f"{checkpoint.step} of {config.rollout.prompts_per_step} prompts x "
+        f"{config.rollout.generations_per_prompt} answers",
+        "optimizer": f"AdamW, learning rate {config.train.lr}, {state['num_updates']} updates of "
+        f"{config.train.global_batch_size} sequences",
+    }
+    scores = {
+        "student before": state.get("before"),
+        "student at this step": state.get("latest") if state.get("latest_step") == checkpoint.step else None,
+        "teacher": state.get("teacher"),
+    }
+    lines = ["---", "library_name: transformers", "tags: [on-policy-distillation, distill]", "---", ""]
+    lines += ["# A student of on-policy distillation", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows.items()]
+    measured = {name: score for name, score in scores.items() if score}
+    if measured:
+        lines += ["", "| on the validation prompts | accuracy | mean length | prompts |", "|---|---|---|---|"]
+        lines += [
+            f"| {name} | {score['accuracy']:.1%} | {score['mean_length']:.0f} | {score['num_samples']} |"
+            for name, score in measured.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def push(folder: Path, name: str) -> None:
+    """The folder to the hub, under the token that `huggingface-cli login` keeps."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(name, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=str(folder))
+    except Exception as error:  # offline, no token, no such name: the hub's library raises many kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DistillError(f"--push {name}: {reason}; the folder is written: {folder}") from error

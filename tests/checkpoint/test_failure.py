@@ -1,0 +1,95 @@
+"""A checkpoint that cannot be written: what was there stays, and training goes on."""
+
+import logging
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distill_cli.checkpoint import store
+from distill_cli.checkpoint.saver import Saver, Trainable, load
+from distill_cli.config.compose import save_config
+from distill_cli.config.schema import CheckpointConfig, Config
+from distill_cli.rundir import RunDir
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def trainable() -> Trainable:
+    model = torch.nn.Linear(200, 200)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    model(torch.ones(200)).sum().backward()
+    optimizer.step()
+    schedule.step()
+    return Trainable(model, optimizer, schedule)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run, what = RunDir(tmp_path / "run"), trainable()
+    run.path.mkdir()
+    save_config(Config(), run.config)
+    saver = Saver(run, CheckpointConfig(), what)
+    saver.save(1, {"metrics": {}}, wait=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # a file cannot grow beyond: writing it fails
+    try:
+        with caplog.at_level(logging.WARNING):
+            saver.save(2, {"metrics": {}}, wait=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning == "no checkpoint of step 2: File too large; step_1 is kept; training goes on"
+    assert [checkpoint.step for checkpoint in store.find(run.checkpoints)] == [1]
+    assert not list(run.checkpoints.glob(".*"))
+    saver.save(3, {"metrics": {}}, wait=True)
+    saver.close()
+    assert [checkpoint.step for checkpoint in store.find(run.checkpoints)] == [1, 3]
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path: Path) -> None:
+    run, what = RunDir(tmp_path / "run"), trainable()
+    run.path.mkdir()
+    save_config(Config(), run.config)
+    saver = Saver(run, CheckpointConfig(), what)
+    before = what.model.weight.detach().clone()
+    saver.save(1, {"metrics": {}, "mine": [1, None]})
+    with torch.no_grad():
+        what.model.weight.zero_()  # training goes on at once
+    saver.close()
+    random_number = torch.rand(1)
+    other = trainable()
+    state = load(store.find(run.checkpoints)[0].path, other)
+    assert torch.equal(other.model.weight, before)
+    assert state["mine"] == [1, None]
+    assert other.schedule.get_last_lr() == what.schedule.get_last_lr()
+    assert torch.equal(other.optimizer.state[other.model.weight]["exp_avg"],
+                       what.optimizer.state[what.model.weight]["exp_avg"])  # fmt: skip
+    assert torch.equal(torch.rand(1), random_number)  # the generators go on too
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_without_the_optimizer_moments_start_anew_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, what = RunDir(tmp_path / "run"), trainable()
+    run.path.mkdir()
+    save_config(Config(), run.config)
+    saver = Saver(run, CheckpointConfig(save_optimizer=False), what)
+    saver.save(1, {"metrics": {}}, wait=True)
+    saver.close()
+    load(store.find(run.checkpoints)[0].path, trainable())
+    assert "AdamW's moments start anew" in caplog.text
