@@ -1,6 +1,6 @@
 """`distill export RUN [DIR] [--step N|best|last] [--push NAME]`: a checkpoint as a Hugging Face folder.
 
-One process reads the ranks' shards, whatever their number and mesh was, one output file after the other: never more than
+One process reads the ranks' shards, whatever their number and mesh was, one output file after the other: no more than
 one such file is in memory, and the optimizer's state is not touched.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -113,7 +114,9 @@ def write_weights(
     weight_map = {}
     for number, names in enumerate(files, start=1):
         tensors = {name: torch.empty(sizes[name], dtype=found[name].properties.dtype) for name in names}
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of being one process, as is meant
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
         file = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         save_file({name: tensors.pop(name).to(dtype) for name in names}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)

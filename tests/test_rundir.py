@@ -1,11 +1,13 @@
 """Names of run folders, and that one is never used twice."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from distill_cli import rundir
 from distill_cli.errors import ConfigError
+from distill_cli.rundir import RunDir
 
 
 def test_a_sweep_s_element_is_named_by_what_tells_it_apart() -> None:

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from distill_cli.rundir import RunDir, create
 from distill_cli.track.mlflow import MlflowShipper, MlflowTarget, ship
-from distill_cli.track.recorder import MetricsFile, read_metrics
+from distill_cli.track.recorder import MetricsFile, cut_back, read_metrics
 
 
 @pytest.fixture
@@ -30,6 +30,8 @@ def target(uri: str) -> MlflowTarget:
 
 def history(uri: str, run: RunDir, key: str) -> list[tuple[int, float]]:
     run_id = json.loads((run.path / "mlflow.json").read_text())["run_id"]
+    if run_id is None:  # about to be made
+        return []
     return sorted((m.step, m.value) for m in MlflowClient(tracking_uri=uri).get_metric_history(run_id, key))
 
 
@@ -58,6 +60,54 @@ def test_every_metric_once_however_often_it_is_shipped(run: RunDir, tmp_path: Pa
     stored = MlflowClient(tracking_uri=uri).get_run(state["run_id"])
     assert stored.data.params["loss.topk"] == "64"
     assert stored.info.status == "FINISHED"
+
+
+def test_steps_that_a_resumed_run_does_again_are_not_doubled(run: RunDir, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with MetricsFile(run.metrics) as metrics:
+        for step in range(5):
+            metrics.write(step, {"train/loss": step / 2})
+    ship(run, target(uri), end="FAILED")
+    removed = run.path / "metrics.cut_2.jsonl"
+    assert cut_back(run.metrics, last_step=2, removed_to=removed) == 2
+    assert cut_back(run.metrics, last_step=2, removed_to=removed) == 0
+    assert [row["step"] for row in read_metrics(run.metrics)] == [0, 1, 2]
+    assert [row["step"] for row in read_metrics(removed)] == [3, 4]
+    with MetricsFile(run.metrics) as metrics:
+        for step in range(3, 7):
+            metrics.write(step, {"train/loss": step / 2})
+    assert ship(run, target(uri), begin=True) == 2
+    assert history(uri, run, "train/loss") == [(step, step / 2) for step in range(7)]
+    run_id = json.loads((run.path / "mlflow.json").read_text())["run_id"]
+    assert MlflowClient(tracking_uri=uri).get_run(run_id).info.status == "RUNNING"
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_what_was_on_its_way_when_a_process_was_killed_is_looked_up(run: RunDir, tmp_path: Path, arrived: bool) -> None:
+    uri, state_file = f"sqlite:///{tmp_path}/mlflow.db", run.path / "mlflow.json"
+    with MetricsFile(run.metrics) as metrics:
+        metrics.write(0, {"train/loss": 0.5})
+    ship(run, target(uri))
+    state = json.loads(state_file.read_text())
+    if arrived:
+        with MetricsFile(run.metrics) as metrics:
+            metrics.write(1, {"train/loss": 1.5})
+        ship(run, target(uri))
+        cut_back(run.metrics, last_step=0, removed_to=run.path / "cut.jsonl")
+    state_file.write_text(json.dumps(state | {"sending": {"step": 1, "key": "train/loss"}}))
+    with MetricsFile(run.metrics) as metrics:  # done again, at another time
+        metrics.write(1, {"train/loss": 1.5})
+    assert ship(run, target(uri)) == (0 if arrived else 1)
+    assert history(uri, run, "train/loss") == [(0, 0.5), (1, 1.5)]
+
+
+def test_a_run_that_was_made_just_before_a_kill_is_found_again(run: RunDir, tmp_path: Path) -> None:
+    uri, state_file = f"sqlite:///{tmp_path}/mlflow.db", run.path / "mlflow.json"
+    ship(run, target(uri))
+    state = json.loads(state_file.read_text())
+    state_file.write_text(json.dumps(state | {"run_id": None}))
+    ship(run, target(uri))
+    assert json.loads(state_file.read_text())["run_id"] == state["run_id"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,97 @@
+"""How long a checkpoint stops training, against a step: a student of given shapes with random weights, on one rank.
+
+    python scripts/bench_checkpoint.py                    # Qwen2.5-0.5B's shapes: 494 million parameters, float32
+    python scripts/bench_checkpoint.py --layers 2 --vocab 4096 --tokens 512
+
+The step is one forward and backward over `--tokens` tokens, clipping and AdamW; a step of the default recipe has some
+hundred times as many. `stops` is the time in `Saver.save`, the second time, when host memory has been taken already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distill_cli.checkpoint.saver import Saver, Trainable
+from distill_cli.config.compose import save_config
+from distill_cli.config.schema import CheckpointConfig, Config, Precision, TrainConfig
+from distill_cli.losses.divergence import DistillLoss
+from distill_cli.parallel.mesh import init_parallel
+from distill_cli.rollout.pack import micro_batches, plan_batch
+from distill_cli.rundir import RunDir
+from distill_cli.student import attention
+from distill_cli.student.model import Student, wrap
+from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
+from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
+
+TOPK = 64
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("layers", 24), ("hidden", 896), ("vocab", 151_936), ("tokens", 2048)):
+        arguments.add_argument(f"--{name}", type=int, default=default)
+    given = arguments.parse_args()
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
+    on_gpu = torch.cuda.is_available()
+    parallel = init_parallel(device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
+    train = TrainConfig(precision=Precision.bf16 if on_gpu else Precision.fp32)
+    attention.register()
+    heads = given.hidden // 64
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=given.vocab, hidden_size=given.hidden, intermediate_size=given.hidden * 38 // 7,
+        num_hidden_layers=given.layers, num_attention_heads=heads, num_key_value_heads=2 if heads % 2 == 0 else 1,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).to(parallel.device)
+    student = wrap(Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0), parallel, train)
+    optimizer = build_optimizer(student, train)
+    schedule = build_schedule(optimizer, train, num_steps=100)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir(Path(folder))
+        save_config(Config(), run.config)
+        saver = Saver(run, CheckpointConfig(keep_top_k=0), Trainable(student.lm, optimizer, schedule))
+        rollouts = [rollout(given.tokens, given.vocab)]
+        plan = plan_batch([given.tokens], num_ranks=1, max_tokens=given.tokens, packing=True, multiple=1)
+        for step in (1, 2):
+            begin = time.perf_counter()
+            batches = micro_batches(plan, rollouts, topk=TOPK, parallel=parallel)
+            optimizer_step(student, optimizer, schedule, batches, max_grad_norm=1.0, parallel=parallel)
+            step_s = time.perf_counter() - begin
+            saver.save(step, {"metrics": {}})
+            stops_s = time.perf_counter() - begin - step_s
+            saver.finish()
+            written_s = time.perf_counter() - begin - step_s
+            num_bytes = sum(file.stat().st_size for file in (run.checkpoints / f"step_{step}").iterdir())
+            print(
+                f"{sum(p.numel() for p in student.parameters()) / 1e6:.0f} M parameters, {num_bytes / 2**30:.2f} GiB: a step of "
+                f"{given.tokens} tokens {step_s:.2f} s; a checkpoint stops it for {stops_s:.3f} s ({stops_s / step_s:.1%}), "
+                f"and is written after {written_s:.2f} s",
+                flush=True,
+            )
+        saver.close()
+    dist.destroy_process_group()
+
+
+def rollout(num_tokens: int, vocab_size: int) -> Rollout:
+    num_prompt = num_tokens // 8
+    num_response = num_tokens - num_prompt
+    ids = torch.randint(0, vocab_size, (num_tokens,)).tolist()
+    top = torch.stack([torch.randperm(vocab_size)[:TOPK] for _ in range(num_response)]).int()
+    logp = (torch.randn(num_response, TOPK).log_softmax(-1) - 0.1).sort(-1, descending=True).values
+    return Rollout(
+        Prompt(0, ids[:num_prompt], Example("q")),
+        Sample(ids[num_prompt:], [-1.0] * num_response, "stop"),
+        scores=TeacherScores(top, logp, logp[:, 0]),
+    )
+
+
+if __name__ == "__main__":
+    main()
