@@ -69,11 +69,11 @@ def main() -> None:
             stops_s = time.perf_counter() - begin - step_s
             saver.finish()
             written_s = time.perf_counter() - begin - step_s
-            num_bytes = sum(file.stat().st_size for file in (run.checkpoints / f"step_{step}").iterdir())
+            size_gib = sum(file.stat().st_size for file in (run.checkpoints / f"step_{step}").iterdir()) / 2**30
             print(
-                f"{sum(p.numel() for p in student.parameters()) / 1e6:.0f} M parameters, {num_bytes / 2**30:.2f} GiB: a step of "
-                f"{given.tokens} tokens {step_s:.2f} s; a checkpoint stops it for {stops_s:.3f} s ({stops_s / step_s:.1%}), "
-                f"and is written after {written_s:.2f} s",
+                f"{sum(p.numel() for p in student.parameters()) / 1e6:.0f} M parameters, {size_gib:.2f} GiB: "
+                f"a step of {given.tokens} tokens {step_s:.2f} s; a checkpoint stops it for {stops_s:.3f} s "
+                f"({stops_s / step_s:.1%}), and is written after {written_s:.2f} s",
                 flush=True,
             )
         saver.close()
