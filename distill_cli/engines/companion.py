@@ -56,7 +56,7 @@ class CompanionScorer:
             prepare_process()  # the process inherits it
         self.tensor_parallel = settings.tensor_parallel
         """Ranks that share this engine and call it together: see `EngineSettings`."""
-        self._path = settings.path
+        self._settings = settings
         self._is_ready = False
         host = os.environ.get("MASTER_ADDR", "localhost")
         self._store, port = open_store(host)  # collective
@@ -95,11 +95,13 @@ class CompanionScorer:
 
     def sleep(self) -> None:
         """See `Scorer.sleep`."""
-        self._call("sleep")
+        if self._settings.sleep_mode:
+            self._call("sleep")
 
     def wake(self) -> None:
         """See `Scorer.wake`."""
-        self._call("wake")
+        if self._settings.sleep_mode:
+            self._call("wake")
 
     def close(self) -> None:
         """End the process; closing again does nothing."""
@@ -139,7 +141,7 @@ class CompanionScorer:
             what = describe_exit(self._process.wait(EXIT_S))
         except subprocess.TimeoutExpired:
             what = "does not answer"
-        return DistillError(f"the process of the scorer ({self._path}) {what}")
+        return DistillError(f"the process of the scorer ({self._settings.path}) {what}")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from multiprocessing.connection import Connection
 
@@ -13,6 +14,8 @@ from distill_cli.processes import die_with_parent
 
 def main() -> None:
     die_with_parent()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)  # they are the rank's to heed: it may finish a step and save first
     descriptor = int(sys.argv[1])
     os.set_inheritable(descriptor, False)  # else a child of ours would hold the socket open after our death
     log_to(sys.stderr)

@@ -125,7 +125,8 @@ def check_settings(settings: EngineSettings, *, role: str) -> None:
         raise DistillError(f"{role} needs torch.distributed: call init_process_group before engines are built")
     config = Path(settings.path, "config.json")
     model = read_config(config.parent) if config.is_file() else {}
-    problem = tensor_parallel_problem(settings.tensor_parallel, model=model, num_ranks=dist.get_world_size())
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    problem = tensor_parallel_problem(settings.tensor_parallel, model=model, num_ranks=num_ranks)
     if problem:
         raise ConfigError(f"tensor_parallel of {role} is {settings.tensor_parallel}: {problem}")
 

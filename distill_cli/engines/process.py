@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import pkgutil
@@ -108,6 +109,9 @@ def patch_vllm() -> None:
         replace_name(communicators, "CpuCommunicator._all_group_ranks_share_shm_group_name", no_shared_name)
         # Compiling this one takes 7 to 19 s at the first request for log-probabilities.
         replace_name("vllm.v1.sample.sampler", "batched_count_greater_than", skip_ranks)
+        # So does this one, at the first token that ranks embed together: without the compiler it is as fast.
+        module, name = "vllm.model_executor.layers.vocab_parallel_embedding", "get_masked_input_and_mask"
+        replace_name(module, name, inspect.unwrap(require_name(module, name)))
 
 
 def replace_name(module_name: str, name: str, replacement: Any) -> None:

@@ -69,12 +69,12 @@ def tensor_parallel_problem(size: int, *, model: Mapping[str, Any], num_ranks: i
 
     Args:
         model: its config.json; what that does not say is left to vLLM.
-        num_ranks: those that engines are made of.
+        num_ranks: those of a node, which an engine does not reach beyond.
     """
     text = model.get("text_config") or model
     vocab_size = text.get("vocab_size")
     parts = {
-        "ranks": num_ranks,
+        "ranks of a node": num_ranks,
         "attention heads": text.get("num_attention_heads"),
         "the MLP's size": text.get("intermediate_size"),
         "the padded vocabulary": vocab_size and -(-vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING,
@@ -91,4 +91,4 @@ def tensor_parallel_problem(size: int, *, model: Mapping[str, Any], num_ranks: i
     if not misfits(size):
         return None
     sizes = [other for other in range(1, num_ranks + 1) if not misfits(other)]
-    return f"does not divide {', '.join(misfits(size))}; choose {' or '.join(map(str, sizes))}"
+    return f"does not divide {', '.join(misfits(size))}; choose one of {', '.join(map(str, sizes))}"
