@@ -25,6 +25,7 @@ from distill_cli.config.derived import engine_length, max_prompt_tokens, parse_d
 from distill_cli.config.schema import Config, EngineModelConfig, StudentModel, TeacherModel
 from distill_cli.data.prompts import PromptOrder, build_prompts, load_tokenizer
 from distill_cli.data.registry import load_examples, resolve_verifier
+from distill_cli.engines.companion import CompanionScorer, needs_companion
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
@@ -111,14 +112,19 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(locate(model.student.path, revision=model.student.revision, key="model.student.path"), model)
 
 
-def build_engines(config: Config) -> tuple[Sampler, Scorer]:
+def build_engines(config: Config) -> tuple[Sampler, Scorer | CompanionScorer]:
+    """Both engines, asleep where they sleep at all. A collective."""
     begin = time.perf_counter()
-    sampler = Sampler(engine_settings(config, config.model.student, config.engine.student))
-    scorer = Scorer(
-        engine_settings(config, config.model.teacher, config.engine.teacher),
-        topk=config.loss.topk,
-        temperature=config.loss.temperature,
-    )
+    student = engine_settings(config, config.model.student, config.engine.student)
+    teacher = engine_settings(config, config.model.teacher, config.engine.teacher)
+    make_scorer = CompanionScorer if needs_companion(student, teacher) else Scorer
+    # A companion loads on its own while the sampler is built here.
+    scorer = make_scorer(teacher, topk=config.loss.topk, temperature=config.loss.temperature)
+    scorer.sleep()
+    sampler = Sampler(student)
+    sampler.sleep()
+    if isinstance(scorer, CompanionScorer):
+        scorer.wait_ready()
     log.info("engines ready in %.1f s", time.perf_counter() - begin)
     return sampler, scorer
 
@@ -131,9 +137,11 @@ def engine_settings(config: Config, model: StudentModel | TeacherModel, engine: 
         dtype=model.dtype.value,
         quantization=getattr(model, "quantization", None),
         trust_remote_code=config.model.trust_remote_code,
+        tensor_parallel=engine.tensor_parallel,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         kv_cache_bytes=None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 2**30),
         enforce_eager=True if engine.enforce_eager else None,
+        sleep_mode=torch.cuda.is_available() if engine.sleep is None else engine.sleep,
         seed=config.train.seed,
         kwargs=engine.kwargs,
     )

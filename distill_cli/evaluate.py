@@ -10,7 +10,7 @@ import torch
 from distill_cli.data.registry import Verifier
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.parallel.sharing import share_out
+from distill_cli.parallel.sharing import EngineShare, share_out
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, sequence_seed
 from distill_cli.types import Prompt
 
@@ -47,9 +47,10 @@ class Validator:
     parallel: Parallel
 
     def run(self, engine) -> Score:
-        """The score of whoever `engine.sample` speaks for. A collective: each rank answers its share."""
+        """The score of whoever `engine.sample` speaks for. A collective: each engine answers its share."""
         totals = torch.zeros(4, dtype=torch.float64, device=self.parallel.device)
-        mine = share_out([len(prompt.token_ids) for prompt in self.prompts], self.parallel.size)[self.parallel.rank]
+        engines = EngineShare.of_all_ranks(engine.tensor_parallel, self.parallel)
+        mine = share_out([len(prompt.token_ids) for prompt in self.prompts], engines.num_engines)[engines.index]
         for begin in range(0, len(mine), self.batch_size):
             indices = mine[begin : begin + self.batch_size]
             rollouts = sample_rollouts(
@@ -65,5 +66,7 @@ class Validator:
                 totals += torch.tensor([rollout.reward or 0.0, len(rollout.sample.token_ids), truncated, 1.0]).to(
                     totals
                 )
+        if not engines.is_first:
+            totals.zero_()
         right, length, truncated, number = self.parallel.sum_of_ranks(totals).tolist()
         return Score(right / number, length / number, truncated / number, int(number))

@@ -19,7 +19,7 @@ from distill_cli import hardware
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, known_losses
 from distill_cli.config.derived import updates_per_step
-from distill_cli.config.schema import Config, Dtype
+from distill_cli.config.schema import Config, Dtype, EngineModelConfig
 from distill_cli.launch.local import command
 from distill_cli.preflight import Preflight
 from distill_cli.run import single_path
@@ -47,7 +47,9 @@ def mesh_rows(config: Config) -> dict[str, str]:
     mesh, ranks, gpus = config.mesh, num_ranks(config), hardware.gpus_per_node(config)
     shards = parameter_shards(config)
     rows = {
-        "ranks": f"{ranks} on {'GPUs' if gpus else 'the CPU'}, each with its own two engines",
+        "ranks": f"{ranks} on {'GPUs' if gpus else 'the CPU'}",
+        "student's engines": engine_row(config, config.engine.student),
+        "teacher's engines": engine_row(config, config.engine.teacher),
         "shard": f"{ranks // (mesh.tensor * mesh.context * mesh.replicate)}: each takes a share of the sequences",
         "replicate": f"{mesh.replicate}: copies of the sharded student",
         "context": f"{mesh.context}: share each sequence",
@@ -56,6 +58,13 @@ def mesh_rows(config: Config) -> dict[str, str]:
     }
     rows = {name: text for name, text in rows.items() if name in ("ranks", "shard") or not text.startswith("1:")}
     return rows | {"of a rank": f"1/{shards} of weights, gradients and optimizer"}
+
+
+def engine_row(config: Config, engine: EngineModelConfig) -> str:
+    ranks, gpus = engine.tensor_parallel, hardware.gpus_per_node(config)
+    sleeps = gpus and engine.sleep is not False
+    each = "1 rank" if ranks == 1 else f"{ranks} ranks that share its matrices"
+    return f"{num_ranks(config) // ranks}, each of {each}" + (", asleep while others work" if sleeps else "")
 
 
 def num_ranks(config: Config) -> int:
@@ -111,8 +120,8 @@ def memory_rows(config: Config, found: Preflight) -> dict[str, str]:
         "weights": student * 4 / shards,
         "gradients": student * 4 / shards,
         "optimizer": student * 8 / shards,
-        "sampler's weights": student * BYTES[config.model.student.dtype],
-        "scorer's weights": teacher * BYTES[config.model.teacher.dtype],
+        "sampler's weights": student * BYTES[config.model.student.dtype] / config.engine.student.tensor_parallel,
+        "scorer's weights": teacher * BYTES[config.model.teacher.dtype] / config.engine.teacher.tensor_parallel,
     }
     rows = {name: f"{value / 2**30:9.3f}" for name, value in parts.items()}
     for role, engine in (("sampler", config.engine.student), ("scorer", config.engine.teacher)):

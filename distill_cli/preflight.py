@@ -20,6 +20,7 @@ from distill_cli.config.derived import needed_length
 from distill_cli.config.schema import Config
 from distill_cli.data.registry import load_examples, resolve_verifier
 from distill_cli.engines.process import hide_broken_packages
+from distill_cli.engines.settings import tensor_parallel_problem
 from distill_cli.errors import ConfigError
 from distill_cli.plugins import load_function
 
@@ -89,6 +90,7 @@ def preflight(config: Config) -> Preflight:
     if found.student:
         with collecting():
             problems += _tensor_problems(config, found.student)
+    problems += _engine_problems(config, {"student": found.student, "teacher": found.teacher})
     if config.train.cpu_offload and not hardware.gpus_per_node(config):
         found.warnings += ("train.cpu_offload=true has no effect on CPU ranks: all of it is in host memory",)
     if 0 < found.num_train < config.rollout.prompts_per_step:
@@ -150,6 +152,19 @@ def _tensor_problems(config: Config, student: Path) -> Iterator[str]:
         check_sizes(model, config.mesh.tensor)
     except ConfigError as error:
         yield from error.problems
+
+
+def _engine_problems(config: Config, folders: dict[str, Path | None]) -> Iterator[str]:
+    """What keeps the ranks of a node from having the engines that are asked for."""
+    on_cpu, ranks = not hardware.gpus_per_node(config), hardware.ranks_per_node(config)
+    for role, engine in (("student", config.engine.student), ("teacher", config.engine.teacher)):
+        folder = folders[role]  # None is a problem of its own
+        model = modelpath.read_config(folder) if folder else {}
+        problem = tensor_parallel_problem(engine.tensor_parallel, model=model, num_ranks=ranks)
+        if problem:
+            yield f"engine.{role}.tensor_parallel={engine.tensor_parallel}: {problem}"
+        if engine.sleep and on_cpu:
+            yield f"engine.{role}.sleep=true: engines on CPUs cannot give their memory back; leave it out"
 
 
 def _model_problems(config: Config, found: Preflight) -> Iterator[str]:

@@ -22,6 +22,7 @@ from distill_cli.checkpoint.saver import Saver
 from distill_cli.config.schema import Config, OnTruncation
 from distill_cli.data.prompts import PromptOrder
 from distill_cli.data.registry import Verifier
+from distill_cli.engines.companion import CompanionScorer
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import SamplingSettings
@@ -31,7 +32,7 @@ from distill_cli.log import StepPrinter
 from distill_cli.losses.divergence import token_statistics
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.parallel.sharing import bring_together, share_out
+from distill_cli.parallel.sharing import EngineShare, bring_together, share_out
 from distill_cli.processes import StopFlag
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts, sequence_seed
 from distill_cli.rollout.pack import BatchPlan, MicroBatch, micro_batches, plan_batch
@@ -144,7 +145,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     sampler: Sampler
-    scorer: Scorer
+    scorer: Scorer | CompanionScorer
     prompts: PromptOrder
     sampling: SamplingSettings
     verify: Verifier | None
@@ -164,6 +165,10 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     """Where to go on from."""
     watch: Stopwatch = field(init=False)
+    samplers: EngineShare = field(init=False)
+    """This rank's part in sampling a step's sequences."""
+    scorers: EngineShare = field(init=False)
+    """This rank's part in scoring what it and its neighbours train on."""
 
     def __post_init__(self) -> None:
         def on_stage(stage: str) -> None:
@@ -171,6 +176,8 @@ class Trainer:
             self.printer.stage(stage)
 
         self.watch = Stopwatch(on_stage)
+        self.samplers = EngineShare.of_all_ranks(self.sampler.tensor_parallel, self.parallel)
+        self.scorers = EngineShare.near_training(self.scorer.tensor_parallel, self.parallel)  # collective
 
     def run(self) -> Result:
         """Every step that is not done yet, with validation and checkpoints as the config says. A collective."""
@@ -203,22 +210,24 @@ class Trainer:
         metrics = self.validate_student(0) if settings.at_start else {}
         progress.before = progress.latest
         if settings.teacher and self.validator:
-            progress.teacher = self.validate(self.scorer)
+            with self.awake(self.scorer):
+                progress.teacher = self.validate(self.scorer)
             metrics["val/teacher_accuracy"] = progress.teacher.accuracy
         self.record(0, metrics | self.watch.lap())
 
     def step(self, step: int) -> dict[str, float]:
         """One step of the run, counted from 1; its metrics."""
         begin = time.perf_counter()
-        with self.watch("sync"):
-            self.sync(step - 1)
-        self.heed_stop()
-        rollouts = self.sample(step)
+        with self.awake(self.sampler):
+            with self.watch("sync"):
+                self.sync(step - 1)
+            self.heed_stop()
+            rollouts = self.sample(step)
         self.heed_stop()
         with self.watch("pack"):
             plans = self.plan(rollouts)
-        with self.watch("score"):
-            self.score(rollouts, plans)
+        with self.awake(self.scorer), self.watch("score"):
+            self.score(plans)
         self.heed_stop()  # the last time: from here on the step's updates change the student
         results = []
         for global_batch, plan in plans:
@@ -242,6 +251,17 @@ class Trainer:
             }
         return metrics
 
+    @contextmanager
+    def awake(self, engine: Sampler | Scorer | CompanionScorer) -> Iterator[None]:
+        """The device's memory is `engine`'s within, and given back after, where `engine.<role>.sleep` says so."""
+        if self.parallel.device.type == "cuda":
+            torch.cuda.empty_cache()  # an engine cannot take what torch keeps for the next training step
+        with self.watch("wake"):
+            engine.wake()
+        yield
+        with self.watch("wake"):
+            engine.sleep()
+
     def sync(self, version: int) -> None:
         """The student's weights into the sampler's engine, unless it has them. A collective."""
         if version != self.sampler.version:
@@ -250,14 +270,14 @@ class Trainer:
             self.sampler.reset_prefix_cache()
 
     def sample(self, step: int) -> list[Rollout]:
-        """The step's sequences, sampled and judged: each by one rank, known to all of them. A collective.
+        """The step's sequences, sampled and judged: each by one engine, known to all ranks. A collective.
 
-        Whichever rank samples a sequence, it comes out the same: its seed is the sequence's own.
+        Whichever engine samples a sequence, it comes out the same: its seed is the sequence's own.
         """
         repeat = self.config.rollout.generations_per_prompt
         prompts = [prompt for prompt in self.prompts.batch(step - 1) for _ in range(repeat)]
-        shares = share_out([len(prompt.token_ids) for prompt in prompts], self.parallel.size)
-        mine = shares[self.parallel.rank]
+        shares = share_out([len(prompt.token_ids) for prompt in prompts], self.samplers.num_engines)
+        mine = shares[self.samplers.index]
         with self.watch("sample"):
             rollouts = sample_rollouts(
                 [prompts[number] for number in mine],
@@ -288,19 +308,23 @@ class Trainer:
             for batch in batches
         ]
 
-    def score(self, rollouts: Sequence[Rollout], plans: Sequence[tuple[Sequence[Rollout], BatchPlan]]) -> None:
+    def score(self, plans: Sequence[tuple[Sequence[Rollout], BatchPlan]]) -> None:
         """Fills in the teacher's scores of what this rank trains on. A collective.
 
-        The ranks that train on the same sequences share them out, and keep what the others scored.
+        Neighbouring ranks share their sequences out over their engines, and keep what the others scored.
         """
-        mine = [batch[member] for batch, plan in plans for member in plan.members_of(self.parallel.data_rank)]
-        peers = self.parallel.peers
-        shares = share_out([len(rollout.token_ids) for rollout in mine], peers.size())
-        to_score = [mine[index] for index in shares[peers.get_local_rank()]]
-        score_rollouts(to_score, scorer=self.scorer)
-        scored = bring_together([rollout.scores for rollout in to_score], shares, group=peers.get_group())
+        rollouts = [
+            batch[member]
+            for batch, plan in plans
+            for data_rank in self.scorers.data_ranks
+            for member in plan.members_of(data_rank)
+        ]
+        shares = share_out([len(rollout.token_ids) for rollout in rollouts], self.scorers.num_engines)
+        mine = [rollouts[index] for index in shares[self.scorers.index]]
+        score_rollouts(mine, scorer=self.scorer)
+        scored = bring_together([rollout.scores for rollout in mine], shares, group=self.scorers.group)
         for index, scores in scored.items():
-            mine[index].scores = scores
+            rollouts[index].scores = scores
 
     def train(self, batches: Sequence[MicroBatch]) -> StepResult:
         """One optimizer step on this rank's part of a global batch. A collective."""
@@ -321,14 +345,15 @@ class Trainer:
         flops = train_flops(self.student, num_tokens=num_tokens, num_response_tokens=num_response_tokens)
         return {"perf/mfu": flops / (self.watch.seconds["train"] * peak * self.parallel.size)}
 
-    def validate(self, engine: Sampler | Scorer) -> Score:
+    def validate(self, engine: Sampler | Scorer | CompanionScorer) -> Score:
         with self.watch("eval"):
             return self.validator.run(engine)
 
     def validate_student(self, step: int) -> dict[str, float]:
         """The student as it is after `step`; its metrics. A collective."""
-        self.sync(step)
-        self.progress.latest, self.progress.latest_step = self.validate(self.sampler), step
+        with self.awake(self.sampler):
+            self.sync(step)
+            self.progress.latest, self.progress.latest_step = self.validate(self.sampler), step
         return self.progress.latest.metrics()
 
     def validates_at(self, step: int) -> bool:

@@ -180,3 +180,19 @@ def test_a_family_without_a_plan_is_said_with_those_that_have_one(make_model: Ma
 def test_offloading_on_cpus_is_warned_of(make_model: MakeModel) -> None:
     (job,) = compose([*pair(make_model("s"), make_model("t")), "cluster.gpus_per_node=0", "train.cpu_offload=true"])
     assert any("no effect on CPU ranks" in warning for warning in preflight(job.config).warnings)
+
+
+def test_engines_that_a_node_or_a_model_cannot_have_are_said_with_the_sizes_that_can(make_model: MakeModel) -> None:
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 16}
+    argv = [*pair(make_model("s"), make_model("t", **sizes)), *FEW_RANKS]
+    said = problems_of(*argv, "engine.teacher.tensor_parallel=3", "engine.student.tensor_parallel=4")
+    assert "engine.student.tensor_parallel=4: does not divide ranks of a node (6); choose one of 1, 2" in said
+    assert "engine.teacher.tensor_parallel=3: does not divide attention heads (4), the MLP's size (16)" in said
+    assert "must be at least 1" in problems_of(*argv, "engine.student.tensor_parallel=0")
+
+
+def test_sleep_is_for_gpus(make_model: MakeModel) -> None:
+    argv = [*pair(make_model("s"), make_model("t")), *FEW_RANKS]
+    assert "engine.teacher.sleep=true: engines on CPUs cannot" in problems_of(*argv, "engine.teacher.sleep=true")
+    (job,) = compose([*argv, "engine.teacher.sleep=false"])
+    preflight(job.config)

@@ -199,8 +199,16 @@ class MeshConfig:
 
 @dataclass
 class EngineModelConfig:
+    tensor_parallel: int = 1
+    """Consecutive ranks that share one engine, for a model that is too large or too slow for one; it divides the ranks
+    of a node, attention heads, the MLP and the vocabulary. Student, teacher and `mesh.tensor` may each have their
+    own."""
+    sleep: bool | None = None
+    """Give the GPU's memory back while the others work: the student's weights are dropped, the teacher's go to host
+    memory. null is true on GPUs; CPUs cannot."""
     gpu_memory_utilization: float = 0.25
-    """Share of a GPU's memory that the engine takes for weights and KV cache; the trainer lives in what both leave."""
+    """Share of a GPU's memory that the engine takes for weights and KV cache. Awake, each fits beside the trainer's
+    part of the student; those that do not sleep, beside each other."""
     kv_cache_gib: float | None = None
     """Size of the KV cache; null on GPUs is what gpu_memory_utilization leaves, on CPUs 0.25 GiB."""
     max_model_len: int | None = None

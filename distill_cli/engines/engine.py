@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from distill_cli.engines.process import is_prepared, keep_process_state, patch_vllm, prepare_process, release_memory
-from distill_cli.engines.settings import CPU_KV_CACHE_BYTES, EngineSettings
+from distill_cli.engines.settings import CPU_KV_CACHE_BYTES, EngineSettings, tensor_parallel_problem
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.modelpath import read_config
 
 
 class Engine:
@@ -118,14 +120,15 @@ class Engine:
 
 
 def check_settings(settings: EngineSettings, *, role: str) -> None:
-    if settings.tensor_parallel != 1:
-        # To come: one engine over several ranks needs all of them in every call, so `load` would hand
-        # tensor_parallel_size to the external launcher and the callers agree on the requests first.
-        raise ConfigError(
-            f"tensor_parallel of {role} is {settings.tensor_parallel}: set it to 1, each rank has an engine of its own"
-        )
+    """Raise what can be known before anything is loaded."""
     if not dist.is_initialized():
         raise DistillError(f"{role} needs torch.distributed: call init_process_group before engines are built")
+    config = Path(settings.path, "config.json")
+    model = read_config(config.parent) if config.is_file() else {}
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    problem = tensor_parallel_problem(settings.tensor_parallel, model=model, num_ranks=num_ranks)
+    if problem:
+        raise ConfigError(f"tensor_parallel of {role} is {settings.tensor_parallel}: {problem}")
 
 
 def check_length(settings: EngineSettings, *, model_config: Any, role: str) -> None:
@@ -158,7 +161,9 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
         "kv_cache_memory_bytes": settings.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
         "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
         "enable_sleep_mode": settings.sleep_mode and not on_cpu,
-        # It takes the device of LOCAL_RANK; the default would put every rank's engine on device 0.
+        "tensor_parallel_size": settings.tensor_parallel,
+        # It takes the device of LOCAL_RANK, where the default would put every rank's engine on device 0, and cuts a
+        # model over the ranks that are there, where the others start processes of their own.
         "distributed_executor_backend": "external_launcher" if "LOCAL_RANK" in os.environ else "uni",
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,

@@ -10,8 +10,10 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
+import pkgutil
 import random
 import sys
 import warnings
@@ -90,31 +92,41 @@ def patch_vllm() -> None:
     """Apply every patch; doing it again changes nothing."""
     from vllm.platforms import current_platform
 
-    processor = require_name("vllm.v1.engine.logprobs", "LogprobsProcessor")
     for method in ("from_new_request", "_update_prompt_logprobs", "_update_sample_logprobs"):
-        require_name("vllm.v1.engine.logprobs", method, owner=processor)
+        require_name("vllm.v1.engine.logprobs", f"LogprobsProcessor.{method}")
     from distill_cli.engines.logprobs import TensorLogprobsProcessor
 
     replace_name("vllm.v1.engine.output_processor", "LogprobsProcessor", TensorLogprobsProcessor)
     # An engine that goes would take the trainer's process group with it, and every other engine.
     replace_name("vllm.v1.engine.core", "cleanup_dist_env_and_memory", release_memory)
+    # Shared memory and a socket for objects that no engine here broadcasts; a killed rank would leave both behind.
+    queues = "vllm.distributed.device_communicators.shm_broadcast"
+    replace_name(queues, "MessageQueue.create_from_process_group", staticmethod(no_queue))
     if current_platform.is_cpu():
+        # Ranks that share an engine would meet in shared memory that has the same name in every run: a second run on
+        # the machine fails, and so does each one after a run that was killed. Gloo takes over.
+        communicators = "vllm.distributed.device_communicators.cpu_communicator"
+        replace_name(communicators, "CpuCommunicator._all_group_ranks_share_shm_group_name", no_shared_name)
         # Compiling this one takes 7 to 19 s at the first request for log-probabilities.
         replace_name("vllm.v1.sample.sampler", "batched_count_greater_than", skip_ranks)
+        # So does this one, at the first token that ranks embed together: without the compiler it is as fast.
+        module, name = "vllm.model_executor.layers.vocab_parallel_embedding", "get_masked_input_and_mask"
+        replace_name(module, name, inspect.unwrap(require_name(module, name)))
 
 
 def replace_name(module_name: str, name: str, replacement: Any) -> None:
-    """Set `module.name`; raises DistillError where this vLLM has no such name."""
+    """Set `module.name`, or `module.Class.name`; raises DistillError where this vLLM has no such name."""
     require_name(module_name, name)
-    setattr(importlib.import_module(module_name), name, replacement)
+    owner, _, attribute = f"{module_name}.{name}".rpartition(".")
+    setattr(pkgutil.resolve_name(owner), attribute, replacement)
 
 
-def require_name(module_name: str, name: str, *, owner: Any = None) -> Any:
-    """-> `module.name`, or a class' attribute; raises DistillError where this vLLM has no such name."""
+def require_name(module_name: str, name: str) -> Any:
+    """-> `module.name`, or `module.Class.name`; raises DistillError where this vLLM has no such name."""
     import vllm
 
     try:
-        return getattr(owner or importlib.import_module(module_name), name)
+        return pkgutil.resolve_name(f"{module_name}:{name}")
     except (ImportError, AttributeError) as error:
         raise DistillError(
             f"vLLM {vllm.__version__} has no {module_name}.{name}, which engines in a trainer's process must replace: "
@@ -139,6 +151,15 @@ def skip_ranks(logp_TV: Any, _sampled_logp_T1: Any) -> Any:
     import torch
 
     return torch.full((len(logp_TV),), -1, device=logp_TV.device)
+
+
+def no_queue(*_args: Any, **_kwargs: Any) -> None:
+    """In place of a message queue: without one vLLM broadcasts through the process group."""
+
+
+def no_shared_name(_communicator: Any) -> bool:
+    """What vLLM's communicator on CPUs asks before it uses shared memory."""
+    return False
 
 
 @contextmanager

@@ -33,6 +33,8 @@ class Sampler:
         """Which weights the engine has: what `sync` was last told, 0 for those of `settings.path`, -1 for none."""
         self._is_broken = False
         self._engine = Engine(settings, role="the sampler")
+        self.tensor_parallel = settings.tensor_parallel
+        """Ranks that share this engine and call it together: see `EngineSettings`."""
         model_config = self._engine.llm.model_config
         self._dtype: torch.dtype = model_config.dtype
         self._expected, self._optional = expected_shapes(

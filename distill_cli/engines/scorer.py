@@ -38,6 +38,8 @@ class Scorer:
             raise ConfigError(f"temperature of the scorer is {temperature}: it must be above 0")
         if topk < 1:
             raise ConfigError(f"topk is {topk}: it must be at least 1")
+        self.tensor_parallel = settings.tensor_parallel
+        """Ranks that share this engine and call it together: see `EngineSettings`."""
         self._topk = topk
         # vLLM wants room for the one token that every request samples, although that token never enters the model.
         self._engine = Engine(

@@ -25,7 +25,8 @@ class EngineSettings:
     """vLLM's name of a quantization; None is what the model's own config says."""
     trust_remote_code: bool = False
     tensor_parallel: int = 1
-    """Ranks that share one engine. Only 1 so far: each rank has engines of its own."""
+    """Consecutive ranks that share one engine. All of them call it with the same requests in the same order, and get
+    the same results; rank r belongs to engine r // tensor_parallel."""
     gpu_memory_utilization: float = 0.4
     """Share of a GPU's memory for weights, activations and KV cache: two engines and a trainer live on one device."""
     kv_cache_bytes: int | None = None
@@ -57,3 +58,37 @@ class SamplingSettings:
     """Tokens that end a response, besides the model's own end-of-sequence tokens."""
     ignore_eos: bool = False
     """Go on after end-of-sequence tokens: for benchmarks."""
+
+
+VOCABULARY_PADDING = 64
+"""vLLM rounds a vocabulary up to a multiple of it before it is cut."""
+
+
+def tensor_parallel_problem(size: int, *, model: Mapping[str, Any], num_ranks: int) -> str | None:
+    """What keeps `size` ranks from sharing an engine, in words that follow a key; None where nothing does.
+
+    Args:
+        model: its config.json; what that does not say is left to vLLM.
+        num_ranks: those of a node, which an engine does not reach beyond.
+    """
+    text = model.get("text_config") or model
+    vocab_size = text.get("vocab_size")
+    parts = {
+        "ranks of a node": num_ranks,
+        "attention heads": text.get("num_attention_heads"),
+        "the MLP's size": text.get("intermediate_size"),
+        "the padded vocabulary": vocab_size and -(-vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING,
+    }
+    parts = {name: number for name, number in parts.items() if number}
+    kv_heads = text.get("num_key_value_heads") or size  # beyond their number each rank has a copy of one
+
+    def misfits(size: int) -> list[str]:
+        found = [f"{name} ({number})" for name, number in parts.items() if number % size]
+        return found + ([f"key-value heads ({kv_heads})"] if kv_heads % size and size % kv_heads else [])
+
+    if size < 1:
+        return "must be at least 1"
+    if not misfits(size):
+        return None
+    sizes = [other for other in range(1, num_ranks + 1) if not misfits(other)]
+    return f"does not divide {', '.join(misfits(size))}; choose one of {', '.join(map(str, sizes))}"

@@ -43,8 +43,6 @@ class Parallel:
     """shard x context as one axis, behind replicate where there is more than one copy (HSDP)."""
     loss: DeviceMesh
     """replicate x shard x context as one axis."""
-    peers: DeviceMesh
-    """context x tensor as one axis: the ranks that train on the same sequences."""
     device: torch.device
     sequence_parallel: bool = False
 
@@ -132,7 +130,6 @@ def layout(mesh: MeshConfig, *, device: torch.device) -> Parallel:
         mesh=ranks,
         fsdp=ranks["replicate", "fsdp"] if mesh.replicate > 1 else fsdp,
         loss=ranks["replicate", "shard", "context"]._flatten("loss"),
-        peers=ranks["context", "tensor"]._flatten("peers"),
         device=device,
         sequence_parallel=mesh.sequence_parallel,
     )

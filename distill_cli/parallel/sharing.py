@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch.distributed as dist
+
+from distill_cli.parallel.mesh import Parallel
 
 Item = TypeVar("Item")
 
@@ -31,12 +35,67 @@ def bring_together(
     """Index -> result, of all shares, on every rank of `group` (None is all ranks). A collective.
 
     Args:
-        mine: the results of this rank's share, in its order; the group's i-th rank has the i-th share.
+        mine: the results of this rank's share, in its order. The group's ranks hold the shares in turn, where there
+            are more ranks than shares in runs of equal length; then the first of each run sends its results.
     """
     if len(shares) == 1:
         return dict(zip(shares[0], mine, strict=True))
-    everyone: list[Sequence[Item] | None] = [None] * len(shares)
-    dist.all_gather_object(everyone, list(mine), group=group)
+    everyone: list[Sequence[Item]] = [[] for _ in range(dist.get_world_size(group))]
+    ranks_per_share = len(everyone) // len(shares)
+    is_first = dist.get_rank(group) % ranks_per_share == 0
+    dist.all_gather_object(everyone, list(mine) if is_first else [], group=group)
     return {
-        i: item for share, items in zip(shares, everyone, strict=True) for i, item in zip(share, items, strict=True)
+        i: item
+        for share, items in zip(shares, everyone[::ranks_per_share], strict=True)
+        for i, item in zip(share, items, strict=True)
     }
+
+
+@dataclass(frozen=True)
+class EngineShare:
+    """Which engine a rank is part of, among those that share some work; each is `tensor_parallel` consecutive ranks.
+
+    The ranks of an engine call it with the same requests, and all of them get the results.
+    """
+
+    index: int
+    """Of this rank's engine among those that share the work."""
+    num_engines: int
+    is_first: bool
+    """Of the ranks of its engine: what an engine did is counted once."""
+    group: dist.ProcessGroup | None
+    """The ranks of these engines, for `bring_together`; None is all ranks."""
+    data_ranks: range
+    """Whose sequences these engines share."""
+
+    @classmethod
+    def of_all_ranks(cls, tensor_parallel: int, parallel: Parallel) -> EngineShare:
+        """Every engine shares in the work of all ranks."""
+        return cls(
+            index=parallel.rank // tensor_parallel,
+            num_engines=parallel.size // tensor_parallel,
+            is_first=parallel.rank % tensor_parallel == 0,
+            group=None,
+            data_ranks=range(parallel.data_size),
+        )
+
+    @classmethod
+    def near_training(cls, tensor_parallel: int, parallel: Parallel) -> EngineShare:
+        """As few ranks as can be share in the work that they train on themselves: results do not travel further.
+
+        The ranks that train on the same sequences are as many as context and tensor axis have; the smallest block of
+        consecutive ranks that both whole such sets and whole engines fill is their least common multiple. A collective.
+        """
+        peers = parallel.context.size() * parallel.tensor.size()
+        block = math.lcm(tensor_parallel, peers)
+        num_engines = block // tensor_parallel
+        # One engine's ranks have its results without asking each other.
+        group = dist.new_subgroups(block)[0] if num_engines > 1 else None
+        first_rank = parallel.rank // block * block
+        return cls(
+            index=parallel.rank % block // tensor_parallel,
+            num_engines=num_engines,
+            is_first=parallel.rank % tensor_parallel == 0,
+            group=group,
+            data_ranks=range(first_rank // peers, (first_rank + block) // peers),
+        )

@@ -60,8 +60,9 @@ def test_two_ranks_learn_what_one_rank_learns(one_rank: Finished, two_ranks: Fin
     [
         ("mesh.tensor=2", "mesh.sequence_parallel=true", "train.activation_checkpointing=selective"),
         ("mesh.context=2", "train.packing=false"),
+        ("engine.teacher.tensor_parallel=2",),
     ],
-    ids=["tensor", "context"],
+    ids=["tensor", "context", "teacher"],
 )
 def test_other_layouts_learn_what_one_rank_learns(one_rank: Finished, tmp_path, layout: tuple[str, ...]) -> None:
     without_eval = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker=none")

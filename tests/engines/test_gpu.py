@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distill_cli.engines.companion import CompanionScorer
 from distill_cli.engines.sampler import Sampler, SamplingSettings
+from distill_cli.errors import DistillError
 
 from .reference import random_sequences, sampled_reference_logp
 
@@ -27,3 +29,20 @@ def test_a_sleeping_sampler_gives_memory_back_and_a_sync_brings_its_weights(proc
         expected = sampled_reference_logp(student, prompt, sample.token_ids)
         torch.testing.assert_close(torch.tensor(sample.logp), expected, atol=1e-2, rtol=0)
     sampler.close()
+
+
+def test_a_sleeping_companion_gives_memory_back_and_scores_the_same_afterwards(process_group, teacher_settings):
+    settings = replace(teacher_settings, sleep_mode=True, kv_cache_bytes=1 << 30, enforce_eager=True)
+    scorer = CompanionScorer(settings, topk=8)
+    sequences = random_sequences([60, 200])
+    before = scorer.score(sequences, response_starts=[20, 100])
+    free_awake, _ = torch.cuda.mem_get_info()
+    scorer.sleep()
+    free_asleep, _ = torch.cuda.mem_get_info()
+    assert free_asleep - free_awake > 0.9 * settings.kv_cache_bytes
+    with pytest.raises(DistillError, match=r"asleep: wake\(\)"):
+        scorer.score(sequences, response_starts=[20, 100])
+    scorer.wake()
+    for ours, theirs in zip(scorer.score(sequences, response_starts=[20, 100]), before, strict=True):
+        torch.testing.assert_close(ours.topk_logp, theirs.topk_logp, atol=1e-3, rtol=0)
+    scorer.close()

@@ -1,21 +1,42 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+from distill_cli.engines.sampler import Sampler
+
+from .reference import ask, make_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_two_ranks_with_fsdp_sync_from_dtensors(student, student_settings, teacher, teacher_settings):
-    script = Path(__file__).with_name("two_ranks.py")
+@pytest.mark.parametrize("tied", [True, False], ids=["both over two ranks, tied", "sampler over two, untied"])
+def test_engines_over_two_ranks_answer_as_those_of_one(scorer, sampler, student_settings, tied, tmp_path):
+    """Also a sync from FSDP's shards into a model that is cut otherwise; untied beside a companion of one rank."""
+    path = student_settings.path
+    if not tied:
+        path = str(tmp_path / "student")
+        make_model(path, hidden_size=128, seed=1, tied=False)
+        sampler = Sampler(replace(student_settings, path=path))
+    torch.save(ask(sampler, scorer), tmp_path / "expected")
+    if not tied:
+        sampler.close()
+    sizes = ("2", "2") if tied else ("2", "1")
+    shared_memory = set(Path("/dev/shm").iterdir())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
-        [*torchrun, script, student_settings.path, teacher_settings.path],
+        [*torchrun, "-m", "tests.engines.two_ranks", path, scorer._engine.settings.path, tmp_path / "expected", *sizes],
         env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    assert set(Path("/dev/shm").iterdir()) <= shared_memory
     assert all(f"rank {rank} done" in result.stdout for rank in range(2))

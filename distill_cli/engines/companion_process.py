@@ -1,0 +1,30 @@
+"""A companion's process: `python -m distill_cli.engines.companion_process SOCKET`, started by `CompanionScorer`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from multiprocessing.connection import Connection
+
+from distill_cli.engines.process import hide_broken_packages, prepare_process
+from distill_cli.log import log_to
+from distill_cli.processes import die_with_parent
+
+
+def main() -> None:
+    die_with_parent()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)  # they are the rank's to heed: it may finish a step and save first
+    descriptor = int(sys.argv[1])
+    os.set_inheritable(descriptor, False)  # else a child of ours would hold the socket open after our death
+    log_to(sys.stderr)
+    prepare_process()  # before torch
+    hide_broken_packages()
+    from distill_cli.engines.companion import serve
+
+    serve(Connection(descriptor))
+
+
+if __name__ == "__main__":
+    main()

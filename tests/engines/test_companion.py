@@ -1,0 +1,88 @@
+"""A scorer in a process of its own answers as the one in this process does, and ends when either of them dies."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from distill_cli.engines.companion import CompanionScorer, needs_companion
+from distill_cli.engines.sampler import SamplingSettings
+from distill_cli.engines.scorer import Scorer
+from distill_cli.errors import ConfigError, DistillError
+
+from .reference import random_sequences
+
+
+def test_a_companion_answers_as_a_scorer_until_it_dies(scorer, teacher_settings):
+    shared_memory = set(Path("/dev/shm").iterdir())
+    companion = CompanionScorer(teacher_settings, topk=16)
+    sequences, starts = random_sequences([9, 60, 300, 17]), [3, 20, 100, 17]
+    for ours, theirs in zip(
+        companion.score(sequences, response_starts=starts),
+        scorer.score(sequences, response_starts=starts),
+        strict=True,
+    ):
+        for name in ("topk_ids", "topk_logp", "sampled_logp"):
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=1e-5, rtol=0)
+    request = {"seeds": [1, 2], "sampling": SamplingSettings(max_new_tokens=8)}
+    sampled = [engine.sample(sequences[:2], **request) for engine in (companion, scorer)]
+    assert [sample.token_ids for sample in sampled[0]] == [sample.token_ids for sample in sampled[1]]
+    assert companion.score([], response_starts=[]) == []
+    with pytest.raises(DistillError, match="response 0 starts at 0"):
+        companion.score(sequences[:1], response_starts=[0])
+
+    os.kill(companion._process.pid, signal.SIGKILL)
+    with pytest.raises(DistillError, match=rf"process of the scorer \({teacher_settings.path}\) was killed by SIGKILL"):
+        companion.score(sequences, response_starts=starts)
+    companion.close()
+    companion.close()
+    assert not psutil.pid_exists(companion._process.pid)
+    assert set(Path("/dev/shm").iterdir()) <= shared_memory
+
+
+def test_a_teacher_that_cannot_be_loaded_is_said_as_in_this_process(process_group, settings):
+    absent = replace(settings, path="/nowhere/at/all")
+    said = []
+    for make in (Scorer, lambda *args, **kwargs: CompanionScorer(*args, **kwargs).wait_ready()):
+        with pytest.raises(DistillError) as caught:
+            make(absent, topk=4)
+        said.append((type(caught.value), str(caught.value)))
+    assert said[0] == said[1]
+
+
+def test_the_users_mistakes_stay_the_users(process_group, teacher, teacher_settings):
+    companion = CompanionScorer(teacher_settings, topk=0)
+    with pytest.raises(ConfigError, match="topk is 0"):
+        companion.wait_ready()
+    assert not psutil.pid_exists(companion._process.pid)
+    with pytest.raises(ConfigError, match="tensor_parallel of the scorer is 2"):
+        CompanionScorer(replace(teacher_settings, tensor_parallel=2), topk=4)
+
+
+RANK = """
+from distill_cli.engines.companion import start_process
+process, connection = start_process({})
+print(process.pid, flush=True)
+process.wait()
+"""
+
+
+def test_a_companion_ends_with_its_rank():
+    rank = subprocess.Popen([sys.executable, "-c", RANK], stdout=subprocess.PIPE, text=True)
+    companion = psutil.Process(int(rank.stdout.readline()))
+    rank.kill()
+    rank.wait()
+    rank.stdout.close()
+    companion.wait(60)
+    assert not companion.is_running()
+
+
+def test_engines_of_one_size_live_in_one_process(settings):
+    assert not needs_companion(settings, settings)
+    assert needs_companion(settings, replace(settings, tensor_parallel=2))
