@@ -37,7 +37,7 @@ from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.processes import StopFlag
 from distill_cli.rundir import RunDir, write_json
 from distill_cli.student.model import Student, load_lm, wrap
-from distill_cli.student.optimizer import build_optimizer, build_schedule
+from distill_cli.student.optimizer import OptimizerOffload, build_optimizer, build_schedule
 from distill_cli.student.weights import save_student
 from distill_cli.track.recorder import MetricsFile
 from distill_cli.trainer import Progress, Trainer
@@ -179,6 +179,8 @@ def build_training(
     )
     num_steps = min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch)
     optimizer = build_optimizer(student, config.train)
+    if config.train.offload_optimizer and parallel.device.type == "cuda":
+        OptimizerOffload(optimizer, rest=torch.device("cpu"), work=parallel.device)
     return {
         "student": student,
         "optimizer": optimizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -37,3 +38,25 @@ def gpus_per_node(config: Config) -> int:
 def ranks_per_node(config: Config) -> int:
     """One a GPU; on CPUs what is asked for, or one."""
     return config.cluster.ranks_per_node or gpus_per_node(config) or 1
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the smallest visible GPU, by nvidia-smi; None where it cannot tell."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    if listed is not None:
+        command.append(f"--id={listed}")
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return min(int(line) for line in said.split()) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def host_memory() -> int:
+    """Bytes of this machine, or what its control group allows, if that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no control group, or "max"
+        return total

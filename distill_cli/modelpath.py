@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,24 @@ def _from_hub(path: str, revision: str | None, key: str) -> Path:
             f"{key}={path}: no such folder, and not to be had from the hub or its cache ({reason[:200]})"
         ) from error
     return _model_folder(Path(folder), path, key)
+
+
+def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Each tensor's dtype (as safetensors writes it: F32, BF16) and shape, from the headers of the folder's files.
+
+    Raises ConfigError where a file is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else None
+    files = [folder / name for name in names] if names else sorted(folder.glob("*.safetensors"))
+    found = {}
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            found |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            raise ConfigError(f"{file}: no safetensors ({error!r}); the model's folder is damaged") from error
+    return found

@@ -1,31 +1,25 @@
 """`distill plan`: what a run would do, before it does anything.
 
-Memory is by part and by arithmetic; activations are left out, since they depend on lengths.
+Memory is by part and by arithmetic (`distill_cli.memory`).
 """
 
 from __future__ import annotations
 
-import json
-import math
 import shlex
-import struct
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from distill_cli import hardware
+from distill_cli import hardware, memory
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, known_losses
-from distill_cli.config.derived import updates_per_step
-from distill_cli.config.schema import Config, Dtype, EngineModelConfig
+from distill_cli.config.derived import micro_batches_per_update, updates_per_step
+from distill_cli.config.schema import Config, EngineModelConfig
 from distill_cli.launch.local import command
 from distill_cli.preflight import Preflight
 from distill_cli.run import single_path
 from distill_cli.rundir import RunDir
-
-BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
 
 
 def print_plan(job: Job, found: Preflight) -> None:
@@ -80,8 +74,7 @@ def step_rows(config: Config) -> dict[str, str]:
     rollout, train, mesh = config.rollout, config.train, config.mesh
     sequences = rollout.prompts_per_step * rollout.generations_per_prompt
     most_tokens = sequences * rollout.max_sequence_length
-    shares = num_ranks(config) // (mesh.tensor * mesh.context)
-    rounds = math.ceil(train.global_batch_size * rollout.max_sequence_length / shares / train.micro_batch_tokens)
+    rounds = micro_batches_per_update(config, num_ranks=num_ranks(config))
     how = "packed" if train.packing else "padded"
     shared = f", shared by {mesh.context} context ranks" if mesh.context > 1 else ""
     return {
@@ -113,39 +106,29 @@ def run_rows(config: Config, found: Preflight) -> dict[str, str]:
 
 
 def memory_rows(config: Config, found: Preflight) -> dict[str, str]:
-    shards = parameter_shards(config)
-    student, teacher = num_parameters(found.student), num_parameters(found.teacher)
-    on_cpu = not hardware.gpus_per_node(config)
-    parts = {
-        "weights": student * 4 / shards,
-        "gradients": student * 4 / shards,
-        "optimizer": student * 8 / shards,
-        "sampler's weights": student * BYTES[config.model.student.dtype] / config.engine.student.tensor_parallel,
-        "scorer's weights": teacher * BYTES[config.model.teacher.dtype] / config.engine.teacher.tensor_parallel,
-    }
-    rows = {name: f"{value / 2**30:9.3f}" for name, value in parts.items()}
-    for role, engine in (("sampler", config.engine.student), ("scorer", config.engine.teacher)):
-        if engine.kv_cache_gib is not None:
-            rows[f"{role}'s KV cache"] = f"{engine.kv_cache_gib:9.3f}"
-        elif not on_cpu:
-            rows[f"{role}'s KV cache"] = f"what is left of {engine.gpu_memory_utilization:.0%} of the GPU"
+    """A rank's peak by part, in GiB, or why it cannot be told."""
+    is_gpu = bool(hardware.gpus_per_node(config))
+    gpu_bytes = (hardware.gpu_memory() or 0) if is_gpu else None
+    try:
+        shape = memory.read_shape(found.student)
+        predicted = memory.predict(
+            config, shape, found.student, found.teacher, num_ranks=num_ranks(config), gpu_bytes=gpu_bytes
+        )
+    except memory.NoPrediction as error:
+        return {"no prediction": str(error)}
+    parts = {**predicted.trainer.parts, **predicted.engines}
+    rows = {name: f"{size / 2**30:9.3f}" for name, size in parts.items()}
+    if gpu_bytes == 0:
+        for name, engine in (("sampler", config.engine.student), ("scorer", config.engine.teacher)):
+            if engine.kv_cache_gib is None:
+                rows[name] = f"{engine.gpu_memory_utilization:.0%} of a GPU whose size is not known here"
+    rows["peak"] = f"{predicted.peak / 2**30:9.3f}, at most, the trainer's in {predicted.trainer.name}"
+    if gpu_bytes:
+        rows["of"] = f"{gpu_bytes / 2**30:9.3f}, a GPU"
+    elif not is_gpu:
+        ranks = hardware.ranks_per_node(config)
+        rows["of"] = f"{hardware.host_memory() / ranks / 2**30:9.3f}, the host's memory over {ranks} ranks"
     return rows
-
-
-def num_parameters(folder: Path) -> int:
-    """Elements of all tensors in a folder's safetensors files, from their headers."""
-    return sum(
-        math.prod(tensor["shape"])
-        for file in folder.glob("*.safetensors")
-        for name, tensor in _header(file).items()
-        if name != "__metadata__"
-    )
-
-
-def _header(file: Path) -> dict:
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        return json.loads(stream.read(length))
 
 
 def _table(title: str, rows: dict[str, str]) -> Table:

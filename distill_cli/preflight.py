@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_cli import hardware, modelpath
+from distill_cli import hardware, memory, modelpath
 from distill_cli.config.checks import config_problems, mesh_problems
 from distill_cli.config.compose import known_losses
 from distill_cli.config.derived import needed_length
@@ -91,8 +91,12 @@ def preflight(config: Config) -> Preflight:
         with collecting():
             problems += _tensor_problems(config, found.student)
     problems += _engine_problems(config, {"student": found.student, "teacher": found.teacher})
-    if config.train.cpu_offload and not hardware.gpus_per_node(config):
-        found.warnings += ("train.cpu_offload=true has no effect on CPU ranks: all of it is in host memory",)
+    for name in ("cpu_offload", "offload_optimizer"):
+        if getattr(config.train, name) and not hardware.gpus_per_node(config):
+            found.warnings += (f"train.{name}=true has no effect on CPU ranks: all of it is in host memory",)
+    if found.student and found.teacher and not problems:
+        with collecting():
+            problems += _memory_problems(config, found.student, found.teacher)
     if 0 < found.num_train < config.rollout.prompts_per_step:
         problems.append(
             f"rollout.prompts_per_step={config.rollout.prompts_per_step}: the training data has only "
@@ -131,6 +135,28 @@ def _check_devices(config: Config) -> None:
     ranks, gpus = config.cluster.ranks_per_node, hardware.gpus_per_node(config)
     if ranks is not None and gpus and ranks != gpus:
         raise ConfigError(f"cluster.ranks_per_node={ranks}: one rank a GPU, and there are {gpus}; leave it out")
+
+
+def _memory_problems(config: Config, student: Path, teacher: Path) -> Iterator[str]:
+    """What does not fit the device, where its size and the model's shape are known; `plan` says where they are not."""
+    is_gpu, ranks = bool(hardware.gpus_per_node(config)), hardware.ranks_per_node(config)
+    total = hardware.gpu_memory() if is_gpu else hardware.host_memory()
+    if total is None:
+        return
+    with contextlib.suppress(memory.NoPrediction):
+        if is_gpu:
+            yield from memory.engine_problems(config, student, teacher, gpu_bytes=total)
+        found = memory.problem(
+            config,
+            memory.read_shape(student),
+            student,
+            teacher,
+            num_ranks=ranks * config.cluster.nodes,
+            ranks_here=ranks,
+            device=memory.Device(total, is_gpu),
+        )
+        if found:
+            yield found
 
 
 def _has_compiler() -> bool:

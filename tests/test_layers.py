@@ -12,6 +12,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"errors", "types"},
     {"config"},
     {"log", "rundir", "plugins", "modelpath", "hardware", "processes"},
+    {"memory"},
     {"parallel", "losses", "data", "engines", "track", "launch"},
     {"rollout", "preflight"},
     {"student", "evaluate", "checkpoint"},

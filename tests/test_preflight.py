@@ -9,7 +9,6 @@ import pytest
 from distill_cli import hardware
 from distill_cli.config.compose import compose
 from distill_cli.errors import ConfigError
-from distill_cli.plan import num_parameters
 from distill_cli.preflight import preflight
 
 MakeModel = Callable[..., Path]
@@ -31,7 +30,6 @@ def test_a_good_pair_passes(make_model: MakeModel) -> None:
     found = preflight(job.config)
     assert found.num_train == 8192
     assert found.num_steps(job.config) == job.config.train.max_steps
-    assert num_parameters(found.student) == 12
 
 
 def test_a_path_that_is_not_there_or_is_no_model(tmp_path: Path, make_model: MakeModel) -> None:

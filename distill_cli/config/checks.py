@@ -102,6 +102,8 @@ def _train(config: Config) -> Iterator[str]:
         yield f"train.seed={train.seed}: must be below 2**32, as the engines' seeds are"
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         yield f"train.betas={train.betas}: must be two numbers from 0 to below 1"
+    if train.cpu_offload and train.offload_optimizer:
+        yield "train.offload_optimizer=true: train.cpu_offload=true keeps it in host memory already; drop one"
     sequences = rollout.prompts_per_step * rollout.generations_per_prompt
     if train.global_batch_size >= 1 and sequences % train.global_batch_size:
         yield (

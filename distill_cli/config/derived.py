@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from distill_cli.config.schema import Config, EngineModelConfig
 
 
@@ -35,3 +37,10 @@ def parse_duration(text: str) -> float | None:
     if hours >= 24 or minutes >= 60 or seconds >= 60:
         return None
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def micro_batches_per_update(config: Config, *, num_ranks: int) -> int:
+    """Forward and backward passes of a rank for an optimizer step, where every sequence is as long as may be."""
+    shares = num_ranks // (config.mesh.tensor * config.mesh.context)
+    most_tokens = config.train.global_batch_size * config.rollout.max_sequence_length
+    return math.ceil(most_tokens / shares / config.train.micro_batch_tokens)

@@ -177,6 +177,9 @@ class TrainConfig:
     attention (selective), or nothing (none)."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer in host memory, on GPUs: slower, for what does not fit otherwise."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory, on GPUs, except inside the optimizer's step: room for the engines and
+    the activations, for a copy there and back each step."""
     compile: bool = False
     """Compile each layer (torch.compile): a slower start, faster steps. Not with mesh.tensor above 1."""
     seed: int = 42

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from distill_cli.config.schema import Schedule, TrainConfig
 from distill_cli.losses.linear_topk import HeadOutput
@@ -107,3 +108,35 @@ def optimizer_step(
         schedule.step()
     optimizer.zero_grad(set_to_none=True)
     return result
+
+
+class OptimizerOffload:
+    """Keeps an optimizer's state on another device, except inside its own step.
+
+    Parameters and gradients stay where they are. A checkpoint may read the state where it rests; what is loaded is put
+    there too. Step counts stay: AdamW keeps them on the CPU itself.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, rest: torch.device, work: torch.device) -> None:
+        """State is on `work` during a step, and on `rest` (pinned, where that is the host of a GPU) otherwise."""
+        self.optimizer, self.rest, self.work = optimizer, rest, work
+        optimizer.register_step_pre_hook(lambda *_: self.move(work))
+        optimizer.register_step_post_hook(lambda *_: self.move(rest))
+        optimizer.register_load_state_dict_post_hook(lambda *_: self.move(rest))
+
+    def move(self, device: torch.device) -> None:
+        """Every parameter's moments to `device`, all copies under way at once."""
+        for param, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if not isinstance(value, torch.Tensor) or value.shape != param.shape:
+                    continue
+                if isinstance(value, DTensor):  # from_local would bring it back to the mesh's device
+                    value._local_tensor = self._copy(value._local_tensor, device)
+                else:
+                    state[name] = self._copy(value, device)
+        if self.work.type == "cuda":
+            torch.cuda.synchronize(self.work)  # before the sources are given back, and the copies read
+
+    def _copy(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        pinned = device == self.rest and self.work.type == "cuda"
+        return torch.empty_like(value, device=device, pin_memory=pinned).copy_(value, non_blocking=True)

@@ -1,0 +1,150 @@
+"""Shapes and layouts whose memory is measured and predicted; `memory_rank.py` is a rank's side."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distill_cli.config.schema import Checkpointing
+from distill_cli.memory import ModelShape, Step, shape_of, trainer_moments
+
+SCRIPT = Path(__file__).parent / "memory_rank.py"
+
+
+def model(*, vocab: int, hidden: int, mlp: int, layers: int, tied: bool = True) -> dict[str, Any]:
+    heads = hidden // 64
+    return {
+        **{"model_type": "qwen3", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": mlp},
+        **{"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads // 2},
+        **{"head_dim": 64, "tie_word_embeddings": tied},
+    }
+
+
+SMALL = model(vocab=4096, hidden=256, mlp=768, layers=4)
+WIDE = model(vocab=1024, hidden=512, mlp=2048, layers=4, tied=False)
+"""Its parameters are most of its memory."""
+LARGE = model(vocab=151_936, hidden=256, mlp=1024, layers=12)
+"""Of 52M parameters, most of them the vocabulary's."""
+
+
+@dataclass(frozen=True)
+class Case:
+    model: dict[str, Any] = field(hash=False)
+    ranks: int = 1
+    mesh: dict[str, Any] = field(default_factory=dict, hash=False)
+    activation_checkpointing: str = "none"
+    precision: str = "fp32"
+    tokens: int = 2048
+    topk: int = 64
+    micro_batches: int = 1
+
+    @property
+    def step(self) -> Step:
+        tensor, context, replicate = (self.mesh.get(name, 1) for name in ("tensor", "context", "replicate"))
+        return Step(
+            tokens=self.tokens,
+            topk=self.topk,
+            micro_batches=self.micro_batches,
+            bf16=self.precision == "bf16",
+            checkpointing=Checkpointing[self.activation_checkpointing],
+            shard=self.ranks // (tensor * context * replicate),
+            context=context,
+            tensor=tensor,
+            sequence_parallel=self.mesh.get("sequence_parallel", False),
+        )
+
+    @property
+    def shape(self) -> ModelShape:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.model))
+        return shape_of(self.model, {name: tuple(param.shape) for name, param in lm.named_parameters()})
+
+
+CHECKPOINTING = ("none", "selective", "full")
+TABLE: dict[str, Case] = {
+    **{
+        f"small, {precision}, {which}": Case(SMALL, activation_checkpointing=which, precision=precision)
+        for precision in ("fp32", "bf16")
+        for which in CHECKPOINTING
+    },
+    **{f"small, shard=2, {which}": Case(SMALL, 2, activation_checkpointing=which) for which in CHECKPOINTING},
+    "small, shard=2, bf16, full": Case(SMALL, 2, activation_checkpointing="full", precision="bf16"),
+    **{
+        f"small, tensor=2, {which}": Case(SMALL, 2, {"tensor": 2}, activation_checkpointing=which)
+        for which in CHECKPOINTING
+    },
+    "small, tensor=2, sequence parallel": Case(SMALL, 2, {"tensor": 2, "sequence_parallel": True}),
+    "small, context=2": Case(SMALL, 2, {"context": 2}),
+    "small, replicate=2": Case(SMALL, 2, {"replicate": 2}),
+    "wide, fp32": Case(WIDE, tokens=64),
+    "wide, shard=2": Case(WIDE, 2, tokens=64),
+    "wide, shard=2, bf16": Case(WIDE, 2, tokens=64, precision="bf16"),
+    "wide, 2 micro-batches": Case(WIDE, tokens=64, micro_batches=2),
+    "wide, shard=2, 3 micro-batches": Case(WIDE, 2, tokens=64, micro_batches=3),
+    **{
+        f"{family}, bf16": Case(SMALL | {"model_type": family}, precision="bf16")
+        for family in ("llama", "qwen2", "mistral", "gemma3_text")
+    },
+    "gemma3_text, selective": Case(SMALL | {"model_type": "gemma3_text"}, activation_checkpointing="selective"),
+    "large, full": Case(LARGE, activation_checkpointing="full", tokens=1024),
+    "large, bf16, full": Case(LARGE, activation_checkpointing="full", precision="bf16", tokens=1024),
+    "large, shard=2, bf16, full": Case(LARGE, 2, activation_checkpointing="full", precision="bf16", tokens=1024),
+    "large, tensor=2, selective": Case(LARGE, 2, {"tensor": 2}, activation_checkpointing="selective", tokens=1024),
+}
+
+
+def measure(cases: Iterable[Case]) -> dict[Case, dict[str, int]]:
+    """Bytes of rank 0 in its second step, by part and at the peak; see `parts_of`."""
+    found: dict[Case, dict[str, int]] = {}
+    cases = list(cases)
+    for ranks in sorted({case.ranks for case in cases}):
+        group = [case for case in cases if case.ranks == ranks]
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out.pt"
+            command = [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
+                *(str(SCRIPT), str(out), json.dumps([vars(case) for case in group])),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr[-4000:]
+            results = torch.load(out, weights_only=True)
+        found |= {case: parts_of(*result) for case, result in zip(group, results, strict=True)}
+    return found
+
+
+def parts_of(begin: int, marks: list[tuple[str, int, int]]) -> dict[str, int]:
+    """Of a step's (mark, bytes then, most bytes until the next): what can be told apart.
+
+    `begin` is what its tensors held when it began: the account itself is of one thread, and never hears of buffers that
+    gloo's threads were the last to let go.
+    """
+    first = max(index for index, mark in enumerate(marks) if mark[0] == "step")
+    step = marks[first:]
+    lost, at = step[0][1] - begin, {name: (live, peak) for name, live, peak in step}
+    return {
+        "weights and optimizer": begin,
+        "gathered and activations": at["head"][0] - lost - begin,
+        "loss": at["head"][1] - at["head"][0],
+        "peak": max(peak for _, _, peak in step) - lost,
+    }
+
+
+def predict(case: Case) -> dict[str, int]:
+    """The same by arithmetic."""
+    moments = trainer_moments(case.shape, case.step)
+    parts = moments[0].parts
+    return {
+        "weights and optimizer": parts["weights"] + parts["optimizer"],
+        "gathered and activations": parts["gathered"] + parts["activations"] + parts["gradients"],
+        "loss": parts["loss"],
+        "peak": max(moment.total for moment in moments),
+    }

@@ -1,0 +1,172 @@
+"""One rank of `measured.measure`: what optimizer steps on made-up rollouts allocate, by torch's own account.
+
+torchrun --nproc-per-node N memory_rank.py OUT CASES_AS_JSON
+"""
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distill_cli.config.schema import Checkpointing, MeshConfig, Precision, TrainConfig
+from distill_cli.losses.divergence import DistillLoss
+from distill_cli.parallel.mesh import Parallel, layout
+from distill_cli.rollout.pack import MicroBatch, micro_batches, plan_batch
+from distill_cli.student import attention
+from distill_cli.student.model import Student, wrap
+from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
+from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
+
+MARK = "mark: "
+
+
+def mark(name: str) -> None:
+    with record_function(MARK + name):
+        pass
+
+
+class Settled:
+    """An FSDP collective that returns when gloo's threads, too, have let its tensors go.
+
+    The account is this thread's: what another thread is last to free would count as held for ever.
+    """
+
+    def __init__(self, collective: Callable[..., None]) -> None:
+        self.collective = collective
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, op=None, async_op=False) -> None:
+        tensors = (output_tensor, input_tensor)
+        before = [tensor._use_count() for tensor in tensors]
+        self.collective(*tensors, group=group, **({} if op is None else {"op": op}))
+        while any(tensor._use_count() > count for tensor, count in zip(tensors, before, strict=True)):
+            time.sleep(1e-4)
+
+
+def live_bytes() -> int:
+    """Of all tensors that this process can reach."""
+    gc.collect()
+    held = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter, DTensor):
+            tensor = thing._local_tensor if isinstance(thing, DTensor) else thing
+            held[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+    return sum(held.values())
+
+
+def run(case: dict, parallel: Parallel) -> int:
+    """Two optimizer steps; the second is the one that counts, since the optimizer's state is there.
+
+    Returns the bytes that are held when it begins.
+    """
+    settings = TrainConfig(
+        activation_checkpointing=Checkpointing[case["activation_checkpointing"]],
+        precision=Precision[case["precision"]],
+    )
+    mark("start")
+    config = AutoConfig.for_model(**case["model"])
+    lm = (
+        AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+        .train()
+        .to(parallel.device)
+        .to(parallel.device)
+    )
+    student = wrap(
+        Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel), parallel, settings
+    )
+    del lm
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(Settled(dist.all_gather_single))
+            module.set_custom_reduce_scatter(Settled(dist.reduce_scatter_single))
+    optimizer = build_optimizer(student, settings)
+    schedule = build_schedule(optimizer, settings, num_steps=10)
+    student.register_forward_pre_hook(lambda *_: mark("forward"))
+    student.lm.base_model.register_forward_hook(lambda *_: mark("head"))
+    student.register_forward_hook(lambda *_: mark("backward"))
+    optimizer.register_step_pre_hook(lambda *_: mark("optimizer"))
+    batches = made_up_batches(case, parallel)
+    for _ in range(2):
+        begin = live_bytes()
+        mark("step")
+        optimizer_step(student, optimizer, schedule, batches, max_grad_norm=1.0, parallel=parallel)
+    mark("end")
+    return begin
+
+
+def made_up_batches(case: dict, parallel: Parallel) -> list[MicroBatch]:
+    """As many micro-batches as the case says, each of two sequences that are all response but for a token."""
+    length, number = case["tokens"] // 2, 2 * case["micro_batches"] * parallel.data_size
+    vocab = case["model"]["vocab_size"]
+    rollouts = []
+    for index in range(number):
+        ids = torch.randint(0, vocab, (length,)).tolist()
+        top = torch.arange(case["topk"], dtype=torch.int32).repeat(length - 1, 1)
+        scores = TeacherScores(top, torch.full(top.shape, -5.0), torch.full((length - 1,), -5.0))
+        sample = Sample(ids[1:], [-1.0] * (length - 1), "stop")
+        rollouts.append(Rollout(Prompt(index, ids[:1], Example("q")), sample, scores=scores))
+    plan = plan_batch(
+        [length] * number,
+        num_ranks=parallel.data_size,
+        max_tokens=case["tokens"],
+        multiple=parallel.length_multiple,
+    )
+    return micro_batches(plan, rollouts, topk=case["topk"], parallel=parallel)
+
+
+def timeline(events: Sequence[object]) -> list[tuple[str, int, int]]:
+    """(mark, bytes live then, most bytes live from there to the next mark) in order."""
+    found, live = [], 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            if found:
+                found[-1][2] = max(found[-1][2], live)
+        elif event.name().startswith(MARK):
+            found.append([event.name().removeprefix(MARK), live, live])
+    return [tuple(entry) for entry in found]
+
+
+def peak_on_gpu(case: dict) -> int:
+    """Bytes that a lone rank's step takes at its most, by CUDA's allocator. Not run so far."""
+    attention.register()
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(case, layout(MeshConfig(**case["mesh"]), device=torch.device("cuda")))
+        return torch.cuda.max_memory_allocated() - before
+    finally:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    out, cases = sys.argv[1], json.loads(sys.argv[2])
+    attention.register()
+    dist.init_process_group("gloo")
+    results = []
+    for case in cases:
+        mesh = MeshConfig(**case["mesh"])
+        parallel = layout(mesh, device=torch.device("cpu"))
+        gc.collect()  # what is left of the case before would be freed in this one's account
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            begin = run(case, parallel)
+        results.append((begin, timeline(profiled.profiler.kineto_results.events())))
+    if dist.get_rank() == 0:
+        torch.save(results, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
