@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from distill_cli.config.schema import MeshConfig, TrainConfig
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.parallel.mesh import layout
+from distill_cli.student import attention
 from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from tests.student.train_rank import made_up_model
@@ -24,9 +25,8 @@ CASES = [  # family, tied, stored dtype, largest file, mesh, offload
 ]
 
 
-def check(
-    folder: Path, family: str, tied: bool, dtype: torch.dtype, size: str, mesh: MeshConfig, offload: bool
-) -> None:
+def check(folder: Path, case: tuple) -> None:
+    family, tied, dtype, size, mesh, offload = case
     if dist.get_rank() == 0:
         made_up_model(family, tied=tied).to(dtype).save_pretrained(folder, max_shard_size=size)
     dist.barrier()
@@ -49,9 +49,10 @@ def check(
 
 
 def main() -> None:
+    attention.register()
     dist.init_process_group("gloo")
     for index, case in enumerate(CASES):
-        check(Path(sys.argv[1]) / str(index), *case)
+        check(Path(sys.argv[1]) / str(index), case)
     dist.barrier()
     dist.destroy_process_group()
 

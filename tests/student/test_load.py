@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill_cli.errors import ConfigError
+from distill_cli.student import attention
 from distill_cli.student.load import load_weights
 from distill_cli.student.model import build_lm
 
@@ -28,6 +29,7 @@ def test_the_parameters_are_those_of_from_pretrained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", ["model.norm.weight", "model.extra.weight"])
 def test_a_missing_or_an_extra_tensor_is_named(wrong: str, tmp_path: Path) -> None:
+    attention.register()
     made_up_model("qwen3", tied=True).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     state = load_file(file)
