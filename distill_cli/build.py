@@ -36,7 +36,8 @@ from distill_cli.modelpath import locate
 from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.processes import StopFlag
 from distill_cli.rundir import RunDir, write_json
-from distill_cli.student.model import Student, load_lm, wrap
+from distill_cli.student.load import load_weights
+from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import OptimizerOffload, build_optimizer, build_schedule
 from distill_cli.student.weights import save_student
 from distill_cli.track.recorder import MetricsFile
@@ -169,7 +170,7 @@ def build_training(
     folder = locate(model.student.path, revision=model.student.revision, key="model.student.path")
     student = wrap(
         Student(
-            load_lm(folder, trust_remote_code=model.trust_remote_code),
+            build_lm(folder, trust_remote_code=model.trust_remote_code),
             loss=loss,
             temperature=config.loss.temperature,
             parallel=parallel,
@@ -177,6 +178,8 @@ def build_training(
         parallel,
         config.train,
     )
+    home = torch.device("cpu") if config.train.cpu_offload else parallel.device
+    load_weights(student, student.lm, folder, device=home)
     num_steps = min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch)
     optimizer = build_optimizer(student, config.train)
     if config.train.offload_optimizer and parallel.device.type == "cuda":

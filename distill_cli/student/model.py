@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from distill_cli.config.schema import Checkpointing, Precision, TrainConfig
@@ -27,6 +27,7 @@ from distill_cli.parallel.mesh import Parallel
 from distill_cli.parallel.tensor import apply_tensor_parallel, gather_hidden
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.student import attention
+from distill_cli.student.load import empty_parameters
 
 KEPT = {
     *(torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten._flash_attention_forward),
@@ -90,17 +91,24 @@ class Student(nn.Module):
         return out.loss, out
 
 
-def load_lm(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The folder's causal LM in float32, with the packed attention.
+def build_lm(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The folder's causal LM in float32, with the packed attention and empty parameters: `load_weights` fills them.
 
     Raises:
         ConfigError: the model changes its logits after the head, which the fused head would leave out.
     """
     attention.register()
     disable_progress_bar()
-    lm = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention.NAME, trust_remote_code=trust_remote_code
-    )
+    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with empty_parameters():
+        lm = AutoModelForCausalLM.from_config(
+            model_config,
+            dtype=torch.float32,
+            attn_implementation=attention.NAME,
+            trust_remote_code=trust_remote_code,
+        )
+    if lm.can_generate() and (folder / "generation_config.json").is_file():
+        lm.generation_config = GenerationConfig.from_pretrained(folder)
     config = lm.config.get_text_config()
     for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
         value = getattr(config, name, neutral)

@@ -1,0 +1,110 @@
+"""Reads a model folder's weights into a student that is laid out already: each rank reads only its own slices.
+
+`empty_parameters` builds the model with parameters that hold nothing (device meta) and real buffers; `wrap` cuts them;
+`load_weights` then puts each rank's part in their place. No rank ever holds more than its shards and one slice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import PreTrainedModel
+
+from distill_cli.errors import ConfigError
+
+
+@contextlib.contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Modules made inside have their parameters on meta; buffers (rotary frequencies) are real, being in no file."""
+
+    def to_meta(_module: nn.Module, _name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        if param is None or param.is_meta:  # a tied one stays the one it is
+            return None
+        return nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def load_weights(student: nn.Module, lm: PreTrainedModel, folder: Path, *, device: torch.device) -> None:
+    """Gives the parameters of `student`, whose `lm` was made by `empty_parameters`, the folder's values in their dtype.
+
+    Args:
+        device: where the parameters live between steps: the CPU under train.cpu_offload.
+
+    Raises:
+        ConfigError: the folder's *.safetensors lack a parameter, have another one, or one of another shape.
+    """
+    files = _files_of(folder)
+    names: dict[int, list[str]] = {}  # a tied parameter has several
+    for name, param in lm.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    params = dict(lm.named_parameters(remove_duplicate=False))
+    _check_names(lm, list(names.values()), files, folder)
+    prefix = next(name for name, module in student.named_modules() if module is lm)
+    state: dict[str, torch.Tensor] = {}
+    for same in names.values():
+        stored = next(name for name in same if name in files)
+        loaded = _read(params[same[0]], stored, files[stored], device=device)
+        state |= {f"{prefix}.{name}" if prefix else name: loaded for name in same}
+    student.load_state_dict(state, assign=True, strict=False)  # names are checked above; buffers stay
+    empty = [name for name, param in student.named_parameters() if param.is_meta]
+    assert not empty, f"not loaded: {empty}"
+
+
+def _read(param: nn.Parameter, name: str, file: Path, *, device: torch.device) -> nn.Parameter:
+    with safe_open(file, framework="pt") as content:
+        stored = content.get_slice(name)
+        if tuple(stored.get_shape()) != tuple(param.shape):
+            raise ConfigError(
+                f"{file}: {name} has the shape {list(stored.get_shape())}, and config.json makes it "
+                f"{list(param.shape)}; the model's folder is damaged"
+            )
+        if not isinstance(param, DTensor):
+            return nn.Parameter(stored[...].to(device, param.dtype), requires_grad=param.requires_grad)
+        shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+        if 0 in shape:
+            local = torch.empty(shape, dtype=param.dtype, device=device)
+        else:
+            part = stored[tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))]
+            local = part.to(device, param.dtype).contiguous()
+    whole = DTensor.from_local(
+        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+    return nn.Parameter(whole, requires_grad=param.requires_grad)
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """{tensor name: its file}, from the files' headers."""
+    files: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as content:
+            files |= dict.fromkeys(content.keys(), file)
+    if not files:
+        raise ConfigError(f"{folder}: no weights are there; *.safetensors are needed (pickles are not loaded)")
+    return files
+
+
+def _check_names(lm: PreTrainedModel, names: list[list[str]], files: dict[str, Path], folder: Path) -> None:
+    missing = [same[0] for same in names if not any(name in files for name in same)]
+    known = {name for same in names for name in same} | {name for name, _ in lm.named_buffers()}
+    ignored = [*(getattr(lm, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
+    extra = [n for n in files.keys() - known if not any(re.search(pattern, n) for pattern in ignored)]
+    for what, wrong in (("lack", missing), ("have, and the model lacks,", sorted(extra))):
+        if wrong:
+            raise ConfigError(
+                f"{folder}: its *.safetensors {what} {len(wrong)} tensors, such as {wrong[0]}; the folder is damaged, "
+                "or its names are not the transformers class's"
+            )
