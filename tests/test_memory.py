@@ -73,7 +73,7 @@ def test_engines_asleep_and_trainer_take_turns() -> None:
     awake = memory.Prediction(trainer, {"sampler": 20, "scorer": 25}, resting=10)
     assert awake.peak == 40 + 45
     assert memory.Prediction(trainer, awake.engines, 10, asleep=("scorer",)).peak == 40 + 20
-    assert memory.Prediction(trainer, awake.engines, 10, asleep=("sampler", "scorer")).peak == 10 + 45
+    assert memory.Prediction(trainer, awake.engines, 10, asleep=("sampler", "scorer")).peak == 40
 
 
 def test_what_does_not_fit_is_said_with_keys_that_make_it_fit() -> None:
