@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
 from distill_cli.checkpoint import store
 from distill_cli.config.schema import CheckpointConfig
@@ -64,15 +64,34 @@ class Trainable:
         return self.schedule.last_epoch
 
 
+class HostCopy:
+    """A copy of this rank's tensors in host memory, which is taken once and used again for each checkpoint."""
+
+    def __init__(self) -> None:
+        self._host: Tensors = {}
+
+    def take(self, tensors: Tensors) -> Tensors:
+        """The same names and layouts, with values that stay as they are now until the next call."""
+        copies: Tensors = {}
+        for name, tensor in tensors.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if name not in self._host:
+                self._host[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+            host = self._host[name].copy_(local, non_blocking=True)
+            # DTensor.from_local would carry it back to the mesh's device.
+            copies[name] = DTensor(host, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else host
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+
 class Saver:
     """Writes checkpoints. Every rank has one and calls it at the same steps: a collective."""
 
     def __init__(self, run: RunDir, settings: CheckpointConfig, trainable: Trainable) -> None:
         self._run, self._settings, self._trainable = run, settings, trainable
         self._group = dist.new_group(backend="gloo")  # the thread's: the trainer's own is in use meanwhile
-        on_gpu = torch.cuda.is_available()
-        # Host memory is taken once and used again for each checkpoint.
-        self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+        self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
         self.last_step = 0
         """The newest step that `save` was called for."""
@@ -88,7 +107,7 @@ class Saver:
         self.finish()
         self.last_step = step
         tensors = self._trainable.tensors(with_optimizer=self._settings.save_optimizer)
-        tensors = self._stager.stage(tensors)
+        tensors = self._host_copy.take(tensors)
         state = {**state, "step": step, "num_updates": self._trainable.num_updates, "num_ranks": dist.get_world_size()}
         self._thread = threading.Thread(
             target=self._write, args=(step, tensors, state, random_states()), name="checkpoint", daemon=True
@@ -105,7 +124,7 @@ class Saver:
 
     def close(self) -> None:
         self.finish()
-        self._stager.close()
+        self._host_copy = HostCopy()
 
     def _write(self, step: int, tensors: Tensors, state: dict[str, Any], randomness: dict[str, Any]) -> None:
         root, rank = self._run.checkpoints, dist.get_rank()
