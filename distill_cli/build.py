@@ -35,13 +35,14 @@ from distill_cli.losses.divergence import DistillLoss
 from distill_cli.modelpath import locate
 from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.processes import StopFlag
+from distill_cli.progress import Progress
 from distill_cli.rundir import RunDir, write_json
 from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import OptimizerOffload, build_optimizer, build_schedule
 from distill_cli.student.weights import save_student
 from distill_cli.track.recorder import MetricsFile
-from distill_cli.trainer import Progress, Trainer
+from distill_cli.trainer import Trainer
 from distill_cli.types import Prompt
 
 log = logging.getLogger(__name__)

@@ -7,14 +7,11 @@ its share of the sequences, and enters the same collectives in the same order.
 from __future__ import annotations
 
 import logging
-import resource
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean
 
 import torch
 
@@ -29,14 +26,13 @@ from distill_cli.engines.settings import SamplingSettings
 from distill_cli.errors import Unrecoverable
 from distill_cli.evaluate import Score, Validator
 from distill_cli.log import StepPrinter
-from distill_cli.losses.divergence import token_statistics
-from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.parallel.sharing import EngineShare, bring_together, share_out
 from distill_cli.processes import StopFlag
+from distill_cli.progress import Progress, Result, StopRequested, Stopwatch
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts, sequence_seed
 from distill_cli.rollout.pack import BatchPlan, MicroBatch, micro_batches, plan_batch
-from distill_cli.student.flops import peak_flops, train_flops
+from distill_cli.step_metrics import performance_metrics, rollout_metrics, train_metrics
 from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, optimizer_step
 from distill_cli.student.weights import named_parameters
@@ -48,91 +44,6 @@ log = logging.getLogger(__name__)
 
 TRUNCATED_STEPS = 3
 """Steps in a row above rollout.max_truncated_rate that are too many."""
-
-TOKEN_METRICS = (
-    "train/kl_forward",
-    "train/kl_reverse",
-    "train/entropy",
-    "train/teacher_topk_mass",
-    "train/student_topk_mass",
-    "train/top1_agreement",
-)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished run comes to."""
-
-    state: str
-    """`finished`, or `stopped` where it was asked to stop and can go on."""
-    reason: str | None
-    """Why it stopped."""
-    num_steps: int
-    """Steps that are done."""
-    seconds: float
-    """Of all attempts, as far as their steps were kept."""
-    before: Score | None
-    after: Score | None
-    teacher: Score | None
-
-    @property
-    def gap_closed(self) -> float | None:
-        """The share of the way from the student's start to the teacher; None where there was no gap to close."""
-        if not (self.before and self.after and self.teacher) or self.teacher.accuracy <= self.before.accuracy:
-            return None
-        return (self.after.accuracy - self.before.accuracy) / (self.teacher.accuracy - self.before.accuracy)
-
-
-class StopRequested(Exception):
-    """The run is to end after the last step that is done; all ranks raise it together."""
-
-
-@dataclass
-class Progress:
-    """How far a run has come: with the weights and the optimizer, all that its next step depends on."""
-
-    step: int = 0
-    """The last one that is done."""
-    seconds: float = 0.0
-    bad_updates: int = 0
-    """Updates in a row, up to now, that were skipped since they were not finite."""
-    truncated_steps: int = 0
-    """Steps in a row, up to now, above rollout.max_truncated_rate."""
-    before: Score | None = None
-    teacher: Score | None = None
-    latest: Score | None = None
-    """The student's newest validation, and its step."""
-    latest_step: int = -1
-
-    @classmethod
-    def of(cls, state: dict) -> Progress:
-        """From a checkpoint's state."""
-        scores = {name: Score(**state[name]) if state[name] else None for name in ("before", "teacher", "latest")}
-        names = ("step", "seconds", "bad_updates", "truncated_steps", "latest_step")
-        return cls(**{name: state[name] for name in names}, **scores)
-
-
-class Stopwatch:
-    """Seconds by stage of the current step."""
-
-    def __init__(self, on_stage: Callable[[str], None]) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._on_stage = on_stage
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        self._on_stage(stage)
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - begin
-
-    def lap(self) -> dict[str, float]:
-        """`time/<stage>_s` since the last lap."""
-        metrics = {f"time/{stage}_s": seconds for stage, seconds in self.seconds.items()}
-        self.seconds.clear()
-        return metrics
 
 
 @dataclass
@@ -239,16 +150,15 @@ class Trainer:
             self.mind_bad_update(step, result, global_batch)
             results.append((batches, result))
         with self.watch("record"):
-            metrics = {"train/lr": lr, **self.train_metrics(results), **self.rollout_metrics(rollouts)}
-            seconds = time.perf_counter() - begin
-            num_tokens = sum(plan.num_tokens for _, plan in plans)
-            metrics |= {
-                "time/step_s": seconds,
-                "perf/tokens_per_s": metrics["train/response_tokens"] / seconds,
-                "perf/peak_mem_gib": self.parallel.all_max(peak_memory_gib(self.parallel.device)),
-                "perf/packing_efficiency": num_tokens / sum(plan.computed_tokens for _, plan in plans),
-                **self.mfu(num_tokens=num_tokens, num_response_tokens=int(metrics["train/response_tokens"])),
-            }
+            metrics = {"train/lr": lr, **train_metrics(results, parallel=self.parallel), **rollout_metrics(rollouts)}
+            metrics |= performance_metrics(
+                [plan for _, plan in plans],
+                student=self.student,
+                parallel=self.parallel,
+                num_response_tokens=int(metrics["train/response_tokens"]),
+                train_s=self.watch.seconds["train"],
+                step_s=time.perf_counter() - begin,
+            )
         return metrics
 
     @contextmanager
@@ -337,14 +247,6 @@ class Trainer:
             parallel=self.parallel,
         )
 
-    def mfu(self, *, num_tokens: int, num_response_tokens: int) -> dict[str, float]:
-        """`perf/mfu` of the step's training, where the device's peak is known; padding is no work."""
-        peak = peak_flops(self.parallel.device)
-        if peak is None:
-            return {}
-        flops = train_flops(self.student, num_tokens=num_tokens, num_response_tokens=num_response_tokens)
-        return {"perf/mfu": flops / (self.watch.seconds["train"] * peak * self.parallel.size)}
-
     def validate(self, engine: Sampler | Scorer | CompanionScorer) -> Score:
         with self.watch("eval"):
             return self.validator.run(engine)
@@ -420,52 +322,3 @@ class Trainer:
         progress = self.progress
         after = progress.latest if progress.latest_step == progress.step > 0 else None
         return Result(state, reason, progress.step, seconds, progress.before, after, progress.teacher)
-
-    def train_metrics(self, results: Sequence[tuple[Sequence[MicroBatch], StepResult]]) -> dict[str, float]:
-        """Means over the response tokens of the step, of all ranks. A collective."""
-        device = self.parallel.device
-        sums = torch.zeros(len(TOKEN_METRICS), device=device)
-        mismatch = torch.zeros((), device=device)
-        for update, (batches, result) in enumerate(results):
-            for batch, output in zip(batches, result.outputs, strict=True):
-                batch = batch.to(device)
-                sums += token_metrics_CN(batch, output).sum(-1)
-                if update == 0:  # later ones see a student that has moved on from what was sampled
-                    mismatch += (batch.sampler_logp - output.sampled_logp_N).abs().sum()
-        *totals, mismatch_total = self.parallel.all_sum(torch.cat([sums, mismatch[None]])).tolist()
-        num_tokens = sum(result.num_response_tokens for _, result in results)
-        loss = sum(result.loss * result.num_response_tokens for _, result in results)
-        return {
-            "train/loss": loss / max(num_tokens, 1),
-            "train/grad_norm": sum(result.grad_norm for _, result in results) / len(results),
-            "train/response_tokens": num_tokens,
-            "train/skipped_updates": sum(not result.is_finite for _, result in results),
-            **{name: total / max(num_tokens, 1) for name, total in zip(TOKEN_METRICS, totals, strict=True)},
-            "rollout/engine_mismatch": mismatch_total / max(results[0][1].num_response_tokens, 1),
-        }
-
-    def rollout_metrics(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        """Means over the step's sequences, which every rank knows."""
-        rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
-        metrics = {
-            "rollout/mean_length": fmean(len(rollout.sample.token_ids) for rollout in rollouts),
-            "rollout/truncated_rate": fmean(rollout.sample.finish_reason == "length" for rollout in rollouts),
-        }
-        if rewards:
-            metrics["rollout/accuracy"] = fmean(rewards)
-        return metrics
-
-
-def token_metrics_CN(batch: MicroBatch, output: HeadOutput) -> torch.Tensor:
-    """float [C, N]: what is averaged over response tokens, in the order of TOKEN_METRICS."""
-    statistics = token_statistics(batch.topk_logp, output.student_logp_NC)
-    agreement_N = (output.argmax_N == batch.topk_ids[:, 0]).float()
-    values = {**statistics, "entropy": output.entropy_N, "top1_agreement": agreement_N}
-    return torch.stack([values[name.removeprefix("train/")] for name in TOKEN_METRICS])
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The largest so far: the allocator's on a GPU, the process' resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

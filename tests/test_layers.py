@@ -16,6 +16,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"parallel", "losses", "data", "engines", "track", "launch"},
     {"rollout", "preflight"},
     {"student", "evaluate", "checkpoint"},
+    {"progress", "step_metrics"},
     {"trainer"},
     {"build"},
     {"worker", "run", "listing", "doctor"},

@@ -1,0 +1,110 @@
+"""What a step's line in metrics.jsonl says, worked out from what the step left.
+
+Shape letters: N response tokens of a micro-batch, C the metrics that are averaged over them.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+
+from distill_cli.losses.divergence import token_statistics
+from distill_cli.losses.linear_topk import HeadOutput
+from distill_cli.parallel.mesh import Parallel
+from distill_cli.rollout.pack import BatchPlan, MicroBatch
+from distill_cli.student.flops import peak_flops, train_flops
+from distill_cli.student.model import Student
+from distill_cli.student.optimizer import StepResult
+from distill_cli.types import Rollout
+
+TOKEN_METRICS = (
+    "train/kl_forward",
+    "train/kl_reverse",
+    "train/entropy",
+    "train/teacher_topk_mass",
+    "train/student_topk_mass",
+    "train/top1_agreement",
+)
+
+
+def train_metrics(
+    results: Sequence[tuple[Sequence[MicroBatch], StepResult]], *, parallel: Parallel
+) -> dict[str, float]:
+    """Means over the response tokens of the step's updates, of all ranks. A collective."""
+    device = parallel.device
+    sums = torch.zeros(len(TOKEN_METRICS), device=device)
+    mismatch = torch.zeros((), device=device)
+    for update, (batches, result) in enumerate(results):
+        for batch, output in zip(batches, result.outputs, strict=True):
+            batch = batch.to(device)
+            sums += token_metrics_CN(batch, output).sum(-1)
+            if update == 0:  # later ones see a student that has moved on from what was sampled
+                mismatch += (batch.sampler_logp - output.sampled_logp_N).abs().sum()
+    *totals, mismatch_total = parallel.all_sum(torch.cat([sums, mismatch[None]])).tolist()
+    num_tokens = sum(result.num_response_tokens for _, result in results)
+    loss = sum(result.loss * result.num_response_tokens for _, result in results)
+    return {
+        "train/loss": loss / max(num_tokens, 1),
+        "train/grad_norm": sum(result.grad_norm for _, result in results) / len(results),
+        "train/response_tokens": num_tokens,
+        "train/skipped_updates": sum(not result.is_finite for _, result in results),
+        **{name: total / max(num_tokens, 1) for name, total in zip(TOKEN_METRICS, totals, strict=True)},
+        "rollout/engine_mismatch": mismatch_total / max(results[0][1].num_response_tokens, 1),
+    }
+
+
+def token_metrics_CN(batch: MicroBatch, output: HeadOutput) -> torch.Tensor:
+    """float [C, N]: what is averaged over response tokens, in the order of TOKEN_METRICS."""
+    statistics = token_statistics(batch.topk_logp, output.student_logp_NC)
+    agreement_N = (output.argmax_N == batch.topk_ids[:, 0]).float()
+    values = {**statistics, "entropy": output.entropy_N, "top1_agreement": agreement_N}
+    return torch.stack([values[name.removeprefix("train/")] for name in TOKEN_METRICS])
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Means over the step's sequences, which every rank knows."""
+    rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    metrics = {
+        "rollout/mean_length": fmean(len(rollout.sample.token_ids) for rollout in rollouts),
+        "rollout/truncated_rate": fmean(rollout.sample.finish_reason == "length" for rollout in rollouts),
+    }
+    if rewards:
+        metrics["rollout/accuracy"] = fmean(rewards)
+    return metrics
+
+
+def performance_metrics(
+    plans: Sequence[BatchPlan],
+    *,
+    student: Student,
+    parallel: Parallel,
+    num_response_tokens: int,
+    train_s: float,
+    step_s: float,
+) -> dict[str, float]:
+    """How fast the step was and what it took: of `step_s` seconds in all, `train_s` in forward and backward passes.
+
+    `perf/mfu` where the device's peak is known; padding is no work. A collective.
+    """
+    num_tokens = sum(plan.num_tokens for plan in plans)
+    metrics = {
+        "time/step_s": step_s,
+        "perf/tokens_per_s": num_response_tokens / step_s,
+        "perf/peak_mem_gib": parallel.all_max(peak_memory_gib(parallel.device)),
+        "perf/packing_efficiency": num_tokens / sum(plan.computed_tokens for plan in plans),
+    }
+    peak = peak_flops(parallel.device)
+    if peak is not None:
+        flops = train_flops(student, num_tokens=num_tokens, num_response_tokens=num_response_tokens)
+        metrics["perf/mfu"] = flops / (train_s * peak * parallel.size)
+    return metrics
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The largest so far: the allocator's on a GPU, the process' resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
