@@ -32,8 +32,8 @@ from distill_cli.rundir import RunDir
 SAFE = (
     *("mesh.", "cluster.", "engine.", "eval.", "checkpoint.", "tracker.mlflow.enabled", "run.print_every"),
     *("train.max_steps", "train.max_epochs", "train.micro_batch_tokens", "train.packing"),
-    *("train.activation_checkpointing", "train.cpu_offload", "train.compile", "train.max_bad_steps"),
-    *("rollout.max_truncated_rate", "rollout.on_truncation"),
+    *("train.activation_checkpointing", "train.cpu_offload", "train.offload_optimizer", "train.compile"),
+    *("train.max_bad_steps", "rollout.max_truncated_rate", "rollout.on_truncation"),
 )
 """Keys, or their beginnings, that a resumed run may change."""
 

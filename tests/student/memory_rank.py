@@ -75,12 +75,7 @@ def run(case: dict, parallel: Parallel) -> int:
     )
     mark("start")
     config = AutoConfig.for_model(**case["model"])
-    lm = (
-        AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
-        .train()
-        .to(parallel.device)
-        .to(parallel.device)
-    )
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).train().to(parallel.device)
     student = wrap(
         Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel), parallel, settings
     )
