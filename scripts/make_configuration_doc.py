@@ -1,0 +1,144 @@
+"""Writes docs/configuration.md from the dataclasses of distill_cli/config/schema.py and the files of conf/.
+
+python scripts/make_configuration_doc.py            # writes it
+python scripts/make_configuration_doc.py --check    # status 1 where it is not current
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SCHEMA = ROOT / "distill_cli/config/schema.py"
+PAGE = ROOT / "docs/configuration.md"
+CONF = ROOT / "conf"
+
+INTRODUCTION = """\
+# Configuration
+
+Every key, with its type, default and meaning. This page is made by `python scripts/make_configuration_doc.py` from
+[`schema.py`](../distill_cli/config/schema.py) and [`conf/`](../conf); a test holds it current.
+
+Defaults are those of the Qwen3 recipe on GPUs. The embedded default, `model=tiny`, turns down what a laptop needs
+turned down; `distill --cfg job` prints what a command composes to.
+
+```bash
+distill --cfg job                                   # every key with its value
+distill --cfg job --package loss                    # those of one group
+distill ls                                          # the groups, and `distill ls loss` the choices of one
+distill loss=reverse loss.topk=32                   # a choice, and a key
+distill 'rollout.stop=["\\n\\n"]' data.system_prompt=null   # lists are quoted for the shell; null is none
+```
+"""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One line of a dataclass."""
+
+    key: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--check", action="store_true")
+    if not arguments.parse_args().check:
+        PAGE.write_text(page())
+        return 0
+    if PAGE.read_text() == page():
+        return 0
+    print(f"{PAGE.relative_to(ROOT)} is not current: python scripts/make_configuration_doc.py", file=sys.stderr)
+    return 1
+
+
+def page() -> str:
+    """The whole text."""
+    tree = ast.parse(SCHEMA.read_text())
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    enums = {name: enum_values(node) for name, node in classes.items() if _bases(node) == ["Enum"]}
+    parts = [INTRODUCTION]
+    for group in fields_of(classes["Config"]):
+        node = classes[group.kind]
+        parts.append(f"## {group.key}\n")
+        if about := ast.get_docstring(node):
+            parts.append(_one_line(about) + "\n")
+        parts += [table(rows(node, group.key, classes, enums)), choices(group.key)]
+    return "\n".join(part for part in parts if part)
+
+
+def rows(node: ast.ClassDef, prefix: str, classes: dict, enums: dict) -> list[Field]:
+    """The keys of a dataclass and of those inside it, with their whole names."""
+    found = []
+    for field in fields_of(node):
+        key = f"{prefix}.{field.key}"
+        inner = field.kind.removesuffix(" | None")
+        if inner in classes and inner not in enums:
+            found += rows(classes[inner], key, classes, enums)
+            continue
+        kind = field.kind.replace(inner, ", ".join(enums[inner])) if inner in enums else field.kind
+        default = field.default.split(".")[-1] if inner in enums else field.default
+        found.append(Field(key, kind.replace(" | None", " or null"), default, field.meaning))
+    return found
+
+
+def fields_of(node: ast.ClassDef) -> list[Field]:
+    found = []
+    for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(statement, ast.AnnAssign):
+            continue
+        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        meaning = _one_line(after.value.value) if is_text else ""
+        found.append(Field(statement.target.id, ast.unparse(statement.annotation), default_of(statement), meaning))
+    return found
+
+
+def default_of(statement: ast.AnnAssign) -> str:
+    value = statement.value
+    if isinstance(value, ast.Name) and value.id == "MISSING":
+        return "needed"
+    if isinstance(value, ast.Call):  # field(default_factory=...)
+        factory = value.keywords[0].value
+        text = ast.unparse(factory.body) if isinstance(factory, ast.Lambda) else f"{ast.unparse(factory)}()"
+        return {"dict()": "{}", "list()": "[]"}.get(text, text)
+    text = ast.unparse(value)
+    return {"None": "null", "True": "true", "False": "false"}.get(text, text.strip("'"))
+
+
+def enum_values(node: ast.ClassDef) -> list[str]:
+    return [statement.value.value for statement in node.body if isinstance(statement, ast.Assign)]
+
+
+def table(fields: list[Field]) -> str:
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for field in fields:
+        cells = (f"`{field.key}`", field.kind, f"`{field.default}`", field.meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def choices(group: str) -> str:
+    """The files of a config group, each with its first comment."""
+    lines = []
+    for file in sorted((CONF / group).glob("*.yaml")):
+        comments = [line for line in file.read_text().splitlines() if line.startswith("#") and "@package" not in line]
+        lines.append(f"- `{group}={file.stem}`: {comments[0].lstrip('# ') if comments else ''}")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _bases(node: ast.ClassDef) -> list[str]:
+    return [ast.unparse(base) for base in node.bases]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

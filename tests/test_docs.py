@@ -1,0 +1,65 @@
+"""What the documents say is so: commands compose, keys exist, the generated page is current."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from distill_cli.cli import VERBS, split_verb
+from distill_cli.config.compose import compose
+from distill_cli.config.schema import Config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GROUPS = {file.name for file in (ROOT / "conf").iterdir() if file.is_dir()}
+PLACEHOLDER = re.compile(r"\.\.\.|<[^>]+>|\b[A-Z]{3,}\b")
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of each `distill` line in the pages' bash blocks; placeholders in capitals are left out."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
+            lines = block.replace("\\\n", " ").splitlines()
+            for words in (shlex.split(line, comments=True) for line in lines):
+                while words and (re.fullmatch(r"[A-Z_]+=\S*", words[0]) or words[0] in ("uv", "run", "--extra", "cpu")):
+                    words = words[1:]
+                if words[:1] == ["distill"] and not any(PLACEHOLDER.search(word) for word in words):
+                    found.append((page.name, words[1:]))
+    return found
+
+
+def keys_of(node: object, at: str = "") -> set[str]:
+    """Every dotted key of the config, groups too."""
+    if not isinstance(node, dict):
+        return {at}
+    return {at, *(key for name, value in node.items() for key in keys_of(value, f"{at}.{name}".lstrip(".")))}
+
+
+@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: value if isinstance(value, str) else None)
+def test_a_documented_command_is_one(page: str, words: list[str], capsys: pytest.CaptureFixture) -> None:
+    verb, rest = split_verb(words)
+    assert verb in VERBS
+    if verb in ("train", "plan"):
+        compose(rest)
+
+
+def test_every_key_beside_nemo_rl_exists() -> None:
+    known = keys_of(OmegaConf.to_container(OmegaConf.structured(Config)))
+    text = (ROOT / "docs/nemo_rl.md").read_text()
+    table = text[text.index("## Keys") : text.index("## What differs")]
+    ours = [row.split("|")[2] for row in table.splitlines() if row.startswith("| `")]  # theirs, ours, remark
+    named = {key.split("=")[0] for cell in ours for key in re.findall(r"`([^`]+)`", cell)}
+    free = {key for key in named if key.startswith(("data.train.", "data.validation."))}  # a source's own
+    assert named - free - GROUPS - {""} <= known
+    assert len(named) > 50
+
+
+def test_the_configuration_page_is_current() -> None:
+    script = ROOT / "scripts/make_configuration_doc.py"
+    done = subprocess.run([sys.executable, script, "--check"], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
