@@ -18,6 +18,7 @@ distill - on-policy distillation of language models from one command
   distill plan [OVERRIDES]        compose and check everything, print what would run, start nothing
   distill resume RUN [OVERRIDES]  go on from a run's newest checkpoint, on any number of ranks
   distill export RUN [DIR]        a checkpoint as a Hugging Face folder (--step N|best|last, --push NAME)
+  distill report RUN...           final KL and accuracy of runs or of a sweep, over what was swept
   distill ls [GROUP]              the choices of a config group, each with its first comment line
   distill doctor [--json]         what is installed, visible and reachable, and how to fix what is not
 
@@ -128,6 +129,20 @@ def export(argv: Sequence[str]) -> int:
     return export(argv)
 
 
+def report(argv: Sequence[str]) -> int:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from distill_cli.report.read import read_results
+    from distill_cli.report.table import print_comparison
+
+    if not argv or any(word.startswith("-") for word in argv):
+        raise ConfigError("distill report: give the folders of runs or of a sweep, such as runs/latest")
+    print_comparison(Console(highlight=False), read_results([Path(word) for word in argv]))
+    return 0
+
+
 def ls(argv: Sequence[str]) -> int:
     from distill_cli.config.compose import conf_dir
     from distill_cli.listing import print_choices
@@ -151,6 +166,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan,
     "resume": resume,
     "export": export,
+    "report": report,
     "ls": ls,
     "doctor": doctor,
 }

@@ -29,7 +29,9 @@ from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.launch.local import Stopped, launch
 from distill_cli.preflight import Preflight, preflight
-from distill_cli.rundir import RunDir
+from distill_cli.report.read import read_sweep
+from distill_cli.report.table import print_comparison
+from distill_cli.rundir import Element, RunDir, SweepDir
 from distill_cli.track.mlflow import MlflowShipper, MlflowTarget
 from distill_cli.track.recorder import cut_back, read_metrics
 
@@ -100,20 +102,22 @@ def run_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Seq
     """One folder for the sweep, one in it for each run; a table at the end."""
     root = Path(jobs[0].config.run.root)
     name = jobs[0].config.run.name or rundir.free_name(root, time.strftime("%Y%m%d-%H%M%S_sweep"))
-    sweep = root / name
-    rows = []
-    for index, (job, found) in enumerate(zip(jobs, checked, strict=True)):
-        path = sweep / rundir.element_name(index, job.swept)
-        console.rule(escape(f"{index + 1}/{len(jobs)} {' '.join(job.swept)}"), align="left")
+    sweep = SweepDir(root / name)
+    elements = [Element(index, rundir.element_name(index, job.swept), job.swept) for index, job in enumerate(jobs)]
+    sweep.write(command=command, elements=elements)
+    states = []
+    for element, job, found in zip(elements, jobs, checked, strict=True):
+        path = sweep.path / element.folder
+        console.rule(escape(f"{element.index + 1}/{len(jobs)} {' '.join(job.swept)}"), align="left")
         try:
-            outcome = run_job(job, found, path=path, command=command, console=console)
+            states.append(run_job(job, found, path=path, command=command, console=console)["state"])
         except DistillError as error:
             console.print(f"error: {escape(str(error))}")
-            outcome = {"state": "failed"}
-        rows.append((job, path, outcome))
-    console.print(sweep_table(rows))
-    console.print(f"folder   {sweep}")
-    return 0 if all(outcome["state"] != "failed" for _, _, outcome in rows) else 1
+            states.append("failed")
+    print_comparison(console, read_sweep(sweep))
+    console.print(f"folder   {sweep.path}")
+    console.print(f"again    distill report {sweep.path}")
+    return 1 if "failed" in states else 0
 
 
 def run_job(job: Job, found: Preflight, *, path: Path, command: Sequence[str], console: Console) -> dict[str, Any]:
@@ -279,21 +283,6 @@ def end_panel(job: Job, outcome: dict[str, Any], run: RunDir) -> Panel:
 def next_override(job: Job) -> str:
     """Something worth trying after this run."""
     return "loss=reverse" if job.choices.get("loss") != "reverse" else "loss=forward"
-
-
-def sweep_table(rows: Sequence[tuple[Job, Path, dict[str, Any]]]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in ("run", "state", "accuracy", "gap closed"):
-        table.add_column(column)
-    for job, _, outcome in rows:
-        after, gap = outcome.get("after"), outcome.get("gap_closed")
-        table.add_row(
-            escape(" ".join(job.swept)),
-            outcome["state"],
-            f"{after['accuracy']:.3f}" if after else "",
-            f"{gap:.0%}" if gap is not None else "",
-        )
-    return table
 
 
 def _rows(rows: dict[str, str]) -> Table:

@@ -1,4 +1,4 @@
-"""A run's folder: its name, its files, and the rule that a folder is never used twice."""
+"""A run's folder and a sweep's: names, files, and the rule that a folder is never used twice."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,40 @@ class RunDir:
             file.flush()
             yield
             file.truncate(0)
+
+    def holder(self) -> str:
+        """Who holds the folder, as far as is known without taking it; empty where nobody does."""
+        try:
+            return (self.path / ".lock").read_text().strip()
+        except FileNotFoundError:
+            return ""
+
+
+@dataclass(frozen=True)
+class Element:
+    """One run of a sweep."""
+
+    index: int
+    folder: str
+    """Inside the sweep's."""
+    overrides: list[str]
+    """What tells it from the others."""
+
+
+class SweepDir:
+    """A folder that holds one folder for each run of a sweep, and sweep.json, which lists them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    file = property(lambda self: self.path / "sweep.json")
+
+    def write(self, *, command: Sequence[str], elements: Sequence[Element]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.file, {"command": list(command), "elements": [asdict(element) for element in elements]})
+
+    def elements(self) -> list[Element]:
+        return [Element(**element) for element in json.loads(self.file.read_text())["elements"]]
 
 
 def create(path: Path, *, command: Sequence[str]) -> RunDir:

@@ -14,7 +14,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"log", "rundir", "plugins", "modelpath", "hardware", "processes"},
     {"memory"},
     {"parallel", "losses", "data", "engines", "track", "launch"},
-    {"rollout", "preflight"},
+    {"rollout", "preflight", "report"},
     {"student", "evaluate", "checkpoint"},
     {"progress", "step_metrics"},
     {"trainer"},
@@ -33,6 +33,7 @@ NO_TORCH = [
     "distill_cli.resume",
     "distill_cli.doctor",
     "distill_cli.worker",
+    "distill_cli.report.table",
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

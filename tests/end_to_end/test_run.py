@@ -112,9 +112,11 @@ def test_a_sweep_runs_each_element_in_its_own_folder(tmp_path) -> None:
     done = distill(tmp_path, "-m", "loss.topk=4,8", *off)
     assert done.status == 0, done.stdout + done.stderr
     (sweep,) = tmp_path.glob("runs/*_sweep")
-    assert sorted(folder.name for folder in sweep.iterdir()) == ["0_topk=4", "1_topk=8"]
-    assert all((folder / "outcome.json").is_file() for folder in sweep.iterdir())
-    assert "loss.topk=8" in done.stdout.rsplit("run ", 1)[1]
+    assert sorted(path.name for path in sweep.iterdir()) == ["0_topk=4", "1_topk=8", "sweep.json"]
+    assert all((folder / "outcome.json").is_file() for folder in sweep.glob("*_topk=*"))
+    table = done.stdout[done.stdout.index("loss.topk  state") :]
+    assert all(words in table for words in ("KL forward", "finished", "best loss"))
+    assert distill(tmp_path, "report", str(sweep)).stdout in done.stdout
 
 
 def test_a_rank_that_fails_is_one_line_and_a_log(tmp_path) -> None:
