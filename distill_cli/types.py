@@ -18,6 +18,10 @@ class Example:
 
     question: str
     answer: str | None = None
+    dataset: str = ""
+    """Which of several datasets it comes from, for scores by dataset; sources that mix them name it."""
+    response: str | None = None
+    """A whole answer to imitate, where the dataset has one (worked solutions, chats)."""
 
 
 @dataclass(frozen=True)
