@@ -229,7 +229,7 @@ class Trainer:
             for data_rank in self.scorers.data_ranks
             for member in plan.members_of(data_rank)
         ]
-        shares = share_out([len(rollout.token_ids) for rollout in rollouts], self.scorers.num_engines)
+        shares = share_out([len(rollout.teacher_token_ids) for rollout in rollouts], self.scorers.num_engines)
         mine = [rollouts[index] for index in shares[self.scorers.index]]
         score_rollouts(mine, scorer=self.scorer)
         scored = bring_together([rollout.scores for rollout in mine], shares, group=self.scorers.group)

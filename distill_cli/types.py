@@ -17,11 +17,16 @@ class Example:
     """A row of a dataset: what the user says, and the answer that a verifier compares with."""
 
     question: str
+    """The user's message; the last one where there are `messages`. Blank where the row has none."""
     answer: str | None = None
     dataset: str = ""
     """Which of several datasets it comes from, for scores by dataset; sources that mix them name it."""
     response: str | None = None
     """A whole answer to imitate, where the dataset has one (worked solutions, chats)."""
+    messages: tuple[dict[str, str], ...] = ()
+    """A conversation up to the user's last message, each with `role` and `content`; empty: the question alone."""
+    context: str | None = None
+    """What only the teacher is shown, such as a reference solution (`data.teacher_context`)."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Prompt:
     """Position in the order of the data: seeds and reports refer to it."""
     token_ids: list[int]
     example: Example
+    teacher_token_ids: list[int] | None = None
+    """What the teacher reads in its place; None is the same."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +79,13 @@ class Rollout:
     @property
     def token_ids(self) -> list[int]:
         return self.prompt.token_ids + self.sample.token_ids
+
+    @property
+    def teacher_prompt_ids(self) -> list[int]:
+        """The prompt as the teacher reads it."""
+        return self.prompt.token_ids if self.prompt.teacher_token_ids is None else self.prompt.teacher_token_ids
+
+    @property
+    def teacher_token_ids(self) -> list[int]:
+        """What the teacher scores: its own prompt, and the student's answer."""
+        return self.teacher_prompt_ids + self.sample.token_ids

@@ -25,10 +25,10 @@ def sample_rollouts(
 
 
 def score_rollouts(rollouts: Sequence[Rollout], *, scorer: Scorer) -> None:
-    """Fills in the teacher's scores."""
+    """Fills in the teacher's scores of the student's answers; the prompts before them may be the teacher's own."""
     scores = scorer.score(
-        [rollout.token_ids for rollout in rollouts],
-        response_starts=[len(rollout.prompt.token_ids) for rollout in rollouts],
+        [rollout.teacher_token_ids for rollout in rollouts],
+        response_starts=[len(rollout.teacher_prompt_ids) for rollout in rollouts],
     )
     for rollout, score in zip(rollouts, scores, strict=True):
         rollout.scores = score
