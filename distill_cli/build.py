@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -59,31 +59,10 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     stop = StopFlag(limit_s=parse_duration(limit) if limit else None)
     parallel = init_parallel(device=pick_device(), mesh=config.mesh)
     tokenizer = build_tokenizer(config)
-    # What the user may have got wrong comes first, before engines take their time.
-    order, loss = build_order(config, tokenizer), build_loss(config)
-    validator = build_validator(config, parallel, tokenizer)
-    engines = build_engines(config)
-    training = build_training(config, console, loss, order=order, parallel=parallel)
-    trainable = Trainable(training["student"].lm, training["optimizer"], training["schedule"])
-    progress = Progress.of(load(checkpoint, trainable)) if checkpoint else Progress()
-    trainer = Trainer(
-        config=config,
-        parallel=parallel,
-        sampler=engines[0],
-        scorer=engines[1],
-        prompts=order,
-        sampling=train_sampling(config),
-        verify=resolve_verifier(config.data.verifier) if config.data.verifier else None,
-        decode=make_decode(tokenizer),
-        validator=validator,
-        metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,
-        saver=Saver(run, config.checkpoint, trainable) if config.checkpoint.enabled else None,
-        rollouts_dir=run.rollouts,
-        stop=stop,
-        heartbeat=run.heartbeat.write_text if parallel.is_main else lambda stage: None,
-        progress=progress,
-        **training,
-    )
+    trainer, trainable = build_trainer(run, console, config, parallel, tokenizer, make_engines=build_engines)
+    if checkpoint:
+        trainer.progress = Progress.of(load(checkpoint, trainable))
+    trainer.stop = stop
     stop.listen(signal.SIGTERM, signal.SIGUSR1)
     with trainer.printer:
         result = trainer.run()
@@ -92,8 +71,48 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     if parallel.is_main:
         trainer.metrics_file.close()
         write_json(run.outcome, {**asdict(result), "gap_closed": result.gap_closed})
-    for engine in reversed(engines):
-        engine.close()
+    close(trainer)
+
+
+def build_trainer(
+    run: RunDir,
+    console: IO[str],
+    config: Config,
+    parallel: Parallel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    make_engines: Callable[[Config], tuple[Sampler, Scorer | CompanionScorer]],
+) -> tuple[Trainer, Trainable]:
+    """Everything that a step works with, and what of it a checkpoint is made of. A collective."""
+    # What the user may have got wrong comes first, before engines take their time.
+    order, loss = build_order(config, tokenizer), build_loss(config)
+    validator = build_validator(config, parallel, tokenizer)
+    sampler, scorer = make_engines(config)
+    training = build_training(config, console, loss, order=order, parallel=parallel)
+    trainable = Trainable(training["student"].lm, training["optimizer"], training["schedule"])
+    trainer = Trainer(
+        config=config,
+        parallel=parallel,
+        sampler=sampler,
+        scorer=scorer,
+        prompts=order,
+        sampling=train_sampling(config),
+        verify=resolve_verifier(config.data.verifier) if config.data.verifier else None,
+        decode=make_decode(tokenizer),
+        validator=validator,
+        metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,
+        saver=Saver(run, config.checkpoint, trainable) if config.checkpoint.enabled else None,
+        rollouts_dir=run.rollouts,
+        heartbeat=run.heartbeat.write_text if parallel.is_main else lambda stage: None,
+        **training,
+    )
+    return trainer, trainable
+
+
+def close(trainer: Trainer) -> None:
+    """Engines first, in the reverse of the order in which they were built; then the process group. A collective."""
+    trainer.sampler.close()
+    trainer.scorer.close()
     dist.barrier()
     dist.destroy_process_group()
 
@@ -114,21 +133,31 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(locate(model.student.path, revision=model.student.revision, key="model.student.path"), model)
 
 
-def build_engines(config: Config) -> tuple[Sampler, Scorer | CompanionScorer]:
-    """Both engines, asleep where they sleep at all. A collective."""
+def build_engines(config: Config, *, topk: int | None = None) -> tuple[Sampler, Scorer | CompanionScorer]:
+    """Both engines, asleep where they sleep at all. A collective.
+
+    Args:
+        topk: words that the scorer gives at each token; None is `loss.topk`.
+    """
     begin = time.perf_counter()
-    student = engine_settings(config, config.model.student, config.engine.student)
-    teacher = engine_settings(config, config.model.teacher, config.engine.teacher)
-    make_scorer = CompanionScorer if needs_companion(student, teacher) else Scorer
     # A companion loads on its own while the sampler is built here.
-    scorer = make_scorer(teacher, topk=config.loss.topk, temperature=config.loss.temperature)
-    scorer.sleep()
-    sampler = Sampler(student)
+    scorer = build_scorer(config, topk=topk)
+    sampler = Sampler(engine_settings(config, config.model.student, config.engine.student))
     sampler.sleep()
     if isinstance(scorer, CompanionScorer):
         scorer.wait_ready()
     log.info("engines ready in %.1f s", time.perf_counter() - begin)
     return sampler, scorer
+
+
+def build_scorer(config: Config, *, topk: int | None = None) -> Scorer | CompanionScorer:
+    """The teacher's engine, asleep where it sleeps at all. A collective."""
+    student = engine_settings(config, config.model.student, config.engine.student)
+    teacher = engine_settings(config, config.model.teacher, config.engine.teacher)
+    make_scorer = CompanionScorer if needs_companion(student, teacher) else Scorer
+    scorer = make_scorer(teacher, topk=topk or config.loss.topk, temperature=config.loss.temperature)
+    scorer.sleep()
+    return scorer
 
 
 def engine_settings(config: Config, model: StudentModel | TeacherModel, engine: EngineModelConfig) -> EngineSettings:

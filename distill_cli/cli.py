@@ -16,6 +16,7 @@ distill - on-policy distillation of language models from one command
 
   distill [train] [OVERRIDES]     train a student on its own answers, scored by a teacher (the default verb)
   distill plan [OVERRIDES]        compose and check everything, print what would run, start nothing
+  distill check [OVERRIDES]       two minutes on the real models: are loss, engines, sync, checkpoint right?
   distill resume RUN [OVERRIDES]  go on from a run's newest checkpoint, on any number of ranks
   distill export RUN [DIR]        a checkpoint as a Hugging Face folder (--step N|best|last, --push NAME)
   distill report RUN...           final KL and accuracy of runs or of a sweep, over what was swept
@@ -117,6 +118,12 @@ def plan(argv: Sequence[str]) -> int:
     return 0
 
 
+def check(argv: Sequence[str]) -> int:
+    from distill_cli.check import check
+
+    return check(argv)
+
+
 def resume(argv: Sequence[str]) -> int:
     from distill_cli.resume import resume
 
@@ -164,6 +171,7 @@ def doctor(argv: Sequence[str]) -> int:
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "plan": plan,
+    "check": check,
     "resume": resume,
     "export": export,
     "report": report,

@@ -1,4 +1,4 @@
-"""What each torchrun rank runs: `python -m distill_cli.worker RUN_DIR --attempt N [--checkpoint FOLDER]`.
+"""What each torchrun rank runs: `python -m distill_cli.worker RUN_DIR --attempt N [--checkpoint FOLDER | --check]`.
 
 Whatever a rank or a library prints goes to the rank's log; the main rank's standard output is kept for the lines that
 are meant for the user. Only then is torch imported, and `build` makes the trainer.
@@ -31,9 +31,14 @@ def main() -> None:
     try:
         prepare_process()
         hide_broken_packages()
-        from distill_cli.build import run_rank
+        if arguments.check:
+            from distill_cli.check_rank import check_rank
 
-        run_rank(run, console, checkpoint=arguments.checkpoint)
+            check_rank(run, console)
+        else:
+            from distill_cli.build import run_rank
+
+            run_rank(run, console, checkpoint=arguments.checkpoint)
     except Exception as error:
         traceback.print_exc()
         message = " ".join(str(error).split())
@@ -50,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("run", type=Path)
     arguments.add_argument("--attempt", type=int, required=True)
     arguments.add_argument("--checkpoint", type=Path)
+    arguments.add_argument("--check", action="store_true")
     return arguments
 
 

@@ -35,7 +35,7 @@ class Stopped(BaseException):
         self.signum = signum
 
 
-def command(run: RunDir, *, num_ranks: int, checkpoint: Path | None = None) -> list[str]:
+def command(run: RunDir, *, num_ranks: int, checkpoint: Path | None = None, check: bool = False) -> list[str]:
     """What starts the ranks of a run on this machine."""
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"),
@@ -48,6 +48,7 @@ def command(run: RunDir, *, num_ranks: int, checkpoint: Path | None = None) -> l
             f"--attempt={run.attempt}",
         ),
         *([f"--checkpoint={checkpoint}"] if checkpoint else []),
+        *(["--check"] if check else []),
     ]
 
 
@@ -57,6 +58,7 @@ def launch(
     num_ranks: int,
     use_gpus: bool,
     checkpoint: Path | None = None,
+    check: bool = False,
     hang_timeout_s: float = 0.0,
     grace_s: float = 60.0,
 ) -> None:
@@ -64,6 +66,7 @@ def launch(
 
     Args:
         checkpoint: where they go on from.
+        check: they look whether all is as it should be (`distill check`), instead of training.
         hang_timeout_s: how long a stage of a step may take; 0 is for ever.
         grace_s: how long the ranks may take to save a checkpoint when they are asked to stop.
 
@@ -75,7 +78,7 @@ def launch(
     """
     with (run.logs / "torchrun.log").open("wb") as log, stop_signals():
         process = subprocess.Popen(
-            command(run, num_ranks=num_ranks, checkpoint=checkpoint),
+            command(run, num_ranks=num_ranks, checkpoint=checkpoint, check=check),
             stderr=log,
             env=environment(num_ranks=num_ranks, use_gpus=use_gpus),
             start_new_session=True,  # Ctrl-C reaches us alone, and we end the ranks

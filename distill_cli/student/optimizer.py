@@ -78,16 +78,29 @@ def optimizer_step(
     max_grad_norm: float,
     parallel: Parallel,
 ) -> StepResult:
-    """Forward and backward over this rank's micro-batches of one global batch, clip, step. A collective.
+    """`accumulate_gradient`, clip, step. A collective.
+
+    Where the loss or the gradient is not finite, parameters, moments and learning rate stay as they were.
+    """
+    result = accumulate_gradient(student, batches, max_grad_norm=max_grad_norm, parallel=parallel)
+    if result.is_finite:
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def accumulate_gradient(
+    student: Student, batches: Sequence[MicroBatch], *, max_grad_norm: float, parallel: Parallel
+) -> StepResult:
+    """Forward and backward over this rank's micro-batches of one global batch; the gradient, clipped. A collective.
 
     Every rank has as many micro-batches (`rollout.pack`), some of them perhaps without loss.
 
     How the global batch was cut into ranks and micro-batches changes neither loss nor gradient: each token's loss is
-    divided by the token count of all of them, and gradients are summed. Where the loss or the gradient is not finite,
-    parameters, moments and learning rate stay as they were.
+    divided by the token count of all of them, and gradients are summed.
     """
-    num_tokens = sum(batch.num_response_tokens for batch in batches)
-    total_tokens = parallel.all_sum(torch.tensor(float(num_tokens), device=parallel.device))
+    total_tokens = count_response_tokens(batches, parallel=parallel)
     loss, outputs = torch.zeros((), device=parallel.device), []
     for number, batch in enumerate(batches):
         student.set_requires_gradient_sync(number == len(batches) - 1)
@@ -97,17 +110,18 @@ def optimizer_step(
         outputs.append(output)
     parallel.all_sum(loss)
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).full_tensor()
-    result = StepResult(
+    return StepResult(
         loss=float(loss),
         grad_norm=float(norm),
         num_response_tokens=int(total_tokens),
         outputs=outputs,
     )
-    if result.is_finite:
-        optimizer.step()
-        schedule.step()
-    optimizer.zero_grad(set_to_none=True)
-    return result
+
+
+def count_response_tokens(batches: Sequence[MicroBatch], *, parallel: Parallel) -> torch.Tensor:
+    """Scalar float: of the global batch, over all ranks and micro-batches. A collective."""
+    num_tokens = sum(batch.num_response_tokens for batch in batches)
+    return parallel.all_sum(torch.tensor(float(num_tokens), device=parallel.device))
 
 
 class OptimizerOffload:
