@@ -30,8 +30,10 @@ from distill_cli.types import Rollout, TeacherScores
 
 MASSES = (16, 64, 128)
 """Sizes of the teacher's top-k whose probability is reported."""
-SHIFT = 0.05
-"""By how much weights are changed to see whether the sampler follows, and the loss to see whether its slope is right."""
+LOSS_SHIFT = 0.05
+"""Share of the loss by which weights are moved along the gradient to see whether it is the slope."""
+SYNC_SHIFT = 0.2
+"""Share by which all weights are made smaller to see whether the sampler follows."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +252,8 @@ class SelfCheck:
         trainer.optimizer.zero_grad(set_to_none=True)
 
     def slope(self, batches: Sequence[MicroBatch], result: StepResult) -> float:
-        """How fast the loss falls along its gradient, in a step either way of about SHIFT of itself."""
-        student, length = self.trainer.student, SHIFT * result.loss / result.grad_norm
+        """How fast the loss falls along its gradient, in a step either way of about LOSS_SHIFT of itself."""
+        student, length = self.trainer.student, LOSS_SHIFT * result.loss / result.grad_norm
         losses = []
         for sign in (1.0, -1.0):
             with self.moved(student, sign * length / result.grad_norm):
@@ -293,19 +295,11 @@ class SelfCheck:
         trainer.saver.save(1, {"metrics": {}}, wait=True)
         with torch.no_grad():
             for param in trainer.student.parameters():
-                param.mul_(1 + SHIFT)
-        rollouts = self.sample(version=2)
-        batches, _ = self.score(rollouts)
-        _, outputs = self.outputs(trainer.student, batches)
-        self.within(
-            "the sampler has the new weights after a sync",
-            self.sampler_difference(batches, outputs),
-            self.limits.logp,
-            "the sampler answers with old weights: the sync does not reach its engine",
-        )
-        warnings: list[str] = []
+                param.mul_(1 - SYNC_SHIFT)
+        batches, _ = self.score(self.sample(version=2))
+        _, new = self.outputs(trainer.student, batches)
+        what, warnings = "a checkpoint brings everything back", list[str]()
         saved = store.newest_whole(self.checkpoints, warn=warnings.append)
-        what = "a checkpoint brings everything back"
         if saved is None:
             self.say(what, False, "; ".join(warnings) or "none was written", "see the disk, and the ranks' logs")
             return
@@ -313,11 +307,19 @@ class SelfCheck:
         after = [_local(tensor) for tensor in self.trainable.tensors(with_optimizer=True).values()]
         equal = [x.equal(y) for x, y in zip(before, after, strict=True)]
         differing = trainer.parallel.all_max(float(equal.count(False)))
+        found = f"{len(equal)} tensors, {differing:.0f} of them differ"
+        self.say(what, differing == 0, found, "the run could not go on where it was: report this")
+        _, old = self.outputs(trainer.student, batches)
+        self.check_sync(batches, new, old)
+
+    def check_sync(self, batches: Sequence[MicroBatch], new: Sequence[HeadOutput], old: Sequence[HeadOutput]) -> None:
+        """The sampler's log-probabilities are those of the weights that it was given last."""
+        to_new, to_old = self.sampler_difference(batches, new), self.sampler_difference(batches, old)
         self.say(
-            what,
-            differing == 0,
-            f"{len(equal)} tensors, {differing:.0f} of them differ",
-            "the run could not go on where it was: report this",
+            "the sampler has the new weights after a sync",
+            to_new <= self.limits.logp and to_new < to_old / 2,
+            f"{to_new:.2g} from the new (limit {self.limits.logp:g}), {to_old:.2g} from the old",
+            "the sampler answers with old weights: the sync does not reach its engine",
         )
 
     def within(self, what: str, value: float, limit: float, fix: str) -> None:
