@@ -63,7 +63,7 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     if checkpoint:
         trainer.progress = Progress.of(load(checkpoint, trainable))
     trainer.stop = stop
-    stop.listen(signal.SIGTERM, signal.SIGUSR1)
+    stop.listen(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     with trainer.printer:
         result = trainer.run()
     if result.state == "finished" or trainer.saver is None:

@@ -23,6 +23,7 @@ from distill_cli.config.compose import compose, save_config
 from distill_cli.config.schema import Config, Launcher
 from distill_cli.errors import ConfigError
 from distill_cli.launch.local import launch
+from distill_cli.launch.placement import placement
 from distill_cli.preflight import preflight
 from distill_cli.run import exit_status
 from distill_cli.rundir import RunDir
@@ -62,6 +63,7 @@ def check(argv: Sequence[str]) -> int:
                 use_gpus=hardware.gpus_per_node(config) > 0,
                 check=True,
                 hang_timeout_s=TIMEOUT_S,
+                env=placement(config.cluster),
             )
         finally:
             outcome = json.loads(run.outcome.read_text()) if run.outcome.exists() else {}

@@ -101,20 +101,28 @@ def strip_verb_from_completion() -> None:
 
 def train(argv: Sequence[str]) -> int:
     from distill_cli.config.compose import compose
-    from distill_cli.run import run_jobs
+    from distill_cli.start import run_jobs
 
-    jobs = compose(argv)
+    jobs = compose(wait_as_override(argv))
     return run_jobs(jobs, command=["distill", *argv]) if jobs else 0
+
+
+def wait_as_override(argv: Sequence[str]) -> list[str]:
+    """`--wait` is cluster.wait=true."""
+    return ["cluster.wait=true" if word == "--wait" else word for word in argv]
 
 
 def plan(argv: Sequence[str]) -> int:
     from distill_cli.config.compose import compose
-    from distill_cli.plan import print_plan
+    from distill_cli.config.schema import Launcher
+    from distill_cli.plan import print_plan, print_script
     from distill_cli.run import check_jobs
 
-    jobs = compose(argv)
+    jobs = compose(wait_as_override(argv))
     for job, found in zip(jobs, check_jobs(jobs), strict=True):
         print_plan(job, found)
+    if jobs and jobs[0].config.cluster.launcher is Launcher.slurm:
+        print_script(jobs)
     return 0
 
 
@@ -127,7 +135,7 @@ def check(argv: Sequence[str]) -> int:
 def resume(argv: Sequence[str]) -> int:
     from distill_cli.resume import resume
 
-    return resume(argv)
+    return resume(wait_as_override(argv))
 
 
 def export(argv: Sequence[str]) -> int:

@@ -6,6 +6,8 @@ Memory is by part and by arithmetic (`distill_cli.memory`).
 from __future__ import annotations
 
 import shlex
+import textwrap
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,7 +17,8 @@ from distill_cli import hardware, memory
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, known_losses
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step
-from distill_cli.config.schema import Config, EngineModelConfig
+from distill_cli.config.schema import Config, EngineModelConfig, Launcher
+from distill_cli.launch import slurm
 from distill_cli.launch.local import command
 from distill_cli.preflight import Preflight
 from distill_cli.run import single_path
@@ -30,11 +33,19 @@ def print_plan(job: Job, found: Preflight) -> None:
     console.print(_table("a step", step_rows(config)))
     console.print(_table("the run", run_rows(config, found)))
     console.print(_table("memory of a rank, GiB", memory_rows(config, found)))
-    run = RunDir(single_path(job))
-    launch = shlex.join(command(run, num_ranks=hardware.ranks_per_node(config)))
-    console.print(_table("launch", {"folder": str(run.path), "command": launch}))
+    if config.cluster.launcher is Launcher.local:
+        run = RunDir(single_path(job))
+        launch = shlex.join(command(run, num_ranks=hardware.ranks_per_node(config)))
+        console.print(_table("launch", {"folder": str(run.path), "command": launch}))
     for warning in [*found.warnings, *inert_overrides(config, job.overrides, known_losses())]:
         console.print(f"warning: {escape(warning)}")
+
+
+def print_script(jobs: Sequence[Job]) -> None:
+    """Prints what sbatch would get of these jobs: one script, of an array where they are several."""
+    path = single_path(jobs[0]).absolute()
+    text = slurm.script(jobs[0].config, path / "slurm", name=path.name, num_jobs=len(jobs))
+    print("sbatch\n" + textwrap.indent(text.strip(), "  "))
 
 
 def mesh_rows(config: Config) -> dict[str, str]:

@@ -17,11 +17,12 @@ from distill_cli import hardware, memory, modelpath
 from distill_cli.config.checks import config_problems, mesh_problems
 from distill_cli.config.compose import known_losses
 from distill_cli.config.derived import needed_length
-from distill_cli.config.schema import Config
+from distill_cli.config.schema import Config, Launcher
 from distill_cli.data.registry import load_examples, resolve_verifier
 from distill_cli.engines.process import hide_broken_packages
 from distill_cli.engines.settings import tensor_parallel_problem
 from distill_cli.errors import ConfigError
+from distill_cli.launch.slurm import cluster_problems, settle
 from distill_cli.plugins import load_function
 
 
@@ -59,6 +60,10 @@ def preflight(config: Config) -> Preflight:
         except ConfigError as error:
             problems.extend(error.problems)
 
+    if config.cluster.launcher is Launcher.slurm:
+        with collecting():
+            settle(config)
+            problems += cluster_problems(config)
     model = config.model
     with collecting():
         found.student = modelpath.locate(model.student.path, revision=model.student.revision, key="model.student.path")
@@ -120,7 +125,8 @@ def _check_names(config: Config) -> None:
 
 def _check_devices(config: Config) -> None:
     asked, visible = config.cluster.gpus_per_node, hardware.visible_gpus()
-    if asked is not None and asked > visible:
+    on_slurm = config.cluster.launcher is Launcher.slurm
+    if asked is not None and asked > visible and not on_slurm:
         raise ConfigError(
             f"cluster.gpus_per_node={asked}: this machine has {visible} visible GPUs; set it to at most {visible} "
             "(0 runs on CPUs)"
@@ -139,6 +145,8 @@ def _check_devices(config: Config) -> None:
 
 def _memory_problems(config: Config, student: Path, teacher: Path) -> Iterator[str]:
     """What does not fit the device, where its size and the model's shape are known; `plan` says where they are not."""
+    if config.cluster.launcher is Launcher.slurm:
+        return  # of a node's memory nothing is known here
     is_gpu, ranks = bool(hardware.gpus_per_node(config)), hardware.ranks_per_node(config)
     total = hardware.gpu_memory() if is_gpu else hardware.host_memory()
     if total is None:

@@ -7,7 +7,6 @@ difference is refused with both values.
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +18,15 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
+from distill_cli import submit
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
-from distill_cli.config.compose import Job, conf_dir, load_config, save_config
+from distill_cli.config.compose import conf_dir, load_config, save_config
 from distill_cli.config.overrides import override_problems
-from distill_cli.config.schema import Config
+from distill_cli.config.schema import Config, Launcher
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.preflight import preflight
-from distill_cli.run import carry_out, exit_status, flatten, read_outcome, start_panel
+from distill_cli.run import carry_out, exit_status, flatten, job_of, read_outcome, start_panel
 from distill_cli.rundir import RunDir
 
 SAFE = (
@@ -47,8 +47,9 @@ def resume(argv: Sequence[str]) -> int:
     """
     path, step, overrides = _arguments(argv)
     console = Console(highlight=False, soft_wrap=True)
-    run = open_run(path)
+    run, job_id = open_run(path), None
     with run.lock(), exit_status() as status:
+        submit.check_not_queued([run])
         config = with_overrides(load_config(run.config), overrides)
         start = start_of(run, step, config=config, console=console)
         found = preflight(config)
@@ -64,10 +65,14 @@ def resume(argv: Sequence[str]) -> int:
         attempt = run.next_attempt()
         for warning in found.warnings:
             console.print(f"warning: {escape(warning)}")
-        typed = shlex.split(run.command.read_text())[1:] if run.command.exists() else []
-        job = Job(config=config, choices={}, overrides=[word for word in typed if "=" in word], swept=[])
+        job = job_of(run)
         console.print(start_panel(job, found, attempt))
-        carry_out(job, attempt, console=console)
+        if config.cluster.launcher is Launcher.slurm:
+            job_id = submit.submit_run(config, run, console=console)
+        else:
+            carry_out(job, attempt, console=console)
+    if job_id is not None and config.cluster.wait:
+        return submit.wait_for_run(run, job_id, console=console)
     return status.value
 
 

@@ -1,13 +1,11 @@
-"""One job, or the jobs of a sweep, from a composed config to the summary that is printed at the end."""
+"""One run: its checks, its folder, its attempts, and the summary that is printed at the end."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,39 +18,20 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from distill_cli import hardware, rundir
+from distill_cli import hardware, modelpath, rundir
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.checks import inert_overrides
-from distill_cli.config.compose import Job, known_losses, save_config
+from distill_cli.config.compose import Job, known_losses, load_config, save_config
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.launch.local import Stopped, launch
+from distill_cli.launch.nodes import Head
+from distill_cli.launch.placement import placement
 from distill_cli.preflight import Preflight, preflight
-from distill_cli.report.read import read_sweep
-from distill_cli.report.table import print_comparison
-from distill_cli.rundir import Element, RunDir, SweepDir
+from distill_cli.rundir import RunDir
 from distill_cli.track.mlflow import MlflowShipper, MlflowTarget
 from distill_cli.track.recorder import cut_back, read_metrics
-
-
-def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
-    """Checks every job, then runs them one after the other; the exit status.
-
-    A run of a sweep that fails does not stop the others.
-
-    Raises:
-        ConfigError: some job is wrong; nothing was started.
-        DistillError: the only job failed.
-    """
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-    checked = check_jobs(jobs)
-    with exit_status() as status:
-        if any(job.swept for job in jobs):
-            status.value = run_sweep(jobs, checked, command=command, console=console)
-        else:
-            run_job(jobs[0], checked[0], path=single_path(jobs[0]), command=command, console=console)
-    return status.value
 
 
 @dataclass
@@ -98,42 +77,40 @@ def single_path(job: Job) -> Path:
     return root / (job.config.run.name or rundir.free_name(root, rundir.default_name(job.choices)))
 
 
-def run_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Sequence[str], console: Console) -> int:
-    """One folder for the sweep, one in it for each run; a table at the end."""
-    root = Path(jobs[0].config.run.root)
-    name = jobs[0].config.run.name or rundir.free_name(root, time.strftime("%Y%m%d-%H%M%S_sweep"))
-    sweep = SweepDir(root / name)
-    elements = [Element(index, rundir.element_name(index, job.swept), job.swept) for index, job in enumerate(jobs)]
-    sweep.write(command=command, elements=elements)
-    states = []
-    for element, job, found in zip(elements, jobs, checked, strict=True):
-        path = sweep.path / element.folder
-        console.rule(escape(f"{element.index + 1}/{len(jobs)} {' '.join(job.swept)}"), align="left")
-        try:
-            states.append(run_job(job, found, path=path, command=command, console=console)["state"])
-        except DistillError as error:
-            console.print(f"error: {escape(str(error))}")
-            states.append("failed")
-    print_comparison(console, read_sweep(sweep))
-    console.print(f"folder   {sweep.path}")
-    console.print(f"again    distill report {sweep.path}")
-    return 1 if "failed" in states else 0
-
-
-def run_job(job: Job, found: Preflight, *, path: Path, command: Sequence[str], console: Console) -> dict[str, Any]:
-    """One run in its own folder; what `outcome.json` says afterwards."""
+def prepare(job: Job, path: Path, *, command: Sequence[str]) -> RunDir:
+    """Makes a run's folder, with the config that its ranks will read."""
     run = rundir.create(path.absolute(), command=command)
     save_config(job.config, run.config)
-    rundir.point_latest(Path(job.config.run.root), os.path.relpath(path, job.config.run.root))
+    return run
+
+
+def introduce(job: Job, found: Preflight, run: RunDir, *, console: Console) -> None:
+    """Prints what is about to run, and what is to be minded."""
     for warning in [*found.warnings, *inert_overrides(job.config, job.overrides, known_losses())]:
         console.print(f"warning: {escape(warning)}")
     console.print(start_panel(job, found, run))
-    with run.lock():
-        return carry_out(job, run, console=console)
 
 
-def carry_out(job: Job, run: RunDir, *, console: Console) -> dict[str, Any]:
+def job_of(run: RunDir) -> Job:
+    """The job that a run's folder was made for: its config, and what was typed."""
+    typed = shlex.split(run.command.read_text())[1:] if run.command.exists() else []
+    return Job(config=load_config(run.config), choices={}, overrides=[word for word in typed if "=" in word], swept=[])
+
+
+def locate_models(config: Config) -> None:
+    """Brings both models onto this machine, before its ranks start: they look in the cache alone."""
+    model = config.model
+    modelpath.locate(model.student.path, revision=model.student.revision, key="model.student.path")
+    modelpath.locate(model.teacher.path, revision=model.teacher.revision, key="model.teacher.path")
+    if model.tokenizer is not None:
+        modelpath.locate(model.tokenizer, key="model.tokenizer")
+
+
+def carry_out(job: Job, run: RunDir, *, console: Console, head: Head | None = None) -> dict[str, Any]:
     """Attempt after attempt until the run has ended; what `outcome.json` says then. The folder is locked.
+
+    Args:
+        head: speaks with the run's other nodes; None where there are none.
 
     Raises:
         DistillError: an attempt failed, and no other may follow or would fare better.
@@ -141,22 +118,22 @@ def carry_out(job: Job, run: RunDir, *, console: Console) -> dict[str, Any]:
     """
     try:
         with tracking(job.config, run):
-            attempts(job.config, run, console=console)
+            attempts(job.config, run, console=console, head=head)
     except Stopped:
         outcome = read_outcome(run)
         saved = f"saved after step {outcome['num_steps']}" if outcome else "the last checkpoint is what is left"
-        console.print(f"stopped: {saved}; distill resume {_shown(run.path)} goes on")
+        console.print(f"stopped: {saved}; distill resume {shown(run.path)} goes on")
         raise
     outcome = read_outcome(run)
     if outcome["state"] == "stopped":
         console.print(f"stopped by {escape(outcome['reason'])} after step {outcome['num_steps']}")
-        console.print(f"go on    distill resume {_shown(run.path)}")
+        console.print(f"go on    distill resume {shown(run.path)}")
     else:
         console.print(end_panel(job, outcome, run))
     return outcome
 
 
-def attempts(config: Config, run: RunDir, *, console: Console) -> None:
+def attempts(config: Config, run: RunDir, *, console: Console, head: Head | None) -> None:
     """Starts the ranks, and starts them again from the newest checkpoint where they failed and that may help."""
     for number in itertools.count():
         start = begin_attempt(run, console=console)
@@ -169,6 +146,8 @@ def attempts(config: Config, run: RunDir, *, console: Console) -> None:
                 checkpoint=start.path if start else None,
                 hang_timeout_s=config.cluster.hang_timeout_s,
                 grace_s=config.cluster.grace_s,
+                head=head,
+                env=placement(config.cluster),
             )
             return
         except (ConfigError, Unrecoverable):
@@ -253,8 +232,9 @@ def start_panel(job: Job, found: Preflight, run: RunDir) -> Panel:
         "loss": f"{config.loss.kl_type}, top-{config.loss.topk}, tail {config.loss.tail.value}",
         "data": f"{found.num_train} training rows, {found.num_validation} for validation",
         "steps": f"{found.num_steps(config)} of {config.rollout.prompts_per_step} prompts",
-        "ranks": f"{ranks} on {'GPUs' if gpus else 'the CPU'}",
-        "folder": _shown(run.path),
+        "ranks": f"{ranks} on {'GPUs' if gpus else 'the CPU'}"
+        + (f" of each of {config.cluster.nodes} nodes" if config.cluster.nodes > 1 else ""),
+        "folder": shown(run.path),
     }
     return Panel(_rows(rows), title="distill", title_align="left", expand=False)
 
@@ -271,8 +251,8 @@ def end_panel(job: Job, outcome: dict[str, Any], run: RunDir) -> Panel:
     if outcome["gap_closed"] is not None:
         rows["gap closed"] = f"{outcome['gap_closed']:.0%}"
     rows["time"] = f"{outcome['num_steps']} steps in {outcome['seconds']:.0f} s"
-    rows["student"] = _shown(run.student)
-    rows["metrics"] = _shown(run.metrics)
+    rows["student"] = shown(run.student)
+    rows["metrics"] = shown(run.metrics)
     if job.config.tracker.mlflow.enabled:
         uri = mlflow_target(job.config, run).uri
         rows["MLflow"] = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri
@@ -294,7 +274,7 @@ def _rows(rows: dict[str, str]) -> Table:
     return table
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """Relative to the current folder where it lies inside."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 

@@ -33,6 +33,8 @@ class RunDir:
     metrics = property(lambda self: self.path / "metrics.jsonl")
     outcome = property(lambda self: self.path / "outcome.json")
     student = property(lambda self: self.path / "student")
+    slurm = property(lambda self: self.path / "slurm.json")
+    """The job that has the run, where its output goes, and its exit status once it has ended."""
     checkpoints = property(lambda self: self.path / "checkpoints")
     rollouts = property(lambda self: self.path / "rollouts")
     logs = property(lambda self: self.path / "logs" / f"attempt_{self.attempt}")
@@ -45,27 +47,51 @@ class RunDir:
     def rank_error(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.error.json"
 
+    def torchrun_log(self, node: int) -> Path:
+        return self.logs / ("torchrun.log" if node == 0 else f"torchrun_{node}.log")
+
+    def node_status(self, node: int) -> Path:
+        """How a node's ranks ended, of a run on several."""
+        return self.logs / f"node_{node}.json"
+
     def next_attempt(self) -> RunDir:
         """The same folder, with a log folder that no attempt has used."""
-        numbers = [folder.name.removeprefix("attempt_") for folder in self.path.glob("logs/attempt_*")]
-        run = RunDir(self.path, attempt=1 + max((int(number) for number in numbers if number.isdigit()), default=0))
+        run = RunDir(self.path, attempt=1 + max(self._attempts(), default=0))
         run.logs.mkdir(parents=True)
         return run
 
+    def unused_attempt(self) -> RunDir:
+        """The newest attempt, if nothing was started in it yet, or the next."""
+        numbers = self._attempts()
+        newest = RunDir(self.path, attempt=max(numbers, default=1))
+        return newest if numbers and not any(newest.logs.iterdir()) else self.next_attempt()
+
+    def _attempts(self) -> list[int]:
+        names = [folder.name.removeprefix("attempt_") for folder in self.path.glob("logs/attempt_*")]
+        return [int(name) for name in names if name.isdigit()]
+
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, *, wait_s: float = 0.0) -> Iterator[None]:
         """Holds the folder for this process; it is free again when the process ends, however that happens.
+
+        Args:
+            wait_s: how long another process may take to let go of it.
 
         Raises:
             ConfigError: another process has it, and which.
         """
+        deadline = time.monotonic() + wait_s
         with (self.path / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise ConfigError(f"{self.path}: in use by {holder}; wait for it to end, or stop it") from None
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        file.seek(0)
+                        holder = file.read().strip() or "another process"
+                        raise ConfigError(f"{self.path}: in use by {holder}; wait for it to end, or stop it") from None
+                time.sleep(1.0)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
@@ -162,6 +188,10 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def environment() -> dict[str, Any]:

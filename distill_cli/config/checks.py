@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 
-from distill_cli.config.derived import needed_length, parse_duration
-from distill_cli.config.schema import Config
+from distill_cli.config.derived import needed_length, parse_duration, parse_time_limit
+from distill_cli.config.schema import ClusterConfig, Config, Launcher
 
 RESERVED_ENGINE_KWARGS = {
     *("model", "tokenizer", "revision", "dtype", "quantization", "trust_remote_code", "max_model_len", "seed"),
@@ -15,6 +15,17 @@ RESERVED_ENGINE_KWARGS = {
 }
 """Arguments of `vllm.LLM` that another key sets, or that the right numbers rest on."""
 
+RESERVED_SBATCH = {
+    *("job-name", "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "partition", "time", "array", "signal"),
+    *("output", "error", "open-mode", "requeue", "no-requeue", "account", "qos", "constraint", "exclude", "mem"),
+}
+"""Parameters of sbatch that another key sets, or that following and requeueing a job rest on."""
+
+SLURM_ONLY = {
+    *("partition", "account", "qos", "time", "cpus_per_node", "mem", "constraint", "exclude", "setup", "container"),
+    *("python", "extra", "wait", "array_parallelism", "max_requeues", "signal_s", "shared_folders"),
+}
+"""Keys of cluster that launcher=local does not read."""
 
 RANKABLE = {
     *("train/loss", "train/kl_forward", "train/kl_reverse", "train/entropy", "train/grad_norm"),
@@ -42,7 +53,7 @@ def config_problems(config: Config) -> list[str]:
 
 
 def inert_overrides(config: Config, overrides: Sequence[str], losses: Mapping[str, Set[str]]) -> list[str]:
-    """Warnings: keys that were typed and that the chosen loss does not read.
+    """Warnings: keys that were typed and that the chosen loss or launcher does not read.
 
     Args:
         losses: the keys that each divergence reads (`compose.known_losses`).
@@ -53,6 +64,9 @@ def inert_overrides(config: Config, overrides: Sequence[str], losses: Mapping[st
         readers = [loss for loss, keys in losses.items() if name in keys]
         if f"loss.{name}" in typed and kind in losses and kind not in readers:
             warnings.append(f"loss.{name} has no effect with loss.kl_type={kind}: only {' and '.join(readers)} read it")
+    if config.cluster.launcher is Launcher.local:
+        for key in sorted(typed & {f"cluster.{name}" for name in SLURM_ONLY}):
+            warnings.append(f"{key} has no effect with cluster.launcher=local: only cluster=slurm reads it")
     return warnings
 
 
@@ -209,14 +223,35 @@ def _checkpoint(config: Config) -> Iterator[str]:
 
 def _cluster(config: Config) -> Iterator[str]:
     cluster = config.cluster
-    for name in ("max_restarts", "hang_timeout_s", "grace_s"):
+    for name in ("max_restarts", "hang_timeout_s", "grace_s", "max_requeues"):
         yield from _at_least(f"cluster.{name}", getattr(cluster, name), 0)
-    if cluster.nodes != 1:
-        yield f"cluster.nodes={cluster.nodes}: cluster.launcher=local runs on this one machine; set it to 1"
+    for name in ("nodes", "parallel_jobs"):
+        yield from _at_least(f"cluster.{name}", getattr(cluster, name), 1)
+    for name in ("ranks_per_node", "cpus_per_node", "array_parallelism"):
+        if getattr(cluster, name) is not None:
+            yield from _at_least(f"cluster.{name}", getattr(cluster, name), 1)
     if cluster.gpus_per_node is not None:
         yield from _at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0)
-    if cluster.ranks_per_node is not None:
-        yield from _at_least("cluster.ranks_per_node", cluster.ranks_per_node, 1)
+    if cluster.launcher is Launcher.slurm:
+        yield from _slurm(cluster)
+    elif cluster.nodes != 1:
+        yield f"cluster.nodes={cluster.nodes}: cluster.launcher=local is this one machine; choose cluster=slurm"
+
+
+def _slurm(cluster: ClusterConfig) -> Iterator[str]:
+    if cluster.time is not None and parse_time_limit(cluster.time) is None:
+        yield f"cluster.time={cluster.time}: must be minutes, HH:MM:SS or D-HH:MM:SS"
+    if cluster.parallel_jobs != 1:
+        yield f"cluster.parallel_jobs={cluster.parallel_jobs}: is for this machine; set cluster.array_parallelism"
+    if cluster.signal_s < cluster.grace_s:
+        yield (
+            f"cluster.signal_s={cluster.signal_s}: less than the cluster.grace_s={cluster.grace_s:g} that saving may "
+            "take; raise it"
+        )
+    for name in sorted(RESERVED_SBATCH & {str(key).replace("_", "-") for key in cluster.extra}):
+        yield f"cluster.extra.{name}: is set by distill, which relies on it; leave it out"
+    if any("\n" in line for line in cluster.setup):
+        yield "cluster.setup: an element is one line; give several"
 
 
 def _sampling(group: str, temperature: float, top_p: float) -> Iterator[str]:

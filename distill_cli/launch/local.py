@@ -1,7 +1,9 @@
-"""Ranks on this machine: one torchrun, watched until it ends, stopped whole when the user stops.
+"""A node's ranks: one torchrun, watched until it ends, stopped whole when the user stops.
 
 torchrun's agent starts every rank in a session of its own, so a signal to the agent's group does not reach them: its
 descendants are ended by process id. Each rank also dies with its agent, and the agent with us (`die_with_parent`).
+The agent ignores what asks a run to stop, which a scheduler sends to every process: it would end its ranks at once,
+and they are to save first.
 """
 
 from __future__ import annotations
@@ -13,18 +15,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
+from distill_cli.launch.nodes import POLL_S, Head, Rendezvous, read_call
 from distill_cli.processes import describe_exit, die_with_parent
-from distill_cli.rundir import RunDir
+from distill_cli.rundir import RunDir, write_json
 
 GRACE_S = 3.0
 """Between asking the ranks to end and killing them."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""Ctrl-C; what a system or scheduler ends a process with; Slurm's warning before it does."""
+
+ALONE = Rendezvous()
 
 
 class Stopped(BaseException):
@@ -35,18 +43,19 @@ class Stopped(BaseException):
         self.signum = signum
 
 
-def command(run: RunDir, *, num_ranks: int, checkpoint: Path | None = None, check: bool = False) -> list[str]:
+def command(
+    run: RunDir,
+    *,
+    num_ranks: int,
+    checkpoint: Path | None = None,
+    check: bool = False,
+    rendezvous: Rendezvous = ALONE,
+) -> list[str]:
     """What starts the ranks of a run on this machine."""
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"),
-        *(
-            "--max-restarts=0",
-            f"--shutdown-timeout={GRACE_S:.0f}",
-            "-m",
-            "distill_cli.worker",
-            str(run.path),
-            f"--attempt={run.attempt}",
-        ),
+        *(sys.executable, "-m", "torch.distributed.run", *rendezvous.arguments(), f"--nproc-per-node={num_ranks}"),
+        *("--max-restarts=0", f"--shutdown-timeout={GRACE_S:.0f}", "--signals-to-handle=SIGINT"),
+        *("-m", "distill_cli.worker", str(run.path), f"--attempt={run.attempt}"),
         *([f"--checkpoint={checkpoint}"] if checkpoint else []),
         *(["--check"] if check else []),
     ]
@@ -61,46 +70,102 @@ def launch(
     check: bool = False,
     hang_timeout_s: float = 0.0,
     grace_s: float = 60.0,
+    head: Head | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> None:
-    """Runs the ranks to their end.
+    """Runs the ranks to their end, those of other nodes included.
 
     Args:
+        num_ranks: of each node.
         checkpoint: where they go on from.
         check: they look whether all is as it should be (`distill check`), instead of training.
         hang_timeout_s: how long a stage of a step may take; 0 is for ever.
         grace_s: how long the ranks may take to save a checkpoint when they are asked to stop.
+        head: speaks with the run's other nodes; None where there are none.
+        env: variables that the ranks get besides this process' own.
 
     Raises:
         ConfigError: a rank found the input wrong.
         Killed: a rank was killed, or none got on.
         DistillError: a rank failed; its own error in one line, and the path of its log.
-        Stopped: SIGINT or SIGTERM came; every process is gone.
+        Stopped: SIGINT, SIGTERM or SIGUSR2 came; every process is gone.
     """
-    with (run.logs / "torchrun.log").open("wb") as log, stop_signals():
-        process = subprocess.Popen(
-            command(run, num_ranks=num_ranks, checkpoint=checkpoint, check=check),
-            stderr=log,
-            env=environment(num_ranks=num_ranks, use_gpus=use_gpus),
-            start_new_session=True,  # Ctrl-C reaches us alone, and we end the ranks
-            preexec_fn=die_with_parent,
+    head = head or Head()
+    with stop_signals():
+        rendezvous = head.begin(run, checkpoint=checkpoint)
+        argv = command(run, num_ranks=num_ranks, checkpoint=checkpoint, check=check, rendezvous=rendezvous)
+        process = start(
+            argv, run.torchrun_log(0), env=environment(num_ranks=num_ranks, use_gpus=use_gpus, extra=env or {})
         )
         try:
-            status = wait(process, run, hang_timeout_s=hang_timeout_s)
+            status = wait(process, run, hang_timeout_s=hang_timeout_s, head=head)
         except Stopped:
             ask_to_stop(process, run, grace_s=grace_s)
             raise
         finally:
+            head.end_attempt()
             end_tree(process)
     if status != 0:
-        raise failure(run, num_ranks=num_ranks, status=status)
+        raise failure(run, num_ranks=num_ranks, status=status, num_nodes=head.num_nodes)
 
 
-def wait(process: subprocess.Popen, run: RunDir, *, hang_timeout_s: float) -> int:
+def follow(path: Path, calls: Path, *, node: int, num_nodes: int, num_ranks: int, use_gpus: bool) -> None:
+    """Another node's side of a run: starts and ends its ranks as the first node says, until that has ended.
+
+    Args:
+        path: the run's folder.
+        calls: the file that the first node writes.
+    """
+    done = 0
+    while (call := read_call(calls)) is None or not call.has_ended:
+        if call is None or call.is_over or call.attempt == done:
+            time.sleep(POLL_S)
+            continue
+        done, run = call.attempt, RunDir(path, attempt=call.attempt)
+        argv = command(
+            run,
+            num_ranks=num_ranks,
+            checkpoint=Path(call.checkpoint) if call.checkpoint else None,
+            rendezvous=Rendezvous(num_nodes, node, call.address, call.port),
+        )
+        process = start(argv, run.torchrun_log(node), env=environment(num_ranks=num_ranks, use_gpus=use_gpus, extra={}))
+        try:
+            while process.poll() is None and read_call(calls) == call:
+                time.sleep(POLL_S)
+            write_json(run.node_status(node), {"status": process.returncode or 0})
+        finally:
+            end_tree(process)
+
+
+def start(argv: Sequence[str], log_file: Path, *, env: Mapping[str, str]) -> subprocess.Popen:
+    """This node's torchrun."""
+    with log_file.open("wb") as log:
+        return subprocess.Popen(
+            argv,
+            stderr=log,
+            env=env,
+            start_new_session=True,  # Ctrl-C reaches us alone, and we end the ranks
+            preexec_fn=_prepare_agent,
+        )
+
+
+def _prepare_agent() -> None:
+    die_with_parent()
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def wait(process: subprocess.Popen, run: RunDir, *, hang_timeout_s: float, head: Head) -> int:
     """The agent's exit status; raises Killed where the main rank has been in one stage for too long."""
     begin = time.time()
     while True:
         with suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=1.0)
+        if head.failed_node(run) is not None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=GRACE_S)  # its own ranks may have more to say
+            return process.returncode or 1
         last_sign = max(begin, run.heartbeat.stat().st_mtime) if run.heartbeat.exists() else begin
         if hang_timeout_s and time.time() - last_sign > hang_timeout_s:
             raise Killed(
@@ -124,9 +189,9 @@ def ask_to_stop(process: subprocess.Popen, run: RunDir, *, grace_s: float) -> No
         process.wait(timeout=grace_s)
 
 
-def environment(*, num_ranks: int, use_gpus: bool) -> dict[str, str]:
-    """The ranks' environment: the CPU's threads shared out, no GPU where none is to be used."""
-    env = dict(os.environ)
+def environment(*, num_ranks: int, use_gpus: bool, extra: Mapping[str, str]) -> dict[str, str]:
+    """The ranks' environment: ours and `extra`, the CPU's threads shared out, no GPU where none is to be used."""
+    env = {**os.environ, **extra}
     threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
     env.setdefault("OMP_NUM_THREADS", str(threads))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -139,7 +204,7 @@ def environment(*, num_ranks: int, use_gpus: bool) -> dict[str, str]:
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Stopped` inside; a second one does nothing more."""
+    """`STOP_SIGNALS` raise `Stopped` inside; a second one does nothing more."""
     raised = False
 
     def stop(signum: int, _frame: object) -> None:
@@ -148,7 +213,7 @@ def stop_signals() -> Iterator[None]:
             raised = True
             raise Stopped(signum)
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, stop) for signum in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -174,29 +239,36 @@ def end_tree(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def failure(run: RunDir, *, num_ranks: int, status: int) -> DistillError:
+def failure(run: RunDir, *, num_ranks: int, status: int, num_nodes: int = 1) -> DistillError:
     """What went wrong first, in one line, and the path of its log.
 
     A rank that was killed comes before the errors of those that waited for it.
     """
-    torchrun_log = run.logs / "torchrun.log"
-    text = torchrun_log.read_text(errors="replace")
-    exits = re.findall(r"failed \(exitcode: (-\d+)\) local_rank: (\d+)", text)
-    exits += [(code, rank) for rank, code in re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-\d+)", text)]
-    for code, rank in exits:
-        if int(code) != -signal.SIGTERM:  # with which torchrun ends the others
-            return Killed(f"rank {rank} {describe_exit(int(code))}; log: {run.rank_log(int(rank))}")
-    errors = [_read_error(run.rank_error(rank), rank) for rank in range(num_ranks)]
+    for node in range(num_nodes):
+        for code, rank in _killed_ranks(run.torchrun_log(node), first_rank=node * num_ranks):
+            return Killed(f"rank {rank} {describe_exit(code)}; log: {run.rank_log(rank)}")
+    errors = [_read_error(run.rank_error(rank), rank) for rank in range(num_nodes * num_ranks)]
     errors = sorted((error for error in errors if error), key=lambda error: error["time"])
     if not errors:
         kind = Killed if status < 0 else DistillError
-        return kind(f"torchrun {describe_exit(status)}; log: {torchrun_log}")
+        return kind(f"torchrun {describe_exit(status)}; log: {run.torchrun_log(0)}")
     first = errors[0]
     if first.get("kind") == "ConfigError":
         return ConfigError(first["message"])
     kinds = {"Killed": Killed, "Unrecoverable": Unrecoverable}
     kind = kinds.get(first.get("kind"), DistillError)
     return kind(f"rank {first['rank']}: {first['message']}; log: {run.rank_log(first['rank'])}")
+
+
+def _killed_ranks(torchrun_log: Path, *, first_rank: int) -> list[tuple[int, int]]:
+    """(exit status, rank) of those that a signal ended, except the one with which torchrun ends the others."""
+    text = torchrun_log.read_text(errors="replace") if torchrun_log.exists() else ""
+    exits = [
+        (int(code), first_rank + int(local))
+        for code, local in re.findall(r"failed \(exitcode: (-\d+)\) local_rank: (\d+)", text)
+    ]
+    exits += [(int(code), int(rank)) for rank, code in re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-\d+)", text)]
+    return [(code, rank) for code, rank in exits if code != -signal.SIGTERM]
 
 
 def _read_error(file: Path, rank: int) -> dict | None:

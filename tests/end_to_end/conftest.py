@@ -1,8 +1,12 @@
 """Runs of the real command, shared by the tests of this folder: each costs a start of torchrun and two engines."""
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,3 +66,43 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     off = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker=none")
     return distill(tmp_path_factory.mktemp("two"), *SHORT, *off, "cluster.ranks_per_node=2")
+
+
+class Cluster:
+    """A Slurm of four nodes on this machine (scripts/slurm_cluster.sh)."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        self._env = env
+        self.do("start")
+        self.conf = self.do("env").stdout.strip().removeprefix("export SLURM_CONF=")
+
+    def do(self, *words: str) -> subprocess.CompletedProcess:
+        """The script with these arguments; what it says where it fails."""
+        done = subprocess.run([CLUSTER_SCRIPT, *words], env=self._env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+        return done
+
+    def distill(self, folder: Path, *argv: str, **env: str) -> Finished:
+        return distill(folder, *argv, SLURM_CONF=self.conf, **env)
+
+    def ask(self, *words: str) -> str:
+        """What one of Slurm's commands prints."""
+        env = {**os.environ, "SLURM_CONF": self.conf}
+        return subprocess.run(words, env=env, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+
+CLUSTER_SCRIPT = str(Path(__file__).parent.parent.parent / "scripts" / "slurm_cluster.sh")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if shutil.which("slurmctld") is None or os.getuid() != 0:
+        pytest.skip("needs root and Slurm's packages (scripts/slurm_cluster.sh install)")
+    folder = tempfile.mkdtemp(prefix="slurm_")  # sockets need a short path
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1] // 100 * 100
+    env = {**os.environ, "SLURM_CLUSTER_DIR": folder, "SLURM_PORT_BASE": str(port), "SLURM_NODE_GPUS": "2"}
+    try:
+        yield Cluster(env)
+    finally:
+        subprocess.run([CLUSTER_SCRIPT, "purge"], env=env, check=True, timeout=120)

@@ -27,7 +27,7 @@ def script_command(tmp_path: Path, body: str):
     script = tmp_path / "rank.py"
     script.write_text("import os, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n" + body)
 
-    def command(run: RunDir, *, num_ranks: int, checkpoint: Path | None = None) -> list[str]:
+    def command(run: RunDir, *, num_ranks: int, checkpoint: Path | None = None, rendezvous: object) -> list[str]:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
                 str(script), str(run.path)]  # fmt: skip
 
@@ -52,8 +52,8 @@ def test_the_first_rank_to_fail_is_the_one_that_is_named(run: RunDir) -> None:
 
 def test_ranks_see_no_gpu_where_none_is_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert local.environment(num_ranks=1, use_gpus=False)["CUDA_VISIBLE_DEVICES"] == ""
-    assert local.environment(num_ranks=1, use_gpus=True)["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert local.environment(num_ranks=1, use_gpus=False, extra={})["CUDA_VISIBLE_DEVICES"] == ""
+    assert local.environment(num_ranks=1, use_gpus=True, extra={})["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -79,7 +79,7 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
         from distill_cli.launch import local
         from distill_cli.rundir import create
         agent = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        local.command = lambda run, num_ranks, checkpoint: [*agent, "--nproc-per-node=2", "{tmp_path / "rank.py"}"]
+        local.command = lambda run, **_: [*agent, "--nproc-per-node=2", "{tmp_path / "rank.py"}"]
         try:
             local.launch(create(Path("{tmp_path}/run"), command=[]), num_ranks=2, use_gpus=False)
         except local.Stopped as stopped:
