@@ -27,7 +27,7 @@ def script_command(tmp_path: Path, body: str):
     script = tmp_path / "rank.py"
     script.write_text("import os, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n" + body)
 
-    def command(run: RunDir, *, num_ranks: int, checkpoint: Path | None = None, rendezvous: object) -> list[str]:
+    def command(run: RunDir, *, num_ranks: int, **_: object) -> list[str]:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
                 str(script), str(run.path)]  # fmt: skip
 
