@@ -41,6 +41,7 @@ from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import OptimizerOffload, build_optimizer, build_schedule
 from distill_cli.student.weights import save_student
+from distill_cli.token_views import Watched
 from distill_cli.track.recorder import MetricsFile
 from distill_cli.trainer import Trainer
 from distill_cli.types import Prompt
@@ -103,6 +104,7 @@ def build_trainer(
         metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,
         saver=Saver(run, config.checkpoint, trainable) if config.checkpoint.enabled else None,
         rollouts_dir=run.rollouts,
+        watched=build_watched(config, order, validator, tokenizer),
         heartbeat=run.heartbeat.write_text if parallel.is_main else lambda stage: None,
         **training,
     )
@@ -254,6 +256,19 @@ def build_validator(config: Config, parallel: Parallel, tokenizer: PreTrainedTok
         batch_size=settings.batch_size,
         seed=config.train.seed,
         parallel=parallel,
+    )
+
+
+def build_watched(
+    config: Config, order: PromptOrder, validator: Validator | None, tokenizer: PreTrainedTokenizerBase
+) -> Watched | None:
+    """The first validation prompts; where nothing validates, the first of the training data."""
+    if config.eval.record_samples == 0:
+        return None
+    prompts = validator.prompts if validator is not None else order.prompts
+    return Watched(
+        prompts=prompts[: config.eval.record_samples],
+        token_text=lambda token: tokenizer.decode([token], skip_special_tokens=False),
     )
 
 

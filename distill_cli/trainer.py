@@ -36,9 +36,10 @@ from distill_cli.step_metrics import performance_metrics, rollout_metrics, train
 from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, optimizer_step
 from distill_cli.student.weights import named_parameters
+from distill_cli.token_views import Watched, view_tokens
 from distill_cli.track.recorder import MetricsFile, plain
 from distill_cli.track.rollouts import write_rollouts
-from distill_cli.types import Rollout
+from distill_cli.types import Prompt, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class Trainer:
     """None where checkpoint.enabled is false."""
     rollouts_dir: Path
     """Where rollouts are left for a look at them."""
+    watched: Watched | None = None
+    """Prompts whose answers are; None where eval.record_samples is 0."""
     stop: StopFlag = field(default_factory=StopFlag)
     heartbeat: Callable[[str], object] = lambda stage: None
     """Called as each stage of a step begins."""
@@ -101,6 +104,8 @@ class Trainer:
                 metrics = self.step(step)
                 if self.validates_at(step):
                     metrics |= self.validate_student(step)
+                if self.validates_at(step) or step == self.num_steps:
+                    self.record_samples(step)
                 metrics |= self.watch.lap()
                 self.record(step, metrics)
                 self.progress.step, self.progress.seconds = step, time.perf_counter() - begin
@@ -124,6 +129,7 @@ class Trainer:
             with self.awake(self.scorer):
                 progress.teacher = self.validate(self.scorer)
             metrics["val/teacher_accuracy"] = progress.teacher.accuracy
+        self.record_samples(0)
         self.record(0, metrics | self.watch.lap())
 
     def step(self, step: int) -> dict[str, float]:
@@ -133,7 +139,8 @@ class Trainer:
             with self.watch("sync"):
                 self.sync(step - 1)
             self.heed_stop()
-            rollouts = self.sample(step)
+            with self.watch("sample"):
+                rollouts = self.sample(step)
         self.heed_stop()
         with self.watch("pack"):
             plans = self.plan(rollouts)
@@ -180,24 +187,26 @@ class Trainer:
             self.sampler.reset_prefix_cache()
 
     def sample(self, step: int) -> list[Rollout]:
-        """The step's sequences, sampled and judged: each by one engine, known to all ranks. A collective.
-
-        Whichever engine samples a sequence, it comes out the same: its seed is the sequence's own.
-        """
+        """The step's sequences, sampled and judged. A collective."""
         repeat = self.config.rollout.generations_per_prompt
-        prompts = [prompt for prompt in self.prompts.batch(step - 1) for _ in range(repeat)]
+        return self.answer([prompt for prompt in self.prompts.batch(step - 1) for _ in range(repeat)], step=step)
+
+    def answer(self, prompts: Sequence[Prompt], *, step: int) -> list[Rollout]:
+        """The student's answers, judged: each by one engine, known to all ranks. A collective.
+
+        Whichever engine samples a sequence, it comes out the same: its seed is that of the step and its place in it.
+        """
         shares = share_out([len(prompt.token_ids) for prompt in prompts], self.samplers.num_engines)
         mine = shares[self.samplers.index]
-        with self.watch("sample"):
-            rollouts = sample_rollouts(
-                [prompts[number] for number in mine],
-                seeds=[sequence_seed(self.config.train.seed, step=step, sequence=number) for number in mine],
-                sampler=self.sampler,
-                sampling=self.sampling,
-            )
-            if self.verify is not None:
-                judge_rollouts(rollouts, verify=self.verify, decode=self.decode)
-            sampled = bring_together([(rollout.sample, rollout.reward) for rollout in rollouts], shares)
+        rollouts = sample_rollouts(
+            [prompts[number] for number in mine],
+            seeds=[sequence_seed(self.config.train.seed, step=step, sequence=number) for number in mine],
+            sampler=self.sampler,
+            sampling=self.sampling,
+        )
+        if self.verify is not None:
+            judge_rollouts(rollouts, verify=self.verify, decode=self.decode)
+        sampled = bring_together([(rollout.sample, rollout.reward) for rollout in rollouts], shares)
         return [Rollout(prompt, *sampled[number]) for number, prompt in enumerate(prompts)]
 
     def plan(self, rollouts: Sequence[Rollout]) -> list[tuple[Sequence[Rollout], BatchPlan]]:
@@ -257,6 +266,27 @@ class Trainer:
             self.sync(step)
             self.progress.latest, self.progress.latest_step = self.validate(self.sampler), step
         return self.progress.latest.metrics()
+
+    def record_samples(self, step: int) -> None:
+        """What both models say at every token of the watched prompts' answers, as the student is after `step`.
+
+        The seeds are those of step 0 each time: what differs is the student. A collective.
+        """
+        if self.watched is None:
+            return
+        with self.awake(self.sampler), self.watch("record"):
+            self.sync(step)
+            rollouts = self.answer(self.watched.prompts, step=0)
+        plans = self.plan(rollouts)
+        with self.awake(self.scorer), self.watch("record"):
+            self.score(plans)
+        with self.watch("record"):
+            for batch, plan in plans:
+                batches = micro_batches(plan, batch, topk=self.config.loss.topk, parallel=self.parallel)
+                view_tokens(batches, batch, student=self.student, parallel=self.parallel)
+            if self.parallel.is_main:
+                file = self.rollouts_dir / f"step_{step}.parquet"
+                write_rollouts(file, rollouts, decode=self.decode, token_text=self.watched.token_text)
 
     def validates_at(self, step: int) -> bool:
         settings = self.config.eval

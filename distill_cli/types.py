@@ -67,6 +67,30 @@ class TeacherScores:
     """float32 [R], of the response tokens themselves, normalised likewise."""
 
 
+@dataclass(frozen=True)
+class TokenViews:
+    """What both models say at each token of one response; lists of R, or of R lists of M tokens, the likeliest first.
+
+    All log-probabilities are over the whole vocabulary, and at `loss.temperature` unless it says otherwise.
+    """
+
+    loss: list[float]
+    """What training minimises: the divergence of the config's `loss`."""
+    kl_forward: list[float]
+    kl_reverse: list[float]
+    """On the teacher's top-k and the rest as one more class, whatever the loss is."""
+    entropy: list[float]
+    """The student's."""
+    student_logp: list[float]
+    """Of the response's own token, at temperature 1."""
+    teacher_logp: list[float]
+    """Of the response's own token."""
+    student_top_ids: list[list[int]]
+    student_top_logp: list[list[float]]
+    teacher_top_ids: list[list[int]]
+    teacher_top_logp: list[list[float]]
+
+
 @dataclass
 class Rollout:
     """A prompt with the student's answer and, once scored, the teacher's scores."""
@@ -75,6 +99,8 @@ class Rollout:
     sample: Sample
     reward: float | None = None
     scores: TeacherScores | None = None
+    views: TokenViews | None = None
+    """Where the sequence is recorded for a look at it; the main rank's."""
 
     @property
     def token_ids(self) -> list[int]:

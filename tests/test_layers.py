@@ -16,7 +16,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"parallel", "losses", "data", "engines", "track", "launch"},
     {"rollout", "preflight", "report"},
     {"student", "evaluate", "checkpoint"},
-    {"progress", "step_metrics"},
+    {"progress", "step_metrics", "token_views"},
     {"trainer"},
     {"selfcheck"},
     {"build"},

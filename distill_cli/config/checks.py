@@ -191,6 +191,7 @@ def _eval(config: Config) -> Iterator[str]:
     yield from _at_least("eval.period", config.eval.period, 0)
     yield from _at_least("eval.max_samples", config.eval.max_samples, 1)
     yield from _at_least("eval.batch_size", config.eval.batch_size, 1)
+    yield from _at_least("eval.record_samples", config.eval.record_samples, 0)
     yield from _sampling("eval", config.eval.temperature, config.eval.top_p)
     if config.eval.max_new_tokens is not None:
         yield from _at_least("eval.max_new_tokens", config.eval.max_new_tokens, 1)

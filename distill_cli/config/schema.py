@@ -246,6 +246,9 @@ class EvalConfig:
     top_p: float = 1.0
     max_new_tokens: int | None = None
     """null is rollout.max_new_tokens."""
+    record_samples: int = 16
+    """Prompts (the first of validation, else of training) whose sampled answers are left in `rollouts/` at the start,
+    at every validation and at the end, with what both models say at each token: the report shows them; 0 is none."""
 
 
 @dataclass

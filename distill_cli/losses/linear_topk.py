@@ -16,7 +16,7 @@ The rest's mass is a sum of its own, not 1 - sum q: right to float32's relative 
 Left out: a bias and capped logits (such models are refused when loaded), backward through backward.
 
 Shape letters: N tokens, n tokens of a chunk, H hidden size, V vocabulary (under tensor parallelism this rank's shard),
-K the teacher's top-k, C = K + 1 classes: the top-k, then the rest.
+K the teacher's top-k, C = K + 1 classes: the top-k, then the rest; M the student's own likeliest, where asked for.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ class HeadOutput:
     """int64 [N]: the likeliest token."""
     sampled_logp_N: torch.Tensor
     """float32 [N], at temperature 1: what the sampler should have said of its tokens."""
+    top_ids_NM: torch.Tensor
+    """int64 [N, M]: the student's own `num_top` likeliest tokens, the likeliest first."""
+    top_logp_NM: torch.Tensor
+    """float32 [N, M], at `temperature`."""
 
     @property
     def topk_logp_NK(self) -> torch.Tensor:
@@ -75,6 +79,7 @@ def linear_topk_loss(
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
+    num_top: int = 0,
 ) -> HeadOutput:
     """The sum over tokens of `token_loss`, for the student whose logits are hidden_NH weight_VH^T / temperature.
 
@@ -96,6 +101,8 @@ def linear_topk_loss(
             weight's is this shard's, and whole.
         chunk_tokens: tokens at a time; changes results by rounding only. None: the two buffers [n, V] together take
             about as much as the weight's float32 gradient.
+        num_top: the student's own likeliest tokens that are returned: one more pass over the logits, for a look at
+            some sequences; training needs none. At most a shard's vocabulary.
     """
     needs_hidden, needs_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_NH, weight_VH))
     with torch.no_grad():
@@ -111,6 +118,7 @@ def linear_topk_loss(
             rows = slice(start, start + size)
             logits_nV, scratch_nV = buffers[:, : hidden[rows].shape[0]]
             _multiply(hidden[rows], weight.t(), out=logits_nV)
+            top_ids_nM, top_logits_nM = shard.likeliest(logits_nV, num_top)
             ids = (topk_ids_NK[rows], sampled_ids_N[rows])
             softmax = _softmax(logits_nV, scratch_nV, *ids, temperature=temperature, shard=shard)
             if needs_hidden or needs_weight:
@@ -122,8 +130,12 @@ def linear_topk_loss(
                     _add_product(grad_weight, grad_nV.t(), hidden[rows])
             else:
                 loss_n = token_loss(softmax.logp_nC, softmax.entropy_n, rows)
-            parts.append((loss_n, softmax.logp_nC, softmax.entropy_n, softmax.argmax_n, softmax.sampled_logp_n))
-        loss_N, logp_NC, entropy_N, argmax_N, sampled_logp_N = (torch.cat(part) for part in zip(*parts, strict=True))
+            top_logp_nM = (top_logits_nM - top_logits_nM[:, :1]) / temperature - softmax.sum_n.log()[:, None]
+            of_softmax = (softmax.logp_nC, softmax.entropy_n, softmax.argmax_n, softmax.sampled_logp_n)
+            parts.append((loss_n, *of_softmax, top_ids_nM, top_logp_nM))
+        loss_N, logp_NC, entropy_N, argmax_N, sampled_logp_N, top_ids_NM, top_logp_NM = (
+            torch.cat(part) for part in zip(*parts, strict=True)
+        )
         shard.all_reduce(argmax_N, dist.ReduceOp.MIN)
         loss = loss_N.sum()
     if needs_hidden or needs_weight:
@@ -135,6 +147,8 @@ def linear_topk_loss(
         entropy_N=entropy_N,
         argmax_N=argmax_N,
         sampled_logp_N=sampled_logp_N,
+        top_ids_NM=top_ids_NM,
+        top_logp_NM=top_logp_NM,
     )
 
 
@@ -156,6 +170,18 @@ class _Shard:
         index = ids.long() - self.first
         owned = (index >= 0) & (index < self.size)
         return index.clamp_(0, self.size - 1), owned
+
+    def likeliest(self, logits_nV: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ids and logits [n, num] of the largest logits of all shards, the largest first. A collective."""
+        logits_nM, ids_nM = logits_nV.topk(num)
+        ids_nM = ids_nM + self.first
+        if self.group is None or num == 0:
+            return ids_nM, logits_nM
+        of_all = [[torch.empty_like(x) for _ in range(self.group.size())] for x in (logits_nM, ids_nM)]
+        dist.all_gather(of_all[0], logits_nM, group=self.group)
+        dist.all_gather(of_all[1], ids_nM, group=self.group)
+        logits_nM, place_nM = torch.cat(of_all[0], dim=-1).topk(num)
+        return torch.cat(of_all[1], dim=-1).gather(1, place_nM), logits_nM
 
     def all_reduce(self, values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
         """In place. A collective."""

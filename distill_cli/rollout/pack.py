@@ -43,6 +43,8 @@ class MicroBatch:
     """int32 [N, K]"""
     topk_logp: torch.Tensor
     """float32 [N, K]"""
+    origins: torch.Tensor
+    """int64 [N, 2]: which of the planned sequences, and which token of its response."""
     sequences: tuple[int, ...] = ()
     """Which of the planned sequences the documents are, in order."""
 
@@ -80,6 +82,7 @@ class MicroBatch:
             sampler_logp=self.sampler_logp[mine],
             topk_ids=self.topk_ids[mine],
             topk_logp=self.topk_logp[mine],
+            origins=self.origins[mine],
         )
 
 
@@ -171,16 +174,18 @@ def lay_out(plan: RowPlan, rollouts: Sequence[Rollout], *, topk: int) -> MicroBa
 
     A row without members has no loss: what a rank computes while others have more than it has.
     """
-    bounds, rows = [0], []
+    bounds, rows, origins = [0], [], []
     tokens = torch.zeros(1, plan.length, dtype=torch.int64)
     positions = torch.zeros(1, plan.length, dtype=torch.int64)
     members = [rollouts[member] for member in plan.members]
-    for rollout, place in zip(members, plan.places, strict=True):
+    for member, rollout, place in zip(plan.members, members, plan.places, strict=True):
         begin, ids = bounds[-1], rollout.token_ids
         first = begin + len(rollout.prompt.token_ids) - 1  # predicts the first response token
         tokens[0, begin : begin + len(ids)] = torch.tensor(ids)
         positions[0, begin : begin + place] = torch.arange(place)
         rows.append(torch.arange(first, first + len(rollout.sample.token_ids)))
+        tokens_of = torch.arange(len(rollout.sample.token_ids))
+        origins.append(torch.stack([torch.full_like(tokens_of, member), tokens_of], dim=1))
         bounds.append(begin + place)
     if bounds[-1] < plan.length:
         positions[0, bounds[-1] :] = torch.arange(plan.length - bounds[-1])
@@ -195,6 +200,7 @@ def lay_out(plan: RowPlan, rollouts: Sequence[Rollout], *, topk: int) -> MicroBa
         sampler_logp=torch.tensor([x for rollout in members for x in rollout.sample.logp], dtype=torch.float32),
         topk_ids=torch.cat([torch.zeros(0, topk, dtype=torch.int32), *(r.scores.topk_ids for r in members)]),
         topk_logp=torch.cat([torch.zeros(0, topk), *(r.scores.topk_logp for r in members)]),
+        origins=torch.cat([none.view(0, 2), *origins]),
         sequences=plan.members,
     )
 

@@ -53,12 +53,15 @@ class Student(nn.Module):
         self.loss = loss
         self.temperature = temperature
 
-    def forward(self, batch: MicroBatch, *, num_loss_tokens: torch.Tensor) -> tuple[torch.Tensor, HeadOutput]:
+    def forward(
+        self, batch: MicroBatch, *, num_loss_tokens: torch.Tensor, num_top: int = 0
+    ) -> tuple[torch.Tensor, HeadOutput]:
         """The loss of one micro-batch.
 
         Args:
             num_loss_tokens: scalar float; the response tokens of the whole global batch, over all ranks and
                 micro-batches. The one division of the loss happens here.
+            num_top: of the student's own likeliest tokens that are returned with the head's output.
 
         Returns:
             The sum over this micro-batch's response tokens of their loss, divided by `num_loss_tokens` (scalar
@@ -87,6 +90,7 @@ class Student(nn.Module):
             sampled_ids_N=batch.sampled_ids,
             temperature=self.temperature,
             group=group,
+            num_top=num_top,
         )
         return out.loss, out
 

@@ -4,7 +4,9 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
+import torch
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,7 +66,9 @@ def test_two_ranks_learn_what_one_rank_learns(one_rank: Finished, two_ranks: Fin
     ],
     ids=["tensor", "context", "teacher"],
 )
-def test_other_layouts_learn_what_one_rank_learns(one_rank: Finished, tmp_path, layout: tuple[str, ...]) -> None:
+def test_other_layouts_learn_what_one_rank_learns(
+    one_rank: Finished, two_ranks: Finished, tmp_path, layout: tuple[str, ...]
+) -> None:
     without_eval = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker=none")
     other = distill(tmp_path, *SHORT, *without_eval, "cluster.ranks_per_node=2", *layout)
     assert other.status == 0, other.stderr
@@ -74,6 +78,52 @@ def test_other_layouts_learn_what_one_rank_learns(one_rank: Finished, tmp_path, 
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
         assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-4)
         assert theirs["rollout/engine_mismatch"] < 1e-4
+    for step in (0, 3):
+        for ours, theirs in zip(recorded(two_ranks, step), recorded(other, step), strict=True):
+            assert ours["response_ids"] == theirs["response_ids"]
+            for name in ("loss", "student_logp", "student_top_logp", "teacher_top_logp"):
+                assert_near(theirs[name], torch.tensor(ours[name]))
+
+
+def test_what_is_recorded_of_each_token_is_what_both_models_say(one_rank: Finished, two_ranks: Finished) -> None:
+    student, teacher = (AutoModelForCausalLM.from_pretrained(distilled_from(role)) for role in ("student", "teacher"))
+    assert sorted(file.name for file in one_rank.run.rollouts.iterdir()) == [f"step_{n}.parquet" for n in (0, 2, 3)]
+    assert sorted(file.name for file in two_ranks.run.rollouts.iterdir()) == [f"step_{n}.parquet" for n in (0, 3)]
+    for finished in (one_rank, two_ranks):
+        before, after = recorded(finished, 0), recorded(finished, 3)
+        assert len(before) == finished.config.eval.record_samples
+        assert [row["prompt_ids"] for row in before] == [row["prompt_ids"] for row in after]
+        for row in before:
+            logp_RV, logq_RV = (response_logp(model, row) for model in (teacher, student))
+            own = torch.tensor(row["response_ids"])[:, None]
+            assert_near(row["teacher_logp"], logp_RV.gather(1, own)[:, 0])
+            assert_near(row["student_logp"], logq_RV.gather(1, own)[:, 0])
+            assert_near(row["teacher_top_logp"], logp_RV.topk(5).values)
+            assert_near(row["student_top_logp"], logq_RV.topk(5).values)
+            assert_near(row["student_top_logp"], logq_RV.gather(1, torch.tensor(row["student_top_ids"])))
+            assert_near(row["teacher_top_logp"], logp_RV.gather(1, torch.tensor(row["teacher_top_ids"])))
+            assert_near(row["entropy"], -(logq_RV.exp() * logq_RV).sum(-1))
+            whole = (logp_RV.exp() * (logp_RV - logq_RV)).sum(-1)
+            assert (torch.tensor(row["kl_forward"]) <= whole + 1e-5).all()  # on the top-64 and the rest
+            assert sum(row["kl_forward"]) == pytest.approx(float(whole.sum()), rel=0.05)
+            both = (torch.tensor(row["kl_forward"]) + torch.tensor(row["kl_reverse"])) / 2
+            assert_near(row["loss"], both)  # loss=mixed, half and half
+            assert "".join(row["tokens"]).startswith(row["response"].strip()[:8])
+
+
+def response_logp(model, row: dict) -> torch.Tensor:
+    """The model's log-probabilities [R, V] at the positions that predict the response's tokens."""
+    ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+    with torch.no_grad():
+        return model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1].float().log_softmax(-1)
+
+
+def assert_near(recorded: list, expected: torch.Tensor) -> None:
+    assert torch.allclose(torch.tensor(recorded), expected, atol=2e-4)
+
+
+def recorded(finished: Finished, step: int) -> list[dict]:
+    return pyarrow.parquet.read_table(finished.run.rollouts / f"step_{step}.parquet").to_pylist()
 
 
 def test_the_folder_holds_what_the_contract_says(one_rank: Finished) -> None:
