@@ -149,12 +149,21 @@ def report(argv: Sequence[str]) -> int:
 
     from rich.console import Console
 
+    from distill_cli.report.html import report_file, write_report
     from distill_cli.report.read import read_results
     from distill_cli.report.table import print_comparison
 
-    if not argv or any(word.startswith("-") for word in argv):
-        raise ConfigError("distill report: give the folders of runs or of a sweep, such as runs/latest")
-    print_comparison(Console(highlight=False), read_results([Path(word) for word in argv]))
+    paths, out = [Path(word) for word in argv], None
+    if "--out" in argv:
+        at = argv.index("--out")
+        if at + 1 == len(argv):
+            raise ConfigError("distill report: --out takes the file that is to be written")
+        out, paths = Path(argv[at + 1]), paths[:at] + paths[at + 2 :]
+    if not paths or any(str(path).startswith("-") for path in paths):
+        raise ConfigError("distill report: give the folders of runs or of a sweep, such as runs/latest [--out FILE]")
+    results = read_results(paths)
+    print_comparison(Console(highlight=False), results)
+    print(f"report   {write_report(results, out or report_file(paths))}")
     return 0
 
 

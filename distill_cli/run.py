@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from distill_cli import hardware, modelpath, rundir
+from distill_cli import hardware, memory, modelpath, rundir
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.checks import inert_overrides
@@ -29,6 +30,8 @@ from distill_cli.launch.local import Stopped, launch
 from distill_cli.launch.nodes import Head
 from distill_cli.launch.placement import placement
 from distill_cli.preflight import Preflight, preflight
+from distill_cli.report.html import write_report
+from distill_cli.report.read import read_results
 from distill_cli.rundir import RunDir
 from distill_cli.track.mlflow import MlflowShipper, MlflowTarget
 from distill_cli.track.recorder import cut_back, read_metrics
@@ -85,10 +88,33 @@ def prepare(job: Job, path: Path, *, command: Sequence[str]) -> RunDir:
 
 
 def introduce(job: Job, found: Preflight, run: RunDir, *, console: Console) -> None:
-    """Prints what is about to run, and what is to be minded."""
+    """Prints what is about to run, and what is to be minded; leaves the predicted memory in the folder."""
+    write_memory(job.config, found, run)
     for warning in [*found.warnings, *inert_overrides(job.config, job.overrides, known_losses())]:
         console.print(f"warning: {escape(warning)}")
     console.print(start_panel(job, found, run))
+
+
+def write_memory(config: Config, found: Preflight, run: RunDir) -> None:
+    """What a rank is expected to hold, by part, for the report; no file where it cannot be told."""
+    is_gpu = bool(hardware.gpus_per_node(config))
+    ranks = hardware.ranks_per_node(config) * config.cluster.nodes
+    gpu_bytes = (hardware.gpu_memory() or 0) if is_gpu else None
+    with suppress(memory.NoPrediction):
+        shape = memory.read_shape(found.student)
+        predicted = memory.predict(config, shape, found.student, found.teacher, num_ranks=ranks, gpu_bytes=gpu_bytes)
+        parts = {**predicted.trainer.parts, **predicted.engines}
+        rundir.write_json(run.memory, {"peak": predicted.peak, "asleep": predicted.asleep, "parts": parts})
+
+
+def leave_report(paths: Sequence[Path], file: Path, *, console: Console) -> None:
+    """The page about these runs. One that cannot be made is a warning: what it would show is all there."""
+    try:
+        write_report(read_results(paths), file)
+    except Exception as error:
+        if os.environ.get("DISTILL_DEBUG"):
+            raise
+        console.print(f"warning: no {file.name} could be made: {escape(f'{type(error).__name__}: {error}')}")
 
 
 def job_of(run: RunDir) -> Job:
@@ -119,6 +145,7 @@ def carry_out(job: Job, run: RunDir, *, console: Console, head: Head | None = No
     try:
         with tracking(job.config, run):
             attempts(job.config, run, console=console, head=head)
+            leave_report([run.path], run.report, console=console)
     except Stopped:
         outcome = read_outcome(run)
         saved = f"saved after step {outcome['num_steps']}" if outcome else "the last checkpoint is what is left"
@@ -253,6 +280,8 @@ def end_panel(job: Job, outcome: dict[str, Any], run: RunDir) -> Panel:
     rows["time"] = f"{outcome['num_steps']} steps in {outcome['seconds']:.0f} s"
     rows["student"] = shown(run.student)
     rows["metrics"] = shown(run.metrics)
+    if run.report.exists():
+        rows["report"] = shown(run.report)
     if job.config.tracker.mlflow.enabled:
         uri = mlflow_target(job.config, run).uri
         rows["MLflow"] = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri

@@ -32,6 +32,9 @@ class RunDir:
     command = property(lambda self: self.path / "command.txt")
     metrics = property(lambda self: self.path / "metrics.jsonl")
     outcome = property(lambda self: self.path / "outcome.json")
+    memory = property(lambda self: self.path / "memory.json")
+    """The predicted peak of a rank, by part, in bytes."""
+    report = property(lambda self: self.path / "report.html")
     student = property(lambda self: self.path / "student")
     slurm = property(lambda self: self.path / "slurm.json")
     """The job that has the run, where its output goes, and its exit status once it has ended."""
@@ -124,6 +127,7 @@ class SweepDir:
         self.path = path
 
     file = property(lambda self: self.path / "sweep.json")
+    report = property(lambda self: self.path / "report.html")
 
     def write(self, *, command: Sequence[str], elements: Sequence[Element]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from distill_cli.errors import ConfigError, DistillError
 from distill_cli.preflight import Preflight
 from distill_cli.report.read import read_sweep
 from distill_cli.report.table import print_comparison
-from distill_cli.run import carry_out, check_jobs, exit_status, introduce, prepare, single_path
+from distill_cli.run import carry_out, check_jobs, exit_status, introduce, leave_report, prepare, single_path
 from distill_cli.rundir import Element, SweepDir
 
 
@@ -82,6 +82,8 @@ def run_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Seq
             console.print(f"error: {escape(str(error))}")
             states.append("failed")
     print_comparison(console, read_sweep(sweep))
+    leave_report([sweep.path], sweep.report, console=console)
+    console.print(f"report   {sweep.report}")
     console.print(f"folder   {sweep.path}")
     console.print(f"again    distill report {sweep.path}")
     return 1 if "failed" in states else 0

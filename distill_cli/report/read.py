@@ -65,7 +65,7 @@ def read_results(paths: Sequence[Path]) -> list[RunResult]:
         else:
             what = "no such folder" if not path.exists() else "neither a run (config.yaml) nor a sweep (sweep.json)"
             raise ConfigError(f"{path}: {what}; give the folder of a run or a sweep, such as runs/latest")
-    configs = [_flat(yaml.safe_load(RunDir(path).config.read_text())) for path in single]
+    configs = [flat(yaml.safe_load(RunDir(path).config.read_text())) for path in single]
     return results + [read_run(path, settings) for path, settings in zip(single, _differences(configs), strict=True)]
 
 
@@ -139,13 +139,14 @@ def _differences(configs: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     return [{key: str(config.get(key)) for key in differing if not key.startswith("run.")} for config in configs]
 
 
-def _flat(node: Any, at: str = "") -> dict[str, Any]:
+def flat(node: Any, at: str = "") -> dict[str, Any]:
+    """A nested config as dotted keys."""
     if not isinstance(node, dict) or not node:
         return {at: node}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in node.items():
-        flat |= _flat(value, f"{at}.{key}" if at else str(key))
-    return flat
+        found |= flat(value, f"{at}.{key}" if at else str(key))
+    return found
 
 
 def _key_and_value(override: str) -> tuple[str, str]:

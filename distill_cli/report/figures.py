@@ -1,0 +1,255 @@
+"""The report's figures as Vega-Lite specifications, whose data the page hands in by name.
+
+The datasets: `steps` has a row a step and run (`run`, `step`, and every metric under the name that `field` makes of
+it), `levels` the horizontal lines of the accuracy figure, `stages` seconds by stage, `memory` bytes by part,
+`positions` the KL by a token's position, `grid` a sweep's outcome by its two keys. Colours, fonts and backgrounds are
+the page's: they follow light and dark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Spec = dict[str, Any]
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+"""Names the language; nothing is fetched from there."""
+
+
+def field(metric: str) -> str:
+    """A metric's name as a field: Vega would take `.`, `[` and `]` for paths into objects."""
+    return metric.replace("/", "_")
+
+
+def chart(id: str, title: str, spec: Spec, *, wide: bool = False) -> dict[str, Any]:
+    """A figure's place in the page, and its specification."""
+    return {"id": id, "title": title, "wide": wide, "spec": {"$schema": SCHEMA, **spec}}
+
+
+def lines(
+    series: dict[str, str],
+    *,
+    title: str,
+    many: bool,
+    log: bool = False,
+    percent: bool = False,
+    share: bool = False,
+    height: int = 180,
+) -> Spec:
+    """Metrics over steps. One run has a line for each of `series` (metric -> label); several have a colour each, and
+    then dashes tell the metrics apart. A `share` is shown between 0 and 1."""
+    fields = {field(metric): label for metric, label in series.items()}
+    fold = [
+        {"fold": list(fields), "as": ["field", "value"]},
+        {"filter": "isValid(datum.value)" + (" && datum.value > 0" if log else "")},
+        {"calculate": _lookup(fields), "as": "series"},
+    ]
+    y = {
+        "field": "value",
+        "type": "quantitative",
+        "title": title,
+        "scale": {"type": "log"} if log else {"domain": [0, 1]} if share else {"zero": False, "nice": True},
+        "axis": {"format": "~%" if percent or share else ".4~g", "tickCount": 5},
+    }
+    encoding: Spec = {"x": step_axis(), "y": y}
+    if many:
+        encoding["color"] = run_colour()
+        if len(series) > 1:
+            encoding["strokeDash"] = {"field": "series", "title": None, "sort": None}
+    elif len(series) > 1:
+        encoding["color"] = {"field": "series", "title": None, "sort": None}
+    return {
+        "data": {"name": "steps"},
+        "transform": fold,
+        "height": height,
+        "encoding": encoding,
+        "layer": [_line(many), *_hover(".1%" if percent or share else ".4~g", many=many, several=len(series) > 1)],
+    }
+
+
+def accuracy(*, many: bool, height: int = 260) -> Spec:
+    """Held-out and sampled accuracy, with the student's start and the teacher as horizontal lines."""
+    spec = lines(
+        {"val/accuracy": "held out", "rollout/accuracy": "sampled in training"},
+        title="answers that are right",
+        many=many,
+        share=True,
+        height=height,
+    )
+    held_out = {"filter": "datum.field == 'val_accuracy'"}
+    points = {"mark": {"type": "point", "filled": True, "size": 36}, "transform": [held_out]}
+    level = {"field": "value", "type": "quantitative"}
+    rule = {
+        "data": {"name": "levels"},
+        "mark": {"type": "rule", "strokeDash": [5, 4], "size": 1.2, "color": {"expr": "muted"}},
+        "encoding": {"y": level, "x": None, "color": None, "strokeDash": None},
+    }
+    text = {
+        "data": {"name": "levels"},
+        "mark": {
+            "type": "text", "align": "right", "dx": -4, "x": "width", "dy": {"expr": "datum.value > 0.93 ? 9 : -6"},
+            "color": {"expr": "muted"},
+        },
+        "encoding": {"y": level, "text": {"field": "label"}, "x": None, "color": None, "strokeDash": None},
+    }  # fmt: skip
+    # What is shared by the layers would ask the horizontal lines for a step.
+    shared = spec.pop("encoding")
+    transform = spec.pop("transform")
+    own = [
+        {"data": {"name": "steps"}, "transform": transform, "encoding": shared, "layer": [*spec["layer"], points]},
+    ]
+    return {"height": height, "layer": [*own, rule, text]}
+
+
+def stacked_time(stages: Sequence[str], *, height: int = 230) -> Spec:
+    """Seconds of a step by stage, stacked."""
+    return {
+        "data": {"name": "stages"},
+        "height": height,
+        "mark": {"type": "rect", "stroke": None},
+        "encoding": {
+            "x": {**step_axis(), "field": "from", "scale": {"nice": False, "zero": False}},
+            "x2": {"field": "to"},
+            "y": {"field": "low", "type": "quantitative", "title": "seconds a step", "axis": {"tickCount": 5}},
+            "y2": {"field": "high"},
+            "color": {
+                "field": "stage",
+                "type": "nominal",
+                "title": None,
+                "scale": {"domain": list(stages)},
+                "legend": {"symbolType": "square", "columns": 12},
+            },
+            "tooltip": [
+                {"field": "label", "title": "step"},
+                {"field": "stage"},
+                {"field": "seconds", "format": ".3f"},
+                {"field": "share", "format": ".0%", "title": "of the step"},
+            ],
+        },
+    }
+
+
+def memory_parts(*, height: int = 74) -> Spec:
+    """The predicted peak of a rank, by part, as one bar."""
+    return {
+        "data": {"name": "memory"},
+        "height": height,
+        "mark": "bar",
+        "encoding": {
+            "x": {"field": "gib", "type": "quantitative", "title": "GiB of a rank, predicted", "stack": True},
+            "color": {
+                "field": "part",
+                "type": "nominal",
+                "title": None,
+                "sort": None,
+                "legend": {"symbolType": "square"},
+            },
+            "order": {"field": "place"},
+            "tooltip": [{"field": "part"}, {"field": "gib", "title": "GiB", "format": ".3f"}],
+        },
+    }
+
+
+def by_position(*, many: bool, height: int = 230) -> Spec:
+    """Mean KL of the recorded answers' tokens by their position, before and after."""
+    encoding: Spec = {
+        "x": {"field": "position", "type": "quantitative", "title": "position in the answer"},
+        "y": {"field": "kl", "type": "quantitative", "title": "KL forward, nats", "axis": {"tickCount": 5}},
+        "color": {"field": "when", "title": None, "sort": None},
+        "tooltip": [
+            *([{"field": "run"}] if many else []),
+            {"field": "when", "title": "student"},
+            {"field": "label", "title": "tokens"},
+            {"field": "kl", "title": "mean KL", "format": ".4f"},
+            {"field": "count", "title": "answers"},
+        ],
+    }
+    if many:
+        encoding["color"] = run_colour()
+        encoding["strokeDash"] = {"field": "when", "title": None, "sort": None}
+    marks = [{"mark": {"type": "line", "clip": True}}, {"mark": {"type": "point", "filled": True, "size": 24}}]
+    return {"data": {"name": "positions"}, "height": height, "encoding": encoding, "layer": marks}
+
+
+def heat_map(
+    row_key: str, column_key: str, measure: str, *, title: str, percent: bool, higher_is_better: bool, num_rows: int
+) -> Spec:
+    """One measure over a sweep's two keys."""
+    measured = field(measure)
+    form = ".1%" if percent else ".3~g"
+    axes = {
+        "x": {"field": "column", "type": "ordinal", "title": column_key, "sort": None, "axis": {"labelAngle": 0}},
+        "y": {"field": "row", "type": "ordinal", "title": row_key, "sort": None},
+    }
+    colour = {
+        "field": measured,
+        "type": "quantitative",
+        "title": None,
+        "legend": None,
+        "scale": {"scheme": "viridis", "reverse": not higher_is_better, "zero": False},
+    }
+    # The scale's bright end is the better one: dark words on it, light words on the dark end.
+    share = f"(datum.{measured} - datum.low) / max(datum.high - datum.low, 1e-12)"
+    bright = f"{share} {'>' if higher_is_better else '<'} 0.5"
+    ends = [{"op": op, "field": measured, "as": name} for op, name in (("min", "low"), ("max", "high"))]
+    return {
+        "data": {"name": "grid"},
+        "transform": [{"filter": f"isValid(datum.{measured})"}, {"joinaggregate": ends}],
+        "height": 46 * num_rows,
+        "encoding": axes,
+        "layer": [
+            {
+                "mark": {"type": "rect", "cornerRadius": 3},
+                "encoding": {
+                    "color": colour,
+                    "tooltip": [{"field": "run"}, {"field": measured, "title": title, "format": form}],
+                },
+            },
+            {
+                "mark": {"type": "text", "fontSize": 13, "fontWeight": 600},
+                "encoding": {
+                    "text": {"field": measured, "format": form},
+                    "color": {"condition": {"test": bright, "value": "#111"}, "value": "#fff"},
+                },
+            },
+        ],
+    }
+
+
+def step_axis() -> Spec:
+    return {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1, "format": "~s"}}
+
+
+def run_colour() -> Spec:
+    return {"field": "run", "title": None, "sort": None}
+
+
+def _line(many: bool) -> Spec:
+    line: Spec = {"mark": {"type": "line", "clip": True}}
+    if many:
+        line["params"] = [{"name": "chosen", "select": {"type": "point", "fields": ["run"]}, "bind": "legend"}]
+        line["encoding"] = {"opacity": {"condition": {"param": "chosen", "value": 1}, "value": 0.12}}
+    return line
+
+
+def _hover(form: str, *, many: bool, several: bool) -> list[Spec]:
+    """A dot on the point that is nearest to the pointer, and what stands there."""
+    nearest = {"type": "point", "on": "pointerover", "clear": "pointerout", "nearest": True}
+    told = [{"field": "run"}] if many else []
+    told += [{"field": "series", "title": "what"}] if several else []
+    return [
+        {
+            "mark": {"type": "point", "filled": True, "size": 60},
+            "params": [{"name": "near", "select": nearest}],
+            "encoding": {
+                "opacity": {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0},
+                "tooltip": [*told, {"field": "step"}, {"field": "value", "format": form}],
+            },
+        }
+    ]
+
+
+def _lookup(labels: dict[str, str]) -> str:
+    """A Vega expression: the label of a field. Names are this package's own."""
+    pairs = ", ".join(f"{name}: '{label}'" for name, label in labels.items())
+    return "({" + pairs + "})[datum.field]"

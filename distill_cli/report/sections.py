@@ -1,0 +1,223 @@
+"""What a report says in words and tables, and the small datasets of its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distill_cli.report.figures import field
+from distill_cli.report.history import History
+from distill_cli.report.table import two_key_grid
+
+MAX_BARS = 120
+"""Of the stacked seconds; neighbouring steps share a bar where there are more."""
+
+STAGES = {
+    "wake": "engine.student.sleep=false and engine.teacher.sleep=false where all fits in memory together",
+    "sync": "mesh.tensor and engine.student.tensor_parallel decide how much is gathered",
+    "sample": "rollout.max_new_tokens and rollout.generations_per_prompt say how much is written; more ranks, or a "
+    "larger engine.student.gpu_memory_utilization, write more at once",
+    "pack": "train.packing",
+    "score": "engine.teacher.gpu_memory_utilization gives the teacher room; engine.teacher.tensor_parallel splits it; "
+    "model.teacher.quantization makes it smaller",
+    "train": "train.micro_batch_tokens as large as memory allows; train.activation_checkpointing=selective or none "
+    "computes less twice; train.compile=true on GPUs",
+    "record": "eval.record_samples",
+    "eval": "eval.period, eval.max_samples and eval.max_new_tokens",
+    "checkpoint": "checkpoint.period; checkpoint.async_save=true",
+}
+"""Stages of a step as the stopwatch has them, in the order of a step, and the keys that change how long each takes."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One run in a sentence, and the facts beside it."""
+
+    headline: str
+    facts: list[tuple[str, str]]
+
+
+def summary(history: History) -> Summary:
+    return Summary(headline=_headline(history), facts=_facts(history))
+
+
+def _headline(history: History) -> str:
+    outcome, state = history.outcome, history.result.state
+    before = (outcome.get("before") or {}).get("accuracy", history.first("val/accuracy"))
+    teacher = (outcome.get("teacher") or {}).get("accuracy", history.first("val/teacher_accuracy"))
+    after = history.last("val/accuracy")
+    if after is None:
+        kl = history.last("train/kl_forward")
+        measured = f"KL forward stands at {kl:.3g} nats a token" if kl is not None else "nothing was measured yet"
+        said = f"{measured} after {history.result.step} steps"
+    else:
+        said = f"{after:.1%} of the held-out problems right"
+        if before is not None:
+            said = f"From {before:.1%} to {after:.1%} of the held-out problems right"
+        said += f" in {history.result.step} steps"
+        if teacher is not None:
+            said += f"; the teacher has {teacher:.1%}"
+        gap = gap_closed(before, after, teacher)
+        if gap is not None:
+            said += f": {gap:.0%} of the gap closed"
+    return said[0].upper() + said[1:] + ("." if state == "finished" else f". The run is {state}.")
+
+
+def gap_closed(before: float | None, after: float | None, teacher: float | None) -> float | None:
+    """The share of the way from the student's start to the teacher; None where there was no gap to close."""
+    if before is None or after is None or teacher is None or teacher <= before:
+        return None
+    return (after - before) / (teacher - before)
+
+
+def _facts(history: History) -> list[tuple[str, str]]:
+    config = history.config
+    seconds = history.outcome.get("seconds")
+    rows = {
+        "student": config.get("model.student.path"),
+        "teacher": config.get("model.teacher.path"),
+        "loss": f"{config.get('loss.kl_type')}, top-{config.get('loss.topk')}, tail {config.get('loss.tail')}",
+        "time": f"{history.result.step} steps in {_duration(seconds)}" if seconds else None,
+        "folder": str(history.folder),
+        "command": history.command,
+    }
+    return [(name, str(value)) for name, value in rows.items() if value]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (minutes > 0) + [f"{rest} s"] * (hours == 0)
+    return " ".join(parts)
+
+
+def level_rows(histories: Sequence[History]) -> list[dict[str, Any]]:
+    """The horizontal lines of the accuracy figure: those that all runs share."""
+    rows = []
+    for key, label in (("val/accuracy", "student before training"), ("val/teacher_accuracy", "teacher")):
+        values = {history.first(key) for history in histories} - {None}
+        if len(values) == 1:
+            rows.append({"label": label, "value": values.pop()})
+    return rows
+
+
+def stages_of(history: History) -> list[str]:
+    """The stages that take a thousandth of the time or more, in the order of a step; unknown ones come last."""
+    totals: dict[str, float] = {}
+    for row in history.steps:
+        for key, value in row.items():
+            if key.startswith("time/") and key != "time/step_s" and value:
+                stage = key.removeprefix("time/").removesuffix("_s")
+                totals[stage] = totals.get(stage, 0.0) + value
+    found = {stage for stage, seconds in totals.items() if seconds >= 1e-3 * sum(totals.values())}
+    return [stage for stage in STAGES if stage in found] + sorted(found - STAGES.keys())
+
+
+def stage_rows(history: History) -> list[dict[str, Any]]:
+    """The `stages` dataset: mean seconds of each stage in each bar."""
+    steps, stages = history.steps, stages_of(history)
+    width = -(-len(steps) // MAX_BARS) or 1
+    rows = []
+    for begin in range(0, len(steps), width):
+        bar = steps[begin : begin + width]
+        first, last = int(bar[0]["step"]), int(bar[-1]["step"])
+        label = str(first) if first == last else f"{first} to {last}"
+        seconds = {stage: sum(row.get(f"time/{stage}_s") or 0.0 for row in bar) / len(bar) for stage in stages}
+        total, low = sum(seconds.values()) or 1.0, 0.0
+        for stage in stages:
+            high = low + seconds[stage]
+            rows.append(
+                {
+                    "from": first - 0.5, "to": last + 0.5, "label": label,
+                    "stage": stage, "low": round(low, 5), "high": round(high, 5), "seconds": round(seconds[stage], 5),
+                    "share": round(seconds[stage] / total, 4),
+                }
+            )  # fmt: skip
+            low = high
+    return rows
+
+
+def time_note(history: History) -> dict[str, str] | None:
+    """Which stage takes most of a run's steps, and what to turn. The first step, which warms up, is left out."""
+    steps = history.steps[1:] or history.steps
+    totals = {stage: sum(row.get(f"time/{stage}_s") or 0.0 for row in steps) for stage in stages_of(history)}
+    if not totals or not sum(totals.values()):
+        return None
+    stage = max(totals, key=totals.__getitem__)
+    return {
+        "stage": stage,
+        "share": f"{totals[stage] / sum(totals.values()):.0%}",
+        "seconds": f"{totals[stage] / len(steps):.3g}",
+        "keys": STAGES.get(stage, ""),
+    }
+
+
+def memory_note(history: History) -> str:
+    """What the predicted bar leaves open."""
+    if not history.memory.get("parts"):
+        return ""
+    note = f"Predicted at most {history.memory['peak'] / 2**30:.3g} GiB at once"
+    asleep = history.memory.get("asleep")
+    return f"{note}: {' and '.join(asleep)} sleep while the student trains." if asleep else f"{note}."
+
+
+def memory_rows(history: History) -> list[dict[str, Any]]:
+    """The `memory` dataset."""
+    parts = history.memory.get("parts", {})
+    return [
+        {"part": part, "place": place, "gib": round(size / 2**30, 6)}
+        for place, (part, size) in enumerate(parts.items())
+        if size
+    ]
+
+
+def grid_rows(histories: Sequence[History]) -> list[dict[str, Any]]:
+    """The `grid` dataset: the last value of each measure, where the runs are a grid of two keys; else nothing."""
+    if two_key_grid([history.result for history in histories]) is None:
+        return []
+    rows = []
+    for history in histories:
+        row, column = history.result.settings.values()
+        final = {field(key): value for key, value in history.result.final.items()}
+        rows.append({"run": history.name, "row": row, "column": column, **final})
+    return rows
+
+
+def comparison(histories: Sequence[History]) -> list[dict[str, Any]]:
+    """A row a run: how it ended and what came of it; the best of the finished ones is marked."""
+    rows = []
+    for history in histories:
+        final = history.result.final
+        accuracy = final.get("val/accuracy")
+        gap = gap_closed(history.first("val/accuracy"), accuracy, history.first("val/teacher_accuracy"))
+        speed = history.last("perf/tokens_per_s")
+        rows.append(
+            {
+                "name": history.name, "folder": history.result.name, "state": history.result.state,
+                "step": history.result.step, "accuracy": _shown(accuracy, ".1%"), "gap": _shown(gap, ".0%"),
+                "kl_forward": _shown(final.get("train/kl_forward"), ".4g"),
+                "kl_reverse": _shown(final.get("train/kl_reverse"), ".4g"),
+                "loss": _shown(final.get("train/loss"), ".4g"),
+                "speed": _shown(speed, ",.0f"), "rank": accuracy if history.result.state == "finished" else None,
+            }
+        )  # fmt: skip
+    best = max((row["rank"] for row in rows if row["rank"] is not None), default=None)
+    return [row | {"is_best": best is not None and row["rank"] == best} for row in rows]
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def differing_settings(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
+    """Keys whose values are not the same in all configs, with each run's; a run's own name and place are left out."""
+    keys = dict.fromkeys(key for history in histories for key in history.config)
+    rows = [(key, [str(history.config.get(key, "")) for history in histories]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1 and not key.startswith("run.")]
+
+
+def config_table(history: History) -> list[tuple[str, str, bool]]:
+    """Every key with its value, and whether it was typed."""
+    command = history.command
+    return [(key, str(value), f" {key}=" in command) for key, value in history.config.items()]
