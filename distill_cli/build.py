@@ -29,7 +29,7 @@ from distill_cli.engines.companion import CompanionScorer, needs_companion
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
-from distill_cli.evaluate import Validator
+from distill_cli.evaluate import Validator, first_of_each
 from distill_cli.log import StepPrinter
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.modelpath import locate
@@ -243,7 +243,8 @@ def build_validator(config: Config, parallel: Parallel, tokenizer: PreTrainedTok
         return None
     prompts = build_prompt_set(config, config.data.validation, tokenizer, key="data.validation")
     return Validator(
-        prompts=prompts[: settings.max_samples],
+        prompts=first_of_each(prompts, settings.max_samples),
+        repeat=settings.repeat,
         sampling=SamplingSettings(
             max_new_tokens=settings.max_new_tokens or config.rollout.max_new_tokens,
             temperature=settings.temperature,

@@ -18,6 +18,7 @@ distill - on-policy distillation of language models from one command
   distill plan [OVERRIDES]        compose and check everything, print what would run, start nothing
   distill check [OVERRIDES]       two minutes on the real models: are loss, engines, sync, checkpoint right?
   distill resume RUN [OVERRIDES]  go on from a run's newest checkpoint, on any number of ranks
+  distill eval RUN|MODEL          accuracy on a benchmark, with intervals (--against RUN|MODEL|before|teacher ...)
   distill export RUN [DIR]        a checkpoint as a Hugging Face folder (--step N|best|last, --push NAME)
   distill report RUN...           final KL and accuracy of runs or of a sweep, over what was swept
   distill ls [GROUP]              the choices of a config group, each with its first comment line
@@ -144,6 +145,12 @@ def export(argv: Sequence[str]) -> int:
     return export(argv)
 
 
+def evaluate(argv: Sequence[str]) -> int:
+    from distill_cli.eval import run_eval
+
+    return run_eval(argv)
+
+
 def report(argv: Sequence[str]) -> int:
     from pathlib import Path
 
@@ -190,6 +197,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan,
     "check": check,
     "resume": resume,
+    "eval": evaluate,
     "export": export,
     "report": report,
     "ls": ls,

@@ -1,9 +1,11 @@
-"""Validation: answers to held-out prompts, checked exactly."""
+"""Answers to a benchmark's problems, several to each if asked for, and judged: validation and `eval`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,12 +14,12 @@ from distill_cli.engines.settings import SamplingSettings
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.parallel.sharing import EngineShare, share_out
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, sequence_seed
-from distill_cli.types import Prompt
+from distill_cli.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
 class Score:
-    """Over all validation prompts of all ranks."""
+    """Over all answers to the validation prompts, of all ranks."""
 
     accuracy: float
     mean_length: float
@@ -25,48 +27,105 @@ class Score:
     truncated_rate: float
     """Share of answers that reached their length limit."""
     num_samples: int
+    datasets: dict[str, float] = field(default_factory=dict)
+    """Accuracy on each dataset, where there are several."""
 
     def metrics(self) -> dict[str, float]:
         return {
             "val/accuracy": self.accuracy,
             "val/mean_length": self.mean_length,
             "val/truncated_rate": self.truncated_rate,
+            **{f"val/{name}/accuracy": accuracy for name, accuracy in self.datasets.items()},
         }
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One of the answers to a problem."""
+
+    number: int
+    """Among those to its problem, from 0."""
+    rollout: Rollout
+
+
+def answer_row(answer: Answer, *, decode: Callable, extract: Callable | None) -> dict[str, Any]:
+    """A row of `track.answers`."""
+    rollout, example = answer.rollout, answer.rollout.prompt.example
+    response = decode(rollout.sample.token_ids)
+    return {
+        "dataset": example.dataset,
+        "problem": rollout.prompt.index,
+        "number": answer.number,
+        "question": example.question,
+        "reference": example.answer,
+        "response": response,
+        "final_answer": extract(response) if extract else None,
+        "reward": float(rollout.reward or 0.0),
+        "num_tokens": len(rollout.sample.token_ids),
+        "finish_reason": rollout.sample.finish_reason,
+    }
+
+
+def first_of_each(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
+    """The first `number` prompts of each dataset."""
+    taken: Counter[str] = Counter()
+    chosen = []
+    for prompt in prompts:
+        taken[prompt.example.dataset] += 1
+        if taken[prompt.example.dataset] <= number:
+            chosen.append(prompt)
+    return chosen
+
+
+@dataclass(frozen=True)
 class Validator:
-    """The validation prompts, and how they are answered and judged."""
+    """The problems, and how they are answered and judged."""
 
     prompts: Sequence[Prompt]
     sampling: SamplingSettings
     verify: Verifier
     decode: Callable[[list[int]], str]
     batch_size: int
+    """Answers that an engine is asked for at a time."""
     seed: int
     parallel: Parallel
+    repeat: int = 1
+    """Answers to each problem."""
 
     def run(self, engine) -> Score:
         """The score of whoever `engine.sample` speaks for. A collective: each engine answers its share."""
-        totals = torch.zeros(4, dtype=torch.float64, device=self.parallel.device)
-        engines = EngineShare.of_all_ranks(engine.tensor_parallel, self.parallel)
+        names = sorted({prompt.example.dataset for prompt in self.prompts})
+        totals = torch.zeros(len(names), 4, dtype=torch.float64, device=self.parallel.device)
+        for answer in (answer for batch in self.answers(engine) for answer in batch):
+            rollout = answer.rollout
+            truncated = float(rollout.sample.finish_reason == "length")
+            row = torch.tensor([rollout.reward or 0.0, len(rollout.sample.token_ids), truncated, 1.0])
+            totals[names.index(rollout.prompt.example.dataset)] += row.to(totals)
+        if not self.share(engine).is_first:
+            totals.zero_()
+        totals = self.parallel.sum_of_ranks(totals)
+        right, length, truncated, number = totals.sum(0).tolist()
+        by_dataset = {name: row[0] / row[3] for name, row in zip(names, totals.tolist(), strict=True)}
+        return Score(
+            right / number, length / number, truncated / number, int(number), by_dataset if len(names) > 1 else {}
+        )
+
+    def answers(self, engine) -> Iterator[list[Answer]]:
+        """This rank's engine's share, a batch at a time: all answers to a problem come of the same engine."""
+        engines = self.share(engine)
         mine = share_out([len(prompt.token_ids) for prompt in self.prompts], engines.num_engines)[engines.index]
-        for begin in range(0, len(mine), self.batch_size):
-            indices = mine[begin : begin + self.batch_size]
+        asked = [(problem, number) for problem in mine for number in range(self.repeat)]
+        for begin in range(0, len(asked), self.batch_size):
+            batch = asked[begin : begin + self.batch_size]
             rollouts = sample_rollouts(
-                [self.prompts[i] for i in indices],
-                # Seeds of their own, the same at every validation: what differs is the model.
-                seeds=[sequence_seed(self.seed, step=0, sequence=i) for i in indices],
+                [self.prompts[problem] for problem, _ in batch],
+                # The same at every validation, and none of training's: what differs is the model.
+                seeds=[sequence_seed(self.seed, step=-number, sequence=problem) for problem, number in batch],
                 sampler=engine,
                 sampling=self.sampling,
             )
             judge_rollouts(rollouts, verify=self.verify, decode=self.decode)
-            for rollout in rollouts:
-                truncated = float(rollout.sample.finish_reason == "length")
-                totals += torch.tensor([rollout.reward or 0.0, len(rollout.sample.token_ids), truncated, 1.0]).to(
-                    totals
-                )
-        if not engines.is_first:
-            totals.zero_()
-        right, length, truncated, number = self.parallel.sum_of_ranks(totals).tolist()
-        return Score(right / number, length / number, truncated / number, int(number))
+            yield [Answer(number, rollout) for (_, number), rollout in zip(batch, rollouts, strict=True)]
+
+    def share(self, engine) -> EngineShare:
+        return EngineShare.of_all_ranks(engine.tensor_parallel, self.parallel)

@@ -40,6 +40,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
+def text_config(folder: Path) -> dict[str, Any]:
+    """The part of config.json that describes the language model."""
+    config = read_config(folder)
+    return config.get("text_config") or config
+
+
 def read_json(file: Path) -> Any:
     """Raises ConfigError where the file is damaged."""
     try:

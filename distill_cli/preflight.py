@@ -85,7 +85,7 @@ def preflight(config: Config) -> Preflight:
                     f"data.validation: {unanswered} of {len(examples)} rows have no answer to check; give "
                     "data.validation.answer_key, or rows that have one"
                 )
-    for check in (_check_names, _check_devices):
+    for check in (_check_names, check_devices):
         with collecting():
             check(config)
     if found.student and found.teacher:
@@ -95,7 +95,7 @@ def preflight(config: Config) -> Preflight:
     if found.student:
         with collecting():
             problems += _tensor_problems(config, found.student)
-    problems += _engine_problems(config, {"student": found.student, "teacher": found.teacher})
+    problems += engine_problems(config, {"student": found.student, "teacher": found.teacher})
     for name in ("cpu_offload", "offload_optimizer"):
         if getattr(config.train, name) and not hardware.gpus_per_node(config):
             found.warnings += (f"train.{name}=true has no effect on CPU ranks: all of it is in host memory",)
@@ -123,7 +123,7 @@ def _check_names(config: Config) -> None:
         )
 
 
-def _check_devices(config: Config) -> None:
+def check_devices(config: Config) -> None:
     asked, visible = config.cluster.gpus_per_node, hardware.visible_gpus()
     on_slurm = config.cluster.launcher is Launcher.slurm
     if asked is not None and asked > visible and not on_slurm:
@@ -188,11 +188,11 @@ def _tensor_problems(config: Config, student: Path) -> Iterator[str]:
         yield from error.problems
 
 
-def _engine_problems(config: Config, folders: dict[str, Path | None]) -> Iterator[str]:
+def engine_problems(config: Config, folders: dict[str, Path | None]) -> Iterator[str]:
     """What keeps the ranks of a node from having the engines that are asked for."""
     on_cpu, ranks = not hardware.gpus_per_node(config), hardware.ranks_per_node(config)
-    for role, engine in (("student", config.engine.student), ("teacher", config.engine.teacher)):
-        folder = folders[role]  # None is a problem of its own
+    for role, folder in folders.items():
+        engine = getattr(config.engine, role)  # folder None is a problem of its own
         model = modelpath.read_config(folder) if folder else {}
         problem = tensor_parallel_problem(engine.tensor_parallel, model=model, num_ranks=ranks)
         if problem:

@@ -40,6 +40,9 @@ class RunDir:
     """The job that has the run, where its output goes, and its exit status once it has ended."""
     checkpoints = property(lambda self: self.path / "checkpoints")
     rollouts = property(lambda self: self.path / "rollouts")
+    evals = property(lambda self: self.path / "evals")
+    evaluation = property(lambda self: self.path / "evaluation.json")
+    """In the folder of an evaluation: whom the ranks ask instead of training."""
     logs = property(lambda self: self.path / "logs" / f"attempt_{self.attempt}")
     heartbeat = property(lambda self: self.logs / "heartbeat")
     """Names the stage that the main rank is in; written as it begins."""

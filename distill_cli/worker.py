@@ -1,7 +1,8 @@
 """What each torchrun rank runs: `python -m distill_cli.worker RUN_DIR --attempt N [--checkpoint FOLDER | --check]`.
 
 Whatever a rank or a library prints goes to the rank's log; the main rank's standard output is kept for the lines that
-are meant for the user. Only then is torch imported, and `build` makes the trainer.
+are meant for the user. Only then is torch imported, and `build` makes the trainer; where the
+folder is an evaluation's, `eval_rank` asks a model.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ def main() -> None:
             from distill_cli.check_rank import check_rank
 
             check_rank(run, console)
+        elif run.evaluation.exists():
+            from distill_cli.eval_rank import evaluate_rank
+
+            evaluate_rank(run, console)
         else:
             from distill_cli.build import run_rank
 

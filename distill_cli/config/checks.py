@@ -12,6 +12,7 @@ RESERVED_ENGINE_KWARGS = {
     *("model", "tokenizer", "revision", "dtype", "quantization", "trust_remote_code", "max_model_len", "seed"),
     *("gpu_memory_utilization", "kv_cache_memory_bytes", "enforce_eager", "tensor_parallel_size", "load_format"),
     *("enable_prefix_caching", "logprobs_mode", "max_logprobs", "distributed_executor_backend", "enable_sleep_mode"),
+    "enable_chunked_prefill",
 }
 """Arguments of `vllm.LLM` that another key sets, or that the right numbers rest on."""
 
@@ -50,6 +51,18 @@ def config_problems(config: Config) -> list[str]:
         *_cluster(config),
         *_at_least("run.print_every", config.run.print_every, 1),
     ]
+
+
+def evaluation_problems(config: Config) -> list[str]:
+    """What `config_problems` is for an evaluation, which trains nothing."""
+    problems = [*_eval(config), *_engine(config), *_cluster(config)]
+    if config.cluster.launcher is not Launcher.local:
+        problems.append(f"cluster.launcher={config.cluster.launcher.value}: an evaluation runs on this machine: local")
+    if not config.data.validation:
+        problems.append("data.validation: a source is needed; choose data=... (distill ls data)")
+    if config.data.verifier is None:
+        problems.append("data.verifier=null: an evaluation needs one to call an answer right; choose one")
+    return problems
 
 
 def inert_overrides(config: Config, overrides: Sequence[str], losses: Mapping[str, Set[str]]) -> list[str]:
@@ -192,6 +205,9 @@ def _eval(config: Config) -> Iterator[str]:
     yield from _at_least("eval.max_samples", config.eval.max_samples, 1)
     yield from _at_least("eval.batch_size", config.eval.batch_size, 1)
     yield from _at_least("eval.record_samples", config.eval.record_samples, 0)
+    yield from _at_least("eval.repeat", config.eval.repeat, 1)
+    if config.eval.repeat > 1 and config.eval.temperature == 0:
+        yield f"eval.repeat={config.eval.repeat}: greedy answers are all the same; set eval.temperature above 0"
     yield from _sampling("eval", config.eval.temperature, config.eval.top_p)
     if config.eval.max_new_tokens is not None:
         yield from _at_least("eval.max_new_tokens", config.eval.max_new_tokens, 1)

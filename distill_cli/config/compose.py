@@ -16,6 +16,7 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -47,10 +48,13 @@ def conf_dir() -> Path:
     return PACKAGED_CONF if PACKAGED_CONF.is_dir() else CHECKOUT_CONF
 
 
-def compose(argv: Sequence[str]) -> list[Job]:
+def compose(argv: Sequence[str], *, unread: Sequence[str] = ()) -> list[Job]:
     """The jobs that `argv` (what follows the verb) describes: one, or with -m one for each element of the sweep.
 
     Empty where a flag of Hydra's own (--help, --cfg, ...) was answered instead.
+
+    Args:
+        unread: dictionaries that the verb does not read: they come out empty, whatever is missing in them.
 
     Raises:
         ConfigError: a key, a type, a choice or an override is wrong; all problems of what was typed at once.
@@ -62,6 +66,8 @@ def compose(argv: Sequence[str]) -> list[Job]:
     jobs: list[Job] = []
 
     def collect(config: DictConfig) -> None:
+        for key in unread:
+            OmegaConf.update(config, key, {}, merge=False, force_add=True)
         jobs.append(_job(config))
 
     with tempfile.TemporaryDirectory() as sweep_dir:
@@ -76,6 +82,36 @@ def compose(argv: Sequence[str]) -> list[Job]:
         finally:
             sys.argv = argv_before
     return jobs
+
+
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """A composed config with `key=value` on top, and with `group=choice` in place of what the group was.
+
+    Raises:
+        ConfigError: an override that is none, or that is a sweep.
+    """
+    problems = override_problems(overrides, conf_dirs=[conf_dir()])
+    if problems:
+        raise ConfigError(*problems)
+    merged = OmegaConf.structured(config)
+    ConfigStore.instance().store("base_config", Config)
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key, line = override.key_or_group, override.input_line
+        if override.is_delete() or override.is_sweep_override():
+            raise ConfigError(f"{line}: takes no sweep and no deletion here; give key=value or group=choice")
+        try:
+            if (conf_dir() / key).is_dir():
+                with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+                    group = hydra.compose("config", overrides=[line])[key]
+                OmegaConf.update(merged, key, group, merge=False)
+            else:
+                OmegaConf.update(merged, key, override.value())
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(f"{line}: {_one_line(error)}") from error
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise ConfigError(*(f"{key}: a value is needed" for key in missing))
+    return OmegaConf.to_object(merged)
 
 
 def known_losses() -> dict[str, set[str]]:

@@ -15,8 +15,12 @@ def max_prompt_tokens(config: Config) -> int:
 
 def needed_length(config: Config) -> int:
     """Tokens of the longest sequence that an engine may see, in training or in validation."""
-    validation = max_prompt_tokens(config) + (config.eval.max_new_tokens or config.rollout.max_new_tokens)
-    return max(config.rollout.max_sequence_length, validation)
+    return max(config.rollout.max_sequence_length, validation_length(config))
+
+
+def validation_length(config: Config) -> int:
+    """Tokens of the longest sequence in validation."""
+    return max_prompt_tokens(config) + (config.eval.max_new_tokens or config.rollout.max_new_tokens)
 
 
 def engine_length(config: Config, engine: EngineModelConfig) -> int:

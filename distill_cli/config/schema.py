@@ -238,9 +238,12 @@ class EvalConfig:
     teacher: bool = True
     """Measure the teacher once at the start: the share of the gap that was closed needs it."""
     max_samples: int = 512
-    """Validation prompts, at most."""
+    """Validation prompts, at most; of several datasets, of each."""
     batch_size: int = 64
-    """Validation prompts handed to each rank's engine at a time."""
+    """Answers that each rank's engine is asked for at a time."""
+    repeat: int = 1
+    """Answers to each prompt: accuracy is the mean over them, and `distill eval` adds pass@k and majority@k. More than
+    one needs a temperature above 0."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0

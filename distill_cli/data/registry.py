@@ -63,6 +63,15 @@ def resolve_verifier(name: str) -> Verifier:
     return _resolve(name, "verifiers", "verify", key="data.verifier")
 
 
+def resolve_extract(verify: Verifier) -> Callable[[str], str | None] | None:
+    """What takes the final answer out of a response, so that answers can be counted: `extract` beside `verify`.
+
+    Two answers that are the same give the same text; None is no answer. None where the verifier's module has no such
+    function.
+    """
+    return getattr(inspect.getmodule(verify), "extract", None)
+
+
 def names(kind: str) -> list[str]:
     """The files of data/sources or data/verifiers."""
     return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / kind)]))

@@ -161,6 +161,9 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
         "kv_cache_memory_bytes": settings.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
         "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
         "enable_sleep_mode": settings.sleep_mode and not on_cpu,
+        # A prompt that is prefilled in pieces draws a token at each and takes the draw back, which torch's generators
+        # on a CPU cannot: requests with a seed would fail.
+        "enable_chunked_prefill": False if on_cpu else None,
         "tensor_parallel_size": settings.tensor_parallel,
         # It takes the device of LOCAL_RANK, where the default would put every rank's engine on device 0, and cuts a
         # model over the ranks that are there, where the others start processes of their own.

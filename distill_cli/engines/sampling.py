@@ -7,9 +7,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from distill_cli.engines.engine import Engine, request_params
-from distill_cli.engines.settings import SamplingSettings
+from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.errors import DistillError
 from distill_cli.types import Sample
+
+
+class Answerer:
+    """A model that answers with the weights of its folder, and does nothing else."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._engine = Engine(settings, role="the engine")
+        self.tensor_parallel = settings.tensor_parallel
+
+    def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
+        return sample(self._engine, prompts, seeds=seeds, sampling=sampling)
+
+    def close(self) -> None:
+        self._engine.close()
 
 
 def sample(

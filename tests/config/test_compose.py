@@ -25,6 +25,8 @@ def test_every_yaml_composes_and_passes_the_checks(group: str, choice: str) -> N
     argv = [f"{group}={choice}"]
     if choice == "jsonl" or (group == "model" and choice != "tiny"):
         argv += JSONL_PATHS
+    if (group, choice) == ("model", "custom"):
+        argv += ["model.student.path=a", "model.teacher.path=b"]
     if group == "rollout":  # answers of 7,168 tokens need the micro-batches that go with them
         argv.append("train=default")
     (job,) = compose(argv)

@@ -70,6 +70,16 @@ def test_a_seed_decides_the_answer_whatever_is_in_the_batch(sampler):
         assert [s.token_ids for s in other] == [s.token_ids for s in samples]
 
 
+def test_more_prompts_than_a_pass_has_room_for_are_answered_as_they_would_be_alone(sampler):
+    budget = sampler._engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    prompts = random_sequences([300] * (budget // 300 + 3))
+    sampling = SamplingSettings(max_new_tokens=8)
+    samples = sampler.sample(prompts, seeds=range(len(prompts)), sampling=sampling)
+    for index in (0, len(prompts) // 2, budget // 300, len(prompts) - 1):
+        alone = sampler.sample([prompts[index]], seeds=[index], sampling=sampling)
+        assert alone[0].token_ids == samples[index].token_ids
+
+
 def test_seeds_sample_independently(sampler, student):
     """The mean of -log p over seeds is the entropy, up to chance, for small neighbours and for seeds above 32 bits."""
     (prompt,) = random_sequences([12])

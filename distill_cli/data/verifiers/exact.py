@@ -24,6 +24,13 @@ def verify(response_text: str, answer: str) -> float:
     return float(bool(final_answers) and _value(final_answers[-1]) == _value(answer))
 
 
+def extract(response_text: str) -> str | None:
+    """The final answer, written the same for all that `verify` takes for the same."""
+    final_answers = FINAL_ANSWER.findall(response_text)
+    value = _value(final_answers[-1]) if final_answers else None
+    return format(value.normalize(), "f") if isinstance(value, Decimal) else value
+
+
 def _value(text: str) -> Decimal | str:
     bare = "".join(text.split()).replace(",", "")
     return Decimal(bare) if NUMBER.fullmatch(bare) else bare

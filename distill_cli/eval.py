@@ -1,0 +1,336 @@
+"""Models on a benchmark: `distill eval RUN|MODEL [--against RUN|MODEL|before|teacher ...] [--step N] [--json] [K=V]`.
+
+One model after the other: each is asked by ranks of its own, with as many engines as there are GPUs, started as those
+of a run are. They leave answers.parquet; the numbers are made of those files here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from distill_cli import hardware, modelpath
+from distill_cli.checkpoint import store
+from distill_cli.config.checks import evaluation_problems
+from distill_cli.config.compose import compose, load_config, override_config, save_config
+from distill_cli.config.derived import validation_length
+from distill_cli.config.schema import ClusterConfig, Config, MeshConfig, StudentModel
+from distill_cli.data.registry import load_examples, resolve_extract, resolve_verifier
+from distill_cli.errors import ConfigError, DistillError
+from distill_cli.launch.local import launch
+from distill_cli.preflight import check_devices, engine_problems
+from distill_cli.resume import open_run
+from distill_cli.run import exit_status, read_outcome
+from distill_cli.rundir import RunDir, free_name, write_json
+from distill_cli.scoreboard import make_scoreboard, print_scoreboard, read_problems
+from distill_cli.track.answers import join_answers
+
+ALONE = (
+    *("engine.student.gpu_memory_utilization=0.9", "engine.teacher.gpu_memory_utilization=0.9"),
+    "eval.batch_size=4096",
+    "cluster.hang_timeout_s=0",
+)
+"""What is otherwise than in training where nothing else is said: the engine has the device to itself, is asked for
+much at a time, and may take as long as it likes."""
+READ = ("data", "eval", "engine", "cluster", "model", "rollout", "experiment", "train.seed")
+"""Groups and keys that an evaluation reads."""
+ROLES = ("before", "teacher")
+"""Names of a run's own models: the student as it was before training, and the teacher."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What was typed."""
+
+    subject: str
+    against: list[str]
+    step: str | None
+    as_json: bool
+    overrides: list[str]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model that is asked."""
+
+    name: str
+    """In tables; and its folder inside the evaluation's."""
+    config: Config
+    """With the model as `model.<role>`."""
+    role: str
+    """`student` or `teacher`: whose engine settings it takes."""
+
+
+def run_eval(argv: Sequence[str]) -> int:
+    """The verb; its exit status.
+
+    Raises:
+        ConfigError: no such run or model, an override that cannot be taken, a benchmark that cannot be read.
+        DistillError: a model could not be asked.
+    """
+    arguments = parse(argv)
+    width = None if sys.stdout.isatty() else 160
+    console = Console(highlight=False, width=width, soft_wrap=width is not None, stderr=arguments.as_json)
+    config, run = base_config(arguments)
+    problems = evaluation_problems(config)
+    if problems:
+        raise ConfigError(*problems)
+    words = [arguments.subject, *arguments.against]
+    contenders = []
+    for word in words:
+        contender = find(word, config, run=run, step=arguments.step, console=console)
+        contenders.append(replace(contender, name=_unused(contender.name, {other.name for other in contenders})))
+    check(config, contenders)
+    folder = evaluation_folder(arguments.subject, run)
+    command = shlex.join(["distill", "eval", *argv])
+    (folder / "command.txt").write_text(command + "\n")
+    with exit_status() as status, stdout_to_stderr() if arguments.as_json else nullcontext():
+        files = {contender.name: ask(contender, folder) for contender in contenders}
+    if status.value:
+        return status.value
+    has_votes = resolve_extract(resolve_verifier(config.data.verifier)) is not None
+    source = str(config.data.validation["source"])
+    answers = {name: read_problems(file, unnamed=source) for name, file in files.items()}
+    board = make_scoreboard(answers, has_votes=has_votes)
+    models = {one.name: getattr(one.config.model, one.role).path for one in contenders}
+    settings = {"data": config.data.validation, "eval": asdict(config.eval)}
+    result = {"models": models, **board.as_json(), "settings": settings, "folder": str(folder)}
+    write_json(folder / "results.json", result)
+    if arguments.as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_scoreboard(console, board)
+        console.print(f"answers  {escape(_shown(folder))}")
+    return 0
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    words, against, overrides = [], [], []
+    step, as_json, target, rest = None, False, words, list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag, is_joined, value = word.partition("=")
+        if flag == "--against":
+            target = against
+            against += [value] if is_joined else []
+        elif flag == "--step":
+            step = value if is_joined else (rest.pop(0) if rest else "")
+            if not (step.isdecimal() or step in ("best", "last")):
+                raise ConfigError(f"--step {step}: must be the number of a step, best or last")
+        elif word == "--json":
+            as_json = True
+        elif word.startswith("-"):
+            raise ConfigError(f"{word}: `distill eval` takes a run or model, --against, --step, --json and overrides")
+        elif is_joined and not Path(word).exists():  # a sweep's folders have = in their names
+            overrides.append(word)
+        else:
+            target.append(word)
+    if len(words) != 1:
+        raise ConfigError(
+            "distill eval: give one run or model, such as runs/latest; others to set it against follow --against"
+        )
+    if "--against" in argv and not against:
+        raise ConfigError("--against: give a run, a model, before (a run's student as it was) or teacher")
+    return Arguments(words[0], against, step, as_json, overrides)
+
+
+def base_config(arguments: Arguments) -> tuple[Config, RunDir | None]:
+    """What is asked, and how: a run's own config, or a composed one; and the run that the subject belongs to."""
+    foreign = [word for word in arguments.overrides if not word.lstrip("+").startswith(READ)]
+    if foreign:
+        raise ConfigError(*(f"{word}: an evaluation does not read it; leave it out" for word in foreign))
+    run = run_around(arguments.subject)
+    if run is not None:
+        config = load_config(run.config)
+        config.cluster = ClusterConfig(
+            gpus_per_node=config.cluster.gpus_per_node, ranks_per_node=config.cluster.ranks_per_node
+        )
+        return override_config(config, [*ALONE, *arguments.overrides]), run
+    typed = {word.lstrip("+").split("=", 1)[0] for word in arguments.overrides}
+    models = []
+    if not arguments.subject.startswith("package://") and not typed & {"model", "experiment"}:
+        models = [
+            "model=custom",
+            *(f"model.{role}.path={json.dumps(arguments.subject)}" for role in ("student", "teacher")),
+        ]
+        if not typed & {"data", "data.validation.source"}:
+            raise ConfigError(f"{arguments.subject}: asked what? choose a benchmark with data=... (distill ls data)")
+    jobs = compose([*models, *ALONE, *arguments.overrides], unread=("data.train",))
+    if len(jobs) != 1:
+        raise ConfigError("distill eval: takes no sweep; name several models with --against")
+    if models and set(arguments.against) & set(ROLES):
+        raise ConfigError(f"{' and '.join(ROLES)}: of which run? evaluate a run, or choose model=...")
+    return jobs[0].config, None
+
+
+def run_around(word: str) -> RunDir | None:
+    """The run that a folder is, or lies in: runs/latest, runs/latest/student, runs/latest/export/step_40."""
+    path = Path(word)
+    if not path.is_dir():
+        return None
+    return next((RunDir(f) for f in [path.resolve(), *path.resolve().parents][:3] if RunDir(f).command.is_file()), None)
+
+
+def find(word: str, config: Config, *, run: RunDir | None, step: str | None, console: Console) -> Contender:
+    """The model that a word of the command line names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if word == "before":
+        return Contender("before", config, "student")
+    if word == "teacher":
+        model = replace(config.model, tokenizer=config.model.tokenizer or config.model.teacher.path)
+        model.student = StudentModel(path=config.model.teacher.path, revision=config.model.teacher.revision)
+        return Contender("teacher", replace(config, model=model), "teacher")
+    name, path = Path(word).resolve().name if Path(word).exists() else word, word
+    if RunDir(Path(word)).config.is_file() and not (Path(word) / "config.json").is_file():
+        trained = open_run(Path(word))
+        path = str(trained_student(trained, step=step, console=console))
+    model = replace(config.model, student=replace(config.model.student, path=path, revision=None))
+    return Contender(name, replace(config, model=model), "student")
+
+
+def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
+    """A run's student as a Hugging Face folder: the finished one, or an export of a checkpoint, made if need be."""
+    outcome = read_outcome(run)
+    if step is None and outcome and outcome["state"] == "finished" and (run.student / "config.json").is_file():
+        return run.student
+    settings = load_config(run.config).checkpoint
+    try:
+        checkpoint = store.choose(
+            run.checkpoints, step or "last", metric=settings.metric, higher_is_better=settings.higher_is_better
+        )
+    except DistillError as error:
+        raise ConfigError(str(error)) from error
+    folder = run.path / "export" / checkpoint.path.name
+    if not folder.exists():
+        console.print(f"exporting the student of step {checkpoint.step}: {escape(_shown(folder))}")
+        command = [
+            sys.executable,
+            "-m",
+            "distill_cli",
+            "export",
+            str(run.path),
+            str(folder),
+            f"--step={checkpoint.step}",
+        ]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise DistillError(done.stderr.strip().removeprefix("error: ") or f"{folder}: the export failed")
+    return folder
+
+
+def check(config: Config, contenders: Sequence[Contender]) -> None:
+    """Everything that can be found wrong before an engine starts.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    problems: list[str] = []
+
+    @contextmanager
+    def collecting() -> Iterator[None]:
+        try:
+            yield
+        except ConfigError as error:
+            problems.extend(error.problems)
+
+    with collecting():
+        resolve_verifier(config.data.verifier)
+    with collecting():
+        check_devices(config)
+    with collecting():
+        examples = load_examples(config.data.validation, key="data.validation")
+        unanswered = sum(example.answer is None for example in examples)
+        if unanswered:
+            raise ConfigError(f"data.validation: {unanswered} of {len(examples)} rows have no answer to check")
+    length = validation_length(config)
+    for contender in contenders:
+        with collecting():
+            model = getattr(contender.config.model, contender.role)
+            folder = modelpath.locate(model.path, revision=model.revision, key=contender.name)
+            problems += engine_problems(config, {contender.role: folder})
+            positions = modelpath.text_config(folder).get("max_position_embeddings")
+            if positions is not None and length > positions:
+                problems.append(
+                    f"{contender.name}: has {positions} positions, and prompt and answer may take {length}; lower "
+                    "eval.max_new_tokens, or data.max_prompt_tokens"
+                )
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+
+
+def evaluation_folder(subject: str, run: RunDir | None) -> Path:
+    """A new folder: in the run's `evals/`, beside a model's folder, or here for a model from elsewhere."""
+    if run is not None:
+        root = run.evals
+    elif Path(subject).is_dir():
+        root = Path(subject).resolve().with_name(f"{Path(subject).resolve().name}.evals")
+    else:
+        root = Path("evals", re.sub(r"\W+", "_", subject).strip("_")).absolute()
+    folder = root / free_name(root, time.strftime("%Y%m%d-%H%M%S"))
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made here ({error.strerror})") from error
+    return folder
+
+
+def ask(contender: Contender, folder: Path) -> Path:
+    """Has a model answer; the file with its answers.
+
+    Raises:
+        DistillError: its ranks failed.
+    """
+    config, run = contender.config, RunDir(folder / contender.name)
+    run.logs.mkdir(parents=True)
+    save_config(replace(config, mesh=MeshConfig()), run.config)
+    write_json(run.evaluation, {"name": contender.name, "role": contender.role})
+    launch(
+        run,
+        num_ranks=hardware.ranks_per_node(config),
+        use_gpus=hardware.gpus_per_node(config) > 0,
+        hang_timeout_s=config.cluster.hang_timeout_s,
+    )
+    return join_answers(run.path)
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """What the ranks print goes to standard error within: standard output is for the JSON alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """A folder's name that is not taken."""
+    plain = re.sub(r"[^\w.,=+-]+", "_", name.removeprefix("package://")).strip("_.")[-80:] or "model"
+    candidate, number = plain, 1
+    while candidate in taken:
+        number += 1
+        candidate = f"{plain}_{number}"
+    return candidate
+
+
+def _shown(path: Path) -> str:
+    """Relative to the current folder where it lies inside."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

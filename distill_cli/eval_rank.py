@@ -1,0 +1,45 @@
+"""What a rank does in an evaluation: it answers its engine's share of the problems, and writes the answers down."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import IO
+
+import torch.distributed as dist
+
+from distill_cli.build import build_tokenizer, build_validator, engine_settings, pick_device
+from distill_cli.config.compose import load_config
+from distill_cli.config.derived import validation_length
+from distill_cli.data.registry import resolve_extract
+from distill_cli.engines.sampling import Answerer
+from distill_cli.evaluate import answer_row
+from distill_cli.parallel.mesh import init_parallel
+from distill_cli.rundir import RunDir
+from distill_cli.track.answers import AnswersFile
+
+
+def evaluate_rank(run: RunDir, console: IO[str]) -> None:
+    """One rank's share of a model's answers to a benchmark, into its part of answers.parquet. A collective."""
+    config, asked = load_config(run.config), json.loads(run.evaluation.read_text())
+    parallel = init_parallel(device=pick_device())
+    tokenizer = build_tokenizer(config)
+    validator = build_validator(config, parallel, tokenizer)
+    role = asked["role"]
+    settings = engine_settings(config, getattr(config.model, role), getattr(config.engine, role))
+    engine = Answerer(replace(settings, max_model_len=validation_length(config), sleep_mode=False))
+    share, extract = validator.share(engine), resolve_extract(validator.verify)
+    file = AnswersFile(run.path, rank=parallel.rank) if share.is_first else None
+    num_answers, done = len(validator.prompts) * validator.repeat, 0
+    for answers in validator.answers(engine):
+        if file is not None:
+            file.write([answer_row(answer, decode=validator.decode, extract=extract) for answer in answers])
+        done += len(answers)
+        if parallel.is_main:
+            run.heartbeat.write_text(f"{done} answers")
+            print(f"{asked['name']}: {done * share.num_engines} of {num_answers} answers", file=console)
+    if file is not None:
+        file.close()
+    engine.close()
+    dist.barrier()
+    dist.destroy_process_group()
