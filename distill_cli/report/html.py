@@ -85,11 +85,19 @@ def render(histories: Sequence[History]) -> str:
         differing=differing_settings(histories) if many else None,
         config=None if many else config_table(histories[0]),
         has_samples=bool(answers),
-        data=base64.b64encode(gzip.compress(json.dumps(data, allow_nan=False).encode(), mtime=0)).decode(),
+        data=base64.b64encode(
+            gzip.compress(json.dumps(data, allow_nan=False, separators=(",", ":")).encode(), 6, mtime=0)
+        ).decode(),
         css=Markup(_part("page.css")),
         script=Markup(_part("page.js")),
         vega=Markup(_vega()),
     )
+
+
+def packed(data: Any) -> str:
+    """Gzipped JSON in base64."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 def datasets(histories: Sequence[History], positions: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -209,7 +209,7 @@ function startSamples(samples) {
   if (samples.cut) {
     const note = document.getElementById("cut");
     note.hidden = false;
-    note.textContent = `Long answers are cut: ${samples.cut.toLocaleString()} tokens are not on this page; rollouts/*.parquet in the run's folder has them all.`;
+    note.textContent = `Long answers are cut: ${samples.cut.toLocaleString()} tokens are neither on this page nor among the worst; rollouts/*.parquet in the run's folder has them all.`;
   }
   redraw();
 }

@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 
 from distill_cli.report.history import History
 
-MAX_TOKENS = 60_000
+MAX_TOKENS = 35_000
 """Of all answers of a page: what fits beside the rest in 5 MB."""
 NUM_WORST = 12
 MAX_POSITIONS = 100
 """Points of a curve; neighbouring positions share one where there are more."""
 SCALARS = ("loss", "kl_forward", "kl_reverse", "entropy", "student_logp", "teacher_logp")
+ROLES = ("student", "teacher")
 
 
 @dataclass
@@ -31,10 +33,13 @@ class Answer:
     run: int
     step: int
     row: dict[str, Any]
+    """Lists by token are cut where the page cuts them."""
+    kl: list[float]
+    """KL forward of every token."""
 
     @property
     def length(self) -> int:
-        return len(self.row["tokens"])
+        return len(self.kl)
 
 
 @dataclass
@@ -52,41 +57,59 @@ class TokenTable:
 
 
 def read_answers(histories: Sequence[History]) -> list[Answer]:
-    """Of one run every recorded step; of several the first and the last of each."""
-    answers = []
+    """Of one run every recorded step; of several the first and the last of each. Long ones are cut."""
+    tables = []
     for number, history in enumerate(histories):
         files = history.sample_files
         if len(histories) > 1 and len(files) > 2:
             files = [files[0], files[-1]]
-        for step, file in files:
-            answers += [Answer(number, step, row) for row in _rows(file)]
-    return answers
+        tables += [(number, step, pyarrow.parquet.read_table(file)) for step, file in files]
+    tables = [(number, step, table) for number, step, table in tables if "kl_forward" in table.column_names]
+    kls = [table["kl_forward"].to_pylist() for _, _, table in tables]
+    limit = longest_shown([len(kl) for of_table in kls for kl in of_table])
+    return [
+        Answer(number, step, row, kl)
+        for (number, step, table), of_table in zip(tables, kls, strict=True)
+        for row, kl in zip(_cut(table, limit), of_table, strict=True)
+    ]
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    rows = pyarrow.parquet.read_table(file).to_pylist()
-    return [row for row in rows if "kl_forward" in row]
+def _cut(table: pyarrow.Table, limit: int) -> list[dict[str, Any]]:
+    """The rows, with the first `limit` tokens of what is listed by token."""
+    by_token = [*SCALARS, "tokens", *(f"{role}_top_{what}" for role in ROLES for what in ("tokens", "logp"))]
+    columns = {name: table[name] for name in ("prompt_index", "prompt", "finish_reason", "reward")}
+    if limit:
+        columns |= {name: pyarrow.compute.list_slice(table[name], 0, limit) for name in by_token}
+    else:
+        columns |= {name: table[name] for name in by_token}
+    return pyarrow.table(columns).to_pylist()
 
 
 def page_samples(histories: Sequence[History], answers: Sequence[Answer]) -> dict[str, Any]:
     """What the page's script draws the disagreement view from."""
     table = TokenTable()
-    limit = longest_shown([answer.length for answer in answers])
     prompts: dict[int, str] = {}
     for answer in answers:
         prompts.setdefault(answer.row["prompt_index"], answer.row["prompt"])
     order = {index: place for place, index in enumerate(prompts)}
-    shown = [_page_answer(answer, order[answer.row["prompt_index"]], table, limit) for answer in answers]
-    everything = sorted(value for answer in shown for value in answer["kl_forward"])
+    shown = [_page_answer(answer, order[answer.row["prompt_index"]], table) for answer in answers]
     return {
         "runs": [history.name for history in histories],
         "prompts": [{"index": index, "text": text} for index, text in prompts.items()],
         "answers": shown,
         "tokens": table.texts,
         "worst": worst_tokens(answers, order),
-        "cut": sum(max(answer.length - limit, 0) for answer in answers),
-        "scale": max(everything[int(0.99 * (len(everything) - 1))], 1e-3) if everything else 1.0,
+        "cut": sum(answer.length - len(answer.row["tokens"]) for answer in answers),
+        "scale": colour_scale(shown),
     }
+
+
+def colour_scale(shown: Sequence[dict[str, Any]]) -> float:
+    """KL of the fullest colour: a hundredth of the tokens lie above it in that run and step where it is highest."""
+    values: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for answer in shown:
+        values[answer["run"], answer["step"]] += answer["kl_forward"]
+    return max([1e-3, *(sorted(found)[int(0.99 * (len(found) - 1))] for found in values.values() if found)])
 
 
 def longest_shown(lengths: Sequence[int]) -> int:
@@ -99,7 +122,7 @@ def longest_shown(lengths: Sequence[int]) -> int:
     return max(lengths, default=0)
 
 
-def _page_answer(answer: Answer, prompt: int, table: TokenTable, limit: int) -> dict[str, Any]:
+def _page_answer(answer: Answer, prompt: int, table: TokenTable) -> dict[str, Any]:
     row = answer.row
     shown = {
         "run": answer.run,
@@ -108,19 +131,19 @@ def _page_answer(answer: Answer, prompt: int, table: TokenTable, limit: int) -> 
         "reward": row["reward"],
         "finish": row["finish_reason"],
         "length": answer.length,
-        "mean": _rounded(sum(row["kl_forward"]) / max(answer.length, 1)),
-        "tokens": [table.number(text) for text in row["tokens"][:limit]],
+        "mean": _rounded(sum(answer.kl) / max(answer.length, 1)),
+        "tokens": [table.number(text) for text in row["tokens"]],
     }
     for name in SCALARS:
-        shown[name] = [_rounded(value) for value in row[name][:limit]]
-    for role in ("student", "teacher"):
-        shown[f"{role}_top"] = [[table.number(text) for text in texts] for texts in row[f"{role}_top_tokens"][:limit]]
-        shown[f"{role}_p"] = [[round(value, 2) for value in values] for values in row[f"{role}_top_logp"][:limit]]
+        shown[name] = [_rounded(value) for value in row[name]]
+    for role in ROLES:
+        shown[f"{role}_top"] = [[table.number(text) for text in texts] for texts in row[f"{role}_top_tokens"]]
+        shown[f"{role}_p"] = [[round(value, 2) for value in values] for values in row[f"{role}_top_logp"]]
     return shown
 
 
 def worst_tokens(answers: Sequence[Answer], order: dict[int, int]) -> list[dict[str, Any]]:
-    """The tokens of highest KL, of each run's first and last recorded step."""
+    """The tokens of highest KL, of each run's first and last recorded step, among those that the page shows."""
     found = []
     for run in sorted({answer.run for answer in answers}):
         of_run = [answer for answer in answers if answer.run == run]
@@ -165,7 +188,7 @@ def position_rows(histories: Sequence[History], answers: Sequence[Answer]) -> li
             count: dict[int, int] = defaultdict(int)
             for answer in of_run:
                 if answer.step == step:
-                    for position, value in enumerate(answer.row["kl_forward"]):
+                    for position, value in enumerate(answer.kl):
                         sums[position // width].append(value)
                         count[position // width] += position % width == 0
             rows += [

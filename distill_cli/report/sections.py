@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -213,11 +214,16 @@ def _shown(value: float | None, form: str) -> str:
 def differing_settings(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
     """Keys whose values are not the same in all configs, with each run's; a run's own name and place are left out."""
     keys = dict.fromkeys(key for history in histories for key in history.config)
-    rows = [(key, [str(history.config.get(key, "")) for history in histories]) for key in keys]
+    rows = [(key, [_yaml(history.config.get(key, "")) for history in histories]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1 and not key.startswith("run.")]
 
 
 def config_table(history: History) -> list[tuple[str, str, bool]]:
     """Every key with its value, and whether it was typed."""
     command = history.command
-    return [(key, str(value), f" {key}=" in command) for key, value in history.config.items()]
+    return [(key, _yaml(value), f" {key}=" in command) for key, value in history.config.items()]
+
+
+def _yaml(value: Any) -> str:
+    """As it is typed."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
