@@ -20,7 +20,8 @@ distill - on-policy distillation of language models from one command
   distill resume RUN [OVERRIDES]  go on from a run's newest checkpoint, on any number of ranks
   distill eval RUN|MODEL          accuracy on a benchmark, with intervals (--against RUN|MODEL|before|teacher ...)
   distill export RUN [DIR]        a checkpoint as a Hugging Face folder (--step N|best|last, --push NAME)
-  distill report RUN...           final KL and accuracy of runs or of a sweep, over what was swept
+  distill report RUN...           runs or a sweep compared, and one HTML page about them (--out FILE)
+  distill watch RUN               follows a run in progress, wherever it runs
   distill ls [GROUP]              the choices of a config group, each with its first comment line
   distill doctor [--json]         what is installed, visible and reachable, and how to fix what is not
 
@@ -174,6 +175,12 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
+def watch(argv: Sequence[str]) -> int:
+    from distill_cli.watch import watch
+
+    return watch(argv)
+
+
 def ls(argv: Sequence[str]) -> int:
     from distill_cli.config.compose import conf_dir
     from distill_cli.listing import print_choices
@@ -200,6 +207,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": evaluate,
     "export": export,
     "report": report,
+    "watch": watch,
     "ls": ls,
     "doctor": doctor,
 }

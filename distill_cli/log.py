@@ -1,4 +1,4 @@
-"""What a user sees while a run goes: one greppable line a step, or a live bar on a terminal.
+"""What a user sees while a run goes: one greppable line a step, or a panel on a terminal.
 
 The main rank's standard output is the user's; everything else that a rank prints goes to its log file.
 """
@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from typing import IO
 
 from rich.console import Console
+from rich.file_proxy import FileProxy
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from distill_cli.live import Screen
 
 COLUMNS = (  # what a step's line shows of its metrics, and how
     ("loss", "train/loss", "{:.4f}"),
@@ -28,52 +31,48 @@ COLUMNS = (  # what a step's line shows of its metrics, and how
 
 
 class StepPrinter:
-    """Says where the run stands. Used as a context: a live bar is taken down on the way out."""
+    """Says where the run stands: a panel on a terminal, a line a step elsewhere. A context: it is taken down after."""
 
-    def __init__(self, stream: IO[str], *, num_steps: int, every: int = 1) -> None:
+    def __init__(self, stream: IO[str], *, num_steps: int, every: int = 1, title: str = "distill") -> None:
         # Rich would wrap a line at 80 columns where the output is no terminal.
         width = None if stream.isatty() else 200
         self.console = Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())
         self._num_steps, self._every = num_steps, every
-        self._progress: Progress | None = None
-        self._task = None
+        self.screen = Screen(title, num_steps)
+        self._live: Live | None = None
         if self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                MofNCompleteColumn(),
-                TextColumn("[dim]elapsed"),
-                TimeElapsedColumn(),
-                TextColumn("[dim]left"),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-            )
+            quiet = {"redirect_stdout": False, "redirect_stderr": False}  # what else is printed goes to a rank's log
+            self._live = Live(self.screen, console=self.console, refresh_per_second=4, transient=True, **quiet)
 
     def __enter__(self) -> StepPrinter:
-        if self._progress is not None:
-            self._progress.start()
+        if self._live is not None:
+            for handler in logging.getLogger("distill_cli").handlers:  # warnings stand above the panel
+                if getattr(handler, "stream", None) is self.console.file:
+                    handler.setStream(FileProxy(self.console, self.console.file))
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def stage(self, name: str) -> None:
         """What is happening now; shown on a terminal only."""
-        if self._progress is not None:
-            if self._task is None:
-                self._task = self._progress.add_task(name, total=self._num_steps)
-            self._progress.update(self._task, description=f"[bold]{name:<10}")
+        self.screen.stage = name
 
     def say(self, text: str) -> None:
         self.console.print(escape(text))
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=step)
-        if step % self._every == 0 or step == self._num_steps or "val/accuracy" in metrics:
+    def step(self, step: int, metrics: Mapping[str, float], *, at: float | None = None) -> None:
+        """A step that is done, `at` seconds since 1970 (now). A terminal keeps the lines of validations."""
+        self.screen.add(step, metrics, at=at)
+        validates, due = "val/accuracy" in metrics, step % self._every == 0 or step == self._num_steps
+        if validates or (due and self._live is None):
             self.say(step_line(step, self._num_steps, metrics))
+
+    def expect(self, num_steps: int) -> None:
+        """How many steps there will be, where that was not known at first."""
+        self._num_steps = self.screen.num_steps = num_steps
 
 
 def step_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:

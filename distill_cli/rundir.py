@@ -45,7 +45,7 @@ class RunDir:
     """In the folder of an evaluation: whom the ranks ask instead of training."""
     logs = property(lambda self: self.path / "logs" / f"attempt_{self.attempt}")
     heartbeat = property(lambda self: self.logs / "heartbeat")
-    """Names the stage that the main rank is in; written as it begins."""
+    """The stage that the main rank is in, and the number of the run's steps; written as a stage begins."""
 
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.log"
@@ -71,6 +71,14 @@ class RunDir:
         numbers = self._attempts()
         newest = RunDir(self.path, attempt=max(numbers, default=1))
         return newest if numbers and not any(newest.logs.iterdir()) else self.next_attempt()
+
+    def newest_attempt(self) -> RunDir:
+        return RunDir(self.path, attempt=max(self._attempts(), default=1))
+
+    def now(self) -> tuple[str, int] | None:
+        """What this attempt's main rank is doing, and of how many steps its run is; None where that is not known."""
+        words = self.heartbeat.read_text().split() if self.heartbeat.exists() else []
+        return (words[0], int(words[1])) if len(words) == 2 else None
 
     def _attempts(self) -> list[int]:
         names = [folder.name.removeprefix("attempt_") for folder in self.path.glob("logs/attempt_*")]

@@ -86,7 +86,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         def on_stage(stage: str) -> None:
-            self.heartbeat(stage)
+            self.heartbeat(f"{stage} {self.num_steps}")
             self.printer.stage(stage)
 
         self.watch = Stopwatch(on_stage)

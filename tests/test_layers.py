@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "distill_cli"
 LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"errors", "types"},
     {"config"},
+    {"live"},
     {"log", "rundir", "plugins", "modelpath", "hardware", "processes", "statistics"},
     {"memory"},
     {"parallel", "losses", "data", "engines", "track", "launch"},
@@ -21,7 +22,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"selfcheck"},
     {"build"},
     {"check_rank", "eval_rank"},
-    {"worker", "run", "listing", "doctor"},
+    {"worker", "run", "listing", "doctor", "watch"},
     {"slurm_job"},
     {"submit"},
     {"start", "plan", "resume", "check"},

@@ -85,9 +85,7 @@ def render(histories: Sequence[History]) -> str:
         differing=differing_settings(histories) if many else None,
         config=None if many else config_table(histories[0]),
         has_samples=bool(answers),
-        data=base64.b64encode(
-            gzip.compress(json.dumps(data, allow_nan=False, separators=(",", ":")).encode(), 6, mtime=0)
-        ).decode(),
+        data=packed(data),
         css=Markup(_part("page.css")),
         script=Markup(_part("page.js")),
         vega=Markup(_vega()),

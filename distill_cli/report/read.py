@@ -17,7 +17,7 @@ import psutil
 import yaml
 
 from distill_cli.errors import ConfigError
-from distill_cli.rundir import RunDir, SweepDir
+from distill_cli.rundir import RunDir, SweepDir, read_json
 
 MEASURES = {
     "KL forward": "train/kl_forward",
@@ -90,7 +90,10 @@ def state_of(run: RunDir) -> str:
         return json.loads(run.outcome.read_text())["state"]
     if not run.config.is_file():
         return "waiting"
-    return "running" if _is_held(run) else "failed"
+    if _is_held(run):
+        return "running"
+    is_queued = run.slurm.is_file() and read_json(run.slurm)["status"] is None
+    return "waiting" if is_queued else "failed"
 
 
 def _is_held(run: RunDir) -> bool:
