@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -21,10 +21,25 @@ from transformers import PreTrainedTokenizerBase
 
 from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.config.compose import load_config
-from distill_cli.config.derived import engine_length, max_prompt_tokens, parse_duration, updates_per_step
+from distill_cli.config.derived import (
+    engine_length,
+    max_prompt_tokens,
+    max_teacher_prompt_tokens,
+    parse_duration,
+    updates_per_step,
+)
 from distill_cli.config.schema import Config, EngineModelConfig, StudentModel, TeacherModel
-from distill_cli.data.prompts import PromptOrder, build_prompts, load_tokenizer
+from distill_cli.data.order import PromptOrder, PromptStream
+from distill_cli.data.prompts import (
+    OWN_TEMPLATE,
+    PromptMaker,
+    load_template,
+    load_tokenizer,
+    make_prompts,
+    read_template,
+)
 from distill_cli.data.registry import load_examples, resolve_verifier
+from distill_cli.data.rows import Stream
 from distill_cli.engines.companion import CompanionScorer, needs_companion
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
@@ -44,9 +59,11 @@ from distill_cli.student.weights import save_student
 from distill_cli.token_views import Watched
 from distill_cli.track.recorder import MetricsFile
 from distill_cli.trainer import Trainer
-from distill_cli.types import Prompt
 
 log = logging.getLogger(__name__)
+
+MAX_PROMPTS_AT_START = 50_000
+"""Training prompts that are all made before the first step: about 15 s. More are made when their turn comes."""
 
 
 def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -> None:
@@ -185,17 +202,38 @@ def build_loss(config: Config) -> DistillLoss:
     return DistillLoss(kl_type=loss.kl_type, kl_weight=loss.kl_weight, skew=loss.skew, tail=loss.tail.value)
 
 
-def build_order(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptOrder:
-    return PromptOrder(
-        build_prompt_set(config, config.data.train, tokenizer, key="data.train"),
-        batch_size=config.rollout.prompts_per_step,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
+def build_order(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptOrder | PromptStream:
+    """The training prompts in their order: all made at the start, or one after the other where there are too many."""
+    data, batch_size, seed = config.data, config.rollout.prompts_per_step, config.train.seed
+    examples = load_examples(data.train, key="data.train", context=data.teacher_context)
+    make = prompt_maker(config, tokenizer)
+    if isinstance(examples, Stream) or len(examples) > MAX_PROMPTS_AT_START:
+        return PromptStream(
+            examples, make, batch_size=batch_size, seed=seed, shuffle=data.shuffle, buffer=data.shuffle_buffer
+        )
+    prompts = make_prompts(examples, make, key="data.train")
+    return PromptOrder(prompts, batch_size=batch_size, seed=seed, shuffle=data.shuffle)
+
+
+def prompt_maker(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptMaker:
+    teacher, template = config.model.teacher, config.model.teacher.chat_template
+    if template == OWN_TEMPLATE:
+        folder = locate(teacher.path, revision=teacher.revision, key="model.teacher.path")
+        template = load_template(folder, trust_remote_code=config.model.trust_remote_code)
+    elif template is not None:
+        template = read_template(template)
+    return PromptMaker(
+        tokenizer,
+        data=config.data,
+        model=config.model,
+        max_tokens=max_prompt_tokens(config),
+        teacher_max_tokens=max_teacher_prompt_tokens(config),
+        teacher_template=template,
     )
 
 
 def build_training(
-    config: Config, console: IO[str], loss: DistillLoss, *, order: PromptOrder, parallel: Parallel
+    config: Config, console: IO[str], loss: DistillLoss, *, order: PromptOrder | PromptStream, parallel: Parallel
 ) -> dict[str, Any]:
     """The student, its optimizer and schedule, and what shows how far it has come: fields of `Trainer`."""
     model = config.model
@@ -212,7 +250,7 @@ def build_training(
     )
     home = torch.device("cpu") if config.train.cpu_offload else parallel.device
     load_weights(student, student.lm, folder, device=home)
-    num_steps = min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch)
+    num_steps = int(min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch))
     optimizer = build_optimizer(student, config.train)
     if config.train.offload_optimizer and parallel.device.type == "cuda":
         OptimizerOffload(optimizer, rest=torch.device("cpu"), work=parallel.device)
@@ -225,25 +263,14 @@ def build_training(
     }
 
 
-def build_prompt_set(
-    config: Config, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, key: str
-) -> list[Prompt]:
-    return build_prompts(
-        load_examples(spec, key=key),
-        tokenizer,
-        data=config.data,
-        model=config.model,
-        max_tokens=max_prompt_tokens(config),
-    )
-
-
 def build_validator(config: Config, parallel: Parallel, tokenizer: PreTrainedTokenizerBase) -> Validator | None:
     settings = config.eval
     if not config.data.validation or not (settings.period or settings.at_start or settings.at_end):
         return None
-    prompts = build_prompt_set(config, config.data.validation, tokenizer, key="data.validation")
+    examples = load_examples(config.data.validation, key="data.validation")
+    make = prompt_maker(config, tokenizer)
     return Validator(
-        prompts=first_of_each(prompts, settings.max_samples),
+        prompts=first_of_each(make_prompts(examples, make, key="data.validation"), settings.max_samples),
         repeat=settings.repeat,
         sampling=SamplingSettings(
             max_new_tokens=settings.max_new_tokens or config.rollout.max_new_tokens,

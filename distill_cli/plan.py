@@ -21,7 +21,7 @@ from distill_cli.config.schema import Config, EngineModelConfig, Launcher
 from distill_cli.launch import slurm
 from distill_cli.launch.local import command
 from distill_cli.preflight import Preflight
-from distill_cli.run import single_path
+from distill_cli.run import count, single_path
 from distill_cli.rundir import RunDir
 
 
@@ -97,7 +97,6 @@ def step_rows(config: Config) -> dict[str, str]:
 
 
 def run_rows(config: Config, found: Preflight) -> dict[str, str]:
-    steps_per_epoch = found.num_train // config.rollout.prompts_per_step
     steps = found.num_steps(config)
     validations = sum(
         [
@@ -106,10 +105,13 @@ def run_rows(config: Config, found: Preflight) -> dict[str, str]:
             config.eval.at_end and not (config.eval.period and steps % config.eval.period == 0),
         ]
     )
-    samples = min(config.eval.max_samples, found.num_validation)
+    samples = min(config.eval.max_samples, found.num_validation or config.eval.max_samples)
+    epoch = "not known: the data is streamed"
+    if found.num_train is not None:
+        epoch = f"{found.num_train // config.rollout.prompts_per_step:,} steps"
     return {
-        "rows": f"{found.num_train:,} for training, {found.num_validation:,} for validation",
-        "epoch": f"{steps_per_epoch:,} steps",
+        "rows": f"{count(found.num_train)} for training, {count(found.num_validation)} for validation",
+        "epoch": epoch,
         "steps": f"{steps:,} (max_steps {config.train.max_steps:,}, max_epochs {config.train.max_epochs})",
         "validation": f"{validations} times on {samples} prompts"
         + (", and the teacher once" if config.eval.teacher and validations else ""),

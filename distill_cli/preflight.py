@@ -6,24 +6,27 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distill_cli import hardware, memory, modelpath
 from distill_cli.config.checks import config_problems, mesh_problems
 from distill_cli.config.compose import known_losses
-from distill_cli.config.derived import needed_length
+from distill_cli.config.derived import needed_length, scored_length
 from distill_cli.config.schema import Config, Launcher
-from distill_cli.data.registry import load_examples, resolve_verifier
+from distill_cli.data.check import check_data
+from distill_cli.data.registry import resolve_verifier
 from distill_cli.engines.process import hide_broken_packages
 from distill_cli.engines.settings import tensor_parallel_problem
 from distill_cli.errors import ConfigError
 from distill_cli.launch.slurm import cluster_problems, settle
+from distill_cli.pair import EndTokens, Vocabularies, template_difference
 from distill_cli.plugins import load_function
+from distill_cli.types import Example
 
 
 @dataclass
@@ -33,13 +36,17 @@ class Preflight:
     student: Path | None = None
     teacher: Path | None = None
     tokenizer: Path | None = None
-    num_train: int = 0
-    """Rows of the training data."""
-    num_validation: int = 0
+    num_train: int | None = 0
+    """Rows of the training data; None of a source that is streamed."""
+    num_validation: int | None = 0
+    sample: Example | None = None
+    """The first training row that asks something."""
     warnings: tuple[str, ...] = ()
 
     def num_steps(self, config: Config) -> int:
         """Steps of the run: max_steps, or fewer where max_epochs ends first."""
+        if self.num_train is None:
+            return config.train.max_steps
         return min(
             config.train.max_steps, config.train.max_epochs * (self.num_train // config.rollout.prompts_per_step)
         )
@@ -74,24 +81,16 @@ def preflight(config: Config) -> Preflight:
         with collecting():
             found.tokenizer = modelpath.locate(model.tokenizer, key="model.tokenizer")
     with collecting():
-        found.num_train = len(load_examples(config.data.train, key="data.train")) if config.data.train else 0
-    with collecting():
-        if config.data.validation:
-            examples = load_examples(config.data.validation, key="data.validation")
-            found.num_validation = len(examples)
-            unanswered = sum(example.answer is None for example in examples)
-            if unanswered:
-                raise ConfigError(
-                    f"data.validation: {unanswered} of {len(examples)} rows have no answer to check; give "
-                    "data.validation.answer_key, or rows that have one"
-                )
+        data = check_data(config)
+        found.num_train, found.num_validation, found.sample = data.num_train, data.num_validation, data.sample
+        found.warnings += data.warnings
     for check in (_check_names, check_devices):
         with collecting():
             check(config)
     if found.student and found.teacher:
         with collecting():
             problems += _model_problems(config, found)
-            found.warnings = tuple(_model_warnings(found))
+            found.warnings += tuple(_model_warnings(config, found))
     if found.student:
         with collecting():
             problems += _tensor_problems(config, found.student)
@@ -102,7 +101,7 @@ def preflight(config: Config) -> Preflight:
     if found.student and found.teacher and not problems:
         with collecting():
             problems += _memory_problems(config, found.student, found.teacher)
-    if 0 < found.num_train < config.rollout.prompts_per_step:
+    if found.num_train is not None and 0 < found.num_train < config.rollout.prompts_per_step:
         problems.append(
             f"rollout.prompts_per_step={config.rollout.prompts_per_step}: the training data has only "
             f"{found.num_train} rows"
@@ -203,81 +202,61 @@ def engine_problems(config: Config, folders: dict[str, Path | None]) -> Iterator
 
 def _model_problems(config: Config, found: Preflight) -> Iterator[str]:
     student, teacher = modelpath.read_config(found.student), modelpath.read_config(found.teacher)
-    sizes = modelpath.vocab_size(student), modelpath.vocab_size(teacher)
-    difference = _vocabulary_difference(found.tokenizer, found.teacher) if found.tokenizer else None
     if config.model.tokenizer and found.tokenizer:
-        other = _vocabulary_difference(found.tokenizer, found.student)
+        other = Vocabularies.of(found.tokenizer, found.student).problem()
         if other:
             yield f"model.tokenizer={config.model.tokenizer}: not the student's vocabulary: {other}; leave it out"
-    if difference:
+    pair = Vocabularies.of(found.student, found.teacher, tokenizer=found.tokenizer)
+    problem = pair.problem()
+    if problem:
         yield (
             f"model.teacher.path={config.model.teacher.path}: its vocabulary is not the student's "
-            f"({config.model.student.path}): {difference}; choose a pair with the same tokenizer"
+            f"({config.model.student.path}): {problem}; choose a pair with the same tokenizer"
         )
-    elif sizes[1] > sizes[0]:
-        yield (
-            f"model.teacher.path={config.model.teacher.path}: vocabulary of {sizes[1]}, and the student's "
-            f"({config.model.student.path}) is {sizes[0]}; choose a pair with the same vocabulary"
-        )
-    if config.loss.topk > min(sizes):
-        yield f"loss.topk={config.loss.topk}: must be at most the vocabulary of {min(sizes)}"
+    size = min(*pair.sizes, pair.limit or math.inf)
+    if config.loss.topk > size:
+        yield f"loss.topk={config.loss.topk}: must be at most the vocabulary of {size}"
     for role, model in (("student", student), ("teacher", teacher)):
         positions = (model.get("text_config") or model).get("max_position_embeddings")
-        if positions is not None and needed_length(config) > positions:
+        length = needed_length(config) if role == "student" else scored_length(config)
+        if positions is not None and length > positions:
             yield (
                 f"rollout.max_sequence_length={config.rollout.max_sequence_length}, "
-                f"eval.max_new_tokens={config.eval.max_new_tokens}: sequences of up to {needed_length(config)} tokens, "
-                f"and the {role} has {positions} positions; lower the larger"
+                f"eval.max_new_tokens={config.eval.max_new_tokens}, "
+                f"data.max_teacher_prompt_tokens={config.data.max_teacher_prompt_tokens}: sequences of up to {length} "
+                f"tokens, and the {role} has {positions} positions; lower the largest"
             )
 
 
-def _vocabulary_difference(student: Path, teacher: Path) -> str | None:
-    """What differs in the two tokenizers' token -> id, in words; None where nothing does or one cannot be read."""
-    ours, theirs = modelpath.vocabulary(student), modelpath.vocabulary(teacher)
-    if ours is None or theirs is None or ours == theirs:
-        return None
-    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    first = differing[0]
-    return (
-        f"{len(differing)} tokens have different ids, such as {first!r} "
-        f"({ours.get(first, 'absent')} and {theirs.get(first, 'absent')})"
-    )
-
-
-def _model_warnings(found: Preflight) -> Iterator[str]:
+def _model_warnings(config: Config, found: Preflight) -> Iterator[str]:
     for folder in {found.tokenizer, found.teacher} - {None}:
         if modelpath.vocabulary(folder) is None:
             yield f"{folder} has no tokenizer.json: that its vocabulary fits the other's could not be checked"
-    student, teacher = _end_tokens(found.student), _end_tokens(found.teacher)
-    if student != teacher:
+    other_vocabulary = Vocabularies.of(found.student, found.teacher, tokenizer=found.tokenizer).warning()
+    if other_vocabulary:
+        yield other_vocabulary
+    yield from _end_warnings(config, EndTokens.of(found.student, found.teacher))
+    if found.sample is not None and config.model.teacher.chat_template is None and config.model.chat_template is None:
+        example = found.sample
+        messages = [*(dict(m) for m in example.messages[:-1]), {"role": "user", "content": example.question}]
+        folders = (found.tokenizer or found.student, found.teacher)
+        difference = template_difference(*folders, messages, **config.model.chat_template_kwargs)
+        if difference:
+            yield (
+                f"student and teacher have different chat templates, {difference}; both read the student's unless "
+                "model.teacher.chat_template=own"
+            )
+
+
+def _end_warnings(config: Config, ends: EndTokens) -> Iterator[str]:
+    if ends.student == ends.teacher:
+        return
+    what = f"the student ends with tokens {sorted(ends.student)} and the teacher with {sorted(ends.teacher)}"
+    merged = ends.one_class(config)
+    if merged:
         yield (
-            f"the student ends with tokens {sorted(student)} and the teacher with {sorted(teacher)}: the student may "
-            "learn not to stop; give both in rollout.stop_token_ids"
+            f"{what}: model.eos_map=auto takes these for one: sampling stops at any of them, and the loss compares the "
+            "probability of ending"
         )
-    templates = [_chat_template(folder) for folder in (found.student, found.teacher)]
-    if templates[0] != templates[1]:
-        yield "student and teacher have different chat templates: both see the prompt as the student's renders it"
-
-
-def _end_tokens(folder: Path) -> set[int]:
-    for name in ("generation_config.json", "config.json"):
-        ids = _read_json(folder / name, {}).get("eos_token_id")
-        if ids is not None:
-            return set(ids) if isinstance(ids, list) else {ids}
-    return set()
-
-
-def _chat_template(folder: Path) -> Any:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text()
-    return _read_json(folder / "tokenizer_config.json", {}).get("chat_template")
-
-
-def _read_json(file: Path, default: Any) -> Any:
-    if not file.is_file():
-        return default
-    value = modelpath.read_json(file)
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file}: a JSON {type(value).__name__}, where an object is needed")
-    return value
+    else:
+        yield f"{what}: with model.eos_map=off the student may learn not to stop; choose auto"

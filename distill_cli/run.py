@@ -257,13 +257,17 @@ def start_panel(job: Job, found: Preflight, run: RunDir) -> Panel:
         "student": config.model.student.path,
         "teacher": config.model.teacher.path,
         "loss": f"{config.loss.kl_type}, top-{config.loss.topk}, tail {config.loss.tail.value}",
-        "data": f"{found.num_train} training rows, {found.num_validation} for validation",
+        "data": f"{count(found.num_train)} training rows, {count(found.num_validation)} for validation",
         "steps": f"{found.num_steps(config)} of {config.rollout.prompts_per_step} prompts",
         "ranks": f"{ranks} on {'GPUs' if gpus else 'the CPU'}"
         + (f" of each of {config.cluster.nodes} nodes" if config.cluster.nodes > 1 else ""),
         "folder": shown(run.path),
     }
     return Panel(_rows(rows), title="distill", title_align="left", expand=False)
+
+
+def count(rows: int | None) -> str:
+    return "as many as are streamed" if rows is None else f"{rows:,}"
 
 
 def end_panel(job: Job, outcome: dict[str, Any], run: RunDir) -> Panel:

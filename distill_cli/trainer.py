@@ -17,7 +17,7 @@ import torch
 
 from distill_cli.checkpoint.saver import Saver
 from distill_cli.config.schema import Config, OnTruncation
-from distill_cli.data.prompts import PromptOrder
+from distill_cli.data.order import PromptOrder, PromptStream
 from distill_cli.data.registry import Verifier
 from distill_cli.engines.companion import CompanionScorer
 from distill_cli.engines.sampler import Sampler
@@ -58,7 +58,7 @@ class Trainer:
     schedule: torch.optim.lr_scheduler.LRScheduler
     sampler: Sampler
     scorer: Scorer | CompanionScorer
-    prompts: PromptOrder
+    prompts: PromptOrder | PromptStream
     sampling: SamplingSettings
     verify: Verifier | None
     decode: Callable[[list[int]], str]

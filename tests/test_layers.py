@@ -13,7 +13,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"config"},
     {"live"},
     {"log", "rundir", "plugins", "modelpath", "hardware", "processes", "statistics"},
-    {"memory"},
+    {"memory", "pair"},
     {"parallel", "losses", "data", "engines", "track", "launch"},
     {"rollout", "preflight", "report", "scoreboard"},
     {"student", "evaluate", "checkpoint"},

@@ -1,6 +1,7 @@
 """What is found before an engine starts, all of it at once."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,8 +55,20 @@ def test_different_vocabularies_are_refused_with_a_token_that_differs(make_model
     swapped = {"t1": 0, "t0": 1, **{f"t{i}": i for i in range(2, 8)}}
     said = problems_of(*pair(make_model("s"), make_model("t", vocab=swapped)))
     assert "2 tokens have different ids, such as 't0' (0 and 1)" in said
-    said = problems_of(*pair(make_model("s2"), make_model("t2", vocab={f"t{i}": i for i in range(8)}, vocab_size=16)))
-    assert "vocabulary of 16" in said
+    gap = {f"t{i}": i for i in range(8) if i != 4}
+    said = problems_of(*pair(make_model("s2", vocab=gap), make_model("t2")))
+    assert "only the teacher has 1 of the tokens, such as 't4' (4)" in said
+
+
+def test_a_vocabulary_that_is_padded_or_has_more_at_its_end_is_cut_to_what_both_have(make_model: MakeModel) -> None:
+    vocab = {f"t{i}": i for i in range(8)}
+    student, padded = make_model("s", vocab=vocab), make_model("padded", vocab=vocab, vocab_size=16)
+    (job,) = compose(pair(student, padded))
+    assert "ids from 8 on are neither sampled nor scored" in " ".join(preflight(job.config).warnings)
+    larger = make_model("larger", vocab={**vocab, "<think>": 8}, vocab_size=16)
+    (job,) = compose(pair(make_model("s2", vocab=vocab, vocab_size=16), larger))
+    assert "1 tokens such as '<think>' are only one model's: ids from 8 on" in " ".join(preflight(job.config).warnings)
+    assert "loss.topk=9: must be at most the vocabulary of 8" in problems_of(*pair(student, larger), "loss.topk=9")
 
 
 def test_more_top_k_than_vocabulary(make_model: MakeModel) -> None:
@@ -74,7 +87,25 @@ def test_other_end_tokens_and_templates_are_warned_of(make_model: MakeModel) -> 
     (job,) = compose(pair(make_model("s"), teacher))
     warnings = " ".join(preflight(job.config).warnings)
     assert "ends with tokens [0] and the teacher with [3]" in warnings
-    assert "different chat templates" in warnings
+    assert "model.eos_map=auto takes these for one" in warnings
+    assert "different chat templates, of which only the teacher has one" in warnings
+    (job,) = compose([*pair(make_model("s2"), teacher), "model.eos_map=off"])
+    assert "model.eos_map=off the student may learn not to stop" in " ".join(preflight(job.config).warnings)
+
+
+def test_the_first_difference_of_two_templates_is_shown_on_a_sample(make_model: MakeModel) -> None:
+    folders = [make_model(name) for name in ("s", "t")]
+    for folder, end in zip(folders, ("</s>", "<end>"), strict=True):
+        template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "{% endfor %}"
+        config = {"chat_template": template, "bos_token": {"content": "<s>"}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (job,) = compose(pair(*folders))
+    (warning,) = preflight(job.config).warnings
+    assert re.search(r"from character \d+ on: the student's '/s>', the teacher's 'end>'", warning)
+    (job,) = compose([*pair(*folders), "model.teacher.chat_template=own"])
+    assert preflight(job.config).warnings == ()
+    (folders[1] / "chat_template.jinja").write_text("{{ raise_exception('system first') }}")
+    assert "a chat template fails on a sample of the data: TemplateError: system first" in problems_of(*pair(*folders))
 
 
 def test_a_gpu_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 
-from distill_cli.config.derived import needed_length, parse_duration, parse_time_limit
+from distill_cli.config.derived import least_engine_length, parse_duration, parse_time_limit
 from distill_cli.config.schema import ClusterConfig, Config, Launcher
 
 RESERVED_ENGINE_KWARGS = {
@@ -66,7 +66,7 @@ def evaluation_problems(config: Config) -> list[str]:
 
 
 def inert_overrides(config: Config, overrides: Sequence[str], losses: Mapping[str, Set[str]]) -> list[str]:
-    """Warnings: keys that were typed and that the chosen loss or launcher does not read.
+    """Warnings: keys that were typed and that the chosen loss, data or launcher does not read.
 
     Args:
         losses: the keys that each divergence reads (`compose.known_losses`).
@@ -80,6 +80,13 @@ def inert_overrides(config: Config, overrides: Sequence[str], losses: Mapping[st
     if config.cluster.launcher is Launcher.local:
         for key in sorted(typed & {f"cluster.{name}" for name in SLURM_ONLY}):
             warnings.append(f"{key} has no effect with cluster.launcher=local: only cluster=slurm reads it")
+    if "data.teacher_prompt_template" in typed and config.data.teacher_context is None:
+        warnings.append("data.teacher_prompt_template has no effect without data.teacher_context")
+    if config.data.train.get("streaming"):
+        if "train.max_epochs" in typed:
+            warnings.append("train.max_epochs has no effect on a source that is streamed: train.max_steps ends the run")
+    elif "data.shuffle_buffer" in typed:
+        warnings.append("data.shuffle_buffer has no effect on a source that is not streamed: it is shuffled whole")
     return warnings
 
 
@@ -186,6 +193,12 @@ def _listed(sizes: Sequence[int]) -> str:
 def _data(config: Config) -> Iterator[str]:
     if config.data.max_prompt_tokens is not None:
         yield from _at_least("data.max_prompt_tokens", config.data.max_prompt_tokens, 1)
+    if config.data.max_teacher_prompt_tokens is not None:
+        yield from _at_least("data.max_teacher_prompt_tokens", config.data.max_teacher_prompt_tokens, 1)
+    yield from _at_least("data.shuffle_buffer", config.data.shuffle_buffer, 1)
+    for part in ("{question}", "{context}"):
+        if part not in config.data.teacher_prompt_template:
+            yield f"data.teacher_prompt_template={config.data.teacher_prompt_template!r}: must contain {part}"
     if "{question}" not in config.data.prompt_template:
         yield f"data.prompt_template={config.data.prompt_template!r}: must contain {{question}}"
     if not config.data.train:
@@ -215,9 +228,10 @@ def _eval(config: Config) -> Iterator[str]:
 
 def _engine(config: Config) -> Iterator[str]:
     for role, engine in (("student", config.engine.student), ("teacher", config.engine.teacher)):
-        if engine.max_model_len is not None and engine.max_model_len < needed_length(config):
+        least = least_engine_length(config, engine)
+        if engine.max_model_len is not None and engine.max_model_len < least:
             yield (
-                f"engine.{role}.max_model_len={engine.max_model_len}: sequences of up to {needed_length(config)} "
+                f"engine.{role}.max_model_len={engine.max_model_len}: sequences of up to {least} "
                 "tokens come to it; leave it out"
             )
         if engine.kv_cache_gib is not None:

@@ -13,6 +13,14 @@ def max_prompt_tokens(config: Config) -> int:
     return config.data.max_prompt_tokens or config.rollout.max_sequence_length - config.rollout.max_new_tokens
 
 
+def max_teacher_prompt_tokens(config: Config) -> int:
+    """What `data.max_teacher_prompt_tokens` says, or as many as the student's, or more where it has a context."""
+    if config.data.max_teacher_prompt_tokens is not None:
+        return config.data.max_teacher_prompt_tokens
+    has_context = config.data.teacher_context is not None
+    return config.rollout.max_sequence_length if has_context else max_prompt_tokens(config)
+
+
 def needed_length(config: Config) -> int:
     """Tokens of the longest sequence that an engine may see, in training or in validation."""
     return max(config.rollout.max_sequence_length, validation_length(config))
@@ -23,9 +31,19 @@ def validation_length(config: Config) -> int:
     return max_prompt_tokens(config) + (config.eval.max_new_tokens or config.rollout.max_new_tokens)
 
 
+def scored_length(config: Config) -> int:
+    """Tokens of the longest sequence that the teacher may see: its own prompt, and the student's answer."""
+    return max(needed_length(config), max_teacher_prompt_tokens(config) + config.rollout.max_new_tokens)
+
+
 def engine_length(config: Config, engine: EngineModelConfig) -> int:
     """What `engine.<role>.max_model_len` says, or what is needed."""
-    return engine.max_model_len or needed_length(config)
+    return engine.max_model_len or least_engine_length(config, engine)
+
+
+def least_engine_length(config: Config, engine: EngineModelConfig) -> int:
+    """Tokens of the longest sequence that comes to one of the two engines of `config`."""
+    return scored_length(config) if engine is config.engine.teacher else needed_length(config)
 
 
 def updates_per_step(config: Config) -> int:

@@ -47,6 +47,16 @@ class OnTruncation(Enum):
     stop = "stop"
 
 
+class OverlongPrompts(Enum):
+    drop = "drop"
+    truncate = "truncate"
+
+
+class EosMap(Enum):
+    auto = "auto"
+    off = "off"
+
+
 class Launcher(Enum):
     local = "local"
     slurm = "slurm"
@@ -71,6 +81,11 @@ class TeacherModel:
     """Of the scorer's weights."""
     quantization: str | None = None
     """A vLLM quantization method (fp8, awq, ...); null leaves the weights as they are."""
+    chat_template: str | None = None
+    """What the teacher's prompt is rendered with: a Jinja file, the template itself, or `own`, the one in its folder;
+    null is the student's. The answer's tokens are the student's in any case."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the template for the teacher alone, over `model.chat_template_kwargs`."""
 
 
 @dataclass
@@ -83,6 +98,9 @@ class ModelConfig:
     """A Jinja file, or the template itself; null is the tokenizer's own."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the template, such as `enable_thinking`."""
+    eos_map: EosMap = EosMap.auto
+    """Where the two models end with different tokens (a Base student, an instruct teacher), auto takes these for one:
+    sampling stops at any of them, and the loss compares the probability of ending. off: each token for itself."""
     trust_remote_code: bool = False
     """Run Python that a model's folder brings along. Only for models whose code you have read."""
 
@@ -113,12 +131,25 @@ class DataConfig:
     prompt_template: str = "{question}"
     """The user's message; `{question}` stands for the row's question."""
     system_prompt: str | None = None
+    """What the system says first, where a conversation brings none of its own."""
     max_prompt_tokens: int | None = None
-    """Prompts that are longer are left out, and counted; null is the room that rollout.max_new_tokens leaves."""
+    """Tokens of a prompt, at most; null is the room that rollout.max_new_tokens leaves."""
+    overlong_prompts: OverlongPrompts = OverlongPrompts.drop
+    """Prompts that are longer are left out (drop), or the end of their question is (truncate); counted either way."""
+    teacher_context: str | None = None
+    """A column of the training data that only the teacher sees, such as a reference solution."""
+    teacher_prompt_template: str = "{question}\n\nA reference solution, for you alone:\n\n{context}"
+    """The teacher's user message where it has a context; `{question}` stands for what the student reads."""
+    max_teacher_prompt_tokens: int | None = None
+    """Tokens of the teacher's prompt, at most; null is max_prompt_tokens where it has no context, else
+    rollout.max_sequence_length."""
+    shuffle_buffer: int = 10_000
+    """Rows that are held to shuffle a source that is streamed; others are shuffled whole."""
     shuffle: bool = True
     """A new order of the training prompts each epoch, by `train.seed`."""
     verifier: str | None = None
-    """What calls an answer right: exact, or `pkg.module:function`; null where the task has no answers to check."""
+    """What calls an answer right: exact, math, regex, choice, or `pkg.module:function`; null where the task has no
+    answers to check."""
 
 
 @dataclass

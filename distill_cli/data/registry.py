@@ -1,8 +1,8 @@
 """Sources and verifiers by name: a file in data/sources or data/verifiers, or `pkg.module:function`.
 
-A source is a function `load(**keys) -> list[Example]`; its keyword arguments are the keys that `data.train` takes
-beside `source`, so a key that it does not know, or of another type, is refused here. A verifier is a function
-`verify(response, answer) -> float`.
+A source is a function `load(**keys)` that returns a sequence of examples or a `Stream` of them; its keyword arguments
+are the keys that `data.train` takes beside `source`, so a key that it does not know, or of another type, is refused
+here. A verifier is a function `verify(response, answer) -> float`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import inspect
 import pkgutil
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from distill_cli.config.overrides import nearest
+from distill_cli.data.rows import Stream
 from distill_cli.errors import ConfigError
 from distill_cli.plugins import load_function
 from distill_cli.types import Example
@@ -24,39 +25,50 @@ from distill_cli.types import Example
 Verifier = Callable[[str, str], float]
 
 
-def load_examples(spec: dict[str, Any], *, key: str) -> list[Example]:
+def load_examples(spec: dict[str, Any], *, key: str, context: str | None = None) -> Sequence[Example] | Stream:
     """The rows of the source that `spec` describes.
 
     Args:
         spec: `source` and that source's own keys.
         key: where in the config it stands, for messages.
+        context: the column that only the teacher sees (`data.teacher_context`).
 
     Raises:
         ConfigError: no such source, keys it does not take, or data that is not what it should be.
     """
     load = resolve_source(spec, key=key)
     keys = {name: value for name, value in spec.items() if name != "source"}
+    if context is not None:
+        if "context_key" not in inspect.signature(load).parameters:
+            raise ConfigError(f"data.teacher_context={context}: the source {spec['source']} has no context_key to read")
+        keys["context_key"] = context
     problems = _key_problems(load, keys, key=key)
     if problems:
         raise ConfigError(*problems)
     try:
         examples = load(**keys)
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise ConfigError(*(_located(problem, keys, key) for problem in error.problems)) from error
     except Exception as error:  # a source may be a user's own
         raise ConfigError(f"{key}.source={spec['source']}: {type(error).__name__}: {error}") from error
-    if not examples:
+    if not isinstance(examples, Stream) and len(examples) == 0:
         raise ConfigError(f"{key}: the source {spec['source']} has no rows")
     return examples
 
 
-def resolve_source(spec: dict[str, Any], *, key: str) -> Callable[..., list[Example]]:
+def resolve_source(spec: dict[str, Any], *, key: str) -> Callable[..., Sequence[Example] | Stream]:
     name = spec.get("source")
     if not name:
         raise ConfigError(
             f"{key}.source: a value is needed; one of {', '.join(names('sources'))}, or pkg.module:function"
         )
     return _resolve(str(name), "sources", "load", key=f"{key}.source")
+
+
+def _located(problem: str, keys: dict[str, Any], key: str) -> str:
+    """A problem that begins with a source's own key, with where that key stands."""
+    name = problem.split("=")[0].split(":")[0].split(".")[0]
+    return f"{key}.{problem}" if name in keys or name in ("repeat", "limit", "split", "weights") else problem
 
 
 def resolve_verifier(name: str) -> Verifier:

@@ -24,8 +24,11 @@ MAX_SIZE = 100_000
 """Rows a split can be asked for: about half of what the smallest one holds, so that drawing them stays quick."""
 
 
-def load(*, split: str, size: int, seed: int) -> list[Example]:
+def load(*, split: str, size: int, seed: int, context_key: str | None = None) -> list[Example]:
     """`size` different problems of a split, the same ones on every machine; fewer are the first of more.
+
+    Args:
+        context_key: `solution` shows the worked steps to the teacher alone; `data.teacher_context` sets it.
 
     Raises:
         ConfigError: there is no such split, or not so many problems in it.
@@ -34,13 +37,20 @@ def load(*, split: str, size: int, seed: int) -> list[Example]:
         raise ConfigError(f"split={split}: must be one of {', '.join(SPLITS)}")
     if not 1 <= size <= MAX_SIZE:
         raise ConfigError(f"size={size}: must be between 1 and {MAX_SIZE}")
+    if context_key not in (None, "solution"):
+        raise ConfigError(f"context_key={context_key}: there is only solution")
     rng = random.Random(f"{split}-{seed}")
     questions: dict[str, None] = {}
     while len(questions) < size:
         question = _draw_question(rng)
         if question is not None and split_of(question) == split:
             questions[question] = None
-    return [Example(question=question, answer=worked_solution(question).rsplit(" ", 1)[1]) for question in questions]
+    examples = []
+    for question in questions:
+        solution = worked_solution(question)
+        context = solution if context_key else None
+        examples.append(Example(question=question, answer=solution.rsplit(" ", 1)[1], context=context))
+    return examples
 
 
 def split_of(question: str) -> str:

@@ -6,56 +6,65 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distill_cli.data.rows import Columns, Table
 from distill_cli.errors import ConfigError
 from distill_cli.types import Example
 
 
-def load(*, path: str, question_key: str = "question", answer_key: str | None = "answer") -> list[Example]:
+def load(
+    *,
+    path: str,
+    question_key: str = "question",
+    answer_key: str | None = "answer",
+    context_key: str | None = None,
+    response_key: str | None = None,
+) -> Sequence[Example]:
     """Every row of the file; blank lines are skipped.
 
     Args:
         answer_key: null where the rows carry no answers to check.
+        context_key: what only the teacher sees; `data.teacher_context` sets it.
+        response_key: a whole answer to imitate.
 
     Raises:
         ConfigError: the file is missing or empty, or a line is no JSON object with these keys (file and line).
     """
-    file = Path(path)
+    rows, lines = read_rows(path)
+    columns = Columns(
+        question=question_key,
+        answer=answer_key,
+        context=context_key,
+        response=response_key,
+        dataset=Path(path).stem.lower(),
+    )
+    return list(Table(rows, columns, where=path, lines=lines))
+
+
+def read_rows(path: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """Every object of the file and its line; blank lines are skipped. Raises ConfigError with file and line."""
     try:
-        lines = file.read_bytes().split(b"\n")
+        content = Path(path).expanduser().read_bytes().split(b"\n")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    examples = [
-        _example(line, f"{path}:{number}", question_key, answer_key)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not examples:
+    lines = [number for number, line in enumerate(content, start=1) if line.strip()]
+    if not lines:
         raise ConfigError(f"{path}: the file has no rows")
-    return examples
+    return [_object(content[number - 1], f"{path}:{number}") for number in lines], lines
 
 
-def _example(line: bytes, where: str, question_key: str, answer_key: str | None) -> Example:
+def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError:
+        raise ConfigError(f"{where}: not JSON that can be read (nested too deeply)") from None
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: a JSON {type(row).__name__}, where an object is needed")
-    question = _value(row, question_key, where)
-    if not isinstance(question, str) or not question.strip():
-        raise ConfigError(f"{where}: {question_key} must be a text that is not empty, not {question!r}")
-    answer = _value(row, answer_key, where) if answer_key is not None else None
-    if answer is not None and not isinstance(answer, str | int | float):
-        raise ConfigError(f"{where}: {answer_key} must be a text or a number, not {answer!r}")
-    return Example(question=question, answer=None if answer is None else str(answer))
-
-
-def _value(row: dict[str, Any], key: str, where: str) -> Any:
-    if key not in row:
-        raise ConfigError(f"{where}: no key {key!r}; this row has: {', '.join(map(repr, row)) or 'none'}")
-    return row[key]
+    return row

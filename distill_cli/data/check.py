@@ -1,0 +1,107 @@
+"""What can be said of the data before anything starts: rows, those that ask nothing, those in both sets. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from distill_cli.config.schema import Config
+from distill_cli.data.registry import load_examples
+from distill_cli.data.rows import Stream
+from distill_cli.errors import ConfigError
+from distill_cli.types import Example
+
+MOST_ROWS_READ = 100_000
+"""Of the training data; the rest is taken to be like them."""
+STREAMED_ROWS_READ = 100
+"""Of a stream: each may have to be downloaded."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What `check_data` found."""
+
+    num_train: int | None = 0
+    """Rows; None of a stream."""
+    num_validation: int | None = 0
+    sample: Example | None = None
+    """The first training row that asks something."""
+    warnings: tuple[str, ...] = ()
+
+
+def check_data(config: Config) -> DataFacts:
+    """Reads the data, as far as that is quick.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    data, problems, warnings = config.data, [], []
+
+    def load(key: str, context: str | None) -> Sequence[Example] | Stream:
+        spec = getattr(data, key)
+        try:
+            return load_examples(spec, key=f"data.{key}", context=context) if spec else []
+        except ConfigError as error:
+            problems.extend(error.problems)
+            return []
+
+    train, validation = load("train", data.teacher_context), load("validation", None)
+    sample = None
+    try:
+        sample, asked = _read_training(train, warnings)
+        _read_validation(config, validation, asked, warnings)
+    except ConfigError as error:
+        problems.extend(error.problems)
+    if problems:
+        raise ConfigError(*problems)
+    return DataFacts(_size(train), _size(validation), sample, tuple(warnings))
+
+
+def _read_training(train: Sequence[Example] | Stream, warnings: list[str]) -> tuple[Example | None, set[bytes]]:
+    """The first row that asks something, and hashes of all that were read."""
+    most = STREAMED_ROWS_READ if isinstance(train, Stream) else MOST_ROWS_READ
+    sample, asked, num_rows, num_empty = None, set(), 0, 0
+    for example in islice(train, most):
+        num_rows += 1
+        if not example.question.strip():
+            num_empty += 1
+            continue
+        sample = sample or example
+        asked.add(_hash(example))
+    if num_rows and sample is None:
+        raise ConfigError(f"data.train: none of {num_rows} rows asks anything; is it the right column?")
+    if num_empty:
+        warnings.append(f"data.train: {num_empty} of {num_rows} rows ask nothing and are left out")
+    return sample, asked
+
+
+def _read_validation(
+    config: Config, validation: Sequence[Example] | Stream, asked: set[bytes], warnings: list[str]
+) -> None:
+    rows = list(islice(validation, config.eval.max_samples) if isinstance(validation, Stream) else validation)
+    num_unanswered = sum(example.answer is None for example in rows)
+    if num_unanswered and config.data.verifier is not None:
+        raise ConfigError(
+            f"data.validation: {num_unanswered} of {len(rows)} rows have no answer to check; give "
+            "data.validation.answer_key, or rows that have one"
+        )
+    num_empty = sum(not example.question.strip() for example in rows)
+    if rows and num_empty == len(rows):
+        raise ConfigError(f"data.validation: none of {num_empty} rows asks anything; is it the right column?")
+    if num_empty:
+        warnings.append(f"data.validation: {num_empty} of {len(rows)} rows ask nothing and are left out")
+    in_both = len({_hash(example) for example in rows if example.question.strip()} & asked)
+    if in_both:
+        warnings.append(f"{in_both} prompts of data.validation are in data.train too: its scores say less for that")
+
+
+def _hash(example: Example) -> bytes:
+    """Sixteen bytes for what is asked, blanks aside: a large set is not held."""
+    said = [message["content"] for message in example.messages[:-1]]
+    return hashlib.blake2b(" ".join("\n".join([*said, example.question]).split()).encode(), digest_size=16).digest()
+
+
+def _size(rows: Sequence[Example] | Stream) -> int | None:
+    return None if isinstance(rows, Stream) else len(rows)

@@ -1,0 +1,143 @@
+"""The order in which training sees its prompts: fixed by the seed, the same on every rank and any number of ranks.
+
+A step's prompts follow from the seed and the step's number alone, so a resumed run needs no state: it asks for its next
+step. `PromptOrder` has all prompts at hand; `PromptStream` makes them when their turn comes, for sets that are too
+large for that, and reads its way to the step where a run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+from distill_cli.data.rows import Stream, or_blank
+from distill_cli.errors import ConfigError
+from distill_cli.types import Example, Prompt
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class PromptOrder:
+    """A new permutation of known prompts each epoch."""
+
+    prompts: Sequence[Prompt]
+    batch_size: int
+    seed: int
+    shuffle: bool
+    _epoch: int = field(default=-1, init=False, repr=False)
+    _order: array = field(default_factory=lambda: array("q"), init=False, repr=False)
+    """Of `_epoch`."""
+
+    def __post_init__(self) -> None:
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"rollout.prompts_per_step={self.batch_size}: the training data has only {len(self.prompts)} prompts"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """A last batch that is not full is left out of its epoch."""
+        return len(self.prompts) // self.batch_size
+
+    def batch(self, step: int) -> list[Prompt]:
+        """The prompts of step `step`, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = permutation(len(self.prompts), seed=f"{self.seed}-{epoch}", shuffle=self.shuffle)
+        return [self.prompts[i] for i in self._order[place * self.batch_size : (place + 1) * self.batch_size]]
+
+
+class PromptStream:
+    """Prompts made one after the other; an epoch's last ones share a step with the next epoch's first.
+
+    Prompts that are left out (`make_prompt` gives None) are made up for by those that follow.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Example] | Stream,
+        make_prompt: Callable[[Example, int], Prompt | None],
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        buffer: int,
+    ) -> None:
+        """
+        Args:
+            make_prompt: of an example and its place among all that were read.
+            buffer: rows of a `Stream` that are held for shuffling it; a sequence is shuffled whole.
+        """
+        self._rows, self._make_prompt = rows, make_prompt
+        self._batch_size, self._seed, self._shuffle, self._buffer = batch_size, seed, shuffle, buffer
+        self._next_step, self._prompts, self._last = 0, self._read(), []
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """At most, where some prompts are left out; of a stream nobody knows it."""
+        return math.inf if isinstance(self._rows, Stream) else len(self._rows) / self._batch_size
+
+    def batch(self, step: int) -> list[Prompt]:
+        """The prompts of step `step`, counted from 0. What lies before it is read, too, unless it has been."""
+        if step == self._next_step - 1:
+            return self._last
+        if step < self._next_step:
+            self._next_step, self._prompts = 0, self._read()
+        while self._next_step <= step:
+            self._last = [next(self._prompts) for _ in range(self._batch_size)]
+            self._next_step += 1
+        return self._last
+
+    def _read(self) -> Iterator[Prompt]:
+        """Epoch after epoch."""
+        place, epoch = 0, 0
+        while True:
+            num_prompts = 0
+            for example in self._epoch(epoch):
+                prompt = self._make_prompt(example, place)
+                place += 1
+                if prompt is not None:
+                    num_prompts += 1
+                    yield prompt
+            if num_prompts == 0:
+                raise ConfigError("data.train: none of its rows makes a prompt; see the warnings before")
+            epoch += 1
+
+    def _epoch(self, epoch: int) -> Iterator[Example]:
+        seed = f"{self._seed}-{epoch}"
+        if not isinstance(self._rows, Stream):
+            order = permutation(len(self._rows), seed=seed, shuffle=self._shuffle)
+            return (or_blank(partial(self._rows.__getitem__, index)) for index in order)
+        return shuffled(self._rows, buffer=self._buffer, seed=seed) if self._shuffle else iter(self._rows)
+
+
+def permutation(size: int, *, seed: str, shuffle: bool) -> array:
+    """0 to size - 1 in the seed's order; eight bytes each."""
+    order = array("q", range(size))
+    if shuffle:
+        random.Random(seed).shuffle(order)
+    return order
+
+
+def shuffled(items: Iterable[Item], *, buffer: int, seed: str) -> Iterator[Item]:
+    """Each item once, drawn at random from the `buffer` items that come next."""
+    rng, held = random.Random(seed), []
+    for item in items:
+        if len(held) < buffer:
+            held.append(item)
+            continue
+        index = rng.randrange(buffer)
+        item, held[index] = held[index], item
+        yield item
+    rng.shuffle(held)
+    yield from held

@@ -1,0 +1,150 @@
+"""The order of prompts: fixed, resumable at any step, without loss or repetition; and prompts that are not taken."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import pytest
+from transformers import AutoTokenizer
+
+from distill_cli.config.compose import compose
+from distill_cli.config.schema import Config
+from distill_cli.data.order import PromptOrder, PromptStream, shuffled
+from distill_cli.data.prompts import PromptMaker, make_prompts
+from distill_cli.data.rows import Stream
+from distill_cli.errors import ConfigError
+from distill_cli.modelpath import ASSETS
+from distill_cli.types import Example, Prompt
+
+ROWS = [Example(f"q{i}") for i in range(20)]
+
+
+def to_prompt(example: Example, index: int) -> Prompt | None:
+    return None if example.question in ("q3", "q4", "") else Prompt(index, [1], example)
+
+
+def stream_of(rows, **settings) -> PromptStream:
+    return PromptStream(rows, to_prompt, **{"batch_size": 4, "seed": 7, "shuffle": True, "buffer": 5, **settings})
+
+
+@pytest.mark.parametrize("rows", [ROWS, Stream(lambda: iter(ROWS))], ids=["table", "stream"])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_stream_goes_on_at_any_step_as_if_it_had_never_stopped(rows, shuffle: bool) -> None:
+    order = stream_of(rows, shuffle=shuffle)
+    whole = [order.batch(step) for step in range(12)]
+    assert order.batch(11) == whole[11]
+    assert order.batch(5) == whole[5]  # backwards too
+    for step in (0, 3, 11):
+        assert stream_of(rows, shuffle=shuffle).batch(step) == whole[step]
+    seen = Counter(prompt.example.question for batch in whole[:9] for prompt in batch)
+    assert seen == {f"q{i}": 2 for i in range(20) if i not in (3, 4)}  # 36 prompts: two epochs of 18
+    assert all(len(batch) == 4 for batch in whole)
+
+
+def test_another_seed_is_another_order_and_epochs_differ() -> None:
+    def questions(order: PromptStream) -> list[str]:
+        return [prompt.example.question for step in range(9) for prompt in order.batch(step)]
+
+    first = questions(stream_of(ROWS))
+    assert first != questions(stream_of(ROWS, seed=8))
+    assert first[:18] != first[18:]
+
+
+def test_a_stream_without_any_prompt_ends_with_an_error() -> None:
+    with pytest.raises(ConfigError, match="none of its rows makes a prompt"):
+        stream_of([Example("")]).batch(0)
+
+
+def test_a_row_that_turns_out_wrong_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    class Wrong(list):
+        def __getitem__(self, index):
+            if index == 2:
+                raise ConfigError("rows, row 2: question must be a text")
+            return super().__getitem__(index)
+
+    with caplog.at_level("WARNING", logger="distill_cli"):
+        order = stream_of(Wrong(ROWS), shuffle=False)
+        assert [p.example.question for p in order.batch(0)] == ["q0", "q1", "q5", "q6"]
+
+
+def test_a_shuffle_buffer_keeps_every_item() -> None:
+    assert sorted(shuffled(range(100), buffer=7, seed="a")) == list(range(100))
+    assert list(shuffled(range(100), buffer=7, seed="a")) == list(shuffled(range(100), buffer=7, seed="a"))
+
+
+def test_fewer_prompts_than_a_step_needs_are_refused() -> None:
+    prompts = [Prompt(i, [1], example) for i, example in enumerate(ROWS)]
+    with pytest.raises(ConfigError, match="rollout.prompts_per_step=21: the training data has only 20 prompts"):
+        PromptOrder(prompts, batch_size=21, seed=0, shuffle=True)
+    order = PromptOrder(prompts, batch_size=8, seed=0, shuffle=True)
+    epoch = [p.index for step in range(2) for p in order.batch(step)]
+    assert len(set(epoch)) == 16
+    assert [p.index for step in (2, 3) for p in order.batch(step)] != epoch
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student")
+
+
+def make(tokenizer, *overrides: str, max_tokens: int = 40, **settings) -> PromptMaker:
+    (job,) = compose(overrides)
+    config: Config = job.config
+    logging.getLogger("distill_cli.data.prompts").disabled = False  # Hydra's doing, where it composes in this process
+    return PromptMaker(tokenizer, data=config.data, model=config.model, max_tokens=max_tokens, **settings)
+
+
+def test_long_and_empty_prompts_are_dropped_or_cut_and_counted(tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [Example("What is 1 + 1?"), Example("12 " * 400), Example(" "), Example("9" * 50_000_000)]
+    drop = make(tokenizer)
+    logging.getLogger("distill_cli").addHandler(caplog.handler)  # composing took the root logger's handlers away
+    assert len(make_prompts(rows, drop, key="data.train")) == 1
+    logging.getLogger("distill_cli").removeHandler(caplog.handler)
+    assert "2 of 4 prompts are longer than 40 tokens and left out" in caplog.text
+    assert "1 of 4 prompts ask nothing and are left out" in caplog.text
+    cut = make(tokenizer, "data.overlong_prompts=truncate", max_tokens=60)
+    short, *long = make_prompts(rows, cut, key="data.train")
+    assert cut.counts["cut"] == 2
+    for prompt in long:
+        assert 55 <= len(prompt.token_ids) <= 60
+        assert prompt.token_ids[-3:] == short.token_ids[-3:]  # what the template ends with is still there
+    with pytest.raises(ConfigError, match="no prompt is left of 1: 0 ask nothing and 1 are longer than 5 tokens"):
+        make_prompts(rows[:1], make(tokenizer, max_tokens=5), key="data.train")
+
+
+def test_a_template_that_fails_says_which_row_and_why(tokenizer) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student")
+    tokenizer.chat_template = "{{ raise_exception('no ' + messages[0].content) if messages[0].content == 'q1' }}x"
+    with pytest.raises(ConfigError, match="row 1: the prompt's template failed: TemplateError: no q1"):
+        make_prompts(ROWS, make(tokenizer), key="data.train")
+
+
+def test_conversations_system_prompts_and_template_arguments_are_rendered(tokenizer) -> None:
+    earlier = ({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"})
+    example = Example("three", messages=(*earlier, {"role": "user", "content": "three"}))
+    prompt = make(tokenizer, "data.system_prompt=be kind", "data.prompt_template='<{question}>'")(example, 0)
+    assert tokenizer.decode(prompt.token_ids) == (
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
+        "<|im_start|>user\n<three><|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert prompt.teacher_token_ids is None
+
+
+def test_the_teacher_reads_what_the_student_does_not(tokenizer) -> None:
+    example = Example("{context}?", context="because {question}")
+    maker = make(tokenizer, "data.teacher_context=why", "data.teacher_prompt_template='{question} ({context})'")
+    prompt = maker(example, 0)
+    assert "because" not in tokenizer.decode(prompt.token_ids)
+    assert "{context}? (because {question})<|im_end|>" in tokenizer.decode(prompt.teacher_token_ids)
+    own = make(tokenizer, teacher_template="T:{{ messages[0].content }}", max_tokens=80)(Example("{context}?"), 0)
+    assert tokenizer.decode(own.teacher_token_ids) == "T:{context}?"
+    maker = make(
+        tokenizer,
+        *("data.teacher_context=why", "data.overlong_prompts=truncate"),
+        max_tokens=60,
+        teacher_max_tokens=90,
+    )
+    prompt = maker(Example("What is 1 + 1?", context="1" * 500), 0)
+    assert len(prompt.token_ids) < 40
+    assert 85 <= len(prompt.teacher_token_ids) <= 90

@@ -1,0 +1,195 @@
+"""Sources: every YAML against a local copy of what is published, columns of one's own, mixtures, streams."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from distill_cli.config.compose import compose, conf_dir
+from distill_cli.data.prompts import PromptMaker, make_prompts
+from distill_cli.data.registry import load_examples
+from distill_cli.data.rows import Stream, boxed_answer, final_answer
+from distill_cli.errors import ConfigError
+from distill_cli.modelpath import ASSETS
+from distill_cli.types import Example
+from tests.data.published import QUESTION, localize, make_copy
+
+PUBLISHED = [f.stem for f in sorted((conf_dir() / "data").glob("*.yaml")) if f.stem not in ("arithmetic",)]
+OWN_FILES = ("jsonl", "table")
+NO_EVAL = ["eval.period=0", "eval.at_start=false", "eval.at_end=false"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    """`datasets` keeps what it prepares; not where the user's is."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("datasets"))
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_yaml_loads_a_copy_of_what_is_published(name: str, tmp_path: Path, tokenizer) -> None:
+    argv = [f"data={name}", *NO_EVAL]
+    if name in OWN_FILES:
+        file = tmp_path / "rows.jsonl"
+        file.write_text(json.dumps({"question": QUESTION, "answer": 7}) + "\n")
+        argv += [f"data.train.path={file}", f"data.validation.path={file}"]
+    (job,) = compose(argv)
+    config = job.config
+    for key in ("train", "validation"):
+        spec = getattr(config.data, key)
+        if not spec:
+            continue
+        spec = spec if name in OWN_FILES else localize(spec, tmp_path)
+        examples = load_examples(spec, key=f"data.{key}")
+        make = PromptMaker(tokenizer, data=config.data, model=config.model, max_tokens=500)
+        limit = 12 if isinstance(examples, Stream) else None
+        prompts = make_prompts(examples, make, key=key, limit=limit)
+        assert QUESTION in tokenizer.decode(prompts[0].token_ids)
+        assert all(prompt.example.dataset for prompt in prompts)
+        if config.data.verifier is not None:
+            assert {prompt.example.answer for prompt in prompts} == {"7"}
+        if not isinstance(examples, Stream):
+            assert len(prompts) == len(examples) == make.counts["rows"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "tsv", "jsonl", "json", "saved"])
+def test_files_of_every_kind_give_the_same_rows(kind: str, tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"q": f"a, {i}", "n": i, "why": "because"} for i in range(3)])
+    path = tmp_path / f"rows.{kind}"
+    if kind == "saved":
+        datasets.DatasetDict({"test": rows}).save_to_disk(path)
+    elif kind in ("json", "jsonl"):
+        rows.to_json(path)
+    elif kind == "parquet":
+        rows.to_parquet(path)
+    else:
+        rows.to_csv(path, sep="\t" if kind == "tsv" else ",")
+    spec = {"source": "table", "path": str(path), "question_key": "q", "answer_key": "n", "dataset": "d"}
+    spec |= {"split": "test"} if kind == "saved" else {}
+    examples = load_examples(spec, key="data.train", context="why")
+    assert list(examples) == [Example(f"a, {i}", str(i), "d", context="because") for i in range(3)]
+    assert examples[2] == list(examples)[2]
+    assert len(load_examples({**spec, "limit": 2, "repeat": 3}, key="data.train")) == 6
+
+
+def test_a_stream_is_read_again_from_its_beginning_and_leaves_wrong_rows_out(tmp_path: Path, caplog) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"question": f"q{i}", "answer": "1"} for i in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question": None, "answer": "1"}]))
+    spec = {"source": "table", "path": str(file), "streaming": True}
+    stream = load_examples(spec, key="data.train")
+    assert [e.question for e in stream] == [e.question for e in stream] == ["q0", "q1", "q2", "q3", ""]
+    with pytest.raises(ConfigError, match="question_key=problem; there are: question, answer"):
+        load_examples({**spec, "question_key": "problem"}, key="data.train")
+
+
+def test_a_mixture_by_weight_loses_no_row(tmp_path: Path) -> None:
+    sources = {
+        name: {"source": "arithmetic", "split": "train", "size": size, "seed": seed}
+        for seed, (name, size) in enumerate({"a": 6, "b": 30}.items())
+    }
+    rows = load_examples({"source": "mix", "sources": sources}, key="data.train")
+    assert Counter(e.dataset for e in rows) == {"a": 6, "b": 30}
+    rows = load_examples({"source": "mix", "sources": sources, "weights": {"a": 1, "b": 2}}, key="data.train")
+    assert Counter(e.dataset for e in rows) == {"a": 15, "b": 30}
+    assert len({e.question for e in rows if e.dataset == "a"}) == 6
+    assert [rows[i] for i in range(len(rows))] == list(rows)
+    for weights in ({"a": 1}, {"a": 1, "b": 0}, {"a": 1, "b": "x"}):
+        with pytest.raises(ConfigError, match=r"data.train.weights"):
+            load_examples({"source": "mix", "sources": sources, "weights": weights}, key="data.train")
+    with pytest.raises(ConfigError, match=r"data.train.sources.a.size: a value is needed"):
+        load_examples({"source": "mix", "sources": {"a": {"source": "arithmetic"}}}, key="data.train")
+
+
+def test_streams_are_mixed_by_weight_and_begin_again(tmp_path: Path) -> None:
+    copy = make_copy("nvidia/OpenMathInstruct-2", tmp_path)
+    stream = {"source": "table", "path": str(copy), "question_key": "problem", "answer_key": None, "streaming": True}
+    few = {"source": "arithmetic", "split": "train", "size": 3, "seed": 0}
+    spec = {"source": "mix", "sources": {"s": stream, "few": few}, "weights": {"s": 3, "few": 1}}
+    mixed = load_examples(spec, key="data.train")
+    first, again = ([e for e, _ in zip(mixed, range(400), strict=False)] for _ in range(2))
+    assert first == again
+    assert 250 < Counter(e.dataset for e in first)["s"] < 350
+    with pytest.raises(ConfigError, match="weights: needed where a source is streamed"):
+        load_examples({**spec, "weights": None}, key="data.train")
+
+
+def test_conversations_end_with_the_user_s_last_message(tmp_path: Path) -> None:
+    turns = ["system", "user", "assistant", "user", "assistant"]
+    messages = [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(turns)]
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": messages[:1]}) + "\n")
+    spec = {"source": "table", "path": str(file), "messages_key": "messages", "answer_key": None}
+    example, without_user = load_examples(spec, key="data.train")
+    assert example.question == "user 3"
+    assert [m["role"] for m in example.messages] == turns[:4]
+    assert example.response == "assistant 4"
+    assert without_user.question == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "keys", "said"),
+    [
+        ("{'question': 'a'}", {}, "rows.jsonl:1: not JSON"),
+        ('{"query": "a", "answer": 1}', {}, "no column 'question'; this row has: 'query', 'answer'"),
+        ('{"question": "a"}', {"answer_key": "x.y"}, "no column 'x.y'"),
+        ('{"question": ["a"], "answer": 1}', {}, "question must be a text, not list"),
+        ('{"question": "a", "answer": 1}\n{"question": 2, "answer": 1}', {}, "rows.jsonl:2: question must be a text"),
+        ('{"messages": "hello"}', {"messages_key": "messages", "answer_key": None}, "must be a list of messages"),
+        (
+            '{"messages": [{"role": "me"}]}',
+            {"messages_key": "messages", "answer_key": None},
+            "each message needs a role",
+        ),
+        ('{"question": "a", "answer": 1}', {"answer_from": "there"}, "data.train.answer_from=there: must be one of"),
+        ('{"question": "a", "answer": 1}', {"repeat": 0}, "data.train.repeat=0: must be at least 1"),
+    ],
+)
+def test_a_file_that_is_wrong_says_where(content: str, keys: dict, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(content + "\n")
+    with pytest.raises(ConfigError) as caught:
+        load_examples({"source": "table", "path": str(file), **keys}, key="data.train")
+    assert said in str(caught.value)
+
+
+def test_a_table_that_is_wrong_says_what_is_there(tmp_path: Path) -> None:
+    copy = make_copy("openai/gsm8k", tmp_path)
+    spec = {"source": "table", "path": str(copy), "name": "main"}
+    with pytest.raises(ConfigError, match=r"no such column: question_key=problem; there are: question, answer"):
+        load_examples({**spec, "question_key": "problem"}, key="data.train")
+    with pytest.raises(ConfigError, match=r"data.train.path=.*split"):
+        load_examples({**spec, "split": "dev"}, key="data.train")
+    with pytest.raises(ConfigError, match=r"data.train.path=/no/such: no such file or folder"):
+        load_examples({"source": "table", "path": "/no/such"}, key="data.train")
+    for name, content in {
+        "a.parquet": b"no parquet",
+        "b.csv": b"",
+        "c.txt": b"x",
+        "d.csv": b"question\n\xff\n",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=r"data.train.path="):
+            load_examples({"source": "table", "path": str(tmp_path / name), "answer_key": None}, key="data.train")
+
+
+def test_answers_are_found_in_solutions() -> None:
+    assert final_answer("2 x 700 = <<2*700=1400>>1,400\n#### 1,400") == "1400"
+    assert final_answer("42") == "42"
+    assert boxed_answer(r"so \boxed{1}, no: \boxed{\frac{1}{2}} it is") == r"\frac{1}{2}"
+    assert boxed_answer(r"\boxed{(0, 1]") == "(0, 1]"
