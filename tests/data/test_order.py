@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections import Counter
 
@@ -95,14 +96,16 @@ def make(tokenizer, *overrides: str, max_tokens: int = 40, **settings) -> Prompt
     return PromptMaker(tokenizer, data=config.data, model=config.model, max_tokens=max_tokens, **settings)
 
 
-def test_long_and_empty_prompts_are_dropped_or_cut_and_counted(tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_and_empty_prompts_are_dropped_or_cut_and_counted(tokenizer) -> None:
     rows = [Example("What is 1 + 1?"), Example("12 " * 400), Example(" "), Example("9" * 50_000_000)]
     drop = make(tokenizer)
-    logging.getLogger("distill_cli").addHandler(caplog.handler)  # composing took the root logger's handlers away
+    said = io.StringIO()
+    shown = logging.StreamHandler(said)  # composing took pytest's own away
+    logging.getLogger("distill_cli.data.prompts").addHandler(shown)
     assert len(make_prompts(rows, drop, key="data.train")) == 1
-    logging.getLogger("distill_cli").removeHandler(caplog.handler)
-    assert "2 of 4 prompts are longer than 40 tokens and left out" in caplog.text
-    assert "1 of 4 prompts ask nothing and are left out" in caplog.text
+    logging.getLogger("distill_cli.data.prompts").removeHandler(shown)
+    assert "2 of 4 prompts are longer than 40 tokens and left out" in said.getvalue()
+    assert "1 of 4 prompts ask nothing and are left out" in said.getvalue()
     cut = make(tokenizer, "data.overlong_prompts=truncate", max_tokens=60)
     short, *long = make_prompts(rows, cut, key="data.train")
     assert cut.counts["cut"] == 2
