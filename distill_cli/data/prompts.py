@@ -155,8 +155,8 @@ class PromptMaker:
         )
         return self.tokenizer.encode(rendered, add_special_tokens=False)
 
-    def warn(self, key: str) -> None:
-        """One line for each way in which prompts of `key` were not taken as they are."""
+    def warnings(self) -> list[str]:
+        """One line for each way in which prompts were not taken as they are."""
         rows, limit = self.counts["rows"], self.max_tokens
         said = {
             "empty": "ask nothing and are left out",
@@ -166,9 +166,7 @@ class PromptMaker:
             "cut": f"are cut to {limit} tokens"
             + (f", the teacher's to {self.teacher_max_tokens}" if self.has_teacher_prompt else ""),
         }
-        for what, words in said.items():
-            if self.counts[what]:
-                log.warning("%s: %d of %d prompts %s", key, self.counts[what], rows, words)
+        return [f"{self.counts[what]} of {rows} prompts {words}" for what, words in said.items() if self.counts[what]]
 
 
 def _fill(template: str, **parts: str) -> str:
@@ -196,5 +194,6 @@ def make_prompts(examples: Iterable[Example], make: PromptMaker, *, key: str, li
             f"longer than {make.max_tokens} tokens (data.max_prompt_tokens; else what rollout.max_new_tokens leaves of "
             "rollout.max_sequence_length); raise it, or choose data.overlong_prompts=truncate"
         )
-    make.warn(key)
+    for warning in make.warnings():
+        log.warning("%s: %s", key, warning)
     return prompts
