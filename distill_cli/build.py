@@ -268,9 +268,10 @@ def build_validator(config: Config, parallel: Parallel, tokenizer: PreTrainedTok
     if not config.data.validation or not (settings.period or settings.at_start or settings.at_end):
         return None
     examples = load_examples(config.data.validation, key="data.validation")
-    make = prompt_maker(config, tokenizer)
+    most = settings.max_samples if isinstance(examples, Stream) else None
+    prompts = make_prompts(examples, prompt_maker(config, tokenizer), key="data.validation", limit=most)
     return Validator(
-        prompts=first_of_each(make_prompts(examples, make, key="data.validation"), settings.max_samples),
+        prompts=first_of_each(prompts, settings.max_samples),
         repeat=settings.repeat,
         sampling=SamplingSettings(
             max_new_tokens=settings.max_new_tokens or config.rollout.max_new_tokens,
