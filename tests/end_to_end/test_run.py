@@ -133,6 +133,8 @@ def test_the_folder_holds_what_the_contract_says(one_rank: Finished) -> None:
     assert json.loads((run.path / "env.json").read_text())["packages"]["torch"]
     assert one_rank.config.train.max_steps == 3
     assert run.rank_log(0).is_file()
+    assert "of the gap closed" in run.report.read_text()
+    assert {"weights", "sampler"} <= json.loads(run.memory.read_text())["parts"].keys()
     assert not [path for path in one_rank.folder.iterdir() if path.name != "runs"]
 
 
@@ -162,7 +164,7 @@ def test_a_sweep_runs_each_element_in_its_own_folder(tmp_path) -> None:
     done = distill(tmp_path, "-m", "loss.topk=4,8", *off)
     assert done.status == 0, done.stdout + done.stderr
     (sweep,) = tmp_path.glob("runs/*_sweep")
-    assert sorted(path.name for path in sweep.iterdir()) == ["0_topk=4", "1_topk=8", "sweep.json"]
+    assert sorted(path.name for path in sweep.iterdir()) == ["0_topk=4", "1_topk=8", "report.html", "sweep.json"]
     assert all((folder / "outcome.json").is_file() for folder in sweep.glob("*_topk=*"))
     table = done.stdout[done.stdout.index("loss.topk  state") :]
     assert all(words in table for words in ("KL forward", "finished", "best loss"))
