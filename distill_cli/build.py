@@ -28,7 +28,7 @@ from distill_cli.config.derived import (
     parse_duration,
     updates_per_step,
 )
-from distill_cli.config.schema import Config, EngineModelConfig, StudentModel, TeacherModel
+from distill_cli.config.schema import Config, EngineModelConfig, LoraSync, Precision, StudentModel, TeacherModel
 from distill_cli.data.order import PromptOrder, PromptStream
 from distill_cli.data.prompts import (
     OWN_TEMPLATE,
@@ -43,15 +43,16 @@ from distill_cli.data.rows import Stream
 from distill_cli.engines.companion import CompanionScorer, needs_companion
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
-from distill_cli.engines.settings import EngineSettings, SamplingSettings
+from distill_cli.engines.settings import Adapter, EngineSettings, SamplingSettings
 from distill_cli.evaluate import Validator, first_of_each
 from distill_cli.log import StepPrinter
 from distill_cli.losses.divergence import DistillLoss
-from distill_cli.modelpath import locate
+from distill_cli.modelpath import fingerprint, locate
 from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.processes import StopFlag
 from distill_cli.progress import Progress
 from distill_cli.rundir import RunDir, write_json
+from distill_cli.student.adapters import add_adapters
 from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import OptimizerOffload, build_optimizer, build_schedule
@@ -107,7 +108,10 @@ def build_trainer(
     validator = build_validator(config, parallel, tokenizer)
     sampler, scorer = make_engines(config)
     training = build_training(config, console, loss, order=order, parallel=parallel)
-    trainable = Trainable(training["student"].lm, training["optimizer"], training["schedule"])
+    student = config.model.student
+    folder = locate(student.path, revision=student.revision, key="model.student.path")
+    base = fingerprint(folder) if student.lora.is_on else None
+    trainable = Trainable(training["student"].lm, training["optimizer"], training["schedule"], base)
     trainer = Trainer(
         config=config,
         parallel=parallel,
@@ -191,10 +195,17 @@ def engine_settings(config: Config, model: StudentModel | TeacherModel, engine: 
         gpu_memory_utilization=engine.gpu_memory_utilization,
         kv_cache_bytes=None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 2**30),
         enforce_eager=True if engine.enforce_eager else None,
+        adapter=adapter_of(model),
         sleep_mode=torch.cuda.is_available() if engine.sleep is None else engine.sleep,
         seed=config.train.seed,
         kwargs=engine.kwargs,
     )
+
+
+def adapter_of(model: StudentModel | TeacherModel) -> Adapter | None:
+    """What the engine has beside its weights."""
+    lora = getattr(model, "lora", None)
+    return Adapter(lora.rank, lora.alpha) if lora and lora.is_on and lora.sync is LoraSync.adapter else None
 
 
 def build_loss(config: Config) -> DistillLoss:
@@ -238,18 +249,13 @@ def build_training(
     """The student, its optimizer and schedule, and what shows how far it has come: fields of `Trainer`."""
     model = config.model
     folder = locate(model.student.path, revision=model.student.revision, key="model.student.path")
-    student = wrap(
-        Student(
-            build_lm(folder, trust_remote_code=model.trust_remote_code),
-            loss=loss,
-            temperature=config.loss.temperature,
-            parallel=parallel,
-        ),
-        parallel,
-        config.train,
-    )
+    lm = build_lm(folder, trust_remote_code=model.trust_remote_code)
+    if model.student.lora.is_on:
+        add_adapters(lm, model.student.lora, bf16=config.train.precision is Precision.bf16)
+    student = Student(lm, loss=loss, temperature=config.loss.temperature, parallel=parallel)
+    wrap(student, parallel, config.train)
     home = torch.device("cpu") if config.train.cpu_offload else parallel.device
-    load_weights(student, student.lm, folder, device=home)
+    load_weights(student, lm, folder, device=home, seed=config.train.seed)
     num_steps = int(min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch))
     optimizer = build_optimizer(student, config.train)
     if config.train.offload_optimizer and parallel.device.type == "cuda":

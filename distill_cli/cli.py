@@ -19,7 +19,7 @@ distill - on-policy distillation of language models from one command
   distill check [OVERRIDES]       two minutes on the real models: are loss, engines, sync, checkpoint right?
   distill resume RUN [OVERRIDES]  go on from a run's newest checkpoint, on any number of ranks
   distill eval RUN|MODEL          accuracy on a benchmark, with intervals (--against RUN|MODEL|before|teacher ...)
-  distill export RUN [DIR]        a checkpoint as a Hugging Face folder (--step N|best|last, --push NAME)
+  distill export RUN [DIR]        a checkpoint as a Hugging Face folder (--step N|best|last, --adapter, --push NAME)
   distill report RUN...           runs or a sweep compared, and one HTML page about them (--out FILE)
   distill watch RUN               follows a run in progress, wherever it runs
   distill ls [GROUP]              the choices of a config group, each with its first comment line

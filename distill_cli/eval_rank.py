@@ -27,7 +27,8 @@ def evaluate_rank(run: RunDir, console: IO[str]) -> None:
     validator = build_validator(config, parallel, tokenizer)
     role = asked["role"]
     settings = engine_settings(config, getattr(config.model, role), getattr(config.engine, role))
-    engine = Answerer(replace(settings, max_model_len=validation_length(config), sleep_mode=False))
+    settings = replace(settings, max_model_len=validation_length(config), sleep_mode=False, adapter=None)
+    engine = Answerer(settings)
     share, extract = validator.share(engine), resolve_extract(validator.verify)
     file = AnswersFile(run.path, rank=parallel.rank) if share.is_first else None
     num_answers, done = len(validator.prompts) * validator.repeat, 0

@@ -1,7 +1,8 @@
-"""`distill export RUN [DIR] [--step N|best|last] [--push NAME]`: a checkpoint as a Hugging Face folder.
+"""`distill export RUN [DIR] [--step N|best|last] [--adapter] [--push NAME]`: a checkpoint as a Hugging Face folder.
 
 One process reads the ranks' shards, whatever their number and mesh was, one output file after the other: no more than
-one such file is in memory, and the optimizer's state is not touched.
+one such file is in memory, and the optimizer's state is not touched. Where adapters were trained they are added to the
+weights that the run began from; with `--adapter` they are a folder of their own, which peft and vLLM load.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
@@ -22,11 +25,13 @@ from distill_cli.checkpoint import store
 from distill_cli.checkpoint.saver import MOMENTS
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.compose import load_config
-from distill_cli.config.schema import Config
+from distill_cli.config.schema import Config, LoraConfig
 from distill_cli.data.prompts import load_tokenizer
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.modelpath import locate
-from distill_cli.resume import open_run
+from distill_cli.lora import shortened, targeted
+from distill_cli.modelpath import locate, shapes
+from distill_cli.resume import check_base, open_run
+from distill_cli.student.adapters import A, B, exported_name, merge
 
 MAX_FILE_BYTES = 5 * 10**9
 """Of one safetensors file, as the hub likes them."""
@@ -36,7 +41,7 @@ def export(argv: Sequence[str]) -> int:
     """The verb; its exit status.
 
     Raises:
-        ConfigError: no such run or checkpoint, or the folder exists.
+        ConfigError: no such run or checkpoint, the folder exists, or there are no adapters where they are asked for.
         DistillError: it could not be written, or not be pushed.
     """
     words, options = _arguments(argv)
@@ -49,12 +54,17 @@ def export(argv: Sequence[str]) -> int:
         )
     except DistillError as error:
         raise ConfigError(str(error)) from error
-    folder = Path(words[1]) if len(words) > 1 else run.path / "export" / checkpoint.path.name
+    as_adapter = "--adapter" in options
+    if as_adapter and not config.model.student.lora.is_on:
+        raise ConfigError(f"--adapter: {words[0]} trained all weights (model.student.lora.rank=null); leave it out")
+    name = checkpoint.path.name + ("_adapter" if as_adapter else "")
+    folder = Path(words[1]) if len(words) > 1 else run.path / "export" / name
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; give another folder")
-    write_folder(checkpoint, config, folder)
+    check_base(checkpoint, config)
+    write_folder(checkpoint, config, folder, as_adapter=as_adapter)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"student of step {checkpoint.step}: {folder}")
+    console.print(f"{'adapter' if as_adapter else 'student'} of step {checkpoint.step}: {folder}")
     if "--push" in options:
         push(folder, options["--push"])
         console.print(f"pushed to {options['--push']}")
@@ -66,12 +76,14 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     while rest:
         word = rest.pop(0)
         name, is_joined, value = word.partition("=")
-        if name in ("--step", "--push"):
+        if word == "--adapter":
+            options[word] = "true"
+        elif name in ("--step", "--push"):
             options[name] = value if is_joined else (rest.pop(0) if rest else "")
             if not options[name]:
                 raise ConfigError(f"{name}: a value is needed")
         elif word.startswith("-"):
-            raise ConfigError(f"{word}: `distill export` takes a run, a folder, --step and --push")
+            raise ConfigError(f"{word}: `distill export` takes a run, a folder, --step, --adapter and --push")
         else:
             words.append(word)
     if not 1 <= len(words) <= 2:
@@ -79,7 +91,7 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return words, options
 
 
-def write_folder(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
+def write_folder(checkpoint: Checkpoint, config: Config, folder: Path, *, as_adapter: bool = False) -> None:
     """Weights, config, tokenizer and model card; the folder is there whole or not at all."""
     model = config.model
     base = locate(model.student.path, revision=model.student.revision, key="model.student.path")
@@ -87,36 +99,97 @@ def write_folder(checkpoint: Checkpoint, config: Config, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     dtype = getattr(torch, model.student.dtype.value)
+    weights = trained(checkpoint)
     try:
         temporary.mkdir(parents=True)
-        write_weights(checkpoint, temporary, dtype=dtype)
-        hf_config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
-        hf_config.dtype = dtype
-        hf_config.save_pretrained(temporary)
-        if (base / "generation_config.json").is_file():
-            shutil.copyfile(base / "generation_config.json", temporary / "generation_config.json")
+        if as_adapter:
+            write_adapter(weights, config, temporary, base=base)
+        else:
+            if model.student.lora.is_on:
+                weights = merged(weights, base, model.student.lora)
+            write_weights(weights, temporary, dtype=dtype)
+            hf_config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
+            hf_config.dtype = dtype
+            hf_config.save_pretrained(temporary)
+            if (base / "generation_config.json").is_file():
+                shutil.copyfile(base / "generation_config.json", temporary / "generation_config.json")
         load_tokenizer(tokenizer_folder, model).save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(checkpoint, config))
+        (temporary / "README.md").write_text(model_card(checkpoint, config, as_adapter=as_adapter))
         temporary.rename(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise DistillError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
-def write_weights(
-    checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype, max_file_bytes: int = MAX_FILE_BYTES
-) -> None:
-    """Safetensors files of at most `max_file_bytes` each, or of one tensor, with an index where there are several."""
+@dataclass(frozen=True)
+class Weights:
+    """Tensors that are read when they are asked for."""
+
+    sizes: dict[str, torch.Size]
+    read: Callable[[Iterable[str]], dict[str, torch.Tensor]]
+
+
+def trained(checkpoint: Checkpoint) -> Weights:
+    """The parameters that are in a checkpoint: all, or the adapters'."""
     reader = dcp.HuggingFaceStorageReader(str(checkpoint.path))
     found = reader.read_metadata().state_dict_metadata
-    sizes = {name: meta.size for name, meta in found.items() if not name.startswith(MOMENTS)}
-    files = split({name: size.numel() * dtype.itemsize for name, size in sizes.items()}, max_file_bytes)
-    weight_map = {}
-    for number, names in enumerate(files, start=1):
-        tensors = {name: torch.empty(sizes[name], dtype=found[name].properties.dtype) for name in names}
+    found = {name: meta for name, meta in found.items() if not name.startswith(MOMENTS)}
+
+    def read(names: Iterable[str]) -> dict[str, torch.Tensor]:
+        tensors = {name: torch.empty(found[name].size, dtype=found[name].properties.dtype) for name in names}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of being one process, as is meant
             dcp.load(tensors, storage_reader=reader, no_dist=True)
+        return tensors
+
+    return Weights({name: meta.size for name, meta in found.items()}, read)
+
+
+def merged(adapters: Weights, base: Path, lora: LoraConfig) -> Weights:
+    """The weights of the folder `base` with what the adapters add to them, in float32 there."""
+    sizes = {name: torch.Size(shape) for name, shape in shapes(base).items()}
+
+    def read(names: Iterable[str]) -> dict[str, torch.Tensor]:
+        names, tensors = set(names), {}
+        for file in base.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as content:
+                tensors |= {name: content.get_tensor(name) for name in names & set(content.keys())}
+        for name in names:
+            a, b = (name.removesuffix("weight") + part for part in (A, B))
+            if a in adapters.sizes:
+                pair = adapters.read((a, b))
+                tensors[name] = merge(tensors[name], pair[a], pair[b], lora.alpha / lora.rank)
+        return tensors
+
+    return Weights(sizes, read)
+
+
+def write_adapter(adapters: Weights, config: Config, folder: Path, *, base: Path) -> None:
+    """What `peft.PeftModel.from_pretrained` and vLLM's LoRARequest take: float32, with the base model's name."""
+    import peft
+
+    student, found = config.model.student, shapes(base)
+    path = student.path if base.parent.name == "snapshots" else str(base)  # the hub's name, or a folder
+    settings = peft.LoraConfig(
+        r=student.lora.rank,
+        lora_alpha=student.lora.alpha,
+        target_modules=shortened(found, list(targeted(found, student.lora.targets))),
+        base_model_name_or_path=path,
+        revision=student.revision,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    settings.save_pretrained(folder)
+    tensors = {exported_name(name): tensor for name, tensor in adapters.read(adapters.sizes).items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def write_weights(weights: Weights, folder: Path, *, dtype: torch.dtype, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+    """Safetensors files of at most `max_file_bytes` each, or of one tensor, with an index where there are several."""
+    sizes, weight_map = weights.sizes, {}
+    files = split({name: size.numel() * dtype.itemsize for name, size in sizes.items()}, max_file_bytes)
+    for number, names in enumerate(files, start=1):
+        tensors = weights.read(names)
         file = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         save_file({name: tensors.pop(name).to(dtype) for name in names}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
@@ -139,12 +212,14 @@ def split(num_bytes: dict[str, int], limit: int) -> list[list[str]]:
     return files
 
 
-def model_card(checkpoint: Checkpoint, config: Config) -> str:
+def model_card(checkpoint: Checkpoint, config: Config, *, as_adapter: bool = False) -> str:
     """What the hub shows: the recipe and the scores."""
-    loss, state = config.loss, checkpoint.state
+    loss, state, lora = config.loss, checkpoint.state, config.model.student.lora
+    targets = ", ".join(lora.targets) if lora.targets else "every linear layer"
     rows = {
         "student": config.model.student.path,
         "teacher": config.model.teacher.path,
+        "trained": f"adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {targets}" if lora.is_on else "all weights",
         "loss": f"{loss.kl_type} KL (kl_weight {loss.kl_weight}), top-{loss.topk}, tail {loss.tail.value}",
         "steps": f"{checkpoint.step} of {config.rollout.prompts_per_step} prompts x "
         f"{config.rollout.generations_per_prompt} answers",
@@ -156,7 +231,8 @@ def model_card(checkpoint: Checkpoint, config: Config) -> str:
         "student at this step": state.get("latest") if state.get("latest_step") == checkpoint.step else None,
         "teacher": state.get("teacher"),
     }
-    lines = ["---", "library_name: transformers", "tags: [on-policy-distillation, distill]", "---", ""]
+    library = "peft" if as_adapter else "transformers"
+    lines = ["---", f"library_name: {library}", "tags: [on-policy-distillation, distill]", "---", ""]
     lines += ["# A student of on-policy distillation", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows.items()]
     measured = {name: score for name, score in scores.items() if score}

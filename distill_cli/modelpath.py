@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -16,6 +17,8 @@ from distill_cli.errors import ConfigError
 ASSETS = Path(__file__).parent / "assets"
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
 """What is taken from the hub: no pickles. Python is run only where `model.trust_remote_code` says so."""
+PIECES, PIECE_BYTES = 64, 2**16
+"""Of a file, that its fingerprint is made of."""
 
 
 def locate(path: str, *, revision: str | None = None, key: str) -> Path:
@@ -99,6 +102,24 @@ def _from_hub(path: str, revision: str | None, key: str) -> Path:
             f"{key}={path}: no such folder, and not to be had from the hub or its cache ({reason[:200]})"
         ) from error
     return _model_folder(Path(folder), path, key)
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells a folder's weights from others: of each file its name, size and some pieces, the header among them."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for piece in range(PIECES):
+                stream.seek(piece * size // PIECES)
+                digest.update(stream.read(PIECE_BYTES))
+    return digest.hexdigest()
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Each tensor's shape. Raises ConfigError where a file is damaged."""
+    return {name: shape for name, (_, shape) in tensors(folder).items()}
 
 
 def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -5,6 +5,7 @@ Memory is by part and by arithmetic (`distill_cli.memory`).
 
 from __future__ import annotations
 
+import math
 import shlex
 import textwrap
 from collections.abc import Sequence
@@ -13,13 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from distill_cli import hardware, memory
+from distill_cli import hardware, memory, modelpath
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, known_losses
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step
-from distill_cli.config.schema import Config, EngineModelConfig, Launcher
+from distill_cli.config.schema import Config, EngineModelConfig, Launcher, LoraSync
 from distill_cli.launch import slurm
 from distill_cli.launch.local import command
+from distill_cli.lora import targeted
 from distill_cli.preflight import Preflight
 from distill_cli.run import count, single_path
 from distill_cli.rundir import RunDir
@@ -109,7 +111,7 @@ def run_rows(config: Config, found: Preflight) -> dict[str, str]:
     epoch = "not known: the data is streamed"
     if found.num_train is not None:
         epoch = f"{found.num_train // config.rollout.prompts_per_step:,} steps"
-    return {
+    return trained_row(config, found) | {
         "rows": f"{count(found.num_train)} for training, {count(found.num_validation)} for validation",
         "epoch": epoch,
         "steps": f"{steps:,} (max_steps {config.train.max_steps:,}, max_epochs {config.train.max_epochs})",
@@ -118,12 +120,26 @@ def run_rows(config: Config, found: Preflight) -> dict[str, str]:
     }
 
 
+def trained_row(config: Config, found: Preflight) -> dict[str, str]:
+    """How much of the student is trained, where it is not all of it."""
+    lora = config.model.student.lora
+    if not lora.is_on:
+        return {}
+    shapes = modelpath.shapes(found.student)
+    layers = targeted(shapes, lora.targets)
+    own, whole = sum(lora.rank * sum(shape) for shape in layers.values()), sum(map(math.prod, shapes.values()))
+    return {
+        "trained": f"adapters of rank {lora.rank} on {len(layers)} linear layers: {own:,} parameters beside {whole:,} "
+        f"frozen ones, synced {lora.sync.value if lora.sync is LoraSync.merged else 'as an adapter'}"
+    }
+
+
 def memory_rows(config: Config, found: Preflight) -> dict[str, str]:
     """A rank's peak by part, in GiB, or why it cannot be told."""
     is_gpu = bool(hardware.gpus_per_node(config))
     gpu_bytes = (hardware.gpu_memory() or 0) if is_gpu else None
     try:
-        shape = memory.read_shape(found.student)
+        shape = memory.read_shape(found.student, config.model.student.lora)
         predicted = memory.predict(
             config, shape, found.student, found.teacher, num_ranks=num_ranks(config), gpu_bytes=gpu_bytes
         )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill_cli import hardware, memory, modelpath
+from distill_cli import hardware, lora, memory, modelpath
 from distill_cli.config.checks import config_problems, mesh_problems
 from distill_cli.config.compose import known_losses
 from distill_cli.config.derived import needed_length, scored_length
@@ -94,6 +94,8 @@ def preflight(config: Config) -> Preflight:
     if found.student:
         with collecting():
             problems += _tensor_problems(config, found.student)
+        with collecting():
+            problems += _lora_problems(config, found.student)
     problems += engine_problems(config, {"student": found.student, "teacher": found.teacher})
     for name in ("cpu_offload", "offload_optimizer"):
         if getattr(config.train, name) and not hardware.gpus_per_node(config):
@@ -155,7 +157,7 @@ def _memory_problems(config: Config, student: Path, teacher: Path) -> Iterator[s
             yield from memory.engine_problems(config, student, teacher, gpu_bytes=total)
         found = memory.problem(
             config,
-            memory.read_shape(student),
+            memory.read_shape(student, config.model.student.lora),
             student,
             teacher,
             num_ranks=ranks * config.cluster.nodes,
@@ -176,15 +178,28 @@ def _tensor_problems(config: Config, student: Path) -> Iterator[str]:
         return
     hide_broken_packages()
     from transformers import AutoConfig
+    from transformers.utils.logging import set_verbosity_error
 
     from distill_cli.parallel.tensor import check_sizes, matrix_plan
 
+    set_verbosity_error()  # what is wrong is said below, in one line
     model = AutoConfig.from_pretrained(student, trust_remote_code=config.model.trust_remote_code).get_text_config()
     try:
         matrix_plan(model)
         check_sizes(model, config.mesh.tensor)
     except ConfigError as error:
         yield from error.problems
+
+
+def _lora_problems(config: Config, student: Path) -> Iterator[str]:
+    """What keeps the student from having the adapters that are asked for. Raises ConfigError."""
+    settings = config.model.student.lora
+    if not settings.is_on:
+        return
+    layers = lora.targeted(modelpath.shapes(student), settings.targets)
+    most = max(min(shape) for shape in layers.values())
+    if settings.rank > most:
+        yield f"model.student.lora.rank={settings.rank}: no matrix that it is for has a rank above {most}; lower it"
 
 
 def engine_problems(config: Config, folders: dict[str, Path | None]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from distill_cli.config.compose import conf_dir, load_config, save_config
 from distill_cli.config.overrides import override_problems
 from distill_cli.config.schema import Config, Launcher
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.modelpath import fingerprint, locate
 from distill_cli.preflight import preflight
 from distill_cli.run import carry_out, exit_status, flatten, job_of, read_outcome, start_panel
 from distill_cli.rundir import RunDir
@@ -33,7 +34,7 @@ SAFE = (
     *("mesh.", "cluster.", "engine.", "eval.", "checkpoint.", "tracker.mlflow.enabled", "run.print_every"),
     *("train.max_steps", "train.max_epochs", "train.micro_batch_tokens", "train.packing"),
     *("train.activation_checkpointing", "train.cpu_offload", "train.offload_optimizer", "train.compile"),
-    *("train.max_bad_steps", "rollout.max_truncated_rate", "rollout.on_truncation"),
+    *("model.student.lora.sync", "train.max_bad_steps", "rollout.max_truncated_rate", "rollout.on_truncation"),
 )
 """Keys, or their beginnings, that a resumed run may change."""
 
@@ -144,7 +145,22 @@ def start_of(run: RunDir, step: int | None, *, config: Config, console: Console)
     problems = differences(load_config(made_under), config)
     if problems:
         raise ConfigError(*problems)
+    if start:
+        check_base(start, config)
     return start
+
+
+def check_base(checkpoint: Checkpoint, config: Config) -> None:
+    """Raises ConfigError where the frozen weights that a checkpoint's adapters belong to are no longer the same."""
+    student, expected = config.model.student, checkpoint.state.get("base")
+    if expected is None:
+        return
+    folder = locate(student.path, revision=student.revision, key="model.student.path")
+    if fingerprint(folder) != expected:
+        raise ConfigError(
+            f"model.student.path={student.path}: its weights are not those that the adapters of {checkpoint.path} were "
+            f"trained beside; put them back in {folder}"
+        )
 
 
 def differences(old: Config, new: Config) -> list[str]:

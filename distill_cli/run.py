@@ -101,7 +101,7 @@ def write_memory(config: Config, found: Preflight, run: RunDir) -> None:
     ranks = hardware.ranks_per_node(config) * config.cluster.nodes
     gpu_bytes = (hardware.gpu_memory() or 0) if is_gpu else None
     with suppress(memory.NoPrediction):
-        shape = memory.read_shape(found.student)
+        shape = memory.read_shape(found.student, config.model.student.lora)
         predicted = memory.predict(config, shape, found.student, found.teacher, num_ranks=ranks, gpu_bytes=gpu_bytes)
         parts = {**predicted.trainer.parts, **predicted.engines}
         rundir.write_json(run.memory, {"peak": predicted.peak, "asleep": predicted.asleep, "parts": parts})

@@ -23,6 +23,7 @@ from distill_cli.errors import DistillError
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.rollout.pack import MicroBatch, micro_batches
+from distill_cli.student.adapters import B
 from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, accumulate_gradient, count_response_tokens, optimizer_step
 from distill_cli.trainer import Trainer
@@ -33,7 +34,7 @@ MASSES = (16, 64, 128)
 LOSS_SHIFT = 0.05
 """Share of the loss by which weights are moved along the gradient to see whether it is the slope."""
 SYNC_SHIFT = 0.2
-"""Share by which all weights are made smaller to see whether the sampler follows."""
+"""Share by which all trained weights are made smaller to see whether the sampler follows."""
 
 
 @dataclass(frozen=True)
@@ -289,13 +290,14 @@ class SelfCheck:
         )
 
     def check_sync_and_checkpoint(self) -> None:
-        """The sampler follows when all weights are changed; a checkpoint brings back, bit for bit, what they were."""
+        """The sampler follows when trained weights change; a checkpoint brings back, bit for bit, what they were."""
         trainer = self.trainer
         before = [_local(tensor).clone() for tensor in self.trainable.tensors(with_optimizer=True).values()]
         trainer.saver.save(1, {"metrics": {}}, wait=True)
         with torch.no_grad():
-            for param in trainer.student.parameters():
-                param.mul_(1 - SYNC_SHIFT)
+            for name, param in self.trainable.parameters():
+                # An adapter's B begins at 0, where a factor would change nothing.
+                param.add_(SYNC_SHIFT / param.shape[1]) if name.endswith(B) else param.mul_(1 - SYNC_SHIFT)
         batches, _ = self.score(self.sample(version=2))
         _, new = self.outputs(trainer.student, batches)
         what, warnings = "a checkpoint brings everything back", list[str]()

@@ -35,7 +35,7 @@ from distill_cli.rollout.pack import BatchPlan, MicroBatch, micro_batches, plan_
 from distill_cli.step_metrics import performance_metrics, rollout_metrics, train_metrics
 from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, optimizer_step
-from distill_cli.student.weights import named_parameters
+from distill_cli.student.weights import synced_parameters
 from distill_cli.token_views import Watched, view_tokens
 from distill_cli.track.recorder import MetricsFile, plain
 from distill_cli.track.rollouts import write_rollouts
@@ -182,7 +182,7 @@ class Trainer:
     def sync(self, version: int) -> None:
         """The student's weights into the sampler's engine, unless it has them. A collective."""
         if version != self.sampler.version:
-            self.sampler.sync(named_parameters(self.student), version=version)
+            self.sampler.sync(synced_parameters(self.student, self.config.model.student.lora), version=version)
         else:  # what was asked before, a validation perhaps, leaves no trace in what comes
             self.sampler.reset_prefix_cache()
 

@@ -1,6 +1,6 @@
 """How much each layout differs from one plain rank in float32, after five optimizer steps: one table.
 
-python scripts/bench_equality.py
+python scripts/bench_equality.py [WORDS...]    # only the layouts whose name has one of them
 """
 
 import sys
@@ -14,12 +14,14 @@ LIMIT = 1e-5
 
 
 def main() -> None:
-    outcomes = train([*TABLE.values(), *map(reference_of, TABLE.values())])
-    print(f"{'layout':45} {'ranks':>5} {'loss':>9} {'grad norm':>9} {'params':>9}")
+    words = sys.argv[1:]
+    table = {name: layout for name, layout in TABLE.items() if not words or any(word in name for word in words)}
+    outcomes = train([*table.values(), *map(reference_of, table.values())])
+    print(f"{'layout':52} {'ranks':>5} {'loss':>9} {'grad norm':>9} {'params':>9}")
     worst = 0.0
-    for name, layout in TABLE.items():
+    for name, layout in table.items():
         found = outcomes[layout].difference(outcomes[reference_of(layout)])
-        print(f"{name:45} {layout.ranks:5} " + " ".join(f"{value:9.1e}" for value in found.values()))
+        print(f"{name:52} {layout.ranks:5} " + " ".join(f"{value:9.1e}" for value in found.values()))
         worst = max(worst, *found.values())
     print(f"largest {worst:.1e}, limit {LIMIT:.0e}")
     sys.exit(worst > LIMIT)

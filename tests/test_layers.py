@@ -12,7 +12,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"errors", "types"},
     {"config"},
     {"live"},
-    {"log", "rundir", "plugins", "modelpath", "hardware", "processes", "statistics"},
+    {"log", "rundir", "plugins", "modelpath", "lora", "hardware", "processes", "statistics"},
     {"memory", "pair"},
     {"parallel", "losses", "data", "engines", "track", "launch"},
     {"rollout", "preflight", "report", "scoreboard"},

@@ -220,6 +220,20 @@ def test_engines_that_a_node_or_a_model_cannot_have_are_said_with_the_sizes_that
     assert "must be at least 1" in problems_of(*argv, "engine.student.tensor_parallel=0")
 
 
+def test_adapters_that_cannot_be(make_model: MakeModel) -> None:
+    lora = "model.student.lora."
+    said = problems_of(f"{lora}rank=8", f"{lora}targets=[q_prj,lm_head]")
+    assert (
+        "targets=q_prj,lm_head: matches no linear layer of the student; there are mlp.down_proj, mlp.gate_proj" in said
+    )
+    assert "no matrix that it is for has a rank above 128" in problems_of(f"{lora}rank=129")
+    assert "rank=-1: must be at least 0" in problems_of(f"{lora}rank=-1")
+    assert "alpha=0.0: must be above 0" in problems_of(f"{lora}rank=8", f"{lora}alpha=0")
+    assert "no adapters are trained" in problems_of(f"{lora}targets=[q_proj]")
+    assert "at most rank 512" in problems_of(f"{lora}rank=513", f"{lora}sync=adapter")
+    assert "no matrices called layers" in problems_of(*pair(make_model("s"), make_model("t")), f"{lora}rank=1")
+
+
 def test_sleep_is_for_gpus(make_model: MakeModel) -> None:
     argv = [*pair(make_model("s"), make_model("t")), *FEW_RANKS]
     assert "engine.teacher.sleep=true: engines on CPUs cannot" in problems_of(*argv, "engine.teacher.sleep=true")

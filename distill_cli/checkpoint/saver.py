@@ -45,6 +45,8 @@ class Trainable:
     """Parameters under their Hugging Face names; only those that are trained are kept."""
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
+    base: str | None = None
+    """`modelpath.fingerprint` of the weights that are not trained, and in no checkpoint."""
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, param) for name, param in self.model.named_parameters() if param.requires_grad)
@@ -109,6 +111,7 @@ class Saver:
         tensors = self._trainable.tensors(with_optimizer=self._settings.save_optimizer)
         tensors = self._host_copy.take(tensors)
         state = {**state, "step": step, "num_updates": self._trainable.num_updates, "num_ranks": dist.get_world_size()}
+        state["base"] = self._trainable.base
         self._thread = threading.Thread(
             target=self._write, args=(step, tensors, state, random_states()), name="checkpoint", daemon=True
         )

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 
 from distill_cli.config.derived import least_engine_length, parse_duration, parse_time_limit
-from distill_cli.config.schema import ClusterConfig, Config, Launcher
+from distill_cli.config.schema import ClusterConfig, Config, Launcher, LoraSync
 
 RESERVED_ENGINE_KWARGS = {
     *("model", "tokenizer", "revision", "dtype", "quantization", "trust_remote_code", "max_model_len", "seed"),
     *("gpu_memory_utilization", "kv_cache_memory_bytes", "enforce_eager", "tensor_parallel_size", "load_format"),
     *("enable_prefix_caching", "logprobs_mode", "max_logprobs", "distributed_executor_backend", "enable_sleep_mode"),
     "enable_chunked_prefill",
+    *("enable_lora", "max_loras", "max_lora_rank"),
 }
 """Arguments of `vllm.LLM` that another key sets, or that the right numbers rest on."""
 
@@ -28,6 +29,9 @@ SLURM_ONLY = {
 }
 """Keys of cluster that launcher=local does not read."""
 
+MAX_ENGINE_RANK = 512
+"""Of an adapter in vLLM."""
+
 RANKABLE = {
     *("train/loss", "train/kl_forward", "train/kl_reverse", "train/entropy", "train/grad_norm"),
     *("train/teacher_topk_mass", "train/student_topk_mass", "train/top1_agreement"),
@@ -40,6 +44,7 @@ RANKABLE = {
 def config_problems(config: Config) -> list[str]:
     """One line for each value that cannot be: what, value, rule, fix."""
     return [
+        *_lora(config),
         *_loss(config),
         *_rollout(config),
         *_train(config),
@@ -66,7 +71,7 @@ def evaluation_problems(config: Config) -> list[str]:
 
 
 def inert_overrides(config: Config, overrides: Sequence[str], losses: Mapping[str, Set[str]]) -> list[str]:
-    """Warnings: keys that were typed and that the chosen loss, data or launcher does not read.
+    """Warnings: keys that were typed and that what was chosen beside them does not read.
 
     Args:
         losses: the keys that each divergence reads (`compose.known_losses`).
@@ -87,7 +92,26 @@ def inert_overrides(config: Config, overrides: Sequence[str], losses: Mapping[st
             warnings.append("train.max_epochs has no effect on a source that is streamed: train.max_steps ends the run")
     elif "data.shuffle_buffer" in typed:
         warnings.append("data.shuffle_buffer has no effect on a source that is not streamed: it is shuffled whole")
+    if not config.model.student.lora.is_on:
+        for key in sorted(typed & {"model.student.lora.alpha", "model.student.lora.sync"}):
+            warnings.append(f"{key} has no effect: no adapters are trained (model.student.lora.rank)")
     return warnings
+
+
+def _lora(config: Config) -> Iterator[str]:
+    lora = config.model.student.lora
+    if lora.rank is not None:
+        yield from _at_least("model.student.lora.rank", lora.rank, 0)
+    yield from _above_zero("model.student.lora.alpha", lora.alpha)
+    if lora.targets is not None and not lora.is_on:
+        yield "model.student.lora.targets: no adapters are trained; give model.student.lora.rank, or leave it out"
+    if lora.targets == []:
+        yield "model.student.lora.targets=[]: names no layer; null is every linear layer"
+    if lora.is_on and lora.sync is LoraSync.adapter and lora.rank > MAX_ENGINE_RANK:
+        yield (
+            f"model.student.lora.rank={lora.rank}: vLLM's adapters have at most rank {MAX_ENGINE_RANK}; lower it, or "
+            "set model.student.lora.sync=merged"
+        )
 
 
 def _loss(config: Config) -> Iterator[str]:

@@ -57,9 +57,34 @@ class EosMap(Enum):
     off = "off"
 
 
+class LoraSync(Enum):
+    merged = "merged"
+    adapter = "adapter"
+
+
 class Launcher(Enum):
     local = "local"
     slurm = "slurm"
+
+
+@dataclass
+class LoraConfig:
+    rank: int | None = None
+    """Train adapters of this rank beside weights that stay as they are (LoRA, Hu et al. 2021): no gradients and no
+    optimizer state for those. null or 0 trains all weights."""
+    alpha: float = 32.0
+    """What an adapter adds is scaled by alpha / rank. The learning rate that suits is about ten times that of training
+    all weights."""
+    targets: list[str] | None = None
+    """The linear layers that have an adapter, by the ends of their names (q_proj, mlp.down_proj); null is every one of
+    the decoder's layers. Embedding and head have none."""
+    sync: LoraSync = LoraSync.merged
+    """How the sampler gets them: added to its weights (merged), or as adapters of its own beside weights that never
+    move (adapter), which keeps small changes that a 16-bit sum would round away, for slower sampling."""
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.rank)
 
 
 @dataclass
@@ -70,6 +95,7 @@ class StudentModel:
     """Branch, tag or commit on the hub; null is the newest."""
     dtype: Dtype = Dtype.bfloat16
     """Of the sampler's weights. The trainer's own precision is `train.precision`."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from distill_cli.engines.process import is_prepared, keep_process_state, patch_vllm, prepare_process, release_memory
-from distill_cli.engines.settings import CPU_KV_CACHE_BYTES, EngineSettings, tensor_parallel_problem
+from distill_cli.engines.settings import ADAPTER_RANKS, CPU_KV_CACHE_BYTES, EngineSettings, tensor_parallel_problem
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.modelpath import read_config
 
@@ -37,6 +37,8 @@ class Engine:
         self.role = role
         self.settings = settings
         self.asleep = False
+        self.lora_request: Any = None
+        """`vllm.LoRARequest` of every request: with the adapter that it names."""
         self.llm = load(settings, role=role, **kwargs)
         try:
             check_length(settings, model_config=self.llm.model_config, role=role)
@@ -63,7 +65,8 @@ class Engine:
         if not prompts:
             return []
         try:
-            return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], list(params), use_tqdm=False)
+            inputs = [{"prompt_token_ids": ids} for ids in prompts]
+            return self.llm.generate(inputs, list(params), use_tqdm=False, lora_request=self.lora_request)
         except BaseException as error:
             self.abort_requests()
             if isinstance(error, Exception):
@@ -173,6 +176,9 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
         "use_tqdm_on_load": False,
         "seed": settings.seed,
     }
+    if settings.adapter:
+        room = next(rank for rank in ADAPTER_RANKS if rank >= settings.adapter.rank)
+        implied |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
     try:
         with keep_process_state():
             if settings.kv_cache_bytes:

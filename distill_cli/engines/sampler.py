@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from distill_cli.engines.adapter import adapter_request, check_adapter, load_adapter, whole_tensors
 from distill_cli.engines.engine import Engine, reason
 from distill_cli.engines.sampling import sample
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
@@ -56,7 +57,8 @@ class Sampler:
         one after the other, so that one full parameter lives at a time.
 
         Args:
-            named_tensors: every parameter under its name in transformers; tied ones may be left out.
+            named_tensors: every parameter under its name in transformers; tied ones may be left out. With
+                `settings.adapter` the adapter's alone, under their names in peft: the weights stay as they were loaded.
             version: what `self.version` is afterwards.
 
         Raises:
@@ -64,11 +66,18 @@ class Sampler:
                 engine refuses all further use).
         """
         self._check_usable()
-        weights = list(named_tensors)
-        check_names_and_shapes(weights, expected=self._expected, optional=self._optional)
+        weights, adapter = list(named_tensors), self._engine.settings.adapter
+        if adapter:
+            check_adapter(weights, rank=adapter.rank, expected=self._expected)
+        else:
+            check_names_and_shapes(weights, expected=self._expected, optional=self._optional)
         self._is_broken = True
         try:
-            self._engine.call_worker(load_weights, full_tensors(weights, dtype=self._dtype))
+            if adapter:
+                self._engine.call_worker(load_adapter, whole_tensors(weights), adapter)
+                self._engine.lora_request = adapter_request()
+            else:
+                self._engine.call_worker(load_weights, full_tensors(weights, dtype=self._dtype))
         except Exception as error:
             raise DistillError(f"sync of version {version} to the sampler failed: {reason(error)}") from error
         self._is_broken = False
@@ -88,10 +97,14 @@ class Sampler:
             raise DistillError("the sampler's weights are incomplete since a sync failed half-way: build it again")
 
     def sleep(self) -> None:
-        """Give the device's memory back, weights included: after `wake` the next `sync` brings them."""
-        if self._engine.settings.sleep_mode:
+        """Give the device's memory back, weights included: after `wake` the next `sync` brings them.
+
+        Weights that no sync brings, with `settings.adapter`, wait in host memory.
+        """
+        keeps_weights = self._engine.settings.adapter is not None
+        if self._engine.settings.sleep_mode and not keeps_weights:
             self.version = NO_WEIGHTS
-        self._engine.sleep(level=2)
+        self._engine.sleep(level=1 if keeps_weights else 2)
 
     def wake(self) -> None:
         """Take the memory again. `sync` comes before the next `sample`."""

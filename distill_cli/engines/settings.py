@@ -10,6 +10,18 @@ CPU_KV_CACHE_BYTES = 256 << 20
 """KV cache of an engine on a CPU where nothing else is said: it is resident from the start, in every rank, twice."""
 
 
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM makes room for."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank adapter that an engine has beside its weights: W x + alpha / rank B A x."""
+
+    rank: int
+    alpha: float
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """One engine: a model, its precision and its memory."""
@@ -36,6 +48,8 @@ class EngineSettings:
     than a short run."""
     sleep_mode: bool = False
     """Give memory back between uses (`sleep`, `wake`). On CUDA vLLM allows one such engine in a process."""
+    adapter: Adapter | None = None
+    """Of the sampler, where `sync` brings an adapter instead of weights."""
     seed: int = 0
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Passed to `vllm.LLM` as they are, over everything that the fields above imply."""

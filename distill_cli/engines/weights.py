@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,17 @@ from torch.distributed.tensor import DTensor
 
 from distill_cli.errors import DistillError
 
-NamedTensors = Sequence[tuple[str, torch.Tensor]]
+
+@dataclass(frozen=True)
+class Deferred:
+    """A weight that is made when its turn comes, so that one of them is there at a time."""
+
+    shape: torch.Size
+    make: Callable[[], torch.Tensor]
+    """A collective where it gives a DTensor."""
+
+
+NamedTensors = Sequence[tuple[str, torch.Tensor | Deferred]]
 
 
 def expected_shapes(hf_config: Any, *, trust_remote_code: bool) -> tuple[dict[str, torch.Size], set[str]]:
@@ -51,7 +62,7 @@ def full_tensors(weights: NamedTensors, *, dtype: torch.dtype) -> Iterator[tuple
     scalars are not, since vLLM keeps some of them (a router's bias) in float32, and casts the others itself.
     """
     for name, tensor in weights:
-        tensor = tensor.detach()
+        tensor = tensor.make() if isinstance(tensor, Deferred) else tensor.detach()
         if tensor.ndim > 1:
             tensor = tensor.to(dtype)
         if isinstance(tensor, DTensor):

@@ -13,6 +13,9 @@ of this rank's tensor-parallel share, of them P_layer in a layer and P_root in e
 - activations: what `train.activation_checkpointing` keeps of every layer, and in the backward pass one layer whole.
 - loss: the head's weight gradient in float32, the chunks' buffers, and what the head says of each token.
 
+Where adapters are trained, gradients and optimizer are of their parameters alone, the frozen weights are c P / s, and
+neither a norm's normalised input nor the head's gradient is kept.
+
 `train.cpu_offload` takes weights, optimizer and reduced gradients off a GPU. Lengths are taken at their most: rows as
 full as `train.micro_batch_tokens` and the global batch allow, every token of them a response. Padding to length buckets
 may add a quarter to a sequence that is longer than a micro-batch; `train.compile` keeps less than is said here. Left
@@ -28,7 +31,7 @@ its weights and its KV cache. Engines that stay awake add to the trainer's peak.
 from __future__ import annotations
 
 from distill_cli.memory.engines import CPU_KV_CACHE_GIB, engine_bytes, engine_problems, engine_weights, gib
-from distill_cli.memory.shape import ModelShape, NoPrediction, read_shape, shape_of
+from distill_cli.memory.shape import ModelShape, NoPrediction, read_shape, shape_of, with_adapters
 from distill_cli.memory.trainer import HEAD_BUFFER_BYTES, PARTS, Moment, Step, head_chunk, trainer_moments
 from distill_cli.memory.verdict import Device, Prediction, alternatives, predict, problem
 
@@ -53,4 +56,5 @@ __all__ = [
     "read_shape",
     "shape_of",
     "trainer_moments",
+    "with_adapters",
 ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distill_cli import modelpath
+from distill_cli.config.schema import LoraConfig
+from distill_cli.lora import Shapes, targeted
 
 FAMILIES = {"qwen2", "qwen3", "llama", "mistral", "gemma3_text"}
 """`model_type` of the dense decoders whose layers are known here."""
@@ -40,6 +42,8 @@ class ModelShape:
     """Queries and keys are normalised."""
     float32_norms: bool
     """Norms keep their scaled input in float32 (Gemma)."""
+    adapter_params: int | None = None
+    """Elements of one layer's adapters, the largest, where they are trained and all else is frozen."""
 
     @property
     def root_params(self) -> int:
@@ -53,21 +57,31 @@ class ModelShape:
     # optimizer state.
     @property
     def trained_layer_params(self) -> int:
-        return self.layer_params
+        return self.layer_params if self.adapter_params is None else self.adapter_params
 
     @property
     def trained_root_params(self) -> int:
-        return self.root_params
+        return self.root_params if self.adapter_params is None else 0
 
     @property
     def trained_params(self) -> int:
         return self.num_layers * self.trained_layer_params + self.trained_root_params
 
 
-def read_shape(folder: Path) -> ModelShape:
+def read_shape(folder: Path, lora: LoraConfig | None = None) -> ModelShape:
     """Raises NoPrediction."""
-    config = modelpath.read_config(folder)
-    return shape_of(config, {name: shape for name, (_, shape) in modelpath.tensors(folder).items()})
+    shapes = modelpath.shapes(folder)
+    shape = shape_of(modelpath.read_config(folder), shapes)
+    return with_adapters(shape, shapes, lora) if lora and lora.is_on else shape
+
+
+def with_adapters(shape: ModelShape, shapes: Shapes, lora: LoraConfig) -> ModelShape:
+    """The model frozen, with adapters beside the layers that they are for."""
+    sizes: dict[str, int] = {}
+    for name, (rows, columns) in targeted(shapes, lora.targets).items():
+        layer = re.search(r"\blayers\.\d+\.", name)[0]
+        sizes[layer] = sizes.get(layer, 0) + lora.rank * (rows + columns)
+    return replace(shape, adapter_params=max(sizes.values()))
 
 
 def shape_of(config: dict, shapes: dict[str, tuple[int, ...]]) -> ModelShape:

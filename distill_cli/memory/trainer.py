@@ -114,7 +114,10 @@ class Activations:
         return self.tokens * self.shape.mlp / self.step.tensor
 
     def norm(self, elements: float) -> float:
-        """The float32 input and the normalised one. What comes out is counted where it is kept."""
+        """The float32 input, and the normalised one for the weight's gradient. What comes out is counted where it is
+        kept."""
+        if self.shape.adapter_params is not None:
+            return elements * FLOAT32
         return elements * (FLOAT32 + (FLOAT32 if self.shape.float32_norms else self.step.computed))
 
     @cached_property
@@ -155,13 +158,19 @@ def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:
     """Every moment of an optimizer step that can be the peak."""
     c, s, activations = step.computed, step.parameter_ranks, Activations(shape, step)
     layer, root = shape.layer_params / step.tensor, shape.root_params / step.tensor
-    own_layer, own_root = shape.trained_layer_params / step.tensor, shape.trained_root_params / step.tensor
+    frozen = shape.adapter_params is not None
+    own_layer = shape.trained_layer_params / (1 if frozen else step.tensor)  # adapters are hardly cut
+    own_root = shape.trained_root_params / step.tensor
+    weights = FLOAT32 * shape.num_params / step.tensor
+    if frozen:
+        weights = c * shape.num_params / step.tensor + FLOAT32 * shape.num_layers * own_layer
+        layer += own_layer
     own = shape.num_layers * own_layer + own_root
     table = shape.vocab * shape.hidden / step.tensor if own_root else 0
     on_device = 0 if step.cpu_offload else 1
     optimizer = on_device * 8 * own / s
     resting = {
-        "weights": on_device * FLOAT32 * shape.num_params / step.tensor / s,
+        "weights": on_device * weights / s,
         "optimizer": 0 if step.offload_optimizer else optimizer,
     }
     reduced = on_device * FLOAT32 / s  # bytes of a gradient that is done

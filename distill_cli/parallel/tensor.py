@@ -88,15 +88,11 @@ def apply_tensor_parallel(lm: PreTrainedModel, mesh: DeviceMesh, *, sequence_par
     config = lm.config.get_text_config()
     check_sizes(config, mesh.size())
     between_layers = Shard(TOKENS) if sequence_parallel else Replicate()
-    base, head = lm.base_model, lm.get_output_embeddings()
-    styles = {"colwise": ColwiseParallel, "rowwise": lambda: RowwiseParallel(output_layouts=between_layers)}
-    plan: dict[str, ParallelStyle] = {
-        _name_of(lm, base) + "." + name: styles[style]() for name, style in matrix_plan(config).items()
-    }
+    head, plan = lm.get_output_embeddings(), _matrix_styles(lm, between_layers)
     plan[_name_of(lm, lm.get_input_embeddings())] = VocabularyParallelEmbedding(output=between_layers)
     plan[_name_of(lm, head)] = ColwiseParallel()  # cut for the fused head, which never calls it
     for name, module in lm.named_modules():
-        if next(module.parameters(recurse=False), None) is None or any(fnmatch.fnmatch(name, key) for key in plan):
+        if next(module.parameters(recurse=False), None) is None or name in plan:
             continue
         inside = name.rsplit(".", 1)[0].endswith(("self_attn", "attention"))
         plan[name] = ReplicatedParameters(Shard(HEADS) if inside else between_layers)
@@ -116,6 +112,39 @@ def apply_tensor_parallel(lm: PreTrainedModel, mesh: DeviceMesh, *, sequence_par
         head.weight = lm.get_input_embeddings().weight
     plain = [name for name, param in lm.named_parameters() if not isinstance(param, DTensor)]
     assert not plain, f"not on the tensor axis: {plain}"
+
+
+def _matrix_styles(lm: PreTrainedModel, between_layers: Placement) -> dict[str, ParallelStyle]:
+    """{name: style} of the linear layers. Those with an adapter (`student.adapters`) have three matrices.
+
+    Of an adapter that matrix is cut which meets the layer's cut dim: B [out, rank] where the layer is cut by columns, A
+    [rank, in] where by rows. What lies between the two is whole, or this rank's tokens of it, and small.
+    """
+    styles = {"colwise": ColwiseParallel, "rowwise": lambda: RowwiseParallel(output_layouts=between_layers)}
+    plan: dict[str, ParallelStyle] = {}
+    for pattern, style in matrix_plan(lm.config.get_text_config()).items():
+        pattern = f"{_name_of(lm, lm.base_model)}.{pattern}"
+        for name, module in lm.named_modules():
+            if not fnmatch.fnmatch(name, pattern):
+                continue
+            if not hasattr(module, "lora_A"):
+                plan[name] = styles[style]()
+                continue
+            a, b = f"{name}.lora_A.default", f"{name}.lora_B.default"
+            plan[f"{name}.base_layer"] = styles[style]()
+            if style == "colwise":
+                plan |= {a: ReplicatedParameters(Replicate()), b: styles[style]()}
+            else:
+                plan |= {a: styles[style](), b: ReplicatedParameters(between_layers)}
+    left = [
+        name for name, module in lm.named_modules() if hasattr(module, "lora_A") and f"{name}.base_layer" not in plan
+    ]
+    if left:
+        raise ConfigError(
+            f"model.student.lora.targets: {left[0]} is not among the layers that mesh.tensor cuts; name others, or set "
+            "mesh.tensor=1"
+        )
+    return plan
 
 
 def gather_hidden(hidden_1TH: torch.Tensor, mesh: DeviceMesh, *, sequence_parallel: bool) -> torch.Tensor:

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from distill_cli.errors import DistillError
@@ -74,8 +75,6 @@ def _attend_by_document(query, key, value, span: Span, scale, window) -> torch.T
 
 
 def _attend_varlen(query, key, value, span: Span, scale, window) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     query_bounds, key_bounds = (
         torch.tensor(bounds, dtype=torch.int32, device=query.device) for bounds in (span.query_bounds, span.key_bounds)
     )

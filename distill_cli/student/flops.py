@@ -1,7 +1,8 @@
 """Model FLOPs utilization: the arithmetic that training needs, over what the device could have done meanwhile.
 
 Needed are 6 floating-point operations a parameter and token (2 forward, 4 backward; PaLM, Chowdhery et al. 2022,
-appendix B), the head's only at response tokens, since no other position reaches it. Attention's own and whatever is
+appendix B), 4 for one that is frozen and has no gradient of its own; the head's only at response tokens, since no other
+position reaches it. Attention's own and whatever is
 recomputed are left out, so the figure errs low.
 """
 
@@ -26,9 +27,14 @@ def train_flops(student: Student, *, num_tokens: int, num_response_tokens: int) 
     """Operations of a forward and a backward pass of all ranks together; a sharded parameter counts whole."""
     head = student.lm.get_output_embeddings().weight
     embedding = student.lm.get_input_embeddings().weight
-    tables = {id(head): head.numel(), id(embedding): embedding.numel()}
-    body = sum(param.numel() for param in student.lm.parameters() if id(param) not in tables)
-    return 6.0 * (body * num_tokens + head.numel() * num_response_tokens)
+    tables = {id(head), id(embedding)}
+    body = sum(_flops(param) for param in student.lm.parameters() if id(param) not in tables)
+    return body * num_tokens + _flops(head) * num_response_tokens
+
+
+def _flops(param: torch.Tensor) -> float:
+    """Of one token."""
+    return (6.0 if param.requires_grad else 4.0) * param.numel()
 
 
 def peak_flops(device: torch.device) -> float | None:

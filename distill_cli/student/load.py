@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,6 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 
 from distill_cli.errors import ConfigError
+from distill_cli.student.adapters import initial_value, is_adapter, plain_name
 
 
 @contextlib.contextmanager
@@ -38,27 +40,32 @@ def empty_parameters() -> Iterator[None]:
         handle.remove()
 
 
-def load_weights(student: nn.Module, lm: PreTrainedModel, folder: Path, *, device: torch.device) -> None:
+def load_weights(student: nn.Module, lm: PreTrainedModel, folder: Path, *, device: torch.device, seed: int = 0) -> None:
     """Gives the parameters of `student`, whose `lm` was made by `empty_parameters`, the folder's values in their dtype.
 
     Args:
         device: where the parameters live between steps: the CPU under train.cpu_offload.
+        seed: of adapters, which are in no folder.
 
     Raises:
         ConfigError: the folder's *.safetensors lack a parameter, have another one, or one of another shape.
     """
     files = _files_of(folder)
     names: dict[int, list[str]] = {}  # a tied parameter has several
-    for name, param in lm.named_parameters(remove_duplicate=False):
-        names.setdefault(id(param), []).append(name)
     params = dict(lm.named_parameters(remove_duplicate=False))
-    _check_names(lm, list(names.values()), files, folder)
-    prefix = next(name for name, module in student.named_modules() if module is lm)
-    state: dict[str, torch.Tensor] = {}
+    for name, param in params.items():
+        if not is_adapter(name):
+            names.setdefault(id(param), []).append(name)
+    _check_names(lm, [[plain_name(name) for name in same] for same in names.values()], files, folder)
+    loaded: dict[str, torch.Tensor] = {}
     for same in names.values():
-        stored = next(name for name in same if name in files)
-        loaded = _read(params[same[0]], stored, files[stored], device=device)
-        state |= {f"{prefix}.{name}" if prefix else name: loaded for name in same}
+        stored = next(plain_name(name) for name in same if plain_name(name) in files)
+        loaded |= dict.fromkeys(same, _read(params[same[0]], stored, files[stored], device=device))
+    for name in filter(is_adapter, params):
+        value = initial_value(name, params[name].shape, seed=seed)
+        loaded[name] = placed(params[name], value, device=device)
+    prefix = next(name for name, module in student.named_modules() if module is lm)
+    state = {f"{prefix}.{name}" if prefix else name: param for name, param in loaded.items()}
     student.load_state_dict(state, assign=True, strict=False)  # names are checked above; buffers stay
     empty = [name for name, param in student.named_parameters() if param.is_meta]
     assert not empty, f"not loaded: {empty}"
@@ -72,18 +79,21 @@ def _read(param: nn.Parameter, name: str, file: Path, *, device: torch.device) -
                 f"{file}: {name} has the shape {list(stored.get_shape())}, and config.json makes it "
                 f"{list(param.shape)}; the model's folder is damaged"
             )
-        if not isinstance(param, DTensor):
-            return nn.Parameter(stored[...].to(device, param.dtype), requires_grad=param.requires_grad)
-        shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-        if 0 in shape:
-            local = torch.empty(shape, dtype=param.dtype, device=device)
-        else:
-            part = stored[tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))]
-            local = part.to(device, param.dtype).contiguous()
-    whole = DTensor.from_local(
-        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-    )
-    return nn.Parameter(whole, requires_grad=param.requires_grad)
+        return placed(param, stored, device=device)
+
+
+def placed(param: nn.Parameter, values: Any, *, device: torch.device) -> nn.Parameter:
+    """A parameter laid out as `param` is, of what slicing `values` (a tensor, or a file's slice of one) gives."""
+    if not isinstance(param, DTensor):
+        return nn.Parameter(values[...].to(device, param.dtype), requires_grad=param.requires_grad)
+    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    if 0 in shape:
+        local = torch.empty(shape, dtype=param.dtype, device=device)
+    else:
+        part = values[tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))]
+        local = part.to(device, param.dtype).contiguous()
+    # DTensor.from_local would carry what is to live in host memory to the mesh's device.
+    return nn.Parameter(DTensor(local, param._spec, requires_grad=False), requires_grad=param.requires_grad)
 
 
 def _files_of(folder: Path) -> dict[str, Path]:

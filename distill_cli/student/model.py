@@ -27,11 +27,13 @@ from distill_cli.parallel.mesh import Parallel
 from distill_cli.parallel.tensor import apply_tensor_parallel, gather_hidden
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.student import attention
+from distill_cli.student.adapters import rank_of
 from distill_cli.student.load import empty_parameters
 
 KEPT = {
     *(torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten._flash_attention_forward),
     *(torch.ops.aten._scaled_dot_product_flash_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu),
+    torch.ops.torch_attn._varlen_attn,  # of `attention`, on GPUs: what it is made of is not seen from here
 }
 """Operators whose outputs selective checkpointing keeps: what costs most to compute again."""
 
@@ -147,13 +149,20 @@ def checkpoint_activations(lm: PreTrainedModel, which: Checkpointing) -> None:
     if which is Checkpointing.none:
         return
     if which is Checkpointing.selective:
-        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        arguments["context_fn"] = partial(
+            create_selective_checkpoint_contexts, partial(_keep_products, cheap=rank_of(lm))
+        )
     lm.gradient_checkpointing_enable(arguments)
 
 
-def _keep_products(_context: object, operator: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
+def _keep_products(
+    _context: object, operator: object, *args: object, cheap: int, **_kwargs: object
+) -> CheckpointPolicy:
+    """`cheap`: products over that many elements are not kept; an adapter's is as large as the frozen weight's own."""
     name = getattr(operator, "overloadpacket", operator)
-    return CheckpointPolicy.MUST_SAVE if name in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    if name not in KEPT or (name is torch.ops.aten.mm and args[0].shape[-1] <= cheap):
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE
 
 
 def shard(student: Student, parallel: Parallel, *, bf16: bool, cpu_offload: bool) -> None:

@@ -40,7 +40,7 @@ def build_optimizer(student: Student, train: TrainConfig) -> torch.optim.AdamW:
     params = [param for param in student.parameters() if param.requires_grad]
     groups = [
         {"params": [param for param in params if param.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [param for param in params if param.ndim <= 1], "weight_decay": 0.0},
+        {"params": [param for param in params if param.ndim <= 1], "weight_decay": 0.0},  # none where adapters are
     ]
     return torch.optim.AdamW(groups, lr=train.lr, betas=tuple(train.betas), eps=train.eps)
 

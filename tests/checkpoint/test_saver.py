@@ -13,14 +13,15 @@ from student.layouts import Layout, Outcome, train
 from distill_cli.checkpoint import store
 from distill_cli.config.compose import save_config
 from distill_cli.config.schema import Config
+from distill_cli.export import trained
 
 ONE = Layout(lengths="ragged")
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """1 -> 2 -> 4 -> 1 ranks, and tensor=2 -> shard=2; each leaves a checkpoint after one more step."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "two", "four", "tensor")}
+    """1 -> 2 -> 4 -> 1 ranks, and tensor=2 -> shard=2; each leaves a checkpoint after one more step. Adapters too."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "two", "four", "tensor", "adapters")}
     for folder in folders.values():
         save_config(Config(), folder / "config.yaml")
     one = replace(ONE, save_to=str(folders["one"]), save_at=1)
@@ -36,16 +37,19 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         "two again": Layout(ranks=2, start_from=f"{folders['two']}/checkpoints/step_2"),
         "tensor": tensor,
         "tensor to shard": Layout(ranks=2, start_from=f"{folders['tensor']}/checkpoints/step_2"),
+        "adapters": Layout(ranks=2, tensor=2, lora=3, save_to=str(folders["adapters"]), save_at=2),
+        "adapters again": Layout(ranks=2, tensor=2, lora=3, start_from=f"{folders['adapters']}/checkpoints/step_2"),
         "four": four,
         "four to one": replace(ONE, start_from=f"{folders['four']}/checkpoints/step_3"),
     }
     last = layouts["four to one"]
     results = train(layout for layout in layouts.values() if layout != last) | train([last])
-    return {name: results[layout] for name, layout in layouts.items()} | {"folder": folders["two"]}
+    outcomes = {name: results[layout] for name, layout in layouts.items()}
+    return outcomes | {"folder": folders["two"], "adapters' folder": folders["adapters"]}
 
 
 def test_the_same_ranks_go_on_bit_for_bit(outcomes: dict[str, Outcome]) -> None:
-    for whole, rest in (("one", "one again"), ("two", "two again")):
+    for whole, rest in (("one", "one again"), ("two", "two again"), ("adapters", "adapters again")):
         steps = len(outcomes[rest].losses)
         assert 0 < steps < 5
         assert outcomes[rest].losses == outcomes[whole].losses[-steps:]
@@ -71,6 +75,15 @@ def test_a_checkpoint_is_safetensors_and_json(outcomes: dict[str, Outcome]) -> N
     with safe_open(weights[0], framework="pt") as file:
         assert "model.norm.weight" in set(file.keys())
         assert not any(name.startswith("exp_avg") for name in file.keys())  # noqa: SIM118
+
+
+def test_of_frozen_weights_a_checkpoint_keeps_nothing(outcomes: dict[str, Outcome]) -> None:
+    (checkpoint,) = store.find(outcomes["adapters' folder"] / "checkpoints")
+    for file in checkpoint.path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as content:
+            assert all(".lora_" in name for name in content.keys())  # noqa: SIM118
+    names = {name.removeprefix("lm.") for name in outcomes["adapters"].params if ".lora_" in name}
+    assert names == trained(checkpoint).sizes.keys()
 
 
 def test_a_planted_pickle_is_not_run(outcomes: dict[str, Outcome], tmp_path: Path) -> None:

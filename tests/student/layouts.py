@@ -33,6 +33,9 @@ class Layout:
     precision: str = "fp32"
     family: str = "qwen3"
     tied: bool = True
+    lora: int | None = None
+    """The rank of adapters."""
+    lora_targets: tuple[str, ...] | None = None
     lengths: str = "ragged"
     """ragged; few: fewer sequences than there are ranks; long: one is longer than all others together."""
     save_to: str | None = None
@@ -93,12 +96,22 @@ TABLE: dict[str, Layout] = {
     **{f"{family}, tensor=2": Layout(ranks=2, tensor=2, family=family) for family in ("qwen2", "llama", "mistral")},
     "gemma3, tensor=2, sequence parallel": Layout(ranks=2, tensor=2, sequence_parallel=True, family="gemma3_text"),
     "gemma3, context=2": Layout(ranks=2, context=2, family="gemma3_text"),
+    "LoRA, shard=2": Layout(ranks=2, lora=4),
+    "LoRA, context=2": Layout(ranks=2, context=2, lora=4),
+    "LoRA, tensor=2 x shard=2": Layout(ranks=4, tensor=2, lora=4),
+    "LoRA, tensor=2, sequence parallel": Layout(ranks=2, tensor=2, sequence_parallel=True, lora=4),
+    "LoRA, tensor=2, selective checkpointing": Layout(ranks=2, tensor=2, activation_checkpointing="selective", lora=4),
+    "LoRA, packing off, accumulation, full checkpointing": Layout(
+        lora=4, packing=False, micro_batch_tokens=46, activation_checkpointing="full"
+    ),
+    "LoRA of two layers, shard=2": Layout(ranks=2, lora=4, lora_targets=("layers.1.self_attn.q_proj", "o_proj")),
 }
 
 
 def reference_of(layout: Layout) -> Layout:
     """One plain rank on the same model and data."""
-    return Layout(family=layout.family, tied=layout.tied, lengths=layout.lengths)
+    alike = ("family", "tied", "lengths", "lora", "lora_targets")
+    return Layout(**{name: getattr(layout, name) for name in alike})
 
 
 def train(layouts: Iterable[Layout]) -> dict[Layout, Outcome]:

@@ -8,11 +8,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from distill_cli.config.schema import MeshConfig, TrainConfig
+from distill_cli.config.schema import LoraConfig, MeshConfig, TrainConfig
+from distill_cli.engines.weights import Deferred
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.parallel.mesh import layout
 from distill_cli.student import attention
-from distill_cli.student.load import load_weights
+from distill_cli.student.adapters import A, B, add_adapters, initial_value, is_adapter, merged_parameters, whole
+from distill_cli.student.load import load_weights, placed
 from distill_cli.student.model import Student, build_lm, wrap
 from tests.student.train_rank import made_up_model
 
@@ -48,11 +50,41 @@ def check(folder: Path, case: tuple) -> None:
         assert torch.equal(whole, reference.get_buffer(name)), f"{family}: {name}"
 
 
+def check_adapters(folder: Path, mesh: MeshConfig) -> None:
+    """Every layout begins with the same adapters, and adds them up to what one process would."""
+    parallel = layout(mesh, device=torch.device("cpu"))
+    lm = build_lm(folder)
+    add_adapters(lm, LoraConfig(rank=3, alpha=6.0), bf16=True)
+    student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
+    wrap(student, parallel, TrainConfig())
+    load_weights(student, lm, folder, device=torch.device("cpu"), seed=7)
+    generator, params = torch.Generator().manual_seed(0), dict(lm.named_parameters())
+    expected = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+    for name, param in params.items():
+        assert param.requires_grad == is_adapter(name)
+        assert param.dtype == (torch.float32 if is_adapter(name) else torch.bfloat16)
+        if name.endswith(A):
+            assert torch.equal(whole(param), initial_value(name, param.shape, seed=7))
+        if name.endswith(B):
+            assert not whole(param).any()
+            value = torch.randn(param.shape, generator=generator)
+            param.data.copy_(placed(param, value, device=torch.device("cpu")).data)
+            layer = name.removesuffix(B)
+            a = initial_value(layer + A, params[layer + A].shape, seed=7)
+            expected[layer + "weight"] = expected[layer + "weight"].bfloat16().float() + 2 * value @ a
+    merged = {n: whole(p.make() if isinstance(p, Deferred) else p) for n, p in merged_parameters(lm)}
+    assert merged.keys() == expected.keys()
+    for name, value in merged.items():
+        torch.testing.assert_close(value.float(), expected[name], rtol=1e-5, atol=1e-5)
+
+
 def main() -> None:
     attention.register()
     dist.init_process_group("gloo")
     for index, case in enumerate(CASES):
         check(Path(sys.argv[1]) / str(index), case)
+    for mesh in (MeshConfig(), MeshConfig(tensor=2, sequence_parallel=True)):
+        check_adapters(Path(sys.argv[1]) / "0", mesh)  # whose values are bfloat16's
     dist.barrier()
     dist.destroy_process_group()
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill_cli.config.schema import Checkpointing
-from distill_cli.memory import ModelShape, Step, shape_of, trainer_moments
+from distill_cli.config.schema import Checkpointing, LoraConfig
+from distill_cli.memory import ModelShape, Step, shape_of, trainer_moments, with_adapters
 
 SCRIPT = Path(__file__).parent / "memory_rank.py"
 
@@ -46,6 +46,8 @@ class Case:
     tokens: int = 2048
     topk: int = 64
     micro_batches: int = 1
+    lora: int | None = None
+    """The rank of adapters."""
 
     @property
     def step(self) -> Step:
@@ -66,7 +68,9 @@ class Case:
     def shape(self) -> ModelShape:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.model))
-        return shape_of(self.model, {name: tuple(param.shape) for name, param in lm.named_parameters()})
+        shapes = {name: tuple(param.shape) for name, param in lm.named_parameters()}
+        shape = shape_of(self.model, shapes)
+        return with_adapters(shape, shapes, LoraConfig(rank=self.lora)) if self.lora else shape
 
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -95,6 +99,19 @@ TABLE: dict[str, Case] = {
         for family in ("llama", "qwen2", "mistral", "gemma3_text")
     },
     "gemma3_text, selective": Case(SMALL | {"model_type": "gemma3_text"}, activation_checkpointing="selective"),
+    **{
+        f"small, LoRA, {precision}, {which}": Case(SMALL, activation_checkpointing=which, precision=precision, lora=8)
+        for precision in ("fp32", "bf16")
+        for which in CHECKPOINTING
+    },
+    "small, LoRA, shard=2": Case(SMALL, 2, lora=8),
+    "small, LoRA, tensor=2": Case(SMALL, 2, {"tensor": 2}, lora=8),
+    "wide, LoRA": Case(WIDE, tokens=64, lora=8),
+    "wide, LoRA, bf16": Case(WIDE, tokens=64, precision="bf16", lora=8),
+    "wide, LoRA, shard=2": Case(WIDE, 2, tokens=64, lora=8),
+    "wide, LoRA, 2 micro-batches": Case(WIDE, tokens=64, micro_batches=2, lora=8),
+    "gemma3_text, LoRA": Case(SMALL | {"model_type": "gemma3_text"}, lora=8),
+    "large, LoRA, bf16, full": Case(LARGE, activation_checkpointing="full", precision="bf16", tokens=1024, lora=8),
     "large, full": Case(LARGE, activation_checkpointing="full", tokens=1024),
     "large, bf16, full": Case(LARGE, activation_checkpointing="full", precision="bf16", tokens=1024),
     "large, shard=2, bf16, full": Case(LARGE, 2, activation_checkpointing="full", precision="bf16", tokens=1024),

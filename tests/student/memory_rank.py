@@ -16,11 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill_cli.config.schema import Checkpointing, MeshConfig, Precision, TrainConfig
+from distill_cli.config.schema import Checkpointing, LoraConfig, MeshConfig, Precision, TrainConfig
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.rollout.pack import MicroBatch, micro_batches, plan_batch
 from distill_cli.student import attention
+from distill_cli.student.adapters import add_adapters
 from distill_cli.student.model import Student, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
 from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
@@ -76,6 +77,12 @@ def run(case: dict, parallel: Parallel) -> int:
     mark("start")
     config = AutoConfig.for_model(**case["model"])
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).train().to(parallel.device)
+    if case["lora"]:
+        add_adapters(lm, LoraConfig(rank=case["lora"]), bf16=settings.precision is Precision.bf16)
+        for module in lm.modules():
+            if isinstance(module, torch.nn.Linear) and module.weight.is_meta:
+                module.to_empty(device=parallel.device)
+                torch.nn.init.normal_(module.weight, std=0.02)
     student = wrap(
         Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel), parallel, settings
     )

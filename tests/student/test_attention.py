@@ -29,6 +29,25 @@ def test_documents_do_not_see_each_other(bounds: tuple[int, ...], window: int | 
     torch.testing.assert_close(out, dense(q, k, v, bounds, window))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 3, 100])
+@pytest.mark.parametrize("size", [1, 2])
+def test_flash_attention_on_gpus_is_the_same(size: int, window: int | None) -> None:
+    generator, documents = torch.Generator().manual_seed(0), Documents((0, 7, 8, 64))
+    q = torch.randn(1, 4, 64, 32, generator=generator)
+    k, v = (torch.randn(1, 2, 64, 32, generator=generator) for _ in range(2))
+    for rank in range(size):  # a context rank's queries are fewer than its keys
+        for span in Documents(documents.bounds, rank=rank, size=size).spans():
+            rows = Documents(documents.bounds, rank=rank, size=size).take(q, 2)[:, :, span.begin : span.end]
+            parts = rows, *(x[:, :, slice(*span.keys)] for x in (k, v))
+            expected = attention._attend_by_document(*parts, span, None, window)
+            leaves = [x.to("cuda", torch.bfloat16).requires_grad_() for x in parts]
+            out = attention._attend_varlen(*leaves, span, None, window)
+            torch.testing.assert_close(out.float().cpu(), expected, rtol=0.02, atol=0.02)
+            out.float().sum().backward()
+            assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
 def test_a_packed_row_gives_each_document_what_it_gets_alone() -> None:
     attention.register()
     torch.manual_seed(0)

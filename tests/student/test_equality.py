@@ -3,13 +3,17 @@
 import pytest
 import torch
 
+from distill_cli.student.adapters import is_adapter
+
 from .layouts import TABLE, Layout, Outcome, reference_of, train
 
 MORE = {
     "compiled, shard=2": Layout(ranks=2, compile=True),
     "compiled, context=2": Layout(ranks=2, context=2, compile=True),
+    "LoRA, compiled, shard=2": Layout(ranks=2, lora=4, compile=True),
 }
 BF16 = [Layout(ranks=2, precision="bf16"), Layout(ranks=2, tensor=2, precision="bf16")]
+BF16 += [Layout(ranks=2, tensor=2, lora=4, precision="bf16")]
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +31,16 @@ def test_the_same_as_one_plain_rank(name: str, outcomes: dict[Layout, Outcome]) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", BF16, ids=["shard=2", "tensor=2"])
-def test_bf16_computes_close_to_float32_and_keeps_float32_parameters(
+@pytest.mark.parametrize("layout", BF16, ids=["shard=2", "tensor=2", "LoRA, tensor=2"])
+def test_bf16_computes_close_to_float32_and_trains_float32_parameters(
     layout: Layout, outcomes: dict[Layout, Outcome]
 ) -> None:
     outcome, reference = outcomes[layout], outcomes[reference_of(layout)]
     torch.testing.assert_close(torch.tensor(outcome.losses), torch.tensor(reference.losses), rtol=0.02, atol=0)
     torch.testing.assert_close(torch.tensor(outcome.grad_norms), torch.tensor(reference.grad_norms), rtol=0.1, atol=0)
-    assert all(param.dtype == torch.float32 for param in outcome.params.values())
+    for name, param in outcome.params.items():
+        is_frozen = layout.lora and not is_adapter(name)
+        assert param.dtype == (torch.bfloat16 if is_frozen else torch.float32)
 
 
 def test_the_difference_shows_a_parameter_that_is_off() -> None:

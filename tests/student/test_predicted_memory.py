@@ -21,6 +21,8 @@ ALONE = {
     "full": Case(SMALL, activation_checkpointing="full", tokens=1024),
     "wide, 2 micro-batches": Case(WIDE, tokens=64, micro_batches=2),
     "gemma3, bf16": Case(SMALL | {"model_type": "gemma3_text"}, precision="bf16", tokens=1024),
+    "LoRA": Case(SMALL, tokens=1024, lora=8),
+    "LoRA, wide, bf16": Case(WIDE, tokens=64, precision="bf16", lora=8),
     "large vocabulary": Case(LARGE | {"num_hidden_layers": 2}, activation_checkpointing="full", tokens=256),
 }
 TOGETHER = {

@@ -13,12 +13,13 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distill_cli.checkpoint.saver import Saver, Trainable, load
-from distill_cli.config.schema import CheckpointConfig, Checkpointing, MeshConfig, Precision, TrainConfig
+from distill_cli.config.schema import CheckpointConfig, Checkpointing, LoraConfig, MeshConfig, Precision, TrainConfig
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.rollout.pack import micro_batches, plan_batch
 from distill_cli.rundir import RunDir
 from distill_cli.student import attention
+from distill_cli.student.adapters import add_adapters, is_adapter, plain_name
 from distill_cli.student.model import Student, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
 from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
@@ -59,6 +60,21 @@ def made_up_model(family: str, *, tied: bool) -> PreTrainedModel:
     return lm.train()
 
 
+def add_made_up_adapters(lm: PreTrainedModel, case: dict) -> None:
+    """With values of their own, B's not 0 either: else A would have no gradient in the first step."""
+    frozen = dict(lm.named_parameters())
+    add_adapters(
+        lm, LoraConfig(rank=case["lora"], alpha=8.0, targets=case["lora_targets"]), bf16=case["precision"] == "bf16"
+    )
+    generator = torch.Generator().manual_seed(1)
+    for name, param in list(lm.named_parameters()):
+        if is_adapter(name):
+            value = torch.randn(param.shape, generator=generator).mul(0.1)
+            lm.get_submodule(name.removesuffix(".weight")).weight = torch.nn.Parameter(value)
+        else:
+            assert plain_name(name) in frozen
+
+
 def train(case: dict, parallel: Parallel) -> tuple:
     settings = TrainConfig(
         lr=1e-2, warmup_steps=0, eps=1e-5, max_grad_norm=0.05, packing=case["packing"],
@@ -66,6 +82,8 @@ def train(case: dict, parallel: Parallel) -> tuple:
         cpu_offload=case["cpu_offload"], precision=Precision[case["precision"]],
     )  # fmt: skip
     lm = made_up_model(case["family"], tied=case["tied"])
+    if case["lora"]:
+        add_made_up_adapters(lm, case)
     student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
     wrap(student, parallel, settings)
     optimizer = build_optimizer(student, settings)

@@ -1,0 +1,123 @@
+"""Low-rank adapters (LoRA) beside frozen weights: added through peft, laid out with the model, added up for others.
+
+peft puts a layer of its own in the place of each targeted one, with the frozen weight at `<name>.base_layer.weight` and
+the adapter at `<name>.lora_A.default.weight` [rank, in] and `<name>.lora_B.default.weight` [out, rank]; the layer gives
+W x + alpha / rank B A x. There is no dropout: what it drops would depend on how the work is cut up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
+
+from distill_cli.config.schema import LoraConfig
+from distill_cli.engines.weights import Deferred
+from distill_cli.errors import ConfigError
+from distill_cli.lora import targeted
+
+A, B = "lora_A.default.weight", "lora_B.default.weight"
+
+
+def add_adapters(lm: PreTrainedModel, lora: LoraConfig, *, bf16: bool) -> None:
+    """Freezes the model and adds adapters to it, in place; both are still to be filled (`load_weights`).
+
+    Args:
+        bf16: keep the frozen weights in bfloat16, where they are computed with in it.
+
+    Raises:
+        ConfigError: a target is no linear layer.
+    """
+    import peft  # seconds, for those who train adapters
+
+    names = list(targeted({name: tuple(param.shape) for name, param in lm.named_parameters()}, lora.targets))
+    others = [name for name in names if not isinstance(lm.get_submodule(name), nn.Linear)]
+    if others:
+        raise ConfigError(
+            f"model.student.lora.targets: {others[0]} is a {type(lm.get_submodule(others[0])).__name__}, not a linear "
+            "layer; name others"
+        )
+    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=names, bias="none")
+    peft.inject_adapter_in_model(settings, lm, low_cpu_mem_usage=True)
+    for param in lm.parameters():
+        if bf16 and not param.requires_grad:
+            param.data = param.data.to(torch.bfloat16)
+
+
+def rank_of(lm: PreTrainedModel) -> int:
+    """Of its adapters; 0 where it has none."""
+    return next((param.shape[0] for name, param in lm.named_parameters() if name.endswith(A)), 0)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's."""
+    return name.endswith((A, B))
+
+
+def plain_name(name: str) -> str:
+    """A frozen parameter's name in the model without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def exported_name(name: str) -> str:
+    """An adapter's parameter in a folder that peft and vLLM load."""
+    return "base_model.model." + name.replace(".default.", ".")
+
+
+def initial_value(name: str, shape: torch.Size, *, seed: int) -> torch.Tensor:
+    """An adapter's parameter at the start, as peft makes it: B is 0, A uniform within 1 / sqrt(in).
+
+    It depends on name, shape and seed alone, so that every layout begins with the same.
+    """
+    if name.endswith(B):
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def merged_parameters(lm: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor | Deferred]]:
+    """Each parameter of the model without adapters, under its name there, with what its adapter adds.
+
+    Those sums, W + alpha / rank B A, are made when they are asked for: laid out as W, in float32. A collective then.
+    """
+    params = dict(lm.named_parameters())
+    for name, param in params.items():
+        layer = name.removesuffix("base_layer.weight")
+        if is_adapter(name):
+            continue
+        if layer == name:
+            yield plain_name(name), param
+            continue
+        scale = lm.get_submodule(layer.removesuffix(".")).scaling["default"]
+        yield plain_name(name), _sum_of(param, params[layer + A], params[layer + B], scale)
+
+
+def _sum_of(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> Deferred:
+    return Deferred(weight.shape, lambda: merge(weight.detach(), whole(a), whole(b), scale))
+
+
+def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """weight + scale b a in float32, laid out as `weight` (on the mesh's device); `a` and `b` are whole."""
+    if not isinstance(weight, DTensor):
+        return torch.addmm(weight.float(), b, a, alpha=scale)
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    rows, columns = (slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))
+    local = weight.to_local().to(a.device, torch.float32)
+    local = torch.addmm(local, b[rows], a[:, columns], alpha=scale) if local.numel() else local
+    return DTensor.from_local(
+        local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
+
+
+def whole(param: torch.Tensor) -> torch.Tensor:
+    """All of a parameter on its mesh's device, detached. A collective for DTensors."""
+    param = param.detach()
+    return param.to(param.device_mesh.device_type).full_tensor() if isinstance(param, DTensor) else param
