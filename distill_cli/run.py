@@ -144,7 +144,12 @@ def carry_out(job: Job, run: RunDir, *, console: Console, head: Head | None = No
     """
     try:
         with tracking(job.config, run):
-            attempts(job.config, run, console=console, head=head)
+            try:
+                attempts(job.config, run, console=console, head=head)
+            except DistillError:
+                if run.metrics.exists():  # how far it came
+                    leave_report([run.path], run.report, console=console)
+                raise
             leave_report([run.path], run.report, console=console)
     except Stopped:
         outcome = read_outcome(run)

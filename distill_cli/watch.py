@@ -70,6 +70,5 @@ def follow(run: RunDir, *, sleep: Callable[[float], None]) -> int:
 
 def ending(run: RunDir, state: str, step: int) -> str:
     said = f"{state} after step {max(step, 0)}"
-    if run.report.exists():
-        return f"{said}; distill report {run.path} shows it"
-    return said if state == "finished" else f"{said}; distill resume {run.path} goes on"
+    verb, does = ("report", "shows what came of it") if state == "finished" else ("resume", "goes on")
+    return f"{said}; distill {verb} {run.path} {does}"

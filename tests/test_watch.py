@@ -47,7 +47,7 @@ def test_it_follows_a_run_to_its_end(run: RunDir, capsys: pytest.CaptureFixture[
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "step 0/1000 loss=1.0000 val=0.250"
     assert [line.split(" ")[1] for line in said[:-1]] == ["0/1000", "1/1000", "2/4", "3/4"]
-    assert said[-1] == "finished after step 3"
+    assert said[-1] == f"finished after step 3; distill report {run.path} shows what came of it"
 
 
 def test_it_says_that_a_run_has_failed_or_gone_back(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
