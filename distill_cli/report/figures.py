@@ -87,8 +87,9 @@ def accuracy(*, many: bool, height: int = 260) -> Spec:
     text = {
         "data": {"name": "levels"},
         "mark": {
-            "type": "text", "align": "right", "dx": -4, "x": "width", "dy": {"expr": "datum.value > 0.93 ? 9 : -6"},
-            "color": {"expr": "muted"},
+            "type": "text", "align": {"expr": "datum.at == 'top' ? 'left' : 'right'"},
+            "x": {"expr": "datum.at == 'top' ? 6 : width - 4"}, "color": {"expr": "muted"},
+            "dy": {"expr": "datum.at == 'top' && datum.value < 0.93 ? -8 : 9"},
         },
         "encoding": {"y": level, "text": {"field": "label"}, "x": None, "color": None, "strokeDash": None},
     }  # fmt: skip

@@ -94,12 +94,15 @@ def _duration(seconds: float) -> str:
 
 
 def level_rows(histories: Sequence[History]) -> list[dict[str, Any]]:
-    """The horizontal lines of the accuracy figure: those that all runs share."""
+    """The horizontal lines of the accuracy figure: those that all runs share. `at` is where no curve crosses them."""
     rows = []
-    for key, label in (("val/accuracy", "student before training"), ("val/teacher_accuracy", "teacher")):
+    for key, label, at in (
+        ("val/accuracy", "student before training", "bottom"),
+        ("val/teacher_accuracy", "teacher", "top"),
+    ):
         values = {history.first(key) for history in histories} - {None}
         if len(values) == 1:
-            rows.append({"label": label, "value": values.pop()})
+            rows.append({"label": label, "at": at, "value": values.pop()})
     return rows
 
 
