@@ -29,6 +29,7 @@ from distill_cli.config.derived import (
     updates_per_step,
 )
 from distill_cli.config.schema import Config, EngineModelConfig, LoraSync, Precision, StudentModel, TeacherModel
+from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.data.order import PromptOrder, PromptStream
 from distill_cli.data.prompts import (
     OWN_TEMPLATE,
@@ -38,7 +39,7 @@ from distill_cli.data.prompts import (
     make_prompts,
     read_template,
 )
-from distill_cli.data.registry import load_examples, resolve_verifier
+from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
 from distill_cli.engines.companion import CompanionScorer, needs_companion
 from distill_cli.engines.sampler import Sampler
@@ -119,7 +120,7 @@ def build_trainer(
         scorer=scorer,
         prompts=order,
         sampling=train_sampling(config),
-        verify=resolve_verifier(config.data.verifier) if config.data.verifier else None,
+        verify=IsolatedVerifier(config.data.verifier) if config.data.verifier else None,
         decode=make_decode(tokenizer),
         validator=validator,
         metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,
@@ -286,7 +287,7 @@ def build_validator(config: Config, parallel: Parallel, tokenizer: PreTrainedTok
             stop=tuple(config.rollout.stop),
             stop_token_ids=tuple(config.rollout.stop_token_ids),
         ),
-        verify=resolve_verifier(config.data.verifier),
+        verify=IsolatedVerifier(config.data.verifier),
         decode=make_decode(tokenizer),
         batch_size=settings.batch_size,
         seed=config.train.seed,

@@ -17,6 +17,7 @@ import torch
 
 from distill_cli.checkpoint.saver import Saver
 from distill_cli.config.schema import Config, OnTruncation
+from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.data.order import PromptOrder, PromptStream
 from distill_cli.data.registry import Verifier
 from distill_cli.engines.companion import CompanionScorer
@@ -158,6 +159,8 @@ class Trainer:
             results.append((batches, result))
         with self.watch("record"):
             metrics = {"train/lr": lr, **train_metrics(results, parallel=self.parallel), **rollout_metrics(rollouts)}
+            if isinstance(self.verify, IsolatedVerifier):
+                metrics["rollout/verifier_errors"] = self.verifier_errors(self.verify)
             metrics |= performance_metrics(
                 [plan for _, plan in plans],
                 student=self.student,
@@ -208,6 +211,11 @@ class Trainer:
             judge_rollouts(rollouts, verify=self.verify, decode=self.decode)
         sampled = bring_together([(rollout.sample, rollout.reward) for rollout in rollouts], shares)
         return [Rollout(prompt, *sampled[number]) for number, prompt in enumerate(prompts)]
+
+    def verifier_errors(self, verify: IsolatedVerifier) -> float:
+        """Answers of all ranks that could not be judged since this was last asked. A collective."""
+        new, verify.num_errors = verify.num_errors * self.samplers.is_first, 0
+        return float(self.parallel.all_sum(torch.tensor(float(new), device=self.parallel.device)))
 
     def plan(self, rollouts: Sequence[Rollout]) -> list[tuple[Sequence[Rollout], BatchPlan]]:
         """The step's global batches, each the same sequences on any number of ranks, and how each is cut up."""

@@ -1,0 +1,10 @@
+"""The row's answer is a regular expression, which the response must match somewhere: `(?i)paris|île-de-france`."""
+
+from __future__ import annotations
+
+import re
+
+
+def verify(response: str, answer: str) -> float:
+    """1.0 if the expression is found in the response. Raises re.error where it is none."""
+    return float(re.search(answer, response, re.MULTILINE) is not None)

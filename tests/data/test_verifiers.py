@@ -1,0 +1,101 @@
+"""Verifiers by hand-made answers, and what becomes of one that hangs, raises, dies or prints."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from distill_cli.data.isolated import IsolatedVerifier
+from distill_cli.data.registry import resolve_extract, resolve_verifier
+
+MATH = [  # response, answer, whether it is right
+    (r"so \boxed{\frac{1}{2}}", "0.5", True),
+    (r"so \boxed{\frac{2}{4}}", r"\frac{1}{2}", True),
+    (r"first \boxed{3}, no: \boxed{4}", "4", True),
+    (r"first \boxed{3}, no: \boxed{4}", "3", False),
+    ("The answer is 1,234.", "1234", True),
+    (r"It takes $12\text{ cm}$.", "12", True),
+    (r"\boxed{(0, 1]}", "(0,1]", True),
+    (r"\boxed{[0, 1]}", "(0,1]", False),
+    (r"\boxed{(x+1)^2}", "x^2+2x+1", True),
+    (r"\boxed{\{2, 1\}}", r"\{1,2\}", True),
+    (r"\boxed{\sqrt{8}}", r"2\sqrt{2}", True),
+    (r"\boxed{7}", "8", False),
+    ("I do not know.", "8", False),
+    ("", "", False),
+    (r"\boxed{", r"\frac{", False),
+]
+
+
+@pytest.fixture(scope="module")
+def math():
+    verify = IsolatedVerifier("math")
+    yield verify
+    verify.close()
+
+
+@pytest.mark.parametrize(("response", "answer", "right"), MATH)
+def test_mathematical_answers(math: IsolatedVerifier, response: str, answer: str, right: bool) -> None:
+    assert math(response, answer) == float(right)
+    assert math.num_errors == 0
+
+
+def test_an_answer_that_takes_too_long_scores_nothing_and_the_next_is_judged() -> None:
+    math = IsolatedVerifier("math", limit_s=0.5)
+    assert math(r"\boxed{9^{9^{9^{9}}}}", "3") == 0
+    assert math.num_errors == 1
+    assert math(r"\boxed{3}", "3") == 1
+    math.close()
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        ("The answer is (C).", "C", True),
+        ("A or B? Answer: **B**", "(b)", True),
+        (r"It is \boxed{\text{D}}", "D", True),
+        ("C", "C", True),
+        ("A\nB", "A", False),
+        ("A cat has nine lives.", "A", False),
+        ("The answer is (C).", "CD", False),
+    ],
+)
+def test_letters(response: str, answer: str, right: bool) -> None:
+    assert resolve_verifier("choice")(response, answer) == float(right)
+
+
+def test_expressions() -> None:
+    assert resolve_verifier("regex")("It is Paris.", r"(?i)\bparis\b") == 1
+    assert resolve_verifier("regex")("It is Parisian.", r"(?i)\bparis\b") == 0
+
+
+def test_a_verifier_of_one_s_own_may_fail_in_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, time\n"
+        "def verify(response, answer):\n"
+        "    print('noise')\n"
+        "    if response == 'raise': raise ValueError('no')\n"
+        "    if response == 'exit': os._exit(3)\n"
+        "    if response == 'sleep': time.sleep(60)\n"
+        "    while response == 'deaf':\n"
+        "        try: time.sleep(60)\n"
+        "        except BaseException: pass\n"
+        "    if response == 'text': return 'right'\n"
+        "    return response == answer\n"
+        "def extract(response): return response\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    verify = IsolatedVerifier("mine:verify", limit_s=0.3)
+    begin = time.monotonic()
+    for number, response in enumerate(["raise", "exit", "sleep", "deaf", "text"], start=1):
+        assert verify(response, "a") == 0
+        assert verify.num_errors == number
+        assert verify("a", "a") == 1
+    assert time.monotonic() - begin < 60
+    assert resolve_extract(verify)("b") == "b"
+    verify.close()
+
+
+def test_extract_is_found_behind_the_process() -> None:
+    assert resolve_extract(IsolatedVerifier("math"))(r"\boxed{7}") == "7"
+    assert resolve_extract(IsolatedVerifier("regex")) is None
