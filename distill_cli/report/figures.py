@@ -30,14 +30,14 @@ def lines(
     series: dict[str, str],
     *,
     title: str,
-    many: bool,
+    runs: Sequence[str] = (),
     log: bool = False,
     percent: bool = False,
     share: bool = False,
     height: int = 180,
 ) -> Spec:
-    """Metrics over steps. One run has a line for each of `series` (metric -> label); several have a colour each, and
-    then dashes tell the metrics apart. A `share` is shown between 0 and 1."""
+    """Metrics over steps. One run has a line for each of `series` (metric -> label); several, named by `runs`, have a
+    colour each, and then dashes tell the metrics apart. A `share` is shown between 0 and 1."""
     fields = {field(metric): label for metric, label in series.items()}
     fold = [
         {"fold": list(fields), "as": ["field", "value"]},
@@ -52,32 +52,35 @@ def lines(
         "axis": {"format": "~%" if percent or share else ".4~g", "tickCount": 5},
     }
     encoding: Spec = {"x": step_axis(), "y": y}
-    if many:
-        encoding["color"] = run_colour()
+    told_apart = {"field": "series", "type": "nominal", "title": None, "scale": {"domain": list(fields.values())}}
+    if runs:
+        encoding["color"] = run_colour(runs)
         if len(series) > 1:
-            encoding["strokeDash"] = {"field": "series", "title": None, "sort": None}
+            encoding["strokeDash"] = told_apart
     elif len(series) > 1:
-        encoding["color"] = {"field": "series", "title": None, "sort": None}
+        encoding["color"] = told_apart
     return {
         "data": {"name": "steps"},
         "transform": fold,
         "height": height,
         "encoding": encoding,
-        "layer": [_line(many), *_hover(".1%" if percent or share else ".4~g", many=many, several=len(series) > 1)],
+        "layer": [_line(runs), *_hover(".1%" if percent or share else ".4~g", runs=runs, several=len(series) > 1)],
     }
 
 
-def accuracy(*, many: bool, height: int = 260) -> Spec:
+def accuracy(*, runs: Sequence[str] = (), height: int = 260) -> Spec:
     """Held-out and sampled accuracy, with the student's start and the teacher as horizontal lines."""
     spec = lines(
         {"val/accuracy": "held out", "rollout/accuracy": "sampled in training"},
         title="answers that are right",
-        many=many,
+        runs=runs,
         share=True,
         height=height,
     )
     held_out = {"filter": "datum.field == 'val_accuracy'"}
-    points = {"mark": {"type": "point", "filled": True, "size": 36}, "transform": [held_out]}
+    points: Spec = {"mark": {"type": "point", "filled": True, "size": 36}, "transform": [held_out]}
+    if runs:
+        points["encoding"] = {"opacity": CHOSEN}
     level = {"field": "value", "type": "quantitative"}
     rule = {
         "data": {"name": "levels"},
@@ -151,22 +154,22 @@ def memory_parts(*, height: int = 74) -> Spec:
     }
 
 
-def by_position(*, many: bool, height: int = 230) -> Spec:
+def by_position(*, runs: Sequence[str] = (), height: int = 230) -> Spec:
     """Mean KL of the recorded answers' tokens by their position, before and after."""
     encoding: Spec = {
         "x": {"field": "position", "type": "quantitative", "title": "position in the answer"},
         "y": {"field": "kl", "type": "quantitative", "title": "KL forward, nats", "axis": {"tickCount": 5}},
         "color": {"field": "when", "title": None, "sort": None},
         "tooltip": [
-            *([{"field": "run"}] if many else []),
+            *([{"field": "run"}] if runs else []),
             {"field": "when", "title": "student"},
             {"field": "label", "title": "tokens"},
             {"field": "kl", "title": "mean KL", "format": ".4f"},
             {"field": "count", "title": "answers"},
         ],
     }
-    if many:
-        encoding["color"] = run_colour()
+    if runs:
+        encoding |= {"color": run_colour(runs), "opacity": CHOSEN}
         encoding["strokeDash"] = {"field": "when", "title": None, "sort": None}
     marks = [{"mark": {"type": "line", "clip": True}}, {"mark": {"type": "point", "filled": True, "size": 24}}]
     return {"data": {"name": "positions"}, "height": height, "encoding": encoding, "layer": marks}
@@ -221,22 +224,26 @@ def step_axis() -> Spec:
     return {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1, "format": "~s"}}
 
 
-def run_colour() -> Spec:
-    return {"field": "run", "title": None, "sort": None}
+def run_colour(runs: Sequence[str]) -> Spec:
+    """One colour a run, the same in every figure; the page has the legend."""
+    return {"field": "run", "type": "nominal", "scale": {"domain": list(runs)}, "legend": None}
 
 
-def _line(many: bool) -> Spec:
+CHOSEN: Spec = {"condition": {"test": "chosen == '' || datum.run == chosen", "value": 1}, "value": 0.1}
+"""Opacity: the page's legend singles a run out by the parameter."""
+
+
+def _line(runs: Sequence[str]) -> Spec:
     line: Spec = {"mark": {"type": "line", "clip": True}}
-    if many:
-        line["params"] = [{"name": "chosen", "select": {"type": "point", "fields": ["run"]}, "bind": "legend"}]
-        line["encoding"] = {"opacity": {"condition": {"param": "chosen", "value": 1}, "value": 0.12}}
+    if runs:
+        line["encoding"] = {"opacity": CHOSEN}
     return line
 
 
-def _hover(form: str, *, many: bool, several: bool) -> list[Spec]:
+def _hover(form: str, *, runs: Sequence[str] = (), several: bool) -> list[Spec]:
     """A dot on the point that is nearest to the pointer, and what stands there."""
     nearest = {"type": "point", "on": "pointerover", "clear": "pointerout", "nearest": True}
-    told = [{"field": "run"}] if many else []
+    told = [{"field": "run"}] if runs else []
     told += [{"field": "series", "title": "what"}] if several else []
     return [
         {

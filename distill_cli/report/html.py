@@ -70,7 +70,8 @@ def render(histories: Sequence[History]) -> str:
     data = {
         "datasets": datasets(histories, position_rows(histories, answers)),
         "charts": [chart for group in charts.values() for chart in group],
-        "samples": page_samples(histories, answers) if answers else None,
+        "runs": [history.name for history in histories],
+        "samples": page_samples(answers) if answers else None,
     }
     many = len(histories) > 1
     return _template().render(
@@ -182,25 +183,26 @@ GRID = (
 def make_charts(histories: Sequence[History]) -> dict[str, list[dict[str, Any]]]:
     """By section of the page; a figure without data is left out."""
     many, first = len(histories) > 1, histories[0]
+    runs = [history.name for history in histories] if many else []
     has = {key for history in histories for row in history.rows for key, value in row.items() if value is not None}
 
     def curves(group: Sequence[Curves], *, wide: bool = False) -> list[dict[str, Any]]:
         return [
-            figures.chart(one.id, one.title, figures.lines(one.series, many=many, **one.options), wide=wide)
+            figures.chart(one.id, one.title, figures.lines(one.series, runs=runs, **one.options), wide=wide)
             for one in group
             if has & one.series.keys()
         ]
 
     accuracy, time, memory, samples = [], curves(SPEED, wide=True), curves(PEAK, wide=many), []
     if has & {"val/accuracy", "rollout/accuracy"}:
-        accuracy.append(figures.chart("accuracy", "Right answers", figures.accuracy(many=many), wide=True))
+        accuracy.append(figures.chart("accuracy", "Right answers", figures.accuracy(runs=runs), wide=True))
     if not many and stages_of(first):
         stacked = figures.stacked_time(stages_of(first))
         time.insert(0, figures.chart("time", "Seconds of a step, by stage", stacked, wide=True))
     if not many and memory_rows(first):
         memory.insert(0, figures.chart("memory", "Predicted memory of a rank, by part", figures.memory_parts()))
     if any(history.sample_files for history in histories):
-        positions = figures.by_position(many=many)
+        positions = figures.by_position(runs=runs)
         samples.append(figures.chart("positions", "KL by position in the answer", positions, wide=True))
     return {
         "grid": grid_charts(histories),

@@ -49,13 +49,28 @@ function look() {
   };
 }
 
+let views = []; // of the figures, as they are drawn now
+
 function drawCharts(data) {
   const options = { actions: false, renderer: "svg", ast: false, tooltip: { theme: dark.matches ? "dark" : "light" } };
   return Promise.all(data.charts.map((chart) => {
     const spec = { width: "container", ...chart.spec, autosize: { type: "fit-x", contains: "padding" }, datasets: data.datasets };
+    spec.params = [{ name: "chosen", value: "" }];
     const place = document.getElementById("chart-" + chart.id);
     return vegaEmbed(place, spec, { ...options, config: look() });
+  })).then((drawn) => { views = drawn.map((each) => each.view); });
+}
+
+// One legend for all figures: a click singles a run out in each of them, another brings the others back.
+function drawLegend(runs) {
+  const { hues } = dark.matches ? LOOKS.dark : LOOKS.light;
+  const buttons = runs.map((run, at) => element("button", { "aria-pressed": false }, element("i", { style: `background: ${hues[at % hues.length]}` }), run));
+  buttons.forEach((button, at) => button.addEventListener("click", () => {
+    const chosen = button.getAttribute("aria-pressed") === "true" ? "" : runs[at];
+    buttons.forEach((other, place) => other.setAttribute("aria-pressed", runs[place] === chosen));
+    views.forEach((view) => view.signal("chosen", chosen).run());
   }));
+  document.getElementById("legend").replaceChildren(...buttons);
 }
 
 // ---- the disagreement view
@@ -197,10 +212,11 @@ function drawWorst(samples) {
   fill();
 }
 
-function startSamples(samples) {
+function startSamples(data) {
+  const samples = data.samples;
   const runs = document.getElementById("run");
   const present = [...new Set(samples.answers.map((answer) => answer.run))];
-  runs.append(...present.map((run) => element("option", { value: run }, samples.runs[run])));
+  runs.append(...present.map((run) => element("option", { value: run }, data.runs[run])));
   runs.parentElement.hidden = present.length < 2;
   shown.run = present[0];
   const redraw = () => { shown.aim = "worst"; drawSamples(samples); shown.aim = null; drawWorst(samples); };
@@ -216,8 +232,10 @@ function startSamples(samples) {
 
 readData().then(async (data) => {
   await drawCharts(data);
-  dark.addEventListener("change", () => drawCharts(data));
-  if (data.samples) startSamples(data.samples);
+  const legend = () => data.runs.length > 1 && drawLegend(data.runs);
+  legend();
+  dark.addEventListener("change", () => { drawCharts(data); legend(); });
+  if (data.samples) startSamples(data);
   document.documentElement.dataset.drawn = data.charts.length;
 }).catch((error) => {
   console.error(error);

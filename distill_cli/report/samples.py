@@ -85,7 +85,7 @@ def _cut(table: pyarrow.Table, limit: int) -> list[dict[str, Any]]:
     return pyarrow.table(columns).to_pylist()
 
 
-def page_samples(histories: Sequence[History], answers: Sequence[Answer]) -> dict[str, Any]:
+def page_samples(answers: Sequence[Answer]) -> dict[str, Any]:
     """What the page's script draws the disagreement view from."""
     table = TokenTable()
     prompts: dict[int, str] = {}
@@ -94,7 +94,6 @@ def page_samples(histories: Sequence[History], answers: Sequence[Answer]) -> dic
     order = {index: place for place, index in enumerate(prompts)}
     shown = [_page_answer(answer, order[answer.row["prompt_index"]], table) for answer in answers]
     return {
-        "runs": [history.name for history in histories],
         "prompts": [{"index": index, "text": text} for index, text in prompts.items()],
         "answers": shown,
         "tokens": table.texts,

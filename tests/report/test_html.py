@@ -136,6 +136,11 @@ def test_a_sweep_has_heat_maps_curves_and_the_keys_that_differ(chromium: Browser
     assert chromium.run("document.querySelectorAll('#chart-grid-val_accuracy .role-mark.mark-rect path').length") == 9
     assert chromium.run("document.querySelectorAll('#comparison tbody tr').length") == 9
     assert chromium.run("document.querySelector('#comparison tr.best td').textContent") == "topk=16 kl_weight=0.3"
+    lines = "[...document.querySelectorAll('#chart-loss .role-mark.mark-line path')]"
+    lines += ".map(l => l.getAttribute('opacity') ?? '1')"
+    assert chromium.run(lines) == ["1"] * 9
+    chromium.run("document.querySelectorAll('#legend button')[2].click()")
+    chromium.wait(f"{lines}.filter(o => o === '1').length === 1")
     keys = chromium.run("[...document.querySelectorAll('#config tbody th')].map(k => k.textContent)")
     assert keys == ["loss.topk", "loss.kl_weight"]
     assert chromium.run("document.querySelectorAll('#run option').length") == 9
