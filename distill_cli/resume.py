@@ -1,4 +1,4 @@
-"""`distill resume RUN [--step N] [OVERRIDES]`: a run goes on in its own folder, from a checkpoint.
+"""`distill resume RUN|SWEEP [--step N] [OVERRIDES]`: a run goes on in its own folder, from a checkpoint.
 
 What may be changed on the way is what changes where and how the run computes, when it looks at itself and when it ends
 (`SAFE`). The rest has shaped the weights that are there: it is compared with the checkpoint's own config, and a
@@ -26,9 +26,10 @@ from distill_cli.config.overrides import override_problems
 from distill_cli.config.schema import Config, Launcher
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.modelpath import fingerprint, locate
-from distill_cli.preflight import preflight
+from distill_cli.preflight import Preflight, preflight
 from distill_cli.run import carry_out, exit_status, flatten, job_of, read_outcome, start_panel
-from distill_cli.rundir import RunDir
+from distill_cli.rundir import RunDir, SweepDir
+from distill_cli.sweep import carry_out_sweep
 
 SAFE = (
     *("mesh.", "cluster.", "engine.", "eval.", "checkpoint.", "tracker.mlflow.enabled", "run.print_every"),
@@ -48,17 +49,29 @@ def resume(argv: Sequence[str]) -> int:
     """
     path, step, overrides = _arguments(argv)
     console = Console(highlight=False, soft_wrap=True)
-    run, job_id = open_run(path), None
+    sweep = SweepDir(path.resolve())
+    if sweep.file.is_file():
+        if step is not None:
+            raise ConfigError(f"--step {step}: goes back in one run; give a run's folder of {path}")
+        with exit_status() as status:
+            status.value = resume_sweep(sweep, overrides, console=console)
+        return status.value
+    return resume_run(open_run(path), step, overrides, console=console)
+
+
+def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, console: Console) -> int:
+    """One run, here or as a job; the exit status."""
+    job_id = None
     with run.lock(), exit_status() as status:
-        submit.check_not_queued([run])
+        for job in submit.in_queue([run]).values():
+            raise ConfigError(f"{run.path}: Slurm has it as {job}; wait for it to end, or scancel it")
         config = with_overrides(load_config(run.config), overrides)
         start = start_of(run, step, config=config, console=console)
         found = preflight(config)
-        outcome, num_steps = read_outcome(run), found.num_steps(config)
-        if outcome and outcome["state"] == "finished" and outcome["num_steps"] >= num_steps and step is None:
+        if step is None and is_done(run, config, found):
             raise ConfigError(
-                f"{path}: finished after {outcome['num_steps']} steps; give train.max_steps=N to go on, or --step N "
-                "to go on from an earlier checkpoint"
+                f"{run.path}: finished after {read_outcome(run)['num_steps']} steps; give train.max_steps=N to go on, "
+                "or --step N to go on from an earlier checkpoint"
             )
         save_config(config, run.config)
         if step is not None and start is not None:
@@ -75,6 +88,55 @@ def resume(argv: Sequence[str]) -> int:
     if job_id is not None and config.cluster.wait:
         return submit.wait_for_run(run, job_id, console=console)
     return status.value
+
+
+def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> int:
+    """What did not finish of a sweep, here or as a job array; the exit status. What is in the queue stays there.
+
+    Raises:
+        ConfigError: nothing is left to do, or some run cannot go on; nothing was started.
+    """
+    elements = sweep.elements()
+    runs = {element.index: RunDir(sweep.path / element.folder) for element in elements}
+    open_elements = [element for element in elements if overrides or not has_finished(runs[element.index])]
+    queued = submit.in_queue([runs[element.index] for element in open_elements])
+    for path, job in queued.items():
+        console.print(f"left     {escape(path.name)}: Slurm has it as {job}")
+    configs: dict[int, Config] = {}
+    problems: dict[str, None] = {}
+    for element in open_elements:
+        run = runs[element.index]
+        if run.path in queued:
+            continue
+        try:
+            config = with_overrides(load_config(open_run(run.path).config), overrides)
+            start_of(run, None, config=config, console=console)
+            found = preflight(config)
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.problems)
+            continue
+        if not is_done(run, config, found):
+            configs[element.index] = config
+    if problems:
+        raise ConfigError(*problems)
+    if not configs:
+        done = "has finished" if not queued else "has finished or is in the queue"
+        raise ConfigError(f"{sweep.path}: every run {done}; give train.max_steps=N to go on with finished ones")
+    for index, config in configs.items():
+        save_config(config, runs[index].config)
+    console.print(f"{len(configs)} of {len(elements)} runs go on")
+    rest = [element for element in elements if element.index in configs]
+    return carry_out_sweep(sweep, rest, next(iter(configs.values())), console=console)
+
+
+def has_finished(run: RunDir) -> bool:
+    outcome = read_outcome(run)
+    return outcome is not None and outcome["state"] == "finished"
+
+
+def is_done(run: RunDir, config: Config, found: Preflight) -> bool:
+    """Whether the run has finished all the steps that the config asks for."""
+    return has_finished(run) and read_outcome(run)["num_steps"] >= found.num_steps(config)
 
 
 def _arguments(argv: Sequence[str]) -> tuple[Path, int | None, list[str]]:

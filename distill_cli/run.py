@@ -28,7 +28,7 @@ from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.launch.local import Stopped, launch
 from distill_cli.launch.nodes import Head
-from distill_cli.launch.placement import placement
+from distill_cli.launch.placement import hub_cache, placement
 from distill_cli.preflight import Preflight, preflight
 from distill_cli.report.html import write_report
 from distill_cli.report.read import read_results
@@ -55,6 +55,8 @@ def exit_status() -> Iterator[Status]:
 
 def check_jobs(jobs: Sequence[Job]) -> list[Preflight]:
     """Every job through `preflight`; all problems of all jobs at once, each said once."""
+    for job in jobs[:1]:
+        os.environ |= hub_cache(job.config.cluster)  # before huggingface_hub reads it
     found, problems = [], {}
     for job in jobs:
         try:

@@ -37,7 +37,9 @@ class RunDir:
     report = property(lambda self: self.path / "report.html")
     student = property(lambda self: self.path / "student")
     slurm = property(lambda self: self.path / "slurm.json")
-    """The job that has the run, where its output goes, and its exit status once it has ended."""
+    """The job that was submitted last, and where its output goes: written by who submits it."""
+    slurm_end = property(lambda self: self.path / "slurm_end.json")
+    """How the job ended that ended last: written by its first node."""
     checkpoints = property(lambda self: self.path / "checkpoints")
     rollouts = property(lambda self: self.path / "rollouts")
     evals = property(lambda self: self.path / "evals")
@@ -79,6 +81,15 @@ class RunDir:
         """What this attempt's main rank is doing, and of how many steps its run is; None where that is not known."""
         words = self.heartbeat.read_text().split() if self.heartbeat.exists() else []
         return (words[0], int(words[1])) if len(words) == 2 else None
+
+    def job_end(self) -> dict[str, Any] | None:
+        """How the job that was submitted last has ended, by its first node; None where it has not said so."""
+        end = read_json(self.slurm_end) if self.slurm_end.exists() else None
+        return end if end and end["job_id"] == read_json(self.slurm)["job_id"] else None
+
+    def is_new(self) -> bool:
+        """Whether nothing was started in the folder yet."""
+        return self._attempts() == [1] and not any(RunDir(self.path).logs.iterdir())
 
     def _attempts(self) -> list[int]:
         names = [folder.name.removeprefix("attempt_") for folder in self.path.glob("logs/attempt_*")]

@@ -7,7 +7,6 @@ job again: it goes on in the same folder, as the next attempt. Any other SIGTERM
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -46,10 +45,10 @@ class Task:
 
         here = submitit.JobEnvironment()
         config = load_config(RunDir(Path(self.run)).config)
-        os.environ |= placement(config.cluster)
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        calls = Path(self.run) / "slurm" / f"{here.job_id}.{restarts}.json"
+        calls = Path(self.run) / "logs" / f"nodes_{here.job_id}.{restarts}.json"
         if here.node != 0:
+            os.environ |= placement(config.cluster)
             for signum in STOP_SIGNALS:
                 signal.signal(signum, signal.SIG_IGN)  # the first node says what is to be done
             locate_models(config)
@@ -73,29 +72,29 @@ class Task:
 
 def lead(run: RunDir, config: Config, head: Head, *, job_id: str, restarts: int) -> int:
     """The run, from where it stands to its end; the job's exit status."""
-    status, requeue = 1, False
+    status, requeue, problem = 1, False, None
     try:
         with stop_signals(), run.lock(wait_s=LOCK_TIMEOUT_S):
             check_requeues(run, config, restarts=restarts)
+            os.environ |= placement(config.cluster)
             locate_models(config)
             carry_out(job_of(run), run.unused_attempt(), console=Console(highlight=False, soft_wrap=True), head=head)
         outcome, status = read_outcome(run), 0
         requeue = outcome["state"] == "stopped" and outcome["reason"] == signal.SIGUSR2.name  # ranks alone heard it
     except Stopped as stopped:
-        status = 128 + stopped.signum
+        status, problem = 128 + stopped.signum, f"stopped by {stopped}"
         requeue = stopped.signum == signal.SIGUSR2 or was_preempted(job_id)
-    except ConfigError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", flush=True)
-        status = 2
     except DistillError as error:
-        print(f"error: {error}", flush=True)
+        status, problem = (2 if isinstance(error, ConfigError) else 1), str(error)
+        print(*(f"error: {line}" for line in problem.splitlines()), sep="\n", flush=True)
     if requeue and restarts < config.cluster.max_requeues:
         print(f"job {job_id} is queued again", flush=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         ask("scontrol", "requeue", job_id)
         time.sleep(REQUEUE_S)  # Slurm ends this process
     elif requeue:
         print(f"cluster.max_requeues={config.cluster.max_requeues}: the job is not queued again", flush=True)
-    write_json(run.slurm, json.loads(run.slurm.read_text()) | {"status": status})
+    write_json(run.slurm_end, {"job_id": job_id, "status": status, "error": problem})
     return status
 
 

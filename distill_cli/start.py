@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,14 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from distill_cli import rundir, submit
-from distill_cli.config.compose import Job
+from distill_cli.config.checks import inert_overrides
+from distill_cli.config.compose import Job, known_losses
 from distill_cli.config.schema import Launcher
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.errors import ConfigError
 from distill_cli.preflight import Preflight
-from distill_cli.report.read import read_sweep
-from distill_cli.report.table import print_comparison
-from distill_cli.run import carry_out, check_jobs, exit_status, introduce, leave_report, prepare, single_path
-from distill_cli.rundir import Element, SweepDir
+from distill_cli.run import carry_out, check_jobs, exit_status, introduce, prepare, single_path
+from distill_cli.rundir import RunDir
+from distill_cli.sweep import carry_out_sweep, prepare_sweep
 
 
 def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
@@ -62,28 +61,19 @@ def run_single(job: Job, found: Preflight, *, command: Sequence[str], console: C
 
 
 def run_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Sequence[str], console: Console) -> int:
-    """One folder for the sweep, one in it for each run; a table at the end."""
-    root = Path(jobs[0].config.run.root)
-    name = jobs[0].config.run.name or rundir.free_name(root, time.strftime("%Y%m%d-%H%M%S_sweep"))
-    sweep = SweepDir(root / name)
-    elements = [Element(index, rundir.element_name(index, job.swept), job.swept) for index, job in enumerate(jobs)]
-    sweep.write(command=command, elements=elements)
-    states = []
-    for element, job, found in zip(elements, jobs, checked, strict=True):
-        path = sweep.path / element.folder
-        console.rule(escape(f"{element.index + 1}/{len(jobs)} {' '.join(job.swept)}"), align="left")
-        try:
-            run = prepare(job, path, command=command)
-            rundir.point_latest(root, os.path.relpath(path, root))
-            introduce(job, found, run, console=console)
-            with run.lock():
-                states.append(carry_out(job, run, console=console)["state"])
-        except DistillError as error:
-            console.print(f"error: {escape(str(error))}")
-            states.append("failed")
-    print_comparison(console, read_sweep(sweep))
-    leave_report([sweep.path], sweep.report, console=console)
-    console.print(f"report   {sweep.report}")
-    console.print(f"folder   {sweep.path}")
-    console.print(f"again    distill report {sweep.path}")
-    return 1 if "failed" in states else 0
+    """One folder for the sweep, one in it for each run; the exit status."""
+    config, sweep = jobs[0].config, prepare_sweep(jobs, checked, command=command)
+    warnings = [
+        warning
+        for job, found in zip(jobs, checked, strict=True)
+        for warning in [*found.warnings, *inert_overrides(job.config, job.overrides, known_losses())]
+    ]
+    for warning in dict.fromkeys(warnings):
+        console.print(f"warning: {escape(warning)}")
+    elements = sweep.elements()
+    try:
+        return carry_out_sweep(sweep, elements, config, console=console)
+    except ConfigError:
+        if config.cluster.launcher is Launcher.slurm and not RunDir(sweep.path / elements[-1].folder).slurm.exists():
+            shutil.rmtree(sweep.path)  # Slurm has refused it
+        raise

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import asdict
 
 from distill_cli.config.derived import least_engine_length, parse_duration, parse_time_limit
 from distill_cli.config.schema import ClusterConfig, Config, Launcher, LoraSync
+from distill_cli.config.secrets import secret_problems
 
 RESERVED_ENGINE_KWARGS = {
     *("model", "tokenizer", "revision", "dtype", "quantization", "trust_remote_code", "max_model_len", "seed"),
@@ -54,6 +56,7 @@ def config_problems(config: Config) -> list[str]:
         *_engine(config),
         *_checkpoint(config),
         *_cluster(config),
+        *secret_problems(asdict(config)),
         *_at_least("run.print_every", config.run.print_every, 1),
     ]
 

@@ -23,6 +23,7 @@ import psutil
 
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.launch.nodes import POLL_S, Head, Rendezvous, read_call
+from distill_cli.modelpath import CACHE_ONLY
 from distill_cli.processes import describe_exit, die_with_parent
 from distill_cli.rundir import RunDir, write_json
 
@@ -191,7 +192,7 @@ def ask_to_stop(process: subprocess.Popen, run: RunDir, *, grace_s: float) -> No
 
 def environment(*, num_ranks: int, use_gpus: bool, extra: Mapping[str, str]) -> dict[str, str]:
     """The ranks' environment: ours and `extra`, the CPU's threads shared out, no GPU where none is to be used."""
-    env = {**os.environ, **extra}
+    env = {**os.environ, **extra, CACHE_ONLY: "1"}
     threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
     env.setdefault("OMP_NUM_THREADS", str(threads))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from distill_cli.config.schema import ClusterConfig
+from distill_cli.config.schema import ClusterConfig, Launcher
 from distill_cli.errors import ConfigError
 
 
@@ -27,6 +27,16 @@ def placement(cluster: ClusterConfig) -> dict[str, str]:
     if cluster.tmp_dir is not None:
         env["TMPDIR"] = _folder(cluster.tmp_dir, "tmp_dir")
     return env
+
+
+def hub_cache(cluster: ClusterConfig) -> dict[str, str]:
+    """HF_HOME as this machine sees it, for what is looked at before ranks start; {} where only the nodes have it."""
+    try:
+        return {"HF_HOME": _folder(cluster.hf_home, "hf_home")} if cluster.hf_home is not None else {}
+    except ConfigError:
+        if cluster.launcher is Launcher.local:
+            raise
+        return {}
 
 
 def _folder(text: str, key: str) -> str:

@@ -101,6 +101,12 @@ def partition_of(cluster: ClusterConfig) -> Partition:
     return known[first]
 
 
+@cache
+def max_array_size() -> int:
+    """Jobs of an array, at most."""
+    return int(re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"))[1])
+
+
 def settle(config: Config) -> None:
     """Fills in what the cluster decides: GPUs and CPUs of a node. Raises ConfigError where they cannot be told."""
     cluster, partition = config.cluster, partition_of(config.cluster)

@@ -17,7 +17,7 @@ import psutil
 import yaml
 
 from distill_cli.errors import ConfigError
-from distill_cli.rundir import RunDir, SweepDir, read_json
+from distill_cli.rundir import RunDir, SweepDir
 
 MEASURES = {
     "KL forward": "train/kl_forward",
@@ -88,11 +88,11 @@ def state_of(run: RunDir) -> str:
     """How far a run has come, by what is in its folder."""
     if run.outcome.is_file():
         return json.loads(run.outcome.read_text())["state"]
-    if not run.config.is_file():
+    if not run.config.is_file() or run.is_new():
         return "waiting"
     if _is_held(run):
         return "running"
-    is_queued = run.slurm.is_file() and read_json(run.slurm)["status"] is None
+    is_queued = run.slurm.is_file() and run.job_end() is None
     return "waiting" if is_queued else "failed"
 
 
