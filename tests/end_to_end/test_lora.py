@@ -33,6 +33,7 @@ def test_the_sampler_has_the_trainer_s_adapter(two_ranks: Finished) -> None:
 
 
 @pytest.mark.slow
+@torch.no_grad()
 def test_an_export_is_the_student_either_way(two_ranks: Finished, tmp_path: Path) -> None:
     run = str(two_ranks.run.path)
     assert export([run, str(tmp_path / "merged")]) == export([run, str(tmp_path / "adapter"), "--adapter"]) == 0
