@@ -80,7 +80,7 @@ class LoraConfig:
     the decoder's layers. Embedding and head have none."""
     sync: LoraSync = LoraSync.merged
     """How the sampler gets them: added to its weights (merged), or as adapters of its own beside weights that never
-    move (adapter), which keeps small changes that a 16-bit sum would round away, for slower sampling."""
+    move (adapter): slower sampling, but in 16 bits no weight is rounded anew, as none is in the trainer."""
 
     @property
     def is_on(self) -> bool:
