@@ -27,6 +27,7 @@ from distill_cli.config.derived import (
     max_teacher_prompt_tokens,
     parse_duration,
     updates_per_step,
+    validation_length,
 )
 from distill_cli.config.schema import Config, EngineModelConfig, LoraSync, Precision, StudentModel, TeacherModel
 from distill_cli.data.isolated import IsolatedVerifier
@@ -39,7 +40,7 @@ from distill_cli.data.prompts import (
     make_prompts,
     read_template,
 )
-from distill_cli.data.registry import load_examples
+from distill_cli.data.registry import load_examples, resolve_environment
 from distill_cli.data.rows import Stream
 from distill_cli.engines.companion import CompanionScorer, needs_companion
 from distill_cli.engines.sampler import Sampler
@@ -49,9 +50,11 @@ from distill_cli.evaluate import Validator, first_of_each
 from distill_cli.log import StepPrinter
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.modelpath import fingerprint, locate
+from distill_cli.pair import EndTokens
 from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.processes import StopFlag
 from distill_cli.progress import Progress
+from distill_cli.rollout.turns import Turns, observation_encoder
 from distill_cli.rundir import RunDir, write_json
 from distill_cli.student.adapters import add_adapters
 from distill_cli.student.load import load_weights
@@ -122,6 +125,7 @@ def build_trainer(
         sampling=train_sampling(config),
         verify=IsolatedVerifier(config.data.verifier) if config.data.verifier else None,
         decode=make_decode(tokenizer),
+        turns=build_turns(config, tokenizer, max_tokens=config.rollout.max_sequence_length),
         validator=validator,
         metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,
         saver=Saver(run, config.checkpoint, trainable) if config.checkpoint.enabled else None,
@@ -229,6 +233,7 @@ def build_order(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptOrd
 
 def prompt_maker(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptMaker:
     teacher, template = config.model.teacher, config.model.teacher.chat_template
+    environment = config.rollout.environment
     if template == OWN_TEMPLATE:
         folder = locate(teacher.path, revision=teacher.revision, key="model.teacher.path")
         template = load_template(folder, trust_remote_code=config.model.trust_remote_code)
@@ -241,6 +246,7 @@ def prompt_maker(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptMa
         max_tokens=max_prompt_tokens(config),
         teacher_max_tokens=max_teacher_prompt_tokens(config),
         teacher_template=template,
+        opening=resolve_environment(environment)().reset if environment else None,
     )
 
 
@@ -289,6 +295,7 @@ def build_validator(config: Config, parallel: Parallel, tokenizer: PreTrainedTok
         ),
         verify=IsolatedVerifier(config.data.verifier),
         decode=make_decode(tokenizer),
+        turns=build_turns(config, tokenizer, max_tokens=validation_length(config)),
         batch_size=settings.batch_size,
         seed=config.train.seed,
         parallel=parallel,
@@ -305,6 +312,27 @@ def build_watched(
     return Watched(
         prompts=prompts[: config.eval.record_samples],
         token_text=lambda token: tokenizer.decode([token], skip_special_tokens=False),
+    )
+
+
+def build_turns(config: Config, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> Turns | None:
+    if config.rollout.environment is None:
+        return None
+    student, teacher = config.model.student, config.model.teacher
+    ends = EndTokens.of(
+        locate(student.path, revision=student.revision, key="model.student.path"),
+        locate(teacher.path, revision=teacher.revision, key="model.teacher.path"),
+    )
+    return Turns(
+        make=resolve_environment(config.rollout.environment),
+        max_turns=config.rollout.max_turns,
+        max_tokens=max_tokens,
+        decode=make_decode(tokenizer),
+        observation_ids=observation_encoder(
+            tokenizer,
+            template_kwargs=config.model.chat_template_kwargs,
+            end_ids={tokenizer.eos_token_id, *ends.student, *ends.teacher, *config.rollout.stop_token_ids},
+        ),
     )
 
 

@@ -27,7 +27,8 @@ from distill_cli.config.checks import evaluation_problems
 from distill_cli.config.compose import compose, load_config, override_config, save_config
 from distill_cli.config.derived import validation_length
 from distill_cli.config.schema import ClusterConfig, Config, MeshConfig, StudentModel
-from distill_cli.data.registry import load_examples, resolve_extract, resolve_verifier
+from distill_cli.data.check import check_data
+from distill_cli.data.registry import resolve_environment, resolve_extract, resolve_verifier
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.launch.local import launch
 from distill_cli.preflight import check_devices, engine_problems
@@ -250,13 +251,12 @@ def check(config: Config, contenders: Sequence[Contender]) -> None:
 
     with collecting():
         resolve_verifier(config.data.verifier)
+        if config.rollout.environment is not None:
+            resolve_environment(config.rollout.environment)
     with collecting():
         check_devices(config)
     with collecting():
-        examples = load_examples(config.data.validation, key="data.validation")
-        unanswered = sum(example.answer is None for example in examples)
-        if unanswered:
-            raise ConfigError(f"data.validation: {unanswered} of {len(examples)} rows have no answer to check")
+        check_data(replace(config, data=replace(config.data, train={})))
     length = validation_length(config)
     for contender in contenders:
         with collecting():

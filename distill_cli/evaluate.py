@@ -14,6 +14,7 @@ from distill_cli.engines.settings import SamplingSettings
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.parallel.sharing import EngineShare, share_out
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, sequence_seed
+from distill_cli.rollout.turns import Turns
 from distill_cli.types import Prompt, Rollout
 
 
@@ -59,9 +60,9 @@ def answer_row(answer: Answer, *, decode: Callable, extract: Callable | None) ->
         "question": example.question,
         "reference": example.answer,
         "response": response,
-        "final_answer": extract(response) if extract else None,
+        "final_answer": extract(decode(rollout.sample.last_turn_ids)) if extract else None,
         "reward": float(rollout.reward or 0.0),
-        "num_tokens": len(rollout.sample.token_ids),
+        "num_tokens": len(rollout.sample.written_ids),
         "finish_reason": rollout.sample.finish_reason,
     }
 
@@ -91,6 +92,8 @@ class Validator:
     parallel: Parallel
     repeat: int = 1
     """Answers to each problem."""
+    turns: Turns | None = None
+    """How an answer goes on after its first turn; None where it does not."""
 
     def run(self, engine) -> Score:
         """The score of whoever `engine.sample` speaks for. A collective: each engine answers its share."""
@@ -99,7 +102,7 @@ class Validator:
         for answer in (answer for batch in self.answers(engine) for answer in batch):
             rollout = answer.rollout
             truncated = float(rollout.sample.finish_reason == "length")
-            row = torch.tensor([rollout.reward or 0.0, len(rollout.sample.token_ids), truncated, 1.0])
+            row = torch.tensor([rollout.reward or 0.0, len(rollout.sample.written_ids), truncated, 1.0])
             totals[names.index(rollout.prompt.example.dataset)] += row.to(totals)
         if not self.share(engine).is_first:
             totals.zero_()
@@ -123,6 +126,7 @@ class Validator:
                 seeds=[sequence_seed(self.seed, step=-number, sequence=problem) for problem, number in batch],
                 sampler=engine,
                 sampling=self.sampling,
+                turns=self.turns,
             )
             judge_rollouts(rollouts, verify=self.verify, decode=self.decode)
             yield [Answer(number, rollout) for (_, number), rollout in zip(batch, rollouts, strict=True)]

@@ -24,7 +24,7 @@ class EndTokens:
 
     @classmethod
     def of(cls, student: Path, teacher: Path) -> EndTokens:
-        return cls(*(frozenset(_end_tokens(folder)) for folder in (student, teacher)))
+        return cls(*(frozenset(end_tokens(folder)) for folder in (student, teacher)))
 
     def one_class(self, config: Config) -> tuple[int, ...]:
         """The tokens that are taken for one, the student's first: empty where the models agree, or are not to.
@@ -162,7 +162,8 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _end_tokens(folder: Path) -> set[int]:
+def end_tokens(folder: Path) -> set[int]:
+    """The tokens that end a model's answers."""
     for name in ("generation_config.json", "config.json"):
         ids = read_object(folder / name).get("eos_token_id")
         if ids is not None:

@@ -19,7 +19,7 @@ from distill_cli.config.compose import known_losses
 from distill_cli.config.derived import needed_length, scored_length
 from distill_cli.config.schema import Config, Launcher
 from distill_cli.data.check import check_data
-from distill_cli.data.registry import resolve_verifier
+from distill_cli.data.registry import resolve_environment, resolve_verifier
 from distill_cli.engines.process import hide_broken_packages
 from distill_cli.engines.settings import tensor_parallel_problem
 from distill_cli.errors import ConfigError
@@ -116,6 +116,8 @@ def preflight(config: Config) -> Preflight:
 def _check_names(config: Config) -> None:
     if config.data.verifier is not None:
         resolve_verifier(config.data.verifier)
+    if config.rollout.environment is not None:
+        resolve_environment(config.rollout.environment)
     if ":" in config.loss.kl_type:
         load_function(config.loss.kl_type, key="loss.kl_type")
     elif config.loss.kl_type not in known_losses():

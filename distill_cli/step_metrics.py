@@ -68,9 +68,12 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Means over the step's sequences, which every rank knows."""
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     metrics = {
-        "rollout/mean_length": fmean(len(rollout.sample.token_ids) for rollout in rollouts),
+        "rollout/mean_length": fmean(len(rollout.sample.written_ids) for rollout in rollouts),
         "rollout/truncated_rate": fmean(rollout.sample.finish_reason == "length" for rollout in rollouts),
     }
+    if any(rollout.sample.trained is not None for rollout in rollouts):  # an environment answered
+        metrics["rollout/mean_turns"] = fmean(rollout.sample.num_turns for rollout in rollouts)
+        metrics["rollout/turn_limit_rate"] = fmean(r.sample.finish_reason == "turn_limit" for r in rollouts)
     if rewards:
         metrics["rollout/accuracy"] = fmean(rewards)
     return metrics

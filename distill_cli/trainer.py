@@ -33,6 +33,7 @@ from distill_cli.processes import StopFlag
 from distill_cli.progress import Progress, Result, StopRequested, Stopwatch
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts, sequence_seed
 from distill_cli.rollout.pack import BatchPlan, MicroBatch, micro_batches, plan_batch
+from distill_cli.rollout.turns import Turns
 from distill_cli.step_metrics import performance_metrics, rollout_metrics, train_metrics
 from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, optimizer_step
@@ -74,6 +75,8 @@ class Trainer:
     """Where rollouts are left for a look at them."""
     watched: Watched | None = None
     """Prompts whose answers are; None where eval.record_samples is 0."""
+    turns: Turns | None = None
+    """How sequences go on after a first turn; None where they do not."""
     stop: StopFlag = field(default_factory=StopFlag)
     heartbeat: Callable[[str], object] = lambda stage: None
     """Called as each stage of a step begins."""
@@ -206,6 +209,7 @@ class Trainer:
             seeds=[sequence_seed(self.config.train.seed, step=step, sequence=number) for number in mine],
             sampler=self.sampler,
             sampling=self.sampling,
+            turns=self.turns,
         )
         if self.verify is not None:
             judge_rollouts(rollouts, verify=self.verify, decode=self.decode)

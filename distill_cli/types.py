@@ -6,6 +6,7 @@ Shape letters: R response tokens of one sequence, K the teacher's top-k.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,7 +50,23 @@ class Sample:
     logp: list[float]
     """Log-probability of each token under the student at temperature 1, over the whole vocabulary."""
     finish_reason: str
-    """`stop` (the last of `token_ids` is an end-of-sequence or stop token, or ends a stop string) or `length`."""
+    """`stop` (the last of `token_ids` is an end-of-sequence or stop token, or ends a stop string), `length`, or
+    `turn_limit` where the environment would have gone on."""
+    trained: list[bool] | None = None
+    """Which tokens the student wrote; the others are observations, whose `logp` says nothing. None is all of them."""
+    num_turns: int = 1
+
+    @property
+    def written_ids(self) -> list[int]:
+        """The tokens without observations."""
+        return self.token_ids if self.trained is None else list(compress(self.token_ids, self.trained))
+
+    @property
+    def last_turn_ids(self) -> list[int]:
+        """The tokens after the last observation."""
+        if self.trained is None or all(self.trained):
+            return self.token_ids
+        return self.token_ids[len(self.trained) - self.trained[::-1].index(False) :]
 
 
 @dataclass(frozen=True)

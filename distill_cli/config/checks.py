@@ -38,6 +38,7 @@ RANKABLE = {
     *("train/loss", "train/kl_forward", "train/kl_reverse", "train/entropy", "train/grad_norm"),
     *("train/teacher_topk_mass", "train/student_topk_mass", "train/top1_agreement"),
     *("rollout/accuracy", "rollout/mean_length", "rollout/truncated_rate", "rollout/engine_mismatch"),
+    *("rollout/mean_turns", "rollout/turn_limit_rate"),
     *("val/accuracy", "val/mean_length", "val/truncated_rate"),
 }
 """Metrics that checkpoints can be ranked by."""
@@ -138,6 +139,9 @@ def _rollout(config: Config) -> Iterator[str]:
     yield from _at_least("rollout.generations_per_prompt", rollout.generations_per_prompt, 1)
     yield from _at_least("rollout.max_new_tokens", rollout.max_new_tokens, 1)
     yield from _sampling("rollout", rollout.temperature, rollout.top_p)
+    yield from _at_least("rollout.max_turns", rollout.max_turns, 1)
+    if rollout.max_turns > 1 and rollout.environment is None:
+        yield f"rollout.max_turns={rollout.max_turns}: nobody answers a turn; set rollout.environment"
     yield from _within("rollout.max_truncated_rate", rollout.max_truncated_rate, 0, 1)
     if rollout.top_k == 0 or rollout.top_k < -1:
         yield f"rollout.top_k={rollout.top_k}: must be at least 1, or -1 for all tokens"

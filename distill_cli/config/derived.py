@@ -28,12 +28,17 @@ def needed_length(config: Config) -> int:
 
 def validation_length(config: Config) -> int:
     """Tokens of the longest sequence in validation."""
-    return max_prompt_tokens(config) + (config.eval.max_new_tokens or config.rollout.max_new_tokens)
+    one_turn = max_prompt_tokens(config) + (config.eval.max_new_tokens or config.rollout.max_new_tokens)
+    return max(one_turn, config.rollout.max_sequence_length) if config.rollout.environment else one_turn
 
 
 def scored_length(config: Config) -> int:
     """Tokens of the longest sequence that the teacher may see: its own prompt, and the student's answer."""
-    return max(needed_length(config), max_teacher_prompt_tokens(config) + config.rollout.max_new_tokens)
+    rollout = config.rollout
+    answer = rollout.max_new_tokens
+    if rollout.environment and max_teacher_prompt_tokens(config) > max_prompt_tokens(config):
+        answer = rollout.max_sequence_length  # several turns: what the student's own prompt leaves
+    return max(needed_length(config), max_teacher_prompt_tokens(config) + answer)
 
 
 def engine_length(config: Config, engine: EngineModelConfig) -> int:

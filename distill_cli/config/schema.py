@@ -200,6 +200,12 @@ class RolloutConfig:
     losing its way of ending; 1 never minds."""
     on_truncation: OnTruncation = OnTruncation.warn
     """What happens then: a warning, or a checkpoint and the end of the run."""
+    environment: str | None = None
+    """What answers the student between its turns: calculator, guess, or `pkg.module:function`; null where a sequence is
+    one answer."""
+    max_turns: int = 1
+    """Turns of a sequence, at most, where there is an environment. rollout.max_new_tokens is of each,
+    rollout.max_sequence_length of all of them with what the environment says."""
 
 
 @dataclass

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +64,20 @@ class PromptMaker:
         max_tokens: int,
         teacher_max_tokens: int | None = None,
         teacher_template: str | None = None,
+        opening: Callable[[Example], str] | None = None,
     ) -> None:
         """
         Args:
             max_tokens: of the student's prompt.
             teacher_max_tokens: of the teacher's; None is the same.
             teacher_template: the teacher's chat template; None is the student's.
+            opening: what is asked in place of an example's question, where an environment says it.
         """
         self.tokenizer, self.data, self.model = tokenizer, data, model
         self.max_tokens, self.teacher_max_tokens = max_tokens, teacher_max_tokens or max_tokens
         self.template_kwargs = dict(model.chat_template_kwargs)
         self.teacher_kwargs = {**self.template_kwargs, **model.teacher.chat_template_kwargs}
-        self.teacher_template = teacher_template
+        self.teacher_template, self.opening = teacher_template, opening
         self.has_teacher_prompt = (
             data.teacher_context is not None
             or teacher_template is not None
@@ -93,10 +96,11 @@ class PromptMaker:
             self.counts["empty"] += 1
             return None
         try:
-            token_ids = self._fit(example, self.student_ids, self.max_tokens)
+            asked = replace(example, question=self.opening(example)) if self.opening else example
+            token_ids = self._fit(asked, self.student_ids, self.max_tokens)
             teacher_ids = None
             if token_ids and self.has_teacher_prompt:
-                teacher_ids = self._fit(example, self.teacher_ids, self.teacher_max_tokens)
+                teacher_ids = self._fit(asked, self.teacher_ids, self.teacher_max_tokens)
         except Exception as error:  # a template is the user's code: it raises what it likes
             raise ConfigError(f"row {index}: the prompt's template failed: {type(error).__name__}: {error}") from error
         if not token_ids or (self.has_teacher_prompt and not teacher_ids):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.config.overrides import nearest
+from distill_cli.data.environments import Environment
 from distill_cli.data.rows import Stream
 from distill_cli.errors import ConfigError
 from distill_cli.plugins import load_function
@@ -75,6 +76,11 @@ def resolve_verifier(name: str) -> Verifier:
     return _resolve(name, "verifiers", "verify", key="data.verifier")
 
 
+def resolve_environment(name: str) -> Callable[[], Environment]:
+    """What makes one sequence's environment."""
+    return _resolve(name, "environments", "make", key="rollout.environment")
+
+
 def resolve_extract(verify: Verifier) -> Callable[[str], str | None] | None:
     """What takes the final answer out of a response, so that answers can be counted: `extract` beside `verify`.
 
@@ -85,7 +91,7 @@ def resolve_extract(verify: Verifier) -> Callable[[str], str | None] | None:
 
 
 def names(kind: str) -> list[str]:
-    """The files of data/sources or data/verifiers."""
+    """The files of data/sources, data/verifiers or data/environments."""
     return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / kind)]))
 
 

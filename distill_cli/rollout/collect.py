@@ -8,6 +8,7 @@ from distill_cli.data.registry import Verifier
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import SamplingSettings
+from distill_cli.rollout.turns import Turns, sample_turns
 from distill_cli.types import Prompt, Rollout
 
 
@@ -17,9 +18,16 @@ def sequence_seed(seed: int, *, step: int, sequence: int) -> int:
 
 
 def sample_rollouts(
-    prompts: Sequence[Prompt], *, seeds: Sequence[int], sampler: Sampler, sampling: SamplingSettings
+    prompts: Sequence[Prompt],
+    *,
+    seeds: Sequence[int],
+    sampler: Sampler,
+    sampling: SamplingSettings,
+    turns: Turns | None = None,
 ) -> list[Rollout]:
-    """One answer to each prompt."""
+    """One answer to each prompt, in several turns where there is an environment."""
+    if turns is not None:
+        return sample_turns(prompts, seeds=seeds, sampler=sampler, sampling=sampling, turns=turns)
     samples = sampler.sample([prompt.token_ids for prompt in prompts], seeds=seeds, sampling=sampling)
     return [Rollout(prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
 
@@ -35,7 +43,10 @@ def score_rollouts(rollouts: Sequence[Rollout], *, scorer: Scorer) -> None:
 
 
 def judge_rollouts(rollouts: Sequence[Rollout], *, verify: Verifier, decode) -> None:
-    """Fills in the reward where the example has an answer; `decode` makes text of token ids."""
+    """Fills in the reward where the example has an answer and no environment gave one; `decode` makes text of ids.
+
+    Of several turns the last is what is judged.
+    """
     for rollout in rollouts:
-        if rollout.prompt.example.answer is not None:
-            rollout.reward = verify(decode(rollout.sample.token_ids), rollout.prompt.example.answer)
+        if rollout.prompt.example.answer is not None and rollout.reward is None:
+            rollout.reward = verify(decode(rollout.sample.last_turn_ids), rollout.prompt.example.answer)

@@ -5,7 +5,8 @@ and each is padded to the same one. Every rank runs as many micro-batches, since
 all as often, and those that run at the same time have about as many tokens, since the slowest holds up the others.
 
 Where a response token stands at position s of the packed row, the hidden state that predicts it stands at s - 1: those
-are the `rows` that reach the head; no other position's logits are ever computed.
+are the `rows` that reach the head; no other position's logits are ever computed. An environment's observations between
+turns are read, and have no rows: nothing is learned from what the student did not write.
 
 Shape letters: T tokens of the packed row, N response tokens in it, K the teacher's top-k.
 """
@@ -20,7 +21,7 @@ import torch
 
 from distill_cli.parallel.context import Documents
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.types import Rollout
+from distill_cli.types import Rollout, Sample
 
 
 @dataclass(frozen=True)
@@ -183,26 +184,34 @@ def lay_out(plan: RowPlan, rollouts: Sequence[Rollout], *, topk: int) -> MicroBa
         first = begin + len(rollout.prompt.token_ids) - 1  # predicts the first response token
         tokens[0, begin : begin + len(ids)] = torch.tensor(ids)
         positions[0, begin : begin + place] = torch.arange(place)
-        rows.append(torch.arange(first, first + len(rollout.sample.token_ids)))
-        tokens_of = torch.arange(len(rollout.sample.token_ids))
+        tokens_of = trained_tokens(rollout.sample)
+        rows.append(first + tokens_of)
         origins.append(torch.stack([torch.full_like(tokens_of, member), tokens_of], dim=1))
         bounds.append(begin + place)
     if bounds[-1] < plan.length:
         positions[0, bounds[-1] :] = torch.arange(plan.length - bounds[-1])
         bounds.append(plan.length)
     none = torch.zeros(0, dtype=torch.int64)
+    trained = [(rollout, trained_tokens(rollout.sample)) for rollout in members]
     return MicroBatch(
         input_ids=tokens,
         position_ids=positions,
         documents=Documents(tuple(bounds)),
         rows=torch.cat([none, *rows]),
-        sampled_ids=torch.tensor([t for rollout in members for t in rollout.sample.token_ids], dtype=torch.int64),
-        sampler_logp=torch.tensor([x for rollout in members for x in rollout.sample.logp], dtype=torch.float32),
-        topk_ids=torch.cat([torch.zeros(0, topk, dtype=torch.int32), *(r.scores.topk_ids for r in members)]),
-        topk_logp=torch.cat([torch.zeros(0, topk), *(r.scores.topk_logp for r in members)]),
+        sampled_ids=torch.cat([none, *(torch.tensor(r.sample.token_ids)[of] for r, of in trained)]),
+        sampler_logp=torch.cat([torch.zeros(0), *(torch.tensor(r.sample.logp)[of] for r, of in trained)]),
+        topk_ids=torch.cat([torch.zeros(0, topk, dtype=torch.int32), *(r.scores.topk_ids[of] for r, of in trained)]),
+        topk_logp=torch.cat([torch.zeros(0, topk), *(r.scores.topk_logp[of] for r, of in trained)]),
         origins=torch.cat([none.view(0, 2), *origins]),
         sequences=plan.members,
     )
+
+
+def trained_tokens(sample: Sample) -> torch.Tensor:
+    """int64 [N]: the places in a response of the tokens that the student wrote, observations left out."""
+    if sample.trained is None:
+        return torch.arange(len(sample.token_ids))
+    return torch.tensor(sample.trained).nonzero()[:, 0]
 
 
 def micro_batches(plan: BatchPlan, rollouts: Sequence[Rollout], *, topk: int, parallel: Parallel) -> list[MicroBatch]:

@@ -1,0 +1,30 @@
+"""Sequences of several turns through the real command: an environment between real engines, validation as well."""
+
+import pytest
+
+from tests.end_to_end.conftest import SHORT, distill
+
+GAME = (
+    *SHORT[:3], "rollout.environment=guess", "rollout.max_turns=3", "rollout.max_sequence_length=256",
+    "train.micro_batch_tokens=512", "eval.teacher=false", "eval.max_samples=16", "tracker=none", "train.max_steps=2",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_game_of_several_turns_is_learned_the_same_on_one_rank_and_on_two(tmp_path) -> None:
+    one = distill(tmp_path, *GAME)
+    assert one.status == 0, one.stderr
+    rows = one.metrics
+    assert 0 <= rows[0]["val/accuracy"] <= 1
+    for row in rows[1:]:
+        assert 1 < row["rollout/mean_turns"] <= 3  # the student is wrong as often as not, and is told so
+        assert row["rollout/accuracy"] + row["rollout/turn_limit_rate"] + row["rollout/truncated_rate"] <= 1.0001
+        assert row["rollout/engine_mismatch"] < 1e-4  # the tokens that were sampled are those that are trained on
+        assert row["train/response_tokens"] == pytest.approx(row["rollout/mean_length"] * 8)
+    off = ("eval.period=0", "eval.at_start=false", "eval.at_end=false")
+    two = distill(tmp_path, *GAME, *off, "cluster.ranks_per_node=2", "run.name=two")
+    assert two.status == 0, two.stderr
+    for ours, theirs in zip(rows[1:], two.metrics[-2:], strict=True):
+        assert ours["train/response_tokens"] == theirs["train/response_tokens"]
+        assert ours["rollout/mean_turns"] == theirs["rollout/mean_turns"]
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
