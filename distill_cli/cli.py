@@ -22,6 +22,7 @@ distill - on-policy distillation of language models from one command
   distill export RUN [DIR]        a checkpoint as a Hugging Face folder (--step N|best|last, --adapter, --push NAME)
   distill report RUN...           runs or a sweep compared, and one HTML page about them (--out FILE)
   distill watch RUN               follows a run in progress, wherever it runs
+  distill track sync RUN...       send MLflow what it could not be sent before, of runs or of a sweep
   distill ls [GROUP]              the choices of a config group, each with its first comment line
   distill doctor [--json]         what is installed, visible and reachable, and how to fix what is not
 
@@ -181,6 +182,12 @@ def watch(argv: Sequence[str]) -> int:
     return watch(argv)
 
 
+def track(argv: Sequence[str]) -> int:
+    from distill_cli.tracking import track
+
+    return track(argv)
+
+
 def ls(argv: Sequence[str]) -> int:
     from distill_cli.config.compose import conf_dir
     from distill_cli.listing import print_choices
@@ -208,6 +215,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "export": export,
     "report": report,
     "watch": watch,
+    "track": track,
     "ls": ls,
     "doctor": doctor,
 }

@@ -21,18 +21,19 @@ from rich.markup import escape
 from distill_cli import submit
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
-from distill_cli.config.compose import conf_dir, load_config, save_config
+from distill_cli.config.compose import conf_dir, flatten, load_config, save_config
+from distill_cli.config.credentials import hide_credentials
 from distill_cli.config.overrides import override_problems
 from distill_cli.config.schema import Config, Launcher
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.modelpath import fingerprint, locate
 from distill_cli.preflight import Preflight, preflight
-from distill_cli.run import carry_out, exit_status, flatten, job_of, read_outcome, start_panel
+from distill_cli.run import carry_out, exit_status, job_of, read_outcome, start_panel
 from distill_cli.rundir import RunDir, SweepDir
 from distill_cli.sweep import carry_out_sweep
 
 SAFE = (
-    *("mesh.", "cluster.", "engine.", "eval.", "checkpoint.", "tracker.mlflow.enabled", "run.print_every"),
+    *("mesh.", "cluster.", "engine.", "eval.", "checkpoint.", "tracker.", "run.print_every"),
     *("train.max_steps", "train.max_epochs", "train.micro_batch_tokens", "train.packing"),
     *("train.activation_checkpointing", "train.cpu_offload", "train.offload_optimizer", "train.compile"),
     *("model.student.lora.sync", "train.max_bad_steps", "rollout.max_truncated_rate", "rollout.on_truncation"),
@@ -187,7 +188,9 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
                 OmegaConf.update(merged, override.key_or_group, override.value())
         except OmegaConfBaseException as error:
             raise ConfigError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
-    return OmegaConf.to_object(merged)
+    config = OmegaConf.to_object(merged)
+    hide_credentials(config)
+    return config
 
 
 def start_of(run: RunDir, step: int | None, *, config: Config, console: Console) -> Checkpoint | None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -33,8 +32,8 @@ from distill_cli.preflight import Preflight, preflight
 from distill_cli.report.html import write_report
 from distill_cli.report.read import read_results
 from distill_cli.rundir import RunDir
-from distill_cli.track.mlflow import MlflowShipper, MlflowTarget
 from distill_cli.track.recorder import cut_back, read_metrics
+from distill_cli.tracking import mlflow_target, tracking
 
 
 @dataclass
@@ -216,47 +215,6 @@ def read_outcome(run: RunDir) -> dict[str, Any] | None:
     return json.loads(run.outcome.read_text()) if run.outcome.exists() else None
 
 
-@contextmanager
-def tracking(config: Config, run: RunDir) -> Iterator[None]:
-    """MLflow follows the run's metrics.jsonl as long as the context lasts, and learns how it ended."""
-    if not config.tracker.mlflow.enabled:
-        yield
-        return
-    run.metrics.touch()
-    shipper = MlflowShipper(run, mlflow_target(config, run))
-    try:
-        yield
-    except Stopped:
-        shipper.close(status="KILLED", timeout_s=2.0)  # who stops a run waits for no server
-        raise
-    except BaseException:
-        shipper.close(status="FAILED")
-        raise
-    outcome = read_outcome(run)
-    shipper.close(status="FINISHED" if outcome and outcome["state"] == "finished" else "KILLED")
-
-
-def mlflow_target(config: Config, run: RunDir) -> MlflowTarget:
-    settings = config.tracker.mlflow
-    store = (Path(config.run.root) / "mlflow.db").absolute()
-    return MlflowTarget(
-        uri=settings.uri or f"sqlite:///{store}",
-        experiment=settings.experiment,
-        run_name=settings.run_name or run.path.name,
-        params=flatten(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)),
-    )
-
-
-def flatten(node: Any, at: str = "") -> dict[str, Any]:
-    """A nested config as dotted keys."""
-    if not isinstance(node, dict) or not node:
-        return {at: node}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= flatten(value, f"{at}.{key}" if at else str(key))
-    return flat
-
-
 def start_panel(job: Job, found: Preflight, run: RunDir) -> Panel:
     config = job.config
     ranks, gpus = hardware.ranks_per_node(config), hardware.gpus_per_node(config)
@@ -294,7 +252,7 @@ def end_panel(job: Job, outcome: dict[str, Any], run: RunDir) -> Panel:
     if run.report.exists():
         rows["report"] = shown(run.report)
     if job.config.tracker.mlflow.enabled:
-        uri = mlflow_target(job.config, run).uri
+        uri = mlflow_target(job.config, run).shown_uri
         rows["MLflow"] = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri
     rows["next"] = shlex.join(["distill", *_repeatable(job.overrides), next_override(job)])
     return Panel(_rows(rows), title="done", title_align="left", expand=False)

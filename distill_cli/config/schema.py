@@ -404,10 +404,13 @@ class ClusterConfig:
 class MlflowConfig:
     enabled: bool = True
     uri: str | None = None
-    """Tracking server or SQLite address; null is `mlflow.db` in run.root."""
+    """Address of a tracking server or a database; null is MLFLOW_TRACKING_URI, or else `mlflow.db` in run.root.
+    Credentials in it are not written down: they stay in the environment of what is started."""
     experiment: str = "distill"
     run_name: str | None = None
     """null is the run folder's name."""
+    log_model: bool = False
+    """Log the trained student's folder as the artifact `model` when the run has finished."""
 
 
 @dataclass

@@ -2,19 +2,29 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from distill_cli.rundir import RunDir, create
-from distill_cli.track.mlflow import MlflowShipper, MlflowTarget, ship
+from distill_cli.config.checks import config_problems
+from distill_cli.config.compose import compose, load_config, save_config
+from distill_cli.config.credentials import without_credentials
+from distill_cli.config.schema import Config
+from distill_cli.rundir import Element, RunDir, SweepDir, create, element_name, write_json
+from distill_cli.track.client import connect
+from distill_cli.track.inputs import DatasetSource
+from distill_cli.track.mlflow import ARTIFACTS, STREAMS, MlflowShipper, MlflowTarget, Shipped, ship
 from distill_cli.track.recorder import MetricsFile, cut_back, read_metrics
+from distill_cli.track.system import SystemSampler, parse_gpus
+from distill_cli.tracking import mlflow_target, mlflow_uri, tracking
 
 
 @pytest.fixture
@@ -24,8 +34,29 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With its tables: they take seconds to make."""
+    file = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    connect(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture
+def uri(tmp_path: Path, empty_database: Path) -> str:
+    """A database of its own, without runs."""
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
 def target(uri: str) -> MlflowTarget:
-    return MlflowTarget(uri=uri, experiment="test", run_name="a", params={"loss.topk": 64, "long": "x" * 10_000})
+    params = {"loss.topk": 64, "long": "x" * 10_000}
+    return MlflowTarget(uri=uri, experiment="test", run_name="a", artifacts=artifacts_of(uri), params=params)
+
+
+def artifacts_of(uri: str) -> Path:
+    """Beside the database; a server does not ask."""
+    return Path(uri.removeprefix("sqlite:///")).parent / "artifacts"
 
 
 def history(uri: str, run: RunDir, key: str) -> list[tuple[int, float]]:
@@ -44,16 +75,15 @@ def test_a_line_that_is_cut_off_is_not_read(run: RunDir) -> None:
     assert (row["step"], row["a"], row["b"], row["c"]) == (1, 0.5, None, 3)
 
 
-def test_every_metric_once_however_often_it_is_shipped(run: RunDir, tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+def test_every_metric_once_however_often_it_is_shipped(run: RunDir, uri: str) -> None:
     with MetricsFile(run.metrics) as metrics:
         for step in range(3):
             metrics.write(step, {"train/loss": step / 2, "none": float("inf")})
-        assert ship(run, target(uri)) == 3
-        assert ship(run, target(uri)) == 0
+        assert ship(run, target(uri)).metrics == 3
+        assert ship(run, target(uri)) == Shipped()
         metrics.write(3, {"train/loss": 1.5})
     state = json.loads((run.path / "mlflow.json").read_text())
-    assert ship(run, target(uri), end="FINISHED") == 1
+    assert ship(run, target(uri), end="FINISHED").metrics == 1
     (run.path / "mlflow.json").write_text(json.dumps(state))  # as after a kill between sending and saving
     ship(run, target(uri))
     assert history(uri, run, "train/loss") == [(0, 0.0), (1, 0.5), (2, 1.0), (3, 1.5)]
@@ -62,8 +92,7 @@ def test_every_metric_once_however_often_it_is_shipped(run: RunDir, tmp_path: Pa
     assert stored.info.status == "FINISHED"
 
 
-def test_steps_that_a_resumed_run_does_again_are_not_doubled(run: RunDir, tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+def test_steps_that_a_resumed_run_does_again_are_not_doubled(run: RunDir, uri: str) -> None:
     with MetricsFile(run.metrics) as metrics:
         for step in range(5):
             metrics.write(step, {"train/loss": step / 2})
@@ -76,15 +105,15 @@ def test_steps_that_a_resumed_run_does_again_are_not_doubled(run: RunDir, tmp_pa
     with MetricsFile(run.metrics) as metrics:
         for step in range(3, 7):
             metrics.write(step, {"train/loss": step / 2})
-    assert ship(run, target(uri), begin=True) == 2
+    assert ship(run, target(uri), begin=True).metrics == 2
     assert history(uri, run, "train/loss") == [(step, step / 2) for step in range(7)]
     run_id = json.loads((run.path / "mlflow.json").read_text())["run_id"]
     assert MlflowClient(tracking_uri=uri).get_run(run_id).info.status == "RUNNING"
 
 
 @pytest.mark.parametrize("arrived", [True, False])
-def test_what_was_on_its_way_when_a_process_was_killed_is_looked_up(run: RunDir, tmp_path: Path, arrived: bool) -> None:
-    uri, state_file = f"sqlite:///{tmp_path}/mlflow.db", run.path / "mlflow.json"
+def test_what_was_on_its_way_when_a_process_was_killed_is_looked_up(run: RunDir, uri: str, arrived: bool) -> None:
+    state_file = run.path / "mlflow.json"
     with MetricsFile(run.metrics) as metrics:
         metrics.write(0, {"train/loss": 0.5})
     ship(run, target(uri))
@@ -94,57 +123,223 @@ def test_what_was_on_its_way_when_a_process_was_killed_is_looked_up(run: RunDir,
             metrics.write(1, {"train/loss": 1.5})
         ship(run, target(uri))
         cut_back(run.metrics, last_step=0, removed_to=run.path / "cut.jsonl")
-    state_file.write_text(json.dumps(state | {"sending": {"step": 1, "key": "train/loss"}}))
+    sending = {"stream": "metrics.jsonl", "step": 1, "key": "train/loss", "last": 1}
+    state_file.write_text(json.dumps(state | {"sending": sending}))
     with MetricsFile(run.metrics) as metrics:  # done again, at another time
         metrics.write(1, {"train/loss": 1.5})
-    assert ship(run, target(uri)) == (0 if arrived else 1)
+    assert ship(run, target(uri)).metrics == (0 if arrived else 1)
     assert history(uri, run, "train/loss") == [(0, 0.5), (1, 1.5)]
 
 
-def test_a_run_that_was_made_just_before_a_kill_is_found_again(run: RunDir, tmp_path: Path) -> None:
-    uri, state_file = f"sqlite:///{tmp_path}/mlflow.db", run.path / "mlflow.json"
+def test_a_run_that_was_made_just_before_a_kill_is_found_again(run: RunDir, uri: str) -> None:
+    state_file = run.path / "mlflow.json"
     ship(run, target(uri))
     state = json.loads(state_file.read_text())
-    state_file.write_text(json.dumps(state | {"run_id": None}))
+    state_file.write_text(json.dumps({"token": state["token"], "uri": state["uri"], "experiment": state["experiment"]}))
     ship(run, target(uri))
     assert json.loads(state_file.read_text())["run_id"] == state["run_id"]
 
 
 @pytest.mark.slow
 def test_a_server_that_goes_away_delays_nothing_and_misses_nothing(run: RunDir, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    uri = f"http://127.0.0.1:{port}"
-    server = start_server(tmp_path, port)
-    shipper = MlflowShipper(run, target(uri), period_s=0.2)
-    slowest_s = 0.0
+    """Absent at the start, there, gone in the middle, there again at the end: everything of the folder arrives."""
+    uri = f"http://127.0.0.1:{free_port()}"
+    wanted = replace(target(uri), tags={"host": "here"}, models={"student": "a/b"}, log_model=True)
+    (run.path / "config.yaml").write_text("loss: {}\n")
+    shipper, server, slowest_s = MlflowShipper(run, wanted, period_s=0.2), None, 0.0
     try:
-        with MetricsFile(run.metrics) as metrics:
+        with MetricsFile(run.metrics) as metrics, MetricsFile(run.path / "system.jsonl") as system:
             for step in range(40):
                 if step == 10:
+                    server = start_server(tmp_path, uri)
                     wait_until(lambda: len(history(uri, run, "train/loss")) >= 5)
+                if step == 20:
                     stop(server)
+                    write_rollouts(run, 20)
                 if step == 30:
-                    server = start_server(tmp_path, port)
+                    server = start_server(tmp_path, uri)
                 begin = time.perf_counter()
-                metrics.write(step, {"train/loss": float(step)})
+                metrics.write(step, {"train/loss": float(step), "val/accuracy": step / 40})
+                system.write(step, {"system/cpu_utilization_percentage": 50.0 + step})
                 slowest_s = max(slowest_s, time.perf_counter() - begin)
                 time.sleep(0.05)
+        run.student.mkdir()
+        (run.student / "model.safetensors").write_bytes(b"weights")
+        write_json(run.outcome, {"state": "finished"})
         assert shipper.close(timeout_s=60)
-        assert history(uri, run, "train/loss") == [(step, float(step)) for step in range(40)]
         assert slowest_s < 1.0  # a blocked call would take the server's time-out of ten seconds
+        assert_all_there(uri, run, wanted, status="FINISHED")
+        assert ship(run, wanted) == Shipped()
     finally:
-        stop(server)
+        if server is not None:
+            stop(server)
 
 
-def start_server(folder: Path, port: int) -> subprocess.Popen:
+def assert_all_there(uri: str, run: RunDir, wanted: MlflowTarget, *, status: str) -> None:
+    """Every metric, parameter, tag, input and file of a run's folder, and nothing besides."""
+    client, run_id = MlflowClient(tracking_uri=uri), json.loads((run.path / "mlflow.json").read_text())["run_id"]
+    stored = client.get_run(run_id)
+    rows = [row for stream in STREAMS if (run.path / stream).exists() for row in read_metrics(run.path / stream)]
+    local = {(key, row["step"], value) for row in rows for key, value in row.items() if key not in ("step", "time")}
+    remote = [(key, m.step, m.value) for key in stored.data.metrics for m in client.get_metric_history(run_id, key)]
+    assert sorted(remote) == sorted(local)
+    assert stored.data.params == {key: str(value)[:6000] for key, value in wanted.params.items()}
+    assert stored.data.tags.items() >= wanted.tags.items()
+    assert stored.info.status == status
+    files = [file for pattern in ARTIFACTS for file in run.path.glob(pattern)]
+    names = [str(file.relative_to(run.path)) for file in files]
+    if wanted.log_model:
+        files += run.student.iterdir()
+        names += [f"model/{file.name}" for file in run.student.iterdir()]
+    assert sorted(names) == sorted(artifacts(client, run_id))
+    for file, name in zip(files, names, strict=True):
+        assert Path(client.download_artifacts(run_id, name)).read_bytes() == file.read_bytes()
+    models = [client.get_logged_model(model.model_id).tags["path"] for model in stored.inputs.model_inputs]
+    assert sorted(models) == sorted(wanted.models.values())
+
+
+def artifacts(client: MlflowClient, run_id: str, path: str | None = None) -> list[str]:
+    found = []
+    for entry in client.list_artifacts(run_id, path):
+        found += artifacts(client, run_id, entry.path) if entry.is_dir else [entry.path]
+    return found
+
+
+def write_rollouts(run: RunDir, step: int) -> None:
+    run.rollouts.mkdir(exist_ok=True)
+    (run.rollouts / f"step_{step}.parquet").write_bytes(os.urandom(1000))
+
+
+def make_sweep(folder: Path, *, number: int) -> SweepDir:
+    swept = [[f"loss.topk={topk}", f"loss.kl_weight={weight}"] for topk in (32, 64) for weight in (0.1, 0.3, 0.5, 0.7)]
+    sweep = SweepDir(folder)
+    names = [element_name(index, words) for index, words in enumerate(swept)][:number]
+    elements = [Element(index, name, swept[index]) for index, name in enumerate(names)]
+    sweep.write(command=["distill", "-m"], elements=elements)
+    for element in elements:
+        run = create(folder / element.folder, command=["distill"])
+        save_config(Config(), run.config)
+        with MetricsFile(run.metrics) as metrics:
+            for step in range(5):
+                metrics.write(step, {"train/loss": step + element.index / 8})
+        write_json(run.outcome, {"state": "finished"})
+    return sweep
+
+
+@pytest.mark.slow
+def test_eight_runs_of_a_sweep_at_once_on_a_database_that_is_not_there(tmp_path: Path) -> None:
+    sweep, uri = make_sweep(tmp_path / "runs" / "sweep", number=8), f"sqlite:///{tmp_path}/runs/mlflow.db"
+    commands = [
+        [sys.executable, "-m", "distill_cli", "track", "sync", f"--uri={uri}", str(path)] for path in runs(sweep)
+    ]
+    syncs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for command in commands]
+    said = [process.communicate(timeout=120)[0].decode() for process in syncs]
+    assert [process.returncode for process in syncs] == [0] * 8, said
+    client = MlflowClient(tracking_uri=uri)
+    stored = client.search_runs([client.get_experiment_by_name("distill").experiment_id])
+    (parent,) = [run for run in stored if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in stored if run is not parent]
+    assert parent.data.params == {"loss.topk": "32, 64", "loss.kl_weight": "0.1, 0.3, 0.5, 0.7"}
+    assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parent.info.run_id}
+    assert {run.info.status for run in stored} == {"FINISHED"}
+    assert sorted(child.info.run_name for child in children) == sorted(path.name for path in runs(sweep))
+    for path in runs(sweep):
+        run = RunDir(path)
+        assert_all_there(uri, run, mlflow_target(load_config(run.config), run), status="FINISHED")
+    again = subprocess.run([*commands[0][:-1], str(sweep.path)], capture_output=True, text=True, check=True).stdout
+    assert again.count(": 0 metrics, 0 files sent") == 8
+
+
+def runs(sweep: SweepDir) -> list[Path]:
+    return [sweep.path / element.folder for element in sweep.elements()]
+
+
+def test_another_server_gets_everything_and_a_known_one_nothing_twice(run: RunDir, uri: str, tmp_path: Path) -> None:
+    uris = [uri, f"sqlite:///{tmp_path}/b.db"]
+    shutil.copy(tmp_path / "mlflow.db", tmp_path / "b.db")
+    with MetricsFile(run.metrics) as metrics:
+        metrics.write(0, {"train/loss": 0.5})
+    sent = [ship(run, target(uri)).metrics for uri in (uris[0], uris[1], uris[0])]
+    assert sent == [1, 1, 0]
+    assert history(uris[0], run, "train/loss") == [(0, 0.5)]
+
+
+def test_data_and_models_are_inputs(run: RunDir, uri: str) -> None:
+    spec = {"source": "jsonl", "path": "data/train.jsonl"}
+    sources = [DatasetSource("training", spec, load=lambda: ["a", "b"]), DatasetSource("validation", spec, load=broken)]
+    wanted = replace(target(uri), datasets=sources, models={"student": "a/b-1.7B", "teacher": "a/b"})
+    ship(run, wanted)
+    inputs = MlflowClient(tracking_uri=uri).get_run(json.loads((run.path / "mlflow.json").read_text())["run_id"]).inputs
+    found = {entry.tags[0].value: entry.dataset for entry in inputs.dataset_inputs}
+    assert found["training"].name == "train.jsonl"
+    assert json.loads(found["training"].source) == spec
+    assert json.loads(found["training"].profile) == {"num_rows": 2}
+    assert found["training"].digest != found["validation"].digest
+    assert len(inputs.model_inputs) == 2
+
+
+def broken() -> list:
+    raise OSError("gone")
+
+
+def test_no_password_of_the_address_is_written_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"http://me:pa55w0rd@127.0.0.1:{free_port()}"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    words = [f"tracker.mlflow.uri={uri}", "tracker.mlflow.experiment=mine"]
+    (job,) = compose(words)
+    run = create(tmp_path / "runs" / "a", command=["distill", *words])
+    save_config(job.config, run.config)
+    with tracking(job.config, run):
+        assert mlflow_uri(load_config(run.config)) == uri
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert b"pa55w0rd" not in path.read_bytes(), path
+    assert "pa55w0rd" not in str(job) + str(mlflow_target(job.config, run).params)
+    assert without_credentials("postgresql://h/db?password=x&a=b http://u:p@s@h") == (
+        "postgresql://h/db?password=***&a=b http://h"
+    )
+
+
+@pytest.mark.parametrize(
+    "uri", ["localhost:5000", "runs/mlruns", "file:///tmp/a", "http://u:pa/55@host:1", "http://h:x"]
+)
+def test_an_address_that_is_none_is_refused_and_not_quoted(uri: str) -> None:
+    config = Config()
+    config.tracker.mlflow.uri = uri
+    (problem,) = [problem for problem in config_problems(config) if "tracker" in problem]
+    assert uri not in problem
+
+
+def test_what_the_machine_does_is_recorded(tmp_path: Path) -> None:
+    file = tmp_path / "system.jsonl"
+    for _ in range(2):
+        SystemSampler(file, use_gpus=False, period_s=0.05).close()
+    rows = read_metrics(file)
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    assert len(rows) >= 2
+    assert 0 < rows[-1]["system/system_memory_usage_percentage"] <= 100
+    said = "0, 93, 40960, 81920, 512.30\n1, [N/A], 0, 81920, [N/A]\n"
+    assert parse_gpus(said) == {
+        "system/gpu_0_utilization_percentage": 93, "system/gpu_0_memory_usage_megabytes": 40960,
+        "system/gpu_0_memory_usage_percentage": 50, "system/gpu_0_power_usage_watts": 512.3,
+        "system/gpu_1_memory_usage_megabytes": 0, "system/gpu_1_memory_usage_percentage": 0,
+    }  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def start_server(folder: Path, uri: str) -> subprocess.Popen:
+    port = uri.rsplit(":", 1)[1]
     env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{folder}/server.db", "--default-artifact-root", str(folder / "artifacts")],
+        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1",
+         "--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "artifacts")],
         env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    wait_until(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).status == 200)
+    wait_until(lambda: urllib.request.urlopen(f"{uri}/health", timeout=1).status == 200)
     return server
 
 
