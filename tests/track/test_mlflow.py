@@ -216,9 +216,10 @@ def make_sweep(folder: Path, *, number: int) -> SweepDir:
     names = [element_name(index, words) for index, words in enumerate(swept)][:number]
     elements = [Element(index, name, swept[index]) for index, name in enumerate(names)]
     sweep.write(command=["distill", "-m"], elements=elements)
+    (job,) = compose([])
     for element in elements:
         run = create(folder / element.folder, command=["distill"])
-        save_config(Config(), run.config)
+        save_config(job.config, run.config)
         with MetricsFile(run.metrics) as metrics:
             for step in range(5):
                 metrics.write(step, {"train/loss": step + element.index / 8})
