@@ -234,7 +234,7 @@ def test_eight_runs_of_a_sweep_at_once_on_a_database_that_is_not_there(tmp_path:
         [sys.executable, "-m", "distill_cli", "track", "sync", f"--uri={uri}", str(path)] for path in runs(sweep)
     ]
     syncs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for command in commands]
-    said = [process.communicate(timeout=120)[0].decode() for process in syncs]
+    said = [process.communicate(timeout=500)[0].decode() for process in syncs]
     assert [process.returncode for process in syncs] == [0] * 8, said
     client = MlflowClient(tracking_uri=uri)
     stored = client.search_runs([client.get_experiment_by_name("distill").experiment_id])
