@@ -64,6 +64,12 @@ def compose(argv: Sequence[str], *, unread: Sequence[str] = ()) -> list[Job]:
     problems = override_problems(_overrides(argv), conf_dirs=_conf_dirs(argv))
     if problems and not {"-sc", "--shell-completion"} & set(argv):  # what follows those are no overrides
         raise ConfigError(*problems)
+    for override in _overrides(argv):
+        if override.lstrip("+").startswith(("hydra/launcher=", "hydra/sweeper=")) and not override.endswith("=basic"):
+            raise ConfigError(
+                f"{override}: Hydra composes here and starts nothing; distill runs a sweep itself (-m), as one job "
+                "array with cluster=slurm"
+            )
     ConfigStore.instance().store("base_config", Config)
     jobs: list[Job] = []
 

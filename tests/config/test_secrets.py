@@ -1,0 +1,37 @@
+"""Passwords and tokens are refused before anything is written, and are not repeated in what is said."""
+
+import pytest
+
+from distill_cli.config.checks import config_problems
+from distill_cli.config.compose import compose
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+cluster.env.HF_TOKEN=hush-hush",
+        "+cluster.env.AWS_SECRET_ACCESS_KEY=hush-hush",
+        "+cluster.env.STORE=https://me:hush-hush@host/x",
+        "+data.train.token=hush-hush",
+        "+cluster.extra.comment=hf_hushhushhushhushhush",
+        '+cluster.setup=["export A=hf_hushhushhushhushhush"]',
+    ],
+)
+def test_a_secret_is_refused_and_not_repeated(override: str) -> None:
+    (job,) = compose([override])
+    (problem,) = config_problems(job.config)
+    assert "holds a password or token" in problem
+    assert "hush" not in problem
+
+
+def test_what_only_sounds_like_one_is_taken() -> None:
+    (job,) = compose(
+        ["rollout.stop_token_ids=[3]", "+cluster.env.TOKENIZERS_PARALLELISM=false", "+cluster.env.A=b:c@d"]
+    )
+    assert config_problems(job.config) == []
+
+
+@pytest.mark.parametrize("override", ["hydra/launcher=joblib", "hydra/sweeper=optuna", "hydra/launcher=submitit_slurm"])
+def test_what_hydra_would_start_is_refused(override: str) -> None:
+    with pytest.raises(Exception, match="distill runs a sweep itself"):
+        compose(["-m", override, "loss.topk=4,8"])
