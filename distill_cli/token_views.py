@@ -24,6 +24,8 @@ from distill_cli.types import Prompt, Rollout, TokenViews
 
 NUM_TOP = 5
 """Tokens of each model's distribution that are kept, of the teacher's at most `loss.topk`."""
+UNSEEN = (*[None] * 6, *[[]] * 4)
+"""Of a token that reaches no loss, such as an environment's: in the order of TokenViews."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def view_tokens(
         for (member, token), values in part.items():
             found[member][token] = values
     for member, tokens in found.items():
-        columns = zip(*(values for _, values in sorted(tokens.items())), strict=True)
+        every_token = range(len(rollouts[member].sample.token_ids))
+        columns = zip(*(tokens.get(token, UNSEEN) for token in every_token), strict=True)
         names = [field.name for field in fields(TokenViews)]
         rollouts[member].views = TokenViews(**dict(zip(names, map(list, columns), strict=True)))
 

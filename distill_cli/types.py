@@ -89,18 +89,19 @@ class TokenViews:
     """What both models say at each token of one response; lists of R, or of R lists of M tokens, the likeliest first.
 
     All log-probabilities are over the whole vocabulary, and at `loss.temperature` unless it says otherwise.
+    A token that reaches no loss has None, and empty lists.
     """
 
-    loss: list[float]
+    loss: list[float | None]
     """What training minimises: the divergence of the config's `loss`."""
-    kl_forward: list[float]
-    kl_reverse: list[float]
+    kl_forward: list[float | None]
+    kl_reverse: list[float | None]
     """On the teacher's top-k and the rest as one more class, whatever the loss is."""
-    entropy: list[float]
+    entropy: list[float | None]
     """The student's."""
-    student_logp: list[float]
+    student_logp: list[float | None]
     """Of the response's own token, at temperature 1."""
-    teacher_logp: list[float]
+    teacher_logp: list[float | None]
     """Of the response's own token."""
     student_top_ids: list[list[int]]
     student_top_logp: list[list[float]]

@@ -146,6 +146,7 @@ function drawAnswer(samples, answer) {
   const tokens = answer.tokens.map((number, at) => {
     const made = element("span", { class: "t", style: `background: ${colour(answer[shown.measure][at], samples.scale)}` }, visible(samples.tokens[number]));
     if (shown.aim && shown.aim.step === answer.step && shown.aim.position === at) made.classList.add("aim");
+    if (!answer.student_top[at].length) made.classList.add("read");
     made.addEventListener("pointerenter", (event) => showTip(samples, answer, at, event.currentTarget));
     made.addEventListener("pointerleave", hideTip);
     return made;
@@ -169,16 +170,29 @@ function topFive(samples, title, numbers, logps, own) {
   return element("div", {}, element("h4", {}, title), ...bars);
 }
 
+function told(value, write) {
+  return value == null ? "not a number" : write(value);
+}
+
 function showTip(samples, answer, at, target) {
   const tip = document.getElementById("tip");
   const own = answer.tokens[at];
-  const numbers = ["kl_forward", "kl_reverse", "loss", "entropy"].map((name) => `${name.replace("_", " ")} ${answer[name][at].toPrecision(3)}`).join(", ");
-  tip.replaceChildren(
-    element("div", { class: "head" }, element("code", {}, oneLine(samples.tokens[own])), `  student ${percent(answer.student_logp[at])}, teacher ${percent(answer.teacher_logp[at])}`, element("br"), numbers),
+  if (!answer.student_top[at].length) {
+    placeTip(tip, target, "not the student's: it read this, and nothing is learned from it");
+    return;
+  }
+  const numbers = ["kl_forward", "kl_reverse", "loss", "entropy"].map((name) => `${name.replace("_", " ")} ${told(answer[name][at], (value) => value.toPrecision(3))}`).join(", ");
+  placeTip(
+    tip, target,
+    element("div", { class: "head" }, element("code", {}, oneLine(samples.tokens[own])), `  student ${told(answer.student_logp[at], percent)}, teacher ${told(answer.teacher_logp[at], percent)}`, element("br"), numbers),
     element("div", { class: "both" },
       topFive(samples, "the student's likeliest", answer.student_top[at], answer.student_p[at], own),
       topFive(samples, "the teacher's likeliest", answer.teacher_top[at], answer.teacher_p[at], own)),
   );
+}
+
+function placeTip(tip, target, ...content) {
+  tip.replaceChildren(...content);
   tip.hidden = false;
   const box = target.getBoundingClientRect();
   const below = box.bottom + 8 + tip.offsetHeight < window.innerHeight;

@@ -6,9 +6,11 @@ where there are more, answers are cut, and the page says so.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import pyarrow
@@ -34,8 +36,8 @@ class Answer:
     step: int
     row: dict[str, Any]
     """Lists by token are cut where the page cuts them."""
-    kl: list[float]
-    """KL forward of every token."""
+    kl: list[float | None]
+    """KL forward of every token; None where a token reaches no loss."""
 
     @property
     def length(self) -> int:
@@ -107,7 +109,7 @@ def colour_scale(shown: Sequence[dict[str, Any]]) -> float:
     """KL of the fullest colour: a hundredth of the tokens lie above it in that run and step where it is highest."""
     values: dict[tuple[int, int], list[float]] = defaultdict(list)
     for answer in shown:
-        values[answer["run"], answer["step"]] += answer["kl_forward"]
+        values[answer["run"], answer["step"]] += [value for value in answer["kl_forward"] if value is not None]
     return max([1e-3, *(sorted(found)[int(0.99 * (len(found) - 1))] for found in values.values() if found)])
 
 
@@ -130,14 +132,14 @@ def _page_answer(answer: Answer, prompt: int, table: TokenTable) -> dict[str, An
         "reward": row["reward"],
         "finish": row["finish_reason"],
         "length": answer.length,
-        "mean": _rounded(sum(answer.kl) / max(answer.length, 1)),
+        "mean": _rounded(fmean([value for value in answer.kl if _is_number(value)] or [0.0])),
         "tokens": [table.number(text) for text in row["tokens"]],
     }
     for name in SCALARS:
         shown[name] = [_rounded(value) for value in row[name]]
     for role in ROLES:
         shown[f"{role}_top"] = [[table.number(text) for text in texts] for texts in row[f"{role}_top_tokens"]]
-        shown[f"{role}_p"] = [[round(value, 2) for value in values] for values in row[f"{role}_top_logp"]]
+        shown[f"{role}_p"] = [[_logp(value) for value in values] for values in row[f"{role}_top_logp"]]
     return shown
 
 
@@ -153,6 +155,7 @@ def worst_tokens(answers: Sequence[Answer], order: dict[int, int]) -> list[dict[
                 for answer in of_run
                 if answer.step == step
                 for position, value in enumerate(answer.row["kl_forward"])
+                if _is_number(value)
             ]
             tokens.sort(key=lambda token: -token[0])
             found += [_worst(*token, order=order) for token in tokens[:NUM_WORST]]
@@ -184,12 +187,13 @@ def position_rows(histories: Sequence[History], answers: Sequence[Answer]) -> li
         for step in dict.fromkeys(steps[:1] + steps[-1:]):
             when = f"step {step}" + (", before training" if step == 0 else "")
             sums: dict[int, list[float]] = defaultdict(list)
-            count: dict[int, int] = defaultdict(int)
+            count: Counter[int] = Counter()
             for answer in of_run:
                 if answer.step == step:
-                    for position, value in enumerate(answer.kl):
-                        sums[position // width].append(value)
-                        count[position // width] += position % width == 0
+                    known = [position for position, value in enumerate(answer.kl) if _is_number(value)]
+                    for position in known:
+                        sums[position // width].append(answer.kl[position])
+                    count.update({position // width for position in known})
             rows += [
                 {
                     "run": history.name,
@@ -204,5 +208,14 @@ def position_rows(histories: Sequence[History], answers: Sequence[Answer]) -> li
     return rows
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")
+def _is_number(value: float | None) -> bool:
+    """Not so of a token that reaches no loss, nor where a model has lost its numbers."""
+    return value is not None and math.isfinite(value)
+
+
+def _rounded(value: float | None) -> float | None:
+    return float(f"{value:.3g}") if _is_number(value) else None
+
+
+def _logp(value: float) -> float:
+    return round(value, 2) if _is_number(value) else -100.0

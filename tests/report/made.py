@@ -104,6 +104,9 @@ def make_answer(
         teacher_top_ids=ids[num_tokens:],
         teacher_top_logp=logp[num_tokens:],
     )
+    views.kl_forward[1] = float("nan")
+    for name in vars(views):  # an environment's token
+        getattr(views, name)[5] = [] if "_top_" in name else None
     prompt = Prompt(index=number, token_ids=[number, 1, 2], example=Example("?", "7"))
-    sample = Sample(token_ids=tokens, logp=views.student_logp, finish_reason="length" if number == 1 else "stop")
+    sample = Sample(token_ids=tokens, logp=[-1.0] * num_tokens, finish_reason="length" if number == 1 else "stop")
     return Rollout(prompt, sample, reward=float(number % 2), views=views)

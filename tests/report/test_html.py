@@ -66,6 +66,14 @@ def test_every_figure_of_a_run_is_drawn_and_the_hover_works(chromium: Browser, t
     told = chromium.run("document.getElementById('tip').innerText")
     for words in ("the student's likeliest", "the teacher's likeliest", "kl forward", "%"):
         assert words in told
+    chromium.hover(
+        ".answer .tokens .t:nth-child(6)",
+        until="document.getElementById('tip').innerText.startsWith(\"not the student's\")",
+    )
+    chromium.hover(
+        ".answer .tokens .t:nth-child(2)",
+        until="document.getElementById('tip').innerText.includes('kl forward not a number')",
+    )
     chromium.hover("h1", until="document.getElementById('tip').hidden")
     chromium.hover(
         "#chart-kl .role-mark.mark-symbol path",
