@@ -149,8 +149,9 @@ def test_a_sweep_has_heat_maps_curves_and_the_keys_that_differ(chromium: Browser
     assert chromium.run(lines) == ["1"] * 9
     chromium.run("document.querySelectorAll('#legend button')[2].click()")
     chromium.wait(f"{lines}.filter(o => o === '1').length === 1")
-    keys = chromium.run("[...document.querySelectorAll('#config tbody th')].map(k => k.textContent)")
-    assert keys == ["loss.topk", "loss.kl_weight"]
+    keys = chromium.run("[...document.querySelectorAll('#config thead th')].map(k => k.textContent)")
+    assert keys == ["run", "loss.topk", "loss.kl_weight"]
+    assert chromium.run("document.querySelector('#config table').offsetWidth") < 1240
     assert chromium.run("document.querySelectorAll('#run option').length") == 9
     assert chromium.run("document.documentElement.scrollWidth") <= 1280
     assert chromium.messages == []
