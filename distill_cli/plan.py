@@ -32,6 +32,8 @@ def print_plan(job: Job, found: Preflight) -> None:
     config = job.config
     console = Console(highlight=False)
     console.print(_table("mesh", mesh_rows(config)))
+    for line in mesh_drawing(config):
+        console.print(f"  {line}", markup=False)
     console.print(_table("a step", step_rows(config)))
     console.print(_table("the run", run_rows(config, found)))
     console.print(_table("memory of a rank, GiB", memory_rows(config, found)))
@@ -65,6 +67,47 @@ def mesh_rows(config: Config) -> dict[str, str]:
     }
     rows = {name: text for name, text in rows.items() if name in ("ranks", "shard") or not text.startswith("1:")}
     return rows | {"of a rank": f"1/{shards} of weights, gradients and optimizer"}
+
+
+MOST_LINES = 16
+
+
+def mesh_drawing(config: Config) -> list[str]:
+    """Each rank by its place: a line is one share of the sequences, a bracket the ranks that share a layer's matrices.
+
+    Nothing where there is one rank.
+    """
+    mesh, ranks = config.mesh, num_ranks(config)
+    if ranks == 1:
+        return []
+    shards, width = ranks // (mesh.replicate * mesh.context * mesh.tensor), len(str(ranks - 1))
+    numbers, lines, per_node = iter(range(ranks)), [], hardware.ranks_per_node(config)
+    for replica in range(mesh.replicate):
+        for shard in range(shards):
+            first = len(lines) * mesh.context * mesh.tensor
+            node = f"node {first // per_node}  " if config.cluster.nodes > 1 else ""
+            copy = f"replicate {replica}  " if mesh.replicate > 1 else ""
+            groups = [[f"{next(numbers):{width}}" for _ in range(mesh.tensor)] for _ in range(mesh.context)]
+            lines.append(f"{node}{copy}shard {shard:<3} " + " ".join(f"[{' '.join(group)}]" for group in groups))
+    legend = "rank numbers" + (", a bracket shares each layer's matrices" if mesh.tensor > 1 else "")
+    legend += ", the brackets of a line share each sequence" if mesh.context > 1 else ""
+    more = [f"... and {len(lines) - MOST_LINES} lines more"] if len(lines) > MOST_LINES else []
+    return [*lines[:MOST_LINES], *more, f"({legend})"]
+
+
+def checkpoint_row(config: Config, found: Preflight) -> dict[str, str]:
+    """Disk that checkpoints take: what is trained in float32, and with it AdamW's two moments."""
+    settings = config.checkpoint
+    if not settings.enabled:
+        return {"checkpoints": "none (checkpoint.enabled=false)"}
+    if config.model.student.lora.is_on:
+        return {}
+    size = 4 * sum(map(math.prod, modelpath.shapes(found.student).values())) * (3 if settings.save_optimizer else 1)
+    kept = settings.keep_top_k + 2  # the newest, and the one that is being written
+    return {
+        "checkpoints": f"{size / 2**30:.3g} GiB each, every {settings.period} steps; with up to {kept} "
+        f"{kept * size / 2**30:.3g} GiB"
+    }
 
 
 def engine_row(config: Config, engine: EngineModelConfig) -> str:
@@ -117,6 +160,7 @@ def run_rows(config: Config, found: Preflight) -> dict[str, str]:
         "steps": f"{steps:,} (max_steps {config.train.max_steps:,}, max_epochs {config.train.max_epochs})",
         "validation": f"{validations} times on {samples} prompts"
         + (", and the teacher once" if config.eval.teacher and validations else ""),
+        **checkpoint_row(config, found),
     }
 
 

@@ -29,7 +29,6 @@ from distill_cli.launch.local import Stopped, launch
 from distill_cli.launch.nodes import Head
 from distill_cli.launch.placement import hub_cache, placement
 from distill_cli.preflight import Preflight, preflight
-from distill_cli.report.html import write_report
 from distill_cli.report.read import read_results
 from distill_cli.rundir import RunDir
 from distill_cli.track.recorder import cut_back, read_metrics
@@ -110,6 +109,8 @@ def write_memory(config: Config, found: Preflight, run: RunDir) -> None:
 
 def leave_report(paths: Sequence[Path], file: Path, *, console: Console) -> None:
     """The page about these runs. One that cannot be made is a warning: what it would show is all there."""
+    from distill_cli.report.html import write_report  # its libraries take a while to import
+
     try:
         write_report(read_results(paths), file)
     except Exception as error:

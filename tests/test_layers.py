@@ -23,7 +23,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"build"},
     {"check_rank", "eval_rank"},
     {"tracking"},
-    {"worker", "run", "listing", "doctor", "watch"},
+    {"worker", "run", "listing", "doctor", "watch", "gloo_probe"},
     {"slurm_job", "element"},
     {"submit"},
     {"sweep"},

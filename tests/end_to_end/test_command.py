@@ -1,5 +1,6 @@
 """The command line itself: what answers without starting anything."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,18 +42,43 @@ def test_an_existing_run_folder_is_refused(tmp_path: Path) -> None:
 def test_plan_says_what_would_run_and_starts_nothing(tmp_path: Path) -> None:
     done = distill(tmp_path, "plan", "cluster.ranks_per_node=2")
     assert done.status == 0
-    for words in ("mesh", "64 prompts x 1 answers = 64", "memory of a rank", "torch.distributed.run"):
+    for words in ("mesh", "shard 1   [1]", "64 prompts x 1 answers = 64", "GiB each, every", "memory of a rank"):
+        assert words in done.stdout
+    for words in ("launch", "torch.distributed.run"):
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_ls_doctor_and_cfg(tmp_path: Path) -> None:
+def test_help_ls_and_cfg(tmp_path: Path) -> None:
     assert "distill plan" in distill(tmp_path, "--help").stdout
     assert "loss=reverse" in distill(tmp_path, "ls", "loss").stdout
     assert "kl_type: reverse" in distill(tmp_path, "loss=reverse", "--cfg", "job").stdout
-    doctor = distill(tmp_path, "doctor", "--json")
+
+
+def test_doctor_says_what_is_there_and_how_to_mend_what_is_not(tmp_path: Path) -> None:
+    """Two processes meet over gloo; neither the hub nor the tracking server answers, which stops no run."""
+    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "MLFLOW_TRACKING_URI": "http://me:pa55@127.0.0.1:9"}
+    doctor = distill(tmp_path, "doctor", "--json", HF_HUB_OFFLINE="0", **away)
     assert doctor.status == 0, doctor.stdout
-    assert '"torch"' in doctor.stdout
+    assert "pa55" not in doctor.stdout + doctor.stderr
+    findings = {finding["name"]: finding for finding in json.loads(doctor.stdout)}
+    for name in (
+        "python",
+        "torch",
+        "vllm",
+        "gloo",
+        "disk",
+        "shared memory",
+        "ports",
+        "hub cache",
+        "mlflow",
+        "tiny pair",
+    ):
+        assert findings[name]["ok"], findings[name]
+    for name in ("hub", "mlflow server"):
+        assert not findings[name]["ok"]
+        assert "does not answer" in findings[name]["detail"]
+        assert findings[name]["fix"]
 
 
 def test_completion_knows_verbs_and_groups(tmp_path: Path) -> None:
