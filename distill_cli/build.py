@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -50,7 +51,7 @@ from distill_cli.evaluate import Validator, first_of_each
 from distill_cli.log import StepPrinter
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.modelpath import fingerprint, locate
-from distill_cli.pair import EndTokens
+from distill_cli.pair import EndTokens, Vocabularies
 from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.processes import StopFlag
 from distill_cli.progress import Progress
@@ -196,6 +197,7 @@ def engine_settings(config: Config, model: StudentModel | TeacherModel, engine: 
         dtype=model.dtype.value,
         quantization=getattr(model, "quantization", None),
         trust_remote_code=config.model.trust_remote_code,
+        vocab_size=vocabularies(config).limit,
         tensor_parallel=engine.tensor_parallel,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         kv_cache_bytes=None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 2**30),
@@ -211,6 +213,23 @@ def adapter_of(model: StudentModel | TeacherModel) -> Adapter | None:
     """What the engine has beside its weights."""
     lora = getattr(model, "lora", None)
     return Adapter(lora.rank, lora.alpha) if lora and lora.is_on and lora.sync is LoraSync.adapter else None
+
+
+def folders(config: Config) -> tuple[Path, Path]:
+    """The student's and the teacher's."""
+    roles = {"student": config.model.student, "teacher": config.model.teacher}
+    return tuple(locate(m.path, revision=m.revision, key=f"model.{role}.path") for role, m in roles.items())
+
+
+def vocabularies(config: Config) -> Vocabularies:
+    name = config.model.tokenizer
+    return Vocabularies.of(*folders(config), tokenizer=locate(name, key="model.tokenizer") if name else None)
+
+
+def one_class(config: Config) -> tuple[int, ...]:
+    """The tokens that end an answer and are taken for one (`model.eos_map`)."""
+    limit = vocabularies(config).limit or sys.maxsize
+    return tuple(token for token in EndTokens.of(*folders(config)).one_class(config) if token < limit)
 
 
 def build_loss(config: Config) -> DistillLoss:
@@ -259,7 +278,10 @@ def build_training(
     lm = build_lm(folder, trust_remote_code=model.trust_remote_code)
     if model.student.lora.is_on:
         add_adapters(lm, model.student.lora, bf16=config.train.precision is Precision.bf16)
-    student = Student(lm, loss=loss, temperature=config.loss.temperature, parallel=parallel)
+    ends = one_class(config)
+    student = Student(lm, loss=loss, temperature=config.loss.temperature, parallel=parallel, one_class=ends)
+    if ends and lm.generation_config is not None:
+        lm.generation_config.eos_token_id = list(ends)  # whoever samples what is saved stops where training did
     wrap(student, parallel, config.train)
     home = torch.device("cpu") if config.train.cpu_offload else parallel.device
     load_weights(student, lm, folder, device=home, seed=config.train.seed)
@@ -291,7 +313,7 @@ def build_validator(config: Config, parallel: Parallel, tokenizer: PreTrainedTok
             temperature=settings.temperature,
             top_p=settings.top_p,
             stop=tuple(config.rollout.stop),
-            stop_token_ids=tuple(config.rollout.stop_token_ids),
+            stop_token_ids=(*config.rollout.stop_token_ids, *one_class(config)),
         ),
         verify=IsolatedVerifier(config.data.verifier),
         decode=make_decode(tokenizer),
@@ -344,7 +366,7 @@ def train_sampling(config: Config) -> SamplingSettings:
         top_p=rollout.top_p,
         top_k=max(rollout.top_k, 0),
         stop=tuple(rollout.stop),
-        stop_token_ids=tuple(rollout.stop_token_ids),
+        stop_token_ids=(*rollout.stop_token_ids, *one_class(config)),
     )
 
 

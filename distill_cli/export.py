@@ -30,6 +30,7 @@ from distill_cli.data.prompts import load_tokenizer
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.lora import shortened, targeted
 from distill_cli.modelpath import locate, shapes
+from distill_cli.pair import EndTokens, write_end_tokens
 from distill_cli.resume import check_base, open_run
 from distill_cli.student.adapters import A, B, exported_name, merge
 
@@ -113,12 +114,25 @@ def write_folder(checkpoint: Checkpoint, config: Config, folder: Path, *, as_ada
             hf_config.save_pretrained(temporary)
             if (base / "generation_config.json").is_file():
                 shutil.copyfile(base / "generation_config.json", temporary / "generation_config.json")
+            name_ends(config, base, temporary)
         load_tokenizer(tokenizer_folder, model).save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(checkpoint, config, as_adapter=as_adapter))
         temporary.rename(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise DistillError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def name_ends(config: Config, base: Path, folder: Path) -> None:
+    """Where student and teacher end with different tokens, the folder names both: it is stopped where training did."""
+    teacher = config.model.teacher
+    try:
+        ends = EndTokens.of(base, locate(teacher.path, revision=teacher.revision, key="model.teacher.path"))
+    except ConfigError as error:
+        Console(stderr=True).print(f"warning: the teacher's end tokens are not in generation_config.json: {error}")
+        return
+    if ends.one_class(config):
+        write_end_tokens(folder, ends.one_class(config))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,12 @@ class Vocabularies:
             f"the student's vocabulary has {self.sizes[0]} ids and the teacher's {self.sizes[1]}{tokens}: ids from "
             f"{self.limit} on are neither sampled nor scored"
         )
+
+
+def write_end_tokens(folder: Path, ids: tuple[int, ...]) -> None:
+    """Makes a model's folder say that it ends with any of these tokens."""
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**read_object(file), "eos_token_id": list(ids)}, indent=2) + "\n")
 
 
 def template_difference(student: Path, teacher: Path, messages: list[dict[str, str]], **kwargs: Any) -> str | None:

@@ -252,7 +252,7 @@ class Trainer:
         ]
         shares = share_out([len(rollout.teacher_token_ids) for rollout in rollouts], self.scorers.num_engines)
         mine = [rollouts[index] for index in shares[self.scorers.index]]
-        score_rollouts(mine, scorer=self.scorer)
+        score_rollouts(mine, scorer=self.scorer, one_class=self.student.one_class)
         scored = bring_together([rollout.scores for rollout in mine], shares, group=self.scorers.group)
         for index, scores in scored.items():
             rollouts[index].scores = scores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class Engine:
         self.lora_request: Any = None
         """`vllm.LoRARequest` of every request: with the adapter that it names."""
         self.llm = load(settings, role=role, **kwargs)
+        if settings.vocab_size is not None:
+            self.call_worker(cut_vocabulary, settings.vocab_size)
         try:
             check_length(settings, model_config=self.llm.model_config, role=role)
         except ConfigError:
@@ -48,7 +51,8 @@ class Engine:
 
     @property
     def vocab_size(self) -> int:
-        return self.llm.model_config.get_vocab_size()
+        """Ids that are sampled and scored."""
+        return min(self.llm.model_config.get_vocab_size(), self.settings.vocab_size or sys.maxsize)
 
     @property
     def on_cpu(self) -> bool:
@@ -186,6 +190,15 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
             return LLM(settings.path, **{**implied, **kwargs, **settings.kwargs})
     except Exception as error:
         raise DistillError(f"{role} could not load {settings.path}: {reason(error)}") from error
+
+
+def cut_vocabulary(worker: Any, size: int) -> None:
+    """Inside vLLM's worker: the model's logits end before id `size`, so that what follows has no probability."""
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    for module in worker.get_model().modules():
+        if isinstance(module, LogitsProcessor):
+            module.org_vocab_size = min(module.org_vocab_size, size)
 
 
 def request_params(**fields: Any) -> Any:

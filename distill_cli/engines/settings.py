@@ -50,6 +50,8 @@ class EngineSettings:
     """Give memory back between uses (`sleep`, `wake`). On CUDA vLLM allows one such engine in a process."""
     adapter: Adapter | None = None
     """Of the sampler, where `sync` brings an adapter instead of weights."""
+    vocab_size: int | None = None
+    """Ids from here on are neither sampled nor scored: what the other model of the pair does not have. None is all."""
     seed: int = 0
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Passed to `vllm.LLM` as they are, over everything that the fields above imply."""

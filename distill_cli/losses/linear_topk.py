@@ -21,7 +21,7 @@ K the teacher's top-k, C = K + 1 classes: the top-k, then the rest; M the studen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,8 @@ MIN_BUFFER_BYTES = 2**26
 MIN_REST_SUM = 1e-30
 """The least sum of the rest's exponentials, where the likeliest token's is 1: log q_rest stays above -70 - log(sum of
 all), and g_rest / q_rest stays finite."""
+ABSENT_LOGIT = -1e30
+"""Of a token that was merged into another: its exponential is 0, and so is that times it."""
 PRODUCT_ROWS = 2**14
 """Rows of the weight's gradient that a low-precision product is added to at a time."""
 
@@ -80,6 +82,7 @@ def linear_topk_loss(
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
     num_top: int = 0,
+    one_class: Sequence[int] = (),
 ) -> HeadOutput:
     """The sum over tokens of `token_loss`, for the student whose logits are hidden_NH weight_VH^T / temperature.
 
@@ -99,6 +102,8 @@ def linear_topk_loss(
         group: the tensor-parallel ranks, all of which must call with the same tokens. Only [n, K + 4] and smaller
             cross ranks. Outputs are the same on all of them. Hidden's gradient is partial: sum it over `group`. The
             weight's is this shard's, and whole.
+        one_class: tokens that are one class, which goes by the first one's id: its probability is the sum of theirs.
+            The other ids must not be among the top-k. Costs two more collectives of [n] and [n, len(one_class)].
         chunk_tokens: tokens at a time; changes results by rounding only. None: the two buffers [n, V] together take
             about as much as the weight's float32 gradient.
         num_top: the student's own likeliest tokens that are returned: one more pass over the logits, for a look at
@@ -118,12 +123,16 @@ def linear_topk_loss(
             rows = slice(start, start + size)
             logits_nV, scratch_nV = buffers[:, : hidden[rows].shape[0]]
             _multiply(hidden[rows], weight.t(), out=logits_nV)
-            top_ids_nM, top_logits_nM = shard.likeliest(logits_nV, num_top)
             ids = (topk_ids_NK[rows], sampled_ids_N[rows])
-            softmax = _softmax(logits_nV, scratch_nV, *ids, temperature=temperature, shard=shard)
+            merged = _merge(logits_nV, one_class, temperature=temperature, shard=shard) if one_class else None
+            top_ids_nM, top_logits_nM = shard.likeliest(logits_nV, num_top)
+            softmax = _softmax(logits_nV, scratch_nV, *ids, temperature=temperature, shard=shard, merged=merged)
             if needs_hidden or needs_weight:
                 loss_n, *gradients = _differentiate(token_loss, softmax, rows)
-                grad_nV = _grad_logits(softmax, *gradients, temperature=temperature).to(weight.dtype)
+                grad_nV = _grad_logits(softmax, *gradients, temperature=temperature)
+                if merged is not None:
+                    merged.spread(grad_nV, shard=shard)
+                grad_nV = grad_nV.to(weight.dtype)
                 if needs_hidden:
                     torch.mm(grad_nV, weight, out=grad_hidden[rows])
                 if needs_weight:
@@ -191,6 +200,45 @@ class _Shard:
 
 
 @dataclass(frozen=True)
+class _Merged:
+    """Tokens that were made one class in a chunk's logits, and what they were before. E tokens of the class."""
+
+    ids_E: torch.Tensor
+    logits_nE: torch.Tensor
+    """At temperature 1."""
+    logit_n: torch.Tensor
+    """The class's: at `temperature` its exponential is the sum of the tokens'."""
+    share_nE: torch.Tensor
+    """Of each token in the class."""
+
+    def sampled_logit(self, sampled_ids_n: torch.Tensor, logit_n: torch.Tensor) -> torch.Tensor:
+        """The sampled token's own logit, where it is one of the class's; else what is there."""
+        is_sampled_nE = sampled_ids_n[:, None] == self.ids_E
+        return torch.where(is_sampled_nE.any(-1), (self.logits_nE * is_sampled_nE).sum(-1), logit_n)
+
+    def spread(self, grad_nV: torch.Tensor, *, shard: _Shard) -> None:
+        """The class's gradient, given to its tokens by their shares; in place. A collective."""
+        index_E, owned_E = shard.locate(self.ids_E)
+        grad_n = shard.all_reduce(grad_nV[:, index_E[0]] * owned_E[0], dist.ReduceOp.SUM)
+        for member, (index, owned) in enumerate(zip(index_E.tolist(), owned_E.tolist(), strict=True)):
+            if owned:
+                grad_nV[:, index] = grad_n * self.share_nE[:, member]
+
+
+def _merge(logits_nV: torch.Tensor, ids: Sequence[int], *, temperature: float, shard: _Shard) -> _Merged:
+    """Makes the tokens one class, in place: the first has the class's logit, the others have no probability."""
+    ids_E = torch.tensor(ids, device=logits_nV.device)
+    index_E, owned_E = shard.locate(ids_E)
+    logits_nE = shard.all_reduce(logits_nV[:, index_E].masked_fill(~owned_E, 0.0), dist.ReduceOp.SUM)
+    scaled_nE = logits_nE / temperature
+    logit_n = temperature * scaled_nE.logsumexp(-1)
+    for member, (index, owned) in enumerate(zip(index_E.tolist(), owned_E.tolist(), strict=True)):
+        if owned:
+            logits_nV[:, index] = logit_n if member == 0 else ABSENT_LOGIT
+    return _Merged(ids_E, logits_nE, logit_n, scaled_nE.softmax(-1))
+
+
+@dataclass(frozen=True)
 class _Softmax:
     """What a chunk's logits became, in their own memory, and what the loss needs of them."""
 
@@ -220,6 +268,7 @@ def _softmax(
     *,
     temperature: float,
     shard: _Shard,
+    merged: _Merged | None,
 ) -> _Softmax:
     """Turns a chunk's logits, at temperature 1, into what loss and gradient need. Overwrites both buffers.
 
@@ -243,6 +292,10 @@ def _softmax(
 
     num_topk = topk_ids_nK.shape[1]
     rest_sum_n, rest_exp_logit_n, sampled_n = sums[:, 0], sums[:, 1], sums[:, 2 + num_topk]
+    if merged is not None:
+        sampled_n = merged.sampled_logit(sampled_ids_n, sampled_n + peak_n) - peak_n
+        if temperature != 1.0:  # the class's exponential at temperature 1 is not the sum of the tokens'
+            sums[:, -1] += (merged.logits_nE - peak_n[:, None]).exp().sum(-1) - (merged.logit_n - peak_n).exp()
     topk_nK = sums[:, 2 : 2 + num_topk] * (1 / temperature)
     padding_nK = topk_ids_nK < 0
     topk_exp_nK = topk_nK.exp().masked_fill_(padding_nK, 0.0)

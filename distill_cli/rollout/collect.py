@@ -8,6 +8,7 @@ from distill_cli.data.registry import Verifier
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import SamplingSettings
+from distill_cli.losses.one_class import merge_topk
 from distill_cli.rollout.turns import Turns, sample_turns
 from distill_cli.types import Prompt, Rollout
 
@@ -32,14 +33,17 @@ def sample_rollouts(
     return [Rollout(prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
 
 
-def score_rollouts(rollouts: Sequence[Rollout], *, scorer: Scorer) -> None:
-    """Fills in the teacher's scores of the student's answers; the prompts before them may be the teacher's own."""
+def score_rollouts(rollouts: Sequence[Rollout], *, scorer: Scorer, one_class: Sequence[int] = ()) -> None:
+    """Fills in the teacher's scores of the student's answers; the prompts before them may be the teacher's own.
+
+    The tokens of `one_class` are taken for one (`model.eos_map`).
+    """
     scores = scorer.score(
         [rollout.teacher_token_ids for rollout in rollouts],
         response_starts=[len(rollout.teacher_prompt_ids) for rollout in rollouts],
     )
     for rollout, score in zip(rollouts, scores, strict=True):
-        rollout.scores = score
+        rollout.scores = merge_topk(score, sampled_ids=rollout.sample.token_ids, one_class=one_class)
 
 
 def judge_rollouts(rollouts: Sequence[Rollout], *, verify: Verifier, decode) -> None:

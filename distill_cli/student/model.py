@@ -8,6 +8,7 @@ Shape letters: T tokens of the packed row, N response tokens, n of a chunk, C th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -45,15 +46,26 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self, lm: PreTrainedModel, *, loss: DistillLoss, temperature: float, parallel: Parallel | None = None
+        self,
+        lm: PreTrainedModel,
+        *,
+        loss: DistillLoss,
+        temperature: float,
+        parallel: Parallel | None = None,
+        one_class: Sequence[int] = (),
     ) -> None:
-        """`parallel` is where `wrap` will lay it out; None is a student of one process, without a mesh."""
+        """
+        Args:
+            parallel: where `wrap` will lay it out; None is a student of one process, without a mesh.
+            one_class: tokens that count as one, as they do in the teacher's scores (`losses.one_class`).
+        """
         super().__init__()
         self.lm = lm
         self.tensor = parallel.tensor if parallel and parallel.tensor.size() > 1 else None
         self.sequence_parallel = bool(parallel and parallel.sequence_parallel)
         self.loss = loss
         self.temperature = temperature
+        self.one_class = tuple(one_class)
 
     def forward(
         self, batch: MicroBatch, *, num_loss_tokens: torch.Tensor, num_top: int = 0
@@ -92,6 +104,7 @@ class Student(nn.Module):
             sampled_ids_N=batch.sampled_ids,
             temperature=self.temperature,
             group=group,
+            one_class=self.one_class,
             num_top=num_top,
         )
         return out.loss, out

@@ -1,0 +1,49 @@
+"""Tokens that mean the same event, the end of an answer, as one class of the teacher's top-k.
+
+A Base student ends with one token and an instruct teacher with another. Both end the answer, so what is compared is the
+probability of ending: the sum over all of these tokens, for either model. The student's side of it is in
+`linear_topk.py`; docs/losses.md has the mathematics.
+
+Shape letters: R response tokens, K the teacher's top-k, M tokens of the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from distill_cli.losses.divergence import PADDING_LOGP
+from distill_cli.types import TeacherScores
+
+PADDING_ID = -1
+
+
+def merge_topk(scores: TeacherScores, *, sampled_ids: Sequence[int], one_class: Sequence[int]) -> TeacherScores:
+    """The scores with the tokens of `one_class` as one, under the id of the first.
+
+    Where several are among the top-k, their probabilities add up and the places that become free are padding. What the
+    teacher gives to one that is not among them stays in the rest: no more than its K-th token has.
+
+    Args:
+        sampled_ids: the response's tokens. The log-probability of one in the class becomes the class's.
+    """
+    if not one_class or len(scores.topk_ids) == 0:
+        return scores
+    ids_M = torch.tensor(one_class)
+    ids_RK, logp_RK = scores.topk_ids, scores.topk_logp
+    member_RK = torch.isin(ids_RK.long(), ids_M)
+    class_R = logp_RK.masked_fill(~member_RK, -torch.inf).logsumexp(-1)
+    first_RK = member_RK & (member_RK.cumsum(-1) == 1)
+    ids_RK = torch.where(member_RK, torch.where(first_RK, one_class[0], PADDING_ID), ids_RK)
+    merged_RK = torch.where(first_RK, class_R[:, None], PADDING_LOGP)
+    logp_RK = torch.where(member_RK, merged_RK, logp_RK)
+    logp_RK, order_RK = logp_RK.sort(dim=-1, descending=True, stable=True)  # the class may have overtaken others
+    ends_R = torch.isin(torch.tensor(sampled_ids), ids_M)
+    return replace(
+        scores,
+        topk_ids=ids_RK.gather(1, order_RK).int(),
+        topk_logp=logp_RK,
+        sampled_logp=torch.where(ends_R, torch.maximum(scores.sampled_logp, class_R), scores.sampled_logp),
+    )
