@@ -110,7 +110,7 @@ def build_trainer(
     """Everything that a step works with, and what of it a checkpoint is made of. A collective."""
     # What the user may have got wrong comes first, before engines take their time.
     order, loss = build_order(config, tokenizer), build_loss(config)
-    validator = build_validator(config, parallel, tokenizer)
+    validator = build_validator(config, parallel, tokenizer, ends=one_class(config))
     sampler, scorer = make_engines(config)
     training = build_training(config, console, loss, order=order, parallel=parallel)
     student = config.model.student
@@ -171,7 +171,8 @@ def build_engines(config: Config, *, topk: int | None = None) -> tuple[Sampler, 
     begin = time.perf_counter()
     # A companion loads on its own while the sampler is built here.
     scorer = build_scorer(config, topk=topk)
-    sampler = Sampler(engine_settings(config, config.model.student, config.engine.student))
+    limit = vocabularies(config).limit
+    sampler = Sampler(engine_settings(config, config.model.student, config.engine.student, vocab_size=limit))
     sampler.sleep()
     if isinstance(scorer, CompanionScorer):
         scorer.wait_ready()
@@ -181,23 +182,29 @@ def build_engines(config: Config, *, topk: int | None = None) -> tuple[Sampler, 
 
 def build_scorer(config: Config, *, topk: int | None = None) -> Scorer | CompanionScorer:
     """The teacher's engine, asleep where it sleeps at all. A collective."""
-    student = engine_settings(config, config.model.student, config.engine.student)
-    teacher = engine_settings(config, config.model.teacher, config.engine.teacher)
+    limit = vocabularies(config).limit
+    student = engine_settings(config, config.model.student, config.engine.student, vocab_size=limit)
+    teacher = engine_settings(config, config.model.teacher, config.engine.teacher, vocab_size=limit)
     make_scorer = CompanionScorer if needs_companion(student, teacher) else Scorer
     scorer = make_scorer(teacher, topk=topk or config.loss.topk, temperature=config.loss.temperature)
     scorer.sleep()
     return scorer
 
 
-def engine_settings(config: Config, model: StudentModel | TeacherModel, engine: EngineModelConfig) -> EngineSettings:
-    """What `model.<role>` and `engine.<role>` say, as the engine takes it."""
+def engine_settings(
+    config: Config, model: StudentModel | TeacherModel, engine: EngineModelConfig, *, vocab_size: int | None = None
+) -> EngineSettings:
+    """What `model.<role>` and `engine.<role>` say, as the engine takes it.
+
+    `vocab_size` is what the two models of a pair share; None is the model's own.
+    """
     return EngineSettings(
         path=str(locate(model.path, revision=model.revision, key="model.path")),
         max_model_len=engine_length(config, engine),
         dtype=model.dtype.value,
         quantization=getattr(model, "quantization", None),
         trust_remote_code=config.model.trust_remote_code,
-        vocab_size=vocabularies(config).limit,
+        vocab_size=vocab_size,
         tensor_parallel=engine.tensor_parallel,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         kv_cache_bytes=None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 2**30),
@@ -298,7 +305,10 @@ def build_training(
     }
 
 
-def build_validator(config: Config, parallel: Parallel, tokenizer: PreTrainedTokenizerBase) -> Validator | None:
+def build_validator(
+    config: Config, parallel: Parallel, tokenizer: PreTrainedTokenizerBase, *, ends: tuple[int, ...] = ()
+) -> Validator | None:
+    """`ends` are tokens that end an answer besides the model's own and those of rollout.stop_token_ids."""
     settings = config.eval
     if not config.data.validation or not (settings.period or settings.at_start or settings.at_end):
         return None
@@ -313,7 +323,7 @@ def build_validator(config: Config, parallel: Parallel, tokenizer: PreTrainedTok
             temperature=settings.temperature,
             top_p=settings.top_p,
             stop=tuple(config.rollout.stop),
-            stop_token_ids=(*config.rollout.stop_token_ids, *one_class(config)),
+            stop_token_ids=(*config.rollout.stop_token_ids, *ends),
         ),
         verify=IsolatedVerifier(config.data.verifier),
         decode=make_decode(tokenizer),
