@@ -38,6 +38,10 @@ def scored_length(config: Config) -> int:
     answer = rollout.max_new_tokens
     if rollout.environment and max_teacher_prompt_tokens(config) > max_prompt_tokens(config):
         answer = rollout.max_sequence_length  # several turns: what the student's own prompt leaves
+    teacher, rollout = config.model.teacher, config.rollout
+    if config.data.teacher_context is None and teacher.chat_template is None and not teacher.chat_template_kwargs:
+        return needed_length(config)
+    answer = rollout.max_new_tokens if rollout.max_turns == 1 else rollout.max_sequence_length
     return max(needed_length(config), max_teacher_prompt_tokens(config) + answer)
 
 
