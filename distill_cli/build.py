@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +21,9 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from distill_cli.attempts import launched
 from distill_cli.checkpoint.saver import Saver, Trainable, load
+from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.compose import load_config
 from distill_cli.config.derived import (
     engine_length,
@@ -47,6 +50,7 @@ from distill_cli.engines.companion import CompanionScorer, needs_companion
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import Adapter, EngineSettings, SamplingSettings
+from distill_cli.errors import ConfigError
 from distill_cli.evaluate import Validator, first_of_each
 from distill_cli.log import StepPrinter
 from distill_cli.losses.divergence import DistillLoss
@@ -79,13 +83,17 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
         checkpoint: where to go on from; None begins at the beginning.
     """
     config = load_config(run.config)
-    limit = config.checkpoint.must_save_by
-    stop = StopFlag(limit_s=parse_duration(limit) if limit else None)
+    stop = StopFlag(deadline=deadline(config, run))
     parallel = init_parallel(device=pick_device(), mesh=config.mesh)
     tokenizer = build_tokenizer(config)
-    trainer, trainable = build_trainer(run, console, config, parallel, tokenizer, make_engines=build_engines)
+    make_engines = partial(build_engines, should_stop=stop.is_set)
+    trainer, trainable = build_trainer(
+        run, console, config, parallel, tokenizer, make_engines=make_engines, checkpoint=checkpoint
+    )
     if checkpoint:
         trainer.progress = Progress.of(load(checkpoint, trainable))
+    if trainer.saver is not None:
+        trainer.saver.last_step = trainer.progress.step
     trainer.stop = stop
     stop.listen(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     with trainer.printer:
@@ -106,11 +114,18 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     *,
     make_engines: Callable[[Config], tuple[Sampler, Scorer | CompanionScorer]],
+    checkpoint: Path | None = None,
 ) -> tuple[Trainer, Trainable]:
-    """Everything that a step works with, and what of it a checkpoint is made of. A collective."""
+    """Everything that a step works with, and what of it a checkpoint is made of. A collective.
+
+    Args:
+        checkpoint: what will be loaded; it must have seen the same data.
+    """
     # What the user may have got wrong comes first, before engines take their time.
     order, loss = build_order(config, tokenizer), build_loss(config)
     validator = build_validator(config, parallel, tokenizer, ends=one_class(config))
+    if checkpoint is not None:
+        check_data(checkpoint, order)
     sampler, scorer = make_engines(config)
     training = build_training(config, console, loss, order=order, parallel=parallel)
     student = config.model.student
@@ -146,6 +161,22 @@ def close(trainer: Trainer) -> None:
     dist.destroy_process_group()
 
 
+def deadline(config: Config, run: RunDir) -> float | None:
+    """When the run is to have saved and stopped, in seconds since 1970; None is no limit."""
+    limit = config.checkpoint.must_save_by
+    return launched(run) + parse_duration(limit) if limit else None
+
+
+def check_data(checkpoint: Path, order: PromptOrder | PromptStream) -> None:
+    """Raises ConfigError where the training data is not what the checkpoint's run saw: its order would be another."""
+    before = Checkpoint.at(checkpoint).state["data"]
+    if None not in (before, order.fingerprint) and before != order.fingerprint:
+        raise ConfigError(
+            "data.train: its prompts are not those that the run began with, as they were; bring data, tokenizer and "
+            "chat template back, or start a new run"
+        )
+
+
 def pick_device() -> torch.device:
     """This rank's GPU, or the CPU where the launcher hid them all."""
     if not torch.cuda.is_available():
@@ -162,17 +193,21 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(locate(model.student.path, revision=model.student.revision, key="model.student.path"), model)
 
 
-def build_engines(config: Config, *, topk: int | None = None) -> tuple[Sampler, Scorer | CompanionScorer]:
+def build_engines(
+    config: Config, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
+) -> tuple[Sampler, Scorer | CompanionScorer]:
     """Both engines, asleep where they sleep at all. A collective.
 
     Args:
         topk: words that the scorer gives at each token; None is `loss.topk`.
+        should_stop: see `Engine`.
     """
     begin = time.perf_counter()
     # A companion loads on its own while the sampler is built here.
-    scorer = build_scorer(config, topk=topk)
+    scorer = build_scorer(config, topk=topk, should_stop=should_stop)
     limit = vocabularies(config).limit
-    sampler = Sampler(engine_settings(config, config.model.student, config.engine.student, vocab_size=limit))
+    settings = engine_settings(config, config.model.student, config.engine.student, vocab_size=limit)
+    sampler = Sampler(settings, should_stop=should_stop)
     sampler.sleep()
     if isinstance(scorer, CompanionScorer):
         scorer.wait_ready()
@@ -180,13 +215,18 @@ def build_engines(config: Config, *, topk: int | None = None) -> tuple[Sampler, 
     return sampler, scorer
 
 
-def build_scorer(config: Config, *, topk: int | None = None) -> Scorer | CompanionScorer:
+def build_scorer(
+    config: Config, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
+) -> Scorer | CompanionScorer:
     """The teacher's engine, asleep where it sleeps at all. A collective."""
     limit = vocabularies(config).limit
     student = engine_settings(config, config.model.student, config.engine.student, vocab_size=limit)
     teacher = engine_settings(config, config.model.teacher, config.engine.teacher, vocab_size=limit)
-    make_scorer = CompanionScorer if needs_companion(student, teacher) else Scorer
-    scorer = make_scorer(teacher, topk=topk or config.loss.topk, temperature=config.loss.temperature)
+    loss = {"topk": topk or config.loss.topk, "temperature": config.loss.temperature}
+    if needs_companion(student, teacher):
+        scorer = CompanionScorer(teacher, **loss)
+    else:
+        scorer = Scorer(teacher, **loss, should_stop=should_stop)
     scorer.sleep()
     return scorer
 

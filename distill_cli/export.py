@@ -1,13 +1,17 @@
-"""`distill export RUN [DIR] [--step N|best|last] [--adapter] [--push NAME]`: a checkpoint as a Hugging Face folder.
+"""`distill export RUN [DIR] [--step N|best|last] [--adapter] [--max-shard-size 5GB] [--push NAME]`: a checkpoint as a
+Hugging Face folder.
 
-One process reads the ranks' shards, whatever their number and mesh was, one output file after the other: no more than
-one such file is in memory, and the optimizer's state is not touched. Where adapters were trained they are added to the
-weights that the run began from; with `--adapter` they are a folder of their own, which peft and vLLM load.
+One process reads the ranks' shards, whatever their number and mesh was, and writes tensor after tensor: no more than
+`READ_BYTES` or the largest tensor is in memory, and the optimizer's state is not touched. Where adapters were trained
+they are added to the weights that the run began from; with `--adapter` they are a folder of their own, which peft and
+vLLM load.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from rich.console import Console
+from rich.markup import escape
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
@@ -34,8 +39,13 @@ from distill_cli.pair import EndTokens, write_end_tokens
 from distill_cli.resume import check_base, open_run
 from distill_cli.student.adapters import A, B, exported_name, merge
 
-MAX_FILE_BYTES = 5 * 10**9
+MAX_SHARD_SIZE = "5GB"
 """Of one safetensors file, as the hub likes them."""
+READ_BYTES = 2**28
+"""Of the tensors that are read at once."""
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Names of safetensors' format."""
+OPTIONS = ("--step", "--max-shard-size", "--push")
 
 
 def export(argv: Sequence[str]) -> int:
@@ -48,10 +58,15 @@ def export(argv: Sequence[str]) -> int:
     words, options = _arguments(argv)
     run = open_run(Path(words[0]))
     config, which = load_config(run.config), options.get("--step", "last")
-    settings = config.checkpoint
+    max_file_bytes = parse_size(options.get("--max-shard-size", MAX_SHARD_SIZE))
+    settings, console = config.checkpoint, Console(highlight=False, soft_wrap=True)
     try:
         checkpoint = store.choose(
-            run.checkpoints, which, metric=settings.metric, higher_is_better=settings.higher_is_better
+            run.checkpoints,
+            which,
+            metric=settings.metric,
+            higher_is_better=settings.higher_is_better,
+            warn=lambda text: console.print(f"warning: {escape(text)}"),
         )
     except DistillError as error:
         raise ConfigError(str(error)) from error
@@ -63,8 +78,7 @@ def export(argv: Sequence[str]) -> int:
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; give another folder")
     check_base(checkpoint, config)
-    write_folder(checkpoint, config, folder, as_adapter=as_adapter)
-    console = Console(highlight=False, soft_wrap=True)
+    write_folder(checkpoint, config, folder, as_adapter=as_adapter, max_file_bytes=max_file_bytes)
     console.print(f"{'adapter' if as_adapter else 'student'} of step {checkpoint.step}: {folder}")
     if "--push" in options:
         push(folder, options["--push"])
@@ -79,12 +93,12 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         name, is_joined, value = word.partition("=")
         if word == "--adapter":
             options[word] = "true"
-        elif name in ("--step", "--push"):
+        elif name in OPTIONS:
             options[name] = value if is_joined else (rest.pop(0) if rest else "")
             if not options[name]:
                 raise ConfigError(f"{name}: a value is needed")
         elif word.startswith("-"):
-            raise ConfigError(f"{word}: `distill export` takes a run, a folder, --step, --adapter and --push")
+            raise ConfigError(f"{word}: `distill export` takes a run, a folder, --adapter, {', '.join(OPTIONS)}")
         else:
             words.append(word)
     if not 1 <= len(words) <= 2:
@@ -92,8 +106,23 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return words, options
 
 
-def write_folder(checkpoint: Checkpoint, config: Config, folder: Path, *, as_adapter: bool = False) -> None:
-    """Weights, config, tokenizer and model card; the folder is there whole or not at all."""
+def parse_size(text: str) -> int:
+    """Bytes of 5GB, 500MB and the like."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])B", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ConfigError(f"--max-shard-size {text}: must be a size such as 5GB or 500MB")
+    return int(float(found[1]) * 1000 ** (1 + "KMGT".index(found[2].upper())))
+
+
+def write_folder(
+    checkpoint: Checkpoint, config: Config, folder: Path, *, max_file_bytes: int, as_adapter: bool = False
+) -> None:
+    """Weights, config, tokenizer and model card; the folder is there whole or not at all.
+
+    Raises:
+        ConfigError: no room for it.
+        DistillError: it could not be written.
+    """
     model = config.model
     base = locate(model.student.path, revision=model.student.revision, key="model.student.path")
     tokenizer_folder = locate(model.tokenizer, key="model.tokenizer") if model.tokenizer else base
@@ -108,7 +137,7 @@ def write_folder(checkpoint: Checkpoint, config: Config, folder: Path, *, as_ada
         else:
             if model.student.lora.is_on:
                 weights = merged(weights, base, model.student.lora)
-            write_weights(weights, temporary, dtype=dtype)
+            write_weights(weights, temporary, dtype=dtype, max_file_bytes=max_file_bytes)
             hf_config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
             hf_config.dtype = dtype
             hf_config.save_pretrained(temporary)
@@ -118,8 +147,10 @@ def write_folder(checkpoint: Checkpoint, config: Config, folder: Path, *, as_ada
         load_tokenizer(tokenizer_folder, model).save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(checkpoint, config, as_adapter=as_adapter))
         temporary.rename(folder)
-    except OSError as error:
+    except (OSError, DistillError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, DistillError):
+            raise
         raise DistillError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
@@ -198,19 +229,49 @@ def write_adapter(adapters: Weights, config: Config, folder: Path, *, base: Path
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def write_weights(weights: Weights, folder: Path, *, dtype: torch.dtype, max_file_bytes: int = MAX_FILE_BYTES) -> None:
-    """Safetensors files of at most `max_file_bytes` each, or of one tensor, with an index where there are several."""
-    sizes, weight_map = weights.sizes, {}
-    files = split({name: size.numel() * dtype.itemsize for name, size in sizes.items()}, max_file_bytes)
+def write_weights(weights: Weights, folder: Path, *, dtype: torch.dtype, max_file_bytes: int) -> None:
+    """Safetensors files of at most `max_file_bytes` each, or of one tensor, with an index where there are several.
+
+    Raises:
+        ConfigError: no room for them, found out beforehand.
+    """
+    num_bytes = {name: size.numel() * dtype.itemsize for name, size in weights.sizes.items()}
+    total, free = sum(num_bytes.values()), shutil.disk_usage(folder).free
+    if total > free:
+        raise ConfigError(
+            f"{folder.parent}: the student takes {total / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; give another "
+            "folder, or make room"
+        )
+    files, weight_map = split(num_bytes, max_file_bytes), {}
     for number, names in enumerate(files, start=1):
-        tensors = weights.read(names)
         file = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        save_file({name: tensors.pop(name).to(dtype) for name in names}, folder / file, metadata={"format": "pt"})
+        write_safetensors(folder / file, names, weights, dtype=dtype)
         weight_map |= dict.fromkeys(names, file)
     if len(files) > 1:
-        total = sum(size.numel() * dtype.itemsize for size in sizes.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_safetensors(file: Path, names: Sequence[str], weights: Weights, *, dtype: torch.dtype) -> None:
+    """One file, a few tensors at a time: safetensors' own writer wants all of them, and copies each.
+
+    The format: eight bytes of the header's length, the header in JSON, the tensors' bytes end to end.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    num_bytes = {name: weights.sizes[name].numel() * dtype.itemsize for name in names}
+    for name in names:
+        begin, end = end, end + num_bytes[name]
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(weights.sizes[name]), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for part in split(num_bytes, READ_BYTES):
+            tensors = weights.read(part)
+            for name in part:
+                stream.write(tensors.pop(name).to(dtype).contiguous().view(-1).view(torch.uint8).numpy())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def split(num_bytes: dict[str, int], limit: int) -> list[list[str]]:

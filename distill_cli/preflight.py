@@ -17,7 +17,7 @@ from distill_cli import hardware, lora, memory, modelpath
 from distill_cli.config.checks import config_problems, mesh_problems
 from distill_cli.config.compose import known_losses
 from distill_cli.config.derived import needed_length, scored_length
-from distill_cli.config.schema import Config, Launcher
+from distill_cli.config.schema import Config, Dtype, Launcher
 from distill_cli.data.check import check_data
 from distill_cli.data.registry import resolve_environment, resolve_verifier
 from distill_cli.engines.process import hide_broken_packages
@@ -103,6 +103,12 @@ def preflight(config: Config) -> Preflight:
     if found.student and found.teacher and not problems:
         with collecting():
             problems += _memory_problems(config, found.student, found.teacher)
+    if found.student:
+        with contextlib.suppress(memory.NoPrediction):
+            shape = memory.read_shape(found.student, config.model.student.lora)
+            problem, warning = room(config, num_params=shape.num_params, num_trained=shape.trained_params)
+            problems += [problem] if problem else []
+            found.warnings += (warning,) if warning else ()
     if found.num_train is not None and 0 < found.num_train < config.rollout.prompts_per_step:
         problems.append(
             f"rollout.prompts_per_step={config.rollout.prompts_per_step}: the training data has only "
@@ -174,6 +180,28 @@ def _memory_problems(config: Config, student: Path, teacher: Path) -> Iterator[s
         )
         if found:
             yield found
+
+
+def room(config: Config, *, num_params: int, num_trained: int) -> tuple[str | None, str | None]:
+    """A problem where the disk cannot hold one checkpoint and the student; a warning where it holds not all of them."""
+    folder = Path(config.run.root).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free, settings = shutil.disk_usage(folder).free, config.checkpoint
+    student = num_params * (4 if config.model.student.dtype is Dtype.float32 else 2)
+    one = num_trained * (12 if settings.save_optimizer else 4) if settings.enabled else 0  # float32, and two moments
+    if free < one + student:
+        return (
+            f"run.root={config.run.root}: {free / 1e9:.2f} GB are free, and a checkpoint takes {one / 1e9:.2f} GB, the "
+            f"student at the end {student / 1e9:.2f} GB; make room, or choose another run.root"
+        ), None
+    most = one * (settings.keep_top_k + 2) + student  # the newest, and the one that is being written
+    if free < most:
+        return None, (
+            f"run.root={config.run.root}: {free / 1e9:.2f} GB are free, and all checkpoints may take {most / 1e9:.2f} "
+            "GB; make room, or lower checkpoint.keep_top_k"
+        )
+    return None, None
 
 
 def _has_compiler() -> bool:

@@ -6,9 +6,18 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from distill_cli.evaluate import Score
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best value of checkpoint.metric so far, of the steps with a checkpoint."""
+
+    metric: str
+    value: float
+    step: int
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class Result:
     before: Score | None
     after: Score | None
     teacher: Score | None
+    best: Best | None = None
 
     @property
     def gap_closed(self) -> float | None:
@@ -55,13 +65,30 @@ class Progress:
     latest: Score | None = None
     """The student's newest validation, and its step."""
     latest_step: int = -1
+    best: Best | None = None
+    unrecorded: dict[str, float] | None = None
+    """Metrics of the step after `step`, where the run was asked to stop in that step's validation: the student has
+    learned from it, and it is validated again and recorded first."""
+
+    @property
+    def trained_step(self) -> int:
+        """The last one that the student has learned from."""
+        return self.step if self.unrecorded is None else self.step + 1
+
+    def note(self, metric: str, value: float | None, *, higher_is_better: bool) -> None:
+        """The value of checkpoint.metric at this step."""
+        if value is None:
+            return
+        sign = 1 if higher_is_better else -1
+        if self.best is None or self.best.metric != metric or sign * value >= sign * self.best.value:
+            self.best = Best(metric, value, self.step)
 
     @classmethod
     def of(cls, state: dict) -> Progress:
         """From a checkpoint's state."""
-        scores = {name: Score(**state[name]) if state[name] else None for name in ("before", "teacher", "latest")}
-        names = ("step", "seconds", "bad_updates", "truncated_steps", "latest_step")
-        return cls(**{name: state[name] for name in names}, **scores)
+        kinds = {"before": Score, "teacher": Score, "latest": Score, "best": Best}
+        values = {field.name: state[field.name] for field in fields(cls)}
+        return cls(**{name: kinds[name](**v) if name in kinds and v else v for name, v in values.items()})
 
 
 class Stopwatch:

@@ -19,12 +19,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from distill_cli import submit
+from distill_cli.attempts import attempts_of, told
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.compose import conf_dir, flatten, load_config, save_config
 from distill_cli.config.credentials import hide_credentials
 from distill_cli.config.overrides import override_problems
-from distill_cli.config.schema import Config, Launcher
+from distill_cli.config.schema import Config, Launcher, Schedule
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.modelpath import fingerprint, locate
 from distill_cli.preflight import Preflight, preflight
@@ -66,7 +67,8 @@ def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, conso
     with run.lock(), exit_status() as status:
         for job in submit.in_queue([run]).values():
             raise ConfigError(f"{run.path}: Slurm has it as {job}; wait for it to end, or scancel it")
-        config = with_overrides(load_config(run.config), overrides)
+        old = load_config(run.config)
+        config = with_overrides(old, overrides)
         start = start_of(run, step, config=config, console=console)
         found = preflight(config)
         if step is None and is_done(run, config, found):
@@ -78,9 +80,17 @@ def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, conso
         if step is not None and start is not None:
             set_aside(run, later_than=start.step)
         attempt = run.next_attempt()
-        for warning in found.warnings:
+        warnings = list(found.warnings)
+        if config.train.schedule is not Schedule.constant and found.num_steps(config) != found.num_steps(old):
+            warnings.append(
+                f"train.schedule={config.train.schedule.value} now ends at step {found.num_steps(config)} instead of "
+                f"{found.num_steps(old)}: the learning rate of the steps to come is another"
+            )
+        for warning in warnings:
             console.print(f"warning: {escape(warning)}")
         job = job_of(run)
+        for line in told(attempts_of(run)):
+            console.print(escape(line))
         console.print(start_panel(job, found, attempt))
         if config.cluster.launcher is Launcher.slurm:
             job_id = submit.submit_run(config, run, console=console)
@@ -199,11 +209,15 @@ def start_of(run: RunDir, step: int | None, *, config: Config, console: Console)
     Raises:
         ConfigError: `step` has none, or the config does not fit it.
     """
+
+    def warn(text: str) -> None:
+        console.print(f"warning: {escape(text)}")
+
     if step is None:
-        start = store.newest_whole(run.checkpoints, warn=lambda text: console.print(f"warning: {escape(text)}"))
+        start = store.newest_whole(run.checkpoints, warn=warn)
     else:
         try:
-            start = store.choose(run.checkpoints, str(step), metric="", higher_is_better=True)
+            start = store.choose(run.checkpoints, str(step), metric="", higher_is_better=True, warn=warn)
         except DistillError as error:
             raise ConfigError(str(error)) from error
     made_under = start.path / store.CONFIG if start else run.config

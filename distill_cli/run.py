@@ -7,9 +7,10 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from rich.panel import Panel
 from rich.table import Table
 
 from distill_cli import hardware, memory, modelpath, rundir
+from distill_cli.attempts import attempts_of, recorded, told
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.checks import inert_overrides
-from distill_cli.config.compose import Job, known_losses, load_config, save_config
+from distill_cli.config.compose import Job, config_text, known_losses, load_config
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.launch.local import Stopped, launch
@@ -30,7 +32,7 @@ from distill_cli.launch.nodes import Head
 from distill_cli.launch.placement import hub_cache, placement
 from distill_cli.preflight import Preflight, preflight
 from distill_cli.report.read import read_results
-from distill_cli.rundir import RunDir
+from distill_cli.rundir import RunDir, write_json
 from distill_cli.track.recorder import cut_back, read_metrics
 from distill_cli.tracking import mlflow_target, tracking
 
@@ -82,9 +84,7 @@ def single_path(job: Job) -> Path:
 
 def prepare(job: Job, path: Path, *, command: Sequence[str]) -> RunDir:
     """Makes a run's folder, with the config that its ranks will read."""
-    run = rundir.create(path.absolute(), command=command)
-    save_config(job.config, run.config)
-    return run
+    return rundir.create(path.absolute(), command=command, config=config_text(job.config))
 
 
 def introduce(job: Job, found: Preflight, run: RunDir, *, console: Console) -> None:
@@ -154,11 +154,13 @@ def carry_out(job: Job, run: RunDir, *, console: Console, head: Head | None = No
                 raise
             leave_report([run.path], run.report, console=console)
     except Stopped:
-        outcome = read_outcome(run)
-        saved = f"saved after step {outcome['num_steps']}" if outcome else "the last checkpoint is what is left"
+        outcome = tell_attempts(run)
+        saved = "the last checkpoint is what is left"
+        if outcome is not None:
+            saved = f"saved after step {outcome['num_steps']}" if outcome["num_steps"] else "no step is done yet"
         console.print(f"stopped: {saved}; distill resume {shown(run.path)} goes on")
         raise
-    outcome = read_outcome(run)
+    outcome = tell_attempts(run)
     if outcome["state"] == "stopped":
         console.print(f"stopped by {escape(outcome['reason'])} after step {outcome['num_steps']}")
         console.print(f"go on    distill resume {shown(run.path)}")
@@ -169,20 +171,22 @@ def carry_out(job: Job, run: RunDir, *, console: Console, head: Head | None = No
 
 def attempts(config: Config, run: RunDir, *, console: Console, head: Head | None) -> None:
     """Starts the ranks, and starts them again from the newest checkpoint where they failed and that may help."""
+    launched = time.time()
     for number in itertools.count():
         start = begin_attempt(run, console=console)
-        first_step = start.step if start else 0
+        first_step = start.recorded_step if start else 0
         try:
-            launch(
-                run,
-                num_ranks=hardware.ranks_per_node(config),
-                use_gpus=hardware.gpus_per_node(config) > 0,
-                checkpoint=start.path if start else None,
-                hang_timeout_s=config.cluster.hang_timeout_s,
-                grace_s=config.cluster.grace_s,
-                head=head,
-                env=placement(config.cluster),
-            )
+            with recorded(run, launched=launched, from_step=start.step if start else 0):
+                launch(
+                    run,
+                    num_ranks=hardware.ranks_per_node(config),
+                    use_gpus=hardware.gpus_per_node(config) > 0,
+                    checkpoint=start.path if start else None,
+                    hang_timeout_s=config.cluster.hang_timeout_s,
+                    grace_s=config.cluster.grace_s,
+                    head=head,
+                    env=placement(config.cluster),
+                )
             return
         except (ConfigError, Unrecoverable):
             raise
@@ -201,7 +205,7 @@ def begin_attempt(run: RunDir, *, console: Console) -> Checkpoint | None:
     run.outcome.unlink(missing_ok=True)
     cut_back(
         run.metrics,
-        last_step=start.step if start else -1,
+        last_step=start.recorded_step if start else -1,
         removed_to=run.path / f"metrics.cut_{run.attempt}.jsonl",
     )
     if start is not None:
@@ -209,6 +213,15 @@ def begin_attempt(run: RunDir, *, console: Console) -> Checkpoint | None:
     elif run.attempt > 1:
         console.print(f"attempt {run.attempt} begins at the beginning: there is no checkpoint yet")
     return start
+
+
+def tell_attempts(run: RunDir) -> dict[str, Any] | None:
+    """`outcome.json`, with how each attempt ended added to it; None where the ranks did not come to it."""
+    outcome = read_outcome(run)
+    if outcome is not None:
+        outcome["attempts"] = [asdict(attempt) for attempt in attempts_of(run)]
+        write_json(run.outcome, outcome)
+    return outcome
 
 
 def read_outcome(run: RunDir) -> dict[str, Any] | None:
@@ -247,7 +260,12 @@ def end_panel(job: Job, outcome: dict[str, Any], run: RunDir) -> Panel:
         rows["accuracy"] = ", ".join(parts) + f" ({outcome['after']['num_samples']} held-out prompts)"
     if outcome["gap_closed"] is not None:
         rows["gap closed"] = f"{outcome['gap_closed']:.0%}"
+    if outcome["best"]:
+        rows["best"] = "{metric} {value:.4g} at step {step}".format(**outcome["best"])
     rows["time"] = f"{outcome['num_steps']} steps in {outcome['seconds']:.0f} s"
+    earlier = attempts_of(run)[:-1]
+    if earlier:
+        rows["earlier"] = "\n".join(told(earlier))
     rows["student"] = shown(run.student)
     rows["metrics"] = shown(run.metrics)
     if run.report.exists():

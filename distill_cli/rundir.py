@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
 import re
 import shlex
-import subprocess
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from distill_cli.config.credentials import without_credentials
 from distill_cli.errors import ConfigError
+from distill_cli.lock import InUse, hold, holder
 
 CHECKOUT = Path(__file__).parent.parent
 """Where distill runs from a clone of its repository."""
@@ -52,6 +52,9 @@ class RunDir:
     logs = property(lambda self: self.path / "logs" / f"attempt_{self.attempt}")
     heartbeat = property(lambda self: self.logs / "heartbeat")
     """The stage that the main rank is in, and the number of the run's steps; written as a stage begins."""
+
+    attempt_record = property(lambda self: self.logs / "attempt.json")
+    """How the attempt began and ended: see `attempts`."""
 
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.log"
@@ -109,30 +112,15 @@ class RunDir:
         Raises:
             ConfigError: another process has it, and which.
         """
-        deadline = time.monotonic() + wait_s
-        with (self.path / ".lock").open("a+") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        file.seek(0)
-                        holder = file.read().strip() or "another process"
-                        raise ConfigError(f"{self.path}: in use by {holder}; wait for it to end, or stop it") from None
-                time.sleep(1.0)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
-            yield
-            file.truncate(0)
+        try:
+            with hold(self.path / ".lock", wait_s=wait_s):
+                yield
+        except InUse as error:
+            raise ConfigError(f"{self.path}: in use by {error}; wait for it to end, or stop it") from None
 
     def holder(self) -> str:
         """Who holds the folder, as far as is known without taking it; empty where nobody does."""
-        try:
-            return (self.path / ".lock").read_text().strip()
-        except FileNotFoundError:
-            return ""
+        return holder(self.path / ".lock")
 
 
 @dataclass(frozen=True)
@@ -164,25 +152,31 @@ class SweepDir:
         return [Element(**element) for element in json.loads(self.file.read_text())["elements"]]
 
 
-def create(path: Path, *, command: Sequence[str]) -> RunDir:
-    """Makes the folder, with the command and the environment that the run was started from.
+def create(path: Path, *, command: Sequence[str], config: str = "") -> RunDir:
+    """Makes the folder, whole or not at all, with the command and the environment that the run was started from.
+
+    Args:
+        config: what config.yaml is to hold.
 
     Raises:
         ConfigError: the folder exists: a run never writes into another's.
     """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    run = RunDir(temporary)
     try:
-        path.mkdir(parents=True)
-    except FileExistsError as error:
-        raise ConfigError(f"{path}: this run folder exists already; choose another run.name") from error
+        if path.exists():
+            raise ConfigError(f"{path}: this run folder exists already; choose another run.name")
+        run.logs.mkdir(parents=True)
+        run.command.write_text(without_credentials(shlex.join(command)) + "\n")
+        run.config.write_text(config)
+        write_json(temporary / "env.json", environment())
+        temporary.rename(path)
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise ConfigError(
             f"{path}: no run folder can be made here ({error.strerror}); choose another run.root"
         ) from error
-    run = RunDir(path)
-    run.logs.mkdir(parents=True)
-    run.command.write_text(without_credentials(shlex.join(command)) + "\n")
-    write_json(path / "env.json", environment())
-    return run
+    return RunDir(path)
 
 
 def default_name(choices: dict[str, str]) -> str:
@@ -225,17 +219,13 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit that is checked out in a folder and whether files differ from it; None where git does not say."""
-    said = []
-    for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
-        try:
-            command = ["git", "-C", str(folder), *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        said.append(done.stdout.strip())
-    return {"commit": said[0], "dirty": bool(said[1])}
+def flush(path: Path) -> None:
+    """A file's contents, or a folder's names, to permanent storage."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def environment() -> dict[str, Any]:

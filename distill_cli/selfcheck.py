@@ -298,7 +298,8 @@ class SelfCheck:
         """The sampler follows when trained weights change; a checkpoint brings back, bit for bit, what they were."""
         trainer = self.trainer
         before = [_local(tensor).clone() for tensor in self.trainable.tensors(with_optimizer=True).values()]
-        trainer.saver.save(1, {"metrics": {}}, wait=True)
+        trainer.saver.save(1, {"metrics": {}})
+        trainer.saver.finish()
         with torch.no_grad():
             for name, param in self.trainable.parameters():
                 # An adapter's B begins at 0, where a factor would change nothing.

@@ -82,6 +82,8 @@ class Trainer:
     """Called as each stage of a step begins."""
     progress: Progress = field(default_factory=Progress)
     """Where to go on from."""
+    longest_s: float = 0.0
+    """The longest step so far, with its validation: what another one may take."""
     watch: Stopwatch = field(init=False)
     samplers: EngineShare = field(init=False)
     """This rank's part in sampling a step's sequences."""
@@ -102,23 +104,27 @@ class Trainer:
         begin = time.perf_counter() - self.progress.seconds
         state, reason, metrics = "finished", None, {}
         try:
-            if self.progress.step == 0:
+            if self.progress.trained_step == 0:
                 self.measure_baseline()
             for step in range(self.progress.step + 1, self.num_steps + 1):
-                metrics = self.step(step)
+                began = time.perf_counter()
+                metrics = self.progress.unrecorded or self.step(step)
+                self.progress.unrecorded = {name: plain(value) for name, value in metrics.items()}
                 if self.validates_at(step):
                     metrics |= self.validate_student(step)
                 if self.validates_at(step) or step == self.num_steps:
                     self.record_samples(step)
                 metrics |= self.watch.lap()
                 self.record(step, metrics)
+                self.longest_s = max(self.longest_s, time.perf_counter() - began)
                 self.progress.step, self.progress.seconds = step, time.perf_counter() - begin
+                self.progress.unrecorded = None
+                self.mind_truncation(metrics)
                 if self.saves_at(step):
                     self.save(metrics)
-                self.mind_truncation(metrics)
         except StopRequested as request:
             state, reason = "stopped", str(request)
-            if self.saver is not None and self.progress.step > self.saver.last_step:
+            if self.saver is not None and self.progress.trained_step > self.saver.last_step:
                 self.save(metrics)
         if self.saver is not None:
             self.saver.close()
@@ -142,7 +148,7 @@ class Trainer:
         with self.awake(self.sampler):
             with self.watch("sync"):
                 self.sync(step - 1)
-            self.heed_stop()
+            self.heed_stop(within_s=self.longest_s)
             with self.watch("sample"):
                 rollouts = self.sample(step)
         self.heed_stop()
@@ -276,7 +282,9 @@ class Trainer:
         """The student as it is after `step`; its metrics. A collective."""
         with self.awake(self.sampler):
             self.sync(step)
-            self.progress.latest, self.progress.latest_step = self.validate(self.sampler), step
+            score = self.validate(self.sampler)
+        self.heed_stop()  # the score is not whole where an engine was
+        self.progress.latest, self.progress.latest_step = score, step
         return self.progress.latest.metrics()
 
     def record_samples(self, step: int) -> None:
@@ -289,9 +297,11 @@ class Trainer:
         with self.awake(self.sampler), self.watch("record"):
             self.sync(step)
             rollouts = self.answer(self.watched.prompts, step=0)
+        self.heed_stop()
         plans = self.plan(rollouts)
         with self.awake(self.scorer), self.watch("record"):
             self.score(plans)
+        self.heed_stop()
         with self.watch("record"):
             for batch, plan in plans:
                 batches = micro_batches(plan, batch, topk=self.config.loss.topk, parallel=self.parallel)
@@ -310,14 +320,20 @@ class Trainer:
         return self.saver is not None and (periodic or step == self.num_steps)
 
     def save(self, metrics: Mapping[str, float]) -> None:
-        """A checkpoint of the last step that is done. A collective."""
+        """A checkpoint of the last step that the student has learned from. A collective."""
+        settings, progress = self.config.checkpoint, self.progress
         ranked = {name: plain(value) for name, value in metrics.items() if name.startswith(("train", "rollout", "val"))}
+        progress.note(settings.metric, ranked.get(settings.metric), higher_is_better=settings.higher_is_better)
+        state = {**asdict(progress), "metrics": ranked, "data": self.prompts.fingerprint}
         with self.watch("checkpoint"):
-            self.saver.save(self.progress.step, {**asdict(self.progress), "metrics": ranked})
+            self.saver.save(progress.trained_step, state)
 
-    def heed_stop(self) -> None:
-        """Ends the run where any rank was asked to. A collective: they end together, after the same step."""
-        if self.parallel.all_max(float(self.stop.is_set())):
+    def heed_stop(self, *, within_s: float = 0.0) -> None:
+        """Ends the run where any rank was asked to, or is to be done in `within_s` from now.
+
+        A collective: they end together, after the same step.
+        """
+        if self.parallel.all_max(float(self.stop.is_set(within_s=within_s))):
             raise StopRequested(self.stop.reason)
 
     def mind_truncation(self, metrics: Mapping[str, float]) -> None:
@@ -363,4 +379,6 @@ class Trainer:
     def result(self, state: str, reason: str | None, *, seconds: float) -> Result:
         progress = self.progress
         after = progress.latest if progress.latest_step == progress.step > 0 else None
-        return Result(state, reason, progress.step, seconds, progress.before, after, progress.teacher)
+        return Result(
+            state, reason, progress.trained_step, seconds, progress.before, after, progress.teacher, progress.best
+        )

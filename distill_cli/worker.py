@@ -19,14 +19,14 @@ from typing import IO
 from distill_cli.engines.process import hide_broken_packages, prepare_process
 from distill_cli.errors import DistillError
 from distill_cli.log import log_to
-from distill_cli.processes import die_with_parent
+from distill_cli.processes import die_with_torchrun
 from distill_cli.rundir import RunDir, write_json
 
 
 def main() -> None:
     arguments, rank = parser().parse_args(), int(os.environ["RANK"])
     run = RunDir(arguments.run, attempt=arguments.attempt)
-    die_with_parent()
+    die_with_torchrun()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
     console = redirect_output(run.rank_log(rank), is_main=rank == 0)
     try:

@@ -1,19 +1,25 @@
-"""How long a checkpoint stops training, against a step: a student of given shapes with random weights, on one rank.
+"""How long a checkpoint stops training, against a step: the tiny pair, or a student of given shapes on one rank.
 
+    python scripts/bench_checkpoint.py --tiny             # the default run, 40 steps of it, a checkpoint every ten
     python scripts/bench_checkpoint.py                    # Qwen2.5-0.5B's shapes: 494 million parameters, float32
     python scripts/bench_checkpoint.py --layers 2 --vocab 4096 --tokens 512
 
-The step is one forward and backward over `--tokens` tokens, clipping and AdamW; a step of the default recipe has some
-hundred times as many. `stops` is the time in `Saver.save`, the second time, when host memory has been taken already.
+A step of the second kind is one forward and backward over `--tokens` tokens of random weights, clipping and AdamW, and
+nothing else: a step of the default recipe samples and scores first, and has some hundred times as many tokens. `stops`
+is the time in `Saver.save`, and that for which the optimizer's next step waits for the copy.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -29,6 +35,7 @@ from distill_cli.rundir import RunDir
 from distill_cli.student import attention
 from distill_cli.student.model import Student, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
+from distill_cli.track.recorder import read_metrics
 from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
 
 TOPK = 64
@@ -38,7 +45,11 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("layers", 24), ("hidden", 896), ("vocab", 151_936), ("tokens", 2048)):
         arguments.add_argument(f"--{name}", type=int, default=default)
+    arguments.add_argument("--tiny", action="store_true")
     given = arguments.parse_args()
+    if given.tiny:
+        measure_tiny()
+        return
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
     on_gpu = torch.cuda.is_available()
     parallel = init_parallel(device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
@@ -60,24 +71,46 @@ def main() -> None:
         saver = Saver(run, CheckpointConfig(keep_top_k=0), Trainable(student.lm, optimizer, schedule))
         rollouts = [rollout(given.tokens, given.vocab)]
         plan = plan_batch([given.tokens], num_ranks=1, max_tokens=given.tokens, packing=True, multiple=1)
-        for step in (1, 2):
+
+        def train() -> float:
             begin = time.perf_counter()
             batches = micro_batches(plan, rollouts, topk=TOPK, parallel=parallel)
             optimizer_step(student, optimizer, schedule, batches, max_grad_norm=1.0, parallel=parallel)
-            step_s = time.perf_counter() - begin
+            return time.perf_counter() - begin
+
+        train()
+        for step in (1, 2, 3):
+            step_s, before, begin = train(), saver.stopped_s, time.perf_counter()
             saver.save(step, {"metrics": {}})
-            stops_s = time.perf_counter() - begin - step_s
+            beside_s = train()
+            stops_s = saver.stopped_s - before
             saver.finish()
-            written_s = time.perf_counter() - begin - step_s
+            written_s = time.perf_counter() - begin
             size_gib = sum(file.stat().st_size for file in (run.checkpoints / f"step_{step}").iterdir()) / 2**30
             print(
                 f"{sum(p.numel() for p in student.parameters()) / 1e6:.0f} M parameters, {size_gib:.2f} GiB: "
-                f"a step of {given.tokens} tokens {step_s:.2f} s; a checkpoint stops it for {stops_s:.3f} s "
-                f"({stops_s / step_s:.1%}), and is written after {written_s:.2f} s",
+                f"a step of {given.tokens} tokens {step_s:.2f} s; a checkpoint stops training for {stops_s:.3f} s "
+                f"({stops_s / step_s:.1%}), and is written after {written_s:.2f} s; the step beside it takes "
+                f"{beside_s:.2f} s",
                 flush=True,
             )
         saver.close()
     dist.destroy_process_group()
+
+
+def measure_tiny() -> None:
+    """The command itself; what the main rank's log says of its checkpoints."""
+    with tempfile.TemporaryDirectory() as folder:
+        argv = ("train.max_steps=40", "run.name=r", "tracker=none")
+        subprocess.run([sys.executable, "-m", "distill_cli", *argv], cwd=folder, check=True, capture_output=True)
+        run = RunDir(Path(folder) / "runs/r")
+        rows = [row for row in read_metrics(run.metrics) if row["step"] > 0]
+        stopped_s = float(re.search(r"stopped training for ([\d.]+) s", run.rank_log(0).read_text())[1])
+        step_s, number = median(row["time/step_s"] for row in rows), len(rows) // 10
+        print(
+            f"the tiny pair: a step {step_s:.2f} s; {number} checkpoints stop training for {stopped_s / number:.4f} s "
+            f"each ({stopped_s / number / step_s:.2%} of a step)"
+        )
 
 
 def rollout(num_tokens: int, vocab_size: int) -> Rollout:

@@ -1,10 +1,13 @@
-"""Kills a run at random instants until it has finished, and compares what it comes to with a run that was left alone.
+"""Kills a run at random instants, fifty times, and compares what it comes to with a run that was left alone.
 
-    python scripts/torture.py --kills 50 --ranks 2
+    python scripts/torture.py --kills 50
 
-Each kill picks a victim and a moment. A rank, torchrun or the launcher is killed (SIGKILL), a rank hangs (SIGSTOP), or
-the run is asked to stop (SIGTERM); at any time, while a checkpoint is written, during a sync, or during a validation.
-Where the launcher is gone, `distill resume` goes on. At the end the student's parameters must be equal bit for bit,
+Each kill picks a victim and a moment. A rank, the process of an engine, torchrun or the launcher is killed (SIGKILL), a
+rank hangs (SIGSTOP), or the run is asked to stop (SIGTERM, SIGUSR1); at any time, while a checkpoint is written, during
+a sync, a validation, or the start that follows an earlier kill. Where the launcher is gone, `distill resume` goes on.
+
+The run has two parts: one rank with both engines in its process first, then two ranks with the teacher over both, which
+gives its engine a process of its own beside each rank. At the end the student's parameters must be equal bit for bit,
 every step must be once in metrics.jsonl and in MLflow, and no process and no shared memory may be left.
 """
 
@@ -21,20 +24,26 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-VICTIMS = ("rank", "launcher", "agent", "hang", "stop")
-MOMENTS = ("any time", "checkpoint", "sync", "eval")
+VICTIMS = ("rank", "launcher", "torchrun", "stop")
+SLOW_VICTIM = "hang"
+"""Takes cluster.hang_timeout_s to be found out."""
+MOMENTS = ("any time", "checkpoint", "sync", "eval", "start", "start")
 SETTINGS = (
-    *("experiment=quick", "run.name=run", "rollout.prompts_per_step=8", "train.global_batch_size=8"),
-    *("eval.period=5", "eval.max_samples=16", "eval.teacher=false", "checkpoint.period=2"),
-    *("cluster.max_restarts=1000", "cluster.hang_timeout_s=15", "cluster.grace_s=30"),
+    *("model=tiny", "run.name=run", "rollout.prompts_per_step=8", "train.global_batch_size=8"),
+    *("eval.period=5", "eval.max_samples=16", "eval.teacher=false", "eval.at_end=false", "checkpoint.period=2"),
+    *("cluster.max_restarts=1000", "cluster.grace_s=60", "train.schedule=constant"),
 )
+OWN_ENGINES = ("cluster.ranks_per_node=2", "engine.teacher.tensor_parallel=2")
+MARK = "DISTILL_TORTURE"
+"""In the environment of every process that comes of us: its value is our folder."""
 
 
 @dataclass
@@ -45,32 +54,154 @@ class Kill:
     moment: str
     step: int
     """The last step that was recorded."""
-    lost_steps: int = 0
-    """Recorded steps that had to be done again."""
+    lowest: int
+    """The last step that was recorded after the attempt that followed had cut the rest off."""
+    at: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     """From the kill until the run was beyond that step."""
+
+    @property
+    def lost_steps(self) -> int:
+        """Recorded steps that had to be done again."""
+        return self.step - self.lowest
+
+
+class Wild:
+    """The run that is killed, and its launcher's process."""
+
+    def __init__(self, folder: Path, *, rng: random.Random, hang_timeout_s: float) -> None:
+        self.folder, self.run, self.rng = folder, folder / "runs/run", rng
+        self.kills: list[Kill] = []
+        self._pending: list[Kill] = []
+        self._settings = [*SETTINGS, f"cluster.hang_timeout_s={hang_timeout_s:g}"]
+        self._overrides: list[str] = []
+        self._process = self._go_on()
+
+    def _go_on(self) -> subprocess.Popen:
+        """Starts the run, or takes it up again."""
+        if not (self.run / "config.yaml").exists():
+            return start(self.folder, *self._settings, *self._overrides)
+        return start(self.folder, "resume", "runs/run", *self._overrides)
+
+    def torture(self, num_kills: int, *, minutes: float, victims: Sequence[str], overrides: Sequence[str] = ()) -> int:
+        """Kills it that often, or for that long, then asks it to stop; the step that it has learned from."""
+        end = time.monotonic() + 60 * minutes
+        self._overrides = [*overrides, "train.max_steps=100000"]
+        target, plan = len(self.kills) + num_kills, self._draw(victims)
+        while len(self.kills) < target or self._pending:
+            self._look()
+            if time.monotonic() > end:
+                target = 0
+            if len(self.kills) < target and self._is_due(plan):
+                if self._strike(plan):
+                    print_kill(len(self.kills), self.kills[-1])
+                plan = self._draw(victims)
+            time.sleep(0.002)
+        self._process.terminate()
+        self._process.wait()
+        return max(int(path.name.removeprefix("step_")) for path in self.run.glob("checkpoints/step_*"))
+
+    def finish(self, num_steps: int) -> None:
+        """Lets it come to its end."""
+        self._overrides = [*self._overrides[:-1], f"train.max_steps={num_steps}"]
+        self._process = self._go_on()
+        self._process.wait()
+
+    def _look(self) -> None:
+        """Starts the launcher where it is gone, and sees which kills the run is beyond."""
+        if self._process.poll() is not None:
+            self._process = self._go_on()
+        step = last_step(self.run)
+        for kill in list(self._pending):
+            kill.lowest = min(kill.lowest, step)
+            if step > kill.step:
+                kill.seconds = time.monotonic() - kill.at
+                self._pending.remove(kill)
+
+    def _draw(self, victims: Sequence[str]) -> tuple[str, str, float]:
+        """Whom, at which moment, and how long after it began."""
+        victim = SLOW_VICTIM if self.rng.random() < 0.06 else self.rng.choice(victims)
+        moment = self.rng.choice(MOMENTS)
+        if victim == "stop" and moment == "start":
+            moment = "any time"  # there is nothing to save yet
+        delay_s = {"any time": 4.0, "start": 12.0}.get(moment, 0.05)
+        return victim, moment, time.monotonic() + self.rng.uniform(0, delay_s)
+
+    def _is_due(self, plan: tuple[str, str, float]) -> bool:
+        _, moment, at = plan
+        if moment == "start":
+            return time.monotonic() > at and (is_starting(self.run) or not self._pending)
+        if self._pending or last_step(self.run) < 0:
+            return False
+        if moment == "any time":
+            return time.monotonic() > at
+        if moment == "checkpoint":
+            return any((self.run / "checkpoints").glob(".step_*"))
+        return stage(self.run) == moment
+
+    def _strike(self, plan: tuple[str, str, float]) -> bool:
+        """Whether the victim was there."""
+        victim, moment, _ = plan
+        if moment == "start" and not is_starting(self.run):
+            return False  # it is up again already
+        if moment not in ("any time", "start"):
+            time.sleep(self.rng.uniform(0, 0.05))
+        step = last_step(self.run)
+        try:
+            self._hit(victim)
+        except (psutil.NoSuchProcess, IndexError):
+            return False
+        kill = Kill(victim, moment, step, lowest=step)
+        self.kills.append(kill)
+        self._pending.append(kill)
+        return True
+
+    def _hit(self, victim: str) -> None:
+        launcher = psutil.Process(self._process.pid)
+        if victim == "launcher":
+            launcher.kill()
+            self._process.wait()
+            return
+        if victim == "stop":
+            launcher.send_signal(self.rng.choice((signal.SIGTERM, signal.SIGUSR1)))
+            self._process.wait()
+            return
+        agent = launcher.children()[0]
+        if victim == "torchrun":
+            agent.kill()
+            return
+        rank = self.rng.choice(agent.children())
+        if victim == "engine":
+            rank.children()[0].kill()
+            return
+        rank.send_signal(signal.SIGKILL if victim == "rank" else signal.SIGSTOP)
 
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--kills", type=int, default=50)
-    arguments.add_argument("--steps", type=int, default=60)
-    arguments.add_argument("--ranks", type=int, default=2)
+    arguments.add_argument("--kills", type=int, default=50, help="in both parts together")
+    arguments.add_argument("--own-engines", type=int, default=10, help="how many of them in the second part")
+    arguments.add_argument("--hang-timeout", type=float, default=60, help="cluster.hang_timeout_s; longer than a start")
+    arguments.add_argument("--minutes", type=float, default=120, help="kill no more after that long")
     arguments.add_argument("--seed", type=int, default=0)
     given = arguments.parse_args()
-    settings = [*SETTINGS, f"train.max_steps={given.steps}", f"cluster.ranks_per_node={given.ranks}"]
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
-    calm, wild = folder / "calm", folder / "wild"
-    shm = set(os.listdir("/dev/shm"))
-    begin = time.monotonic()
-    start(calm, *settings).wait()
-    calm_s = time.monotonic() - begin
-    begin = time.monotonic()
-    kills = torture(wild, settings, num_kills=given.kills, rng=random.Random(given.seed))
-    print_table(kills, calm_s=calm_s, wild_s=time.monotonic() - begin)
-    problems = compare(calm / "runs/run", wild / "runs/run", num_steps=given.steps)
-    problems += [f"/dev/shm/{name} is left" for name in set(os.listdir("/dev/shm")) - shm]
-    problems += [f"process {process.pid} is left: {process.cmdline()}" for process in of_folder(folder)]
+    os.environ[MARK] = str(folder)
+    shm, begin = set(os.listdir("/dev/shm")), time.monotonic()
+    wild = Wild(folder / "wild", rng=random.Random(given.seed), hang_timeout_s=given.hang_timeout)
+    share = given.own_engines / given.kills
+    first = wild.torture(given.kills - given.own_engines, minutes=given.minutes * (1 - share), victims=VICTIMS)
+    victims = (*VICTIMS, "engine", "engine", "engine")
+    last = wild.torture(given.own_engines, minutes=given.minutes * share, victims=victims, overrides=OWN_ENGINES)
+    wild.finish(last + 3)
+    wild_s, begin = time.monotonic() - begin, time.monotonic()
+    calm = folder / "calm"
+    start(calm, *SETTINGS, f"train.max_steps={first}").wait()
+    start(calm, "resume", "runs/run", *OWN_ENGINES, f"train.max_steps={last + 3}").wait()
+    print_table(wild.kills, num_steps=last + 3, calm_s=time.monotonic() - begin, wild_s=wild_s)
+    problems = compare(calm / "runs/run", wild.run, num_steps=last + 3)
+    problems += [f"/dev/shm/{name} is left" for name in left_in_shm(shm)]
+    problems += [f"process {process.pid} is left: {process.cmdline()}" for process in left_processes(folder)]
     for problem in problems:
         print(f"wrong: {problem}")
     if not problems:
@@ -87,102 +218,15 @@ def start(folder: Path, *argv: str) -> subprocess.Popen:
         )
 
 
-def torture(folder: Path, settings: list[str], *, num_kills: int, rng: random.Random) -> list[Kill]:
-    process, kills = start(folder, *settings), []
-    run = folder / "runs/run"
-    while process.poll() is None or len(kills) < num_kills:
-        if process.poll() is not None:  # the launcher is gone, by our hand or by its own end
-            if finished(run):
-                break
-            process = start(folder, "resume", "runs/run") if run.exists() else start(folder, *settings)
-        if len(kills) == num_kills:
-            process.wait()
-            continue
-        kill = strike(process, run, rng=rng)
-        if kill is not None:
-            kills.append(kill)
-            print(f"{len(kills):3} {kill.victim:9} {kill.moment:11} at step {kill.step}", flush=True)
-            begin = time.monotonic()
-            process = survive(process, folder, settings, kill)
-            kill.seconds = time.monotonic() - begin
-    return kills
+def stage(run: Path) -> str | None:
+    """What the newest attempt is at; None while it starts."""
+    attempts = sorted(run.glob("logs/attempt_*"), key=lambda path: int(path.name.removeprefix("attempt_")))
+    heartbeat = attempts[-1] / "heartbeat" if attempts else None
+    return heartbeat.read_text() if heartbeat and heartbeat.exists() else None
 
 
-def strike(process: subprocess.Popen, run: Path, *, rng: random.Random) -> Kill | None:
-    """Waits for the moment, and kills; None where the run ended before it came."""
-    victim, moment = rng.choice(VICTIMS), rng.choice(MOMENTS)
-    if not wait_for(process, lambda: arrived(run, moment), poll_s=0.002):
-        return None
-    time.sleep(rng.uniform(0, 0.05) if moment != "any time" else rng.uniform(0, 8))
-    kill = Kill(victim, moment, last_step(run))
-    try:
-        hit(process, victim, rng)
-    except psutil.NoSuchProcess:
-        return None
-    return kill
-
-
-def hit(process: subprocess.Popen, victim: str, rng: random.Random) -> None:
-    launcher = psutil.Process(process.pid)
-    if victim == "launcher":
-        launcher.kill()
-        process.wait()
-        return
-    if victim == "stop":
-        launcher.terminate()
-        process.wait()
-        return
-    agents = launcher.children()
-    if not agents:
-        raise psutil.NoSuchProcess(process.pid)
-    if victim == "agent":
-        agents[0].kill()
-        return
-    ranks = agents[0].children()
-    if not ranks:
-        raise psutil.NoSuchProcess(process.pid)
-    rng.choice(ranks).send_signal(signal.SIGKILL if victim == "rank" else signal.SIGSTOP)
-
-
-def survive(process: subprocess.Popen, folder: Path, settings: list[str], kill: Kill) -> subprocess.Popen:
-    """Until the run is beyond the step at which it was hit; counts what it had to do again."""
-    run, lowest = folder / "runs/run", kill.step
-    while True:
-        if process.poll() is not None:
-            if finished(run):
-                break
-            process = (
-                start(folder, "resume", "runs/run") if (run / "config.yaml").exists() else start(folder, *settings)
-            )
-        step = last_step(run)
-        lowest = min(lowest, step)
-        if step > kill.step:
-            break
-        time.sleep(0.02)
-    kill.lost_steps = kill.step - lowest
-    return process
-
-
-def arrived(run: Path, moment: str) -> bool:
-    if moment == "any time":
-        return True
-    if moment == "checkpoint":
-        return any((run / "checkpoints").glob(".step_*"))
-    stages = sorted(run.glob("logs/attempt_*/heartbeat"), key=lambda file: file.stat().st_mtime)
-    return bool(stages) and stages[-1].read_text() == moment
-
-
-def wait_for(process: subprocess.Popen, condition, *, poll_s: float) -> bool:
-    while process.poll() is None:
-        if condition():
-            return True
-        time.sleep(poll_s)
-    return False
-
-
-def finished(run: Path) -> bool:
-    outcome = run / "outcome.json"
-    return outcome.exists() and json.loads(outcome.read_text())["state"] == "finished"
+def is_starting(run: Path) -> bool:
+    return run.exists() and stage(run) is None
 
 
 def last_step(run: Path) -> int:
@@ -194,18 +238,24 @@ def last_step(run: Path) -> int:
     return json.loads(whole[-1])["step"] if whole else -1
 
 
-def print_table(kills: list[Kill], *, calm_s: float, wild_s: float) -> None:
-    print(f"\n{'victim':9} {'moment':11} kills  lost steps (mean, most)  seconds lost (mean, most)")
-    for victim in VICTIMS:
-        for moment in MOMENTS:
-            of_kind = [kill for kill in kills if (kill.victim, kill.moment) == (victim, moment)]
-            if of_kind:
-                steps, seconds = [k.lost_steps for k in of_kind], [k.seconds for k in of_kind]
-                print(
-                    f"{victim:9} {moment:11} {len(of_kind):5}  {sum(steps) / len(steps):10.1f} {max(steps):6}"
-                    f"  {sum(seconds) / len(seconds):15.1f} {max(seconds):8.1f}"
-                )
-    print(f"{len(kills)} kills; {calm_s:.0f} s left alone, {wild_s:.0f} s under torture")
+def print_kill(number: int, kill: Kill) -> None:
+    print(f"{number:3} {kill.victim:9} {kill.moment:11} at step {kill.step}", flush=True)
+
+
+def print_table(kills: list[Kill], *, num_steps: int, calm_s: float, wild_s: float) -> None:
+    print(f"\n{'kill':>4} {'victim':9} {'moment':11} {'at step':>7} {'lost steps':>10} {'lost seconds':>12}")
+    for number, kill in enumerate(kills, start=1):
+        print(f"{number:4} {kill.victim:9} {kill.moment:11} {kill.step:7} {kill.lost_steps:10} {kill.seconds:12.1f}")
+    print(f"\n{'victim or moment':18} kills  lost steps (mean, most)  lost seconds (mean, most)")
+    for name in dict.fromkeys((*VICTIMS, "engine", SLOW_VICTIM, *MOMENTS)):
+        of_kind = [kill for kill in kills if name in (kill.victim, kill.moment)]
+        if of_kind:
+            steps, seconds = [k.lost_steps for k in of_kind], [k.seconds for k in of_kind]
+            print(
+                f"{name:18} {len(of_kind):5}  {sum(steps) / len(steps):10.1f} {max(steps):6}"
+                f"  {sum(seconds) / len(seconds):15.1f} {max(seconds):8.1f}"
+            )
+    print(f"{len(kills)} kills, {num_steps} steps; {calm_s:.0f} s left alone, {wild_s:.0f} s under torture")
 
 
 def compare(calm: Path, wild: Path, *, num_steps: int) -> list[str]:
@@ -232,12 +282,24 @@ def compare(calm: Path, wild: Path, *, num_steps: int) -> list[str]:
     return problems
 
 
-def of_folder(folder: Path) -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if any(str(folder) in word for word in process.info["cmdline"] or ())
-    ]
+def left_in_shm(before: set[str]) -> Iterator[str]:
+    """Shared memory that came since and that no process has: others' may come and go meanwhile."""
+    mapped = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            mapped += maps.read_text()
+        except OSError:
+            continue  # it has ended
+    return (name for name in set(os.listdir("/dev/shm")) - before if f"/dev/shm/{name}" not in mapped)
+
+
+def left_processes(folder: Path) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(MARK) == str(folder):
+                yield process
+        except psutil.Error:
+            continue
 
 
 if __name__ == "__main__":

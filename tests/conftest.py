@@ -1,6 +1,7 @@
 """What several test folders share: small model folders made on the spot."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,12 +9,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from distill_cli.config.compose import hear_own_warnings
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _records_reach_caplog() -> None:
+    """A test that ran a rank's side, or Hydra alone, in this process has turned them away."""
+    logging.getLogger("distill_cli").propagate = True
+    hear_own_warnings()
 
 
 @pytest.fixture

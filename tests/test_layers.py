@@ -10,12 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "distill_cli"
 LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"errors", "types"},
-    {"config"},
+    {"config", "lock"},
     {"live"},
     {"log", "rundir", "plugins", "modelpath", "lora", "hardware", "processes", "statistics"},
     {"memory", "pair"},
     {"parallel", "losses", "data", "engines", "track", "launch"},
-    {"rollout", "preflight", "report", "scoreboard"},
+    {"rollout", "preflight", "report", "scoreboard", "attempts"},
     {"student", "evaluate", "checkpoint"},
     {"progress", "step_metrics", "token_views"},
     {"trainer"},

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 
 from distill_cli import hardware
 from distill_cli.config.compose import compose
+from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
-from distill_cli.preflight import preflight
+from distill_cli.preflight import preflight, room
 
 MakeModel = Callable[..., Path]
 
@@ -239,3 +241,16 @@ def test_sleep_is_for_gpus(make_model: MakeModel) -> None:
     assert "engine.teacher.sleep=true: engines on CPUs cannot" in problems_of(*argv, "engine.teacher.sleep=true")
     (job,) = compose([*argv, "engine.teacher.sleep=false"])
     preflight(job.config)
+
+
+def test_a_disk_without_room_is_refused_and_one_with_little_is_warned_of(tmp_path: Path) -> None:
+    config = Config()
+    config.run.root, free = str(tmp_path / "runs"), shutil.disk_usage(tmp_path).free
+    assert room(config, num_params=1000, num_trained=1000) == (None, None)
+    problem, _ = room(config, num_params=free // 12, num_trained=free // 12)
+    assert "are free, and a checkpoint takes" in problem
+    problem, warning = room(config, num_params=free // 30, num_trained=free // 30)
+    assert problem is None
+    assert "lower checkpoint.keep_top_k" in warning
+    config.checkpoint.enabled = False
+    assert room(config, num_params=free // 12, num_trained=free // 12) == (None, None)

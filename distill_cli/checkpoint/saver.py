@@ -1,8 +1,8 @@
 """The ranks' side: the student and its optimizer into a checkpoint and back, on any number of ranks and any mesh.
 
 torch.distributed.checkpoint cuts and puts together; files are safetensors (no pickle is written or read). With
-`checkpoint.async_save` training goes on as soon as the state is copied to host memory; a thread writes it, on a process
-group of its own.
+`checkpoint.async_save` a thread copies the state to host memory and writes it, on a process group of its own. Training
+goes on meanwhile; only an optimizer's step, which changes what is being copied, waits for the copy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import logging
 import random
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from torch.distributed.tensor import DTensor
 
 from distill_cli.checkpoint import store
 from distill_cli.config.schema import CheckpointConfig
-from distill_cli.errors import DistillError
-from distill_cli.rundir import RunDir, write_json
+from distill_cli.errors import ConfigError, DistillError
+from distill_cli.rundir import RunDir, flush, write_json
 
 log = logging.getLogger(__name__)
 
@@ -66,24 +67,44 @@ class Trainable:
         return self.schedule.last_epoch
 
 
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of a tensor."""
+
+    local: torch.Tensor
+    spec: Any
+    """Of a DTensor; None where the tensor is whole."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Part:
+        return cls(tensor.to_local(), tensor._spec) if isinstance(tensor, DTensor) else cls(tensor, None)
+
+
 class HostCopy:
     """A copy of this rank's tensors in host memory, which is taken once and used again for each checkpoint."""
 
     def __init__(self) -> None:
         self._host: Tensors = {}
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
-    def take(self, tensors: Tensors) -> Tensors:
-        """The same names and layouts, with values that stay as they are now until the next call."""
+    def take(self, tensors: Mapping[str, Part], *, after: torch.cuda.Event | None) -> Tensors:
+        """The same names and layouts, with values that stay as they are now until the next call.
+
+        Args:
+            after: what the GPU has to be done with before it copies.
+        """
         copies: Tensors = {}
-        for name, tensor in tensors.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if name not in self._host:
-                self._host[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
-            host = self._host[name].copy_(local, non_blocking=True)
-            # DTensor.from_local would carry it back to the mesh's device.
-            copies[name] = DTensor(host, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else host
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        with torch.cuda.stream(self._stream):  # without effect where there is none
+            if after is not None:
+                self._stream.wait_event(after)
+            for name, part in tensors.items():
+                if name not in self._host:
+                    self._host[name] = torch.empty_like(part.local, device="cpu", pin_memory=part.local.is_cuda)
+                host = self._host[name].copy_(part.local, non_blocking=True)
+                # DTensor.from_local would carry it back to the mesh's device.
+                copies[name] = DTensor(host, part.spec, requires_grad=False) if part.spec else host
+        if self._stream is not None:
+            self._stream.synchronize()
         return copies
 
 
@@ -95,29 +116,49 @@ class Saver:
         self._group = dist.new_group(backend="gloo")  # the thread's: the trainer's own is in use meanwhile
         self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._copied.set()
+        trainable.optimizer.register_step_pre_hook(self._wait_for_copy)
         self.last_step = 0
         """The newest step that `save` was called for."""
+        self.stopped_s = 0.0
+        """How long training has stood still for checkpoints."""
 
-    def save(self, step: int, state: dict[str, Any], *, wait: bool = False) -> None:
-        """Writes the checkpoint of `step`, in the background unless `wait` or the config says otherwise.
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Writes the checkpoint of `step`, in the background unless the config says otherwise.
 
         One that cannot be written (a full disk) is a warning: what was there before stays, and training goes on.
 
         Args:
             state: what `load` gives back; JSON. `metrics` are the step's.
         """
+        begin = time.perf_counter()
         self.finish()
         self.last_step = step
-        tensors = self._trainable.tensors(with_optimizer=self._settings.save_optimizer)
-        tensors = self._host_copy.take(tensors)
-        state = {**state, "step": step, "num_updates": self._trainable.num_updates, "num_ranks": dist.get_world_size()}
+        # What holds the values now, whatever object a DTensor or an optimizer's state is made of later.
+        parts = {
+            name: Part.of(tensor)
+            for name, tensor in self._trainable.tensors(with_optimizer=self._settings.save_optimizer).items()
+        }
+        state = {"step": step, **state, "num_updates": self._trainable.num_updates, "num_ranks": dist.get_world_size()}
         state["base"] = self._trainable.base
+        now = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        self._copied.clear()
         self._thread = threading.Thread(
-            target=self._write, args=(step, tensors, state, random_states()), name="checkpoint", daemon=True
+            target=self._copy_and_write,
+            args=(step, parts, now, state, random_states()),
+            name="checkpoint",
+            daemon=True,
         )
         self._thread.start()
-        if wait or not self._settings.async_save:
+        if not self._settings.async_save:
             self.finish()
+        self.stopped_s += time.perf_counter() - begin
+
+    def _wait_for_copy(self, *_: Any) -> None:
+        begin = time.perf_counter()
+        self._copied.wait()
+        self.stopped_s += time.perf_counter() - begin
 
     def finish(self) -> None:
         """Until what is being written is there."""
@@ -126,31 +167,58 @@ class Saver:
             self._thread = None
 
     def close(self) -> None:
+        log.info("checkpoints have stopped training for %.3f s in all", self.stopped_s)
         self.finish()
         self._host_copy = HostCopy()
 
-    def _write(self, step: int, tensors: Tensors, state: dict[str, Any], randomness: dict[str, Any]) -> None:
-        root, rank = self._run.checkpoints, dist.get_rank()
-        temporary = store.temporary_path(root, step)
+    def _copy_and_write(
+        self,
+        step: int,
+        parts: Mapping[str, Part],
+        now: torch.cuda.Event | None,
+        state: dict[str, Any],
+        randomness: dict[str, Any],
+    ) -> None:
+        problem, tensors = None, {}
         try:
-            temporary.mkdir(parents=True, exist_ok=True)
+            tensors = self._host_copy.take(parts, after=now)
+        except (RuntimeError, MemoryError) as error:  # no host memory
+            problem = _root_cause(error)
+        finally:
+            self._copied.set()
+        problems = [problem for problem in self._gather(problem) if problem]
+        if problems:  # on any rank: none enters dcp
+            written = [({}, problem) for problem in problems]
+        else:
+            written = self._gather(self._write(step, tensors, state, randomness))
+        if dist.get_rank() == 0:
+            self._seal(step, written)
+
+    def _gather(self, mine: Any) -> list[Any]:
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine, group=self._group)
+        return everyone
+
+    def _write(
+        self, step: int, tensors: Tensors, state: dict[str, Any], randomness: dict[str, Any]
+    ) -> tuple[dict[str, Any], str | None]:
+        """This rank's files: their entries in the manifest, or why they could not be written."""
+        rank = dist.get_rank()
+        temporary = store.temporary_path(self._run.checkpoints, step)
+        try:
             files = {name: MOMENTS_FILE if name.startswith(MOMENTS) else WEIGHTS_FILE for name in tensors}
             writer = dcp.HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=self._group)
             write_json(temporary / f"rank_{rank}.json", randomness)
             mine = [temporary / f"rank_{rank}.json", *temporary.glob(f"shard-{rank + 1:05}-*")]
             if rank == 0:
-                write_json(temporary / store.STATE, state)
+                write_json(temporary / store.STATE, {**state, "mlflow_run_id": mlflow_run_id(self._run)})
                 shutil.copyfile(self._run.config, temporary / store.CONFIG)
                 mine += [temporary / store.STATE, temporary / store.CONFIG]
-            entries, problem = store.describe(mine), None
+            return store.describe(mine), None
         except (Exception, dcp.api.CheckpointException) as error:  # what a file system raises, on one rank or another
-            entries, problem = {}, _root_cause(error)
             log.exception("the checkpoint of step %d", step)
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (entries, problem), group=self._group)
-        if rank == 0:
-            self._seal(step, everyone)
+            return {}, _root_cause(error)
 
     def _seal(self, step: int, everyone: list[tuple[dict[str, Any], str | None]]) -> None:
         root, settings = self._run.checkpoints, self._settings
@@ -159,6 +227,10 @@ class Saver:
         try:
             if problems:
                 raise DistillError(problems[0])
+            # A machine that loses power must not keep the checkpoint and lose the steps that led to it.
+            for path in (self._run.metrics, self._run.config, root, self._run.path):
+                if path.exists():
+                    flush(path)
             store.seal(temporary, store.final_path(root, step), {k: v for part, _ in everyone for k, v in part.items()})
             store.prune(
                 root,
@@ -175,6 +247,12 @@ class Saver:
             )
 
 
+def mlflow_run_id(run: RunDir) -> str | None:
+    """The run in MLflow that this one is recorded as; None where there is none yet."""
+    file = run.path / "mlflow.json"
+    return json.loads(file.read_text()).get("run_id") if file.exists() else None
+
+
 def load(path: Path, trainable: Trainable) -> dict[str, Any]:
     """Fills the student, its optimizer and schedule, and the random states; what `save` was given as state.
 
@@ -182,11 +260,15 @@ def load(path: Path, trainable: Trainable) -> dict[str, Any]:
     they are (what is sampled has seeds of its own).
 
     Raises:
-        DistillError: the checkpoint's parameters are not the student's.
+        ConfigError: the checkpoint's parameters are not the student's.
     """
     state = json.loads((path / store.STATE).read_text())
     reader = dcp.HuggingFaceStorageReader(str(path))
-    with_optimizer = any(name.startswith(MOMENTS) for name in reader.read_metadata().state_dict_metadata)
+    names = reader.read_metadata().state_dict_metadata.keys()
+    others = {name for name in names if not name.startswith(MOMENTS)} ^ {name for name, _ in trainable.parameters()}
+    if others:
+        raise ConfigError(f"{path}: is of another model: {min(others)} is not in both; give the model that it is of")
+    with_optimizer = any(name.startswith(MOMENTS) for name in names)
     if with_optimizer:
         start_moments(trainable, num_updates=state["num_updates"])
     else:
@@ -195,7 +277,7 @@ def load(path: Path, trainable: Trainable) -> dict[str, Any]:
     try:
         dcp.load(trainable.tensors(with_optimizer=with_optimizer), storage_reader=reader, process_group=group)
     except (Exception, dcp.api.CheckpointException) as error:
-        raise DistillError(f"{path}: does not fit this student: {_root_cause(error)}") from error
+        raise ConfigError(f"{path}: is of another model: {_root_cause(error)}; give the model that it is of") from error
     dist.destroy_process_group(group)
     set_num_updates(trainable.schedule, state["num_updates"])
     randomness = path / f"rank_{dist.get_rank()}.json"

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import DistillError
-from distill_cli.rundir import write_json
+from distill_cli.rundir import flush, write_json
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -42,10 +41,19 @@ class Checkpoint:
     path: Path
     step: int
 
+    @classmethod
+    def at(cls, path: Path) -> Checkpoint:
+        return cls(path, int(path.name.removeprefix("step_")))
+
     @cached_property
     def state(self) -> dict[str, Any]:
         """What `state.json` holds."""
         return json.loads((self.path / STATE).read_text())
+
+    @property
+    def recorded_step(self) -> int:
+        """The last step of metrics.jsonl that belongs to it: one less than `step` where a validation is to follow."""
+        return self.state["step"]
 
     def metric(self, name: str) -> float | None:
         """The step's value of `train/...` or `val/...`; None where it had none, or it was not finite."""
@@ -56,9 +64,8 @@ def find(root: Path) -> list[Checkpoint]:
     """The finished checkpoints in a run's `checkpoints/`, oldest first."""
     found = []
     for path in root.glob("step_*"):
-        number = path.name.removeprefix("step_")
-        if number.isdigit() and (path / MANIFEST).is_file():
-            found.append(Checkpoint(path, int(number)))
+        if path.name.removeprefix("step_").isdigit() and (path / MANIFEST).is_file():
+            found.append(Checkpoint.at(path))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -94,6 +101,9 @@ def damage(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    for file in path.glob("*.safetensors"):  # all of which are read
+        if file.name not in expected:
+            return f"{file.name} is not one of its files"
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
         digests = threads.map(sha256, [path / name for name in expected])
         for (name, (_, digest)), found in zip(expected.items(), digests, strict=True):
@@ -116,9 +126,13 @@ def seal(temporary: Path, final: Path, entries: dict[str, dict[str, Any]]) -> No
     write_json(temporary / MANIFEST, {"files": entries})
     flush(temporary / MANIFEST)
     flush(temporary)
-    if final.exists():  # of an earlier attempt, and damaged: else that one would have been gone on from
-        remove(final)
-    temporary.rename(final)
+    if final.exists():  # of an earlier attempt, and damaged or without its validation
+        old = hidden(final)
+        final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.rename(final)
     flush(final.parent)
 
 
@@ -139,10 +153,16 @@ def prune(root: Path, *, keep_top_k: int, metric: str, higher_is_better: bool) -
 
 def remove(path: Path) -> None:
     """Removes a checkpoint; one that is half removed is not taken for one."""
-    hidden = path.with_name(f".{path.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
-    path.rename(hidden)
-    shutil.rmtree(hidden)
+    old = hidden(path)
+    path.rename(old)
+    shutil.rmtree(old)
+
+
+def hidden(path: Path) -> Path:
+    """A name that a checkpoint is removed under; free."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    return old
 
 
 def remove_unfinished(root: Path) -> None:
@@ -159,13 +179,16 @@ def final_path(root: Path, step: int) -> Path:
     return root / f"step_{step}"
 
 
-def choose(root: Path, which: str, *, metric: str, higher_is_better: bool) -> Checkpoint:
-    """The checkpoint that `which` names: a step's number, `best` by the metric, or `last`.
+def choose(root: Path, which: str, *, metric: str, higher_is_better: bool, warn: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint that `which` names: a step's number, `best` by the metric, or `last`, which is a whole one.
 
     Raises:
         DistillError: there is none, with those that there are; or it is damaged.
     """
     found = find(root)
+    newest = newest_whole(root, warn=warn) if which == "last" else None
+    if newest is not None:
+        return newest
     by_metric = best(found, metric=metric, higher_is_better=higher_is_better)
     candidates = {"last": found[-1:], "best": by_metric[:1]}.get(which, [c for c in found if str(c.step) == which])
     if not candidates:
@@ -181,12 +204,3 @@ def choose(root: Path, which: str, *, metric: str, higher_is_better: bool) -> Ch
 def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """A file's contents, or a folder's names, to permanent storage."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

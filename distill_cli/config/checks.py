@@ -37,7 +37,8 @@ MAX_ENGINE_RANK = 512
 
 RANKABLE = {
     *("train/loss", "train/kl_forward", "train/kl_reverse", "train/entropy", "train/grad_norm"),
-    *("train/teacher_topk_mass", "train/student_topk_mass", "train/top1_agreement"),
+    *("train/teacher_topk_mass", "train/student_topk_mass", "train/top1_agreement", "train/response_tokens"),
+    *("train/lr", "train/skipped_updates"),
     *("rollout/accuracy", "rollout/mean_length", "rollout/truncated_rate", "rollout/engine_mismatch"),
     *("rollout/mean_turns", "rollout/turn_limit_rate"),
     *("val/accuracy", "val/mean_length", "val/truncated_rate"),

@@ -6,6 +6,7 @@ checks and collects, so that a sweep is checked whole before its first run.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -89,6 +90,7 @@ def compose(argv: Sequence[str], *, unread: Sequence[str] = ()) -> list[Job]:
             raise ConfigError(_one_line(error)) from error
         finally:
             sys.argv = argv_before
+            hear_own_warnings()
     return jobs
 
 
@@ -122,6 +124,14 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
     return OmegaConf.to_object(merged)
 
 
+def hear_own_warnings() -> None:
+    """Hydra's job_logging=disabled silences every logger that is there, ours too."""
+    logging.getLogger("distill_cli").setLevel(logging.WARNING)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == "distill_cli" and isinstance(logger, logging.Logger):
+            logger.disabled = False
+
+
 def known_losses() -> dict[str, set[str]]:
     """Each divergence that a file of conf/loss names, with the other keys that the file sets: those it reads."""
     files = [OmegaConf.load(file) for file in sorted((conf_dir() / "loss").glob("*.yaml"))]
@@ -134,7 +144,12 @@ def load_config(path: Path) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    path.write_text(config_text(config))
+
+
+def config_text(config: Config) -> str:
+    """What a run's config.yaml holds."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def flatten(node: Any, at: str = "") -> dict[str, Any]:

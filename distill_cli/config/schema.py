@@ -328,7 +328,8 @@ class CheckpointConfig:
     """Any train/, rollout/ or val/ metric of metrics.jsonl."""
     higher_is_better: bool = True
     must_save_by: str | None = None
-    """DD:HH:MM:SS of wall clock since the start: by then a checkpoint is made and the run stops; `resume` goes on."""
+    """DD:HH:MM:SS of wall clock since the command was typed, restarts included: before a step that may end later than
+    that, the run saves a checkpoint and stops; `resume` goes on."""
     save_optimizer: bool = True
     """Without it a checkpoint is a third as large, and a resumed run is no longer exact."""
     async_save: bool = True

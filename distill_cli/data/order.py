@@ -7,13 +7,14 @@ large for that, and reads its way to the step where a run goes on.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 from distill_cli.data.rows import Stream, or_blank
@@ -43,6 +44,14 @@ class PromptOrder:
                 f"rollout.prompts_per_step={self.batch_size}: the training data has only {len(self.prompts)} prompts"
             )
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all prompts in the order of the data: a resumed run compares it."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(f"{prompt.token_ids} {prompt.teacher_token_ids}".encode())
+        return digest.hexdigest()
+
     @property
     def steps_per_epoch(self) -> int:
         """A last batch that is not full is left out of its epoch."""
@@ -62,6 +71,9 @@ class PromptStream:
 
     Prompts that are left out (`make_prompt` gives None) are made up for by those that follow.
     """
+
+    fingerprint = None
+    """It would have to read all of them."""
 
     def __init__(
         self,

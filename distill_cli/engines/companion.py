@@ -25,7 +25,7 @@ from distill_cli.engines.engine import check_settings, reason
 from distill_cli.engines.process import is_prepared, prepare_process
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.errors import ConfigError, DistillError, Killed
 from distill_cli.processes import describe_exit
 from distill_cli.types import Sample, TeacherScores
 
@@ -138,10 +138,11 @@ class CompanionScorer:
         if self._connection.closed:
             return DistillError("the scorer is closed")
         try:
-            what = describe_exit(self._process.wait(EXIT_S))
+            status = self._process.wait(EXIT_S)
         except subprocess.TimeoutExpired:
-            what = "does not answer"
-        return DistillError(f"the process of the scorer ({self._settings.path}) {what}")
+            return Killed(f"the process of the scorer ({self._settings.path}) does not answer")
+        kind = Killed if status < 0 else DistillError
+        return kind(f"the process of the scorer ({self._settings.path}) {describe_exit(status)}")
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def start_process(variables: dict[str, str]) -> tuple[subprocess.Popen, Connecti
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", "distill_cli.engines.companion_process", str(theirs.fileno())],
+            [sys.executable, "-m", "distill_cli.engines.companion_process", str(theirs.fileno()), str(os.getpid())],
             env={**os.environ, **variables},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""A companion's process: `python -m distill_cli.engines.companion_process SOCKET`, started by `CompanionScorer`."""
+"""What `CompanionScorer` starts: `python -m distill_cli.engines.companion_process SOCKET PARENT`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distill_cli.processes import die_with_parent
 
 
 def main() -> None:
-    die_with_parent()
+    die_with_parent(parent=int(sys.argv[2]))
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)  # they are the rank's to heed: it may finish a step and save first
     descriptor = int(sys.argv[1])

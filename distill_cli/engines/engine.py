@@ -17,6 +17,10 @@ from distill_cli.errors import ConfigError, DistillError
 from distill_cli.modelpath import read_config
 
 
+class Interrupted(BaseException):
+    """The engine was asked to stop in the middle of its requests, which are gone."""
+
+
 class Engine:
     """`vllm.LLM` with the process kept intact, and with errors that say what failed and leave it usable.
 
@@ -24,11 +28,15 @@ class Engine:
     closes them before `destroy_process_group`.
     """
 
-    def __init__(self, settings: EngineSettings, *, role: str, **kwargs: Any) -> None:
+    def __init__(
+        self, settings: EngineSettings, *, role: str, should_stop: Callable[[], bool] | None = None, **kwargs: Any
+    ) -> None:
         """Load the model.
 
         Args:
             role: who it is in messages, as in "the sampler".
+            should_stop: asked between two tokens; `generate` raises `Interrupted` when it says so. An engine that is
+                shared by several ranks does not ask: they would not leave it at the same token.
             kwargs: what the role needs of `vllm.LLM`; `settings.kwargs` goes over it.
         """
         check_settings(settings, role=role)
@@ -43,6 +51,8 @@ class Engine:
         self.llm = load(settings, role=role, **kwargs)
         if settings.vocab_size is not None:
             self.call_worker(cut_vocabulary, settings.vocab_size)
+        if should_stop is not None and settings.tensor_parallel == 1:
+            self.llm.llm_engine.step = interruptible(self.llm.llm_engine.step, should_stop)
         try:
             check_length(settings, model_config=self.llm.model_config, role=role)
         except ConfigError:
@@ -63,7 +73,7 @@ class Engine:
     def generate(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> list[Any]:
         """Run requests to their ends; one `vllm.RequestOutput` for each prompt, in their order.
 
-        Raises DistillError where vLLM refuses a request or fails in a step; the engine stays usable.
+        Raises DistillError where vLLM refuses a request or fails in a step, and `Interrupted`; the engine stays usable.
         """
         self.check_awake()
         if not prompts:
@@ -124,6 +134,17 @@ class Engine:
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
             release_memory()
+
+
+def interruptible(step: Callable[[], Any], should_stop: Callable[[], bool]) -> Callable[[], Any]:
+    """vLLM's step, which is one token of every request."""
+
+    def checked() -> Any:
+        if should_stop():
+            raise Interrupted
+        return step()
+
+    return checked
 
 
 def check_settings(settings: EngineSettings, *, role: str) -> None:

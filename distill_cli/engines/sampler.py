@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -29,11 +29,12 @@ class Sampler:
         sampler.sync(model.named_parameters(), version=step)
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, *, should_stop: Callable[[], bool] | None = None) -> None:
+        """Load the student; `should_stop` is `Engine`'s."""
         self.version = 0
         """Which weights the engine has: what `sync` was last told, 0 for those of `settings.path`, -1 for none."""
         self._is_broken = False
-        self._engine = Engine(settings, role="the sampler")
+        self._engine = Engine(settings, role="the sampler", should_stop=should_stop)
         self.tensor_parallel = settings.tensor_parallel
         """Ranks that share this engine and call it together: see `EngineSettings`."""
         model_config = self._engine.llm.model_config

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from distill_cli.engines.engine import Engine, request_params
+from distill_cli.engines.engine import Engine, Interrupted, request_params
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.errors import DistillError
 from distill_cli.types import Sample
@@ -37,7 +37,8 @@ def sample(
             seed get correlated answers.
 
     Returns:
-        Samples whose `logp` is raw: at temperature 1 over the whole vocabulary, whatever `sampling` says.
+        Samples whose `logp` is raw: at temperature 1 over the whole vocabulary, whatever `sampling` says. They are
+        empty where the engine was asked to stop.
 
     Raises:
         DistillError: a bad request, or a failure in the engine, which stays usable.
@@ -52,7 +53,10 @@ def sample(
         sampling_params(sampling, seed=seed, max_tokens=min(sampling.max_new_tokens, max_len - len(prompt)))
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
-    return [to_sample(output) for output in engine.generate(prompts, params)]
+    try:
+        return [to_sample(output) for output in engine.generate(prompts, params)]
+    except Interrupted:
+        return [Sample([], [], "length") for _ in prompts]
 
 
 def sampling_params(sampling: SamplingSettings, *, seed: int, max_tokens: int) -> Any:

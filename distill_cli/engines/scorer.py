@@ -5,13 +5,13 @@ Shape letters: R response tokens of one sequence, K the teacher's top-k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from distill_cli.engines.engine import Engine, request_params
+from distill_cli.engines.engine import Engine, Interrupted, request_params
 from distill_cli.engines.sampling import sample
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.errors import ConfigError, DistillError
@@ -26,13 +26,21 @@ class Scorer:
         scores = scorer.score(sequences, response_starts=[len(prompt) for prompt in prompts])
     """
 
-    def __init__(self, settings: EngineSettings, *, topk: int, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        *,
+        topk: int,
+        temperature: float = 1.0,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> None:
         """Load the teacher.
 
         Args:
             settings: `max_model_len` is the longest sequence that can be scored.
             topk: up to the vocabulary's size, which is full support.
             temperature: logits are divided by it (`loss.temperature`).
+            should_stop: `Engine`'s.
         """
         if temperature <= 0:
             raise ConfigError(f"temperature of the scorer is {temperature}: it must be above 0")
@@ -45,6 +53,7 @@ class Scorer:
         self._engine = Engine(
             settings,
             role="the scorer",
+            should_stop=should_stop,
             max_model_len=settings.max_model_len + 1,
             max_logprobs=topk,
             # A prefix from the cache has no logits to score, and reading it here gives uninitialised memory.
@@ -61,7 +70,7 @@ class Scorer:
             raise ConfigError(f"loss.temperature is {temperature}: {settings.path} allows only 1 in vLLM")
 
     def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:
-        """The teacher's view of each sequence, in their order.
+        """The teacher's view of each sequence, in their order; empty ones where the engine was asked to stop.
 
         Args:
             sequences: token ids of prompt and response.
@@ -74,8 +83,11 @@ class Scorer:
         scored = [index for index, start in enumerate(response_starts) if start < len(sequences[index])]
         # Every request of vLLM samples a token; this one is not looked at.
         params = request_params(max_tokens=1, temperature=0.0, prompt_logprobs=self._topk, detokenize=False)
-        with self._divided_logits():
-            outputs = self._engine.generate([sequences[index] for index in scored], [params] * len(scored))
+        try:
+            with self._divided_logits():
+                outputs = self._engine.generate([sequences[index] for index in scored], [params] * len(scored))
+        except Interrupted:
+            return [empty_scores(self._topk) for _ in sequences]
         scores = {
             index: to_scores(output, start=response_starts[index])
             for index, output in zip(scored, outputs, strict=True)

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -24,14 +25,14 @@ import psutil
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.launch.nodes import POLL_S, Head, Rendezvous, read_call
 from distill_cli.modelpath import CACHE_ONLY
-from distill_cli.processes import describe_exit, die_with_parent
+from distill_cli.processes import LAUNCHER, describe_exit, die_with_parent
 from distill_cli.rundir import RunDir, write_json
 
 GRACE_S = 3.0
 """Between asking the ranks to end and killing them."""
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""Ctrl-C; what a system or scheduler ends a process with; Slurm's warning before it does."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""Ctrl-C; what a system or scheduler ends a process with; a scheduler's warnings; a terminal that is gone."""
 
 ALONE = Rendezvous()
 
@@ -89,7 +90,7 @@ def launch(
         ConfigError: a rank found the input wrong.
         Killed: a rank was killed, or none got on.
         DistillError: a rank failed; its own error in one line, and the path of its log.
-        Stopped: SIGINT, SIGTERM or SIGUSR2 came; every process is gone.
+        Stopped: one of `STOP_SIGNALS` came; every process is gone.
     """
     head = head or Head()
     with stop_signals():
@@ -146,12 +147,12 @@ def start(argv: Sequence[str], log_file: Path, *, env: Mapping[str, str]) -> sub
             stderr=log,
             env=env,
             start_new_session=True,  # Ctrl-C reaches us alone, and we end the ranks
-            preexec_fn=_prepare_agent,
+            preexec_fn=partial(_prepare_agent, launcher=os.getpid()),
         )
 
 
-def _prepare_agent() -> None:
-    die_with_parent()
+def _prepare_agent(*, launcher: int) -> None:
+    die_with_parent(parent=launcher)
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -192,7 +193,7 @@ def ask_to_stop(process: subprocess.Popen, run: RunDir, *, grace_s: float) -> No
 
 def environment(*, num_ranks: int, use_gpus: bool, extra: Mapping[str, str]) -> dict[str, str]:
     """The ranks' environment: ours and `extra`, the CPU's threads shared out, no GPU where none is to be used."""
-    env = {**os.environ, **extra, CACHE_ONLY: "1"}
+    env = {**os.environ, **extra, CACHE_ONLY: "1", LAUNCHER: str(os.getpid())}
     threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
     env.setdefault("OMP_NUM_THREADS", str(threads))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -205,7 +206,7 @@ def environment(*, num_ranks: int, use_gpus: bool, extra: Mapping[str, str]) -> 
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """`STOP_SIGNALS` raise `Stopped` inside; a second one does nothing more."""
+    """`STOP_SIGNALS` raise `Stopped` inside; a second one does nothing more. Those that nohup has ignored stay so."""
     raised = False
 
     def stop(signum: int, _frame: object) -> None:
@@ -214,7 +215,8 @@ def stop_signals() -> Iterator[None]:
             raised = True
             raise Stopped(signum)
 
-    before = {signum: signal.signal(signum, stop) for signum in STOP_SIGNALS}
+    heeded = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    before = {signum: signal.signal(signum, stop) for signum in heeded}
     try:
         yield
     finally:

@@ -65,9 +65,9 @@ def cut_back(path: Path, *, last_step: int, removed_to: Path) -> int:
     return len(removed)
 
 
-def plain(value: float) -> float | int | None:
+def plain(value: float | None) -> float | int | None:
     """A number as JSON has it. JSON knows no NaN and no infinity: null stands for them."""
-    if isinstance(value, int):
+    if value is None or isinstance(value, int):
         return value
     value = float(value)
     return float(f"{value:.9g}") if math.isfinite(value) else None

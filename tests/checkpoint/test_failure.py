@@ -2,6 +2,7 @@
 
 import logging
 import resource
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,28 +34,65 @@ def trainable() -> Trainable:
     return Trainable(model, optimizer, schedule)
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 800 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounts nothing here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def save(saver: Saver, step: int, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings of a checkpoint."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        saver.save(step, {"metrics": {}})
+        saver.finish()
+    return [record.message for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def steps(run: RunDir) -> list[int]:
+    return [checkpoint.step for checkpoint in store.find(run.checkpoints)]
+
+
 @pytest.mark.usefixtures("group")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run, what = RunDir(tmp_path / "run"), trainable()
+def test_a_full_disk_keeps_the_checkpoint_before(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = RunDir(small_disk / "run")
     run.path.mkdir()
     save_config(Config(), run.config)
-    saver = Saver(run, CheckpointConfig(), what)
-    saver.save(1, {"metrics": {}}, wait=True)
+    saver = Saver(run, CheckpointConfig(), trainable())  # of half a MiB
+    assert save(saver, 1, caplog) == []
+    (warning,) = save(saver, 2, caplog)
+    assert warning == "no checkpoint of step 2: No space left on device; step_1 is kept; training goes on"
+    assert steps(run) == [1]
+    assert store.damage(run.checkpoints / "step_1") is None
+    assert not list(run.checkpoints.glob(".*"))
+    saver.close()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_file_that_cannot_grow_is_as_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    save_config(Config(), run.config)
+    saver = Saver(run, CheckpointConfig(), trainable())
+    assert save(saver, 1, caplog) == []
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # a file cannot grow beyond: writing it fails
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with caplog.at_level(logging.WARNING):
-            saver.save(2, {"metrics": {}}, wait=True)
+        (warning,) = save(saver, 2, caplog)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert warning == "no checkpoint of step 2: File too large; step_1 is kept; training goes on"
-    assert [checkpoint.step for checkpoint in store.find(run.checkpoints)] == [1]
-    assert not list(run.checkpoints.glob(".*"))
-    saver.save(3, {"metrics": {}}, wait=True)
+    assert save(saver, 3, caplog) == []
     saver.close()
-    assert [checkpoint.step for checkpoint in store.find(run.checkpoints)] == [1, 3]
+    assert steps(run) == [1, 3]
 
 
 @pytest.mark.usefixtures("group")
@@ -66,17 +104,18 @@ def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path: Path) ->
     saver = Saver(run, CheckpointConfig(), what)
     before = what.model.weight.detach().clone()
     saver.save(1, {"metrics": {}, "mine": [1, None]})
-    with torch.no_grad():
-        what.model.weight.zero_()  # training goes on at once
-    saver.close()
+    rate, moment = what.schedule.get_last_lr(), what.optimizer.state[what.model.weight]["exp_avg"].clone()
     random_number = torch.rand(1)
+    what.optimizer.step()  # training goes on at once
+    what.schedule.step()
+    assert not torch.equal(what.model.weight, before)
+    saver.close()
     other = trainable()
     state = load(store.find(run.checkpoints)[0].path, other)
     assert torch.equal(other.model.weight, before)
     assert state["mine"] == [1, None]
-    assert other.schedule.get_last_lr() == what.schedule.get_last_lr()
-    assert torch.equal(other.optimizer.state[other.model.weight]["exp_avg"],
-                       what.optimizer.state[what.model.weight]["exp_avg"])  # fmt: skip
+    assert other.schedule.get_last_lr() == rate
+    assert torch.equal(other.optimizer.state[other.model.weight]["exp_avg"], moment)
     assert torch.equal(torch.rand(1), random_number)  # the generators go on too
 
 
@@ -89,7 +128,7 @@ def test_without_the_optimizer_moments_start_anew_with_a_warning(
     run.path.mkdir()
     save_config(Config(), run.config)
     saver = Saver(run, CheckpointConfig(save_optimizer=False), what)
-    saver.save(1, {"metrics": {}}, wait=True)
+    saver.save(1, {"metrics": {}})
     saver.close()
     load(store.find(run.checkpoints)[0].path, trainable())
     assert "AdamW's moments start anew" in caplog.text

@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from student.layouts import Layout, Outcome, train
+from student.train_rank import made_up_model
+from transformers import AutoModelForCausalLM
 
 from distill_cli.checkpoint import store
 from distill_cli.config.compose import save_config
 from distill_cli.config.schema import Config
-from distill_cli.export import trained
+from distill_cli.export import trained, write_weights
+from distill_cli.student import attention
 
 ONE = Layout(lengths="ragged")
 
@@ -21,7 +24,7 @@ ONE = Layout(lengths="ragged")
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """1 -> 2 -> 4 -> 1 ranks, and tensor=2 -> shard=2; each leaves a checkpoint after one more step. Adapters too."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "two", "four", "tensor", "adapters")}
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "two", "four", "end", "tensor", "adapters")}
     for folder in folders.values():
         save_config(Config(), folder / "config.yaml")
     one = replace(ONE, save_to=str(folders["one"]), save_at=1)
@@ -30,6 +33,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     four = Layout(
         ranks=4, tensor=2, start_from=f"{folders['two']}/checkpoints/step_2", save_to=str(folders["four"]), save_at=3
     )
+    end = replace(four, save_to=str(folders["end"]), save_at=5)
     layouts = {
         "one": one,
         "one again": replace(ONE, start_from=f"{folders['one']}/checkpoints/step_1"),
@@ -40,12 +44,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         "adapters": Layout(ranks=2, tensor=2, lora=3, save_to=str(folders["adapters"]), save_at=2),
         "adapters again": Layout(ranks=2, tensor=2, lora=3, start_from=f"{folders['adapters']}/checkpoints/step_2"),
         "four": four,
+        "end": end,
         "four to one": replace(ONE, start_from=f"{folders['four']}/checkpoints/step_3"),
     }
     last = layouts["four to one"]
     results = train(layout for layout in layouts.values() if layout != last) | train([last])
     outcomes = {name: results[layout] for name, layout in layouts.items()}
-    return outcomes | {"folder": folders["two"], "adapters' folder": folders["adapters"]}
+    named = {"folder": folders["two"], "folder of end": folders["end"], "adapters' folder": folders["adapters"]}
+    return outcomes | named
 
 
 def test_the_same_ranks_go_on_bit_for_bit(outcomes: dict[str, Outcome]) -> None:
@@ -86,6 +92,28 @@ def test_of_frozen_weights_a_checkpoint_keeps_nothing(outcomes: dict[str, Outcom
     assert names == trained(checkpoint).sizes.keys()
 
 
+def test_what_four_ranks_saved_is_exported_by_one_in_several_files(
+    outcomes: dict[str, Outcome], tmp_path: Path
+) -> None:
+    (checkpoint,) = store.find(outcomes["folder of end"] / "checkpoints")
+    write_weights(trained(checkpoint), tmp_path, dtype=torch.float32, max_file_bytes=20_000)
+    attention.register()
+    model = made_up_model("qwen3", tied=True)
+    model.config.save_pretrained(tmp_path)
+    params = {name.removeprefix("lm."): param for name, param in outcomes["end"].params.items()}
+    loaded = model.load_state_dict(params, strict=False)
+    assert (loaded.missing_keys, loaded.unexpected_keys) == (["lm_head.weight"], [])  # which is tied
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 20_000 + 4_000 for file in files)  # with the header
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")(ids).logits
+        model.set_attn_implementation("eager")
+        theirs = model(ids).logits
+    assert (ours - theirs).abs().max() < 1e-5
+
+
 def test_a_planted_pickle_is_not_run(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
     class Planted:
         def __reduce__(self):
@@ -104,7 +132,7 @@ def test_a_planted_pickle_is_not_run(outcomes: dict[str, Outcome], tmp_path: Pat
 
 def test_another_model_s_checkpoint_is_refused(outcomes: dict[str, Outcome]) -> None:
     (checkpoint,) = store.find(outcomes["folder"] / "checkpoints")
-    with pytest.raises(AssertionError, match="does not fit this student"):
+    with pytest.raises(AssertionError, match="is of another model: model.layers.0"):
         train([Layout(family="gemma3_text", start_from=str(checkpoint.path))])
 
 

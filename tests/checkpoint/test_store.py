@@ -77,9 +77,9 @@ def test_one_without_a_value_is_kept_as_newest_and_never_as_best(tmp_path: Path)
         make(tmp_path, step, **{"val/accuracy": accuracy})
     assert keep(tmp_path, 2) == [1, 3, 4]
     with pytest.raises(DistillError, match="no checkpoint 2"):
-        store.choose(tmp_path, "2", metric="val/accuracy", higher_is_better=True)
-    assert store.choose(tmp_path, "best", metric="val/accuracy", higher_is_better=True).step == 3
-    assert store.choose(tmp_path, "last", metric="val/accuracy", higher_is_better=True).step == 4
+        store.choose(tmp_path, "2", metric="val/accuracy", higher_is_better=True, warn=print)
+    assert store.choose(tmp_path, "best", metric="val/accuracy", higher_is_better=True, warn=print).step == 3
+    assert store.choose(tmp_path, "last", metric="val/accuracy", higher_is_better=True, warn=print).step == 4
 
 
 def test_while_nothing_has_a_value_the_newest_are_kept(tmp_path: Path) -> None:
@@ -87,10 +87,10 @@ def test_while_nothing_has_a_value_the_newest_are_kept(tmp_path: Path) -> None:
         make(tmp_path, step)
     assert keep(tmp_path, 2) == [4, 5]
     with pytest.raises(DistillError, match="none has a value for val/accuracy"):
-        store.choose(tmp_path, "best", metric="val/accuracy", higher_is_better=True)
+        store.choose(tmp_path, "best", metric="val/accuracy", higher_is_better=True, warn=print)
 
 
 def test_a_damaged_one_is_not_chosen(tmp_path: Path) -> None:
     flip(make(tmp_path, 10) / "shard-00001-model-00001-of-00002.safetensors")
     with pytest.raises(DistillError, match=r"step_10: damaged: shard-.* has changed"):
-        store.choose(tmp_path, "last", metric="val/accuracy", higher_is_better=True)
+        store.choose(tmp_path, "last", metric="val/accuracy", higher_is_better=True, warn=print)

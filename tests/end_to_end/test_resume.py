@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,8 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from distill_cli.checkpoint import store
+from distill_cli.track.recorder import read_metrics
 from tests.end_to_end.conftest import SHORT, Finished, distill
 
 EVAL = ("eval.period=2", "eval.max_samples=40")
@@ -53,6 +56,7 @@ def test_a_rank_that_is_killed_changes_nothing(one_rank: Finished, tmp_path: Pat
     said = (tmp_path / "output.txt").read_text()
     assert "warning: attempt 1 failed: rank 0 was killed by SIGKILL" in said
     assert "attempt 2 goes on from the checkpoint of step" in said
+    assert re.search(r"earlier +attempt 1, after step \d: rank 0 was killed by SIGKILL", said)
     assert (run / "logs/attempt_2/rank_0.log").is_file()
     same_end(one_rank, run)
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow.db")
@@ -78,23 +82,29 @@ def same_end(one_rank: Finished, run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_on_two_ranks(one_rank: Finished, tmp_path: Path) -> None:
-    process = start(tmp_path, *SHORT, *NO_EVAL, "run.name=r", "checkpoint.period=100")
-    run = tmp_path / "runs/r"
-    metrics = run / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and '{"step": 1' in metrics.read_text(), process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(100) == 128 + signal.SIGTERM
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_on_other_ranks(one_rank: Finished, tmp_path: Path) -> None:
+    """In the middle of a validation: what the step learned is saved, and validated and recorded when it goes on."""
+    run, metrics = tmp_path / "runs/r", tmp_path / "runs/r/metrics.jsonl"
+    often = ("eval.period=1", "eval.at_start=false", "eval.teacher=false", "eval.max_samples=512", "tracker=none")
+    process = start(tmp_path, *SHORT, *often, "run.name=r")
+    heartbeat = run / "logs/attempt_1/heartbeat"
+    wait_until(lambda: heartbeat.exists() and heartbeat.read_text() == "eval", process)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(100) == 128 + signal.SIGUSR1
     said = (tmp_path / "output.txt").read_text()
-    assert "stopped: saved after step" in said
-    assert "distill resume runs/r" in said
-    assert json.loads((run / "outcome.json").read_text())["reason"] == "SIGTERM"
-    done = distill(tmp_path, "resume", "runs/r", "cluster.ranks_per_node=2", "mesh.tensor=2")
-    assert done.status == 0, done.stderr
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert "stopped: saved after step 1; distill resume runs/r goes on" in said
+    assert [row["step"] for row in read_metrics(metrics)] == [0]
+    (checkpoint,) = store.find(run / "checkpoints")
+    assert (checkpoint.step, checkpoint.recorded_step) == (1, 0)
+    for ranks in (("mesh.tensor=2", "train.max_steps=2"), ("mesh.tensor=1", "train.max_steps=3")):
+        done = distill(tmp_path, "resume", "runs/r", "cluster.ranks_per_node=2", *ranks)
+        assert done.status == 0, done.stderr
+        assert "attempt 1, after step 0: stopped by SIGUSR1" in done.stdout
+    rows = read_metrics(metrics)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     for ours, theirs in zip(rows[1:], one_rank.metrics[1:], strict=True):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
+        assert "val/accuracy" in ours
 
 
 def test_what_cannot_be_resumed_is_said(one_rank: Finished, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_ranks_see_no_gpu_where_none_is_to_be_used(monkeypatch: pytest.MonkeyPat
     assert local.environment(num_ranks=1, use_gpus=True, extra={})["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
 def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals) -> None:
     """Also where a rank ignores SIGTERM, and where the launcher itself is killed."""
     mark = tmp_path / "started"
@@ -101,6 +101,13 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in tree):
         assert time.monotonic() - begin < 10
         time.sleep(0.1)
+
+
+def test_a_process_whose_parent_died_while_it_started_ends() -> None:
+    code = "from distill_cli.processes import die_with_parent; die_with_parent(parent={}); print('lives')"
+    for parent, said in ((os.getpid(), "lives\n"), (os.getppid(), "")):
+        done = subprocess.run([sys.executable, "-c", code.format(parent)], capture_output=True, text=True)
+        assert (done.stdout, done.returncode) == (said, 0 if said else 1)
 
 
 def test_ranks_that_hang_are_ended(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
