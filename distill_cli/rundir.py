@@ -228,6 +228,19 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """The commit that is checked out in a folder and whether files differ from it; None where git does not say."""
+    said = []
+    for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
+        try:
+            command = ["git", "-C", str(folder), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        said.append(done.stdout.strip())
+    return {"commit": said[0], "dirty": bool(said[1])}
+
+
 def environment() -> dict[str, Any]:
     """Host, versions and commit: what it takes to run this again."""
     versions = {}
