@@ -59,6 +59,7 @@ from distill_cli.pair import EndTokens, Vocabularies
 from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.processes import StopFlag
 from distill_cli.progress import Progress
+from distill_cli.rollout.off_policy import response_encoder
 from distill_cli.rollout.turns import Turns, observation_encoder
 from distill_cli.rundir import RunDir, write_json
 from distill_cli.student.adapters import add_adapters
@@ -141,6 +142,7 @@ def build_trainer(
         sampling=train_sampling(config),
         verify=IsolatedVerifier(config.data.verifier) if config.data.verifier else None,
         decode=make_decode(tokenizer),
+        encode_response=response_encoder(tokenizer, template_kwargs=config.model.chat_template_kwargs),
         turns=build_turns(config, tokenizer, max_tokens=config.rollout.max_sequence_length),
         validator=validator,
         metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,

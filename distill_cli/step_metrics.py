@@ -36,14 +36,17 @@ def train_metrics(
     """Means over the response tokens of the step's updates, of all ranks. A collective."""
     device = parallel.device
     sums = torch.zeros(len(TOKEN_METRICS), device=device)
-    mismatch = torch.zeros((), device=device)
+    mismatch, num_sampled = torch.zeros((), device=device), torch.zeros((), device=device)
     for update, (batches, result) in enumerate(results):
         for batch, output in zip(batches, result.outputs, strict=True):
             batch = batch.to(device)
             sums += token_metrics_CN(batch, output).sum(-1)
             if update == 0:  # later ones see a student that has moved on from what was sampled
-                mismatch += (batch.sampler_logp - output.sampled_logp_N).abs().sum()
-    *totals, mismatch_total = parallel.all_sum(torch.cat([sums, mismatch[None]])).tolist()
+                is_sampled_N = ~batch.sampler_logp.isnan()  # not so of what somebody else wrote
+                mismatch += (batch.sampler_logp - output.sampled_logp_N)[is_sampled_N].abs().sum()
+                num_sampled += is_sampled_N.sum()
+    sums = torch.cat([sums, torch.stack([mismatch, num_sampled])])
+    *totals, mismatch_total, sampled_total = parallel.all_sum(sums).tolist()
     num_tokens = sum(result.num_response_tokens for _, result in results)
     loss = sum(result.loss * result.num_response_tokens for _, result in results)
     return {
@@ -52,7 +55,7 @@ def train_metrics(
         "train/response_tokens": num_tokens,
         "train/skipped_updates": sum(not result.is_finite for _, result in results),
         **{name: total / max(num_tokens, 1) for name, total in zip(TOKEN_METRICS, totals, strict=True)},
-        "rollout/engine_mismatch": mismatch_total / max(results[0][1].num_response_tokens, 1),
+        **({"rollout/engine_mismatch": mismatch_total / sampled_total} if sampled_total else {}),
     }
 
 
@@ -65,12 +68,16 @@ def token_metrics_CN(batch: MicroBatch, output: HeadOutput) -> torch.Tensor:
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Means over the step's sequences, which every rank knows."""
+    """Means over the step's sequences, which every rank knows: the student's own, or all where none is."""
+    own = [rollout for rollout in rollouts if rollout.sample.source == "student"]
+    share, rollouts = len(own) / len(rollouts), own or rollouts
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     metrics = {
         "rollout/mean_length": fmean(len(rollout.sample.written_ids) for rollout in rollouts),
         "rollout/truncated_rate": fmean(rollout.sample.finish_reason == "length" for rollout in rollouts),
     }
+    if share < 1:
+        metrics["rollout/on_policy_fraction"] = share
     if any(rollout.sample.trained is not None for rollout in rollouts):  # an environment answered
         metrics["rollout/mean_turns"] = fmean(rollout.sample.num_turns for rollout in rollouts)
         metrics["rollout/turn_limit_rate"] = fmean(r.sample.finish_reason == "turn_limit" for r in rollouts)

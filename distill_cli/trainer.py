@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from distill_cli.checkpoint.saver import Saver
-from distill_cli.config.schema import Config, OnTruncation
+from distill_cli.config.schema import Config, OffPolicy, OnTruncation
 from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.data.order import PromptOrder, PromptStream
 from distill_cli.data.registry import Verifier
@@ -32,6 +32,7 @@ from distill_cli.parallel.sharing import EngineShare, bring_together, share_out
 from distill_cli.processes import StopFlag
 from distill_cli.progress import Progress, Result, StopRequested, Stopwatch
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts, sequence_seed
+from distill_cli.rollout.off_policy import dataset_sample, foreign, off_policy_places
 from distill_cli.rollout.pack import BatchPlan, MicroBatch, micro_batches, plan_batch
 from distill_cli.rollout.turns import Turns
 from distill_cli.step_metrics import performance_metrics, rollout_metrics, train_metrics
@@ -75,6 +76,8 @@ class Trainer:
     """Where rollouts are left for a look at them."""
     watched: Watched | None = None
     """Prompts whose answers are; None where eval.record_samples is 0."""
+    encode_response: Callable[[str], list[int]] | None = None
+    """Makes tokens of a dataset's answer, its end included."""
     turns: Turns | None = None
     """How sequences go on after a first turn; None where they do not."""
     stop: StopFlag = field(default_factory=StopFlag)
@@ -152,6 +155,9 @@ class Trainer:
             with self.watch("sample"):
                 rollouts = self.sample(step)
         self.heed_stop()
+        if any(rollout.sample.source == "teacher" for rollout in rollouts):
+            with self.awake(self.scorer), self.watch("sample"):
+                self.ask_teacher(rollouts, step=step)
         with self.watch("pack"):
             plans = self.plan(rollouts)
         with self.awake(self.scorer), self.watch("score"):
@@ -201,18 +207,50 @@ class Trainer:
     def sample(self, step: int) -> list[Rollout]:
         """The step's sequences, sampled and judged. A collective."""
         repeat = self.config.rollout.generations_per_prompt
-        return self.answer([prompt for prompt in self.prompts.batch(step - 1) for _ in range(repeat)], step=step)
+        prompts = [prompt for prompt in self.prompts.batch(step - 1) for _ in range(repeat)]
+        settings = self.config.rollout
+        if settings.on_policy_fraction == 1:
+            return self.answer(prompts, step=step)
+        off = off_policy_places(
+            len(prompts), on_policy_fraction=settings.on_policy_fraction, seed=self.config.train.seed, step=step
+        )
+        on = [place for place in range(len(prompts)) if place not in off]
+        rollouts = dict(zip(on, self.answer([prompts[place] for place in on], step=step, places=on), strict=True))
+        for place in off:
+            sample = foreign([], "stop", source="teacher")  # it writes when it is awake
+            if settings.off_policy is OffPolicy.dataset:
+                limit = settings.max_new_tokens
+                sample = dataset_sample(prompts[place], encode=self.encode_response, max_new_tokens=limit)
+            rollouts[place] = Rollout(prompts[place], sample)
+        return [rollouts[place] for place in range(len(prompts))]
 
-    def answer(self, prompts: Sequence[Prompt], *, step: int) -> list[Rollout]:
+    def ask_teacher(self, rollouts: Sequence[Rollout], *, step: int) -> None:
+        """Fills in the answers that the teacher is to write. A collective; the scorer is awake."""
+        places = [place for place, rollout in enumerate(rollouts) if rollout.sample.source == "teacher"]
+        prompts = [rollouts[place].teacher_prompt_ids for place in places]
+        engines = EngineShare.of_all_ranks(self.scorer.tensor_parallel, self.parallel)
+        shares = share_out([len(prompt) for prompt in prompts], engines.num_engines)
+        mine = shares[engines.index]
+        samples = self.scorer.sample(
+            [prompts[index] for index in mine],
+            seeds=[sequence_seed(self.config.train.seed, step=step, sequence=places[index]) for index in mine],
+            sampling=self.sampling,
+        )
+        for index, sample in bring_together(samples, shares).items():
+            rollouts[places[index]].sample = foreign(sample.token_ids, sample.finish_reason, source="teacher")
+
+    def answer(self, prompts: Sequence[Prompt], *, step: int, places: Sequence[int] | None = None) -> list[Rollout]:
         """The student's answers, judged: each by one engine, known to all ranks. A collective.
 
-        Whichever engine samples a sequence, it comes out the same: its seed is that of the step and its place in it.
+        Whichever engine samples a sequence, it comes out the same: its seed is that of the step and its place in it
+        (`places`; None is their order).
         """
+        places = range(len(prompts)) if places is None else places
         shares = share_out([len(prompt.token_ids) for prompt in prompts], self.samplers.num_engines)
         mine = shares[self.samplers.index]
         rollouts = sample_rollouts(
             [prompts[number] for number in mine],
-            seeds=[sequence_seed(self.config.train.seed, step=step, sequence=number) for number in mine],
+            seeds=[sequence_seed(self.config.train.seed, step=step, sequence=places[number]) for number in mine],
             sampler=self.sampler,
             sampling=self.sampling,
             turns=self.turns,

@@ -55,6 +55,8 @@ class Sample:
     trained: list[bool] | None = None
     """Which tokens the student wrote; the others are observations, whose `logp` says nothing. None is all of them."""
     num_turns: int = 1
+    source: str = "student"
+    """Who wrote it: `student`, `teacher` or `dataset`. What is not the student's has NaN for `logp`."""
 
     @property
     def written_ids(self) -> list[int]:

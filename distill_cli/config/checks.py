@@ -142,6 +142,12 @@ def _rollout(config: Config) -> Iterator[str]:
     yield from _at_least("rollout.generations_per_prompt", rollout.generations_per_prompt, 1)
     yield from _at_least("rollout.max_new_tokens", rollout.max_new_tokens, 1)
     yield from _sampling("rollout", rollout.temperature, rollout.top_p)
+    yield from _within("rollout.on_policy_fraction", rollout.on_policy_fraction, 0, 1)
+    if rollout.on_policy_fraction < 1 and rollout.environment is not None:
+        yield (
+            f"rollout.on_policy_fraction={rollout.on_policy_fraction}: with rollout.environment={rollout.environment} "
+            "all sequences are the student's; set it to 1"
+        )
     yield from _at_least("rollout.max_turns", rollout.max_turns, 1)
     if rollout.max_turns > 1 and rollout.environment is None:
         yield f"rollout.max_turns={rollout.max_turns}: nobody answers a turn; set rollout.environment"

@@ -62,6 +62,11 @@ class LoraSync(Enum):
     adapter = "adapter"
 
 
+class OffPolicy(Enum):
+    dataset = "dataset"
+    teacher = "teacher"
+
+
 class Launcher(Enum):
     local = "local"
     slurm = "slurm"
@@ -200,6 +205,11 @@ class RolloutConfig:
     losing its way of ending; 1 never minds."""
     on_truncation: OnTruncation = OnTruncation.warn
     """What happens then: a warning, or a checkpoint and the end of the run."""
+    on_policy_fraction: float = 1.0
+    """Share of a step's sequences that the student writes, 0..1; the others are answers of `off_policy`, scored and
+    trained on in the same way. 0 never asks the student: supervised or offline distillation; between, GKD's mixture."""
+    off_policy: OffPolicy = OffPolicy.dataset
+    """Whose answers those are: the dataset's (`response_key`), or the teacher's own, sampled as the student's are."""
     environment: str | None = None
     """What answers the student between its turns: calculator, guess, or `pkg.module:function`; null where a sequence is
     one answer."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from distill_cli.config.schema import Config
+from distill_cli.config.schema import Config, OffPolicy
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
 from distill_cli.errors import ConfigError
@@ -48,9 +48,10 @@ def check_data(config: Config) -> DataFacts:
             return []
 
     train, validation = load("train", data.teacher_context), load("validation", None)
-    sample = None
+    rollout, sample = config.rollout, None
+    needs_responses = rollout.on_policy_fraction < 1 and rollout.off_policy is OffPolicy.dataset
     try:
-        sample, asked = _read_training(train, warnings)
+        sample, asked = _read_training(train, warnings, needs_responses=needs_responses)
         _read_validation(config, validation, asked, warnings)
     except ConfigError as error:
         problems.extend(error.problems)
@@ -59,7 +60,9 @@ def check_data(config: Config) -> DataFacts:
     return DataFacts(_size(train), _size(validation), sample, tuple(warnings))
 
 
-def _read_training(train: Sequence[Example] | Stream, warnings: list[str]) -> tuple[Example | None, set[bytes]]:
+def _read_training(
+    train: Sequence[Example] | Stream, warnings: list[str], *, needs_responses: bool
+) -> tuple[Example | None, set[bytes]]:
     """The first row that asks something, and hashes of all that were read."""
     most = STREAMED_ROWS_READ if isinstance(train, Stream) else MOST_ROWS_READ
     sample, asked, num_rows, num_empty = None, set(), 0, 0
@@ -70,6 +73,11 @@ def _read_training(train: Sequence[Example] | Stream, warnings: list[str]) -> tu
             continue
         sample = sample or example
         asked.add(_hash(example))
+    if sample is not None and needs_responses and not sample.response:
+        raise ConfigError(
+            "data.train: its rows have no whole answer to imitate, which rollout.off_policy=dataset needs; give "
+            "data.train.response_key, or choose rollout.off_policy=teacher"
+        )
     if num_rows and sample is None:
         raise ConfigError(f"data.train: none of {num_rows} rows asks anything; is it the right column?")
     if num_empty:

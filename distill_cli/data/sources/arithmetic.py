@@ -49,7 +49,8 @@ def load(*, split: str, size: int, seed: int, context_key: str | None = None) ->
     for question in questions:
         solution = worked_solution(question)
         context = solution if context_key else None
-        examples.append(Example(question=question, answer=solution.rsplit(" ", 1)[1], context=context))
+        answer = solution.rsplit(" ", 1)[1]
+        examples.append(Example(question=question, answer=answer, context=context, response=solution))
     return examples
 
 

@@ -1,0 +1,23 @@
+"""Mixtures of the student's, the teacher's and the dataset's answers through the real command."""
+
+import pytest
+
+from tests.end_to_end.conftest import SHORT, distill
+
+
+@pytest.mark.slow
+def test_half_of_each_step_is_the_teacher_s_and_all_of_it_the_dataset_s(tmp_path) -> None:
+    off = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker=none", "train.max_steps=2")
+    half = distill(tmp_path, *SHORT[1:], *off, "rollout.on_policy_fraction=0.5", "rollout.off_policy=teacher")
+    assert half.status == 0, half.stderr
+    for row in half.metrics[-2:]:
+        assert row["rollout/on_policy_fraction"] == 0.5
+        assert row["rollout/engine_mismatch"] < 1e-4
+        assert row["train/loss"] > 0
+    dataset = distill(tmp_path, *SHORT[1:], *off, "rollout.on_policy_fraction=0", "run.name=dataset")
+    assert dataset.status == 0, dataset.stderr
+    for row in dataset.metrics[-2:]:
+        assert row["rollout/on_policy_fraction"] == 0
+        assert "rollout/engine_mismatch" not in row
+        assert row["train/loss"] > 0
+        assert row["train/teacher_topk_mass"] > 0.9

@@ -1,0 +1,74 @@
+"""The part of a step that somebody else wrote."""
+
+import math
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from distill_cli.config.checks import config_problems
+from distill_cli.config.compose import compose
+from distill_cli.config.schema import OffPolicy
+from distill_cli.data.check import check_data
+from distill_cli.errors import ConfigError
+from distill_cli.modelpath import ASSETS
+from distill_cli.rollout.off_policy import dataset_sample, foreign, off_policy_places, response_encoder
+from distill_cli.step_metrics import rollout_metrics
+from distill_cli.types import Example, Prompt, Rollout, Sample
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 0.9, 1.0])
+def test_over_the_steps_the_share_is_the_one_that_was_asked_for(fraction: float) -> None:
+    places = [off_policy_places(7, on_policy_fraction=fraction, seed=1, step=step) for step in range(1, 41)]
+    assert sum(map(len, places)) == pytest.approx(40 * 7 * (1 - fraction), abs=1)
+    assert all(abs(len(one) - 7 * (1 - fraction)) < 1 for one in places)
+    assert all(one <= set(range(7)) for one in places)
+
+
+def test_the_places_are_drawn_anew_each_step_and_the_same_everywhere() -> None:
+    draws = [off_policy_places(64, on_policy_fraction=0.5, seed=1, step=step) for step in (1, 2, 1)]
+    assert draws[0] == draws[2] != draws[1]
+
+
+def test_a_dataset_s_answer_ends_as_the_template_ends_a_turn_and_is_cut_like_any_other() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_pair" / "student")
+    encode = response_encoder(tokenizer, template_kwargs={})
+    prompt = Prompt(3, [5, 6], Example("?", "7", response="#### 7"))
+    whole = dataset_sample(prompt, encode=encode, max_new_tokens=20)
+    assert tokenizer.decode(whole.token_ids) == "#### 7" + tokenizer.eos_token
+    assert (whole.finish_reason, whole.source) == ("stop", "dataset")
+    assert all(math.isnan(logp) for logp in whole.logp)
+    cut = dataset_sample(prompt, encode=encode, max_new_tokens=2)
+    assert (cut.token_ids, cut.finish_reason) == (whole.token_ids[:2], "length")
+    with pytest.raises(ConfigError, match="row 3 has no whole answer"):
+        dataset_sample(Prompt(3, [5], Example("?", "7")), encode=encode, max_new_tokens=2)
+
+
+def test_the_student_s_metrics_are_of_its_own_answers() -> None:
+    prompt = Prompt(0, [5], Example("?", "7"))
+    own = Rollout(prompt, Sample([1, 2], [-1.0, -1.0], "stop"), reward=1.0)
+    other = Rollout(prompt, foreign([1] * 9, "length", source="teacher"))
+    metrics = rollout_metrics([own, other])
+    assert metrics == {
+        "rollout/mean_length": 2,
+        "rollout/truncated_rate": 0,
+        "rollout/on_policy_fraction": 0.5,
+        "rollout/accuracy": 1.0,
+    }
+    assert rollout_metrics([other])["rollout/mean_length"] == 9
+    assert "rollout/accuracy" not in rollout_metrics([other])
+
+
+def test_what_cannot_be_is_said_before_anything_starts(tmp_path: Path) -> None:
+    (job,) = compose(["rollout.on_policy_fraction=1.5"])
+    assert any("rollout.on_policy_fraction=1.5: must lie in 0..1" in line for line in config_problems(job.config))
+    (job,) = compose(["rollout.on_policy_fraction=0.5", "rollout.environment=guess"])
+    assert any("all sequences are the student's" in line for line in config_problems(job.config))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n' * 4)
+    paths = [f"data.train.path={rows}", f"data.validation.path={rows}"]
+    (job,) = compose(["data=jsonl", *paths, "rollout.on_policy_fraction=0"])
+    with pytest.raises(ConfigError, match="no whole answer to imitate"):
+        check_data(job.config)
+    job.config.rollout.off_policy = OffPolicy.teacher
+    check_data(job.config)
