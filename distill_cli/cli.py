@@ -9,35 +9,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from distill_cli import help
 from distill_cli.errors import ConfigError, DistillError
-
-HELP = """\
-distill - on-policy distillation of language models from one command
-
-  distill [train] [OVERRIDES]     train a student on its own answers, scored by a teacher (the default verb)
-  distill plan [OVERRIDES]        compose and check everything, print what would run, start nothing
-  distill check [OVERRIDES]       two minutes on the real models: are loss, engines, sync, checkpoint right?
-  distill resume RUN [OVERRIDES]  go on from a run's newest checkpoint, on any number of ranks
-  distill eval RUN|MODEL          accuracy on a benchmark, with intervals (--against RUN|MODEL|before|teacher ...)
-  distill export RUN [DIR]        a checkpoint as a Hugging Face folder (--step N|best|last, --adapter, --push NAME)
-  distill report RUN...           runs or a sweep compared, and one HTML page about them (--out FILE)
-  distill watch RUN               follows a run in progress, wherever it runs
-  distill track sync RUN...       send MLflow what it could not be sent before, of runs or of a sweep
-  distill ls [GROUP]              the choices of a config group, each with its first comment line
-  distill doctor [--json]         what is installed, visible and reachable, and how to fix what is not
-
-examples
-  distill                                              the embedded pair, on this machine's CPU
-  distill experiment=quick                             ten steps of it
-  distill model=qwen3_1.7b_4b loss=mixed data.train.path=train.jsonl data.validation.path=test.jsonl
-  distill -m loss.topk=32,64 loss.kl_weight=0.3,0.5    a sweep, one run after the other
-  distill resume runs/latest train.max_steps=200       go on with the newest run, for longer
-  distill --cfg job                                    print the composed config
-
-overrides are Hydra's: group=choice, key=value. `distill ls` lists the groups; -m, --cfg, --info and
-`eval "$(distill -sc install=bash)"` for tab completion work as in any Hydra application.
-Set DISTILL_DEBUG=1 for tracebacks.
-"""
 
 
 def main() -> None:
@@ -49,7 +22,7 @@ def run(argv: Sequence[str]) -> int:
     """Runs one command line; its exit status."""
     verb, rest = split_verb(argv)
     if "--help" in rest or "-h" in rest:
-        print(HELP, end="")
+        print(help.VERBS[verb] if argv[0] == verb else help.GENERAL, end="")
         return 0
     try:
         return VERBS[verb](rest)
