@@ -74,7 +74,7 @@ def trainer(parallel: Parallel, said: list[str], tmp_path: Path) -> Trainer:
     return Trainer(
         config=config,
         parallel=parallel,
-        student=SimpleNamespace(lm=torch.nn.Linear(1, 1)),
+        student=SimpleNamespace(lm=torch.nn.Linear(1, 1), one_class=()),
         optimizer=None,
         schedule=SimpleNamespace(get_last_lr=begin_training),
         sampler=RecordingEngine("sampler", said),
