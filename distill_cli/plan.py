@@ -105,7 +105,7 @@ def checkpoint_row(config: Config, found: Preflight) -> dict[str, str]:
     size = 4 * sum(map(math.prod, modelpath.shapes(found.student).values())) * (3 if settings.save_optimizer else 1)
     kept = settings.keep_top_k + 2  # the newest, and the one that is being written
     return {
-        "checkpoints": f"{size / 2**30:.3g} GiB each, every {settings.period} steps; with up to {kept} "
+        "checkpoints": f"{size / 2**30:.3g} GiB each, every {settings.period} steps; up to {kept} of them, "
         f"{kept * size / 2**30:.3g} GiB"
     }
 
