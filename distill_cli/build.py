@@ -143,6 +143,7 @@ def build_trainer(
         verify=IsolatedVerifier(config.data.verifier) if config.data.verifier else None,
         decode=make_decode(tokenizer),
         encode_response=response_encoder(tokenizer, template_kwargs=config.model.chat_template_kwargs),
+        show=tokenizer.decode,
         turns=build_turns(config, tokenizer, max_tokens=config.rollout.max_sequence_length),
         validator=validator,
         metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO
 
 from rich.console import Console
 from rich.file_proxy import FileProxy
 from rich.live import Live
 from rich.markup import escape
+from rich.text import Text
 
 from distill_cli.live import Screen
 
@@ -62,6 +63,13 @@ class StepPrinter:
 
     def say(self, text: str) -> None:
         self.console.print(escape(text))
+
+    def example(self, parts: Sequence[tuple[str, bool]]) -> None:
+        """One sequence as it is trained on: what has no loss is grey, what has is green and stands in >>> <<<."""
+        shown = Text("the first sequence; the loss is on what stands in >>> <<<\n", style="dim")
+        for text, is_trained in parts:
+            shown.append(f">>>{text}<<<" if is_trained else text, style="green" if is_trained else "dim")
+        self.console.print(shown)
 
     def step(self, step: int, metrics: Mapping[str, float], *, at: float | None = None) -> None:
         """A step that is done, `at` seconds since 1970 (now). A terminal keeps the lines of validations."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -80,6 +81,8 @@ class Trainer:
     """Makes tokens of a dataset's answer, its end included."""
     turns: Turns | None = None
     """How sequences go on after a first turn; None where they do not."""
+    show: Callable[[list[int]], str] | None = None
+    """Text of token ids, special tokens too, for the one sequence that is printed; None prints none."""
     stop: StopFlag = field(default_factory=StopFlag)
     heartbeat: Callable[[str], object] = lambda stage: None
     """Called as each stage of a step begins."""
@@ -154,6 +157,8 @@ class Trainer:
             self.heed_stop(within_s=self.longest_s)
             with self.watch("sample"):
                 rollouts = self.sample(step)
+        if step == 1 and self.show is not None:
+            self.printer.example(example_parts(rollouts[0], self.show))
         self.heed_stop()
         if any(rollout.sample.source == "teacher" for rollout in rollouts):
             with self.awake(self.scorer), self.watch("sample"):
@@ -420,3 +425,11 @@ class Trainer:
         return Result(
             state, reason, progress.trained_step, seconds, progress.before, after, progress.teacher, progress.best
         )
+
+
+def example_parts(rollout: Rollout, show: Callable[[list[int]], str]) -> list[tuple[str, bool]]:
+    """A sequence in pieces, each with whether the loss is on it: the prompt, what the student wrote, observations."""
+    ids = rollout.sample.token_ids
+    marked = zip(ids, rollout.sample.trained or [True] * len(ids), strict=True)
+    pieces = [(show([token for token, _ in run]), key) for key, run in groupby(marked, key=lambda pair: pair[1])]
+    return [(show(rollout.prompt.token_ids), False), *pieces]
