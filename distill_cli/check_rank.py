@@ -20,7 +20,9 @@ from distill_cli.build import (
     build_tokenizer,
     build_trainer,
     close,
+    one_class,
     pick_device,
+    vocabularies,
 )
 from distill_cli.config.compose import load_config
 from distill_cli.config.schema import Config, Dtype, Precision, TeacherModel
@@ -28,7 +30,7 @@ from distill_cli.engines.companion import CompanionScorer
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.errors import DistillError
-from distill_cli.modelpath import locate, read_config, tensors, vocab_size
+from distill_cli.modelpath import locate, read_config, tensors
 from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.rundir import RunDir, write_json
 from distill_cli.selfcheck import MASSES, Finding, Limits, SelfCheck
@@ -81,8 +83,8 @@ def finding_line(finding: Finding) -> str:
 
 def num_scored(config: Config) -> int:
     """Words of the teacher that a check looks at: the masses' largest, or `loss.topk` where that is more."""
-    folder = locate(config.model.student.path, revision=config.model.student.revision, key="model.student.path")
-    return max(config.loss.topk, min(MASSES[-1], vocab_size(read_config(folder))))
+    pair = vocabularies(config)
+    return max(config.loss.topk, min(MASSES[-1], pair.limit or pair.sizes[0]))
 
 
 def is_exact(config: Config) -> bool:
@@ -111,6 +113,7 @@ def load_teacher(config: Config, parallel: Parallel) -> Student:
         loss=build_loss(config),
         temperature=config.loss.temperature,
         parallel=parallel,
+        one_class=one_class(config),
     )
     wrap(teacher, parallel, config.train)
     home = torch.device("cpu") if config.train.cpu_offload else parallel.device
