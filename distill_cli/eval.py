@@ -212,7 +212,11 @@ def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
     settings = load_config(run.config).checkpoint
     try:
         checkpoint = store.choose(
-            run.checkpoints, step or "last", metric=settings.metric, higher_is_better=settings.higher_is_better
+            run.checkpoints,
+            step or "last",
+            metric=settings.metric,
+            higher_is_better=settings.higher_is_better,
+            warn=lambda text: console.print(f"warning: {escape(text)}"),
         )
     except DistillError as error:
         raise ConfigError(str(error)) from error
