@@ -222,7 +222,8 @@ def stage(run: Path) -> str | None:
     """What the newest attempt is at; None while it starts."""
     attempts = sorted(run.glob("logs/attempt_*"), key=lambda path: int(path.name.removeprefix("attempt_")))
     heartbeat = attempts[-1] / "heartbeat" if attempts else None
-    return heartbeat.read_text() if heartbeat and heartbeat.exists() else None
+    words = heartbeat.read_text().split() if heartbeat and heartbeat.exists() else []
+    return words[0] if words else None
 
 
 def is_starting(run: Path) -> bool:
