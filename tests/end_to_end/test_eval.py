@@ -35,12 +35,14 @@ def test_before_after_and_teacher_in_one_command(one_rank: Finished) -> None:
     assert all(row["final_answer"] == row["reference"] for row in rows if row["reward"] == 1)
 
 
-def test_greedily_it_is_the_run_s_own_validation_also_of_an_export_and_on_two_ranks(one_rank: Finished) -> None:
+def test_greedily_it_is_the_run_s_own_validation_also_of_an_export_and_on_two_ranks(
+    one_rank: Finished, tmp_path: Path
+) -> None:
     """The run validated its last step on 40 prompts."""
-    unfinished = one_rank.folder / "unfinished"
+    unfinished = tmp_path / "unfinished"
     shutil.copytree(one_rank.run.path, unfinished, ignore=shutil.ignore_patterns("evals"))
     (unfinished / "outcome.json").unlink()
-    done = distill(one_rank.folder, "eval", "unfinished", "cluster.ranks_per_node=2", "eval.batch_size=8")
+    done = distill(tmp_path, "eval", "unfinished", "cluster.ranks_per_node=2", "eval.batch_size=8")
     assert done.status == 0, done.stderr
     assert "exporting the student of step 3" in done.stdout
     (result,) = unfinished.glob("evals/*/results.json")
@@ -49,7 +51,6 @@ def test_greedily_it_is_the_run_s_own_validation_also_of_an_export_and_on_two_ra
     assert score["accuracy"]["value"] == pytest.approx(after["accuracy"])
     assert score["mean_length"] == pytest.approx(after["mean_length"])
     assert f"{score['accuracy']['value']:.1%}" in done.stdout
-    shutil.rmtree(unfinished)
 
 
 @pytest.mark.parametrize(

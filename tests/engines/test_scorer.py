@@ -59,9 +59,8 @@ def test_topk_and_temperature(process_group, teacher, teacher_settings, topk, te
 
 
 def test_prefill_in_chunks_changes_nothing(process_group, teacher, teacher_settings):
-    chunked = replace(
-        teacher_settings, kwargs={**teacher_settings.kwargs, "max_num_batched_tokens": 48, "max_num_seqs": 4}
-    )
+    pieces = {"enable_chunked_prefill": True, "max_num_batched_tokens": 48, "max_num_seqs": 4}
+    chunked = replace(teacher_settings, kwargs={**teacher_settings.kwargs, **pieces})
     scorer = Scorer(chunked, topk=16)
     sequences = random_sequences([MAX_LEN, 47, 48, 49, 200])
     for sequence, scores in zip(sequences, scorer.score(sequences, response_starts=[1, 2, 3, 4, 100]), strict=True):
