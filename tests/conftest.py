@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,3 +41,8 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+def heed_interrupts() -> None:
+    """For a child process: as in a terminal, also where the tests run in the background, which ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,6 +17,7 @@ from rich.console import Console
 from distill_cli import watch
 from distill_cli.live import Screen, sparks
 from distill_cli.rundir import RunDir, write_json
+from tests.conftest import heed_interrupts
 
 
 def row(step: int, **metrics: float) -> str:
@@ -27,6 +28,7 @@ def row(step: int, **metrics: float) -> str:
 def run(tmp_path: Path) -> RunDir:
     made = RunDir(tmp_path / "run")
     made.logs.mkdir(parents=True)
+    made.torchrun_log(0).touch()  # it has begun
     made.config.write_text("train: {max_steps: 1000}\n")
     made.metrics.write_text(row(0, **{"val/accuracy": 0.25}) + row(1))
     return made
@@ -88,6 +90,7 @@ def test_a_terminal_shows_one_screen_and_ctrl_c_leaves_the_run_alone(run: RunDir
         process = subprocess.Popen(
             [sys.executable, "-m", "distill_cli", "watch", str(run.path)],
             stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+            preexec_fn=heed_interrupts,
         )  # fmt: skip
         os.close(theirs)
         wanted = (

@@ -15,6 +15,7 @@ import pytest
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.launch import local
 from distill_cli.rundir import RunDir, create
+from tests.conftest import heed_interrupts
 
 
 @pytest.fixture
@@ -86,7 +87,11 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
             sys.exit(128 + stopped.signum)
         """)
     )
-    process = subprocess.Popen([sys.executable, str(launcher)], cwd=Path(__file__).parent.parent.parent)
+    process = subprocess.Popen(
+        [sys.executable, str(launcher)],
+        cwd=Path(__file__).parent.parent.parent,
+        preexec_fn=heed_interrupts,
+    )
     marks = [Path(f"{mark}{rank}") for rank in (0, 1)]
     deadline = time.monotonic() + 60
     while not all(file.exists() and file.read_text() for file in marks):
