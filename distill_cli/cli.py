@@ -9,8 +9,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from distill_cli import help
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.verbs import help
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def strip_verb_from_completion() -> None:
 
 def train(argv: Sequence[str]) -> int:
     from distill_cli.config.compose import compose
-    from distill_cli.start import run_jobs
+    from distill_cli.verbs.train import run_jobs
 
     jobs = compose(wait_as_override(argv))
     return run_jobs(jobs, command=["distill", *argv]) if jobs else 0
@@ -91,8 +91,8 @@ def wait_as_override(argv: Sequence[str]) -> list[str]:
 def plan(argv: Sequence[str]) -> int:
     from distill_cli.config.compose import compose
     from distill_cli.config.schema import Launcher
-    from distill_cli.plan import print_plan, print_script
-    from distill_cli.run import check_jobs
+    from distill_cli.jobs.run import check_jobs
+    from distill_cli.verbs.plan import print_plan, print_script
 
     jobs = compose(wait_as_override(argv))
     for job, found in zip(jobs, check_jobs(jobs), strict=True):
@@ -103,25 +103,25 @@ def plan(argv: Sequence[str]) -> int:
 
 
 def check(argv: Sequence[str]) -> int:
-    from distill_cli.check import check
+    from distill_cli.verbs.check import check
 
     return check(argv)
 
 
 def resume(argv: Sequence[str]) -> int:
-    from distill_cli.resume import resume
+    from distill_cli.verbs.resume import resume
 
     return resume(wait_as_override(argv))
 
 
 def export(argv: Sequence[str]) -> int:
-    from distill_cli.export import export
+    from distill_cli.verbs.export import export
 
     return export(argv)
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    from distill_cli.eval import run_eval
+    from distill_cli.verbs.eval import run_eval
 
     return run_eval(argv)
 
@@ -150,20 +150,20 @@ def report(argv: Sequence[str]) -> int:
 
 
 def watch(argv: Sequence[str]) -> int:
-    from distill_cli.watch import watch
+    from distill_cli.verbs.watch import watch
 
     return watch(argv)
 
 
 def track(argv: Sequence[str]) -> int:
-    from distill_cli.tracking import track
+    from distill_cli.jobs.tracking import track
 
     return track(argv)
 
 
 def ls(argv: Sequence[str]) -> int:
     from distill_cli.config.compose import conf_dir
-    from distill_cli.listing import print_choices
+    from distill_cli.verbs.ls import print_choices
 
     if len(argv) > 1:
         raise ConfigError(f"{' '.join(argv)}: `distill ls` takes one group")
@@ -172,7 +172,7 @@ def ls(argv: Sequence[str]) -> int:
 
 
 def doctor(argv: Sequence[str]) -> int:
-    from distill_cli.doctor import run_doctor
+    from distill_cli.verbs.doctor import run_doctor
 
     if any(argument != "--json" for argument in argv):
         raise ConfigError(f"{' '.join(argv)}: `distill doctor` takes --json alone")

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill_cli.config.compose import compose
+from distill_cli.jobs.submit import how_it_ended, note_job
 from distill_cli.launch import slurm
 from distill_cli.launch.slurm import settle
 from distill_cli.rundir import Element, RunDir, SweepDir, create, write_json
-from distill_cli.submit import how_it_ended, note_job
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import shlex
 
 import pytest
 
-from distill_cli import help
 from distill_cli.cli import VERBS, run, split_verb
 from distill_cli.config.compose import compose
+from distill_cli.verbs import help
 
 TEXTS = {"": help.GENERAL, **help.VERBS}
 

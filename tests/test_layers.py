@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "distill_cli"
 LAYERS = [  # the lowest first; a name is the first component under distill_cli
-    {"errors", "types", "help"},
+    {"errors", "types"},
     {"config", "lock"},
     {"live"},
     {"log", "rundir", "plugins", "modelpath", "lora", "hardware", "processes", "statistics"},
@@ -19,32 +19,24 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"student", "evaluate", "checkpoint"},
     {"progress", "step_metrics", "token_views"},
     {"trainer"},
-    {"selfcheck"},
-    {"build"},
-    {"check_rank", "eval_rank"},
-    {"tracking"},
-    {"worker", "run", "listing", "doctor", "watch", "gloo_probe"},
-    {"slurm_job", "element"},
-    {"submit"},
-    {"sweep"},
-    {"start", "plan", "resume", "check"},
-    {"export", "eval"},
+    {"ranks", "jobs"},
+    {"verbs"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 NO_TORCH = [
     "distill_cli.cli",
-    "distill_cli.run",
-    "distill_cli.start",
-    "distill_cli.sweep",
-    "distill_cli.slurm_job",
-    "distill_cli.plan",
-    "distill_cli.resume",
-    "distill_cli.check",
-    "distill_cli.eval",
-    "distill_cli.doctor",
-    "distill_cli.worker",
+    "distill_cli.jobs.run",
+    "distill_cli.verbs.train",
+    "distill_cli.jobs.sweep",
+    "distill_cli.jobs.slurm_job",
+    "distill_cli.verbs.plan",
+    "distill_cli.verbs.resume",
+    "distill_cli.verbs.check",
+    "distill_cli.verbs.eval",
+    "distill_cli.verbs.doctor",
+    "distill_cli.ranks.worker",
     "distill_cli.report.table",
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))

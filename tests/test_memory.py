@@ -10,8 +10,8 @@ from distill_cli import memory, modelpath
 from distill_cli.config.compose import compose
 from distill_cli.config.schema import Config, Dtype, EngineModelConfig
 from distill_cli.errors import ConfigError
-from distill_cli.plan import memory_rows
 from distill_cli.preflight import preflight
+from distill_cli.verbs.plan import memory_rows
 
 STUDENT, TEACHER = (modelpath.ASSETS / "tiny_pair" / role for role in ("student", "teacher"))
 LARGE = memory.ModelShape(

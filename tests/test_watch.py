@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from distill_cli import watch
 from distill_cli.live import Screen, sparks
 from distill_cli.rundir import RunDir, write_json
+from distill_cli.verbs import watch
 from tests.conftest import heed_interrupts
 
 

@@ -57,7 +57,7 @@ def command(
     return [
         *(sys.executable, "-m", "torch.distributed.run", *rendezvous.arguments(), f"--nproc-per-node={num_ranks}"),
         *("--max-restarts=0", f"--shutdown-timeout={GRACE_S:.0f}", "--signals-to-handle=SIGINT"),
-        *("-m", "distill_cli.worker", str(run.path), f"--attempt={run.attempt}"),
+        *("-m", "distill_cli.ranks.worker", str(run.path), f"--attempt={run.attempt}"),
         *([f"--checkpoint={checkpoint}"] if checkpoint else []),
         *(["--check"] if check else []),
     ]

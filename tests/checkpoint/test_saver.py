@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from distill_cli.checkpoint import store
 from distill_cli.config.compose import save_config
 from distill_cli.config.schema import Config
-from distill_cli.export import trained, write_weights
 from distill_cli.student import attention
+from distill_cli.verbs.export import trained, write_weights
 
 ONE = Layout(lengths="ragged")
 

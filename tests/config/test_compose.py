@@ -38,7 +38,7 @@ def test_every_yaml_composes_and_passes_the_checks(group: str, choice: str) -> N
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_yaml_opens_with_a_comment_for_ls(group: str, choice: str) -> None:
-    from distill_cli.listing import first_comment
+    from distill_cli.verbs.ls import first_comment
 
     assert len(first_comment(conf_dir() / group / f"{choice}.yaml")) > 5
 

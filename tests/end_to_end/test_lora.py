@@ -8,8 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distill_cli.export import export
 from distill_cli.modelpath import ASSETS
+from distill_cli.verbs.export import export
 from tests.end_to_end.conftest import SHORT, Finished, distill
 
 LORA = ("model.student.lora.rank=4", "model.student.lora.targets=[q_proj,o_proj,down_proj]")

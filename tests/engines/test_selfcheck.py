@@ -14,8 +14,8 @@ from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.parallel.mesh import Parallel, layout
+from distill_cli.ranks.selfcheck import MASSES, Limits, SelfCheck
 from distill_cli.rundir import RunDir
-from distill_cli.selfcheck import MASSES, Limits, SelfCheck
 from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule

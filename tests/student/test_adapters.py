@@ -22,10 +22,10 @@ from distill_cli.errors import ConfigError, DistillError
 from distill_cli.lora import shortened, targeted
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.modelpath import fingerprint
-from distill_cli.resume import check_base
 from distill_cli.student.adapters import A, B, add_adapters, exported_name, initial_value, is_adapter, merged_parameters
 from distill_cli.student.flops import train_flops
 from distill_cli.student.model import Student
+from distill_cli.verbs.resume import check_base
 
 
 def small_model() -> LlamaForCausalLM:

@@ -27,6 +27,7 @@ from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, config_text, known_losses, load_config
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
+from distill_cli.jobs.tracking import mlflow_target, tracking
 from distill_cli.launch.local import Stopped, launch
 from distill_cli.launch.nodes import Head
 from distill_cli.launch.placement import hub_cache, placement
@@ -34,7 +35,6 @@ from distill_cli.preflight import Preflight, preflight
 from distill_cli.report.read import read_results
 from distill_cli.rundir import RunDir, write_json
 from distill_cli.track.recorder import cut_back, read_metrics
-from distill_cli.tracking import mlflow_target, tracking
 
 
 @dataclass

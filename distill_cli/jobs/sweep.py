@@ -17,17 +17,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from distill_cli import hardware, rundir, submit
+from distill_cli import hardware, rundir
 from distill_cli.config.compose import Job
 from distill_cli.config.schema import Config, Launcher
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.jobs import submit
+from distill_cli.jobs.run import carry_out, job_of, leave_report, prepare, write_memory
 from distill_cli.launch import slurm
 from distill_cli.launch.local import Stopped, stop_signals
 from distill_cli.preflight import Preflight
 from distill_cli.processes import die_with_parent
 from distill_cli.report.read import read_sweep
 from distill_cli.report.table import print_comparison
-from distill_cli.run import carry_out, job_of, leave_report, prepare, write_memory
 from distill_cli.rundir import Element, RunDir, SweepDir
 
 
@@ -150,7 +151,7 @@ def start_element(folder: Path, config: Config, *, slot: int) -> subprocess.Pope
         env["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * gpus : (slot + 1) * gpus])
     with (folder / "output.txt").open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "distill_cli.element", str(folder)],
+            [sys.executable, "-m", "distill_cli.jobs.element", str(folder)],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=env,

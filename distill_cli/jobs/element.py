@@ -1,4 +1,4 @@
-"""`python -m distill_cli.element RUN`: a run that was prepared, carried out in a process of its own."""
+"""`python -m distill_cli.jobs.element RUN`: a run that was prepared, carried out in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.run import carry_out, exit_status, job_of
+from distill_cli.jobs.run import carry_out, exit_status, job_of
 from distill_cli.rundir import RunDir
 
 

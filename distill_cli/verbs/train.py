@@ -11,15 +11,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from distill_cli import rundir, submit
+from distill_cli import rundir
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, known_losses
 from distill_cli.config.schema import Launcher
 from distill_cli.errors import ConfigError
+from distill_cli.jobs import submit
+from distill_cli.jobs.run import carry_out, check_jobs, exit_status, introduce, prepare, single_path
+from distill_cli.jobs.sweep import carry_out_sweep, prepare_sweep
 from distill_cli.preflight import Preflight
-from distill_cli.run import carry_out, check_jobs, exit_status, introduce, prepare, single_path
 from distill_cli.rundir import RunDir
-from distill_cli.sweep import carry_out_sweep, prepare_sweep
 
 
 def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:

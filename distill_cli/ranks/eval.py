@@ -8,13 +8,13 @@ from typing import IO
 
 import torch.distributed as dist
 
-from distill_cli.build import build_tokenizer, build_validator, engine_settings, pick_device
 from distill_cli.config.compose import load_config
 from distill_cli.config.derived import validation_length
 from distill_cli.data.registry import resolve_extract
 from distill_cli.engines.sampling import Answerer
 from distill_cli.evaluate import answer_row
 from distill_cli.parallel.mesh import init_parallel
+from distill_cli.ranks.build import build_tokenizer, build_validator, engine_settings, pick_device
 from distill_cli.rundir import RunDir
 from distill_cli.track.answers import AnswersFile
 

@@ -18,7 +18,6 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
-from distill_cli import submit
 from distill_cli.attempts import attempts_of, told
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
@@ -27,11 +26,12 @@ from distill_cli.config.credentials import hide_credentials
 from distill_cli.config.overrides import override_problems
 from distill_cli.config.schema import Config, Launcher, Schedule
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.jobs import submit
+from distill_cli.jobs.run import carry_out, exit_status, job_of, read_outcome, start_panel
+from distill_cli.jobs.sweep import carry_out_sweep
 from distill_cli.modelpath import fingerprint, locate
 from distill_cli.preflight import Preflight, preflight
-from distill_cli.run import carry_out, exit_status, job_of, read_outcome, start_panel
 from distill_cli.rundir import RunDir, SweepDir
-from distill_cli.sweep import carry_out_sweep
 
 SAFE = (
     *("mesh.", "cluster.", "engine.", "eval.", "checkpoint.", "tracker.", "run.print_every"),

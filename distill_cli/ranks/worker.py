@@ -1,8 +1,8 @@
-"""What each torchrun rank runs: `python -m distill_cli.worker RUN_DIR --attempt N [--checkpoint FOLDER | --check]`.
+"""What each torchrun rank runs: `python -m distill_cli.ranks.worker RUN --attempt N [--checkpoint FOLDER | --check]`.
 
 Whatever a rank or a library prints goes to the rank's log; the main rank's standard output is kept for the lines that
 are meant for the user. Only then is torch imported, and `build` makes the trainer; where the
-folder is an evaluation's, `eval_rank` asks a model.
+folder is an evaluation's, `ranks.eval` asks a model.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def main() -> None:
         prepare_process()
         hide_broken_packages()
         if arguments.check:
-            from distill_cli.check_rank import check_rank
+            from distill_cli.ranks.check import check_rank
 
             check_rank(run, console)
         elif run.evaluation.exists():
-            from distill_cli.eval_rank import evaluate_rank
+            from distill_cli.ranks.eval import evaluate_rank
 
             evaluate_rank(run, console)
         else:
-            from distill_cli.build import run_rank
+            from distill_cli.ranks.build import run_rank
 
             run_rank(run, console, checkpoint=arguments.checkpoint)
     except Exception as error:

@@ -13,7 +13,15 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from distill_cli.build import (
+from distill_cli.config.compose import load_config
+from distill_cli.config.schema import Config, Dtype, Precision, TeacherModel
+from distill_cli.engines.companion import CompanionScorer
+from distill_cli.engines.sampler import Sampler
+from distill_cli.engines.scorer import Scorer
+from distill_cli.errors import DistillError
+from distill_cli.modelpath import locate, read_config, tensors
+from distill_cli.parallel.mesh import Parallel, init_parallel
+from distill_cli.ranks.build import (
     build_engines,
     build_loss,
     build_scorer,
@@ -24,16 +32,8 @@ from distill_cli.build import (
     pick_device,
     vocabularies,
 )
-from distill_cli.config.compose import load_config
-from distill_cli.config.schema import Config, Dtype, Precision, TeacherModel
-from distill_cli.engines.companion import CompanionScorer
-from distill_cli.engines.sampler import Sampler
-from distill_cli.engines.scorer import Scorer
-from distill_cli.errors import DistillError
-from distill_cli.modelpath import locate, read_config, tensors
-from distill_cli.parallel.mesh import Parallel, init_parallel
+from distill_cli.ranks.selfcheck import MASSES, Finding, Limits, SelfCheck
 from distill_cli.rundir import RunDir, write_json
-from distill_cli.selfcheck import MASSES, Finding, Limits, SelfCheck
 from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 

@@ -36,8 +36,8 @@ from distill_cli.errors import ConfigError, DistillError
 from distill_cli.lora import shortened, targeted
 from distill_cli.modelpath import locate, shapes
 from distill_cli.pair import EndTokens, write_end_tokens
-from distill_cli.resume import check_base, open_run
 from distill_cli.student.adapters import A, B, exported_name, merge
+from distill_cli.verbs.resume import check_base, open_run
 
 MAX_SHARD_SIZE = "5GB"
 """Of one safetensors file, as the hub likes them."""

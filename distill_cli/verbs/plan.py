@@ -19,11 +19,11 @@ from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, known_losses
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step
 from distill_cli.config.schema import Config, EngineModelConfig, Launcher, LoraSync
+from distill_cli.jobs.run import count, single_path
 from distill_cli.launch import slurm
 from distill_cli.launch.local import command
 from distill_cli.lora import targeted
 from distill_cli.preflight import Preflight
-from distill_cli.run import count, single_path
 from distill_cli.rundir import RunDir
 
 

@@ -1,4 +1,4 @@
-"""One of two processes that add their ranks up over gloo: `python -m distill_cli.gloo_probe RANK PORT`.
+"""One of two processes that add their ranks up over gloo: `python -m distill_cli.ranks.gloo_probe RANK PORT`.
 
 The first prints what torch can do here, as JSON.
 """

@@ -21,11 +21,11 @@ from distill_cli import hardware
 from distill_cli.config.compose import load_config
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.jobs.run import carry_out, job_of, locate_models, read_outcome
 from distill_cli.launch.local import STOP_SIGNALS, Stopped, follow, stop_signals
 from distill_cli.launch.nodes import Head, address_of
 from distill_cli.launch.placement import placement
 from distill_cli.launch.slurm import ask
-from distill_cli.run import carry_out, job_of, locate_models, read_outcome
 from distill_cli.rundir import RunDir, write_json
 
 LOCK_TIMEOUT_S = 150.0

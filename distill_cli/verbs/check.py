@@ -22,10 +22,10 @@ from distill_cli import hardware
 from distill_cli.config.compose import compose, save_config
 from distill_cli.config.schema import Config, Launcher
 from distill_cli.errors import ConfigError
+from distill_cli.jobs.run import exit_status
 from distill_cli.launch.local import launch
 from distill_cli.launch.placement import placement
 from distill_cli.preflight import preflight
-from distill_cli.run import exit_status
 from distill_cli.rundir import RunDir
 
 SEQUENCES = 8

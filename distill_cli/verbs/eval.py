@@ -30,13 +30,13 @@ from distill_cli.config.schema import ClusterConfig, Config, MeshConfig, Student
 from distill_cli.data.check import check_data
 from distill_cli.data.registry import resolve_environment, resolve_extract, resolve_verifier
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.jobs.run import exit_status, read_outcome
 from distill_cli.launch.local import launch
 from distill_cli.preflight import check_devices, engine_problems
-from distill_cli.resume import open_run
-from distill_cli.run import exit_status, read_outcome
 from distill_cli.rundir import RunDir, free_name, write_json
 from distill_cli.scoreboard import make_scoreboard, print_scoreboard, read_problems
 from distill_cli.track.answers import join_answers
+from distill_cli.verbs.resume import open_run
 
 ALONE = (
     *("engine.student.gpu_memory_utilization=0.9", "engine.teacher.gpu_memory_utilization=0.9"),

@@ -107,7 +107,7 @@ def check_collectives() -> list[Finding]:
     """Two processes of this machine add a number up over gloo; what torch says of CUDA and NCCL there."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    command = [sys.executable, "-m", "distill_cli.gloo_probe"]
+    command = [sys.executable, "-m", "distill_cli.ranks.gloo_probe"]
     probes = [
         subprocess.Popen([*command, str(rank), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
