@@ -34,7 +34,7 @@ class Attempt:
 
     def __str__(self) -> str:
         if self.reason is None:
-            return f"attempt {self.number}: its launcher was killed"
+            return f"attempt {self.number}: its launcher was killed, or its disk was full"
         return f"attempt {self.number}, after step {self.step}: {self.reason.partition('; log: ')[0]}"
 
 

@@ -5,6 +5,7 @@ Exit status: 0 done; 1 a failure while running; 2 the input is wrong; 130 and 14
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,12 @@ def run(argv: Sequence[str]) -> int:
         if os.environ.get("DISTILL_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or os.environ.get("DISTILL_DEBUG"):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: the disk is full{where}; free some: `distill resume RUN` goes on", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -89,6 +89,11 @@ class RunDir:
         """What this attempt's main rank is doing, and of how many steps its run is; None where that is not known."""
         words = self.heartbeat.read_text().split() if self.heartbeat.exists() else []
         return (words[0], int(words[1])) if len(words) == 2 else None
+
+    def beat(self, what: str) -> None:
+        """Says what this attempt's main rank is doing, and that it lives. A full disk has room for the latter."""
+        with suppress(OSError):
+            self.heartbeat.write_text(what)
 
     def job_end(self) -> dict[str, Any] | None:
         """How the job that was submitted last has ended, by its first node; None where it has not said so."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -349,9 +350,7 @@ class Trainer:
             for batch, plan in plans:
                 batches = micro_batches(plan, batch, topk=self.config.loss.topk, parallel=self.parallel)
                 view_tokens(batches, batch, student=self.student, parallel=self.parallel)
-            if self.parallel.is_main:
-                file = self.rollouts_dir / f"step_{step}.parquet"
-                write_rollouts(file, rollouts, decode=self.decode, token_text=self.watched.token_text)
+            self.keep(self.rollouts_dir / f"step_{step}.parquet", rollouts, token_text=self.watched.token_text)
 
     def validates_at(self, step: int) -> bool:
         settings = self.config.eval
@@ -369,6 +368,9 @@ class Trainer:
         progress.note(settings.metric, ranked.get(settings.metric), higher_is_better=settings.higher_is_better)
         state = {**asdict(progress), "metrics": ranked, "data": self.prompts.fingerprint}
         with self.watch("checkpoint"):
+            if self.metrics_file is not None:
+                with suppress(OSError):  # warned of when its rows were written
+                    self.metrics_file.flush()
             self.saver.save(progress.trained_step, state)
 
     def heed_stop(self, *, within_s: float = 0.0) -> None:
@@ -409,9 +411,17 @@ class Trainer:
             log.warning("%s; the update is skipped", what)
             return
         file = self.rollouts_dir / f"bad_step_{step}.parquet"
-        if self.parallel.is_main:
-            write_rollouts(file, rollouts, decode=self.decode)
+        self.keep(file, rollouts)
         raise Unrecoverable(f"{what}, {self.progress.bad_updates} updates in a row; the last one's rollouts: {file}")
+
+    def keep(self, file: Path, rollouts: Sequence[Rollout], **settings: Any) -> None:
+        """Writes rollouts for a look at them; on a full disk a warning is all that comes of it."""
+        if not self.parallel.is_main:
+            return
+        try:
+            write_rollouts(file, rollouts, decode=self.decode, **settings)
+        except OSError as error:
+            log.warning("%s is not written: %s", file, error.strerror or error)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         if self.metrics_file is not None:

@@ -217,7 +217,7 @@ class Saver:
                 mine += [temporary / store.STATE, temporary / store.CONFIG]
             return store.describe(mine), None
         except (Exception, dcp.api.CheckpointException) as error:  # what a file system raises, on one rank or another
-            log.exception("the checkpoint of step %d", step)
+            log.info("the checkpoint of step %d", step, exc_info=True)  # the main rank warns in a line
             return {}, _root_cause(error)
 
     def _seal(self, step: int, everyone: list[tuple[dict[str, Any], str | None]]) -> None:

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 
-from distill_cli.config.credentials import uri_problem
+from distill_cli.config.credentials import secret_problems, uri_problem
 from distill_cli.config.derived import least_engine_length, parse_duration, parse_time_limit
 from distill_cli.config.schema import ClusterConfig, Config, Launcher, LoraSync
-from distill_cli.config.secrets import secret_problems
 
 RESERVED_ENGINE_KWARGS = {
     *("model", "tokenizer", "revision", "dtype", "quantization", "trust_remote_code", "max_model_len", "seed"),

@@ -1,12 +1,15 @@
-"""Credentials in the tracking server's address stay in the environment: nothing that is written down has them.
+"""Passwords and tokens, which have no place in what is written down: a run's folder, MLflow, logs.
 
-Whoever is started from here inherits MLFLOW_TRACKING_URI, as MLflow itself would read it: a job of Slurm's too.
+A config that holds one is refused. Credentials in the tracking server's address are left in the environment: whoever is
+started from here inherits MLFLOW_TRACKING_URI, as MLflow itself would read it, a job of Slurm's too.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 from distill_cli.config.schema import Config
@@ -15,6 +18,13 @@ VARIABLE = "MLFLOW_TRACKING_URI"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 _USER = re.compile(r"([A-Za-z][\w+.-]*://)[^\s/]*@")
 _SECRET = re.compile(r"([?&][^=&\s]*(?:password|passwd|pwd|token|secret|key)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+SECRET_KEY = re.compile(r"(^|[_.-])(token|password|passwd|secret|api_?key|access_?key|credentials?)$", re.I)
+"""Keys that hold one, such as HF_TOKEN."""
+SECRET_VALUE = re.compile(r"//[^/@\s]*:[^/@\s]+@|\b(hf_|ghp_|sk-|glpat-)\w{16,}")
+"""Addresses with a password, and tokens that can be told by how they begin."""
+
+IN_ENVIRONMENT = {"tracker.mlflow.uri"}
+"""Left in the environment by `hide_credentials`."""
 
 
 def without_credentials(text: str) -> str:
@@ -51,3 +61,22 @@ def uri_problem(uri: str) -> str | None:
     except ValueError:
         return "its port is no number; write a `/`, `@`, `:`, `#` or `?` in a password as %2F, %40, %3A, %23 or %3F"
     return None
+
+
+def is_secret(key: str, value: str) -> bool:
+    return bool(value and (SECRET_KEY.search(key) or SECRET_VALUE.search(value)))
+
+
+def secret_problems(node: Any, at: str = "") -> Iterator[str]:
+    """One line for each secret in a config's plain values, without the secret."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from secret_problems(value, f"{at}.{key}" if at else str(key))
+    elif isinstance(node, list):
+        for value in node:
+            yield from secret_problems(value, at)
+    elif isinstance(node, str) and at not in IN_ENVIRONMENT and is_secret(at, node):
+        yield (
+            f"{at}: holds a password or token, which would be written to the run's folder and to MLflow; leave it out "
+            "and set it in the environment that you start from, which the ranks inherit (such as HF_TOKEN)"
+        )

@@ -150,7 +150,7 @@ def build_trainer(
         saver=Saver(run, config.checkpoint, trainable) if config.checkpoint.enabled else None,
         rollouts_dir=run.rollouts,
         watched=build_watched(config, order, validator, tokenizer),
-        heartbeat=run.heartbeat.write_text if parallel.is_main else lambda stage: None,
+        heartbeat=run.beat if parallel.is_main else lambda stage: None,
         **training,
     )
     return trainer, trainable

@@ -37,7 +37,7 @@ def evaluate_rank(run: RunDir, console: IO[str]) -> None:
             file.write([answer_row(answer, decode=validator.decode, extract=extract) for answer in answers])
         done += len(answers)
         if parallel.is_main:
-            run.heartbeat.write_text(f"{done} answers")
+            run.beat(f"{done} answers")
             print(f"{asked['name']}: {done * share.num_engines} of {num_answers} answers", file=console)
     if file is not None:
         file.close()

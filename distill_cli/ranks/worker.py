@@ -45,14 +45,16 @@ def main() -> None:
 
             run_rank(run, console, checkpoint=arguments.checkpoint)
     except Exception as error:
-        traceback.print_exc()
-        message = " ".join(str(error).split())
-        if not isinstance(error, DistillError):
-            message = f"{type(error).__name__}: {message}"
-        error_file = {"time": time.time(), "message": message[:2000], "kind": type(error).__name__}
-        write_json(run.rank_error(rank), error_file)
-        sys.stderr.flush()
-        os._exit(1)  # other ranks may stand in a collective that this one will never enter
+        try:
+            traceback.print_exc()
+            message = " ".join(str(error).split())
+            if not isinstance(error, DistillError):
+                message = f"{type(error).__name__}: {message}"
+            error_file = {"time": time.time(), "message": message[:2000], "kind": type(error).__name__}
+            write_json(run.rank_error(rank), error_file)
+            sys.stderr.flush()
+        finally:
+            os._exit(1)  # other ranks may stand in a collective that this one will never enter
 
 
 def parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ Only the main rank records. The file is the truth: whatever else shows metrics r
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -13,18 +14,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+log = logging.getLogger(__name__)
+
 
 class MetricsFile:
-    """Appends to metrics.jsonl. `step` and `time` (seconds since 1970) come first in each line."""
+    """Appends to metrics.jsonl. `step` and `time` (seconds since 1970) come first in each line.
+
+    Rows that find the disk full wait in memory for the next one, with a warning: what the file says stays whole.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1)
+        drop_cut_line(path)
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._waiting = b""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         row = {"step": step, "time": round(time.time(), 3), **{key: plain(value) for key, value in metrics.items()}}
-        self._file.write(json.dumps(row) + "\n")
+        was_full = bool(self._waiting)
+        self._waiting += json.dumps(row).encode() + b"\n"
+        try:
+            self.flush()
+        except OSError as error:
+            if not was_full:
+                log.warning("%s: %s; its rows wait in memory, and the run goes on", self._path, error.strerror)
+
+    def flush(self) -> None:
+        """Writes what waits.
+
+        Raises:
+            OSError: not all of it could be written.
+        """
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def close(self) -> None:
+        self.flush()
         os.fsync(self._file.fileno())
         self._file.close()
 
@@ -33,6 +57,12 @@ class MetricsFile:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def drop_cut_line(path: Path) -> None:
+    """Takes away a last line that was cut off by a kill or a full disk."""
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def read_metrics(path: Path, *, after_step: int = -1) -> list[dict[str, float]]:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -35,11 +36,10 @@ class SystemSampler:
         self._thread.join(2.0)
 
     def _loop(self) -> None:
-        step = next_step(self._path)
         psutil.cpu_percent()  # from here to the next call
         network = psutil.net_io_counters()
-        with MetricsFile(self._path) as file:
-            is_last = False
+        with suppress(OSError), MetricsFile(self._path) as file:
+            step, is_last = next_step(self._path), False
             while not is_last:
                 is_last = self._closing.wait(self._period_s)
                 file.write(step, sample(network) | (gpus() if self._use_gpus else {}))

@@ -2,7 +2,6 @@
 
 import logging
 import resource
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,18 +31,6 @@ def trainable() -> Trainable:
     optimizer.step()
     schedule.step()
     return Trainable(model, optimizer, schedule)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 800 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounts nothing here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def save(saver: Saver, step: int, caplog: pytest.LogCaptureFixture) -> list[str]:
