@@ -7,7 +7,7 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-from distill_cli.engines.process import hide_broken_packages, prepare_process
+from distill_cli.engines.process import hide_broken_packages, import_transformers, prepare_process
 from distill_cli.log import log_to
 from distill_cli.processes import die_with_parent
 
@@ -21,6 +21,7 @@ def main() -> None:
     log_to(sys.stderr)
     prepare_process()  # before torch
     hide_broken_packages()
+    import_transformers()
     from distill_cli.engines.companion import serve
 
     serve(Connection(descriptor))

@@ -83,6 +83,28 @@ def hide_broken_packages(names: Sequence[str] = ("torchvision", "torchaudio", "t
     return hidden
 
 
+@contextmanager
+def absent(*names: str) -> Iterator[None]:
+    """Packages look as if they were not installed, to what is imported within and asks; those that are in use stay."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules |= dict.fromkeys(hidden)
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+def import_transformers() -> None:
+    """Import of transformers what models need, without SciPy and scikit-learn, which it takes along where they are.
+
+    MLflow brings them; detecting objects and assisted generation use them. They are an eighth of a rank's imports.
+    """
+    with absent("scipy", "sklearn"):
+        importlib.import_module("transformers.generation.candidate_generator")
+        importlib.import_module("transformers.loss.loss_utils")
+
+
 def num_threads_per_rank() -> int:
     """This process' share of the CPUs it may run on."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -90,6 +112,8 @@ def num_threads_per_rank() -> int:
 
 def patch_vllm() -> None:
     """Apply every patch; doing it again changes nothing."""
+    with absent("scipy"):  # which it takes along for audio
+        importlib.import_module("vllm.entrypoints.llm")
     from vllm.platforms import current_platform
 
     for method in ("from_new_request", "_update_prompt_logprobs", "_update_sample_logprobs"):

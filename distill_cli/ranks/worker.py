@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import IO
 
-from distill_cli.engines.process import hide_broken_packages, prepare_process
+from distill_cli.engines.process import hide_broken_packages, import_transformers, prepare_process
 from distill_cli.errors import DistillError
 from distill_cli.log import log_to
 from distill_cli.processes import die_with_torchrun
@@ -32,6 +32,7 @@ def main() -> None:
     try:
         prepare_process()
         hide_broken_packages()
+        import_transformers()
         if arguments.check:
             from distill_cli.ranks.check import check_rank
 
