@@ -212,7 +212,7 @@ class Saver:
             write_json(temporary / f"rank_{rank}.json", randomness)
             mine = [temporary / f"rank_{rank}.json", *temporary.glob(f"shard-{rank + 1:05}-*")]
             if rank == 0:
-                write_json(temporary / store.STATE, {**state, "mlflow_run_id": mlflow_run_id(self._run)})
+                write_json(temporary / store.STATE, {**state, "mlflow": mlflow_identity(self._run)})
                 shutil.copyfile(self._run.config, temporary / store.CONFIG)
                 mine += [temporary / store.STATE, temporary / store.CONFIG]
             return store.describe(mine), None
@@ -247,10 +247,11 @@ class Saver:
             )
 
 
-def mlflow_run_id(run: RunDir) -> str | None:
-    """The run in MLflow that this one is recorded as; None where there is none yet."""
+def mlflow_identity(run: RunDir) -> dict[str, str] | None:
+    """What the run is found again by in MLflow; None where it is not recorded there."""
     file = run.path / "mlflow.json"
-    return json.loads(file.read_text()).get("run_id") if file.exists() else None
+    known = json.loads(file.read_text()) if file.exists() else None
+    return known and {name: known[name] for name in ("uri", "experiment", "token")}
 
 
 def load(path: Path, trainable: Trainable) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from distill_cli import hardware
+from distill_cli.checkpoint import store
 from distill_cli.config.compose import flatten, load_config
 from distill_cli.config.credentials import uri_problem, whole_uri
 from distill_cli.config.schema import Config, MeshConfig
@@ -43,6 +44,7 @@ def tracking(config: Config, run: RunDir) -> Iterator[None]:
         yield
         return
     run.metrics.touch()
+    find_again(run)
     write_json(run.logs / "tags.json", attempt_tags(config, run))
     sampler = SystemSampler(run.path / "system.jsonl", use_gpus=hardware.gpus_per_node(config) > 0)
     shipper = MlflowShipper(run, target := mlflow_target(config, run))
@@ -56,6 +58,13 @@ def tracking(config: Config, run: RunDir) -> Iterator[None]:
     finally:
         sampler.close()
         shipper.close(status=status, timeout_s=timeout_s)
+
+
+def find_again(run: RunDir) -> None:
+    """Where the folder has lost its mlflow.json, the newest checkpoint says which of MLflow's runs it goes on with."""
+    known = [checkpoint.state.get("mlflow") for checkpoint in store.find(run.checkpoints)[-1:]]
+    if any(known) and not (run.path / "mlflow.json").exists():
+        write_json(run.path / "mlflow.json", known[0])
 
 
 def end_status(run: RunDir) -> str:
@@ -158,6 +167,7 @@ def track(argv: Sequence[str]) -> int:
     console = Console(highlight=False, soft_wrap=True)
     for run in find_runs(paths):
         config = load_config(run.config)
+        find_again(run)
         target = mlflow_target(config, run, uri=uri or recorded_uri(run))
         sent, run_id = sync(run, target)
         console.print(

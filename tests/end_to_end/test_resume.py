@@ -64,12 +64,16 @@ def test_a_rank_that_is_killed_changes_nothing(one_rank: Finished, tmp_path: Pat
     assert Counter(m.step for m in client.get_metric_history(run_id, "train/loss")) == Counter((1, 2, 3))
     assert client.get_run(run_id).info.status == "FINISHED"
 
-    # Back to an earlier step: what came after it is kept aside, and comes out the same again.
+    # Back to an earlier step: what came after it is kept aside, and comes out the same again. The checkpoint knows
+    # which of MLflow's runs this is.
+    (run / "mlflow.json").unlink()
     done = distill(tmp_path, "resume", "runs/r", "--step", "1")
     assert done.status == 0, done.stderr
     assert "goes on from the checkpoint of step 1" in done.stdout
     assert (run / "checkpoints_aside/step_3").is_dir()
     same_end(one_rank, run)
+    assert json.loads((run / "mlflow.json").read_text())["run_id"] == run_id
+    assert Counter(m.step for m in client.get_metric_history(run_id, "train/loss")) == Counter((1, 2, 3))
 
 
 def same_end(one_rank: Finished, run: Path) -> None:

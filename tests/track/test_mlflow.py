@@ -3,28 +3,29 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from distill_cli.checkpoint import store
+from distill_cli.checkpoint.saver import mlflow_identity
 from distill_cli.config.checks import config_problems
 from distill_cli.config.compose import compose, load_config, save_config
 from distill_cli.config.credentials import without_credentials
 from distill_cli.config.schema import Config
-from distill_cli.jobs.tracking import mlflow_target, mlflow_uri, tracking
+from distill_cli.jobs.tracking import find_again, mlflow_target, mlflow_uri, tracking
 from distill_cli.rundir import Element, RunDir, SweepDir, create, element_name, write_json
 from distill_cli.track.client import connect
 from distill_cli.track.inputs import DatasetSource
 from distill_cli.track.mlflow import ARTIFACTS, STREAMS, MlflowShipper, MlflowTarget, Shipped, ship
 from distill_cli.track.recorder import MetricsFile, cut_back, read_metrics
 from distill_cli.track.system import SystemSampler, parse_gpus
+from tests.track.server import free_port, start_server, stop, wait_until
 
 
 @pytest.fixture
@@ -129,6 +130,25 @@ def test_what_was_on_its_way_when_a_process_was_killed_is_looked_up(run: RunDir,
         metrics.write(1, {"train/loss": 1.5})
     assert ship(run, target(uri)).metrics == (0 if arrived else 1)
     assert history(uri, run, "train/loss") == [(0, 0.5), (1, 1.5)]
+
+
+def test_a_folder_that_lost_its_mlflow_json_goes_on_with_the_run_that_its_checkpoint_names(
+    run: RunDir, uri: str
+) -> None:
+    with MetricsFile(run.metrics) as metrics:
+        metrics.write(1, {"train/loss": 0.5})
+        ship(run, target(uri))
+        before = json.loads((run.path / "mlflow.json").read_text())["run_id"]
+        checkpoint = run.checkpoints / "step_1"
+        checkpoint.mkdir(parents=True)
+        write_json(checkpoint / store.STATE, {"step": 1, "mlflow": mlflow_identity(run)})
+        write_json(checkpoint / store.MANIFEST, {"files": {}})
+        (run.path / "mlflow.json").unlink()
+        metrics.write(2, {"train/loss": 0.25})
+    find_again(run)
+    assert ship(run, target(uri)).metrics == 1
+    assert json.loads((run.path / "mlflow.json").read_text())["run_id"] == before
+    assert history(uri, run, "train/loss") == [(1, 0.5), (2, 0.25)]
 
 
 def test_a_run_that_was_made_just_before_a_kill_is_found_again(run: RunDir, uri: str) -> None:
@@ -325,38 +345,3 @@ def test_what_the_machine_does_is_recorded(tmp_path: Path) -> None:
         "system/gpu_0_memory_usage_percentage": 50, "system/gpu_0_power_usage_watts": 512.3,
         "system/gpu_1_memory_usage_megabytes": 0, "system/gpu_1_memory_usage_percentage": 0,
     }  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
-def start_server(folder: Path, uri: str) -> subprocess.Popen:
-    port = uri.rsplit(":", 1)[1]
-    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "artifacts")],
-        env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    wait_until(lambda: urllib.request.urlopen(f"{uri}/health", timeout=1).status == 200)
-    return server
-
-
-def stop(server: subprocess.Popen) -> None:
-    if server.poll() is None:
-        os.killpg(server.pid, 15)
-        server.wait(20)
-
-
-def wait_until(condition, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            if condition():
-                return
-        except (OSError, json.JSONDecodeError):
-            pass
-        assert time.monotonic() < deadline, "it did not come to be in time"
-        time.sleep(0.2)
