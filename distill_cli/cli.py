@@ -83,11 +83,9 @@ def strip_verb_from_completion() -> None:
 
 
 def train(argv: Sequence[str]) -> int:
-    from distill_cli.config.compose import compose
-    from distill_cli.verbs.train import run_jobs
+    from distill_cli.verbs.train import train
 
-    jobs = compose(wait_as_override(argv))
-    return run_jobs(jobs, command=["distill", *argv]) if jobs else 0
+    return train(wait_as_override(argv), command=["distill", *argv])
 
 
 def wait_as_override(argv: Sequence[str]) -> list[str]:

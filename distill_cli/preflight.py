@@ -18,7 +18,7 @@ from distill_cli.config.checks import config_problems, mesh_problems
 from distill_cli.config.compose import known_losses
 from distill_cli.config.derived import needed_length, scored_length
 from distill_cli.config.schema import Config, Dtype, Launcher
-from distill_cli.data.check import check_data
+from distill_cli.data.check import DataFacts, check_data
 from distill_cli.data.registry import resolve_environment, resolve_verifier
 from distill_cli.engines.process import hide_broken_packages
 from distill_cli.engines.settings import tensor_parallel_problem
@@ -52,8 +52,11 @@ class Preflight:
         )
 
 
-def preflight(config: Config) -> Preflight:
+def preflight(config: Config, known_data: dict[str, DataFacts] | None = None) -> Preflight:
     """Checks a composed config against the machine, the models and the data.
+
+    Args:
+        known_data: of runs that were checked before: see `check_data`.
 
     Raises:
         ConfigError: with all problems.
@@ -81,7 +84,7 @@ def preflight(config: Config) -> Preflight:
         with collecting():
             found.tokenizer = modelpath.locate(model.tokenizer, key="model.tokenizer")
     with collecting():
-        data = check_data(config)
+        data = check_data(config, known_data)
         found.num_train, found.num_validation, found.sample = data.num_train, data.num_validation, data.sample
         found.warnings += data.warnings
     for check in (_check_names, check_devices):

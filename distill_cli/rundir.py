@@ -149,20 +149,29 @@ class SweepDir:
     file = property(lambda self: self.path / "sweep.json")
     report = property(lambda self: self.path / "report.html")
 
-    def write(self, *, command: Sequence[str], elements: Sequence[Element]) -> None:
+    def write(
+        self, *, command: Sequence[str], elements: Sequence[Element], space: dict[str, str] | None = None
+    ) -> None:
+        """`space`: the ranges that are searched, of a sweep whose runs are chosen one after the other."""
         self.path.mkdir(parents=True, exist_ok=True)
         shown = [without_credentials(word) for word in command]
-        write_json(self.file, {"command": shown, "elements": [asdict(element) for element in elements]})
+        content = {"command": shown, "elements": [asdict(element) for element in elements]}
+        write_json(self.file, content | ({"space": space} if space else {}))
 
     def elements(self) -> list[Element]:
-        return [Element(**element) for element in json.loads(self.file.read_text())["elements"]]
+        return [Element(**element) for element in read_json(self.file)["elements"]]
+
+    def space(self) -> dict[str, str]:
+        """Each key that is searched, with its range; empty where every run was known from the start."""
+        return read_json(self.file).get("space", {})
 
 
-def create(path: Path, *, command: Sequence[str], config: str = "") -> RunDir:
+def create(path: Path, *, command: Sequence[str], config: str = "", env: dict[str, Any] | None = None) -> RunDir:
     """Makes the folder, whole or not at all, with the command and the environment that the run was started from.
 
     Args:
         config: what config.yaml is to hold.
+        env: what `environment` says, where many folders are made at once: asking takes longer than all the rest.
 
     Raises:
         ConfigError: the folder exists: a run never writes into another's.
@@ -175,7 +184,7 @@ def create(path: Path, *, command: Sequence[str], config: str = "") -> RunDir:
         run.logs.mkdir(parents=True)
         run.command.write_text(without_credentials(shlex.join(command)) + "\n")
         run.config.write_text(config)
-        write_json(temporary / "env.json", environment())
+        write_json(temporary / "env.json", env or environment())
         temporary.rename(path)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -10,8 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from distill_cli.cli import VERBS, split_verb
-from distill_cli.config.compose import compose
+from distill_cli.config.compose import check_overrides, compose, hydra_plugins
 from distill_cli.config.schema import Config
+from distill_cli.jobs.hydra_sweep import check_plugins
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,7 +45,10 @@ def keys_of(node: object, at: str = "") -> set[str]:
 def test_a_documented_command_is_one(page: str, words: list[str], capsys: pytest.CaptureFixture) -> None:
     verb, rest = split_verb(words)
     assert verb in VERBS
-    if verb in ("train", "plan"):
+    if plugins := hydra_plugins(rest):
+        check_overrides(rest)
+        check_plugins(rest, plugins)
+    elif verb in ("train", "plan"):
         compose(rest)
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,36 +62,78 @@ def compose(argv: Sequence[str], *, unread: Sequence[str] = ()) -> list[Job]:
     Raises:
         ConfigError: a key, a type, a choice or an override is wrong; all problems of what was typed at once.
     """
-    problems = override_problems(_overrides(argv), conf_dirs=_conf_dirs(argv))
-    if problems and not {"-sc", "--shell-completion"} & set(argv):  # what follows those are no overrides
-        raise ConfigError(*problems)
-    for override in _overrides(argv):
-        if override.lstrip("+").startswith(("hydra/launcher=", "hydra/sweeper=")) and not override.endswith("=basic"):
-            raise ConfigError(
-                f"{override}: Hydra composes here and starts nothing; distill runs a sweep itself (-m), as one job "
-                "array with cluster=slurm"
-            )
-    ConfigStore.instance().store("base_config", Config)
+    check_overrides(argv)
+    for override in hydra_plugins(argv).values():
+        raise ConfigError(f"{override}: `distill train -m` takes it, no other verb; leave it out")
     jobs: list[Job] = []
 
     def collect(config: DictConfig) -> None:
+        if (sweeper := HydraConfig.get().runtime.choices.get("hydra/sweeper", "basic")) != "basic":
+            raise ConfigError(f"hydra/sweeper={sweeper}: a file of the config names it; type it on the command line")
         for key in unread:
             OmegaConf.update(config, key, {}, merge=False, force_add=True)
-        jobs.append(_job(config))
+        jobs.append(composed_job(config))
 
+    run_hydra(argv, collect)
+    return jobs
+
+
+def check_overrides(argv: Sequence[str]) -> None:
+    """Raises ConfigError where an override is none, all problems at once: Hydra stops at the first."""
+    problems = override_problems(_overrides(argv), conf_dirs=_conf_dirs(argv))
+    if problems and not {"-sc", "--shell-completion"} & set(argv):  # what follows those are no overrides
+        raise ConfigError(*problems)
+
+
+def hydra_plugins(argv: Sequence[str]) -> dict[str, str]:
+    """Hydra's own launcher and sweeper, where one was typed: `launcher`, `sweeper` and the override that names it."""
+    found = {}
+    for override in _overrides(argv):
+        group, _, choice = override.lstrip("+").partition("=")
+        if group in ("hydra/launcher", "hydra/sweeper") and choice != "basic":
+            found[group.removeprefix("hydra/")] = override
+    return found
+
+
+def search_space(argv: Sequence[str]) -> dict[str, str]:
+    """Each key that was given several values or a range, with those."""
+    words = [override.lstrip("+").partition("=") for override in _overrides(argv)]
+    keys = sweep_keys(_overrides(argv))
+    return {key: value for key, _, value in words if key in keys}
+
+
+def compose_unsearched(argv: Sequence[str]) -> DictConfig:
+    """The config of a search, without what is searched."""
+    searched = search_space(argv)
+    plain = [override for override in _overrides(argv) if override.lstrip("+").partition("=")[0] not in searched]
+    plain = [override for override in plain if not override.lstrip("+").startswith("hydra")]
+    ConfigStore.instance().store("base_config", Config)
+    try:
+        with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+            return hydra.compose("config", overrides=plain)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def run_hydra(argv: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
+    """Composes, and calls `task` with each composed config.
+
+    Raises:
+        ConfigError: a key, a type, a choice or an override is wrong.
+    """
+    ConfigStore.instance().store("base_config", Config)
     with tempfile.TemporaryDirectory() as sweep_dir:
         os.environ["DISTILL_SWEEP_DIR"] = sweep_dir  # Hydra writes its multirun.yaml here; our folders come later
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions
         argv_before = sys.argv
         sys.argv = ["distill", *argv]
         try:
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(collect)()
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             raise ConfigError(_one_line(error)) from error
         finally:
             sys.argv = argv_before
             hear_own_warnings()
-    return jobs
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
@@ -162,7 +204,12 @@ def flatten(node: Any, at: str = "") -> dict[str, Any]:
     return flat
 
 
-def _job(config: DictConfig) -> Job:
+def composed_job(config: DictConfig) -> Job:
+    """What Hydra has composed, within a task that it calls.
+
+    Raises:
+        ConfigError: a key is unknown, or has no value.
+    """
     unknown = unknown_keys(config)
     missing = sorted(OmegaConf.missing_keys(config))
     problems = [f"{key}: unknown key" for key in unknown] + [f"{key}: a value is needed" for key in missing]
@@ -172,7 +219,7 @@ def _job(config: DictConfig) -> Job:
     task = list(runtime.overrides.task)
     swept = []
     if runtime.mode is not None and runtime.mode.name == "MULTIRUN":
-        keys = sweep_keys(_overrides(sys.argv[1:]))
+        keys = sweep_keys(_overrides(sys.argv[1:])) | {str(key) for key in runtime.sweeper.get("params") or {}}
         swept = [override for override in task if override.lstrip("+").split("=", 1)[0] in keys]
     composed = OmegaConf.to_object(config)
     hide_credentials(composed)

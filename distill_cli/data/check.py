@@ -31,12 +31,24 @@ class DataFacts:
     warnings: tuple[str, ...] = ()
 
 
-def check_data(config: Config) -> DataFacts:
+def check_data(config: Config, known: dict[str, DataFacts] | None = None) -> DataFacts:
     """Reads the data, as far as that is quick.
+
+    Args:
+        known: what was found before, by what was asked; a sweep's runs mostly have the same data.
 
     Raises:
         ConfigError: with all problems.
     """
+    rollout = config.rollout
+    asked_for = repr((config.data, rollout.on_policy_fraction, rollout.off_policy, config.eval.max_samples))
+    known = {} if known is None else known
+    if asked_for not in known:
+        known[asked_for] = _check(config)
+    return known[asked_for]
+
+
+def _check(config: Config) -> DataFacts:
     data, problems, warnings = config.data, [], []
 
     def load(key: str, context: str | None) -> Sequence[Example] | Stream:

@@ -53,14 +53,18 @@ def exit_status() -> Iterator[Status]:
         status.value = 128 + stopped.signum
 
 
-def check_jobs(jobs: Sequence[Job]) -> list[Preflight]:
-    """Every job through `preflight`; all problems of all jobs at once, each said once."""
+def check_jobs(jobs: Sequence[Job], *, is_new: bool = True) -> list[Preflight]:
+    """Every job through `preflight`; all problems of all jobs at once, each said once.
+
+    Args:
+        is_new: no folder is there for them yet.
+    """
     for job in jobs[:1]:
         os.environ |= hub_cache(job.config.cluster)  # before huggingface_hub reads it
-    found, problems = [], {}
+    found, problems, known_data = [], {}, {}
     for job in jobs:
         try:
-            found.append(preflight(job.config))
+            found.append(preflight(job.config, known_data))
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
     names = {job.config.run.name for job in jobs}
@@ -68,7 +72,7 @@ def check_jobs(jobs: Sequence[Job]) -> list[Preflight]:
         problems["run.name=latest: is the link to the newest run; choose another"] = None
     roots = {job.config.run.root for job in jobs}
     for job in jobs:
-        if job.config.run.name and single_path(job).exists():
+        if is_new and job.config.run.name and single_path(job).exists():
             problems[f"{single_path(job)}: this run folder exists already; choose another run.name"] = None
     if len(names) > 1 or len(roots) > 1:
         problems["run.name, run.root: a sweep has one folder, with one in it for each run; do not sweep them"] = None
@@ -82,17 +86,25 @@ def single_path(job: Job) -> Path:
     return root / (job.config.run.name or rundir.free_name(root, rundir.default_name(job.choices)))
 
 
-def prepare(job: Job, path: Path, *, command: Sequence[str]) -> RunDir:
-    """Makes a run's folder, with the config that its ranks will read."""
-    return rundir.create(path.absolute(), command=command, config=config_text(job.config))
+def prepare(job: Job, path: Path, *, command: Sequence[str], env: dict[str, Any] | None = None) -> RunDir:
+    """Makes a run's folder, with the config that its ranks will read. See `rundir.create` for `env`."""
+    return rundir.create(path.absolute(), command=command, config=config_text(job.config), env=env)
 
 
 def introduce(job: Job, found: Preflight, run: RunDir, *, console: Console) -> None:
     """Prints what is about to run, and what is to be minded; leaves the predicted memory in the folder."""
     write_memory(job.config, found, run)
-    for warning in [*found.warnings, *inert_overrides(job.config, job.overrides, known_losses())]:
-        console.print(f"warning: {escape(warning)}")
+    print_warnings([job], [found], console=console, told=set())
     console.print(start_panel(job, found, run))
+
+
+def print_warnings(jobs: Sequence[Job], checked: Sequence[Preflight], *, console: Console, told: set[str]) -> None:
+    """What is to be minded of jobs, each once; those in `told` were said before, and what is said goes there."""
+    for job, found in zip(jobs, checked, strict=True):
+        for warning in [*found.warnings, *inert_overrides(job.config, job.overrides, known_losses())]:
+            if warning not in told:
+                console.print(f"warning: {escape(warning)}")
+                told.add(warning)
 
 
 def write_memory(config: Config, found: Preflight, run: RunDir) -> None:
@@ -298,5 +310,5 @@ def shown(path: Path) -> str:
 
 def _repeatable(overrides: Sequence[str]) -> list[str]:
     """The overrides that the next command can repeat: a run's name is its own, and the loss is what changes."""
-    taken = ("loss=", "loss.kl_type=", "loss.kl_weight=", "loss.skew=", "run.name=")
+    taken = ("loss=", "loss.kl_type=", "loss.kl_weight=", "loss.skew=", "run.name=", "hydra/", "hydra.")
     return [override for override in overrides if not override.lstrip("+").startswith(taken)]

@@ -41,6 +41,11 @@ class Task:
     run: str
 
     def __call__(self) -> None:
+        if status := self.carry_out():
+            sys.exit(status)
+
+    def carry_out(self) -> int:
+        """This node's part of the run; the exit status, which on other nodes than the first is 0."""
         import submitit
 
         here = submitit.JobEnvironment()
@@ -60,14 +65,12 @@ class Task:
                 num_ranks=hardware.ranks_per_node(config),
                 use_gpus=hardware.gpus_per_node(config) > 0,
             )
-            return
+            return 0
         head = Head(calls, num_nodes=here.num_nodes, address=address_of(here.hostnames) if here.num_nodes > 1 else "")
         try:
-            status = lead(RunDir(Path(self.run)), config, head, job_id=here.job_id, restarts=restarts)
+            return lead(RunDir(Path(self.run)), config, head, job_id=here.job_id, restarts=restarts)
         finally:
             head.end()
-        if status:
-            sys.exit(status)
 
 
 def lead(run: RunDir, config: Config, head: Head, *, job_id: str, restarts: int) -> int:

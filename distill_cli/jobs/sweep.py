@@ -33,21 +33,47 @@ from distill_cli.rundir import Element, RunDir, SweepDir
 
 
 def prepare_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Sequence[str]) -> SweepDir:
-    """The sweep's folder, with every run's in it. sweep.json comes last: where it is, the folder is whole.
+    """The sweep's folder, with every run's in it.
 
     Raises:
         ConfigError: the jobs cannot be one sweep.
     """
     check_sweep(jobs)
-    root = Path(jobs[0].config.run.root)
-    name = jobs[0].config.run.name or rundir.free_name(root, time.strftime("%Y%m%d-%H%M%S_sweep"))
-    sweep = SweepDir((root / name).absolute())
-    elements = [Element(index, rundir.element_name(index, job.swept), job.swept) for index, job in enumerate(jobs)]
-    for element, job, found in zip(elements, jobs, checked, strict=True):
-        write_memory(job.config, found, prepare(job, sweep.path / element.folder, command=command))
-    sweep.write(command=command, elements=elements)
-    rundir.point_latest(root, name)
+    sweep = new_sweep(jobs[0].config)
+    add_runs(sweep, jobs, checked, command=command)
     return sweep
+
+
+def new_sweep(config: Config) -> SweepDir:
+    """Where a sweep's folder is to be; nothing is made."""
+    root = Path(config.run.root)
+    name = config.run.name or rundir.free_name(root, time.strftime("%Y%m%d-%H%M%S_sweep"))
+    return SweepDir((root / name).absolute())
+
+
+def add_runs(
+    sweep: SweepDir,
+    jobs: Sequence[Job],
+    checked: Sequence[Preflight],
+    *,
+    command: Sequence[str],
+    space: dict[str, str] | None = None,
+) -> list[Element]:
+    """Makes the folder of each run. sweep.json comes last: where it names a run, its folder is whole.
+
+    Args:
+        space: what a sweep that chooses its runs one after the other searches.
+    """
+    there = sweep.elements() if sweep.file.is_file() else []
+    new = [
+        Element(index, rundir.element_name(index, job.swept), job.swept) for index, job in enumerate(jobs, len(there))
+    ]
+    env = rundir.environment()
+    for element, job, found in zip(new, jobs, checked, strict=True):
+        write_memory(job.config, found, prepare(job, sweep.path / element.folder, command=command, env=env))
+    sweep.write(command=command, elements=[*there, *new], space=space)
+    rundir.point_latest(sweep.path.parent, sweep.path.name)
+    return new
 
 
 def check_sweep(jobs: Sequence[Job]) -> None:
@@ -69,15 +95,24 @@ def carry_out_sweep(sweep: SweepDir, elements: Sequence[Element], config: Config
     Args:
         config: of any of them: what it says of the cluster holds for all.
     """
+    if config.cluster.launcher is Launcher.slurm and not config.cluster.wait:
+        submit_sweep(sweep, elements, config, console=console)
+        return 0
+    return conclude(sweep, carry_out_runs(sweep, elements, config, console=console), console=console)
+
+
+def carry_out_runs(sweep: SweepDir, elements: Sequence[Element], config: Config, *, console: Console) -> int:
+    """These runs of a sweep, to their end; how many failed."""
     if config.cluster.launcher is Launcher.slurm:
         job_ids = submit_sweep(sweep, elements, config, console=console)
-        if not config.cluster.wait:
-            return 0
-        failed = wait_for_sweep(sweep, elements, job_ids, console=console)
-    elif config.cluster.parallel_jobs > 1:
-        failed = run_side_by_side(sweep, elements, config, console=console)
-    else:
-        failed = run_in_turn(sweep, elements, console=console)
+        return wait_for_sweep(sweep, elements, job_ids, console=console)
+    if config.cluster.parallel_jobs > 1:
+        return run_side_by_side(sweep, elements, config, console=console)
+    return run_in_turn(sweep, elements, console=console)
+
+
+def conclude(sweep: SweepDir, failed: int, *, console: Console) -> int:
+    """What came of a sweep, as a table and a page; the exit status."""
     print_comparison(console, read_sweep(sweep))
     leave_report([sweep.path], sweep.report, console=console)
     console.print(f"report   {escape(str(sweep.report))}")

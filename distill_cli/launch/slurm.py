@@ -215,9 +215,14 @@ def submit(config: Config, folder: Path, tasks: Sequence[Callable[[], Any]], *, 
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             jobs = made.submit(tasks[0]) if len(tasks) == 1 else made.submit_array(tasks)
     except (FailedJobError, FailedSubmissionError) as error:
-        reason = _last_line(str(error)).removeprefix("sbatch: error: ").removeprefix("Batch job submission failed: ")
-        raise ConfigError(f"Slurm refuses the job: {reason}") from error
+        raise ConfigError(refusal(error)) from error
     return [job.job_id for job in ([jobs] if len(tasks) == 1 else jobs)]
+
+
+def refusal(error: Exception) -> str:
+    """Why sbatch did not take a job, of what submitit raises then."""
+    reason = _last_line(str(error)).removeprefix("sbatch: error: ").removeprefix("Batch job submission failed: ")
+    return f"Slurm refuses the job: {reason}"
 
 
 def log_file(folder: Path, job_id: str) -> Path:

@@ -205,6 +205,8 @@ def _open_run(client: MlflowClient, target: MlflowTarget, state: State, *, begin
         state.save()  # by its token a run is found again that was made just before a kill
         experiment = mlflow_client.experiment_id(client, target.experiment, artifacts=target.artifacts)
         parent = open_parent(client, target, experiment) if target.sweep is not None else None
+        if parent is not None and begin:
+            reopen_parent(client, target)  # it has ended with the runs that were known until now
         made = mlflow_client.make_run(client, experiment, name=target.run_name, token=state.token, parent=parent)
         state.run_id = made.run_id
         there = set() if made.is_new else _everything(client, made.run_id)
@@ -333,7 +335,9 @@ def _parent_state(target: MlflowTarget) -> State:
 
 
 def grid(sweep: SweepDir) -> dict[str, str]:
-    """Each swept key, with its values in order."""
+    """Each swept key, with its values in order, or the range that is searched."""
+    if space := sweep.space():
+        return space
     values: dict[str, dict[str, None]] = {}
     for element in sweep.elements():
         for override in element.overrides:

@@ -35,7 +35,8 @@ distill [train] [OVERRIDES] [--wait] - train a student on its own answers, score
 Checks the whole configuration, writes the run's folder, starts the ranks, and prints a line a step. What is wrong is
 said before anything starts, all of it at once (status 2).
 
-  -m             a sweep: every combination of the values that are separated by commas, each in a folder of its own
+  -m             a sweep: every combination of the values that are separated by commas, each in a folder of its own;
+                 hydra/sweeper=optuna chooses instead, hydra/launcher=submitit_slurm submits (docs/clusters.md)
   --cfg job      print the composed configuration instead
   --wait         with cluster=slurm: follow the job, and end with its status
 

@@ -25,6 +25,7 @@ from distill_cli.config.compose import conf_dir, flatten, load_config, save_conf
 from distill_cli.config.credentials import hide_credentials
 from distill_cli.config.overrides import override_problems
 from distill_cli.config.schema import Config, Launcher, Schedule
+from distill_cli.data.check import DataFacts
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.jobs import submit
 from distill_cli.jobs.run import carry_out, exit_status, job_of, read_outcome, start_panel
@@ -115,6 +116,7 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
         console.print(f"left     {escape(path.name)}: Slurm has it as {job}")
     configs: dict[int, Config] = {}
     problems: dict[str, None] = {}
+    known_data: dict[str, DataFacts] = {}
     for element in open_elements:
         run = runs[element.index]
         if run.path in queued:
@@ -122,7 +124,7 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
         try:
             config = with_overrides(load_config(open_run(run.path).config), overrides)
             start_of(run, None, config=config, console=console)
-            found = preflight(config)
+            found = preflight(config, known_data)
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
             continue

@@ -9,18 +9,37 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from distill_cli import rundir
-from distill_cli.config.checks import inert_overrides
-from distill_cli.config.compose import Job, known_losses
+from distill_cli.config.compose import Job, compose, hydra_plugins
 from distill_cli.config.schema import Launcher
 from distill_cli.errors import ConfigError
 from distill_cli.jobs import submit
-from distill_cli.jobs.run import carry_out, check_jobs, exit_status, introduce, prepare, single_path
+from distill_cli.jobs.run import carry_out, check_jobs, exit_status, introduce, prepare, print_warnings, single_path
 from distill_cli.jobs.sweep import carry_out_sweep, prepare_sweep
 from distill_cli.preflight import Preflight
 from distill_cli.rundir import RunDir
+
+
+def train(argv: Sequence[str], *, command: Sequence[str]) -> int:
+    """What was typed, to its end or into the queue; the exit status.
+
+    Raises:
+        ConfigError: some job is wrong; nothing was started.
+        DistillError: the only job failed.
+    """
+    if plugins := hydra_plugins(argv):
+        from distill_cli.jobs.hydra_sweep import run_through_hydra
+
+        with exit_status() as status:
+            status.value = run_through_hydra(argv, plugins, command=command, console=new_console())
+        return status.value
+    jobs = compose(argv)
+    return run_jobs(jobs, command=command) if jobs else 0
+
+
+def new_console() -> Console:
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
@@ -32,7 +51,7 @@ def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
         ConfigError: some job is wrong; nothing was started.
         DistillError: the only job failed.
     """
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = new_console()
     checked = check_jobs(jobs)
     with exit_status() as status:
         if any(job.swept for job in jobs):
@@ -64,13 +83,7 @@ def run_single(job: Job, found: Preflight, *, command: Sequence[str], console: C
 def run_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Sequence[str], console: Console) -> int:
     """One folder for the sweep, one in it for each run; the exit status."""
     config, sweep = jobs[0].config, prepare_sweep(jobs, checked, command=command)
-    warnings = [
-        warning
-        for job, found in zip(jobs, checked, strict=True)
-        for warning in [*found.warnings, *inert_overrides(job.config, job.overrides, known_losses())]
-    ]
-    for warning in dict.fromkeys(warnings):
-        console.print(f"warning: {escape(warning)}")
+    print_warnings(jobs, checked, console=console, told=set())
     elements = sweep.elements()
     try:
         return carry_out_sweep(sweep, elements, config, console=console)

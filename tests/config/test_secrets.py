@@ -29,9 +29,3 @@ def test_what_only_sounds_like_one_is_taken() -> None:
         ["rollout.stop_token_ids=[3]", "+cluster.env.TOKENIZERS_PARALLELISM=false", "+cluster.env.A=b:c@d"]
     )
     assert config_problems(job.config) == []
-
-
-@pytest.mark.parametrize("override", ["hydra/launcher=joblib", "hydra/sweeper=optuna", "hydra/launcher=submitit_slurm"])
-def test_what_hydra_would_start_is_refused(override: str) -> None:
-    with pytest.raises(Exception, match="distill runs a sweep itself"):
-        compose(["-m", override, "loss.topk=4,8"])
