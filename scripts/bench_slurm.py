@@ -1,23 +1,30 @@
 """Sweeps of a hundred to a thousand runs on a real Slurm, each a task that does nothing: what each part costs.
 
 `scripts/slurm_cluster.sh run python scripts/bench_slurm.py` prints one line a size. Folders are made and submitted as
-those of a sweep are, states are asked as `--wait` asks, and every run's end is read once. Composing is Hydra's and is
-measured apart.
+those of a sweep are, and states are asked as `--wait` asks. `--run-to-the-end 1000` follows that many to their end as
+`--wait` does, and counts how often a file of a run is opened for it. Composing and checking are measured apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from distill_cli.config.compose import compose
-from distill_cli.jobs.submit import how_it_ended, note_job
+from distill_cli.jobs.run import check_jobs
+from distill_cli.jobs.submit import note_job
+from distill_cli.jobs.sweep import wait_for_sweep
 from distill_cli.launch import slurm
 from distill_cli.launch.slurm import settle
-from distill_cli.rundir import Element, RunDir, SweepDir, create, write_json
+from distill_cli.rundir import Element, RunDir, SweepDir, create, environment, write_json
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,18 @@ class Nothing:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sizes", nargs="*", type=int, default=[100, 300, 1000])
-    parser.add_argument("--run-to-the-end", type=int, default=0, help="let this many of the smallest sweep run")
+    parser.add_argument("--run-to-the-end", type=int, default=0, help="let the sweep of this size run")
     arguments = parser.parse_args()
     config = compose(["cluster=slurm", "cluster.cpus_per_node=1"])[0].config
     settle(config)
     begin = time.perf_counter()
     jobs = compose(["-m", f"train.seed={','.join(map(str, range(20)))}"])
-    print(f"compose          {(time.perf_counter() - begin) / len(jobs) * 1000:7.1f} ms a run")
+    composed = time.perf_counter()
+    check_jobs(jobs)
+    checked = time.perf_counter()
+    print(
+        f"compose {(composed - begin) / 20 * 1000:.1f} ms a run, check {(checked - composed) / 20 * 1000:.1f} ms a run"
+    )
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
             measure(config, Path(folder), size, hold=size != arguments.run_to_the_end)
@@ -53,7 +65,8 @@ def measure(config, folder: Path, size: int, *, hold: bool) -> None:
     config.cluster.extra = {"hold": True} if hold else {}
     sweep, begin = SweepDir(folder / "sweep"), time.perf_counter()
     elements = [Element(index, f"{index}_seed={index}", [f"train.seed={index}"]) for index in range(size)]
-    runs = [create(sweep.path / element.folder, command=["distill"]) for element in elements]
+    env = environment()
+    runs = [create(sweep.path / element.folder, command=["distill"], env=env) for element in elements]
     sweep.write(command=["distill"], elements=elements)
     made = time.perf_counter()
     job_ids = slurm.submit(config, sweep.path / "slurm", [Nothing(str(run.path)) for run in runs], name="bench")
@@ -63,23 +76,34 @@ def measure(config, folder: Path, size: int, *, hold: bool) -> None:
     states = slurm.active(*job_ids)
     asked = time.perf_counter()
     assert len(states) == size or not hold
+    told = ""
     if hold:
         slurm.ask("scancel", job_ids[0].partition("_")[0])
     else:
-        while slurm.active(*job_ids):
-            time.sleep(1.0)
-    ran, statuses = time.perf_counter(), []
-    if not hold:
-        statuses = [how_it_ended(run, job_id)[0] for run, job_id in zip(runs, job_ids, strict=True)]
-        assert not any(statuses)
-    read = time.perf_counter()
+        counting.clear()
+        cpu, failed = time.process_time(), wait_for_sweep(sweep, elements, job_ids, console=Console(file=io.StringIO()))
+        assert not failed
+        opened = Counter(Path(path).relative_to(sweep.path).parts[0] for path in counting if str(sweep.path) in path)
+        told = (
+            f", to the end {time.perf_counter() - asked:.1f} s, following them {time.process_time() - cpu:.2f} s CPU"
+            f"; files opened of a run: at most {max(opened.values())}"
+        )
     print(
         f"{size:5d} runs: folders {made - begin:6.2f} s, submit {submitted - made:6.2f} s, one look at all states "
-        f"{asked - submitted:6.3f} s"
-        + ("" if hold else f", to the end {ran - asked:6.1f} s, read {read - ran:6.2f} s"),
+        f"{asked - submitted:6.3f} s{told}",
         flush=True,
     )
 
 
+counting: list[str] = []
+"""Every file that this process opens."""
+
+
+def count_opens(event: str, arguments: tuple) -> None:
+    if event == "open" and isinstance(arguments[0], str):
+        counting.append(arguments[0])
+
+
 if __name__ == "__main__":
+    sys.addaudithook(count_opens)
     main()

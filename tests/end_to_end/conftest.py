@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +57,24 @@ SHORT = ("train.max_steps=3", "rollout.prompts_per_step=8", "train.global_batch_
 """Three steps of two updates each, of several micro-batches."""
 
 
+SECRETS = {
+    "HF_TOKEN": "hf_" + "Planted" * 5,
+    "MLFLOW_TRACKING_PASSWORD": "planted-pass-1",
+    "MY_API_KEY": "planted-key-2",
+}
+"""What a user's shell may hold, and nothing that is written may."""
+
+
+def files_with(secrets: Iterable[str], folder: Path) -> list[tuple[str, str]]:
+    """Each of these that a file in a folder holds, and the file."""
+    files = [(file, file.read_bytes()) for file in folder.rglob("*") if file.is_file()]
+    assert files
+    return [(secret, str(file)) for file, content in files for secret in secrets if secret.encode() in content]
+
+
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return distill(tmp_path_factory.mktemp("one"), *SHORT, "eval.period=2", "eval.max_samples=40")
+    return distill(tmp_path_factory.mktemp("one"), *SHORT, "eval.period=2", "eval.max_samples=40", **SECRETS)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.end_to_end.conftest import SHORT, Finished, distill
+from tests.end_to_end.conftest import SECRETS, SHORT, Finished, distill, files_with
 
 EVERY_STEP = {
     "step", "time", "train/loss", "train/kl_forward", "train/kl_reverse", "train/grad_norm", "train/lr",
@@ -30,6 +30,13 @@ def test_the_default_run_ends_well_and_says_what_came_of_it(one_rank: Finished) 
     outcome = json.loads(one_rank.run.outcome.read_text())
     assert outcome["state"] == "finished"
     assert outcome["teacher"]["accuracy"] > 0.9 > outcome["before"]["accuracy"]
+
+
+def test_no_token_of_the_shell_is_written_or_printed(one_rank: Finished) -> None:
+    """The run's folder with all its logs, and MLflow's database and artifacts, which are beside it."""
+    assert files_with(SECRETS.values(), one_rank.folder) == []
+    assert not any(secret in one_rank.stdout + one_rank.stderr for secret in SECRETS.values())
+    assert (one_rank.folder / "runs/mlflow.db").stat().st_size > 0
 
 
 def test_every_step_has_every_metric(one_rank: Finished) -> None:

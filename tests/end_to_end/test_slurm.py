@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from distill_cli.rundir import RunDir
-from tests.end_to_end.conftest import SHORT, Cluster, Finished
+from distill_cli.rundir import RunDir, SweepDir
+from tests.end_to_end.conftest import SECRETS, SHORT, Cluster, Finished, files_with
+from tests.track.server import free_port, start_server, stop
 
 pytestmark = pytest.mark.slurm
 NO_EVAL = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker=none")
@@ -34,10 +36,13 @@ def test_two_nodes_learn_what_two_ranks_of_one_node_learn(
 
 SLOW_VERIFIER = """
 import time
+from pathlib import Path
 from distill_cli.data.verifiers.exact import verify as exact
 
 def verify(response, answer):
     time.sleep(0.4)  # of eight answers a step: there is time to interrupt it
+    while Path("hold").exists():
+        time.sleep(0.1)
     return exact(response, answer)
 """
 
@@ -53,11 +58,11 @@ def wait_for(condition: Callable[[], bool], *, seconds: float = 150) -> None:
 def test_whatever_ends_a_job_the_run_ends_with_the_same_parameters(
     cluster: Cluster, one_rank: Finished, tmp_path: Path
 ) -> None:
-    """Warned of its time limit, preempted, its node lost, cancelled: each in a step of the same run."""
+    """Its time limit reached, preempted, its node lost, cancelled: each in a step of the same run."""
     (tmp_path / "slow.py").write_text(SLOW_VERIFIER)
     done = cluster.distill(
-        tmp_path, *SHORT, *NO_EVAL, "data.verifier=slow:verify", "checkpoint.period=1", "run.name=r", "cluster=slurm",
-        "cluster.grace_s=20", "cluster.signal_s=20",
+        tmp_path, *SHORT, *NO_EVAL[:3], "data.verifier=slow:verify", "checkpoint.period=1", "run.name=r",
+        "cluster=slurm", "cluster.time=1", "cluster.grace_s=15", "cluster.signal_s=15",
     )  # fmt: skip
     assert done.status == 0, done.stderr
     run = RunDir(tmp_path / "runs/r")
@@ -65,8 +70,15 @@ def test_whatever_ends_a_job_the_run_ends_with_the_same_parameters(
     trains = lambda attempt: RunDir(run.path, attempt=attempt).heartbeat.exists()  # noqa: E731
 
     wait_for(lambda: run.metrics.exists() and '{"step": 1' in run.metrics.read_text())
-    cluster.ask("scancel", "--signal=USR2", job)  # what Slurm sends before the time limit
+    (tmp_path / "hold").touch()
+    run_id = lambda: json.loads((run.path / "mlflow.json").read_text())["run_id"]  # noqa: E731
+    wait_for(lambda: run_id() is not None)
+    first_id = run_id()
+    # Slurm looks every half minute: it warns between 15 and 45 seconds before the minute's end.
+    wait_for(lambda: elapsed_s(cluster, job) >= 47)
+    (tmp_path / "hold").unlink()
     wait_for(lambda: trains(2))
+    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     urgent = cluster.ask("sbatch", "--parsable", "-p", "urgent", "-N4", "--exclusive", "-o", "/dev/null", "--wrap=true")
     wait_for(lambda: trains(3))
     assert "COMPLETED" in cluster.ask("sacct", "-X", "-n", "-P", "-j", urgent, "-o", "State")
@@ -81,12 +93,27 @@ def test_whatever_ends_a_job_the_run_ends_with_the_same_parameters(
     done = cluster.distill(tmp_path, "resume", "runs/r", "--wait")
     assert done.status == 0, done.stdout + done.stderr
     log = next(run.path.glob(f"slurm/{job}_0_log.out")).read_text()
+    assert "attempt 1, after step 1: stopped by SIGUSR2" in done.stdout
     assert log.count(f"job {job} is queued again") == 2
     assert log.count("goes on from the checkpoint of step") == 3
     ours, theirs = load_file(run.student / "model.safetensors"), load_file(one_rank.run.student / "model.safetensors")
     assert all(torch.equal(ours[name], param) for name, param in theirs.items())
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [row["train/loss"] for row in rows[1:]] == [row["train/loss"] for row in one_rank.metrics[1:]]
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert [run.info.run_id for run in client.search_runs(experiments(client))] == [first_id] == [run_id()]
+    assert client.get_run(first_id).info.status == "FINISHED"
+    assert [metric.step for metric in client.get_metric_history(first_id, "train/loss")] == [1, 2, 3]
+
+
+def elapsed_s(cluster: Cluster, job: str) -> int:
+    """How long a job has run since its newest start."""
+    *_, minutes, seconds = cluster.ask("squeue", "-h", "-j", job, "-o", "%M").split(":")
+    return 60 * int(minutes) + int(seconds)
+
+
+def experiments(client: MlflowClient) -> list[str]:
+    return [client.get_experiment_by_name("distill").experiment_id]
 
 
 BROKEN_LOSS = "def kl(logp, logq):\n    raise ValueError('a loss of my own')\n"
@@ -96,33 +123,90 @@ WHOLE_LOSS = "def kl(logp, logq):\n    return logp.exp() * (logp - logq)\n"
 @pytest.mark.slow
 def test_a_sweep_is_one_array_and_goes_on_with_what_failed(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(BROKEN_LOSS)
-    grid = ("loss.topk=4,8", "loss.kl_type=forward,mine:kl")
     done = cluster.distill(
-        tmp_path, "-m", *grid, *SHORT, *NO_EVAL, "train.max_steps=1", "run.name=s", "cluster=slurm",
-        "cluster.array_parallelism=2", "--wait",
+        tmp_path, "-m", "loss.kl_type=forward,mine:kl", *SHORT, *NO_EVAL, "train.max_steps=1", "run.name=s",
+        "cluster=slurm", "cluster.array_parallelism=2", "--wait",
     )  # fmt: skip
     assert done.status == 1, done.stdout + done.stderr
-    array = re.search(r"^job +(\d+), an array of 4$", done.stdout, re.M)[1]
+    array = re.search(r"^job +(\d+), an array of 2$", done.stdout, re.M)[1]
     states = cluster.ask("sacct", "-X", "-n", "-P", "-j", array, "-o", "JobID,State").splitlines()
-    assert states == [f"{array}_{i}|{state}" for i, state in enumerate(["COMPLETED", "FAILED"] * 2)]
+    assert states == [f"{array}_0|COMPLETED", f"{array}_1|FAILED"]
     outcomes = [(tmp_path / "runs/s" / folder / "outcome.json").exists() for folder in elements(tmp_path)]
-    assert outcomes == [True, False] * 2
+    assert outcomes == [True, False]
     assert "a loss of my own" in done.stdout
-    assert re.search(r"^4 +\d", done.stdout, re.M)  # the table: topk down, kl_type across
-    before = {path: path.read_bytes() for path in tmp_path.glob("runs/s/[02]_*/metrics.jsonl")}
+    metrics = tmp_path / "runs/s" / elements(tmp_path)[0] / "metrics.jsonl"
+    before = metrics.read_bytes()
 
     (tmp_path / "mine.py").write_text(WHOLE_LOSS)
     done = cluster.distill(tmp_path, "resume", "runs/s", "--wait")
     assert done.status == 0, done.stdout + done.stderr
-    assert "2 of 4 runs go on" in done.stdout
+    assert "1 of 2 runs go on" in done.stdout
     assert all((tmp_path / "runs/s" / folder / "outcome.json").exists() for folder in elements(tmp_path))
-    assert before == {path: path.read_bytes() for path in before}
+    assert before == metrics.read_bytes()
     done = cluster.distill(tmp_path, "resume", "runs/s")
     assert (done.status, "every run has finished" in done.stderr) == (2, True)
 
 
-def elements(folder: Path) -> list[str]:
-    return [element["folder"] for element in json.loads((folder / "runs/s/sweep.json").read_text())["elements"]]
+GRID = ("loss.topk=4,8,16", "loss.kl_weight=0.3,0.5,0.7")
+ONE_STEP = (
+    "train.max_steps=1", "rollout.prompts_per_step=8", "train.global_batch_size=8", "eval.at_start=false",
+    "eval.teacher=false", "eval.period=0", "eval.max_samples=8", "eval.max_new_tokens=16",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_three_by_three_in_one_array_and_through_hydra_s_launcher(cluster: Cluster, tmp_path: Path) -> None:
+    """With a real MLflow server that has a password; Hydra's launcher gives two of the nine the same numbers."""
+    address = f"127.0.0.1:{free_port()}"
+    server = start_server(tmp_path, f"http://{address}")
+    uri = f"tracker.mlflow.uri=http://me:planted-uri-3@{address}"
+    try:
+        ours = cluster.distill(
+            tmp_path, "-m", *GRID, *ONE_STEP, uri, "run.name=s", "cluster=slurm", "cluster.array_parallelism=2",
+            "--wait", timeout_s=580, **SECRETS,
+        )  # fmt: skip
+        assert ours.status == 0, ours.stdout + ours.stderr
+        theirs = cluster.distill(
+            tmp_path, "-m", "loss.topk=4,8", "loss.kl_weight=0.3", *ONE_STEP, uri, "run.name=h",
+            "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5", "hydra.launcher.array_parallelism=2",
+            **SECRETS,
+        )  # fmt: skip
+        assert theirs.status == 0, theirs.stdout + theirs.stderr
+        client = MlflowClient(tracking_uri=f"http://{address}")
+        stored = client.search_runs(experiments(client))
+    finally:
+        stop(server)
+    (parent,) = [run for run in stored if run.info.run_name == "s"]
+    assert parent.data.params == {"loss.topk": "4, 8, 16", "loss.kl_weight": "0.3, 0.5, 0.7"}
+    children = [run for run in stored if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(run.info.run_name for run in children) == elements(tmp_path)
+    assert len(elements(tmp_path)) == 9
+    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    assert len({run.data.tags["slurm.array_job_id"] for run in children}) == 1
+    for title in (r"^KL forward \(", r"^accuracy \("):
+        table = re.search(title + r".*\n.*0\.3 +0\.5 +0\.7 *\n4 .*\n8 .*\n16 .*\n", ours.stdout, re.M)
+        assert table, ours.stdout
+        assert len(re.findall(r"\d\.\d+", table[0])) == 3 + 9
+
+    assert elements(tmp_path, "h") == ["0_topk=4", "1_topk=8"]
+    for mine, hydras in (("0_topk=4,kl_weight=0.3", "0_topk=4"), ("3_topk=8,kl_weight=0.3", "1_topk=8")):
+        folders = [RunDir(tmp_path / "runs/s" / mine), RunDir(tmp_path / "runs/h" / hydras)]
+        first, second = ([names.name for names in sorted(folder.path.iterdir())] for folder in folders)
+        assert first == second
+        one, other = (learned(folder) for folder in folders)
+        assert one == other
+    kept = {*SECRETS.values(), "planted-uri-3"}
+    assert files_with(kept, tmp_path) == []
+    assert not any(secret in done.stdout + done.stderr for done in (ours, theirs) for secret in kept)
+
+
+def learned(run: RunDir) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time", "perf"))} for row in rows]
+
+
+def elements(folder: Path, sweep: str = "s") -> list[str]:
+    return [element.folder for element in SweepDir(folder / "runs" / sweep).elements()]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +223,14 @@ def elements(folder: Path) -> list[str]:
         (["cluster.time=1x"], "cluster.time=1x: must be minutes, HH:MM:SS or D-HH:MM:SS"),
         (["+cluster.extra.output=x"], "cluster.extra.output: is set by distill"),
         (["cluster.constraint=no_such"], "Slurm refuses the job: Invalid feature specification"),
+        (
+            ["-m", "loss.topk=4,8", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=mian"],
+            "cluster.partition=mian: no such partition",
+        ),
+        (
+            ["-m", "loss.topk=4,8", "hydra/launcher=submitit_slurm", "hydra.launcher.constraint=no_such"],
+            "Slurm refuses the job: Invalid feature specification",
+        ),
     ],
 )
 def test_what_the_cluster_cannot_run_is_refused(cluster: Cluster, tmp_path: Path, argv: list[str], said: str) -> None:
