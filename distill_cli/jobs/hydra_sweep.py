@@ -12,7 +12,6 @@ import importlib.util
 import io
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +41,7 @@ from distill_cli.errors import ConfigError, DistillError
 from distill_cli.jobs.run import check_jobs, print_warnings, read_outcome
 from distill_cli.jobs.slurm_job import Task
 from distill_cli.jobs.submit import note_job
-from distill_cli.jobs.sweep import add_runs, carry_out_runs, check_sweep, conclude, new_sweep
+from distill_cli.jobs.sweep import add_runs, carry_out_runs, check_sweep, conclude, discard, new_sweep
 from distill_cli.launch import slurm
 from distill_cli.report.read import last_values
 from distill_cli.rundir import Element, RunDir, SweepDir
@@ -150,7 +149,7 @@ class HydraSweep:
                 self.failed += carry_out_runs(self.folder, elements, config, console=self.console)
         except ConfigError:  # Slurm has refused them
             if elements[0].index == 0:
-                shutil.rmtree(self.folder.path)
+                discard(self.folder)
             raise
         if not self.space:
             return [None] * len(jobs)

@@ -7,6 +7,7 @@ Every run has its folder and its config before the first one starts: what did no
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -74,6 +75,14 @@ def add_runs(
     sweep.write(command=command, elements=[*there, *new], space=space)
     rundir.point_latest(sweep.path.parent, sweep.path.name)
     return new
+
+
+def discard(sweep: SweepDir) -> None:
+    """Takes a sweep's folder away that nothing was started of."""
+    shutil.rmtree(sweep.path)
+    latest = sweep.path.parent / "latest"
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink()
 
 
 def check_sweep(jobs: Sequence[Job]) -> None:

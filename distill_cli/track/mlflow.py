@@ -244,6 +244,11 @@ def _send_metrics(client: MlflowClient, file: Path, state: State, there: set[tup
         sent += len(new)
         state.step[file.name], state.sending = step, None
         state.save()
+    # What MLflow has beyond that comes again, where the run went back to a checkpoint.
+    known = [step for key, step in there if key.startswith("system/") == (file.name == "system.jsonl")]
+    if known and max(known) > state.step.get(file.name, -1):
+        state.step[file.name] = max(known)
+        state.save()
     return sent
 
 

@@ -16,7 +16,7 @@ from distill_cli.config.schema import Launcher
 from distill_cli.errors import ConfigError
 from distill_cli.jobs import submit
 from distill_cli.jobs.run import carry_out, check_jobs, exit_status, introduce, prepare, print_warnings, single_path
-from distill_cli.jobs.sweep import carry_out_sweep, prepare_sweep
+from distill_cli.jobs.sweep import carry_out_sweep, discard, prepare_sweep
 from distill_cli.preflight import Preflight
 from distill_cli.rundir import RunDir
 
@@ -89,5 +89,5 @@ def run_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Seq
         return carry_out_sweep(sweep, elements, config, console=console)
     except ConfigError:
         if config.cluster.launcher is Launcher.slurm and not RunDir(sweep.path / elements[-1].folder).slurm.exists():
-            shutil.rmtree(sweep.path)  # Slurm has refused it
+            discard(sweep)  # Slurm has refused it
         raise

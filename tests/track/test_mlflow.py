@@ -135,20 +135,28 @@ def test_what_was_on_its_way_when_a_process_was_killed_is_looked_up(run: RunDir,
 def test_a_folder_that_lost_its_mlflow_json_goes_on_with_the_run_that_its_checkpoint_names(
     run: RunDir, uri: str
 ) -> None:
+    checkpoint = run.checkpoints / "step_1"
+    checkpoint.mkdir(parents=True)
     with MetricsFile(run.metrics) as metrics:
         metrics.write(1, {"train/loss": 0.5})
         ship(run, target(uri))
         before = json.loads((run.path / "mlflow.json").read_text())["run_id"]
-        checkpoint = run.checkpoints / "step_1"
-        checkpoint.mkdir(parents=True)
         write_json(checkpoint / store.STATE, {"step": 1, "mlflow": mlflow_identity(run)})
         write_json(checkpoint / store.MANIFEST, {"files": {}})
-        (run.path / "mlflow.json").unlink()
         metrics.write(2, {"train/loss": 0.25})
+        ship(run, target(uri))
+    (run.path / "mlflow.json").unlink()
     find_again(run)
-    assert ship(run, target(uri)).metrics == 1
+    cut_back(run.metrics, last_step=1, removed_to=run.path / "cut.jsonl")
+    sent = []
+    with MetricsFile(run.metrics) as metrics:  # step 2 again, which MLflow has, and one more
+        for step in (1, 2, 3):
+            if step > 1:
+                metrics.write(step, {"train/loss": 0.5 / step})
+            sent.append(ship(run, target(uri)).metrics)
+    assert sent == [0, 0, 1]
     assert json.loads((run.path / "mlflow.json").read_text())["run_id"] == before
-    assert history(uri, run, "train/loss") == [(1, 0.5), (2, 0.25)]
+    assert [step for step, _ in history(uri, run, "train/loss")] == [1, 2, 3]
 
 
 def test_a_run_that_was_made_just_before_a_kill_is_found_again(run: RunDir, uri: str) -> None:
