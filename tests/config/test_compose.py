@@ -73,6 +73,11 @@ def test_composing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_hydra_shows_one_config_and_no_sweep_s() -> None:
+    with pytest.raises(ConfigError, match="Hydra shows one config, not a sweep's; leave -m out"):
+        compose(["-m", "loss.topk=4,8", "--cfg", "job"])
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
