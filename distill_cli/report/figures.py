@@ -96,13 +96,15 @@ def accuracy(*, runs: Sequence[str] = (), height: int = 260) -> Spec:
         },
         "encoding": {"y": level, "text": {"field": "label"}, "x": None, "color": None, "strokeDash": None},
     }  # fmt: skip
+    behind = {"stroke": {"expr": "paper"}, "strokeWidth": 4, "strokeJoin": "round", "color": {"expr": "paper"}}
+    halo = {**text, "mark": {**text["mark"], **behind}}  # curves may run through the words
     # What is shared by the layers would ask the horizontal lines for a step.
     shared = spec.pop("encoding")
     transform = spec.pop("transform")
     own = [
         {"data": {"name": "steps"}, "transform": transform, "encoding": shared, "layer": [*spec["layer"], points]},
     ]
-    return {"height": height, "layer": [*own, rule, text]}
+    return {"height": height, "layer": [*own, rule, halo, text]}
 
 
 def stacked_time(stages: Sequence[str], *, height: int = 230) -> Spec:
@@ -212,7 +214,7 @@ def heat_map(
             {
                 "mark": {"type": "text", "fontSize": 13, "fontWeight": 600},
                 "encoding": {
-                    "text": {"field": measured, "format": form},
+                    "text": {"field": "told", "type": "nominal"} if percent else {"field": measured, "format": form},
                     "color": {"condition": {"test": bright, "value": "#111"}, "value": "#fff"},
                 },
             },

@@ -4,11 +4,11 @@
 const SMALL = 1e-3; // nats: below this a token is not coloured
 const LOOKS = {
   light: {
-    ink: "#1b1f24", muted: "#667080", grid: "#e9ecf0", rule: "#c9d0d8",
+    paper: "#ffffff", ink: "#1b1f24", muted: "#667080", grid: "#e9ecf0", rule: "#c9d0d8",
     hues: ["#2a6fdb", "#d9722a", "#1a8f5a", "#8a4fd0", "#c2417c", "#2b98a8", "#8c6d1f", "#6b7280", "#b3261e", "#4b5ab5"],
   },
   dark: {
-    ink: "#e4e7eb", muted: "#98a2b0", grid: "#262b32", rule: "#3a424c",
+    paper: "#14171b", ink: "#e4e7eb", muted: "#98a2b0", grid: "#262b32", rule: "#3a424c",
     hues: ["#7fb0ff", "#ff9d57", "#5fd39a", "#c39bff", "#ff85b8", "#6fd3e3", "#dcbf64", "#a3adba", "#ff8a80", "#9fb0ff"],
   },
 };
@@ -38,8 +38,8 @@ function look() {
     background: null,
     font: "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif",
     view: { stroke: null },
-    params: [{ name: "muted", value: now.muted }],
-    axis: { ...label, gridColor: now.grid, domainColor: now.rule, tickColor: now.rule, labelLimit: 200 },
+    params: [{ name: "muted", value: now.muted }, { name: "paper", value: now.paper }],
+    axis: { ...label, gridColor: now.grid, domainColor: now.rule, tickColor: now.rule, labelLimit: 200, titlePadding: 10 },
     axisX: { grid: false },
     legend: { ...label, orient: "top", symbolType: "stroke", symbolStrokeWidth: 3, offset: 6, labelLimit: 420, columns: 5, labelColor: now.ink },
     range: { category: now.hues },
@@ -118,8 +118,8 @@ function drawSamples(samples) {
   list.replaceChildren(...ordered.map((prompt) => element(
     "li",
     { role: "option", "aria-selected": prompt.number === shown.prompt, onclick: () => { shown.prompt = prompt.number; shown.aim = null; drawSamples(samples); } },
-    element("span", { class: "text" }, prompt.text.trim().replaceAll("\n", " ")),
-    element("span", { class: "kls" }, `KL ${[...new Set([steps[0], last])].map((step) => mean(prompt, step).toPrecision(2)).join(" → ")}`, ...reward(prompt.answers.find((a) => a.step === last))),
+    element("span", { class: "text" }, prompt.name),
+    element("span", { class: "kls" }, `KL ${[...new Set([steps[0], last])].map((step) => mean(prompt, step).toPrecision(2)).join(" → ")}`, ...rewards(prompt.answers, steps[0], last)),
   )));
 
   const chosen = byPrompt[shown.prompt];
@@ -140,6 +140,12 @@ function drawSamples(samples) {
 function reward(answer) {
   if (answer?.reward == null) return [];
   return ["  ", element("span", { class: answer.reward > 0 ? "right" : "wrong" }, answer.reward === 1 ? "right" : answer.reward === 0 ? "wrong" : `reward ${answer.reward}`)];
+}
+
+function rewards(answers, first, last) {
+  const [before, after] = [first, last].map((step) => answers.find((answer) => answer.step === step));
+  const changed = first !== last && before?.reward != null && before.reward !== after?.reward;
+  return changed ? [...reward(before), " →", ...reward(after)] : reward(after);
 }
 
 function drawAnswer(samples, answer) {
@@ -215,7 +221,7 @@ function drawWorst(samples) {
       "tr",
       { onclick: () => { shown.prompt = token.prompt; shown.aim = token; shown.steps.add(token.step); drawSamples(samples); document.querySelector(".aim")?.scrollIntoView({ block: "center" }); } },
       element("td", {}, token.kl.toPrecision(3)),
-      element("td", {}, samples.prompts[token.prompt].text.trim().slice(0, 60)),
+      element("td", {}, samples.prompts[token.prompt].name.slice(0, 60)),
       element("td", { class: "code" }, "…" + token.before.slice(-40).replaceAll("\n", "↵")),
       element("td", { class: "code" }, oneLine(token.token)),
       element("td", { class: "code" }, `${oneLine(token.student[0])} ${percent(token.student[1])}`),

@@ -26,6 +26,8 @@ MAX_POSITIONS = 100
 """Points of a curve; neighbouring positions share one where there are more."""
 SCALARS = ("loss", "kl_forward", "kl_reverse", "entropy", "student_logp", "teacher_logp")
 ROLES = ("student", "teacher")
+TURNS = {"system", "user", "assistant", "model"}
+"""What is left of a chat template's markers where special tokens are left out."""
 
 
 @dataclass
@@ -96,13 +98,19 @@ def page_samples(answers: Sequence[Answer]) -> dict[str, Any]:
     order = {index: place for place, index in enumerate(prompts)}
     shown = [_page_answer(answer, order[answer.row["prompt_index"]], table) for answer in answers]
     return {
-        "prompts": [{"index": index, "text": text} for index, text in prompts.items()],
+        "prompts": [{"index": index, "text": text, "name": name_of(text)} for index, text in prompts.items()],
         "answers": shown,
         "tokens": table.texts,
         "worst": worst_tokens(answers, order),
         "cut": sum(answer.length - len(answer.row["tokens"]) for answer in answers),
         "scale": colour_scale(shown),
     }
+
+
+def name_of(prompt: str) -> str:
+    """A prompt in one line, without the lines of a chat template that only say whose turn it is."""
+    lines = [line.strip() for line in prompt.splitlines()]
+    return " ".join(line for line in lines if line and line not in TURNS) or prompt.strip()
 
 
 def colour_scale(shown: Sequence[dict[str, Any]]) -> float:
@@ -172,8 +180,8 @@ def _worst(value: float, position: int, answer: Answer, *, order: dict[int, int]
         "kl": _rounded(value),
         "before": "".join(row["tokens"][max(0, position - 12) : position]),
         "token": row["tokens"][position],
-        "student": [row["student_top_tokens"][position][0], round(row["student_top_logp"][position][0], 2)],
-        "teacher": [row["teacher_top_tokens"][position][0], round(row["teacher_top_logp"][position][0], 2)],
+        "student": [row["student_top_tokens"][position][0], round(row["student_top_logp"][position][0], 4)],
+        "teacher": [row["teacher_top_tokens"][position][0], round(row["teacher_top_logp"][position][0], 4)],
     }
 
 

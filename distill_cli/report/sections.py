@@ -184,7 +184,8 @@ def grid_rows(histories: Sequence[History]) -> list[dict[str, Any]]:
     for history in histories:
         row, column = history.result.settings.values()
         final = {field(key): value for key, value in history.result.final.items()}
-        rows.append({"run": history.name, "row": row, "column": column, **final})
+        told = _shown(history.result.final.get("val/accuracy"), ".1%")  # the browser rounds halves the other way
+        rows.append({"run": history.name, "row": row, "column": column, "told": told, **final})
     return rows
 
 
@@ -229,4 +230,4 @@ def config_table(history: History) -> list[tuple[str, str, bool]]:
 
 def _yaml(value: Any) -> str:
     """As it is typed."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value.replace("\n", "↵") if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
