@@ -1,29 +1,56 @@
 """`distill [VERB] [OVERRIDES]`: verbs, and errors in one line each.
 
-Exit status: 0 done; 1 a failure while running; 2 the input is wrong; 130 and 143 stopped by Ctrl-C and SIGTERM.
+Exit status: 0 done; 1 a failure while running; 2 the input is wrong; 130 and 143 stopped by Ctrl-C and SIGTERM;
+141 whoever read the output has left.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from distill_cli import completion
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.verbs import help
+
+HYDRA_ANSWERS = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
+"""Flags that Hydra answers, and nothing else happens."""
 
 
 def main() -> None:
     """The console script."""
-    sys.exit(run(sys.argv[1:]))
+    if hydra_answers(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Hydra logs them, and logging would tell of a reader who left
+    try:
+        status = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read it has left, as `head` does
+        from distill_cli.console import READER_GONE, discard
+
+        discard()
+        status = READER_GONE
+    sys.exit(status)
+
+
+def hydra_answers(argv: Sequence[str]) -> bool:
+    return any(word.split("=")[0] in HYDRA_ANSWERS for word in argv)
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs one command line; its exit status."""
+    if completion.is_asked(argv, os.environ) and not completion.complete(list(VERBS)):
+        return 0
     verb, rest = split_verb(argv)
     if "--help" in rest or "-h" in rest:
         print(help.VERBS[verb] if argv[0] == verb else help.GENERAL, end="")
+        return 0
+    if "--version" in rest:
+        from importlib import metadata
+
+        print(f"distill {metadata.version('distill-cli')}")
         return 0
     try:
         return VERBS[verb](rest)
@@ -54,11 +81,10 @@ def split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
     Raises:
         SystemExit: the first word is neither a verb nor an override (status 2, with the verbs).
     """
-    strip_verb_from_completion()
     if not argv or argv[0].startswith(("-", "+", "~")) or "=" in argv[0]:
         return "train", list(argv)
     if argv[0] not in VERBS:
-        from distill_cli.config.overrides import nearest
+        from distill_cli.config.choices import nearest
 
         print(
             f"error: {argv[0]}: no such verb{nearest(argv[0], VERBS)} (there are: {', '.join(VERBS)}; "
@@ -69,23 +95,16 @@ def split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
     return argv[0], list(argv[1:])
 
 
-def strip_verb_from_completion() -> None:
-    """Hydra's completion reads the command line from COMP_LINE and knows no verbs."""
-    line = os.environ.get("COMP_LINE")
-    if line is None:
-        return
-    words = line.split(" ")
-    if len(words) > 2 and words[1] in VERBS:
-        removed = len(words.pop(1)) + 1
-        os.environ["COMP_LINE"] = " ".join(words)
-        if "COMP_POINT" in os.environ:
-            os.environ["COMP_POINT"] = str(max(0, int(os.environ["COMP_POINT"]) - removed))
-
-
 def train(argv: Sequence[str]) -> int:
+    typed = wait_as_override(argv)
+    if hydra_answers(argv) and not any(word.startswith("hydra/") for word in typed):
+        from distill_cli.config.compose import compose  # without what only a run needs
+
+        compose(typed)
+        return 0
     from distill_cli.verbs.train import train
 
-    return train(wait_as_override(argv), command=["distill", *argv])
+    return train(typed, command=["distill", *argv])
 
 
 def wait_as_override(argv: Sequence[str]) -> list[str]:
@@ -94,17 +113,9 @@ def wait_as_override(argv: Sequence[str]) -> list[str]:
 
 
 def plan(argv: Sequence[str]) -> int:
-    from distill_cli.config.compose import compose
-    from distill_cli.config.schema import Launcher
-    from distill_cli.jobs.run import check_jobs
-    from distill_cli.verbs.plan import print_plan, print_script
+    from distill_cli.verbs.plan import plan
 
-    jobs = compose(wait_as_override(argv))
-    for job, found in zip(jobs, check_jobs(jobs), strict=True):
-        print_plan(job, found)
-    if jobs and jobs[0].config.cluster.launcher is Launcher.slurm:
-        print_script(jobs)
-    return 0
+    return plan(wait_as_override(argv))
 
 
 def check(argv: Sequence[str]) -> int:
@@ -134,8 +145,7 @@ def evaluate(argv: Sequence[str]) -> int:
 def report(argv: Sequence[str]) -> int:
     from pathlib import Path
 
-    from rich.console import Console
-
+    from distill_cli.console import Console
     from distill_cli.report.html import report_file, write_report
     from distill_cli.report.read import read_results
     from distill_cli.report.table import print_comparison
@@ -167,7 +177,7 @@ def track(argv: Sequence[str]) -> int:
 
 
 def ls(argv: Sequence[str]) -> int:
-    from distill_cli.config.compose import conf_dir
+    from distill_cli.config.choices import conf_dir
     from distill_cli.verbs.ls import print_choices
 
     if len(argv) > 1:

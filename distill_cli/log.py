@@ -10,12 +10,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from rich.console import Console
 from rich.file_proxy import FileProxy
 from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
+from distill_cli.console import Console
 from distill_cli.live import Screen
 
 COLUMNS = (  # what a step's line shows of its metrics, and how

@@ -79,13 +79,18 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
 
 
 def _model_folder(folder: Path, path: str, key: str) -> Path:
+    if not path:
+        raise ConfigError(f"{key}=: is empty; give a Hugging Face model's folder or its name on the hub")
     if not folder.is_dir():
         raise ConfigError(f"{key}={path}: no such folder; give a Hugging Face model's folder or its name on the hub")
     try:
         config = read_config(folder)
         vocab_size(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise ConfigError(f"{key}={path}: no Hugging Face model is there (config.json: {error!r})") from error
+        why = error.strerror if isinstance(error, OSError) else repr(error)
+        raise ConfigError(
+            f"{key}={path}: no Hugging Face model is there (config.json: {why}); give a folder that has one"
+        ) from error
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"{key}={path}: no weights are there; *.safetensors are needed (pickles are not loaded)")
     return folder.resolve()

@@ -190,6 +190,8 @@ def room(config: Config, *, num_params: int, num_trained: int) -> tuple[str | No
     folder = Path(config.run.root).absolute()
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir():
+        return f"run.root={config.run.root}: {folder} is a file; give a folder", None
     free, settings = shutil.disk_usage(folder).free, config.checkpoint
     student = num_params * (4 if config.model.student.dtype is Dtype.float32 else 2)
     one = num_trained * (12 if settings.save_optimizer else 4) if settings.enabled else 0  # float32, and two moments

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "distill_cli"
 LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"errors", "types"},
     {"config", "lock"},
-    {"live"},
+    {"live", "console", "completion"},
     {"log", "rundir", "plugins", "modelpath", "lora", "hardware", "processes", "statistics"},
     {"memory", "pair"},
     {"parallel", "losses", "data", "engines", "track", "launch"},

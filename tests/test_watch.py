@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from distill_cli.config.compose import compose, save_config
 from distill_cli.live import Screen, sparks
 from distill_cli.rundir import RunDir, write_json
 from distill_cli.verbs import watch
@@ -29,7 +30,7 @@ def run(tmp_path: Path) -> RunDir:
     made = RunDir(tmp_path / "run")
     made.logs.mkdir(parents=True)
     made.torchrun_log(0).touch()  # it has begun
-    made.config.write_text("train: {max_steps: 1000}\n")
+    save_config(compose(["train.max_steps=1000"])[0].config, made.config)
     made.metrics.write_text(row(0, **{"val/accuracy": 0.25}) + row(1))
     return made
 

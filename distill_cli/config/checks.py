@@ -60,7 +60,7 @@ def config_problems(config: Config) -> list[str]:
         *_cluster(config),
         *_tracker(config),
         *secret_problems(asdict(config)),
-        *_at_least("run.print_every", config.run.print_every, 1),
+        *_run(config),
     ]
 
 
@@ -102,6 +102,15 @@ def inert_overrides(config: Config, overrides: Sequence[str], losses: Mapping[st
         for key in sorted(typed & {"model.student.lora.alpha", "model.student.lora.sync"}):
             warnings.append(f"{key} has no effect: no adapters are trained (model.student.lora.rank)")
     return warnings
+
+
+def _run(config: Config) -> Iterator[str]:
+    name = config.run.name
+    if name is not None and (name in ("", ".", "..") or "/" in name):
+        yield f"run.name={name}: is the name of one folder in run.root; give one without /, or leave it out"
+    if not config.run.root:
+        yield "run.root=: is empty; give the folder that runs go to, or leave it out"
+    yield from _at_least("run.print_every", config.run.print_every, 1)
 
 
 def _lora(config: Config) -> Iterator[str]:

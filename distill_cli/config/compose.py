@@ -24,13 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from distill_cli.config.choices import conf_dir
 from distill_cli.config.credentials import hide_credentials, without_credentials
+from distill_cli.config.flags import conf_dirs, flag_problems, split_flags
 from distill_cli.config.overrides import override_problems, sweep_keys, unknown_keys
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
-
-PACKAGED_CONF = Path(__file__).parent.parent / "_conf"
-CHECKOUT_CONF = Path(__file__).parent.parent.parent / "conf"
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,6 @@ class Job:
     """What was typed, for this element of a sweep."""
     swept: list[str]
     """The overrides that tell this element of a sweep from the others; empty for a single run."""
-
-
-def conf_dir() -> Path:
-    """The wheel carries conf/ inside the package; a checkout has it beside the package."""
-    return PACKAGED_CONF if PACKAGED_CONF.is_dir() else CHECKOUT_CONF
 
 
 def compose(argv: Sequence[str], *, unread: Sequence[str] = ()) -> list[Job]:
@@ -65,30 +59,43 @@ def compose(argv: Sequence[str], *, unread: Sequence[str] = ()) -> list[Job]:
     check_overrides(argv)
     for override in hydra_plugins(argv).values():
         raise ConfigError(f"{override}: `distill train -m` takes it, no other verb; leave it out")
+    overrides, flags = split_flags(argv)
+    if not {"-m", "--multirun"} & set(flags) and (several := sweep_keys(overrides)):
+        what = "several values are a sweep: add -m, or quote a value with commas"
+        raise ConfigError(*(f"{key}: {what}" for key in sorted(several)))
     jobs: list[Job] = []
+    wrong: dict[str, None] = {}
 
     def collect(config: DictConfig) -> None:
         if (sweeper := HydraConfig.get().runtime.choices.get("hydra/sweeper", "basic")) != "basic":
             raise ConfigError(f"hydra/sweeper={sweeper}: a file of the config names it; type it on the command line")
         for key in unread:
             OmegaConf.update(config, key, {}, merge=False, force_add=True)
-        jobs.append(composed_job(config))
+        try:
+            jobs.append(composed_job(config))
+        except ConfigError as error:  # of what is raised here Hydra tells in its own way
+            wrong.update(dict.fromkeys(error.problems))
 
     run_hydra(argv, collect)
+    if wrong:
+        raise ConfigError(*wrong)
     return jobs
 
 
 def check_overrides(argv: Sequence[str]) -> None:
-    """Raises ConfigError where an override is none, all problems at once: Hydra stops at the first."""
-    problems = override_problems(_overrides(argv), conf_dirs=_conf_dirs(argv))
-    if problems and not {"-sc", "--shell-completion"} & set(argv):  # what follows those are no overrides
+    """Raises ConfigError where a flag or an override is none, all problems at once: Hydra stops at the first."""
+    overrides, flags = split_flags(argv)
+    problems = flag_problems(flags)
+    if not {"-sc", "--shell-completion"} & set(flags):  # what follows those are no overrides
+        problems += override_problems(overrides, conf_dirs=conf_dirs(flags))
+    if problems:
         raise ConfigError(*problems)
 
 
 def hydra_plugins(argv: Sequence[str]) -> dict[str, str]:
     """Hydra's own launcher and sweeper, where one was typed: `launcher`, `sweeper` and the override that names it."""
     found = {}
-    for override in _overrides(argv):
+    for override in split_flags(argv)[0]:
         group, _, choice = override.lstrip("+").partition("=")
         if group in ("hydra/launcher", "hydra/sweeper") and choice != "basic":
             found[group.removeprefix("hydra/")] = override
@@ -97,15 +104,15 @@ def hydra_plugins(argv: Sequence[str]) -> dict[str, str]:
 
 def search_space(argv: Sequence[str]) -> dict[str, str]:
     """Each key that was given several values or a range, with those."""
-    words = [override.lstrip("+").partition("=") for override in _overrides(argv)]
-    keys = sweep_keys(_overrides(argv))
+    words = [override.lstrip("+").partition("=") for override in split_flags(argv)[0]]
+    keys = sweep_keys(split_flags(argv)[0])
     return {key: value for key, _, value in words if key in keys}
 
 
 def compose_unsearched(argv: Sequence[str]) -> DictConfig:
     """The config of a search, without what is searched."""
     searched = search_space(argv)
-    plain = [override for override in _overrides(argv) if override.lstrip("+").partition("=")[0] not in searched]
+    plain = [override for override in split_flags(argv)[0] if override.lstrip("+").partition("=")[0] not in searched]
     plain = [override for override in plain if not override.lstrip("+").startswith("hydra")]
     ConfigStore.instance().store("base_config", Config)
     try:
@@ -129,7 +136,8 @@ def run_hydra(argv: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
         os.environ["DISTILL_SWEEP_DIR"] = sweep_dir  # Hydra writes its multirun.yaml here; our folders come later
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions
         argv_before = sys.argv
-        sys.argv = ["distill", *argv]
+        overrides, flags = split_flags(argv)
+        sys.argv = ["distill", *overrides, *flags]
         try:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -184,8 +192,16 @@ def known_losses() -> dict[str, set[str]]:
 
 
 def load_config(path: Path) -> Config:
-    """A run's config.yaml, as written by `save_config`."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    """A run's config.yaml, as written by `save_config`.
+
+    Raises:
+        ConfigError: it is damaged, or cannot be read.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        what = error.strerror if isinstance(error, OSError) else _one_line(error)
+        raise ConfigError(f"{path}: is no run's configuration ({what}); bring back the one that was written") from error
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -222,7 +238,7 @@ def composed_job(config: DictConfig) -> Job:
     task = list(runtime.overrides.task)
     swept = []
     if runtime.mode is not None and runtime.mode.name == "MULTIRUN":
-        keys = sweep_keys(_overrides(sys.argv[1:])) | {str(key) for key in runtime.sweeper.get("params") or {}}
+        keys = sweep_keys(split_flags(sys.argv[1:])[0]) | {str(key) for key in runtime.sweeper.get("params") or {}}
         swept = [override for override in task if override.lstrip("+").split("=", 1)[0] in keys]
     composed = OmegaConf.to_object(config)
     hide_credentials(composed)
@@ -232,41 +248,6 @@ def composed_job(config: DictConfig) -> Job:
         overrides=[without_credentials(override) for override in task],
         swept=[without_credentials(override) for override in swept],
     )
-
-
-def _overrides(argv: Sequence[str]) -> list[str]:
-    """What is no flag and no flag's value."""
-    takes_value = {
-        "--cfg",
-        "-c",
-        "--package",
-        "-p",
-        "--config-path",
-        "-cp",
-        "--config-name",
-        "-cn",
-        "--config-dir",
-        "-cd",
-    }
-    found, skip = [], False
-    for argument in argv:
-        if skip:
-            skip = False
-        elif argument in takes_value:
-            skip = True
-        elif not argument.startswith("-"):
-            found.append(argument)
-    return found
-
-
-def _conf_dirs(argv: Sequence[str]) -> list[Path]:
-    folders = [conf_dir()]
-    for flag, value in zip(argv, [*argv[1:], ""], strict=False):
-        if flag in ("--config-dir", "-cd"):
-            folders.append(Path(value))
-        elif flag.startswith("--config-dir="):
-            folders.append(Path(flag.split("=", 1)[1]))
-    return [folder for folder in folders if folder.is_dir()]
 
 
 def _one_line(error: Exception) -> str:

@@ -6,8 +6,7 @@ Hydra alone stops at the first problem, and lets `+loss.zz=1` past a structured 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,21 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distill_cli.config.choices import group_choices, groups, nearest
 from distill_cli.config.schema import Config
 
 
 def override_problems(overrides: Sequence[str], *, conf_dirs: Sequence[Path]) -> list[str]:
     """One line for each override that names no key, no choice, or a value of another type."""
+    if not overrides:
+        return []  # the schema takes a while
     schema = OmegaConf.structured(Config)
     parser = OverridesParser.create()
     problems = []
     for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            problems.append(f"{text}: not an override, which is key=value; a verb comes first, and there is one")
+            continue
         try:
             override = parser.parse_override(text)
         except HydraException as error:
@@ -58,18 +63,6 @@ def unknown_keys(node: Any, at: str = "") -> list[str]:
     return found
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean x?` where something known is close, else nothing."""
-    known = list(known)
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not found:  # the right last part in another group: topk for loss.topk
-        last = name.rsplit(".", 1)[-1]
-        by_last = {key.rsplit(".", 1)[-1]: key for key in known}
-        close = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
-        found = [by_last[close[0]]] if close else []
-    return f"; did you mean {found[0]}?" if found else ""
-
-
 def known_keys(kind: type = Config, at: str = "") -> Iterator[str]:
     """Every dotted key of the schema; a dictionary's own keys are its user's."""
     for field in dataclasses.fields(kind):
@@ -79,14 +72,6 @@ def known_keys(kind: type = Config, at: str = "") -> Iterator[str]:
             yield from known_keys(type(default), path)
         else:
             yield path
-
-
-def group_choices(group: str, conf_dirs: Sequence[Path]) -> list[str]:
-    return sorted({file.stem for folder in conf_dirs for file in (folder / group).glob("*.yaml")})
-
-
-def groups(conf_dirs: Sequence[Path]) -> list[str]:
-    return sorted({d.name for folder in conf_dirs for d in folder.iterdir() if d.is_dir() and d.name != "hydra"})
 
 
 def _problems_of(override: Override, text: str, schema: DictConfig, conf_dirs: Sequence[Path]) -> list[str]:
@@ -107,7 +92,7 @@ def _problems_of(override: Override, text: str, schema: DictConfig, conf_dirs: S
             if value not in choices and not (value is None and key == "experiment")
         ]
     if not _is_known(schema, key):
-        return [f"{key}: unknown key{nearest(key, known_keys())}"]
+        return [f"{key or text}: unknown key{nearest(key, [*known_keys(), *groups(conf_dirs)])}"]
     return [problem for value in values if (problem := _type_problem(schema, key, value))]
 
 

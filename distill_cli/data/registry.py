@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill_cli.config.overrides import nearest
+from distill_cli.config.choices import nearest
 from distill_cli.data.environments import Environment
 from distill_cli.data.rows import Stream
 from distill_cli.errors import ConfigError

@@ -22,7 +22,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.markup import escape
 
 from distill_cli.config.compose import (
@@ -37,6 +36,7 @@ from distill_cli.config.compose import (
 from distill_cli.config.credentials import hide_typed_credentials
 from distill_cli.config.derived import parse_time_limit
 from distill_cli.config.schema import ClusterConfig, Config, Launcher
+from distill_cli.console import Console
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.jobs.run import check_jobs, print_warnings, read_outcome
 from distill_cli.jobs.slurm_job import Task

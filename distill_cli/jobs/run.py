@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
@@ -26,6 +25,7 @@ from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, config_text, known_losses, load_config
 from distill_cli.config.schema import Config
+from distill_cli.console import Console
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.jobs.tracking import mlflow_target, tracking
 from distill_cli.launch.local import Stopped, launch

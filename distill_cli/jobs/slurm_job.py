@@ -15,11 +15,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from distill_cli import hardware
 from distill_cli.config.compose import load_config
 from distill_cli.config.schema import Config
+from distill_cli.console import Console
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.jobs.run import carry_out, job_of, locate_models, read_outcome
 from distill_cli.launch.local import STOP_SIGNALS, Stopped, follow, stop_signals

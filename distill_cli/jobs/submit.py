@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from distill_cli.config.schema import Config
+from distill_cli.console import Console
 from distill_cli.jobs.run import read_outcome, shown
 from distill_cli.jobs.slurm_job import Task
 from distill_cli.launch import slurm

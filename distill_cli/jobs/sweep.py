@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from distill_cli import hardware, rundir
 from distill_cli.config.compose import Job
 from distill_cli.config.schema import Config, Launcher
+from distill_cli.console import Console
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.jobs import submit
 from distill_cli.jobs.run import carry_out, job_of, leave_report, prepare, write_memory

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.markup import escape
 
 from distill_cli import hardware
@@ -23,6 +22,7 @@ from distill_cli.checkpoint import store
 from distill_cli.config.compose import flatten, load_config
 from distill_cli.config.credentials import uri_problem, whole_uri
 from distill_cli.config.schema import Config, MeshConfig
+from distill_cli.console import Console
 from distill_cli.data.registry import load_examples
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.launch.local import Stopped
@@ -167,6 +167,7 @@ def track(argv: Sequence[str]) -> int:
     console = Console(highlight=False, soft_wrap=True)
     for run in find_runs(paths):
         config = load_config(run.config)
+        run.metrics.touch()
         find_again(run)
         target = mlflow_target(config, run, uri=uri or recorded_uri(run))
         sent, run_id = sync(run, target)
@@ -206,7 +207,6 @@ def find_runs(paths: Sequence[Path]) -> list[RunDir]:
             runs = [RunDir(sweep.path / element.folder) for element in sweep.elements()]
             found += [run for run in runs if run.metrics.exists()]
         elif run.config.is_file():
-            run.metrics.touch()
             found.append(run)
         else:
             what = "no such folder" if not path.exists() else "neither a run (config.yaml) nor a sweep (sweep.json)"

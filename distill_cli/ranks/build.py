@@ -96,7 +96,7 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     if trainer.saver is not None:
         trainer.saver.last_step = trainer.progress.step
     trainer.stop = stop
-    stop.listen(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    stop.listen(signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     with trainer.printer:
         result = trainer.run()
     if result.state == "finished" or trainer.saver is None:

@@ -10,11 +10,11 @@ from typing import IO
 
 import psutil
 import torch
-from rich.console import Console
 from rich.markup import escape
 
 from distill_cli.config.compose import load_config
 from distill_cli.config.schema import Config, Dtype, Precision, TeacherModel
+from distill_cli.console import Console
 from distill_cli.engines.companion import CompanionScorer
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer

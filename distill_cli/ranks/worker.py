@@ -8,6 +8,7 @@ folder is an evaluation's, `ranks.eval` asks a model.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import IO
 
+from distill_cli.console import RankOutput
 from distill_cli.engines.process import hide_broken_packages, import_transformers, prepare_process
 from distill_cli.errors import DistillError
 from distill_cli.log import log_to
@@ -69,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
 
 def redirect_output(log_file: Path, *, is_main: bool) -> IO[str]:
     """Standard output and error into the log, C code's too; returns the stream that the user sees."""
-    console = os.fdopen(os.dup(1), "w", buffering=1) if is_main else open(os.devnull, "w")  # noqa: SIM115
+    output = RankOutput(os.dup(1), "w") if is_main else open(os.devnull, "wb", buffering=0)  # noqa: SIM115
+    console = io.TextIOWrapper(io.BufferedWriter(output), encoding="utf-8", errors="replace", line_buffering=True)
     descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -9,9 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from distill_cli.report.read import RunResult, flat
+from distill_cli.report.read import RunResult, read_config
 from distill_cli.rundir import RunDir
 from distill_cli.track.recorder import read_metrics
 
@@ -70,7 +68,7 @@ def read_history(result: RunResult, *, name: str) -> History:
         result=result,
         name=name,
         rows=read_metrics(run.metrics) if run.metrics.is_file() else [],
-        config=flat(yaml.safe_load(run.config.read_text())) if run.config.is_file() else {},
+        config=read_config(run) if run.config.is_file() else {},
         outcome=_json(run.outcome),
         memory=_json(run.memory),
         command=run.command.read_text().strip() if run.command.is_file() else "",

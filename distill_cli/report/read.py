@@ -18,6 +18,7 @@ import yaml
 
 from distill_cli.errors import ConfigError
 from distill_cli.rundir import RunDir, SweepDir
+from distill_cli.track.recorder import damaged
 
 MEASURES = {
     "KL forward": "train/kl_forward",
@@ -65,7 +66,7 @@ def read_results(paths: Sequence[Path]) -> list[RunResult]:
         else:
             what = "no such folder" if not path.exists() else "neither a run (config.yaml) nor a sweep (sweep.json)"
             raise ConfigError(f"{path}: {what}; give the folder of a run or a sweep, such as runs/latest")
-    configs = [flat(yaml.safe_load(RunDir(path).config.read_text())) for path in single]
+    configs = [read_config(RunDir(path)) for path in single]
     return results + [read_run(path, settings) for path, settings in zip(single, _differences(configs), strict=True)]
 
 
@@ -132,7 +133,19 @@ def _rows_from_the_end(path: Path) -> Iterable[dict[str, Any]]:
             rest, end = (lines.pop(0) if begin else b""), begin
             if is_last and lines:  # what follows the last line's end: nothing, or a line that is cut off
                 lines, is_last = lines[:-1], False
-            yield from (json.loads(line) for line in reversed(lines))
+            try:
+                yield from [json.loads(line) for line in reversed(lines)]
+            except ValueError as error:
+                raise damaged(path, error) from error
+
+
+def read_config(run: RunDir) -> dict[str, Any]:
+    """A run's configuration as dotted keys; ConfigError where its file is damaged."""
+    try:
+        return flat(yaml.safe_load(run.config.read_text()))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        what = str(error).splitlines()[0]
+        raise ConfigError(f"{run.config}: is no run's configuration ({what}); leave that run out") from error
 
 
 def _differences(configs: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

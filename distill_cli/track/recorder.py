@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from distill_cli.errors import DistillError
+
 log = logging.getLogger(__name__)
 
 
@@ -66,9 +68,20 @@ def drop_cut_line(path: Path) -> None:
 
 
 def read_metrics(path: Path, *, after_step: int = -1) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl beyond a step; a last line that was cut off is left out."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n") and _step(line) > after_step]
+    """The rows of a metrics.jsonl beyond a step; a last line that was cut off is left out.
+
+    Raises:
+        DistillError: the file is damaged.
+    """
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n") and _step(line) > after_step]
+    except ValueError as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: ValueError) -> DistillError:
+    return DistillError(f"{path}: holds a line that is no row of metrics ({error}); take that line out")
 
 
 def _step(line: str) -> int:

@@ -15,12 +15,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from distill_cli import hardware
 from distill_cli.config.compose import compose, save_config
 from distill_cli.config.schema import Config, Launcher
+from distill_cli.console import Console
 from distill_cli.errors import ConfigError
 from distill_cli.jobs.run import exit_status
 from distill_cli.launch.local import launch

@@ -18,7 +18,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from distill_cli import hardware, modelpath
@@ -27,6 +26,7 @@ from distill_cli.config.checks import evaluation_problems
 from distill_cli.config.compose import compose, load_config, override_config, save_config
 from distill_cli.config.derived import validation_length
 from distill_cli.config.schema import ClusterConfig, Config, MeshConfig, StudentModel
+from distill_cli.console import Console
 from distill_cli.data.check import check_data
 from distill_cli.data.registry import resolve_environment, resolve_extract, resolve_verifier
 from distill_cli.errors import ConfigError, DistillError

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from rich.console import Console
 from rich.markup import escape
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -31,6 +30,7 @@ from distill_cli.checkpoint.saver import MOMENTS
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.compose import load_config
 from distill_cli.config.schema import Config, LoraConfig
+from distill_cli.console import Console
 from distill_cli.data.prompts import load_tokenizer
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.lora import shortened, targeted

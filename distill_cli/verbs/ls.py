@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distill_cli.config.overrides import group_choices, groups, nearest
+from distill_cli.config.choices import group_choices, groups, nearest
 from distill_cli.errors import ConfigError
 
 

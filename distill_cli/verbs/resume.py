@@ -15,16 +15,17 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 from rich.markup import escape
 
 from distill_cli.attempts import attempts_of, told
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
-from distill_cli.config.compose import conf_dir, flatten, load_config, save_config
+from distill_cli.config.choices import conf_dir
+from distill_cli.config.compose import flatten, load_config, save_config
 from distill_cli.config.credentials import hide_credentials
 from distill_cli.config.overrides import override_problems
 from distill_cli.config.schema import Config, Launcher, Schedule
+from distill_cli.console import Console
 from distill_cli.data.check import DataFacts
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.jobs import submit

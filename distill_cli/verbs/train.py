@@ -8,11 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from distill_cli import rundir
 from distill_cli.config.compose import Job, compose, hydra_plugins
 from distill_cli.config.schema import Launcher
+from distill_cli.console import Console
 from distill_cli.errors import ConfigError
 from distill_cli.jobs import submit
 from distill_cli.jobs.run import carry_out, check_jobs, exit_status, introduce, prepare, print_warnings, single_path

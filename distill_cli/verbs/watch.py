@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
+from distill_cli.config.compose import load_config
 from distill_cli.errors import ConfigError
 from distill_cli.log import StepPrinter
 from distill_cli.report.read import state_of
@@ -40,7 +39,7 @@ def watch(argv: Sequence[str], *, sleep: Callable[[float], None] = time.sleep) -
 
 def follow(run: RunDir, *, sleep: Callable[[float], None]) -> int:
     """Shows what is there and what comes, until the run has ended."""
-    num_steps = OmegaConf.load(run.config).train.max_steps
+    num_steps = load_config(run.config).train.max_steps
     with StepPrinter(sys.stdout, num_steps=num_steps, title=f"distill watch  {run.path.name}") as printer:
         last = -1
         while True:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from distill_cli.config.checks import config_problems, inert_overrides
-from distill_cli.config.compose import compose, conf_dir, known_losses, load_config, save_config
-from distill_cli.config.overrides import group_choices, groups, known_keys
+from distill_cli.config.choices import conf_dir, group_choices, groups
+from distill_cli.config.compose import compose, known_losses, load_config, save_config
+from distill_cli.config.overrides import known_keys
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from distill_cli.config.compose import compose, conf_dir
+from distill_cli.config.choices import conf_dir
+from distill_cli.config.compose import compose
 from distill_cli.data.prompts import PromptMaker, make_prompts
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream, boxed_answer, final_answer

@@ -1,6 +1,10 @@
 """The command line itself: what answers without starting anything."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +53,23 @@ def test_plan_says_what_would_run_and_starts_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_measures_the_run_itself_and_leaves_nothing(tmp_path: Path) -> None:
+    small = ("rollout.prompts_per_step=8", "train.global_batch_size=4", "eval.max_samples=16", "eval.record_samples=2")
+    done = distill(tmp_path, "plan", "--measure", *small)
+    assert done.status == 0, done.stderr
+    said = done.stdout.split("seconds, measured here")[1].splitlines()
+    rows = {line[:20].strip(): line[20:].strip() for line in said}
+    seconds = {name: float(told.split(",")[0]) for name, told in rows.items() if re.match(r"\d+\.\d+($|,)", told)}
+    assert all(seconds[stage] > 0 for stage in ("sync", "sample", "score", "pack", "train"))
+    parts = [seconds.get(stage, 0) for stage in ("wake", "sync", "sample", "score", "pack", "train", "other")]
+    assert seconds["a step"] == pytest.approx(sum(parts), abs=0.01)
+    assert seconds["start"] > 1
+    assert seconds["a validation"] > 0
+    assert "a checkpoint" in rows
+    assert "1,024 steps" in rows["an epoch"]  # 8,192 rows, 8 a step
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_ls_and_cfg(tmp_path: Path) -> None:
     assert "distill plan" in distill(tmp_path, "--help").stdout
     assert "loss=reverse" in distill(tmp_path, "ls", "loss").stdout
@@ -81,7 +102,46 @@ def test_doctor_says_what_is_there_and_how_to_mend_what_is_not(tmp_path: Path) -
         assert findings[name]["fix"]
 
 
-def test_completion_knows_verbs_and_groups(tmp_path: Path) -> None:
-    line = "distill train loss="
-    done = distill(tmp_path, "-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
-    assert "loss=reverse" in done.stdout.split()
+LOSSES = ("forward", "jsd", "mixed", "reverse", "skew_forward", "skew_reverse")
+TYPED = {
+    "distill loss=": [f"loss={name}" for name in LOSSES],
+    "distill plan model=": ["model=custom", "model=qwen3_1.7b_4b", "model=tiny"],
+    "distill mod": ["model.", "model="],
+    "distill pl": ["plan"],
+    "distill plan --me": ["--measure"],
+    "distill resume runs/latest train.lr": ["train.lr="],
+    "distill ls lo": ["loss"],
+    "distill track ": ["sync"],
+    "distill watch ru": [],
+}
+"""What Tab offers at the end of each line."""
+
+
+def test_tab_in_bash(tmp_path: Path) -> None:
+    """Through the function that `distill -sc install=bash` defines, called as bash calls it."""
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    (bin_dir / "distill").write_text(f'#!/bin/sh\nexec {sys.executable} -m distill_cli "$@"\n')
+    (bin_dir / "distill").chmod(0o755)
+    script = """
+        eval "$(distill -sc install=bash)"
+        complete -p distill | grep -q -- "-F hydra_bash_completion" || exit 1
+        while IFS= read -r COMP_LINE; do
+            COMP_POINT=${#COMP_LINE}; read -ra COMP_WORDS <<< "$COMP_LINE"
+            [[ $COMP_LINE != *" " ]] || COMP_WORDS+=("")
+            COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=()
+            hydra_bash_completion
+            echo "${COMPREPLY[*]}"
+        done
+    """
+    done = subprocess.run(
+        ["bash", "--norc", "--noprofile", "-c", script],
+        input="".join(f"{line}\n" for line in TYPED),
+        env={**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split() for line in done.stdout.splitlines()] == list(TYPED.values())

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from distill_cli.config.compose import conf_dir
+from distill_cli.config.choices import conf_dir
 from distill_cli.errors import ConfigError
 from distill_cli.losses.divergence import (
     DIVERGENCES,

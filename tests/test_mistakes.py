@@ -1,0 +1,91 @@
+"""What a user types wrong: status 2, one line each with what is wrong and what to do, and no traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill_cli.cli import run
+from distill_cli.config.compose import compose, config_text
+from distill_cli.console import READER_GONE
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    (torn / "config.yaml").write_text("{{")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("plan check", "a verb comes first, and there is one"),
+        ("plan --foo", "unrecognized arguments: --foo"),
+        ("check --foo", "unrecognized arguments: --foo"),
+        ("--cfg nosuch", "choose from 'job', 'hydra', 'all'"),
+        ("--cfg job --info", "exclude each other"),
+        ("--resolve", "is for --cfg"),
+        ("=3", "unknown key"),
+        ("lss=mixed", "did you mean loss?"),
+        ("train.lr=1e-3,1e-4", "add -m"),
+        ("data=table", "data.train.path: a value is needed"),
+        ("-m data=table,jsonl", "data.train.path: a value is needed"),
+        ("model.student.path=", "is empty"),
+        ("model.student.path=empty", "config.json: No such file or directory"),
+        ("run.name=", "give one without /"),
+        ("run.name=a/b", "give one without /"),
+        ("run.root=", "is empty"),
+        ("run.root=file", "is a file; give a folder"),
+        ("plan --measure cluster=slurm", "cluster=local"),
+        ("plan --measure -m train.lr=1e-3,1e-4", "leave -m out"),
+        ("plan --measure loss.topk=0", "must be at least 1"),
+        *((f"{verb} torn", "is no run's configuration") for verb in ("watch", "report", "resume", "track sync")),
+        *((f"{verb} empty", "give") for verb in ("watch", "report", "resume", "export", "track sync")),
+        *((f"{verb} nothing", "no such folder") for verb in ("watch", "report", "resume", "export", "track sync")),
+        *((verb, "distill") for verb in ("watch", "report", "resume", "export", "eval", "track")),
+        ("ls nosuch", "there are: checkpoint"),
+        ("doctor --jsn", "takes --json alone"),
+        ("eval --foo", "takes a run or model"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(typed: str, said: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    before = files(folder)
+    assert run(typed.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert 1 <= len(err.splitlines()) <= 2
+    assert all(line.startswith("error: ") for line in err.splitlines())
+    assert files(folder) == before
+
+
+def files(folder: Path) -> list[Path]:
+    """What is there, but for the lock that `resume` takes."""
+    return sorted(path for path in folder.rglob("*") if path.name != ".lock")
+
+
+def test_damaged_metrics_are_named(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "torn/config.yaml").write_text(config_text(compose([])[0].config))
+    (folder / "torn/metrics.jsonl").write_text("garbage\n")
+    for verb in ("watch", "report"):
+        assert run([verb, "torn"]) == 1
+        assert "metrics.jsonl: holds a line that is no row of metrics" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed", ["ls", "plan", "--info"])
+def test_a_reader_who_leaves_ends_it_quietly(typed: str) -> None:
+    """As `| head` does, which is gone before there is anything to read."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "distill_cli", *typed.split()]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert done.stderr == ""
+    assert done.returncode in (READER_GONE, -13)  # the second by the signal itself
