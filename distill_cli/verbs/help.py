@@ -48,13 +48,17 @@ examples
   distill cluster=slurm cluster.partition=gpu          the same as a job
 """,
     "plan": """\
-distill plan [OVERRIDES] - compose and check everything, print what would run, start nothing
+distill plan [OVERRIDES] [--measure] - compose and check everything, print what would run, start nothing
 
 The mesh and who holds what, the arithmetic of a step, memory by part, the command or the sbatch script, and whatever
 a run would refuse or warn of.
 
+  --measure      run the first steps here, of the very models, mesh and engines: seconds by stage, and what they come
+                 to over an epoch and the run; nothing is left behind
+
 examples
   distill plan
+  distill plan --measure
   distill plan model=qwen3_1.7b_4b data.train.path=train.jsonl data.validation.path=test.jsonl
   distill plan cluster.ranks_per_node=2 mesh.tensor=2
 """,

@@ -1,30 +1,51 @@
 """`distill plan`: what a run would do, before it does anything.
 
-Memory is by part and by arithmetic (`distill_cli.memory`).
+Memory is by part and by arithmetic (`distill_cli.memory`); seconds are measured where that is asked for.
 """
 
 from __future__ import annotations
 
 import math
+import platform
 import shlex
 import textwrap
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from distill_cli import hardware, memory, modelpath
 from distill_cli.config.checks import inert_overrides
-from distill_cli.config.compose import Job, known_losses
+from distill_cli.config.compose import Job, compose, known_losses
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step
 from distill_cli.config.schema import Config, EngineModelConfig, Launcher, LoraSync
-from distill_cli.jobs.run import count, single_path
+from distill_cli.console import Console
+from distill_cli.jobs.run import check_jobs, count, exit_status, single_path
 from distill_cli.launch import slurm
 from distill_cli.launch.local import command
 from distill_cli.lora import targeted
 from distill_cli.preflight import Preflight
 from distill_cli.rundir import RunDir
+from distill_cli.verbs.measure import Pace, check_measurable, measure
+
+MEASURE = "--measure"
+
+
+def plan(argv: Sequence[str]) -> int:
+    """The verb: checks and prints each job; with `--measure` runs the only one's first steps as well."""
+    jobs = compose([word for word in argv if word != MEASURE])
+    measures = MEASURE in argv
+    if measures:
+        check_measurable(jobs)
+    for job, found in zip(jobs, check_jobs(jobs), strict=True):
+        print_plan(job, found)
+        if measures:
+            with exit_status() as status:
+                print_pace(job, found, measure(job, found))
+            return status.value
+    if jobs and jobs[0].config.cluster.launcher is Launcher.slurm:
+        print_script(jobs)
+    return 0
 
 
 def print_plan(job: Job, found: Preflight) -> None:
@@ -142,14 +163,7 @@ def step_rows(config: Config) -> dict[str, str]:
 
 
 def run_rows(config: Config, found: Preflight) -> dict[str, str]:
-    steps = found.num_steps(config)
-    validations = sum(
-        [
-            config.eval.at_start,
-            steps // config.eval.period if config.eval.period else 0,
-            config.eval.at_end and not (config.eval.period and steps % config.eval.period == 0),
-        ]
-    )
+    steps, validations = found.num_steps(config), num_validations(config, found.num_steps(config))
     samples = min(config.eval.max_samples, found.num_validation or config.eval.max_samples)
     epoch = "not known: the data is streamed"
     if found.num_train is not None:
@@ -162,6 +176,68 @@ def run_rows(config: Config, found: Preflight) -> dict[str, str]:
         + (", and the teacher once" if config.eval.teacher and validations else ""),
         **checkpoint_row(config, found),
     }
+
+
+def num_validations(config: Config, steps: int) -> int:
+    """How often a run of so many steps validates the student."""
+    settings = config.eval
+    if not config.data.validation:
+        return 0
+    periodic = steps // settings.period if settings.period else 0
+    at_end = settings.at_end and not (settings.period and steps % settings.period == 0)
+    return settings.at_start + periodic + at_end
+
+
+def print_pace(job: Job, found: Preflight, pace: Pace) -> None:
+    """Prints what was measured, and what it comes to over the run."""
+    console = Console(highlight=False)
+    console.print(_table("seconds, measured here", pace_rows(job.config, pace)))
+    console.print(_table("expected", expected_rows(job.config, found, pace)))
+
+
+def pace_rows(config: Config, pace: Pace) -> dict[str, str]:
+    """Each stage of a step, a step, and what comes beside steps."""
+    each = ", ".join(f"{seconds:.2f}" for seconds in pace.steps)
+    how = f"the median of {each}" if len(pace.steps) > 1 else "of one step"
+    rows = {stage: f"{seconds:9.3f}" for stage, seconds in pace.stages.items()}
+    rows["a step"] = f"{pace.step:9.3f}, {how}; answers of {pace.mean_length:.0f} tokens"
+    rows["start"] = f"{pace.start:9.1f}, once: imports, engines, the look at the first answers"
+    if pace.teacher_validation is not None:
+        rows["teacher validated"] = f"{pace.teacher_validation:9.2f}, once"
+    if pace.validation is not None:
+        rows["a validation"] = f"{pace.validation:9.2f}, its recorded answers included"
+    if pace.checkpoint is not None:
+        rows["a checkpoint"] = f"{pace.checkpoint:9.3f}, in which training stands still; the writing goes on beside it"
+    ranks = "1 rank" if num_ranks(config) == 1 else f"{num_ranks(config)} ranks"
+    where = f"{ranks} on {'GPUs' if hardware.gpus_per_node(config) else 'CPUs'} of {platform.node()}"
+    return rows | {"from": f"the first steps of this very run, {where}; the first one is left out"}
+
+
+def expected_rows(config: Config, found: Preflight, pace: Pace) -> dict[str, str]:
+    """How long an epoch and the run will take, if every step is as those that were measured."""
+    steps, settings = found.num_steps(config), config.checkpoint
+    parts = {
+        "start": pace.start + (pace.teacher_validation or 0.0),
+        f"{steps:,} steps": steps * pace.step,
+        "validations": num_validations(config, steps) * (pace.validation or 0.0),
+        "checkpoints": (steps // settings.period if settings.enabled else 0) * (pace.checkpoint or 0.0),
+    }
+    rows = {}
+    if found.num_train is not None:
+        epoch = found.num_train // config.rollout.prompts_per_step
+        rows["an epoch"] = f"{duration(epoch * pace.step)} for {epoch:,} steps"
+    told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
+    return rows | {
+        "the run": f"{duration(sum(parts.values()))} ({told})",
+        "if": "answers stay as long as they are now: sampling and scoring take as long as these are",
+    }
+
+
+def duration(seconds: float) -> str:
+    """Hours where there are any: 2.3 h, 4.5 min, 12 s."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def trained_row(config: Config, found: Preflight) -> dict[str, str]:

@@ -1,0 +1,157 @@
+"""`distill plan --measure`: seconds by stage, from a few real steps of the run itself on this machine.
+
+The run is the one that was typed: its models, mesh, engines, batch and data. Only its length is changed, to STEPS steps
+with one validation at their end; its folder is thrown away. What the steps' own `time/...` say is all that is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+
+from distill_cli import hardware
+from distill_cli.config.compose import Job, save_config
+from distill_cli.config.schema import Config, Launcher, OnTruncation
+from distill_cli.errors import ConfigError, DistillError
+from distill_cli.launch.local import launch
+from distill_cli.launch.placement import placement
+from distill_cli.preflight import Preflight
+from distill_cli.rundir import RunDir
+from distill_cli.track.recorder import read_metrics
+
+STEPS = 4
+"""The first warms up. After the third a checkpoint is written, and after the fourth the student is validated: what the
+two take beside a step is in the fourth one's row, and none of theirs is in the second's and third's."""
+STAGES = ("wake", "sync", "sample", "score", "pack", "train")
+Row = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds, measured."""
+
+    start: float
+    """From the command to the first step: imports, engines, the look at the first answers."""
+    stages: dict[str, float]
+    """Of a step, by stage; `other` is what is none of them."""
+    steps: tuple[float, ...]
+    """The steps that a step's seconds are the median of."""
+    validation: float | None
+    """The student's, with its recorded answers; None where the run has none."""
+    teacher_validation: float | None
+    checkpoint: float | None
+    """For how long it stops training; None where the run has none, or was too short to see one."""
+    mean_length: float
+    """Tokens of an answer."""
+
+    @property
+    def step(self) -> float:
+        return sum(self.stages.values())
+
+
+def check_measurable(jobs: Sequence[Job]) -> None:
+    """Raises ConfigError where there is nothing that could be measured here."""
+    if len(jobs) > 1:
+        raise ConfigError("distill plan --measure: takes one configuration; leave -m out")
+    if jobs and jobs[0].config.cluster.launcher is not Launcher.local:
+        raise ConfigError(
+            "distill plan --measure: measures on the machine where it is typed, and cluster.launcher=slurm runs "
+            "elsewhere; inside an allocation of one node (salloc, or srun --pty bash), type it with cluster=local"
+        )
+
+
+def measure(job: Job, found: Preflight) -> Pace:
+    """Runs the job's first steps in a folder of their own, which is gone afterwards.
+
+    Raises:
+        DistillError: the ranks failed; their logs are what is left of the folder.
+        Stopped: the user stopped it.
+    """
+    config, root = short(job.config, found), Path(job.config.run.root).absolute()
+    made = [path for path in (root, *root.parents) if not path.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)  # where checkpoints will go: they take as long as there
+        folder = Path(tempfile.mkdtemp(prefix=".measure-", dir=root))
+    except OSError as error:
+        what = f"{root}: no run folder can be made here ({error.strerror}); choose another run.root"
+        raise ConfigError(what) from error
+    run, keeps_logs = RunDir(folder), False
+    try:
+        run.logs.mkdir(parents=True)
+        save_config(config, run.config)
+        began = time.time()
+        launch(
+            run,
+            num_ranks=hardware.ranks_per_node(config),
+            use_gpus=hardware.gpus_per_node(config) > 0,
+            hang_timeout_s=config.cluster.hang_timeout_s,
+            env=placement(config.cluster),
+        )
+        return pace(read_metrics(run.metrics), began=began)
+    except DistillError:
+        keeps_logs = True
+        raise
+    finally:
+        if keeps_logs:
+            for path in set(folder.iterdir()) - {folder / "logs"}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        else:
+            shutil.rmtree(folder)
+            with suppress(OSError):  # another run has begun there
+                for path in made:
+                    path.rmdir()
+
+
+def short(config: Config, found: Preflight) -> Config:
+    """The run, cut down to STEPS steps: one validation, one checkpoint, no tracker."""
+    config = copy.deepcopy(config)
+    validates = bool(config.data.validation) and bool(config.eval.period or config.eval.at_start or config.eval.at_end)
+    config.train.max_steps = min(STEPS, found.num_steps(config))
+    config.eval.period, config.eval.at_start, config.eval.at_end = 0, False, validates
+    config.checkpoint.period, config.checkpoint.must_save_by = STEPS - 1, None
+    config.rollout.on_truncation = OnTruncation.warn
+    config.tracker.mlflow.enabled = False
+    return config
+
+
+def pace(rows: Sequence[Row], *, began: float) -> Pace:
+    """What the rows of a short run say: `rows[0]` is of before its first step.
+
+    Raises:
+        DistillError: the run made no step.
+    """
+    steps = [row for row in rows if row["step"] > 0]
+    if not steps:
+        raise DistillError("distill plan --measure: the run ended before its first step")
+    alone = [row for row in steps if not {"time/eval_s", "time/checkpoint_s"} & row.keys()]
+    plain = alone[1:] or alone or steps  # the first warms up
+    stages = {stage: _median(plain, f"time/{stage}_s") for stage in STAGES}
+    step = _median(plain, "time/step_s")
+    stages["other"] = max(0.0, step - sum(stages.values()))
+    last, first = steps[-1], steps[0]
+    validation = None
+    if "val/accuracy" in last:
+        usual = _median(plain, "time/record_s") if plain[-1] is not last else 0.0
+        validation = last["time/eval_s"] + max(0.0, last.get("time/record_s", 0.0) - usual)
+    teacher_validation = rows[0].get("time/eval_s") if rows[0]["step"] == 0 else None
+    start = first["time"] - began - first["time/step_s"] - (teacher_validation or 0.0)
+    return Pace(
+        start=max(0.0, start),
+        stages={stage: seconds for stage, seconds in stages.items() if seconds > 0},
+        steps=tuple(row["time/step_s"] for row in plain),
+        validation=validation,
+        teacher_validation=teacher_validation,
+        checkpoint=last.get("time/checkpoint_s"),
+        mean_length=fmean(row["rollout/mean_length"] for row in steps),
+    )
+
+
+def _median(rows: Sequence[Row], key: str) -> float:
+    return median(row.get(key, 0.0) for row in rows)
