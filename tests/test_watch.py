@@ -72,6 +72,24 @@ def test_it_says_that_a_run_has_failed_or_gone_back(run: RunDir, capsys: pytest.
     assert f"failed after step 1; distill resume {run.path} goes on" in said
 
 
+def test_a_job_that_slurm_starts_again_is_waited_for(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(run.slurm, {"job_id": "7", "log": ""})
+    write_json(run.outcome, {"state": "stopped"})  # preempted
+    moments = iter(
+        (
+            lambda: run.outcome.unlink(),  # its next attempt has begun
+            lambda: run.metrics.write_text(row(0) + row(1) + row(2)),
+            lambda: write_json(run.outcome, {"state": "stopped"}),
+            lambda: write_json(run.slurm_end, {"job_id": "7", "status": 143, "error": None}),  # for good
+        )
+    )
+    with run.lock():
+        assert watch.watch([str(run.path)], sleep=lambda _seconds: next(moments)()) == 0
+    said = capsys.readouterr().out
+    assert "step 2/1000" in said
+    assert said.splitlines()[-1].startswith("stopped after step 2")
+
+
 def test_a_terminal_shows_one_screen_and_ctrl_c_leaves_the_run_alone(run: RunDir) -> None:
     metrics = {"val/accuracy": 0.5, "perf/tokens_per_s": 2300.0, "time/step_s": 0.8, "perf/peak_mem_gib": 1.25}
     run.metrics.write_text(row(0, **{"val/accuracy": 0.25}) + row(1) + row(2, **metrics))

@@ -187,7 +187,7 @@ function showTip(samples, answer, at, target) {
     placeTip(tip, target, "not the student's: it read this, and nothing is learned from it");
     return;
   }
-  const numbers = ["kl_forward", "kl_reverse", "loss", "entropy"].map((name) => `${name.replace("_", " ")} ${told(answer[name][at], (value) => value.toPrecision(3))}`).join(", ");
+  const numbers = ["kl_forward", "kl_reverse", "loss", "entropy"].map((name) => `${name.replace("_", " ")} ${told(answer[name][at], (value) => (value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(1) : value.toPrecision(3)))}`).join(", ");
   placeTip(
     tip, target,
     element("div", { class: "head" }, element("code", {}, oneLine(samples.tokens[own])), `  student ${told(answer.student_logp[at], percent)}, teacher ${told(answer.teacher_logp[at], percent)}`, element("br"), numbers),

@@ -44,6 +44,8 @@ def follow(run: RunDir, *, sleep: Callable[[float], None]) -> int:
         last = -1
         while True:
             state = state_of(run)  # before the rows: what a run wrote before its end is all seen
+            if state == "stopped" and run.slurm.is_file() and run.job_end() is None:
+                state = "waiting"  # the job has not said that it is over: Slurm is to start it again
             now = run.newest_attempt().now()
             if now is not None:
                 printer.expect(now[1])
