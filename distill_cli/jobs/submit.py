@@ -32,7 +32,8 @@ def submit_run(config: Config, run: RunDir, *, console: Console) -> str:
     note_job(run, job_id, run.path / "slurm")
     console.print(f"job      {job_id}")
     console.print(f"folder   {escape(shown(run.path))}")
-    console.print(f"follow   tail -F {escape(quoted(slurm.log_file(run.path / 'slurm', job_id)))}")
+    console.print(f"follow   distill watch {escape(shown(run.path))}")
+    console.print(f"output   tail -F {escape(quoted(slurm.log_file(run.path / 'slurm', job_id)))}")
     console.print(f"cancel   scancel {job_id}")
     console.print(f"resume   distill resume {escape(shown(run.path))}")
     return job_id

@@ -25,7 +25,14 @@ def test_two_nodes_learn_what_two_ranks_of_one_node_learn(
 ) -> None:
     done = cluster.distill(tmp_path, *SHORT, *NO_EVAL, "cluster=slurm", "cluster.nodes=2", "--wait")
     assert done.status == 0, done.stdout + done.stderr
-    for said in ("job ", "follow   tail -F", "cancel   scancel", "resume   distill resume", "step 3/3 loss="):
+    for said in (
+        "job ",
+        "follow   distill watch",
+        "output   tail -F",
+        "cancel   scancel",
+        "resume   distill resume",
+        "step 3/3 loss=",
+    ):
         assert said in done.stdout
     for ours, theirs in zip(done.metrics, two_ranks.metrics, strict=True):
         for name in ("train/loss", "train/grad_norm", "train/response_tokens"):
