@@ -6,9 +6,9 @@ python scripts/bench_equality.py [WORDS...]    # only the layouts whose name has
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from student.layouts import TABLE, reference_of, train
+from tests.student.layouts import TABLE, reference_of, train
 
 LIMIT = 1e-5
 

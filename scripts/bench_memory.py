@@ -6,9 +6,9 @@ python scripts/bench_memory.py [WORDS...]      # only the cases whose name has o
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from student.measured_memory import TABLE, measure, predict
+from tests.student.measured_memory import TABLE, measure, predict
 
 LIMIT = 0.15
 

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"mounts nothing here: {mounted.stderr.decode().strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def shared_memory_left() -> set[str]:
+    """Shared memory that no process has: what was left behind. Others' may come and go meanwhile."""
+    mapped = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # it has ended
+            mapped += maps.read_text()
+    return {name for name in os.listdir("/dev/shm") if f"/dev/shm/{name}" not in mapped}
 
 
 def heed_interrupts() -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from student.layouts import Layout, Outcome, train
-from student.train_rank import made_up_model
 from transformers import AutoModelForCausalLM
 
 from distill_cli.checkpoint import store
@@ -17,6 +15,8 @@ from distill_cli.config.compose import save_config
 from distill_cli.config.schema import Config
 from distill_cli.student import attention
 from distill_cli.verbs.export import trained, write_weights
+from tests.student.layouts import Layout, Outcome, train
+from tests.student.train_rank import made_up_model
 
 ONE = Layout(lengths="ragged")
 

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
@@ -15,12 +14,13 @@ from distill_cli.engines.companion import CompanionScorer, needs_companion
 from distill_cli.engines.sampler import SamplingSettings
 from distill_cli.engines.scorer import Scorer
 from distill_cli.errors import ConfigError, DistillError
+from tests.conftest import shared_memory_left
 
 from .reference import random_sequences
 
 
 def test_a_companion_answers_as_a_scorer_until_it_dies(scorer, teacher_settings):
-    shared_memory = set(Path("/dev/shm").iterdir())
+    left_before = shared_memory_left()
     companion = CompanionScorer(teacher_settings, topk=16)
     sequences, starts = random_sequences([9, 60, 300, 17]), [3, 20, 100, 17]
     for ours, theirs in zip(
@@ -43,7 +43,7 @@ def test_a_companion_answers_as_a_scorer_until_it_dies(scorer, teacher_settings)
     companion.close()
     companion.close()
     assert not psutil.pid_exists(companion._process.pid)
-    assert set(Path("/dev/shm").iterdir()) <= shared_memory
+    assert shared_memory_left() <= left_before
 
 
 def test_a_teacher_that_cannot_be_loaded_is_said_as_in_this_process(process_group, settings):

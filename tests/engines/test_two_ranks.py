@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from distill_cli.engines.sampler import Sampler
+from tests.conftest import shared_memory_left
 
 from .reference import ask, make_model
 
@@ -27,7 +28,7 @@ def test_engines_over_two_ranks_answer_as_those_of_one(scorer, sampler, student_
     if not tied:
         sampler.close()
     sizes = ("2", "2") if tied else ("2", "1")
-    shared_memory = set(Path("/dev/shm").iterdir())
+    left_before = shared_memory_left()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
         [*torchrun, "-m", "tests.engines.two_ranks", path, scorer._engine.settings.path, tmp_path / "expected", *sizes],
@@ -38,5 +39,5 @@ def test_engines_over_two_ranks_answer_as_those_of_one(scorer, sampler, student_
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert set(Path("/dev/shm").iterdir()) <= shared_memory
+    assert shared_memory_left() <= left_before
     assert all(f"rank {rank} done" in result.stdout for rank in range(2))

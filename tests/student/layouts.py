@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-SCRIPT = Path(__file__).parent / "train_rank.py"
+ROOT = Path(__file__).parent.parent.parent
 
 
 @dataclass(frozen=True)
@@ -115,21 +115,19 @@ def reference_of(layout: Layout) -> Layout:
 
 
 def train(layouts: Iterable[Layout]) -> dict[Layout, Outcome]:
-    """Runs each, those on as many ranks in the same processes."""
+    """Runs each, those on as many ranks in the same processes, few ranks first."""
+    groups: dict[int, list[Layout]] = {}
+    for layout in sorted(dict.fromkeys(layouts), key=lambda layout: layout.ranks):
+        groups.setdefault(layout.ranks, []).append(layout)
     outcomes: dict[Layout, Outcome] = {}
-    layouts = list(dict.fromkeys(layouts))
-    for ranks in sorted({layout.ranks for layout in layouts}):
-        group = [layout for layout in layouts if layout.ranks == ranks]
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "out.pt"
-            command = [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
-                *(str(SCRIPT), str(out), json.dumps([asdict(layout) for layout in group])),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0, done.stderr[-4000:]
-            results: list[tuple[Any, ...]] = torch.load(out, weights_only=True)
-        outcomes |= {layout: Outcome(*result) for layout, result in zip(group, results, strict=True)}
+    with tempfile.TemporaryDirectory() as folder:
+        cases = json.dumps([[asdict(layout) for layout in group] for group in groups.values()])
+        command = [sys.executable, "-m", "tests.student.train_rank", folder, cases]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-4000:]
+        for ranks, group in groups.items():
+            results: list[tuple[Any, ...]] = torch.load(Path(folder) / f"{ranks}.pt", weights_only=True)
+            outcomes |= {layout: Outcome(*result) for layout, result in zip(group, results, strict=True)}
     return outcomes
 
 

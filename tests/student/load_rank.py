@@ -1,4 +1,4 @@
-"""A rank's side of `test_load.py`: torchrun --nproc-per-node 2 load_rank.py FOLDER."""
+"""The ranks of `test_load.py`: python -m tests.student.load_rank FOLDER."""
 
 import sys
 from pathlib import Path
@@ -16,6 +16,7 @@ from distill_cli.student import attention
 from distill_cli.student.adapters import A, B, add_adapters, initial_value, is_adapter, merged_parameters, whole
 from distill_cli.student.load import load_weights, placed
 from distill_cli.student.model import Student, build_lm, wrap
+from tests.student.forked import fork_ranks
 from tests.student.train_rank import made_up_model
 
 CASES = [  # family, tied, stored dtype, largest file, mesh, offload
@@ -78,15 +79,16 @@ def check_adapters(folder: Path, mesh: MeshConfig) -> None:
         torch.testing.assert_close(value.float(), expected[name], rtol=1e-5, atol=1e-5)
 
 
-def main() -> None:
-    attention.register()
-    dist.init_process_group("gloo")
+def check_all() -> None:
     for index, case in enumerate(CASES):
         check(Path(sys.argv[1]) / str(index), case)
     for mesh in (MeshConfig(), MeshConfig(tensor=2, sequence_parallel=True)):
         check_adapters(Path(sys.argv[1]) / "0", mesh)  # whose values are bfloat16's
-    dist.barrier()
-    dist.destroy_process_group()
+
+
+def main() -> None:
+    attention.register()
+    fork_ranks(2, check_all)
 
 
 if __name__ == "__main__":

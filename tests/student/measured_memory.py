@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distill_cli.config.schema import Checkpointing, LoraConfig
 from distill_cli.memory import ModelShape, Step, shape_of, trainer_moments, with_adapters
 
-SCRIPT = Path(__file__).parent / "memory_rank.py"
+ROOT = Path(__file__).parent.parent.parent
 
 
 def model(*, vocab: int, hidden: int, mlp: int, layers: int, tied: bool = True) -> dict[str, Any]:
@@ -121,20 +121,18 @@ TABLE: dict[str, Case] = {
 
 def measure(cases: Iterable[Case]) -> dict[Case, dict[str, int]]:
     """Bytes of rank 0 in its second step, by part and at the peak; see `parts_of`."""
+    groups: dict[int, list[Case]] = {}
+    for case in sorted(cases, key=lambda case: case.ranks):
+        groups.setdefault(case.ranks, []).append(case)
     found: dict[Case, dict[str, int]] = {}
-    cases = list(cases)
-    for ranks in sorted({case.ranks for case in cases}):
-        group = [case for case in cases if case.ranks == ranks]
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "out.pt"
-            command = [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
-                *(str(SCRIPT), str(out), json.dumps([vars(case) for case in group])),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0, done.stderr[-4000:]
-            results = torch.load(out, weights_only=True)
-        found |= {case: parts_of(*result) for case, result in zip(group, results, strict=True)}
+    with tempfile.TemporaryDirectory() as folder:
+        asked = json.dumps([[vars(case) for case in group] for group in groups.values()])
+        command = [sys.executable, "-m", "tests.student.memory_rank", folder, asked]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-4000:]
+        for ranks, group in groups.items():
+            results = torch.load(Path(folder) / f"{ranks}.pt", weights_only=True)
+            found |= {case: parts_of(*result) for case, result in zip(group, results, strict=True)}
     return found
 
 

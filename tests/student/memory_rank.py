@@ -1,6 +1,6 @@
-"""One rank of `measured.measure`: what optimizer steps on made-up rollouts allocate, by torch's own account.
+"""The ranks of `measured_memory.measure`: what optimizer steps on made-up rollouts allocate, by torch's own account.
 
-torchrun --nproc-per-node N memory_rank.py OUT CASES_AS_JSON
+python -m tests.student.memory_rank OUT CASES_AS_JSON, a list for each number of ranks: results are in their order.
 """
 
 import gc
@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from distill_cli.student.adapters import add_adapters
 from distill_cli.student.model import Student, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
 from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
+from tests.student.forked import fork_ranks
 
 MARK = "mark: "
 
@@ -152,10 +154,7 @@ def peak_on_gpu(case: dict) -> int:
         dist.destroy_process_group()
 
 
-def main() -> None:
-    out, cases = sys.argv[1], json.loads(sys.argv[2])
-    attention.register()
-    dist.init_process_group("gloo")
+def measure_all(cases: list[dict], out: Path) -> None:
     results = []
     for case in cases:
         mesh = MeshConfig(**case["mesh"])
@@ -166,8 +165,14 @@ def main() -> None:
         results.append((begin, timeline(profiled.profiler.kineto_results.events())))
     if dist.get_rank() == 0:
         torch.save(results, out)
-    dist.barrier()
-    dist.destroy_process_group()
+
+
+def main() -> None:
+    folder, groups = Path(sys.argv[1]), json.loads(sys.argv[2])
+    attention.register()
+    for cases in groups:
+        ranks = cases[0]["ranks"]
+        fork_ranks(ranks, lambda cases=cases, ranks=ranks: measure_all(cases, folder / f"{ranks}.pt"))
 
 
 if __name__ == "__main__":

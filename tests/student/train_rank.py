@@ -1,6 +1,6 @@
-"""One rank of `layouts.train`: five optimizer steps on made-up rollouts for each layout; rank 0 writes what came of it.
+"""The ranks of `layouts.train`: five optimizer steps on made-up rollouts for each layout; rank 0 writes the outcome.
 
-torchrun --nproc-per-node N train_rank.py OUT LAYOUTS_AS_JSON
+python -m tests.student.train_rank OUT LAYOUTS_AS_JSON, a list for each number of ranks: results are in their order.
 """
 
 import json
@@ -23,6 +23,7 @@ from distill_cli.student.adapters import add_adapters, is_adapter, plain_name
 from distill_cli.student.model import Student, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
 from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
+from tests.student.forked import fork_ranks
 
 VOCAB, TOPK, NUM_STEPS = 64, 8, 5
 
@@ -109,18 +110,21 @@ def train(case: dict, parallel: Parallel) -> tuple:
     return [r.loss for r in results], [r.grad_norm for r in results], params
 
 
-def main() -> None:
-    out, cases = sys.argv[1], json.loads(sys.argv[2])
-    attention.register()
-    dist.init_process_group("gloo")
+def train_all(cases: list[dict], out: Path) -> None:
     results = []
     for case in cases:
         mesh = MeshConfig(**{name: case[name] for name in ("tensor", "context", "replicate", "sequence_parallel")})
         results.append(train(case, layout(mesh, device=torch.device("cpu"))))
     if dist.get_rank() == 0:
         torch.save(results, out)
-    dist.barrier()
-    dist.destroy_process_group()
+
+
+def main() -> None:
+    folder, groups = Path(sys.argv[1]), json.loads(sys.argv[2])
+    attention.register()
+    for cases in groups:
+        ranks = cases[0]["ranks"]
+        fork_ranks(ranks, lambda cases=cases, ranks=ranks: train_all(cases, folder / f"{ranks}.pt"))
 
 
 if __name__ == "__main__":
