@@ -43,10 +43,13 @@ def test_two_nodes_learn_what_two_ranks_of_one_node_learn(
 
 SLOW_VERIFIER = """
 import time
+from pathlib import Path
 from distill_cli.data.verifiers.exact import verify as exact
 
 def verify(response, answer):
     time.sleep(0.4)  # of eight answers a step: there is time to interrupt it
+    while Path("hold").exists():
+        time.sleep(0.1)
     return exact(response, answer)
 """
 
@@ -62,11 +65,11 @@ def wait_for(condition: Callable[[], bool], *, seconds: float = 150) -> None:
 def test_whatever_ends_a_job_the_run_ends_with_the_same_parameters(
     cluster: Cluster, one_rank: Finished, tmp_path: Path
 ) -> None:
-    """Warned of its time limit, preempted, its node lost, cancelled: each in a step of the same run."""
+    """Its time limit reached, preempted, its node lost, cancelled: each in a step of the same run."""
     (tmp_path / "slow.py").write_text(SLOW_VERIFIER)
     done = cluster.distill(
-        tmp_path, *SHORT, *NO_EVAL, "data.verifier=slow:verify", "checkpoint.period=1", "run.name=r", "cluster=slurm",
-        "cluster.grace_s=20", "cluster.signal_s=20",
+        tmp_path, *SHORT, *NO_EVAL[:3], "data.verifier=slow:verify", "checkpoint.period=1", "run.name=r",
+        "cluster=slurm", "cluster.time=30", "cluster.grace_s=38", "cluster.signal_s=38",
     )  # fmt: skip
     assert done.status == 0, done.stderr
     run = RunDir(tmp_path / "runs/r")
@@ -74,8 +77,17 @@ def test_whatever_ends_a_job_the_run_ends_with_the_same_parameters(
     trains = lambda attempt: RunDir(run.path, attempt=attempt).heartbeat.exists()  # noqa: E731
 
     wait_for(lambda: run.metrics.exists() and '{"step": 1' in run.metrics.read_text())
-    cluster.ask("scancel", "--signal=USR2", job)  # what Slurm sends before the time limit
+    (tmp_path / "hold").touch()
+    run_id = lambda: json.loads((run.path / "mlflow.json").read_text())["run_id"]  # noqa: E731
+    wait_for(lambda: run_id() is not None)
+    first_id = run_id()
+    # Limits are whole minutes. Slurm looks every half minute, and warns between 38 and 68 seconds before the end.
+    limit = (elapsed_s(cluster, job) + 45) // 60 + 1
+    cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    wait_for(lambda: elapsed_s(cluster, job) >= 60 * limit - 36)
+    (tmp_path / "hold").unlink()
     wait_for(lambda: trains(2))
+    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     urgent = cluster.ask("sbatch", "--parsable", "-p", "urgent", "-N4", "--exclusive", "-o", "/dev/null", "--wrap=true")
     wait_for(lambda: trains(3))
     assert "COMPLETED" in cluster.ask("sacct", "-X", "-n", "-P", "-j", urgent, "-o", "State")
@@ -90,12 +102,23 @@ def test_whatever_ends_a_job_the_run_ends_with_the_same_parameters(
     done = cluster.distill(tmp_path, "resume", "runs/r", "--wait")
     assert done.status == 0, done.stdout + done.stderr
     log = next(run.path.glob(f"slurm/{job}_0_log.out")).read_text()
+    assert "attempt 1, after step 1: stopped by SIGUSR2" in done.stdout
     assert log.count(f"job {job} is queued again") == 2
     assert log.count("goes on from the checkpoint of step") == 3
     ours, theirs = load_file(run.student / "model.safetensors"), load_file(one_rank.run.student / "model.safetensors")
     assert all(torch.equal(ours[name], param) for name, param in theirs.items())
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [row["train/loss"] for row in rows[1:]] == [row["train/loss"] for row in one_rank.metrics[1:]]
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert [run.info.run_id for run in client.search_runs(experiments(client))] == [first_id] == [run_id()]
+    assert client.get_run(first_id).info.status == "FINISHED"
+    assert [metric.step for metric in client.get_metric_history(first_id, "train/loss")] == [1, 2, 3]
+
+
+def elapsed_s(cluster: Cluster, job: str) -> int:
+    """How long a job has run since its newest start."""
+    minutes, seconds = cluster.ask("squeue", "-h", "-j", job, "-o", "%M").split(":")
+    return 60 * int(minutes) + int(seconds)
 
 
 def experiments(client: MlflowClient) -> list[str]:
