@@ -130,6 +130,12 @@ def resume(argv: Sequence[str]) -> int:
     return resume(wait_as_override(argv))
 
 
+def replay(argv: Sequence[str]) -> int:
+    from distill_cli.verbs.replay import replay
+
+    return replay(wait_as_override(argv))
+
+
 def export(argv: Sequence[str]) -> int:
     from distill_cli.verbs.export import export
 
@@ -199,6 +205,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan,
     "check": check,
     "resume": resume,
+    "replay": replay,
     "eval": evaluate,
     "export": export,
     "report": report,

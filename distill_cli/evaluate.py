@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,11 @@ def first_of_each(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
     return chosen
 
 
+def as_read_by_teacher(prompt: Prompt) -> Prompt:
+    ids = prompt.teacher_token_ids
+    return prompt if ids is None else replace(prompt, token_ids=ids)
+
+
 @dataclass(frozen=True)
 class Validator:
     """The problems, and how they are answered and judged."""
@@ -95,8 +100,14 @@ class Validator:
     turns: Turns | None = None
     """How an answer goes on after its first turn; None where it does not."""
 
-    def run(self, engine) -> Score:
-        """The score of whoever `engine.sample` speaks for. A collective: each engine answers its share."""
+    def run(self, engine, *, as_teacher: bool = False) -> Score:
+        """The score of whoever `engine.sample` speaks for. A collective: each engine answers its share.
+
+        Args:
+            as_teacher: it reads the prompts that are the teacher's own, where there are any.
+        """
+        if as_teacher:
+            return replace(self, prompts=[as_read_by_teacher(prompt) for prompt in self.prompts]).run(engine)
         names = sorted({prompt.example.dataset for prompt in self.prompts})
         totals = torch.zeros(len(names), 4, dtype=torch.float64, device=self.parallel.device)
         for answer in (answer for batch in self.answers(engine) for answer in batch):

@@ -12,6 +12,8 @@ from distill_cli import modelpath
 from distill_cli.config.schema import Config, EosMap
 from distill_cli.errors import ConfigError
 
+OWN_TEMPLATE = "own"
+"""`model.teacher.chat_template` that is the one in the teacher's folder."""
 SHOWN = 30
 """Characters of a template's first difference that are shown."""
 

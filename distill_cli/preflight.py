@@ -16,15 +16,16 @@ from pathlib import Path
 from distill_cli import hardware, lora, memory, modelpath
 from distill_cli.config.checks import config_problems, mesh_problems
 from distill_cli.config.compose import known_losses
-from distill_cli.config.derived import needed_length, scored_length
+from distill_cli.config.derived import needed_length, needs_sampler, needs_scorer, scored_length
 from distill_cli.config.schema import Config, Dtype, Launcher
 from distill_cli.data.check import DataFacts, check_data
+from distill_cli.data.recording import Recording
 from distill_cli.data.registry import resolve_environment, resolve_verifier
 from distill_cli.engines.process import hide_broken_packages
 from distill_cli.engines.settings import tensor_parallel_problem
 from distill_cli.errors import ConfigError
 from distill_cli.launch.slurm import cluster_problems, settle
-from distill_cli.pair import EndTokens, Vocabularies, template_difference
+from distill_cli.pair import OWN_TEMPLATE, EndTokens, Vocabularies, template_difference
 from distill_cli.plugins import load_function
 from distill_cli.types import Example
 
@@ -38,6 +39,8 @@ class Preflight:
     tokenizer: Path | None = None
     num_train: int | None = 0
     """Rows of the training data; None of a source that is streamed."""
+    num_recorded: int | None = None
+    """Steps that a replay trains on; None where it is none."""
     num_validation: int | None = 0
     sample: Example | None = None
     """The first training row that asks something."""
@@ -45,6 +48,8 @@ class Preflight:
 
     def num_steps(self, config: Config) -> int:
         """Steps of the run: max_steps, or fewer where max_epochs ends first."""
+        if self.num_recorded is not None:
+            return min(config.train.max_steps, config.train.max_epochs * self.num_recorded)
         if self.num_train is None:
             return config.train.max_steps
         return min(
@@ -77,8 +82,10 @@ def preflight(config: Config, known_data: dict[str, DataFacts] | None = None) ->
     model = config.model
     with collecting():
         found.student = modelpath.locate(model.student.path, revision=model.student.revision, key="model.student.path")
-    with collecting():
-        found.teacher = modelpath.locate(model.teacher.path, revision=model.teacher.revision, key="model.teacher.path")
+    if needs_scorer(config):
+        with collecting():
+            teacher = model.teacher
+            found.teacher = modelpath.locate(teacher.path, revision=teacher.revision, key="model.teacher.path")
     found.tokenizer = found.student
     if model.tokenizer is not None:
         with collecting():
@@ -90,6 +97,11 @@ def preflight(config: Config, known_data: dict[str, DataFacts] | None = None) ->
     for check in (_check_names, check_devices):
         with collecting():
             check(config)
+    if config.rollout.replay is not None and found.student:
+        with collecting():
+            recording = Recording.of(config.rollout.replay)
+            found.num_recorded = recording.num_steps
+            problems += recording.problems(config, found.tokenizer, found.student)
     if found.student and found.teacher:
         with collecting():
             problems += _model_problems(config, found)
@@ -99,11 +111,12 @@ def preflight(config: Config, known_data: dict[str, DataFacts] | None = None) ->
             problems += _tensor_problems(config, found.student)
         with collecting():
             problems += _lora_problems(config, found.student)
-    problems += engine_problems(config, {"student": found.student, "teacher": found.teacher})
+    roles = {"student": needs_sampler(config), "teacher": needs_scorer(config)}
+    problems += engine_problems(config, {role: getattr(found, role) for role, is_asked in roles.items() if is_asked})
     for name in ("cpu_offload", "offload_optimizer"):
         if getattr(config.train, name) and not hardware.gpus_per_node(config):
             found.warnings += (f"train.{name}=true has no effect on CPU ranks: all of it is in host memory",)
-    if found.student and found.teacher and not problems:
+    if found.student and (found.teacher or not needs_scorer(config)) and not problems:
         with collecting():
             problems += _memory_problems(config, found.student, found.teacher)
     if found.student:
@@ -127,6 +140,13 @@ def _check_names(config: Config) -> None:
         resolve_verifier(config.data.verifier)
     if config.rollout.environment is not None:
         resolve_environment(config.rollout.environment)
+    for key, template in (
+        ("model.chat_template", config.model.chat_template),
+        ("model.teacher.chat_template", config.model.teacher.chat_template),
+    ):
+        is_own = template == OWN_TEMPLATE and key == "model.teacher.chat_template"
+        if template is not None and not is_own and "{" not in template and not Path(template).is_file():
+            raise ConfigError(f"{key}={template}: no such file, and no template either: those have {{{{ }}}} in them")
     if ":" in config.loss.kl_type:
         load_function(config.loss.kl_type, key="loss.kl_type")
     elif config.loss.kl_type not in known_losses():
@@ -161,7 +181,7 @@ def check_devices(config: Config) -> None:
         raise ConfigError(f"cluster.ranks_per_node={ranks}: one rank a GPU, and there are {gpus}; leave it out")
 
 
-def _memory_problems(config: Config, student: Path, teacher: Path) -> Iterator[str]:
+def _memory_problems(config: Config, student: Path, teacher: Path | None) -> Iterator[str]:
     """What does not fit the device, where its size and the model's shape are known; `plan` says where they are not."""
     if config.cluster.launcher is Launcher.slurm:
         return  # of a node's memory nothing is known here

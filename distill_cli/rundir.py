@@ -47,6 +47,8 @@ class RunDir:
     """How the job ended that ended last: written by its first node."""
     checkpoints = property(lambda self: self.path / "checkpoints")
     rollouts = property(lambda self: self.path / "rollouts")
+    scores = property(lambda self: self.path / "scores")
+    """Each step's sequences with the teacher's scores, where they are kept."""
     evals = property(lambda self: self.path / "evals")
     evaluation = property(lambda self: self.path / "evaluation.json")
     """In the folder of an evaluation: whom the ranks ask instead of training."""

@@ -36,6 +36,7 @@ from distill_cli.progress import Progress, Result, StopRequested, Stopwatch
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts, sequence_seed
 from distill_cli.rollout.off_policy import dataset_sample, foreign, off_policy_places
 from distill_cli.rollout.pack import BatchPlan, MicroBatch, micro_batches, plan_batch
+from distill_cli.rollout.recording import Recorder, Replay
 from distill_cli.rollout.turns import Turns
 from distill_cli.step_metrics import performance_metrics, rollout_metrics, train_metrics
 from distill_cli.student.model import Student
@@ -48,6 +49,8 @@ from distill_cli.types import Prompt, Rollout
 
 log = logging.getLogger(__name__)
 
+Plans = list[tuple[Sequence[Rollout], BatchPlan]]
+"""A step's global batches, and how each is cut up."""
 TRUNCATED_STEPS = 3
 """Steps in a row above rollout.max_truncated_rate that are too many."""
 
@@ -61,9 +64,10 @@ class Trainer:
     student: Student
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    sampler: Sampler
-    scorer: Scorer | CompanionScorer
-    prompts: PromptOrder | PromptStream
+    sampler: Sampler | None
+    """None, as the scorer may be, in a replay that asks it nothing."""
+    scorer: Scorer | CompanionScorer | None
+    prompts: PromptOrder | PromptStream | Replay
     sampling: SamplingSettings
     verify: Verifier | None
     decode: Callable[[list[int]], str]
@@ -76,6 +80,8 @@ class Trainer:
     """None where checkpoint.enabled is false."""
     rollouts_dir: Path
     """Where rollouts are left for a look at them."""
+    recorder: Recorder | None = None
+    """Keeps the scores of each step; None where they are not kept."""
     watched: Watched | None = None
     """Prompts whose answers are; None where eval.record_samples is 0."""
     encode_response: Callable[[str], list[int]] | None = None
@@ -92,9 +98,9 @@ class Trainer:
     longest_s: float = 0.0
     """The longest step so far, with its validation: what another one may take."""
     watch: Stopwatch = field(init=False)
-    samplers: EngineShare = field(init=False)
+    samplers: EngineShare | None = field(init=False, default=None)
     """This rank's part in sampling a step's sequences."""
-    scorers: EngineShare = field(init=False)
+    scorers: EngineShare | None = field(init=False, default=None)
     """This rank's part in scoring what it and its neighbours train on."""
 
     def __post_init__(self) -> None:
@@ -103,8 +109,10 @@ class Trainer:
             self.printer.stage(stage)
 
         self.watch = Stopwatch(on_stage)
-        self.samplers = EngineShare.of_all_ranks(self.sampler.tensor_parallel, self.parallel)
-        self.scorers = EngineShare.near_training(self.scorer.tensor_parallel, self.parallel)  # collective
+        if self.sampler is not None:
+            self.samplers = EngineShare.of_all_ranks(self.sampler.tensor_parallel, self.parallel)
+        if self.scorer is not None:
+            self.scorers = EngineShare.near_training(self.scorer.tensor_parallel, self.parallel)  # collective
 
     def run(self) -> Result:
         """Every step that is not done yet, with validation and checkpoints as the config says. A collective."""
@@ -152,6 +160,35 @@ class Trainer:
     def step(self, step: int) -> dict[str, float]:
         """One step of the run, counted from 1; its metrics."""
         begin = time.perf_counter()
+        rollouts, plans = self.replayed(step) if isinstance(self.prompts, Replay) else self.answered(step)
+        self.heed_stop()  # the last time: from here on the step's updates change the student
+        results = []
+        for global_batch, plan in plans:
+            with self.watch("pack"):
+                batches = micro_batches(plan, global_batch, topk=self.config.loss.topk, parallel=self.parallel)
+            with self.watch("train"):
+                lr = self.schedule.get_last_lr()[0]
+                result = self.train(batches)
+            self.mind_bad_update(step, result, global_batch)
+            results.append((batches, result))
+        with self.watch("record"):
+            metrics = {"train/lr": lr, **train_metrics(results, parallel=self.parallel), **rollout_metrics(rollouts)}
+            if isinstance(self.prompts, Replay) and "rollout/engine_mismatch" in metrics:
+                metrics["rollout/drift"] = metrics.pop("rollout/engine_mismatch")  # no engine's fault
+            elif not isinstance(self.prompts, Replay):
+                metrics |= self.failed()
+            metrics |= performance_metrics(
+                [plan for _, plan in plans],
+                student=self.student,
+                parallel=self.parallel,
+                num_response_tokens=int(metrics["train/response_tokens"]),
+                train_s=self.watch.seconds["train"],
+                step_s=time.perf_counter() - begin,
+            )
+        return metrics
+
+    def answered(self, step: int) -> tuple[list[Rollout], Plans]:
+        """The step's sequences, sampled and scored, and how they are cut up. A collective."""
         with self.awake(self.sampler):
             with self.watch("sync"):
                 self.sync(step - 1)
@@ -168,29 +205,26 @@ class Trainer:
             plans = self.plan(rollouts)
         with self.awake(self.scorer), self.watch("score"):
             self.score(plans)
-        self.heed_stop()  # the last time: from here on the step's updates change the student
-        results = []
-        for global_batch, plan in plans:
-            with self.watch("pack"):
-                batches = micro_batches(plan, global_batch, topk=self.config.loss.topk, parallel=self.parallel)
-            with self.watch("train"):
-                lr = self.schedule.get_last_lr()[0]
-                result = self.train(batches)
-            self.mind_bad_update(step, result, global_batch)
-            results.append((batches, result))
-        with self.watch("record"):
-            metrics = {"train/lr": lr, **train_metrics(results, parallel=self.parallel), **rollout_metrics(rollouts)}
-            if isinstance(self.verify, IsolatedVerifier):
-                metrics["rollout/verifier_errors"] = self.verifier_errors(self.verify)
-            metrics |= performance_metrics(
-                [plan for _, plan in plans],
-                student=self.student,
-                parallel=self.parallel,
-                num_response_tokens=int(metrics["train/response_tokens"]),
-                train_s=self.watch.seconds["train"],
-                step_s=time.perf_counter() - begin,
-            )
-        return metrics
+        if self.recorder is not None and not self.parallel.all_max(float(self.stop.is_set())):
+            with self.watch("record"):  # an engine that was asked to stop has not scored all
+                self.recorder.keep(step, rollouts, self.places_of(plans))
+        return rollouts, plans
+
+    def replayed(self, step: int) -> tuple[list[Rollout], Plans]:
+        """The same of a recorded step. A collective."""
+        self.heed_stop(within_s=self.longest_s)
+        with self.watch("read"):
+            rollouts = self.prompts.rollouts(step - 1)
+            plans = self.plan(rollouts)
+            self.prompts.fill_in(step - 1, rollouts, self.places_of(plans))
+        if step == 1 and self.show is not None:
+            self.printer.example(example_parts(rollouts[0], self.show))
+        return rollouts, plans
+
+    def places_of(self, plans: Plans) -> list[int]:
+        """The step's sequences that this rank trains on, by their place in it."""
+        size, mine = self.config.train.global_batch_size, self.parallel.data_rank
+        return [size * number + member for number, (_, plan) in enumerate(plans) for member in plan.members_of(mine)]
 
     @contextmanager
     def awake(self, engine: Sampler | Scorer | CompanionScorer) -> Iterator[None]:
@@ -266,12 +300,20 @@ class Trainer:
         sampled = bring_together([(rollout.sample, rollout.reward) for rollout in rollouts], shares)
         return [Rollout(prompt, *sampled[number]) for number, prompt in enumerate(prompts)]
 
-    def verifier_errors(self, verify: IsolatedVerifier) -> float:
-        """Answers of all ranks that could not be judged since this was last asked. A collective."""
-        new, verify.num_errors = verify.num_errors * self.samplers.is_first, 0
-        return float(self.parallel.all_sum(torch.tensor(float(new), device=self.parallel.device)))
+    def failed(self) -> dict[str, float]:
+        """Answers that could not be judged and environments that failed since this was last asked. A collective."""
+        counted = {}
+        if isinstance(self.verify, IsolatedVerifier):
+            counted["rollout/verifier_errors"] = self.verify.failures
+        if self.turns is not None:
+            counted["rollout/environment_errors"] = self.turns.failures
+        if not counted:
+            return {}
+        own = [float(failures.take() * self.samplers.is_first) for failures in counted.values()]
+        totals = self.parallel.sum_of_ranks(torch.tensor(own, device=self.parallel.device)).tolist()
+        return dict(zip(counted, totals, strict=True))
 
-    def plan(self, rollouts: Sequence[Rollout]) -> list[tuple[Sequence[Rollout], BatchPlan]]:
+    def plan(self, rollouts: Sequence[Rollout]) -> Plans:
         """The step's global batches, each the same sequences on any number of ranks, and how each is cut up."""
         train = self.config.train
         batches = [rollouts[i : i + train.global_batch_size] for i in range(0, len(rollouts), train.global_batch_size)]
@@ -289,7 +331,7 @@ class Trainer:
             for batch in batches
         ]
 
-    def score(self, plans: Sequence[tuple[Sequence[Rollout], BatchPlan]]) -> None:
+    def score(self, plans: Plans) -> None:
         """Fills in the teacher's scores of what this rank trains on. A collective.
 
         Neighbouring ranks share their sequences out over their engines, and keep what the others scored.
@@ -320,7 +362,7 @@ class Trainer:
 
     def validate(self, engine: Sampler | Scorer | CompanionScorer) -> Score:
         with self.watch("eval"):
-            return self.validator.run(engine)
+            return self.validator.run(engine, as_teacher=engine is self.scorer)
 
     def validate_student(self, step: int) -> dict[str, float]:
         """The student as it is after `step`; its metrics. A collective."""

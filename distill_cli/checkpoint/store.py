@@ -15,23 +15,19 @@ It is written under a hidden name, made durable, and renamed. Nothing in it is e
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import DistillError
-from distill_cli.rundir import flush, write_json
+from distill_cli.sealed import MANIFEST, damage, remove
 
-MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
-HASHING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -86,56 +82,6 @@ def best(checkpoints: Sequence[Checkpoint], *, metric: str, higher_is_better: bo
     return [checkpoint for *_, checkpoint in sorted(ranked, key=lambda item: item[:2], reverse=True)]
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, naming the first one; None where all are as they were written."""
-    try:
-        files: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text())["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    for name, (size, _) in expected.items():
-        file = path / name
-        if Path(name).name != name:
-            return f"{MANIFEST} names {name}, which lies outside"
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-    for file in path.glob("*.safetensors"):  # all of which are read
-        if file.name not in expected:
-            return f"{file.name} is not one of its files"
-    with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        digests = threads.map(sha256, [path / name for name in expected])
-        for (name, (_, digest)), found in zip(expected.items(), digests, strict=True):
-            if found != digest:
-                return f"{name} has changed since it was written"
-    return None
-
-
-def describe(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """The manifest's entries of files, which are made durable on the way."""
-    entries = {}
-    for file in files:
-        flush(file)
-        entries[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    return entries
-
-
-def seal(temporary: Path, final: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Makes a checkpoint of a folder whose files `entries` describes: from now on it is found."""
-    write_json(temporary / MANIFEST, {"files": entries})
-    flush(temporary / MANIFEST)
-    flush(temporary)
-    if final.exists():  # of an earlier attempt, and damaged or without its validation
-        old = hidden(final)
-        final.rename(old)
-        temporary.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(final)
-    flush(final.parent)
-
-
 def prune(root: Path, *, keep_top_k: int, metric: str, higher_is_better: bool) -> list[Path]:
     """Removes all but the newest and the best `keep_top_k`; the removed folders.
 
@@ -149,20 +95,6 @@ def prune(root: Path, *, keep_top_k: int, metric: str, higher_is_better: bool) -
     for path in removed:
         remove(path)
     return removed
-
-
-def remove(path: Path) -> None:
-    """Removes a checkpoint; one that is half removed is not taken for one."""
-    old = hidden(path)
-    path.rename(old)
-    shutil.rmtree(old)
-
-
-def hidden(path: Path) -> Path:
-    """A name that a checkpoint is removed under; free."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    return old
 
 
 def remove_unfinished(root: Path) -> None:
@@ -199,8 +131,3 @@ def choose(root: Path, which: str, *, metric: str, higher_is_better: bool, warn:
     if problem:
         raise DistillError(f"{candidates[0].path}: damaged: {problem}; choose another with --step")
     return candidates[0]
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

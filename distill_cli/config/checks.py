@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 
 from distill_cli.config.credentials import secret_problems, uri_problem
-from distill_cli.config.derived import least_engine_length, parse_duration, parse_time_limit
+from distill_cli.config.derived import least_engine_length, parse_duration, parse_time_limit, validates
 from distill_cli.config.schema import ClusterConfig, Config, Launcher, LoraSync
 
 RESERVED_ENGINE_KWARGS = {
@@ -156,6 +156,13 @@ def _rollout(config: Config) -> Iterator[str]:
             f"rollout.on_policy_fraction={rollout.on_policy_fraction}: with rollout.environment={rollout.environment} "
             "all sequences are the student's; set it to 1"
         )
+    if rollout.replay is not None and rollout.save_scores:
+        yield "rollout.save_scores=true: what a replay trains on is recorded already; leave it out"
+    if rollout.replay is not None and config.eval.record_samples and not validates(config):
+        yield (
+            f"eval.record_samples={config.eval.record_samples}: a replay that validates nothing has no engine to "
+            "answer with; set it to 0, or eval.period"
+        )
     yield from _at_least("rollout.max_turns", rollout.max_turns, 1)
     if rollout.max_turns > 1 and rollout.environment is None:
         yield f"rollout.max_turns={rollout.max_turns}: nobody answers a turn; set rollout.environment"
@@ -249,15 +256,14 @@ def _data(config: Config) -> Iterator[str]:
             yield f"data.teacher_prompt_template={config.data.teacher_prompt_template!r}: must contain {part}"
     if "{question}" not in config.data.prompt_template:
         yield f"data.prompt_template={config.data.prompt_template!r}: must contain {{question}}"
-    if not config.data.train:
+    if not config.data.train and config.rollout.replay is None:
         yield "data.train: a source is needed; choose data=... (distill ls data)"
-    validates = config.eval.period or config.eval.at_start or config.eval.at_end
-    if validates and not config.data.validation:
+    if validates(config) and not config.data.validation:
         yield (
             "data.validation: a source is needed to validate; choose one, or turn validation off with "
             "eval.period=0 eval.at_start=false eval.at_end=false"
         )
-    if validates and config.data.validation and config.data.verifier is None:
+    if validates(config) and config.data.validation and config.data.verifier is None:
         yield "data.verifier=null: validation needs one to call an answer right; choose exact, or turn validation off"
 
 

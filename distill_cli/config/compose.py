@@ -27,7 +27,7 @@ from yaml import YAMLError
 from distill_cli.config.choices import conf_dir
 from distill_cli.config.credentials import hide_credentials, without_credentials
 from distill_cli.config.flags import conf_dirs, flag_problems, split_flags
-from distill_cli.config.overrides import override_problems, sweep_keys, unknown_keys
+from distill_cli.config.overrides import into_dictionaries, override_problems, sweep_keys, unknown_keys
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
 
@@ -117,7 +117,8 @@ def compose_unsearched(argv: Sequence[str]) -> DictConfig:
     ConfigStore.instance().store("base_config", Config)
     try:
         with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-            return hydra.compose("config", overrides=plain)
+            told = into_dictionaries(plain)
+            return hydra.compose("config", overrides=[told.get(word, word) for word in plain])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
 
@@ -137,7 +138,8 @@ def run_hydra(argv: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions
         argv_before = sys.argv
         overrides, flags = split_flags(argv)
-        sys.argv = ["distill", *overrides, *flags]
+        told = into_dictionaries(overrides)
+        sys.argv = ["distill", *(told.get(word, word) for word in overrides), *flags]
         try:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -245,8 +247,8 @@ def composed_job(config: DictConfig) -> Job:
     return Job(
         config=composed,
         choices={group: choice for group, choice in runtime.runtime.choices.items() if "/" not in group},
-        overrides=[without_credentials(override) for override in task],
-        swept=[without_credentials(override) for override in swept],
+        overrides=[without_credentials(override.removeprefix("++")) for override in task],
+        swept=[without_credentials(override.removeprefix("++")) for override in swept],
     )
 
 

@@ -55,6 +55,22 @@ def least_engine_length(config: Config, engine: EngineModelConfig) -> int:
     return scored_length(config) if engine is config.engine.teacher else needed_length(config)
 
 
+def validates(config: Config) -> bool:
+    """Whether anything is validated."""
+    return bool(config.eval.period or config.eval.at_start or config.eval.at_end)
+
+
+def needs_sampler(config: Config) -> bool:
+    """Whether the student has an engine: a replay asks it only where something is validated."""
+    return config.rollout.replay is None or validates(config)
+
+
+def needs_scorer(config: Config) -> bool:
+    """Whether the teacher has one: a replay asks it for its accuracy, and about the answers that are recorded."""
+    settings = config.eval
+    return config.rollout.replay is None or (validates(config) and (settings.teacher or settings.record_samples > 0))
+
+
 def updates_per_step(config: Config) -> int:
     """Optimizer steps of a step."""
     return config.rollout.prompts_per_step * config.rollout.generations_per_prompt // config.train.global_batch_size

@@ -41,6 +41,17 @@ def override_problems(overrides: Sequence[str], *, conf_dirs: Sequence[Path]) ->
     return problems
 
 
+def into_dictionaries(overrides: Sequence[str]) -> dict[str, str]:
+    """What was typed -> what Hydra is told: `data.train.limit=5` is `++data.train.limit=5`.
+
+    Of a dictionary Hydra alone would take the keys that the chosen file happens to set; which there are is for its
+    reader to say.
+    """
+    schema = OmegaConf.structured(Config)
+    keys = {text: text.split("=", 1)[0] for text in overrides if "=" in text}
+    return {text: f"++{text}" for text, key in keys.items() if _is_in_dictionary(schema, key)}
+
+
 def sweep_keys(overrides: Sequence[str]) -> set[str]:
     """The keys and groups that were given several values."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -106,6 +117,11 @@ def _plain(value: Any) -> Any:
     """A parsed value as a plain one: what `sweep_iterator` and `value` give for quoted strings are objects."""
     text = getattr(value, "text", None)
     return text if isinstance(text, str) else value
+
+
+def _is_in_dictionary(schema: DictConfig, key: str) -> bool:
+    """Whether a key is one of a dictionary's own, which no dataclass declares."""
+    return _is_known(schema, key) and key not in set(known_keys()) and OmegaConf.select(schema, key) is None
 
 
 def _is_known(schema: DictConfig, key: str) -> bool:

@@ -210,6 +210,12 @@ class RolloutConfig:
     trained on in the same way. 0 never asks the student: supervised or offline distillation; between, GKD's mixture."""
     off_policy: OffPolicy = OffPolicy.dataset
     """Whose answers those are: the dataset's (`response_key`), or the teacher's own, sampled as the student's are."""
+    save_scores: bool = False
+    """Keep each step's sequences with the teacher's top-k in the run's `scores/`, for `distill replay`: about
+    8 x (loss.topk + 2) bytes a response token."""
+    replay: str | None = None
+    """A run that kept its scores (`save_scores`): train on what it recorded, step by step, in place of new answers. No
+    engine is started, unless something is validated. `distill replay RUN` sets it."""
     environment: str | None = None
     """What answers the student between its turns: calculator, guess, or `pkg.module:function`; null where a sequence is
     one answer."""

@@ -41,7 +41,8 @@ def check_data(config: Config, known: dict[str, DataFacts] | None = None) -> Dat
         ConfigError: with all problems.
     """
     rollout = config.rollout
-    asked_for = repr((config.data, rollout.on_policy_fraction, rollout.off_policy, config.eval.max_samples))
+    is_replay = rollout.replay is not None
+    asked_for = repr((config.data, rollout.on_policy_fraction, rollout.off_policy, config.eval.max_samples, is_replay))
     known = {} if known is None else known
     if asked_for not in known:
         known[asked_for] = _check(config)
@@ -52,7 +53,7 @@ def _check(config: Config) -> DataFacts:
     data, problems, warnings = config.data, [], []
 
     def load(key: str, context: str | None) -> Sequence[Example] | Stream:
-        spec = getattr(data, key)
+        spec = getattr(data, key) if key == "validation" or config.rollout.replay is None else {}
         try:
             return load_examples(spec, key=f"data.{key}", context=context) if spec else []
         except ConfigError as error:

@@ -18,14 +18,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill_cli.config.schema import DataConfig, ModelConfig, OverlongPrompts
 from distill_cli.errors import ConfigError
+from distill_cli.pair import OWN_TEMPLATE
 from distill_cli.types import Example, Prompt
 
 log = logging.getLogger(__name__)
 
 MAX_TOKEN_CHARACTERS = 256
 """No tokenizer's tokens are that long on average: a longer text is too long without being tokenized."""
-OWN_TEMPLATE = "own"
-"""`model.teacher.chat_template` that is the one in the teacher's folder."""
 
 
 def load_tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -84,6 +83,8 @@ class PromptMaker:
             or self.teacher_kwargs != self.template_kwargs
         )
         self.counts: Counter[str] = Counter()
+        self.refusal = ""
+        """What the environment said of the last row that it does not take."""
 
     def __call__(self, example: Example, index: int) -> Prompt | None:
         """The prompt of one example; None where it is left out: nothing is asked, or it is longer than allowed.
@@ -95,8 +96,15 @@ class PromptMaker:
         if not example.question.strip():
             self.counts["empty"] += 1
             return None
+        asked = example
+        if self.opening is not None:
+            try:
+                asked = replace(example, question=self.opening(example))
+            except Exception as error:  # an environment may be the user's code, too
+                self.counts["refused"] += 1
+                self.refusal = f"row {index}: {error}"
+                return None
         try:
-            asked = replace(example, question=self.opening(example)) if self.opening else example
             token_ids = self._fit(asked, self.student_ids, self.max_tokens)
             teacher_ids = None
             if token_ids and self.has_teacher_prompt:
@@ -164,6 +172,7 @@ class PromptMaker:
         rows, limit = self.counts["rows"], self.max_tokens
         said = {
             "empty": "ask nothing and are left out",
+            "refused": f"are refused by the environment and left out; the last: {self.refusal}",
             "long": f"are longer than {limit} tokens (the teacher's than {self.teacher_max_tokens}) and left out"
             if self.has_teacher_prompt
             else f"are longer than {limit} tokens and left out",
@@ -193,6 +202,11 @@ def make_prompts(examples: Iterable[Example], make: PromptMaker, *, key: str, li
                 break
     if not prompts:
         counts = make.counts
+        if counts["refused"]:
+            raise ConfigError(
+                f"{key}: no prompt is left of {counts['rows']}: the environment refuses {counts['refused']}; the last: "
+                f"{make.refusal}"
+            )
         raise ConfigError(
             f"{key}: no prompt is left of {counts['rows']}: {counts['empty']} ask nothing and {counts['long']} are "
             f"longer than {make.max_tokens} tokens (data.max_prompt_tokens; else what rollout.max_new_tokens leaves of "

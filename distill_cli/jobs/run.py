@@ -24,8 +24,10 @@ from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, config_text, known_losses, load_config
+from distill_cli.config.derived import needs_scorer
 from distill_cli.config.schema import Config
 from distill_cli.console import Console
+from distill_cli.data.recording import remove_later
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.jobs.tracking import mlflow_target, tracking
 from distill_cli.launch.local import Stopped, launch
@@ -141,7 +143,8 @@ def locate_models(config: Config) -> None:
     """Brings both models onto this machine, before its ranks start: they look in the cache alone."""
     model = config.model
     modelpath.locate(model.student.path, revision=model.student.revision, key="model.student.path")
-    modelpath.locate(model.teacher.path, revision=model.teacher.revision, key="model.teacher.path")
+    if needs_scorer(config):
+        modelpath.locate(model.teacher.path, revision=model.teacher.revision, key="model.teacher.path")
     if model.tokenizer is not None:
         modelpath.locate(model.tokenizer, key="model.tokenizer")
 
@@ -215,6 +218,7 @@ def begin_attempt(run: RunDir, *, console: Console) -> Checkpoint | None:
     store.remove_unfinished(run.checkpoints)
     start = store.newest_whole(run.checkpoints, warn=lambda text: console.print(f"warning: {escape(text)}"))
     run.outcome.unlink(missing_ok=True)
+    remove_later(run.scores, step=start.step if start else 0)
     cut_back(
         run.metrics,
         last_step=start.recorded_step if start else -1,
@@ -246,15 +250,21 @@ def start_panel(job: Job, found: Preflight, run: RunDir) -> Panel:
     ranks, gpus = hardware.ranks_per_node(config), hardware.gpus_per_node(config)
     rows = {
         "student": config.model.student.path,
-        "teacher": config.model.teacher.path,
+        "teacher": config.model.teacher.path + (" (recorded)" if config.rollout.replay else ""),
         "loss": f"{config.loss.kl_type}, top-{config.loss.topk}, tail {config.loss.tail.value}",
-        "data": f"{count(found.num_train)} training rows, {count(found.num_validation)} for validation",
+        "data": f"{training_rows(config, found)}, {count(found.num_validation)} for validation",
         "steps": f"{found.num_steps(config)} of {config.rollout.prompts_per_step} prompts",
         "ranks": f"{ranks} on {'GPUs' if gpus else 'the CPU'}"
         + (f" of each of {config.cluster.nodes} nodes" if config.cluster.nodes > 1 else ""),
         "folder": shown(run.path),
     }
     return Panel(_rows(rows), title="distill", title_align="left", expand=False)
+
+
+def training_rows(config: Config, found: Preflight) -> str:
+    if found.num_recorded is not None:
+        return f"{found.num_recorded:,} recorded steps of {shown(Path(config.rollout.replay))}"
+    return f"{count(found.num_train)} training rows"
 
 
 def count(rows: int | None) -> str:
@@ -285,7 +295,9 @@ def end_panel(job: Job, outcome: dict[str, Any], run: RunDir) -> Panel:
     if job.config.tracker.mlflow.enabled:
         uri = mlflow_target(job.config, run).shown_uri
         rows["MLflow"] = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri
-    rows["next"] = shlex.join(["distill", *_repeatable(job.overrides), next_override(job)])
+    replay = job.config.rollout.replay
+    begin = ["distill", *(["replay", shown(Path(replay))] if replay else [])]
+    rows["next"] = shlex.join([*begin, *_repeatable(job.overrides), next_override(job)])
     return Panel(_rows(rows), title="done", title_align="left", expand=False)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill_cli import modelpath
+from distill_cli.config.derived import needs_sampler, needs_scorer
 from distill_cli.config.schema import Config, Dtype, EngineModelConfig
 from distill_cli.memory.shape import NoPrediction
 
@@ -54,13 +55,13 @@ def engine_weights(folder: Path, dtype: Dtype, quantization: str | None, *, tens
     return round(total / tensor_parallel)
 
 
-def engine_problems(config: Config, student: Path, teacher: Path, *, gpu_bytes: int) -> Iterator[str]:
+def engine_problems(config: Config, student: Path, teacher: Path | None, *, gpu_bytes: int) -> Iterator[str]:
     """One line for each engine whose weights alone pass its share of the GPU. Raises NoPrediction."""
-    for role, folder, model, engine in (
-        ("student", student, config.model.student, config.engine.student),
-        ("teacher", teacher, config.model.teacher, config.engine.teacher),
+    for role, folder, model, engine, is_needed in (
+        ("student", student, config.model.student, config.engine.student, needs_sampler(config)),
+        ("teacher", teacher, config.model.teacher, config.engine.teacher, needs_scorer(config)),
     ):
-        if engine.kv_cache_gib is not None:
+        if engine.kv_cache_gib is not None or not is_needed:
             continue
         weights = engine_weights(
             folder, model.dtype, getattr(model, "quantization", None), tensor_parallel=engine.tensor_parallel

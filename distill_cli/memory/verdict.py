@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from distill_cli.config.derived import needs_sampler, needs_scorer
 from distill_cli.config.schema import Checkpointing, Config
 from distill_cli.memory.engines import CPU_KV_CACHE_GIB, engine_bytes, engine_problems, gib
 from distill_cli.memory.shape import ModelShape
@@ -50,35 +51,42 @@ class Prediction:
 
 
 def predict(
-    config: Config, shape: ModelShape, student: Path, teacher: Path, *, num_ranks: int, gpu_bytes: int | None = None
+    config: Config,
+    shape: ModelShape,
+    student: Path,
+    teacher: Path | None,
+    *,
+    num_ranks: int,
+    gpu_bytes: int | None = None,
 ) -> Prediction:
     """Of a rank on a GPU of `gpu_bytes` (0 where its size is not known), or on a CPU where that is None.
 
-    Raises NoPrediction.
+    `teacher` is None where it has no engine. Raises NoPrediction.
     """
     on_gpu = gpu_bytes is not None
     moments = trainer_moments(shape, Step.of(config, num_ranks=num_ranks, on_gpu=on_gpu))
-    engines = {
-        "sampler": engine_bytes(
+    engines = {}
+    if needs_sampler(config):
+        engines["sampler"] = engine_bytes(
             student,
             config.model.student.dtype,
             None,
             config.engine.student,
             tensor_parallel=config.engine.student.tensor_parallel,
             gpu_bytes=gpu_bytes,
-        ),
-        "scorer": engine_bytes(
+        )
+    if needs_scorer(config):
+        engines["scorer"] = engine_bytes(
             teacher,
             config.model.teacher.dtype,
             config.model.teacher.quantization,
             config.engine.teacher,
             tensor_parallel=config.engine.teacher.tensor_parallel,
             gpu_bytes=gpu_bytes,
-        ),
-    }
+        )
     before = moments[0].parts
     roles = {"sampler": config.engine.student.sleep, "scorer": config.engine.teacher.sleep}
-    asleep = tuple(name for name, sleeps in roles.items() if gpu_bytes is not None and sleeps is not False)
+    asleep = tuple(name for name in engines if gpu_bytes is not None and roles[name] is not False)
     return Prediction(
         asleep=asleep,
         trainer=max(moments, key=lambda moment: moment.total),
@@ -138,7 +146,14 @@ def alternatives(
 
 
 def problem(
-    config: Config, shape: ModelShape, student: Path, teacher: Path, *, num_ranks: int, ranks_here: int, device: Device
+    config: Config,
+    shape: ModelShape,
+    student: Path,
+    teacher: Path | None,
+    *,
+    num_ranks: int,
+    ranks_here: int,
+    device: Device,
 ) -> str | None:
     """One line where a rank's peak does not fit, with the keys that alone bring it under; None where it does.
 
@@ -166,5 +181,5 @@ def problem(
     )
 
 
-def _engines_fit(config: Config, student: Path, teacher: Path, gpu_bytes: int | None) -> bool:
+def _engines_fit(config: Config, student: Path, teacher: Path | None, gpu_bytes: int | None) -> bool:
     return gpu_bytes is None or not list(engine_problems(config, student, teacher, gpu_bytes=gpu_bytes))

@@ -29,22 +29,24 @@ from distill_cli.config.derived import (
     engine_length,
     max_prompt_tokens,
     max_teacher_prompt_tokens,
+    needs_sampler,
+    needs_scorer,
     parse_duration,
     updates_per_step,
     validation_length,
 )
 from distill_cli.config.schema import Config, EngineModelConfig, LoraSync, Precision, StudentModel, TeacherModel
-from distill_cli.data.isolated import IsolatedVerifier
+from distill_cli.data.isolated import IsolatedEnvironments, IsolatedVerifier
 from distill_cli.data.order import PromptOrder, PromptStream
 from distill_cli.data.prompts import (
-    OWN_TEMPLATE,
     PromptMaker,
     load_template,
     load_tokenizer,
     make_prompts,
     read_template,
 )
-from distill_cli.data.registry import load_examples, resolve_environment
+from distill_cli.data.recording import Facts, Recording, vocabulary_digest
+from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
 from distill_cli.engines.companion import CompanionScorer, needs_companion
 from distill_cli.engines.sampler import Sampler
@@ -55,11 +57,12 @@ from distill_cli.evaluate import Validator, first_of_each
 from distill_cli.log import StepPrinter
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.modelpath import fingerprint, locate
-from distill_cli.pair import EndTokens, Vocabularies
+from distill_cli.pair import OWN_TEMPLATE, EndTokens, Vocabularies, end_tokens
 from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.processes import StopFlag
 from distill_cli.progress import Progress
 from distill_cli.rollout.off_policy import response_encoder
+from distill_cli.rollout.recording import Recorder, Replay
 from distill_cli.rollout.turns import Turns, observation_encoder
 from distill_cli.rundir import RunDir, write_json
 from distill_cli.student.adapters import add_adapters
@@ -73,6 +76,7 @@ from distill_cli.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+Engines = tuple[Sampler | None, Scorer | CompanionScorer | None]
 MAX_PROMPTS_AT_START = 50_000
 """Training prompts that are all made before the first step: about 15 s. More are made when their turn comes."""
 
@@ -114,7 +118,7 @@ def build_trainer(
     parallel: Parallel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    make_engines: Callable[[Config], tuple[Sampler, Scorer | CompanionScorer]],
+    make_engines: Callable[[Config], Engines],
     checkpoint: Path | None = None,
 ) -> tuple[Trainer, Trainable]:
     """Everything that a step works with, and what of it a checkpoint is made of. A collective.
@@ -123,7 +127,7 @@ def build_trainer(
         checkpoint: what will be loaded; it must have seen the same data.
     """
     # What the user may have got wrong comes first, before engines take their time.
-    order, loss = build_order(config, tokenizer), build_loss(config)
+    order, loss = build_order(config, tokenizer, parallel), build_loss(config)
     validator = build_validator(config, parallel, tokenizer, ends=one_class(config))
     if checkpoint is not None:
         check_data(checkpoint, order)
@@ -149,6 +153,7 @@ def build_trainer(
         metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,
         saver=Saver(run, config.checkpoint, trainable) if config.checkpoint.enabled else None,
         rollouts_dir=run.rollouts,
+        recorder=build_recorder(config, run, parallel) if config.rollout.save_scores else None,
         watched=build_watched(config, order, validator, tokenizer),
         heartbeat=run.beat if parallel.is_main else lambda stage: None,
         **training,
@@ -158,8 +163,9 @@ def build_trainer(
 
 def close(trainer: Trainer) -> None:
     """Engines first, in the reverse of the order in which they were built; then the process group. A collective."""
-    trainer.sampler.close()
-    trainer.scorer.close()
+    for engine in (trainer.sampler, trainer.scorer):
+        if engine is not None:
+            engine.close()
     dist.barrier()
     dist.destroy_process_group()
 
@@ -170,7 +176,7 @@ def deadline(config: Config, run: RunDir) -> float | None:
     return launched(run) + parse_duration(limit) if limit else None
 
 
-def check_data(checkpoint: Path, order: PromptOrder | PromptStream) -> None:
+def check_data(checkpoint: Path, order: PromptOrder | PromptStream | Replay) -> None:
     """Raises ConfigError where the training data is not what the checkpoint's run saw: its order would be another."""
     before = Checkpoint.at(checkpoint).state["data"]
     if None not in (before, order.fingerprint) and before != order.fingerprint:
@@ -196,10 +202,8 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(locate(model.student.path, revision=model.student.revision, key="model.student.path"), model)
 
 
-def build_engines(
-    config: Config, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
-) -> tuple[Sampler, Scorer | CompanionScorer]:
-    """Both engines, asleep where they sleep at all. A collective.
+def build_engines(config: Config, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None) -> Engines:
+    """Both engines, asleep where they sleep at all; in a replay those that it asks. A collective.
 
     Args:
         topk: words that the scorer gives at each token; None is `loss.topk`.
@@ -207,11 +211,13 @@ def build_engines(
     """
     begin = time.perf_counter()
     # A companion loads on its own while the sampler is built here.
-    scorer = build_scorer(config, topk=topk, should_stop=should_stop)
-    limit = vocabularies(config).limit
-    settings = engine_settings(config, config.model.student, config.engine.student, vocab_size=limit)
-    sampler = Sampler(settings, should_stop=should_stop)
-    sampler.sleep()
+    scorer = build_scorer(config, topk=topk, should_stop=should_stop) if needs_scorer(config) else None
+    sampler = None
+    if needs_sampler(config):
+        limit = shared_vocabulary(config)
+        settings = engine_settings(config, config.model.student, config.engine.student, vocab_size=limit)
+        sampler = Sampler(settings, should_stop=should_stop)
+        sampler.sleep()
     if isinstance(scorer, CompanionScorer):
         scorer.wait_ready()
     log.info("engines ready in %.1f s", time.perf_counter() - begin)
@@ -276,8 +282,17 @@ def vocabularies(config: Config) -> Vocabularies:
     return Vocabularies.of(*folders(config), tokenizer=locate(name, key="model.tokenizer") if name else None)
 
 
+def shared_vocabulary(config: Config) -> int | None:
+    """Ids from here on are neither sampled nor scored; None where student and teacher have the same."""
+    if config.rollout.replay is not None:  # its teacher may be gone
+        return Recording.of(config.rollout.replay).facts.vocab_size
+    return vocabularies(config).limit
+
+
 def one_class(config: Config) -> tuple[int, ...]:
     """The tokens that end an answer and are taken for one (`model.eos_map`)."""
+    if config.rollout.replay is not None:
+        return tuple(Recording.of(config.rollout.replay).facts.one_class)
     limit = vocabularies(config).limit or sys.maxsize
     return tuple(token for token in EndTokens.of(*folders(config)).one_class(config) if token < limit)
 
@@ -287,8 +302,15 @@ def build_loss(config: Config) -> DistillLoss:
     return DistillLoss(kl_type=loss.kl_type, kl_weight=loss.kl_weight, skew=loss.skew, tail=loss.tail.value)
 
 
-def build_order(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptOrder | PromptStream:
-    """The training prompts in their order: all made at the start, or one after the other where there are too many."""
+def build_order(
+    config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Parallel
+) -> PromptOrder | PromptStream | Replay:
+    """The training prompts in their order: all made at the start, or one after the other where there are too many.
+
+    In a replay what was recorded.
+    """
+    if config.rollout.replay is not None:
+        return Replay(Recording.of(config.rollout.replay), topk=config.loss.topk, parallel=parallel)
     data, batch_size, seed = config.data, config.rollout.prompts_per_step, config.train.seed
     examples = load_examples(data.train, key="data.train", context=data.teacher_context)
     make = prompt_maker(config, tokenizer)
@@ -298,6 +320,22 @@ def build_order(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptOrd
         )
     prompts = make_prompts(examples, make, key="data.train")
     return PromptOrder(prompts, batch_size=batch_size, seed=seed, shuffle=data.shuffle)
+
+
+def build_recorder(config: Config, run: RunDir, parallel: Parallel) -> Recorder:
+    """What keeps each step's sequences and scores, in the run's folder."""
+    pair, folder = vocabularies(config), config.model.tokenizer
+    vocab_size = pair.limit or min(pair.sizes)
+    tokenizer = locate(folder, key="model.tokenizer") if folder else folders(config)[0]
+    facts = Facts(
+        topk=config.loss.topk,
+        temperature=config.loss.temperature,
+        one_class=list(one_class(config)),
+        end_tokens=sorted(end_tokens(folders(config)[0])),
+        vocab_size=vocab_size,
+        vocabulary=vocabulary_digest(tokenizer, vocab_size),
+    )
+    return Recorder(run.scores, facts, parallel)
 
 
 def prompt_maker(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptMaker:
@@ -315,12 +353,17 @@ def prompt_maker(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptMa
         max_tokens=max_prompt_tokens(config),
         teacher_max_tokens=max_teacher_prompt_tokens(config),
         teacher_template=template,
-        opening=resolve_environment(environment)().reset if environment else None,
+        opening=IsolatedEnvironments(environment).make().reset if environment else None,
     )
 
 
 def build_training(
-    config: Config, console: IO[str], loss: DistillLoss, *, order: PromptOrder | PromptStream, parallel: Parallel
+    config: Config,
+    console: IO[str],
+    loss: DistillLoss,
+    *,
+    order: PromptOrder | PromptStream | Replay,
+    parallel: Parallel,
 ) -> dict[str, Any]:
     """The student, its optimizer and schedule, and what shows how far it has come: fields of `Trainer`."""
     model = config.model
@@ -381,7 +424,7 @@ def build_watched(
     config: Config, order: PromptOrder, validator: Validator | None, tokenizer: PreTrainedTokenizerBase
 ) -> Watched | None:
     """The first validation prompts; where nothing validates, the first of the training data."""
-    if config.eval.record_samples == 0:
+    if config.eval.record_samples == 0 or (validator is None and isinstance(order, Replay)):
         return None
     prompts = validator.prompts if validator is not None else order.prompts
     return Watched(
@@ -393,20 +436,19 @@ def build_watched(
 def build_turns(config: Config, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> Turns | None:
     if config.rollout.environment is None:
         return None
-    student, teacher = config.model.student, config.model.teacher
-    ends = EndTokens.of(
-        locate(student.path, revision=student.revision, key="model.student.path"),
-        locate(teacher.path, revision=teacher.revision, key="model.teacher.path"),
-    )
+    ends = {tokenizer.eos_token_id, *config.rollout.stop_token_ids, *one_class(config)}
+    if config.rollout.replay is None:
+        of_models = EndTokens.of(*folders(config))
+        ends |= of_models.student | of_models.teacher
     return Turns(
-        make=resolve_environment(config.rollout.environment),
+        make=IsolatedEnvironments(config.rollout.environment).make,
         max_turns=config.rollout.max_turns,
         max_tokens=max_tokens,
         decode=make_decode(tokenizer),
         observation_ids=observation_encoder(
             tokenizer,
             template_kwargs=config.model.chat_template_kwargs,
-            end_ids={tokenizer.eos_token_id, *ends.student, *ends.teacher, *config.rollout.stop_token_ids},
+            end_ids=ends,
         ),
     )
 

@@ -6,15 +6,13 @@ around them, are appended to the tokens that are there. The loss leaves them out
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from distill_cli.data.environments import Environment, Observation
+from distill_cli.data.isolated import Failures
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.types import Prompt, Rollout, Sample
-
-log = logging.getLogger(__name__)
 
 SAID, SEEN = "WHAT-WAS-SAID", "WHAT-IS-SEEN"
 """Stand for a turn and an observation in a template."""
@@ -31,6 +29,8 @@ class Turns:
     decode: Callable[[list[int]], str]
     observation_ids: Callable[[str, int], list[int]]
     """Observation, the turn's last token -> the tokens up to where the student goes on."""
+    failures: Failures = field(default_factory=lambda: Failures("{} environments failed, and their sequences score 0"))
+    """What environments failed at."""
 
 
 @dataclass
@@ -39,7 +39,8 @@ class Growing:
 
     prompt: Prompt
     seed: int
-    environment: Environment
+    environment: Environment | None
+    """None where it failed before the first turn, which is then the last."""
     token_ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     trained: list[bool] = field(default_factory=list)
@@ -68,7 +69,11 @@ def sample_turns(
     """
     sequences = [Growing(prompt, seed, turns.make()) for prompt, seed in zip(prompts, seeds, strict=True)]
     for sequence in sequences:
-        sequence.environment.reset(sequence.prompt.example)
+        try:
+            sequence.environment.reset(sequence.prompt.example)
+        except Exception as error:  # it may be a user's own
+            turns.failures.add(error)
+            sequence.environment = None
     for turn in range(turns.max_turns):
         going = [sequence for sequence in sequences if not sequence.finish_reason]
         if not going:
@@ -92,7 +97,7 @@ def take_turn(sequence: Growing, sample: Sample, turns: Turns) -> None:
     sequence.logp += sample.logp
     sequence.trained += [True] * len(sample.token_ids)
     sequence.num_turns += 1
-    seen = step(sequence.environment, turns.decode(sample.token_ids))
+    seen = step(sequence.environment, turns.decode(sample.token_ids), failures=turns.failures)
     sequence.reward = seen.reward
     if sample.finish_reason == "length":
         sequence.finish_reason = "length"
@@ -110,13 +115,14 @@ def take_turn(sequence: Growing, sample: Sample, turns: Turns) -> None:
         sequence.trained += [False] * len(observed)
 
 
-def step(environment: Environment, response: str) -> Observation:
-    """What the environment says; one that raises ends its sequence with reward 0 and a warning, not the run."""
-    try:
-        return environment.step(response)
-    except Exception as error:  # it may be a user's own
-        log.warning("an environment failed, its sequence scores 0: %s: %s", type(error).__name__, error)
-        return Observation(reward=0.0, done=True)
+def step(environment: Environment | None, response: str, *, failures: Failures) -> Observation:
+    """What the environment says; one that fails ends its sequence with reward 0 and is counted, and the run goes on."""
+    if environment is not None:
+        try:
+            return environment.step(response)
+        except Exception as error:  # it may be a user's own
+            failures.add(error)
+    return Observation(reward=0.0, done=True)
 
 
 def observation_encoder(tokenizer, *, template_kwargs: dict, end_ids: set[int]) -> Callable[[str, int], list[int]]:

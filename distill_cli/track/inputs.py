@@ -32,6 +32,8 @@ class DatasetSource:
         """A digest of the rows, or where they cannot be read of what the config says, and their number."""
         try:
             rows = self.load()
+            if not hasattr(rows, "__len__"):  # a stream: reading it to its end may take for ever
+                return _digest([dict(self.spec)]), {}
         except Exception as error:
             log.info("%s data cannot be read for its digest: %s", self.context, error)
             return _digest([dict(self.spec)]), {}

@@ -32,6 +32,7 @@ from distill_cli.config.compose import load_config
 from distill_cli.config.schema import Config, LoraConfig
 from distill_cli.console import Console
 from distill_cli.data.prompts import load_tokenizer
+from distill_cli.data.recording import Recording
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.lora import shortened, targeted
 from distill_cli.modelpath import locate, shapes
@@ -156,14 +157,18 @@ def write_folder(
 
 def name_ends(config: Config, base: Path, folder: Path) -> None:
     """Where student and teacher end with different tokens, the folder names both: it is stopped where training did."""
-    teacher = config.model.teacher
+    teacher, replay = config.model.teacher, config.rollout.replay
     try:
-        ends = EndTokens.of(base, locate(teacher.path, revision=teacher.revision, key="model.teacher.path"))
+        if replay is not None:  # its teacher is not needed, and may be gone
+            ends = tuple(Recording.of(replay).facts.one_class)
+        else:
+            located = locate(teacher.path, revision=teacher.revision, key="model.teacher.path")
+            ends = EndTokens.of(base, located).one_class(config)
     except ConfigError as error:
         Console(stderr=True).print(f"warning: the teacher's end tokens are not in generation_config.json: {error}")
         return
-    if ends.one_class(config):
-        write_end_tokens(folder, ends.one_class(config))
+    if ends:
+        write_end_tokens(folder, ends)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ distill - on-policy distillation of language models from one command
   distill plan [OVERRIDES]        compose and check everything, print what would run, start nothing
   distill check [OVERRIDES]       two minutes on the real models: are loss, engines, sync, checkpoint right?
   distill resume RUN|SWEEP        go on from the newest checkpoint, on any number of ranks
+  distill replay RUN [OVERRIDES]  train again on what a run recorded (rollout.save_scores), without engines
   distill watch RUN               follow a run in progress, wherever it runs
   distill eval RUN|MODEL          accuracy on a benchmark, with intervals; --against compares models
   distill export RUN [DIR]        a checkpoint as a Hugging Face folder
@@ -87,6 +88,21 @@ examples
   distill resume runs/latest train.max_steps=2000      for longer
   distill resume runs/latest mesh.tensor=2             on another mesh
   distill resume runs/latest --step 40
+""",
+    "replay": """\
+distill replay RUN [OVERRIDES] [--wait] - train again on what a run recorded, with another loss or another student
+
+RUN is one that was trained with rollout.save_scores=true: its sequences, with the teacher's top-k, lie in its scores/.
+They take the place of prompts, answers and the teacher, step by step, and no engine is started: only the student is
+trained. It becomes a run of its own, on any number of ranks, which `resume`, `report` and `eval` take like any other.
+
+Loss, optimizer, student, mesh and the like may be others; what shaped the recording may not, and loss.topk not larger.
+Nothing is validated unless it is asked for (eval.period, eval.at_start, eval.at_end): that starts the student's engine.
+
+examples
+  distill replay runs/latest loss=reverse
+  distill replay runs/latest loss.topk=16 train.lr=5e-4
+  distill replay runs/latest eval.at_end=true
 """,
     "watch": """\
 distill watch RUN - follow a run in progress, wherever it runs

@@ -20,7 +20,7 @@ from distill_cli.config.compose import Job, compose, known_losses
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step
 from distill_cli.config.schema import Config, EngineModelConfig, Launcher, LoraSync
 from distill_cli.console import Console
-from distill_cli.jobs.run import check_jobs, count, exit_status, single_path
+from distill_cli.jobs.run import check_jobs, count, exit_status, single_path, training_rows
 from distill_cli.launch import slurm
 from distill_cli.launch.local import command
 from distill_cli.lora import targeted
@@ -131,6 +131,16 @@ def checkpoint_row(config: Config, found: Preflight) -> dict[str, str]:
     }
 
 
+def scores_row(config: Config, steps: int) -> dict[str, str]:
+    """Disk that the kept scores take, where every answer is as long as may be."""
+    rollout = config.rollout
+    if not rollout.save_scores:
+        return {}
+    tokens = rollout.max_sequence_length if rollout.environment else rollout.max_new_tokens
+    size = rollout.prompts_per_step * rollout.generations_per_prompt * tokens * (8 * config.loss.topk + 16)
+    return {"scores": f"at most {size / 2**30:.3g} GiB a step, {steps * size / 2**30:.3g} GiB of all"}
+
+
 def engine_row(config: Config, engine: EngineModelConfig) -> str:
     ranks, gpus = engine.tensor_parallel, hardware.gpus_per_node(config)
     sleeps = gpus and engine.sleep is not False
@@ -166,15 +176,18 @@ def run_rows(config: Config, found: Preflight) -> dict[str, str]:
     steps, validations = found.num_steps(config), num_validations(config, found.num_steps(config))
     samples = min(config.eval.max_samples, found.num_validation or config.eval.max_samples)
     epoch = "not known: the data is streamed"
-    if found.num_train is not None:
+    if found.num_recorded is not None:
+        epoch = f"{found.num_recorded:,} recorded steps"
+    elif found.num_train is not None:
         epoch = f"{found.num_train // config.rollout.prompts_per_step:,} steps"
     return trained_row(config, found) | {
-        "rows": f"{count(found.num_train)} for training, {count(found.num_validation)} for validation",
+        "rows": f"{training_rows(config, found)}, {count(found.num_validation)} for validation",
         "epoch": epoch,
         "steps": f"{steps:,} (max_steps {config.train.max_steps:,}, max_epochs {config.train.max_epochs})",
         "validation": f"{validations} times on {samples} prompts"
         + (", and the teacher once" if config.eval.teacher and validations else ""),
         **checkpoint_row(config, found),
+        **scores_row(config, steps),
     }
 
 
@@ -269,7 +282,7 @@ def memory_rows(config: Config, found: Preflight) -> dict[str, str]:
     rows = {name: f"{size / 2**30:9.3f}" for name, size in parts.items()}
     if gpu_bytes == 0:
         for name, engine in (("sampler", config.engine.student), ("scorer", config.engine.teacher)):
-            if engine.kv_cache_gib is None:
+            if engine.kv_cache_gib is None and name in predicted.engines:
                 rows[name] = f"{engine.gpu_memory_utilization:.0%} of a GPU whose size is not known here"
     rows["peak"] = f"{predicted.peak / 2**30:9.3f}, at most, the trainer's in {predicted.trainer.name}"
     if gpu_bytes:

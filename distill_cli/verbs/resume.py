@@ -40,6 +40,7 @@ SAFE = (
     *("train.max_steps", "train.max_epochs", "train.micro_batch_tokens", "train.packing"),
     *("train.activation_checkpointing", "train.cpu_offload", "train.offload_optimizer", "train.compile"),
     *("model.student.lora.sync", "train.max_bad_steps", "rollout.max_truncated_rate", "rollout.on_truncation"),
+    "rollout.save_scores",
 )
 """Keys, or their beginnings, that a resumed run may change."""
 
@@ -192,7 +193,7 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     merged = OmegaConf.structured(config)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         if override.is_delete() or override.is_sweep_override():
-            raise ConfigError(f"{override.input_line}: `distill resume` takes key=value and group=choice only")
+            raise ConfigError(f"{override.input_line}: takes no sweep and no deletion; give key=value or group=choice")
         try:
             file = conf_dir() / override.key_or_group / f"{override.value()}.yaml"
             if file.is_file():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from distill_cli import sealed
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.config.compose import save_config
@@ -57,7 +58,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_disk: Path, caplog: pytes
     (warning,) = save(saver, 2, caplog)
     assert warning == "no checkpoint of step 2: No space left on device; step_1 is kept; training goes on"
     assert steps(run) == [1]
-    assert store.damage(run.checkpoints / "step_1") is None
+    assert sealed.damage(run.checkpoints / "step_1") is None
     assert not list(run.checkpoints.glob(".*"))
     saver.close()
 

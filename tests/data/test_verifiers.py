@@ -37,13 +37,13 @@ def math():
 @pytest.mark.parametrize(("response", "answer", "right"), MATH)
 def test_mathematical_answers(math: IsolatedVerifier, response: str, answer: str, right: bool) -> None:
     assert math(response, answer) == float(right)
-    assert math.num_errors == 0
+    assert math.failures.num_all == 0
 
 
 def test_an_answer_that_takes_too_long_scores_nothing_and_the_next_is_judged() -> None:
     math = IsolatedVerifier("math", limit_s=0.5)
     assert math(r"\boxed{9^{9^{9^{9}}}}", "3") == 0
-    assert math.num_errors == 1
+    assert math.failures.num_all == 1
     assert math(r"\boxed{3}", "3") == 1
     math.close()
 
@@ -89,7 +89,7 @@ def test_a_verifier_of_one_s_own_may_fail_in_every_way(tmp_path: Path, monkeypat
     begin = time.monotonic()
     for number, response in enumerate(["raise", "exit", "sleep", "deaf", "text"], start=1):
         assert verify(response, "a") == 0
-        assert verify.num_errors == number
+        assert verify.failures.num_all == number
         assert verify("a", "a") == 1
     assert time.monotonic() - begin < 60
     assert resolve_extract(verify)("b") == "b"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from distill_cli.cli import run
 from distill_cli.rundir import RunDir
 from distill_cli.track.recorder import read_metrics
 
@@ -53,6 +54,18 @@ def distill(folder: Path, *argv: str, timeout_s: float = 300, **env: str) -> Fin
     return Finished(folder, done.returncode, done.stdout, done.stderr)
 
 
+def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *argv: str) -> list[str]:
+    """What `distill ARGV`, typed in `folder`, says in place of starting anything: without a process of its own."""
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    status = run(argv)
+    said = capsys.readouterr()
+    assert (status, said.out) == (2, ""), (argv, said)
+    lines = said.err.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    return lines
+
+
 SHORT = ("train.max_steps=3", "rollout.prompts_per_step=8", "train.global_batch_size=4", "train.micro_batch_tokens=128")
 """Three steps of two updates each, of several micro-batches."""
 
@@ -74,7 +87,9 @@ def files_with(secrets: Iterable[str], folder: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return distill(tmp_path_factory.mktemp("one"), *SHORT, "eval.period=2", "eval.max_samples=40", **SECRETS)
+    """It keeps its scores, which changes nothing else."""
+    kept = ("eval.period=2", "eval.max_samples=40", "rollout.save_scores=true")
+    return distill(tmp_path_factory.mktemp("one"), *SHORT, *kept, **SECRETS)
 
 
 @pytest.fixture(scope="session")

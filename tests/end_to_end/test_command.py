@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import distill
+from tests.end_to_end.conftest import distill, refused
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,51 @@ def test_wrong_input_is_status_2_and_one_line_each(tmp_path: Path, argv: list[st
     for words in said:
         assert words in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+GOOD = ("data.train.path=good.jsonl", "data.validation.path=good.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["data=jsonl"], "data.train.path: a value is needed\nerror: data.validation.path: a value is needed"),
+        (["data=jsonl", GOOD[0], "data.validation.path=none.jsonl"], "data.validation.path=none.jsonl: cannot be read"),
+        (["data=jsonl", *GOOD, "data.train.question_key=problem"], "no column 'problem'; this row has: 'question'"),
+        (
+            ["data=jsonl", *GOOD, "data.train.qestion_key=q"],
+            "data.train.qestion_key: unknown key; did you mean",
+        ),
+        (["data=table", *GOOD, "data.train.limit=0"], "data.train.limit=0: must be at least 1"),
+        (["data=table", *GOOD, "data.train.limit=many"], "data.train.limit='many': must be int | None"),
+        (["data=jsonl", "data.train.path=empty.jsonl", GOOD[1]], "data.train.path=empty.jsonl: the file has no rows"),
+        (
+            ["data=table", "data.train.path=empty.csv", GOOD[1]],
+            "path=empty.csv: the split train has no rows",
+        ),
+        (["data=jsonl", *GOOD], "rollout.prompts_per_step=64: the training data has only 3 rows"),
+        (["data.verifier=maths"], "data.verifier=maths: no such name; did you mean math?"),
+        (["data.verifier=null"], "data.verifier=null: validation needs one to call an answer right"),
+        (["eval.repeat=0"], "eval.repeat=0: must be at least 1"),
+        (["loss.topk=0"], "loss.topk=0: must be at least 1"),
+        (
+            ["data=mix", "data.train.weights={deepscaler: 0, gsm8k: 0}"],
+            "data.train.weights.deepscaler=0: must be a number",
+        ),
+        (["data=ifeval"], "data.validation: a source is needed to validate; choose one, or turn validation off"),
+        (["model.chat_template=none.jinja"], "model.chat_template=none.jinja: no such file, and no template either"),
+    ],
+)
+def test_wrong_data_is_status_2_and_one_line_each(
+    tmp_path: Path, argv: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "good.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "2"}\n' * 3)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "empty.csv").write_text("question,answer\n")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    assert said in "\n".join(refused(tmp_path, monkeypatch, capsys, *argv))
 
 
 def test_an_existing_run_folder_is_refused(tmp_path: Path) -> None:

@@ -58,6 +58,24 @@ def test_topk_and_temperature(process_group, teacher, teacher_settings, topk, te
     scorer.close()
 
 
+def test_ids_that_only_the_teacher_has_are_never_scored(process_group, teacher, teacher_settings):
+    """Its vocabulary is padded beyond the student's: what is left is a distribution by itself."""
+    shared = 200
+    scorer = Scorer(replace(teacher_settings, vocab_size=shared), topk=shared)
+    sequence = [token % shared for token in random_sequences([60])[0]]
+    (scores,) = scorer.score([sequence], response_starts=[10])
+    assert scores.topk_ids.max() < shared
+    logits = teacher(torch.tensor([sequence])).logits[0, 9:-1, :shared]
+    expected = logits.log_softmax(-1).gather(1, scores.topk_ids.long())
+    torch.testing.assert_close(scores.topk_logp, expected, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(scores.topk_logp.exp().sum(-1), torch.ones(50))
+    answered = scorer.sample([sequence], seeds=[1], sampling=SamplingSettings(max_new_tokens=50, ignore_eos=True))
+    assert max(answered[0].token_ids) < shared
+    with pytest.raises(DistillError, match="token ids outside 0 to 199"):
+        scorer.score([[shared, 1]], response_starts=[1])
+    scorer.close()
+
+
 def test_prefill_in_chunks_changes_nothing(process_group, teacher, teacher_settings):
     pieces = {"enable_chunked_prefill": True, "max_num_batched_tokens": 48, "max_num_seqs": 4}
     chunked = replace(teacher_settings, kwargs={**teacher_settings.kwargs, **pieces})

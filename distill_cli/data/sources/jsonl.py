@@ -49,10 +49,10 @@ def read_rows(path: str) -> tuple[list[dict[str, Any]], list[int]]:
     try:
         content = Path(path).expanduser().read_bytes().split(b"\n")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+        raise ConfigError(f"path={path}: cannot be read ({error.strerror}); give a JSON-lines file") from error
     lines = [number for number, line in enumerate(content, start=1) if line.strip()]
     if not lines:
-        raise ConfigError(f"{path}: the file has no rows")
+        raise ConfigError(f"path={path}: the file has no rows")
     return [_object(content[number - 1], f"{path}:{number}") for number in lines], lines
 
 

@@ -18,6 +18,8 @@ from distill_cli.data.sources.jsonl import read_rows
 from distill_cli.errors import ConfigError
 from distill_cli.types import Example
 
+NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0, got 0")
+"""What `datasets` and pyarrow say of a file that has columns alone."""
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 
 
@@ -115,6 +117,8 @@ def _open(path: str, *, name: str | None, split: str, revision: str | None, stre
     except ConfigError:
         raise
     except Exception as error:  # pyarrow, fsspec, the hub: each raises its own
+        if any(said in _reason(error) for said in NO_ROWS):
+            raise ConfigError(f"path={path}: the split {split} has no rows") from error
         raise ConfigError(f"path={path}: {_reason(error)}") from error
 
 
@@ -136,7 +140,8 @@ def _check_stream(rows: Any, columns: Columns, *, where: str) -> None:
     try:
         first = next(iter(rows), None)
     except Exception as error:
-        raise ConfigError(f"{where}: {_reason(error)}") from error
+        said = _reason(error)
+        raise ConfigError(f"{where}: {'no rows' if any(part in said for part in NO_ROWS) else said}") from error
     if first is None:
         raise ConfigError(f"{where}: no rows")
     columns.check(list(first), where=where)

@@ -1,0 +1,114 @@
+"""Environments in a process of their own: what becomes of one that hangs, raises, dies or prints, and of the others."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from distill_cli.config.schema import DataConfig, ModelConfig
+from distill_cli.data.environments import Observation
+from distill_cli.data.isolated import Failed, IsolatedEnvironments
+from distill_cli.data.prompts import PromptMaker, make_prompts
+from distill_cli.engines.settings import SamplingSettings
+from distill_cli.errors import ConfigError
+from distill_cli.modelpath import ASSETS
+from distill_cli.rollout.turns import Turns, sample_turns
+from distill_cli.types import Example, Prompt, Sample
+
+MINE = """
+import os, time
+from distill_cli.data.environments import Observation
+
+class Mine:
+    def reset(self, example):
+        print('noise')
+        if example.answer == 'none': raise KeyError('no such game')
+        self.told, self.number = [], int(example.answer)
+        return example.question + '!'
+
+    def step(self, response):
+        self.told.append(response)
+        if response == 'raise': raise ValueError('lost')
+        if response == 'exit': os._exit(3)
+        if response == 'sleep': time.sleep(60)
+        while response == 'deaf':
+            try: time.sleep(60)
+            except BaseException: pass
+        if response == 'text': return 'go on'
+        if response == 'nan': return Observation('x', reward=float('nan'))
+        return Observation(f'{self.number}: ' + ' '.join(self.told), reward=len(self.told), done=response == 'end')
+
+def make():
+    return Mine()
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "games.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("games", None)
+    environments = IsolatedEnvironments("games:make", limit_s=0.3)
+    yield environments
+    environments.close()
+
+
+def test_it_may_fail_in_every_way_and_the_others_go_on(mine: IsolatedEnvironments) -> None:
+    other = mine.make()
+    assert other.reset(Example("q", "7")) == "q!"
+    told = []
+    for word in ("raise", "exit", "sleep", "deaf", "text", "nan"):
+        failing = mine.make()
+        failing.reset(Example("q", "1"))
+        with pytest.raises(Failed):
+            failing.step(word)
+        told.append(word)
+        assert other.step(word[:2]) == Observation(
+            "7: " + " ".join(one[:2] for one in told), reward=float(len(told)), done=False
+        )
+    assert other.step("end").done
+    assert mine.worker.num_starts == 3  # `exit` and `deaf` took the process with them
+
+
+def test_places_are_used_again(mine: IsolatedEnvironments) -> None:
+    for number in range(20):
+        one = mine.make()
+        one.reset(Example("q", str(number)))
+        assert one.step("a").text == f"{number}: a"
+    assert mine._num <= 2
+
+
+class Scripted:
+    """A sampler whose answers are the prompt's last token."""
+
+    def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
+        return [Sample([ids[-1]], [0.0], "stop") for ids in prompts]
+
+
+def test_what_fails_scores_nothing_and_is_counted(mine: IsolatedEnvironments) -> None:
+    words = ["end", "raise", "deaf", "end", "end"]
+    answers = ["1", "2", "3", "none", "5"]
+    prompts = [Prompt(i, [i], Example("?", answer)) for i, answer in enumerate(answers)]
+    turns = Turns(mine.make, 3, 100, decode=lambda ids: words[ids[0]], observation_ids=lambda text, last: [last])
+    settings = SamplingSettings(max_new_tokens=1)
+    rollouts = sample_turns(prompts, seeds=range(5), sampler=Scripted(), sampling=settings, turns=turns)
+    assert [rollout.reward for rollout in rollouts] == [1.0, 0.0, 0.0, 0.0, 1.0]
+    assert all(rollout.sample.finish_reason == "stop" for rollout in rollouts)
+    assert (turns.failures.take(), turns.failures.take()) == (3, 0)
+
+
+def test_a_row_that_is_none_for_the_environment_is_left_out(mine: IsolatedEnvironments) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student")
+
+    def maker() -> PromptMaker:
+        return PromptMaker(tokenizer, data=DataConfig(), model=ModelConfig(), max_tokens=100, opening=mine.make().reset)
+
+    make = maker()
+    prompts = make_prompts([Example("one", "1"), Example("two", "none")], make, key="data.train")
+    assert "one!" in tokenizer.decode(prompts[0].token_ids)
+    assert make.warnings() == [
+        "1 of 2 prompts are refused by the environment and left out; the last: row 1: KeyError: 'no such game'"
+    ]
+    with pytest.raises(ConfigError, match="is left of 1: the environment refuses 1; the last: row 0: KeyError"):
+        make_prompts([Example("two", "none")], maker(), key="data.train")

@@ -1,0 +1,81 @@
+"""`distill replay`: what a run recorded is trained on again, without any engine."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from distill_cli.rundir import RunDir
+from distill_cli.track.recorder import read_metrics
+from tests.end_to_end.conftest import Finished, distill, refused
+
+NO_ENGINES = "raise ImportError('a replay asks no engine')"
+
+
+def no_engines(folder: Path) -> dict[str, str]:
+    """An environment in which vLLM cannot be imported."""
+    (folder / "path/vllm").mkdir(parents=True)
+    (folder / "path/vllm/__init__.py").write_text(NO_ENGINES)
+    return {"PYTHONPATH": str(folder / "path")}
+
+
+def test_the_same_loss_gives_the_same_student_bit_for_bit(one_rank: Finished, tmp_path: Path) -> None:
+    done = distill(tmp_path, "replay", str(one_rank.run.path), "tracker=none", **no_engines(tmp_path))
+    assert done.status == 0, done.stdout + done.stderr
+    assert "3 recorded steps of" in done.stdout
+    assert done.run.path.name.endswith("_replay_mixed")
+    names = [name for name in one_rank.metrics[1] if name.startswith("train/")]
+    names += ["rollout/accuracy", "rollout/mean_length", "rollout/truncated_rate"]
+    for ours, theirs in zip(done.metrics[1:], one_rank.metrics[1:], strict=True):
+        assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+        assert ours["rollout/drift"] == theirs["rollout/engine_mismatch"]  # the student is the one that wrote
+        assert not ours.keys() & {"time/sample_s", "time/score_s", "time/sync_s", "rollout/engine_mismatch"}
+    ours, theirs = (load_file(of.run.student / "model.safetensors") for of in (done, one_rank))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_another_loss_on_two_ranks_is_stopped_resumed_and_goes_round(one_rank: Finished, tmp_path: Path) -> None:
+    env = no_engines(tmp_path)
+    other = (
+        "loss=reverse",
+        "loss.topk=16",
+        "train.schedule=constant",
+        "train.lr=2e-4",
+        "tracker=none",
+        "cluster.ranks_per_node=2",
+    )
+    done = distill(tmp_path, "replay", str(one_rank.run.path), *other, "train.max_steps=2", "run.name=r", **env)
+    assert done.status == 0, done.stdout + done.stderr
+    first = done.metrics[1]
+    assert first["train/response_tokens"] == one_rank.metrics[1]["train/response_tokens"]
+    assert first["train/kl_reverse"] == pytest.approx(first["train/loss"], rel=1e-4)
+    assert first["train/teacher_topk_mass"] <= one_rank.metrics[1]["train/teacher_topk_mass"]
+    done = distill(tmp_path, "resume", "runs/r", "train.max_steps=4", **env)
+    assert done.status == 0, done.stdout + done.stderr
+    rows = read_metrics(RunDir(tmp_path / "runs/r").metrics)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[4]["train/response_tokens"] == first["train/response_tokens"]  # the first recorded step again
+    assert (
+        rows[1]["rollout/drift"] < 1e-5 < 1e-3 < rows[4]["rollout/drift"]
+    )  # the student is no longer the one that wrote
+    assert json.loads((tmp_path / "runs/r/outcome.json").read_text())["state"] == "finished"
+
+
+def test_what_cannot_be_replayed_is_said(
+    one_rank: Finished, two_ranks: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for argv, said in (
+        ([], "which run? give the folder of one that kept its scores"),
+        (["loss=reverse"], "which run?"),
+        (["runs/none"], "no such folder"),
+        (["runs/latest", "--step", "3"], "--step 3: `distill replay` takes a run and overrides"),
+        ([str(two_ranks.run.path)], "the run kept no scores; record them with rollout.save_scores=true"),
+        (["runs/latest", "loss.topk=65"], "loss.topk=65: 64 tokens of the teacher were recorded; lower it"),
+        (["runs/latest", "rollout.temperature=2"], "rollout.temperature=2.0: the rollouts were recorded with 1.0"),
+        (["runs/latest", "rollout.temprature=2"], "did you mean rollout.temperature?"),
+        (["runs/latest", "loss.topk=8,16"], "takes no sweep"),
+    ):
+        assert said in "\n".join(refused(one_rank.folder, monkeypatch, capsys, "replay", *argv)), argv

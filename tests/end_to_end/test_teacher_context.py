@@ -1,0 +1,28 @@
+"""What only the teacher sees (`data.teacher_context`) changes what the student learns, and nothing that it reads."""
+
+from pathlib import Path
+
+import pytest
+
+from distill_cli.rollout.recording import read_scores, read_sequences
+from distill_cli.rundir import RunDir
+from tests.end_to_end.conftest import SHORT, Finished, distill
+
+
+@pytest.mark.slow
+def test_a_context_changes_the_scores_and_not_the_student_s_prompts(one_rank: Finished, tmp_path: Path) -> None:
+    off = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "eval.record_samples=0", "tracker=none")
+    context = ("data.teacher_context=solution", "rollout.save_scores=true", "train.max_steps=2")
+    done = distill(tmp_path, *SHORT[1:], *off, *context)
+    assert done.status == 0, done.stdout + done.stderr
+    first, plain = (first_step(of.run) for of in (done, one_rank))
+    for place in range(8):  # as the same student, on the same seeds, answers the same prompts
+        assert first[0][place].token_ids == plain[0][place].token_ids
+        assert not first[1][place].topk_logp.equal(plain[1][place].topk_logp)
+    assert done.metrics[1]["train/loss"] != pytest.approx(one_rank.metrics[1]["train/loss"], rel=1e-3)
+    assert done.metrics[2]["rollout/engine_mismatch"] < 1e-4
+
+
+def first_step(run: RunDir) -> tuple[dict, dict]:
+    file = run.scores / "step_1/rank_0.safetensors"
+    return read_sequences(file), read_scores(file, set(range(8)), topk=64)
