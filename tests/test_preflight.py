@@ -133,7 +133,7 @@ def test_everything_at_once(tmp_path: Path) -> None:
         "loss.kl_weight=7",
         "data.verifier=exactly",
     )
-    assert len(said.splitlines()) == 4  # both data files are the same one
+    assert len(said.splitlines()) == 5
 
 
 def test_validation_rows_without_an_answer(tmp_path: Path) -> None:

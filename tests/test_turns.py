@@ -67,7 +67,8 @@ def trainer(parallel: Parallel, said: list[str], tmp_path: Path) -> Trainer:
         said.append("train")
         raise TrainingBegins
 
-    def validate(engine: RecordingEngine) -> Score:
+    def validate(engine: RecordingEngine, *, as_teacher: bool) -> Score:
+        assert as_teacher == (engine.name == "scorer")
         said.append(f"validate {engine.name}")
         return Score(1.0, 1.0, 0.0, 1)
 

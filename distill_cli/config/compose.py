@@ -129,9 +129,6 @@ def run_hydra(argv: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
     Raises:
         ConfigError: a key, a type, a choice or an override is wrong.
     """
-    asks = {"--cfg", "-c", "--info", "-i"} & {word.partition("=")[0] for word in argv}
-    if asks and {"-m", "--multirun"} & set(argv):
-        raise ConfigError(f"-m, {min(asks)}: Hydra shows one config, not a sweep's; leave -m out")
     ConfigStore.instance().store("base_config", Config)
     with tempfile.TemporaryDirectory() as sweep_dir:
         os.environ["DISTILL_SWEEP_DIR"] = sweep_dir  # Hydra writes its multirun.yaml here; our folders come later

@@ -75,7 +75,7 @@ def test_composing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_hydra_shows_one_config_and_no_sweep_s() -> None:
-    with pytest.raises(ConfigError, match="Hydra shows one config, not a sweep's; leave -m out"):
+    with pytest.raises(ConfigError, match="--cfg and -m: exclude each other; drop one"):
         compose(["-m", "loss.topk=4,8", "--cfg", "job"])
 
 

@@ -20,13 +20,17 @@ from .reference import MAX_LEN, make_model  # noqa: E402
 
 @pytest.fixture(scope="package")
 def process_group(tmp_path_factory):
+    from vllm.distributed import parallel_state
+
     store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # models as small as these only wait for a second thread
     yield
     torch.set_num_threads(num_threads)
-    dist.destroy_process_group()
+    parallel_state.destroy_model_parallel()  # else vLLM's groups would outlive ours, and other files' engines find them
+    parallel_state.destroy_distributed_environment()
+    assert not dist.is_initialized()
 
 
 @pytest.fixture(scope="package")
