@@ -17,7 +17,11 @@ from distill_cli.modelpath import ASSETS
 
 MODEL = ASSETS / "tiny_pair" / "student"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-RANK = "from distill_cli.modelpath import locate; print(locate('org/model', key='model.student.path'))"
+RANK = """
+import os
+from distill_cli.modelpath import locate
+os.write(1, f"{locate('org/model', key='model.student.path')}\\n".encode())  # at once: ranks share the output
+"""
 NODE = """
 import sys
 from pathlib import Path
