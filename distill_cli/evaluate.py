@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from distill_cli.data.registry import Verifier
+from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.parallel.sharing import EngineShare, share_out
@@ -89,7 +89,7 @@ class Validator:
 
     prompts: Sequence[Prompt]
     sampling: SamplingSettings
-    verify: Verifier
+    verify: IsolatedVerifier
     decode: Callable[[list[int]], str]
     batch_size: int
     """Answers that an engine is asked for at a time."""

@@ -21,7 +21,6 @@ from distill_cli.checkpoint.saver import Saver
 from distill_cli.config.schema import Config, OffPolicy, OnTruncation
 from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.data.order import PromptOrder, PromptStream
-from distill_cli.data.registry import Verifier
 from distill_cli.engines.companion import CompanionScorer
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
@@ -69,7 +68,7 @@ class Trainer:
     scorer: Scorer | CompanionScorer | None
     prompts: PromptOrder | PromptStream | Replay
     sampling: SamplingSettings
-    verify: Verifier | None
+    verify: IsolatedVerifier | None
     decode: Callable[[list[int]], str]
     validator: Validator | None
     metrics_file: MetricsFile | None
@@ -303,7 +302,7 @@ class Trainer:
     def failed(self) -> dict[str, float]:
         """Answers that could not be judged and environments that failed since this was last asked. A collective."""
         counted = {}
-        if isinstance(self.verify, IsolatedVerifier):
+        if self.verify is not None:
             counted["rollout/verifier_errors"] = self.verify.failures
         if self.turns is not None:
             counted["rollout/environment_errors"] = self.turns.failures

@@ -82,7 +82,7 @@ def bare(engine: Answerer, validator: Validator, *, seeded: bool) -> int:
 
 
 def ours(engine: Answerer, validator: Validator, folder: Path) -> int:
-    file, extract, num_tokens = AnswersFile(folder, rank=0), resolve_extract(validator.verify), 0
+    file, extract, num_tokens = AnswersFile(folder, rank=0), resolve_extract(validator.verify.function), 0
     for answers in validator.answers(engine):
         file.write([answer_row(answer, decode=validator.decode, extract=extract) for answer in answers])
         num_tokens += sum(len(answer.rollout.sample.token_ids) for answer in answers)

@@ -137,11 +137,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10_000)
     number = parser.parse_args().pairs
     verify, rng = IsolatedVerifier("math"), random.Random(1)
-    verify("1", "1")  # starts the process
+    verify([("1", "1")])  # starts the process
     calls: Counter = Counter()
     wrong = []
-    for kind, (response, answer, right) in labelled(200, seed=0):
-        said = verify(response, answer) == 1
+    pairs = labelled(200, seed=0)
+    scores = verify([(response, answer) for _, (response, answer, _) in pairs])
+    for (kind, (response, answer, right)), score in zip(pairs, scores, strict=True):
+        said = score == 1
         calls[(right, said)] += 1
         if said != right:
             wrong.append((kind, response, answer))
@@ -157,7 +159,7 @@ def main() -> None:
     verify.failures.take()
     for response, answer, _ in pairs:
         begin = time.perf_counter()
-        verify(response, answer)
+        verify([(response, answer)])
         seconds.append(time.perf_counter() - begin)
     slowest = max(seconds)
     print(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from distill_cli.config.checks import config_problems, evaluation_problems
 from distill_cli.config.schema import Config, MeshConfig
+from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.data.registry import resolve_extract, resolve_verifier
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.evaluate import Score, Validator, answer_row, first_of_each
@@ -16,6 +17,8 @@ from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.scoreboard import make_scoreboard, read_problems
 from distill_cli.track.answers import AnswersFile, join_answers
 from distill_cli.types import Example, Prompt, Sample
+
+EXACT = IsolatedVerifier("exact")
 
 
 class Oracle:
@@ -44,13 +47,14 @@ def parallel() -> Iterator[Parallel]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield layout(MeshConfig(), device=torch.device("cpu"))
     dist.destroy_process_group()
+    EXACT.close()
 
 
 def validator(parallel: Parallel, prompts: list[Prompt], *, repeat: int = 1, batch_size: int = 64) -> Validator:
     return Validator(
         prompts=prompts,
         sampling=SamplingSettings(max_new_tokens=4),
-        verify=resolve_verifier("exact"),
+        verify=EXACT,
         decode=lambda ids: f"#### {ids[0]}",
         batch_size=batch_size,
         seed=0,
@@ -96,7 +100,9 @@ def answer_to_file(parallel: Parallel, folder: Path, which: list[Prompt], *, rep
     file = AnswersFile(folder, rank=0)
     asked = validator(parallel, which, repeat=repeat)
     for answers in asked.answers(Oracle()):
-        file.write([answer_row(a, decode=asked.decode, extract=resolve_extract(asked.verify)) for a in answers])
+        file.write(
+            [answer_row(a, decode=asked.decode, extract=resolve_extract(asked.verify.function)) for a in answers]
+        )
     file.close()
     return read_problems(join_answers(folder), unnamed="numbers")
 

@@ -1,7 +1,7 @@
 """Verifiers and environments in processes of their own: one that hangs, raises or dies costs a sequence its score.
 
 `python -m distill_cli.data.isolated KIND NAME LIMIT_S` is the process: it reads a request a line and writes an answer
-and an error.
+and an error, in the order of the requests.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import logging
 import math
 import os
 import resource
-import selectors
+import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,6 +32,8 @@ LIMIT_S = 5.0
 GRACE_S = 1.0
 START_S = 60.0
 """Seconds for the process to import what it needs."""
+NUM_AHEAD = 64
+"""Requests that a process has at most: it goes on to the next while its answer is read. All are lost where it dies."""
 MEMORY_BYTES = 4 << 30
 """Address space of the process: an answer such as 9**9**9 fails instead of taking the machine's memory."""
 
@@ -72,29 +74,46 @@ class Worker:
     def __init__(self, kind: str, name: str, *, limit_s: float) -> None:
         self._argv, self._limit_s = [kind, name, str(limit_s)], limit_s
         self._process: subprocess.Popen | None = None
+        self._unsent, self._unread = memoryview(b""), b""
+        """What is left of the requests to be written, and the beginning of an answer whose end has not come."""
         self.num_starts = 0
         """Whatever a process held is lost to the next one."""
 
     def ask(self, request: Any) -> Any:
         """The answer. Raises Failed where there is none in time."""
-        try:
-            self.start()
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            answer, error = self._read(self._limit_s + GRACE_S)
-        except (OSError, EOFError, TimeoutError, ValueError) as failure:
-            self.close()
-            raise Failed(f"{type(failure).__name__}: {failure}") from failure
-        if error is not None:
-            raise Failed(error)
+        (answer,) = self.ask_all([request])
+        if isinstance(answer, Failed):
+            raise answer
         return answer
+
+    def ask_all(self, requests: Sequence[Any]) -> list[Any | Failed]:
+        """An answer to each, in their order, or why there is none.
+
+        A process that dies, or leaves a request unanswered for too long, costs that request alone: the next process
+        gets those after it.
+        """
+        answers: list[Any | Failed] = []
+        while len(answers) < len(requests):
+            try:
+                for answer, error in self._exchange(requests[len(answers) :]):
+                    answers.append(answer if error is None else Failed(error))
+            except (OSError, EOFError, ValueError) as failure:
+                answers.append(Failed(f"{type(failure).__name__}: {failure}"))
+        return answers
 
     def start(self) -> None:
         if self._process is None:
             command = [sys.executable, "-m", "distill_cli.data.isolated", *self._argv]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            os.set_blocking(self._process.stdin.fileno(), False)
+            self._unsent, self._unread = memoryview(b""), b""
             self.num_starts += 1
-            self._read(START_S)  # ready
+            try:
+                while not self._transfer(START_S):  # ready
+                    pass
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         """End the process; another starts with the next use."""
@@ -105,15 +124,49 @@ class Worker:
             self._process.stdout.close()
             self._process = None
 
-    def _read(self, limit_s: float) -> list:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(limit_s):
-                raise TimeoutError(f"no answer within {limit_s:g} s")
-        line = self._process.stdout.readline()
-        if not line:
+    def _exchange(self, requests: Sequence[Any]) -> Iterator[list]:
+        """Answer and error to each, as they come; the limit is the oldest request's, from the last answer on."""
+        num_sent = num_answered = 0
+        try:
+            self.start()
+            while num_answered < len(requests):
+                if not self._unsent and num_sent - num_answered <= NUM_AHEAD // 2:
+                    ahead = requests[num_sent : num_answered + NUM_AHEAD]
+                    num_sent += len(ahead)
+                    self._unsent = memoryview(b"".join(json.dumps(request).encode() + b"\n" for request in ahead))
+                for line in self._transfer(self._limit_s + GRACE_S):
+                    answered = json.loads(line)
+                    num_answered += 1
+                    yield answered
+        finally:
+            if num_answered < len(requests):  # what it may still say would be taken for the next one's answer
+                self.close()
+
+    def _transfer(self, limit_s: float) -> list[bytes]:
+        """Write what the pipe takes and read what it has, once one of them can be done: -> the lines that are whole.
+
+        Neither waits for the other, so that a process that hangs cannot keep a write from its end.
+        """
+        to, of = self._process.stdin.fileno(), self._process.stdout.fileno()
+        pipes = select.poll()
+        pipes.register(of, select.POLLIN)
+        if self._unsent:
+            pipes.register(to, select.POLLOUT)
+        ready = dict(pipes.poll(limit_s * 1000))
+        if not ready:
+            raise TimeoutError(f"no answer within {limit_s:g} s")
+        if to in ready:
+            try:
+                self._unsent = self._unsent[os.write(to, self._unsent) :]
+            except BrokenPipeError:  # it died, and may have answered some before
+                self._unsent = memoryview(b"")
+        if of not in ready:
+            return []
+        came = os.read(of, 1 << 16)
+        if not came:
             raise EOFError("its process died")
-        return json.loads(line)
+        *lines, self._unread = (self._unread + came).split(b"\n")
+        return lines
 
 
 class IsolatedVerifier:
@@ -126,12 +179,14 @@ class IsolatedVerifier:
         self.failures = Failures(f"data.verifier={name}: {{}} answers could not be judged and score 0")
         self._worker = Worker("verifier", name, limit_s=limit_s)
 
-    def __call__(self, response: str, answer: str) -> float:
-        try:
-            return self._worker.ask([response, answer])
-        except Failed as error:
-            self.failures.add(error)
-            return 0.0
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """The score of each response by the right answer beside it."""
+        scores = self._worker.ask_all(pairs)
+        for place, score in enumerate(scores):
+            if isinstance(score, Failed):
+                self.failures.add(score)
+                scores[place] = 0.0
+        return scores
 
     def close(self) -> None:
         """End the process; another starts with the next use."""

@@ -87,7 +87,7 @@ def resolve_extract(verify: Verifier) -> Callable[[str], str | None] | None:
     Two answers that are the same give the same text; None is no answer. None where the verifier's module has no such
     function.
     """
-    return getattr(inspect.getmodule(getattr(verify, "function", verify)), "extract", None)
+    return getattr(inspect.getmodule(verify), "extract", None)
 
 
 def names(kind: str) -> list[str]:

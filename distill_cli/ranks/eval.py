@@ -29,7 +29,7 @@ def evaluate_rank(run: RunDir, console: IO[str]) -> None:
     settings = engine_settings(config, getattr(config.model, role), getattr(config.engine, role))
     settings = replace(settings, max_model_len=validation_length(config), sleep_mode=False, adapter=None)
     engine = Answerer(settings)
-    share, extract = validator.share(engine), resolve_extract(validator.verify)
+    share, extract = validator.share(engine), resolve_extract(validator.verify.function)
     file = AnswersFile(run.path, rank=parallel.rank) if share.is_first else None
     num_answers, done = len(validator.prompts) * validator.repeat, 0
     for answers in validator.answers(engine):

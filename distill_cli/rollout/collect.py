@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distill_cli.data.registry import Verifier
+from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import SamplingSettings
@@ -46,11 +46,12 @@ def score_rollouts(rollouts: Sequence[Rollout], *, scorer: Scorer, one_class: Se
         rollout.scores = merge_topk(score, sampled_ids=rollout.sample.token_ids, one_class=one_class)
 
 
-def judge_rollouts(rollouts: Sequence[Rollout], *, verify: Verifier, decode) -> None:
+def judge_rollouts(rollouts: Sequence[Rollout], *, verify: IsolatedVerifier, decode) -> None:
     """Fills in the reward where the example has an answer and no environment gave one; `decode` makes text of ids.
 
     Of several turns the last is what is judged.
     """
-    for rollout in rollouts:
-        if rollout.prompt.example.answer is not None and rollout.reward is None:
-            rollout.reward = verify(decode(rollout.sample.last_turn_ids), rollout.prompt.example.answer)
+    open_ones = [one for one in rollouts if one.prompt.example.answer is not None and one.reward is None]
+    scores = verify([(decode(one.sample.last_turn_ids), one.prompt.example.answer) for one in open_ones])
+    for rollout, score in zip(open_ones, scores, strict=True):
+        rollout.reward = score

@@ -1,6 +1,8 @@
 """Verifiers by hand-made answers, and what becomes of one that hangs, raises, dies or prints."""
 
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,15 +38,14 @@ def math():
 
 @pytest.mark.parametrize(("response", "answer", "right"), MATH)
 def test_mathematical_answers(math: IsolatedVerifier, response: str, answer: str, right: bool) -> None:
-    assert math(response, answer) == float(right)
+    assert math([(response, answer)]) == [float(right)]
     assert math.failures.num_all == 0
 
 
 def test_an_answer_that_takes_too_long_scores_nothing_and_the_next_is_judged() -> None:
     math = IsolatedVerifier("math", limit_s=0.5)
-    assert math(r"\boxed{9^{9^{9^{9}}}}", "3") == 0
+    assert math([(r"\boxed{9^{9^{9^{9}}}}", "3"), (r"\boxed{3}", "3")]) == [0, 1]
     assert math.failures.num_all == 1
-    assert math(r"\boxed{3}", "3") == 1
     math.close()
 
 
@@ -69,7 +70,8 @@ def test_expressions() -> None:
     assert resolve_verifier("regex")("It is Parisian.", r"(?i)\bparis\b") == 0
 
 
-def test_a_verifier_of_one_s_own_may_fail_in_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[IsolatedVerifier]:
     (tmp_path / "mine.py").write_text(
         "import os, time\n"
         "def verify(response, answer):\n"
@@ -81,21 +83,54 @@ def test_a_verifier_of_one_s_own_may_fail_in_every_way(tmp_path: Path, monkeypat
         "        try: time.sleep(60)\n"
         "        except BaseException: pass\n"
         "    if response == 'text': return 'right'\n"
+        "    if response == 'count': return len(answer)\n"
         "    return response == answer\n"
         "def extract(response): return response\n"
     )
     monkeypatch.chdir(tmp_path)
+    sys.modules.pop("mine", None)
     verify = IsolatedVerifier("mine:verify", limit_s=0.3)
-    begin = time.monotonic()
-    for number, response in enumerate(["raise", "exit", "sleep", "deaf", "text"], start=1):
-        assert verify(response, "a") == 0
-        assert verify.failures.num_all == number
-        assert verify("a", "a") == 1
-    assert time.monotonic() - begin < 60
-    assert resolve_extract(verify)("b") == "b"
+    yield verify
     verify.close()
 
 
-def test_extract_is_found_behind_the_process() -> None:
-    assert resolve_extract(IsolatedVerifier("math"))(r"\boxed{7}") == "7"
-    assert resolve_extract(IsolatedVerifier("regex")) is None
+FAILING = ["raise", "exit", "sleep", "deaf", "text"]
+
+
+def test_a_verifier_of_one_s_own_may_fail_in_every_way(mine: IsolatedVerifier) -> None:
+    begin = time.monotonic()
+    for number, response in enumerate(FAILING, start=1):
+        assert mine([(response, "a")]) == [0]
+        assert mine.failures.num_all == number
+        assert mine([("a", "a")]) == [1]
+    assert time.monotonic() - begin < 60
+    assert resolve_extract(mine.function)("b") == "b"
+
+
+def test_one_that_fails_among_many_costs_no_other_its_score(mine: IsolatedVerifier) -> None:
+    """More answers than a process is given at once, each with a score of its own; some larger than a pipe."""
+    lengths = [1_000_000 if place % 100 == 50 else place + 1 for place in range(300)]
+    pairs = [("count", "a" * length) for length in lengths]
+    places = [0, 1, 70, 100, 299]
+    for place, response in zip(places, FAILING, strict=True):
+        pairs[place], lengths[place] = (response, "a"), 0
+    assert mine(pairs) == lengths
+    assert mine.failures.take() == len(FAILING)
+    assert mine._worker.num_starts == 3  # `exit` and `deaf` took the process with them
+    assert mine([]) == []
+
+
+def test_answers_that_were_given_before_the_process_died_count(mine: IsolatedVerifier) -> None:
+    for _ in range(5):
+        assert mine([("a", "a")] * 30 + [("exit", "a")] * 2 + [("a", "a")]) == [1] * 30 + [0, 0, 1]
+
+
+def test_what_is_left_unanswered_is_not_taken_for_the_next_answer(mine: IsolatedVerifier) -> None:
+    with pytest.raises(TypeError, match="serializable"):
+        mine([("count", "aa")] * 90 + [("count", {"a"})])
+    assert mine([("count", "aaa")]) == [3]
+
+
+def test_extract_stands_beside_the_verifier() -> None:
+    assert resolve_extract(resolve_verifier("math"))(r"\boxed{7}") == "7"
+    assert resolve_extract(resolve_verifier("regex")) is None

@@ -135,7 +135,9 @@ def test_the_verifier_judges_the_last_turn_where_the_environment_does_not() -> N
             return Observation("go on", done=super().step(response).done)
 
     rollouts = sample(["2"], make=Silent)
-    judge_rollouts(rollouts, verify=lambda text, answer: float(text == "9"), decode=lambda ids: str(ids[0]))
+    judge_rollouts(
+        rollouts, verify=lambda pairs: [float(text == "9") for text, _ in pairs], decode=lambda ids: str(ids[0])
+    )
     assert rollouts[0].reward == 1.0
 
 
