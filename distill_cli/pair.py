@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Vocabularies:
     """One above the largest id that both tokenizers give the same token; 0 where one cannot be read."""
 
     @classmethod
+    @cache  # a large vocabulary takes a second to read
     def of(cls, student: Path, teacher: Path, *, tokenizer: Path | None = None) -> Vocabularies:
         """`tokenizer` is the folder of the tokenizer that is used, where that is not the student's."""
         sizes = tuple(modelpath.vocab_size(modelpath.read_config(folder)) for folder in (student, teacher))

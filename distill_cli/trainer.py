@@ -18,29 +18,23 @@ from typing import Any
 import torch
 
 from distill_cli.checkpoint.saver import Saver
-from distill_cli.config.schema import Config, OffPolicy, OnTruncation
-from distill_cli.data.isolated import IsolatedVerifier
+from distill_cli.config.schema import Config, OnTruncation
 from distill_cli.data.order import PromptOrder, PromptStream
+from distill_cli.engine_pair import EnginePair
 from distill_cli.engines.companion import CompanionScorer
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
-from distill_cli.engines.settings import SamplingSettings
 from distill_cli.errors import Unrecoverable
 from distill_cli.evaluate import Score, Validator
 from distill_cli.log import StepPrinter
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.parallel.sharing import EngineShare, bring_together, share_out
 from distill_cli.processes import StopFlag
 from distill_cli.progress import Progress, Result, StopRequested, Stopwatch
-from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts, sequence_seed
-from distill_cli.rollout.off_policy import dataset_sample, foreign, off_policy_places
-from distill_cli.rollout.pack import BatchPlan, MicroBatch, micro_batches, plan_batch
+from distill_cli.rollout.pack import MicroBatch, Plans, micro_batches, plan_batch
 from distill_cli.rollout.recording import Recorder, Replay
-from distill_cli.rollout.turns import Turns
 from distill_cli.step_metrics import performance_metrics, rollout_metrics, train_metrics
 from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, optimizer_step
-from distill_cli.student.weights import synced_parameters
 from distill_cli.token_views import Watched, view_tokens
 from distill_cli.track.recorder import MetricsFile, plain
 from distill_cli.track.rollouts import write_rollouts
@@ -48,8 +42,6 @@ from distill_cli.types import Prompt, Rollout
 
 log = logging.getLogger(__name__)
 
-Plans = list[tuple[Sequence[Rollout], BatchPlan]]
-"""A step's global batches, and how each is cut up."""
 TRUNCATED_STEPS = 3
 """Steps in a row above rollout.max_truncated_rate that are too many."""
 
@@ -63,12 +55,8 @@ class Trainer:
     student: Student
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    sampler: Sampler | None
-    """None, as the scorer may be, in a replay that asks it nothing."""
-    scorer: Scorer | CompanionScorer | None
+    engines: EnginePair
     prompts: PromptOrder | PromptStream | Replay
-    sampling: SamplingSettings
-    verify: IsolatedVerifier | None
     decode: Callable[[list[int]], str]
     validator: Validator | None
     metrics_file: MetricsFile | None
@@ -83,10 +71,6 @@ class Trainer:
     """Keeps the scores of each step; None where they are not kept."""
     watched: Watched | None = None
     """Prompts whose answers are; None where eval.record_samples is 0."""
-    encode_response: Callable[[str], list[int]] | None = None
-    """Makes tokens of a dataset's answer, its end included."""
-    turns: Turns | None = None
-    """How sequences go on after a first turn; None where they do not."""
     show: Callable[[list[int]], str] | None = None
     """Text of token ids, special tokens too, for the one sequence that is printed; None prints none."""
     stop: StopFlag = field(default_factory=StopFlag)
@@ -97,10 +81,6 @@ class Trainer:
     longest_s: float = 0.0
     """The longest step so far, with its validation: what another one may take."""
     watch: Stopwatch = field(init=False)
-    samplers: EngineShare | None = field(init=False, default=None)
-    """This rank's part in sampling a step's sequences."""
-    scorers: EngineShare | None = field(init=False, default=None)
-    """This rank's part in scoring what it and its neighbours train on."""
 
     def __post_init__(self) -> None:
         def on_stage(stage: str) -> None:
@@ -108,10 +88,6 @@ class Trainer:
             self.printer.stage(stage)
 
         self.watch = Stopwatch(on_stage)
-        if self.sampler is not None:
-            self.samplers = EngineShare.of_all_ranks(self.sampler.tensor_parallel, self.parallel)
-        if self.scorer is not None:
-            self.scorers = EngineShare.near_training(self.scorer.tensor_parallel, self.parallel)  # collective
 
     def run(self) -> Result:
         """Every step that is not done yet, with validation and checkpoints as the config says. A collective."""
@@ -150,8 +126,8 @@ class Trainer:
         metrics = self.validate_student(0) if settings.at_start else {}
         progress.before = progress.latest
         if settings.teacher and self.validator:
-            with self.awake(self.scorer):
-                progress.teacher = self.validate(self.scorer)
+            with self.awake(self.engines.scorer):
+                progress.teacher = self.validate(self.engines.scorer)
             metrics["val/teacher_accuracy"] = progress.teacher.accuracy
         self.record_samples(0)
         self.record(0, metrics | self.watch.lap())
@@ -172,10 +148,10 @@ class Trainer:
             results.append((batches, result))
         with self.watch("record"):
             metrics = {"train/lr": lr, **train_metrics(results, parallel=self.parallel), **rollout_metrics(rollouts)}
-            if isinstance(self.prompts, Replay) and "rollout/engine_mismatch" in metrics:
+            if not isinstance(self.prompts, Replay):
+                metrics |= self.engines.failed()
+            elif "rollout/engine_mismatch" in metrics:
                 metrics["rollout/drift"] = metrics.pop("rollout/engine_mismatch")  # no engine's fault
-            elif not isinstance(self.prompts, Replay):
-                metrics |= self.failed()
             metrics |= performance_metrics(
                 [plan for _, plan in plans],
                 student=self.student,
@@ -188,26 +164,30 @@ class Trainer:
 
     def answered(self, step: int) -> tuple[list[Rollout], Plans]:
         """The step's sequences, sampled and scored, and how they are cut up. A collective."""
-        with self.awake(self.sampler):
+        with self.awake(self.engines.sampler):
             with self.watch("sync"):
-                self.sync(step - 1)
+                self.engines.sync(step - 1)
             self.heed_stop(within_s=self.longest_s)
             with self.watch("sample"):
-                rollouts = self.sample(step)
+                rollouts = self.engines.sample(self.prompts_of(step), step=step)
         if step == 1 and self.show is not None:
             self.printer.example(example_parts(rollouts[0], self.show))
         self.heed_stop()
         if any(rollout.sample.source == "teacher" for rollout in rollouts):
-            with self.awake(self.scorer), self.watch("sample"):
-                self.ask_teacher(rollouts, step=step)
+            with self.awake(self.engines.scorer), self.watch("sample"):
+                self.engines.ask_teacher(rollouts, step=step)
         with self.watch("pack"):
             plans = self.plan(rollouts)
-        with self.awake(self.scorer), self.watch("score"):
-            self.score(plans)
+        with self.awake(self.engines.scorer), self.watch("score"):
+            self.engines.score(plans)
         if self.recorder is not None and not self.parallel.all_max(float(self.stop.is_set())):
             with self.watch("record"):  # an engine that was asked to stop has not scored all
                 self.recorder.keep(step, rollouts, self.places_of(plans))
         return rollouts, plans
+
+    def prompts_of(self, step: int) -> list[Prompt]:
+        """One for each of the step's sequences."""
+        return [p for p in self.prompts.batch(step - 1) for _ in range(self.config.rollout.generations_per_prompt)]
 
     def replayed(self, step: int) -> tuple[list[Rollout], Plans]:
         """The same of a recorded step. A collective."""
@@ -236,82 +216,6 @@ class Trainer:
         with self.watch("wake"):
             engine.sleep()
 
-    def sync(self, version: int) -> None:
-        """The student's weights into the sampler's engine, unless it has them. A collective."""
-        if version != self.sampler.version:
-            self.sampler.sync(synced_parameters(self.student, self.config.model.student.lora), version=version)
-        else:  # what was asked before, a validation perhaps, leaves no trace in what comes
-            self.sampler.reset_prefix_cache()
-
-    def sample(self, step: int) -> list[Rollout]:
-        """The step's sequences, sampled and judged. A collective."""
-        repeat = self.config.rollout.generations_per_prompt
-        prompts = [prompt for prompt in self.prompts.batch(step - 1) for _ in range(repeat)]
-        settings = self.config.rollout
-        if settings.on_policy_fraction == 1:
-            return self.answer(prompts, step=step)
-        off = off_policy_places(
-            len(prompts), on_policy_fraction=settings.on_policy_fraction, seed=self.config.train.seed, step=step
-        )
-        on = [place for place in range(len(prompts)) if place not in off]
-        rollouts = dict(zip(on, self.answer([prompts[place] for place in on], step=step, places=on), strict=True))
-        for place in off:
-            sample = foreign([], "stop", source="teacher")  # it writes when it is awake
-            if settings.off_policy is OffPolicy.dataset:
-                limit = settings.max_new_tokens
-                sample = dataset_sample(prompts[place], encode=self.encode_response, max_new_tokens=limit)
-            rollouts[place] = Rollout(prompts[place], sample)
-        return [rollouts[place] for place in range(len(prompts))]
-
-    def ask_teacher(self, rollouts: Sequence[Rollout], *, step: int) -> None:
-        """Fills in the answers that the teacher is to write. A collective; the scorer is awake."""
-        places = [place for place, rollout in enumerate(rollouts) if rollout.sample.source == "teacher"]
-        prompts = [rollouts[place].teacher_prompt_ids for place in places]
-        engines = EngineShare.of_all_ranks(self.scorer.tensor_parallel, self.parallel)
-        shares = share_out([len(prompt) for prompt in prompts], engines.num_engines)
-        mine = shares[engines.index]
-        samples = self.scorer.sample(
-            [prompts[index] for index in mine],
-            seeds=[sequence_seed(self.config.train.seed, step=step, sequence=places[index]) for index in mine],
-            sampling=self.sampling,
-        )
-        for index, sample in bring_together(samples, shares).items():
-            rollouts[places[index]].sample = foreign(sample.token_ids, sample.finish_reason, source="teacher")
-
-    def answer(self, prompts: Sequence[Prompt], *, step: int, places: Sequence[int] | None = None) -> list[Rollout]:
-        """The student's answers, judged: each by one engine, known to all ranks. A collective.
-
-        Whichever engine samples a sequence, it comes out the same: its seed is that of the step and its place in it
-        (`places`; None is their order).
-        """
-        places = range(len(prompts)) if places is None else places
-        shares = share_out([len(prompt.token_ids) for prompt in prompts], self.samplers.num_engines)
-        mine = shares[self.samplers.index]
-        rollouts = sample_rollouts(
-            [prompts[number] for number in mine],
-            seeds=[sequence_seed(self.config.train.seed, step=step, sequence=places[number]) for number in mine],
-            sampler=self.sampler,
-            sampling=self.sampling,
-            turns=self.turns,
-        )
-        if self.verify is not None:
-            judge_rollouts(rollouts, verify=self.verify, decode=self.decode)
-        sampled = bring_together([(rollout.sample, rollout.reward) for rollout in rollouts], shares)
-        return [Rollout(prompt, *sampled[number]) for number, prompt in enumerate(prompts)]
-
-    def failed(self) -> dict[str, float]:
-        """Answers that could not be judged and environments that failed since this was last asked. A collective."""
-        counted = {}
-        if self.verify is not None:
-            counted["rollout/verifier_errors"] = self.verify.failures
-        if self.turns is not None:
-            counted["rollout/environment_errors"] = self.turns.failures
-        if not counted:
-            return {}
-        own = [float(failures.take() * self.samplers.is_first) for failures in counted.values()]
-        totals = self.parallel.sum_of_ranks(torch.tensor(own, device=self.parallel.device)).tolist()
-        return dict(zip(counted, totals, strict=True))
-
     def plan(self, rollouts: Sequence[Rollout]) -> Plans:
         """The step's global batches, each the same sequences on any number of ranks, and how each is cut up."""
         train = self.config.train
@@ -330,24 +234,6 @@ class Trainer:
             for batch in batches
         ]
 
-    def score(self, plans: Plans) -> None:
-        """Fills in the teacher's scores of what this rank trains on. A collective.
-
-        Neighbouring ranks share their sequences out over their engines, and keep what the others scored.
-        """
-        rollouts = [
-            batch[member]
-            for batch, plan in plans
-            for data_rank in self.scorers.data_ranks
-            for member in plan.members_of(data_rank)
-        ]
-        shares = share_out([len(rollout.teacher_token_ids) for rollout in rollouts], self.scorers.num_engines)
-        mine = [rollouts[index] for index in shares[self.scorers.index]]
-        score_rollouts(mine, scorer=self.scorer, one_class=self.student.one_class)
-        scored = bring_together([rollout.scores for rollout in mine], shares, group=self.scorers.group)
-        for index, scores in scored.items():
-            rollouts[index].scores = scores
-
     def train(self, batches: Sequence[MicroBatch]) -> StepResult:
         """One optimizer step on this rank's part of a global batch. A collective."""
         return optimizer_step(
@@ -361,13 +247,13 @@ class Trainer:
 
     def validate(self, engine: Sampler | Scorer | CompanionScorer) -> Score:
         with self.watch("eval"):
-            return self.validator.run(engine, as_teacher=engine is self.scorer)
+            return self.validator.run(engine, as_teacher=engine is self.engines.scorer)
 
     def validate_student(self, step: int) -> dict[str, float]:
         """The student as it is after `step`; its metrics. A collective."""
-        with self.awake(self.sampler):
-            self.sync(step)
-            score = self.validate(self.sampler)
+        with self.awake(self.engines.sampler):
+            self.engines.sync(step)
+            score = self.validate(self.engines.sampler)
         self.heed_stop()  # the score is not whole where an engine was
         self.progress.latest, self.progress.latest_step = score, step
         return self.progress.latest.metrics()
@@ -379,13 +265,13 @@ class Trainer:
         """
         if self.watched is None:
             return
-        with self.awake(self.sampler), self.watch("record"):
-            self.sync(step)
-            rollouts = self.answer(self.watched.prompts, step=0)
+        with self.awake(self.engines.sampler), self.watch("record"):
+            self.engines.sync(step)
+            rollouts = self.engines.answer(self.watched.prompts, step=0)
         self.heed_stop()
         plans = self.plan(rollouts)
-        with self.awake(self.scorer), self.watch("record"):
-            self.score(plans)
+        with self.awake(self.engines.scorer), self.watch("record"):
+            self.engines.score(plans)
         self.heed_stop()
         with self.watch("record"):
             for batch, plan in plans:

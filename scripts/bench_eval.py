@@ -24,7 +24,8 @@ from distill_cli.data.registry import resolve_extract  # noqa: E402
 from distill_cli.engines.sampling import Answerer, fold_seed  # noqa: E402
 from distill_cli.evaluate import Validator, answer_row  # noqa: E402
 from distill_cli.parallel.mesh import layout  # noqa: E402
-from distill_cli.ranks.build import build_tokenizer, build_validator, engine_settings  # noqa: E402
+from distill_cli.ranks.engines import engine_settings  # noqa: E402
+from distill_cli.ranks.prompts import build_tokenizer, build_validator  # noqa: E402
 from distill_cli.track.answers import AnswersFile  # noqa: E402
 
 

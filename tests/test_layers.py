@@ -17,7 +17,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"parallel", "losses", "data", "engines", "track", "launch"},
     {"rollout", "preflight", "report", "scoreboard", "attempts"},
     {"student", "evaluate", "checkpoint"},
-    {"progress", "step_metrics", "token_views"},
+    {"progress", "step_metrics", "token_views", "engine_pair"},
     {"trainer"},
     {"ranks", "jobs"},
     {"verbs"},

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.config.schema import Config
+from distill_cli.engine_pair import EnginePair
 from distill_cli.evaluate import Score
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.trainer import Trainer
@@ -72,17 +73,24 @@ def trainer(parallel: Parallel, said: list[str], tmp_path: Path) -> Trainer:
         said.append(f"validate {engine.name}")
         return Score(1.0, 1.0, 0.0, 1)
 
+    student = SimpleNamespace(lm=torch.nn.Linear(1, 1), one_class=())
     return Trainer(
         config=config,
         parallel=parallel,
-        student=SimpleNamespace(lm=torch.nn.Linear(1, 1), one_class=()),
+        student=student,
         optimizer=None,
         schedule=SimpleNamespace(get_last_lr=begin_training),
-        sampler=RecordingEngine("sampler", said),
-        scorer=RecordingEngine("scorer", said),
+        engines=EnginePair(
+            config=config,
+            parallel=parallel,
+            student=student,
+            sampler=RecordingEngine("sampler", said),
+            scorer=RecordingEngine("scorer", said),
+            sampling=None,
+            verify=None,
+            decode=str,
+        ),
         prompts=SimpleNamespace(batch=lambda step: [Prompt(i, [3, 4], Example("?")) for i in range(2)]),
-        sampling=None,
-        verify=None,
         decode=str,
         validator=SimpleNamespace(run=validate),
         metrics_file=None,

@@ -34,10 +34,6 @@ def validation_length(config: Config) -> int:
 
 def scored_length(config: Config) -> int:
     """Tokens of the longest sequence that the teacher may see: its own prompt, and the student's answer."""
-    rollout = config.rollout
-    answer = rollout.max_new_tokens
-    if rollout.environment and max_teacher_prompt_tokens(config) > max_prompt_tokens(config):
-        answer = rollout.max_sequence_length  # several turns: what the student's own prompt leaves
     teacher, rollout = config.model.teacher, config.rollout
     if config.data.teacher_context is None and teacher.chat_template is None and not teacher.chat_template_kwargs:
         return needed_length(config)

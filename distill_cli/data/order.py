@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import islice
 from typing import TypeVar
 
 from distill_cli.data.rows import Stream, or_blank
@@ -57,6 +58,10 @@ class PromptOrder:
         """A last batch that is not full is left out of its epoch."""
         return len(self.prompts) // self.batch_size
 
+    def first(self, num: int) -> Sequence[Prompt]:
+        """Those that the data begins with."""
+        return self.prompts[:num]
+
     def batch(self, step: int) -> list[Prompt]:
         """The prompts of step `step`, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -98,6 +103,10 @@ class PromptStream:
     def steps_per_epoch(self) -> float:
         """At most, where some prompts are left out; of a stream nobody knows it."""
         return math.inf if isinstance(self._rows, Stream) else len(self._rows) / self._batch_size
+
+    def first(self, num: int) -> Sequence[Prompt]:
+        """Those that training begins with."""
+        return list(islice(self._read(), num))
 
     def batch(self, step: int) -> list[Prompt]:
         """The prompts of step `step`, counted from 0. What lies before it is read, too, unless it has been."""

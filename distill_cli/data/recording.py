@@ -55,6 +55,19 @@ class Facts:
     vocabulary: str | None
     """`vocabulary_digest` of the ids below; None where the tokenizer could not be read."""
 
+    @classmethod
+    def of(cls, replay: str) -> Facts:
+        """Of the run in this folder. Raises ConfigError where it recorded nothing, or the file is damaged."""
+        run, key = recorded_run(replay), f"rollout.replay={replay}"
+        if not run.config.is_file():
+            raise ConfigError(f"{key}: no run is there (it has no config.yaml); give a run's folder")
+        if not (run.scores / FACTS).is_file():
+            raise ConfigError(f"{key}: the run kept no scores; record them with rollout.save_scores=true")
+        try:
+            return cls(**read_json(run.scores / FACTS))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{run.scores / FACTS}: damaged ({error})") from error
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -73,16 +86,7 @@ class Recording:
         Raises:
             ConfigError: it recorded nothing, or a file is damaged (which one).
         """
-        run = RunDir(Path(replay).expanduser().resolve())
-        key = f"rollout.replay={replay}"
-        if not run.config.is_file():
-            raise ConfigError(f"{key}: no run is there (it has no config.yaml); give a run's folder")
-        if not (run.scores / FACTS).is_file():
-            raise ConfigError(f"{key}: the run kept no scores; record them with rollout.save_scores=true")
-        try:
-            facts = Facts(**read_json(run.scores / FACTS))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{run.scores / FACTS}: damaged ({error})") from error
+        facts, run = Facts.of(replay), recorded_run(replay)
         num_steps, longest_response, longest_sequence = 0, 0, 0
         while (folder := step_folder(run.scores, num_steps + 1)).is_dir():
             problem = sealed.damage(folder, reads=False)
@@ -93,7 +97,9 @@ class Recording:
             longest_response = max(longest_response, step["longest_response"])
             longest_sequence = max(longest_sequence, step["longest_sequence"])
         if not num_steps:
-            raise ConfigError(f"{key}: no scores of step 1 are there; record them with rollout.save_scores=true")
+            raise ConfigError(
+                f"rollout.replay={replay}: no scores of step 1 are there; record them with rollout.save_scores=true"
+            )
         return cls(run.scores, facts, num_steps, longest_response, longest_sequence)
 
     def problems(self, config: Config, tokenizer: Path, student: Path) -> Iterator[str]:
@@ -155,6 +161,10 @@ def differences(recorded: Config, config: Config) -> Iterator[str]:
                 f"{key}={after.get(key)}: the rollouts were recorded with {before.get(key)}; leave it out, or start a "
                 "new run"
             )
+
+
+def recorded_run(replay: str) -> RunDir:
+    return RunDir(Path(replay).expanduser().resolve())
 
 
 def step_folder(root: Path, step: int) -> Path:

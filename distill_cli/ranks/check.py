@@ -21,17 +21,10 @@ from distill_cli.engines.scorer import Scorer
 from distill_cli.errors import DistillError
 from distill_cli.modelpath import locate, read_config, tensors
 from distill_cli.parallel.mesh import Parallel, init_parallel
-from distill_cli.ranks.build import (
-    build_engines,
-    build_loss,
-    build_scorer,
-    build_tokenizer,
-    build_trainer,
-    close,
-    one_class,
-    pick_device,
-    vocabularies,
-)
+from distill_cli.ranks.build import build_loss, build_trainer, close, pick_device
+from distill_cli.ranks.engines import build_engines, build_scorer
+from distill_cli.ranks.pair import one_class, vocabularies
+from distill_cli.ranks.prompts import build_tokenizer
 from distill_cli.ranks.selfcheck import MASSES, Finding, Limits, SelfCheck
 from distill_cli.rundir import RunDir, write_json
 from distill_cli.student.load import load_weights
@@ -54,7 +47,8 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
         return build_engines(config, topk=num_scored(config))
 
     trainer, trainable = build_trainer(run, console, config, parallel, tokenizer, make_engines=of_the_student)
-    trainer.sampling = replace(trainer.sampling, max_new_tokens=min(trainer.sampling.max_new_tokens, CHECKED_TOKENS))
+    sampling = trainer.engines.sampling
+    trainer.engines.sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, CHECKED_TOKENS))
     show = Console(file=console, highlight=False, soft_wrap=not console.isatty())
 
     check = SelfCheck(

@@ -14,7 +14,9 @@ from distill_cli.data.registry import resolve_extract
 from distill_cli.engines.sampling import Answerer
 from distill_cli.evaluate import answer_row
 from distill_cli.parallel.mesh import init_parallel
-from distill_cli.ranks.build import build_tokenizer, build_validator, engine_settings, pick_device
+from distill_cli.ranks.build import pick_device
+from distill_cli.ranks.engines import engine_settings
+from distill_cli.ranks.prompts import build_tokenizer, build_validator
 from distill_cli.rundir import RunDir
 from distill_cli.track.answers import AnswersFile
 

@@ -86,8 +86,8 @@ class SelfCheck:
         rollouts = self.sample(version=0)
         own, _ = self.score(rollouts)
         self.check_student_against_itself(own)
-        self.trainer.scorer.close()
-        self.trainer.scorer = self.make_teacher()
+        self.trainer.engines.scorer.close()
+        self.trainer.engines.scorer = self.make_teacher()
         batches, masses = self.score(rollouts)
         self.say("top-k mass of the teacher", None, ", ".join(f"{mass:.4f} at {k}" for k, mass in masses.items()))
         differs = self.check_teacher(batches)
@@ -106,18 +106,18 @@ class SelfCheck:
 
     def sample(self, *, version: int) -> list[Rollout]:
         """Answers of the student's engine with the trainer's weights. A collective."""
-        trainer = self.trainer
-        with trainer.awake(trainer.sampler):
-            trainer.sync(version)
-            return trainer.sample(1)
+        trainer, engines = self.trainer, self.trainer.engines
+        with trainer.awake(engines.sampler):
+            engines.sync(version)
+            return engines.sample(trainer.prompts_of(1), step=1)
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[list[MicroBatch], dict[int, float]]:
         """Micro-batches with the scorer's scores, and the teacher's mass by size of its top-k. A collective."""
         trainer = self.trainer
         rollouts = [replace(rollout, scores=None) for rollout in rollouts]
         plans = trainer.plan(rollouts)
-        with trainer.awake(trainer.scorer):
-            trainer.score(plans)
+        with trainer.awake(trainer.engines.scorer):
+            trainer.engines.score(plans)
         topk = trainer.config.loss.topk
         sums = torch.zeros(len(MASSES) + 1, device=trainer.parallel.device)
         for rollout in (rollout for rollout in rollouts if rollout.scores is not None):

@@ -116,6 +116,10 @@ class BatchPlan:
         return [member for row in self.rows[rank] for member in row.members]
 
 
+Plans = list[tuple[Sequence[Rollout], BatchPlan]]
+"""A step's global batches, and how each is cut up."""
+
+
 def plan_batch(
     lengths: Sequence[int], *, num_ranks: int, max_tokens: int, packing: bool = True, multiple: int = 1
 ) -> BatchPlan:

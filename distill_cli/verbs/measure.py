@@ -18,6 +18,7 @@ from statistics import fmean, median
 
 from distill_cli import hardware
 from distill_cli.config.compose import Job, save_config
+from distill_cli.config.derived import validates
 from distill_cli.config.schema import Config, Launcher, OnTruncation
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.launch.local import launch
@@ -112,9 +113,9 @@ def measure(job: Job, found: Preflight) -> Pace:
 def short(config: Config, found: Preflight) -> Config:
     """The run, cut down to STEPS steps: one validation, one checkpoint, no tracker."""
     config = copy.deepcopy(config)
-    validates = bool(config.data.validation) and bool(config.eval.period or config.eval.at_start or config.eval.at_end)
+    does_validate = bool(config.data.validation) and validates(config)
     config.train.max_steps = min(STEPS, found.num_steps(config))
-    config.eval.period, config.eval.at_start, config.eval.at_end = 0, False, validates
+    config.eval.period, config.eval.at_start, config.eval.at_end = 0, False, does_validate
     config.checkpoint.period, config.checkpoint.must_save_by = STEPS - 1, None
     config.rollout.on_truncation = OnTruncation.warn
     config.tracker.mlflow.enabled = False

@@ -18,7 +18,7 @@ from distill_cli.jobs.tracking import mlflow_target
 from distill_cli.modelpath import ASSETS
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.preflight import preflight
-from distill_cli.ranks.build import build_validator
+from distill_cli.ranks.prompts import build_validator
 from distill_cli.rundir import RunDir
 from distill_cli.types import Sample
 

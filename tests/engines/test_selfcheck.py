@@ -9,6 +9,7 @@ import torch
 
 from distill_cli.checkpoint.saver import Saver, Trainable
 from distill_cli.config.schema import Checkpointing, Config, Dtype, Precision
+from distill_cli.engine_pair import EnginePair
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import SamplingSettings
@@ -108,11 +109,17 @@ def wrong(
             student=trained,
             optimizer=optimizer,
             schedule=schedule,
-            sampler=Kept(sampler),
-            scorer=Kept(own_scorer),
+            engines=EnginePair(
+                config=config,
+                parallel=parallel,
+                student=trained,
+                sampler=Kept(sampler),
+                scorer=Kept(own_scorer),
+                sampling=SamplingSettings(max_new_tokens=24),
+                verify=None,
+                decode=str,
+            ),
             prompts=SimpleNamespace(batch=lambda step: prompts),
-            sampling=SamplingSettings(max_new_tokens=24),
-            verify=None,
             decode=str,
             validator=None,
             metrics_file=None,
