@@ -251,6 +251,8 @@ class Trainer:
 
     def validate_student(self, step: int) -> dict[str, float]:
         """The student as it is after `step`; its metrics. A collective."""
+        if self.validator is None:
+            return {}
         with self.awake(self.engines.sampler):
             self.engines.sync(step)
             score = self.validate(self.engines.sampler)

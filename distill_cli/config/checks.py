@@ -258,13 +258,11 @@ def _data(config: Config) -> Iterator[str]:
         yield f"data.prompt_template={config.data.prompt_template!r}: must contain {{question}}"
     if not config.data.train and config.rollout.replay is None:
         yield "data.train: a source is needed; choose data=... (distill ls data)"
-    if validates(config) and not config.data.validation:
+    if validates(config) and config.data.verifier is None:
         yield (
-            "data.validation: a source is needed to validate; choose one, or turn validation off with "
-            "eval.period=0 eval.at_start=false eval.at_end=false"
+            "data.verifier=null: validation needs one to call an answer right; choose exact, or turn validation off "
+            "with data.validation=null"
         )
-    if validates(config) and config.data.validation and config.data.verifier is None:
-        yield "data.verifier=null: validation needs one to call an answer right; choose exact, or turn validation off"
 
 
 def _eval(config: Config) -> Iterator[str]:

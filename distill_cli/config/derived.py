@@ -53,7 +53,8 @@ def least_engine_length(config: Config, engine: EngineModelConfig) -> int:
 
 def validates(config: Config) -> bool:
     """Whether anything is validated."""
-    return bool(config.eval.period or config.eval.at_start or config.eval.at_end)
+    times = config.eval.period or config.eval.at_start or config.eval.at_end
+    return bool(config.data.validation and times)
 
 
 def needs_sampler(config: Config) -> bool:

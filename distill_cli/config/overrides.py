@@ -38,6 +38,9 @@ def override_problems(overrides: Sequence[str], *, conf_dirs: Sequence[Path]) ->
             problems.append(f"{text}: not an override: {reason}; write key=value, and quote what has blanks or commas")
             continue
         problems += _problems_of(override, text, schema, conf_dirs)
+    nulls = {text.removesuffix("=null") for text in overrides if text.endswith("=null")}
+    for text in overrides:
+        problems += [f"{text}: {key} is null; leave {key}=null out" for key in nulls if text.startswith(f"{key}.")]
     return problems
 
 

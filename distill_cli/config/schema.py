@@ -158,7 +158,8 @@ class LossConfig:
 class DataConfig:
     train: dict[str, Any] = field(default_factory=dict)
     """`source` and that source's own keys; `distill ls data` lists them."""
-    validation: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, Any] | None = field(default_factory=dict)
+    """Likewise; where it is empty or null, nothing is validated."""
     prompt_template: str = "{question}"
     """The user's message; `{question}` stands for the row's question."""
     system_prompt: str | None = None
@@ -330,7 +331,8 @@ class EvalConfig:
     """null is rollout.max_new_tokens."""
     record_samples: int = 16
     """Prompts (the first of validation, else of training) whose sampled answers are left in `rollouts/` at the start,
-    at every validation and at the end, with what both models say at each token: the report shows them; 0 is none."""
+    every eval.period steps and at the end, with what both models say at each token: the report shows them. 0 is
+    none."""
 
 
 @dataclass

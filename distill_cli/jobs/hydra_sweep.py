@@ -34,7 +34,7 @@ from distill_cli.config.compose import (
     search_space,
 )
 from distill_cli.config.credentials import hide_typed_credentials
-from distill_cli.config.derived import parse_time_limit
+from distill_cli.config.derived import parse_time_limit, validates
 from distill_cli.config.schema import ClusterConfig, Config, Launcher
 from distill_cli.console import Console
 from distill_cli.errors import ConfigError, DistillError
@@ -253,7 +253,7 @@ def direction(argv: Sequence[str]) -> str:
     config = compose_unsearched(argv)
     found = "maximize" if config.checkpoint.higher_is_better else "minimize"
     metric, typed = config.checkpoint.metric, [word for word in argv if word.startswith("hydra.sweeper.direction=")]
-    if metric.startswith("val/") and not (config.eval.at_end or config.eval.period):
+    if metric.startswith("val/") and not (validates(config) and (config.eval.at_end or config.eval.period)):
         raise ConfigError(
             f"checkpoint.metric={metric}: is what the search goes by, and nothing validates; set eval.at_end=true, or "
             "another metric, such as train/kl_forward with checkpoint.higher_is_better=false"

@@ -252,7 +252,7 @@ def start_panel(job: Job, found: Preflight, run: RunDir) -> Panel:
         "student": config.model.student.path,
         "teacher": config.model.teacher.path + (" (recorded)" if config.rollout.replay else ""),
         "loss": f"{config.loss.kl_type}, top-{config.loss.topk}, tail {config.loss.tail.value}",
-        "data": f"{training_rows(config, found)}, {count(found.num_validation)} for validation",
+        "data": f"{training_rows(config, found)}, {validation_rows(found)} for validation",
         "steps": f"{found.num_steps(config)} of {config.rollout.prompts_per_step} prompts",
         "ranks": f"{ranks} on {'GPUs' if gpus else 'the CPU'}"
         + (f" of each of {config.cluster.nodes} nodes" if config.cluster.nodes > 1 else ""),
@@ -265,6 +265,10 @@ def training_rows(config: Config, found: Preflight) -> str:
     if found.num_recorded is not None:
         return f"{found.num_recorded:,} recorded steps of {shown(Path(config.rollout.replay))}"
     return f"{count(found.num_train)} training rows"
+
+
+def validation_rows(found: Preflight) -> str:
+    return "none" if found.num_validation == 0 else count(found.num_validation)
 
 
 def count(rows: int | None) -> str:

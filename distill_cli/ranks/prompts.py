@@ -78,7 +78,7 @@ def build_validator(
 ) -> Validator | None:
     """`ends` are tokens that end an answer besides the model's own and those of rollout.stop_token_ids."""
     settings = config.eval
-    if not config.data.validation or not validates(config):
+    if not validates(config):
         return None
     examples = load_examples(config.data.validation, key="data.validation")
     most = settings.max_samples if isinstance(examples, Stream) else None

@@ -113,9 +113,9 @@ def measure(job: Job, found: Preflight) -> Pace:
 def short(config: Config, found: Preflight) -> Config:
     """The run, cut down to STEPS steps: one validation, one checkpoint, no tracker."""
     config = copy.deepcopy(config)
-    does_validate = bool(config.data.validation) and validates(config)
+    at_end = validates(config)
     config.train.max_steps = min(STEPS, found.num_steps(config))
-    config.eval.period, config.eval.at_start, config.eval.at_end = 0, False, does_validate
+    config.eval.period, config.eval.at_start, config.eval.at_end = 0, False, at_end
     config.checkpoint.period, config.checkpoint.must_save_by = STEPS - 1, None
     config.rollout.on_truncation = OnTruncation.warn
     config.tracker.mlflow.enabled = False

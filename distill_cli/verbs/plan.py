@@ -17,10 +17,10 @@ from rich.table import Table
 from distill_cli import hardware, memory, modelpath
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, compose, known_losses
-from distill_cli.config.derived import micro_batches_per_update, updates_per_step
+from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
 from distill_cli.config.schema import Config, EngineModelConfig, Launcher, LoraSync
 from distill_cli.console import Console
-from distill_cli.jobs.run import check_jobs, count, exit_status, single_path, training_rows
+from distill_cli.jobs.run import check_jobs, exit_status, single_path, training_rows, validation_rows
 from distill_cli.launch import slurm
 from distill_cli.launch.local import command
 from distill_cli.lora import targeted
@@ -175,17 +175,17 @@ def step_rows(config: Config) -> dict[str, str]:
 def run_rows(config: Config, found: Preflight) -> dict[str, str]:
     steps, validations = found.num_steps(config), num_validations(config, found.num_steps(config))
     samples = min(config.eval.max_samples, found.num_validation or config.eval.max_samples)
+    teacher = ", and the teacher once" if config.eval.teacher else ""
     epoch = "not known: the data is streamed"
     if found.num_recorded is not None:
         epoch = f"{found.num_recorded:,} recorded steps"
     elif found.num_train is not None:
         epoch = f"{found.num_train // config.rollout.prompts_per_step:,} steps"
     return trained_row(config, found) | {
-        "rows": f"{training_rows(config, found)}, {count(found.num_validation)} for validation",
+        "rows": f"{training_rows(config, found)}, {validation_rows(found)} for validation",
         "epoch": epoch,
         "steps": f"{steps:,} (max_steps {config.train.max_steps:,}, max_epochs {config.train.max_epochs})",
-        "validation": f"{validations} times on {samples} prompts"
-        + (", and the teacher once" if config.eval.teacher and validations else ""),
+        "validation": f"{validations} times on {samples} prompts{teacher}" if validations else "none",
         **checkpoint_row(config, found),
         **scores_row(config, steps),
     }
@@ -194,7 +194,7 @@ def run_rows(config: Config, found: Preflight) -> dict[str, str]:
 def num_validations(config: Config, steps: int) -> int:
     """How often a run of so many steps validates the student."""
     settings = config.eval
-    if not config.data.validation:
+    if not validates(config):
         return 0
     periodic = steps // settings.period if settings.period else 0
     at_end = settings.at_end and not (settings.period and steps % settings.period == 0)

@@ -7,6 +7,7 @@ import pytest
 from distill_cli.config.checks import config_problems, inert_overrides
 from distill_cli.config.choices import conf_dir, group_choices, groups
 from distill_cli.config.compose import compose, known_losses, load_config, save_config
+from distill_cli.config.derived import needs_sampler, validates
 from distill_cli.config.overrides import known_keys
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
@@ -28,8 +29,6 @@ def test_every_yaml_composes_and_passes_the_checks(group: str, choice: str) -> N
         argv += JSONL_PATHS
     if (group, choice) == ("model", "custom"):
         argv += ["model.student.path=a", "model.teacher.path=b"]
-    if choice in ("chat", "ifeval"):  # without answers to check
-        argv += ["eval.period=0", "eval.at_start=false", "eval.at_end=false"]
     if group == "rollout":  # answers of 7,168 tokens need the micro-batches that go with them
         argv.append("train=default")
     (job,) = compose(argv)
@@ -98,6 +97,18 @@ def test_hydra_shows_one_config_and_no_sweep_s() -> None:
 )
 def test_a_mistake_is_named(override: str, said: str) -> None:
     assert any(said in problem for problem in problems_of(override))
+
+
+def test_nothing_can_be_set_below_null() -> None:
+    (problem,) = problems_of("data.validation=null", "data.validation.path=a")
+    assert problem == "data.validation.path=a: data.validation is null; leave data.validation=null out"
+
+
+def test_no_validation_is_one_key() -> None:
+    (job,) = compose(["data.validation=null", "data.verifier=null"])
+    assert config_problems(job.config) == []
+    assert not validates(job.config)
+    assert needs_sampler(job.config)
 
 
 def test_all_mistakes_are_named_at_once() -> None:

@@ -27,6 +27,12 @@ def stream_of(rows, **settings) -> PromptStream:
     return PromptStream(rows, to_prompt, **{"batch_size": 4, "seed": 7, "shuffle": True, "buffer": 5, **settings})
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_stream_begins_with_what_it_trains_on_first(shuffle: bool) -> None:
+    order = stream_of(Stream(lambda: iter(ROWS)), shuffle=shuffle)
+    assert order.first(6) == [*order.batch(0), *order.batch(1)][:6]
+
+
 @pytest.mark.parametrize("rows", [ROWS, Stream(lambda: iter(ROWS))], ids=["table", "stream"])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_stream_goes_on_at_any_step_as_if_it_had_never_stopped(rows, shuffle: bool) -> None:
