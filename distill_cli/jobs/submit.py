@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from distill_cli.config.schema import Config
 from distill_cli.console import Console
+from distill_cli.errors import DistillError
 from distill_cli.jobs.run import read_outcome, shown
 from distill_cli.jobs.slurm_job import Task
 from distill_cli.launch import slurm
@@ -66,6 +67,19 @@ def in_queue(runs: Sequence[RunDir]) -> dict[Path, str]:
     jobs = {run.path: read_json(run.slurm)["job_id"] for run in noted}
     states = slurm.active(*jobs.values()) if jobs and shutil.which("squeue") else {}
     return {path: f"job {job_id} ({states[job_id]})" for path, job_id in jobs.items() if job_id in states}
+
+
+def gone(run: RunDir) -> str | None:
+    """What became of the run's job, where it ended and left no word of that in the folder; else None."""
+    if not run.slurm.exists() or run.job_end() is not None or not shutil.which("squeue"):
+        return None
+    job_id = read_json(run.slurm)["job_id"]
+    try:
+        if job_id in slurm.active(job_id) or run.job_end() is not None:
+            return None
+    except DistillError:  # Slurm does not answer
+        return None
+    return f"job {job_id}: {slurm.ended_as(job_id) or 'is gone'}"
 
 
 def watch(job_ids: Sequence[str]) -> Iterator[dict[str, str]]:

@@ -1,7 +1,11 @@
-"""`distill watch RUN`: a run in progress, seen from its files alone, wherever it runs. Ends when the run ends."""
+"""`distill watch RUN`: a run in progress, seen from its files, wherever it runs. Ends when the run ends.
+
+Of a run that was submitted, the queue is looked at now and then: a job that Slurm killed leaves nothing in the files.
+"""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -9,12 +13,14 @@ from pathlib import Path
 
 from distill_cli.config.compose import load_config
 from distill_cli.errors import ConfigError
+from distill_cli.jobs import submit
 from distill_cli.log import StepPrinter
 from distill_cli.report.read import state_of
 from distill_cli.rundir import RunDir
 from distill_cli.track.recorder import read_metrics
 
 POLL_S = 0.5
+QUEUE_POLL_S = submit.POLL_S[1]
 GOING_ON = ("waiting", "running")
 
 
@@ -41,11 +47,15 @@ def follow(run: RunDir, *, sleep: Callable[[float], None]) -> int:
     """Shows what is there and what comes, until the run has ended."""
     num_steps = load_config(run.config).train.max_steps
     with StepPrinter(sys.stdout, num_steps=num_steps, title=f"distill watch  {run.path.name}") as printer:
-        last = -1
+        last, asked, gone = -1, -math.inf, None
         while True:
+            if time.monotonic() >= asked + QUEUE_POLL_S:
+                asked, gone = time.monotonic(), submit.gone(run)
             state = state_of(run)  # before the rows: what a run wrote before its end is all seen
-            if state == "stopped" and run.slurm.is_file() and run.job_end() is None:
+            if state == "stopped" and run.slurm.is_file() and run.job_end() is None and not gone:
                 state = "waiting"  # the job has not said that it is over: Slurm is to start it again
+            elif state in GOING_ON and gone:
+                state = "failed"
             now = run.newest_attempt().now()
             if now is not None:
                 printer.expect(now[1])
@@ -65,6 +75,8 @@ def follow(run: RunDir, *, sleep: Callable[[float], None]) -> int:
             if state not in GOING_ON:
                 break
             sleep(POLL_S)
+    if gone:
+        print(gone)
     print(ending(run, state, last))
     return 1 if state == "failed" else 0
 

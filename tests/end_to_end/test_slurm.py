@@ -251,6 +251,17 @@ def test_what_the_cluster_cannot_run_is_refused(cluster: Cluster, tmp_path: Path
     assert cluster.ask("sacct", "-X", "-n", "-P", "-S", "now-1day", "-o", "JobID") == jobs_before
 
 
+def test_watching_a_job_that_is_cancelled_before_it_begins_ends(cluster: Cluster, tmp_path: Path) -> None:
+    done = cluster.distill(tmp_path, "cluster=slurm", "+cluster.extra.begin=now+1hour", "run.name=r")
+    assert done.status == 0, done.stderr
+    job = re.search(r"^job +(\d+)$", done.stdout, re.M)[1]
+    cluster.ask("scancel", job)
+    watched = cluster.distill(tmp_path, "watch", "runs/r")
+    assert watched.status == 1
+    assert f"job {job}: CANCELLED" in watched.stdout
+    assert "failed after step 0; distill resume" in watched.stdout
+
+
 def test_plan_prints_the_script_and_submits_nothing(cluster: Cluster, tmp_path: Path) -> None:
     done = cluster.distill(
         tmp_path, "plan", "cluster=slurm", "cluster.partition=short", "cluster.time=4", "cluster.nodes=2",
