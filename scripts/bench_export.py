@@ -77,7 +77,8 @@ def export(folder: Path, max_shard_size: str) -> None:
     import torch
 
     from distill_cli.checkpoint import store
-    from distill_cli.verbs.export import parse_size, trained, write_weights
+    from distill_cli.export import trained, write_weights
+    from distill_cli.verbs.export import parse_size
 
     (checkpoint,) = store.find(folder / "checkpoints")
     out = folder / "export"

@@ -14,8 +14,8 @@ from distill_cli import sealed
 from distill_cli.checkpoint import store
 from distill_cli.config.compose import save_config
 from distill_cli.config.schema import Config
+from distill_cli.export import trained, write_weights
 from distill_cli.student import attention
-from distill_cli.verbs.export import trained, write_weights
 from tests.student.layouts import Layout, Outcome, train
 from tests.student.train_rank import made_up_model
 

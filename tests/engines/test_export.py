@@ -11,8 +11,8 @@ from distill_cli.config.compose import save_config
 from distill_cli.config.schema import CheckpointConfig, Config
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.settings import SamplingSettings
+from distill_cli.export import trained, write_weights
 from distill_cli.rundir import RunDir
-from distill_cli.verbs.export import trained, write_weights
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
