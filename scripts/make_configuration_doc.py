@@ -32,6 +32,7 @@ distill --cfg job --package loss                    # those of one group
 distill ls                                          # the groups, and `distill ls loss` the choices of one
 distill loss=reverse loss.topk=32                   # a choice, and a key
 distill 'rollout.stop=["\\n\\n"]' data.system_prompt=null   # lists are quoted for the shell; null is none
+distill 'model.chat_template_kwargs={enable_thinking: false}'   # so are dictionaries
 ```
 """
 

@@ -167,7 +167,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
                     group = hydra.compose("config", overrides=[line])[key]
                 OmegaConf.update(merged, key, group, merge=False)
             else:
-                OmegaConf.update(merged, key, override.value())
+                OmegaConf.update(merged, key, override.value(), force_add=bool(into_dictionaries([line])))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(f"{line}: {_one_line(error)}") from error
     missing = sorted(OmegaConf.missing_keys(merged))

@@ -45,14 +45,14 @@ def override_problems(overrides: Sequence[str], *, conf_dirs: Sequence[Path]) ->
 
 
 def into_dictionaries(overrides: Sequence[str]) -> dict[str, str]:
-    """What was typed -> what Hydra is told: `data.train.limit=5` is `++data.train.limit=5`.
+    """What was typed -> what Hydra is told: `data.train.limit=5` is `++data.train.limit=5`, `{limit: 5}` likewise.
 
     Of a dictionary Hydra alone would take the keys that the chosen file happens to set; which there are is for its
     reader to say.
     """
     schema = OmegaConf.structured(Config)
     keys = {text: text.split("=", 1)[0] for text in overrides if "=" in text}
-    return {text: f"++{text}" for text, key in keys.items() if _is_in_dictionary(schema, key)}
+    return {text: f"++{text}" for text, key in keys.items() if _is_of_dictionary(schema, key)}
 
 
 def sweep_keys(overrides: Sequence[str]) -> set[str]:
@@ -122,9 +122,14 @@ def _plain(value: Any) -> Any:
     return text if isinstance(text, str) else value
 
 
-def _is_in_dictionary(schema: DictConfig, key: str) -> bool:
-    """Whether a key is one of a dictionary's own, which no dataclass declares."""
-    return _is_known(schema, key) and key not in set(known_keys()) and OmegaConf.select(schema, key) is None
+def _is_of_dictionary(schema: DictConfig, key: str) -> bool:
+    """Whether a key is a dictionary, or one of its own that no dataclass declares."""
+    if not _is_known(schema, key):
+        return False
+    node = OmegaConf.select(schema, key)
+    if isinstance(node, DictConfig):
+        return not dataclasses.is_dataclass(OmegaConf.get_type(node))
+    return node is None and key not in set(known_keys())
 
 
 def _is_known(schema: DictConfig, key: str) -> bool:

@@ -6,7 +6,7 @@ import pytest
 
 from distill_cli.config.checks import config_problems, inert_overrides
 from distill_cli.config.choices import conf_dir, group_choices, groups
-from distill_cli.config.compose import compose, known_losses, load_config, save_config
+from distill_cli.config.compose import compose, known_losses, load_config, override_config, save_config
 from distill_cli.config.derived import needs_sampler, validates
 from distill_cli.config.overrides import known_keys
 from distill_cli.config.schema import Config
@@ -109,6 +109,13 @@ def test_no_validation_is_one_key() -> None:
     assert config_problems(job.config) == []
     assert not validates(job.config)
     assert needs_sampler(job.config)
+
+
+def test_a_dictionary_takes_keys_that_the_file_does_not_set() -> None:
+    (job,) = compose(["model.chat_template_kwargs={enable_thinking: false}", "data.train={limit: 9}"])
+    assert job.config.model.chat_template_kwargs == {"enable_thinking": False}
+    assert job.config.data.train["limit"] == 9
+    assert override_config(job.config, ["model.chat_template_kwargs={a: 1}"]).model.chat_template_kwargs["a"] == 1
 
 
 def test_all_mistakes_are_named_at_once() -> None:

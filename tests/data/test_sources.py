@@ -47,6 +47,9 @@ def test_every_yaml_loads_a_copy_of_what_is_published(name: str, tmp_path: Path,
         file = tmp_path / "rows.jsonl"
         file.write_text(json.dumps({"question": QUESTION, "answer": 7}) + "\n")
         argv += [f"data.train.path={file}", f"data.validation.path={file}"]
+    if name == "sources":
+        one = "{mine: {source: table, path: openai/gsm8k, name: main, answer_from: final}}"
+        argv += [f"data.train.sources={one}", "data.train.weights={mine: 2}", f"data.validation.sources={one}"]
     (job,) = compose(argv)
     config = job.config
     for key in ("train", "validation"):
@@ -113,6 +116,8 @@ def test_a_mixture_by_weight_loses_no_row(tmp_path: Path) -> None:
     for weights in ({"a": 1}, {"a": 1, "b": 0}, {"a": 1, "b": "x"}):
         with pytest.raises(ConfigError, match=r"data.train.weights"):
             load_examples({"source": "mix", "sources": sources, "weights": weights}, key="data.train")
+    with pytest.raises(ConfigError, match=r"data.train.weights.b=1e-09: .* 30,000,000,030 rows"):
+        load_examples({"source": "mix", "sources": sources, "weights": {"a": 1, "b": 1e-9}}, key="data.train")
     with pytest.raises(ConfigError, match=r"data.train.sources.a.size: a value is needed"):
         load_examples({"source": "mix", "sources": {"a": {"source": "arithmetic"}}}, key="data.train")
 

@@ -24,6 +24,9 @@ from distill_cli.data.rows import Stream
 from distill_cli.errors import ConfigError
 from distill_cli.types import Example
 
+MAX_ROWS = 100_000_000
+"""Of a pass: a weight that is far too small would ask for more than there is memory."""
+
 
 def load(
     *, sources: dict[str, Any], weights: dict[str, Any] | None = None, seed: int = 0
@@ -31,7 +34,7 @@ def load(
     """The rows of all sources, in their order; `seed` is of the draws from streams.
 
     Raises:
-        ConfigError: no sources, weights that do not fit them, or what a source has to say.
+        ConfigError: no sources, weights that do not fit them or are far too small, or what a source has to say.
     """
     from distill_cli.data.registry import load_examples
 
@@ -58,6 +61,12 @@ class Mixed(Sequence[Example]):
                 max(size, math.floor(shares[name] * per_share + 1e-6))
                 for name, size in zip(self.names, sizes, strict=True)
             ]
+            if sum(sizes) > MAX_ROWS:
+                least = min(shares, key=shares.get)
+                raise ConfigError(
+                    f"weights.{least}={shares[least]:g}: a pass that sees all of {least} once has {sum(sizes):,} rows, "
+                    f"and at most {MAX_ROWS:,} may be; weigh it more, or give the source a limit"
+                )
         self.ends = list(itertools.accumulate(sizes))
 
     def __len__(self) -> int:
