@@ -110,8 +110,9 @@ def init_parallel(*, device: torch.device, mesh: MeshConfig | None = None, timeo
         ConfigError: the mesh's sizes do not divide the ranks.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    device_id = device if device.type == "cuda" else None
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device_id)
+    # Without device_id: bound to a device, torch splits all ranks' NCCL communicator anew for every group that is made
+    # later, groups of one rank and of gloo included, of which vLLM makes dozens. Unbound, one is made at its first use.
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return layout(mesh or MeshConfig(), device=device)
 
 
