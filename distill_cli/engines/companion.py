@@ -33,13 +33,13 @@ EXIT_S = 10.0
 """How long a companion that closed its socket may take to be gone."""
 
 
-def needs_companion(sampler: EngineSettings, scorer: EngineSettings) -> bool:
+def needs_companion(sampler: EngineSettings, scorer: EngineSettings, *, on_gpu: bool) -> bool:
     """Whether the two engines cannot live in one process.
 
-    vLLM cuts the models of a process over the same number of ranks, and on CUDA lets one engine of a process sleep.
+    vLLM cuts the models of a process over the same number of ranks. On CUDA it lets one engine of a process sleep, and
+    engines of a process share what their models have in common (the rotary tables), which sleeps with the first.
     """
-    both_sleep = sampler.sleep_mode and scorer.sleep_mode and torch.cuda.is_available()
-    return sampler.tensor_parallel != scorer.tensor_parallel or both_sleep
+    return sampler.tensor_parallel != scorer.tensor_parallel or (on_gpu and scorer.sleep_mode)
 
 
 class CompanionScorer:

@@ -52,7 +52,7 @@ def build_scorer(
     student = engine_settings(config, config.model.student, config.engine.student, vocab_size=limit)
     teacher = engine_settings(config, config.model.teacher, config.engine.teacher, vocab_size=limit)
     loss = {"topk": topk or config.loss.topk, "temperature": config.loss.temperature}
-    if needs_companion(student, teacher):
+    if needs_companion(student, teacher, on_gpu=torch.cuda.is_available()):
         scorer = CompanionScorer(teacher, **loss)
     else:
         scorer = Scorer(teacher, **loss, should_stop=should_stop)

@@ -84,5 +84,10 @@ def test_a_companion_ends_with_its_rank():
 
 
 def test_engines_of_one_size_live_in_one_process(settings):
-    assert not needs_companion(settings, settings)
-    assert needs_companion(settings, replace(settings, tensor_parallel=2))
+    sleeping = replace(settings, sleep_mode=True)
+    assert not needs_companion(settings, settings, on_gpu=True)
+    assert needs_companion(settings, replace(settings, tensor_parallel=2), on_gpu=False)
+    assert needs_companion(sleeping, sleeping, on_gpu=True)
+    assert needs_companion(settings, sleeping, on_gpu=True)  # what both read would sleep with it
+    assert not needs_companion(sleeping, settings, on_gpu=True)
+    assert not needs_companion(sleeping, sleeping, on_gpu=False)

@@ -54,7 +54,7 @@ def main(student_path: str, teacher_path: str, expected_path: str, sampler_ranks
     common["kwargs"] = {"skip_tokenizer_init": True}
     student = EngineSettings(student_path, tensor_parallel=int(sampler_ranks), **common)
     teacher = EngineSettings(teacher_path, tensor_parallel=int(scorer_ranks), **common)
-    scorer = (CompanionScorer if needs_companion(student, teacher) else Scorer)(teacher, topk=16)
+    scorer = (CompanionScorer if needs_companion(student, teacher, on_gpu=False) else Scorer)(teacher, topk=16)
     sampler = Sampler(student)
     assert os.environ["LOCAL_WORLD_SIZE"] == "2"
     if scorer.tensor_parallel == 1 and rank == 0:  # uneven work: an engine of one rank is its own
