@@ -8,6 +8,7 @@ Shape letters: H heads, G key-value heads, T tokens, D head size.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -55,6 +56,9 @@ def attend_packed(
 
 
 def _attend_by_document(query, key, value, span: Span, scale, window) -> torch.Tensor:
+    if query.is_cuda:  # of float32: grouped heads go only to the kernel that holds [queries, keys] of every head
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     parts, grouped = [], query.shape[1] != key.shape[1]
     bounds = zip(pairwise(span.query_bounds), pairwise(span.key_bounds), strict=True)
     for (first, last), (first_key, last_key) in bounds:
@@ -75,9 +79,7 @@ def _attend_by_document(query, key, value, span: Span, scale, window) -> torch.T
 
 
 def _attend_varlen(query, key, value, span: Span, scale, window) -> torch.Tensor:
-    query_bounds, key_bounds = (
-        torch.tensor(bounds, dtype=torch.int32, device=query.device) for bounds in (span.query_bounds, span.key_bounds)
-    )
+    query_bounds, key_bounds = (_on_device(bounds, query.device) for bounds in (span.query_bounds, span.key_bounds))
     out_THD = varlen_attn(
         *(x[0].transpose(0, 1) for x in (query, key, value)),
         query_bounds,
@@ -89,6 +91,12 @@ def _attend_varlen(query, key, value, span: Span, scale, window) -> torch.Tensor
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out_THD.transpose(0, 1)[None]
+
+
+@lru_cache(maxsize=8)
+def _on_device(bounds: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int32. Kept, since every layer of a micro-batch asks for the same, and a copy waits for all that the GPU does."""
+    return torch.tensor(bounds, dtype=torch.int32, device=device)
 
 
 def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:

@@ -48,6 +48,29 @@ def test_flash_attention_on_gpus_is_the_same(size: int, window: int | None) -> N
             assert all(leaf.grad.isfinite().all() for leaf in leaves)
 
 
+@pytest.mark.gpu
+def test_float32_on_gpus_never_holds_queries_by_keys() -> None:
+    length, heads, documents = 2048, 8, Documents((0, 2048))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, length, 64, generator=generator) for h in (heads, 2, 2))
+    expected = attention.attend_packed(q, k, v, documents=documents, scale=None)
+    leaves = [x.cuda().requires_grad_() for x in (q, k, v)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = attention.attend_packed(*leaves, documents=documents, scale=None)
+    out.sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < heads * length**2 * 4 / 2
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_bounds_go_to_the_device_once() -> None:
+    cpu = torch.device("cpu")
+    bounds = attention._on_device((0, 3, 9), cpu)
+    assert bounds.tolist() == [0, 3, 9]
+    assert bounds.dtype == torch.int32
+    assert attention._on_device((0, 3, 9), cpu) is bounds
+
+
 def test_a_packed_row_gives_each_document_what_it_gets_alone() -> None:
     attention.register()
     torch.manual_seed(0)
