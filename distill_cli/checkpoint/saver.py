@@ -13,7 +13,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class Trainable:
     schedule: torch.optim.lr_scheduler.LambdaLR
     base: str | None = None
     """`modelpath.fingerprint` of the weights that are not trained, and in no checkpoint."""
+    after_load: Callable[[], object] = lambda: None
+    """Called when the optimizer's state has been read: `OptimizerOffload` brings it to where it rests."""
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, param) for name, param in self.model.named_parameters() if param.requires_grad)
@@ -117,6 +119,7 @@ class Saver:
         self._group = dist.new_group(backend="gloo")  # the thread's: the trainer's own is in use meanwhile
         self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._copied = threading.Event()
         self._copied.set()
         trainable.optimizer.register_step_pre_hook(self._wait_for_copy)
@@ -181,6 +184,8 @@ class Saver:
         randomness: dict[str, Any],
     ) -> None:
         problem, tensors = None, {}
+        if self._device is not None:  # a thread begins on the first GPU, and would take memory there
+            torch.cuda.set_device(self._device)
         try:
             tensors = self._host_copy.take(parts, after=now)
         except (RuntimeError, MemoryError) as error:  # no host memory
@@ -283,6 +288,7 @@ def load(path: Path, trainable: Trainable) -> dict[str, Any]:
     except (Exception, dcp.api.CheckpointException) as error:
         raise ConfigError(f"{path}: is of another model: {_root_cause(error)}; give the model that it is of") from error
     dist.destroy_process_group(group)
+    trainable.after_load()
     set_num_updates(trainable.schedule, state["num_updates"])
     randomness = path / f"rank_{dist.get_rank()}.json"
     if state["num_ranks"] == dist.get_world_size():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -220,8 +220,10 @@ def build_student(config: Config, loss: DistillLoss, parallel: Parallel) -> Stud
 def build_trainable(config: Config, student: Student, *, num_steps: int, device: torch.device) -> Trainable:
     """The student with its optimizer and schedule: what a checkpoint is made of."""
     optimizer = build_optimizer(student, config.train)
+    offload = None
     if config.train.offload_optimizer and device.type == "cuda":
-        OptimizerOffload(optimizer, rest=torch.device("cpu"), work=device)
+        offload = OptimizerOffload(optimizer, rest=torch.device("cpu"), work=device)
     schedule = build_schedule(optimizer, config.train, num_steps=num_steps * updates_per_step(config))
     base = fingerprint(folders(config)[0]) if config.model.student.lora.is_on else None
-    return Trainable(student.lm, optimizer, schedule, base)
+    trainable = Trainable(student.lm, optimizer, schedule, base)
+    return replace(trainable, after_load=offload.to_rest) if offload else trainable

@@ -127,16 +127,19 @@ def count_response_tokens(batches: Sequence[MicroBatch], *, parallel: Parallel) 
 class OptimizerOffload:
     """Keeps an optimizer's state on another device, except inside its own step.
 
-    Parameters and gradients stay where they are. A checkpoint may read the state where it rests; what is loaded is put
-    there too. Step counts stay: AdamW keeps them on the CPU itself.
+    Parameters and gradients stay where they are. A checkpoint may read the state where it rests; whoever fills it in
+    otherwise than by `load_state_dict` calls `to_rest`. Step counts stay: AdamW keeps them on the CPU itself.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, rest: torch.device, work: torch.device) -> None:
         """State is on `work` during a step, and on `rest` (pinned, where that is the host of a GPU) otherwise."""
         self.optimizer, self.rest, self.work = optimizer, rest, work
         optimizer.register_step_pre_hook(lambda *_: self.move(work))
-        optimizer.register_step_post_hook(lambda *_: self.move(rest))
-        optimizer.register_load_state_dict_post_hook(lambda *_: self.move(rest))
+        optimizer.register_step_post_hook(lambda *_: self.to_rest())
+        optimizer.register_load_state_dict_post_hook(lambda *_: self.to_rest())
+
+    def to_rest(self) -> None:
+        self.move(self.rest)
 
     def move(self, device: torch.device) -> None:
         """Every parameter's moments to `device`, all copies under way at once."""

@@ -3,6 +3,7 @@
 import logging
 import resource
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,9 +99,12 @@ def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path: Path) ->
     what.schedule.step()
     assert not torch.equal(what.model.weight, before)
     saver.close()
+    loaded: list[torch.Tensor] = []
     other = trainable()
+    other = replace(other, after_load=lambda: loaded.append(other.optimizer.state[other.model.weight]["exp_avg"]))
     state = load(store.find(run.checkpoints)[0].path, other)
     assert torch.equal(other.model.weight, before)
+    assert [torch.equal(loaded_moment, moment) for loaded_moment in loaded] == [True]
     assert state["mine"] == [1, None]
     assert other.schedule.get_last_lr() == rate
     assert torch.equal(other.optimizer.state[other.model.weight]["exp_avg"], moment)
