@@ -119,7 +119,7 @@ def template_difference(student: Path, teacher: Path, messages: list[dict[str, s
     if None in templates:
         return f"of which only the {'teacher' if templates[0] is None else 'student'} has one"
     ours, theirs = (
-        render(template, messages, special_tokens(folder), kwargs)
+        render(f"{folder}: its chat template", template, messages, special_tokens(folder), kwargs)
         for template, folder in zip(templates, (student, teacher), strict=True)
     )
     if ours == theirs:
@@ -132,8 +132,14 @@ def template_difference(student: Path, teacher: Path, messages: list[dict[str, s
     )
 
 
-def render(template: str, messages: list[dict[str, str]], tokens: Mapping[str, str], kwargs: Mapping[str, Any]) -> str:
-    """As a tokenizer would. Raises ConfigError where the template fails."""
+def render(
+    name: str,
+    template: str,
+    messages: list[dict[str, str]],
+    tokens: Mapping[str, str],
+    kwargs: Mapping[str, Any],
+) -> str:
+    """As a tokenizer would. Raises ConfigError where the template, called `name`, fails."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
@@ -141,8 +147,17 @@ def render(template: str, messages: list[dict[str, str]], tokens: Mapping[str, s
             conversations=[messages], chat_template=template, add_generation_prompt=True, **{**tokens, **kwargs}
         )
     except Exception as error:  # a template raises what it likes
-        raise ConfigError(f"a chat template fails on a sample of the data: {type(error).__name__}: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{name} fails on the first row of the data: {what}; mend the template, or the row"
+        ) from error
     return rendered[0]
+
+
+def read_template(template: str) -> str:
+    """A Jinja file's content, or the template itself."""
+    is_file = len(template) < 1024 and Path(template).is_file()
+    return Path(template).read_text() if is_file else template
 
 
 def chat_template(folder: Path) -> str | None:

@@ -25,7 +25,15 @@ from distill_cli.engines.process import hide_broken_packages
 from distill_cli.engines.settings import tensor_parallel_problem
 from distill_cli.errors import ConfigError
 from distill_cli.launch.slurm import cluster_problems, settle
-from distill_cli.pair import OWN_TEMPLATE, EndTokens, Vocabularies, template_difference
+from distill_cli.pair import (
+    OWN_TEMPLATE,
+    EndTokens,
+    Vocabularies,
+    read_template,
+    render,
+    special_tokens,
+    template_difference,
+)
 from distill_cli.plugins import load_function
 from distill_cli.types import Example
 
@@ -102,6 +110,9 @@ def preflight(config: Config, known_data: dict[str, DataFacts] | None = None) ->
             recording = Recording.of(config.rollout.replay)
             found.num_recorded = recording.num_steps
             problems += recording.problems(config, found.tokenizer, found.student)
+    if found.tokenizer and found.sample:
+        with collecting():
+            _check_templates(config, found.tokenizer, found.sample)
     if found.student and found.teacher:
         with collecting():
             problems += _model_problems(config, found)
@@ -128,7 +139,7 @@ def preflight(config: Config, known_data: dict[str, DataFacts] | None = None) ->
     if found.num_train is not None and 0 < found.num_train < config.rollout.prompts_per_step:
         problems.append(
             f"rollout.prompts_per_step={config.rollout.prompts_per_step}: the training data has only "
-            f"{found.num_train} rows"
+            f"{found.num_train} rows; lower it (and train.global_batch_size), or give more"
         )
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
@@ -153,6 +164,30 @@ def _check_names(config: Config) -> None:
         raise ConfigError(
             f"loss.kl_type={config.loss.kl_type}: must be one of {', '.join(known_losses())}, or pkg.module:function"
         )
+
+
+def _check_templates(config: Config, tokenizer: Path, sample: Example) -> None:
+    """Renders the first row with each template that was given: the ranks do it with all rows."""
+    model = config.model
+    asked = [
+        ("model.chat_template", model.chat_template, model.chat_template_kwargs),
+        (
+            "model.teacher.chat_template",
+            model.teacher.chat_template,
+            {**model.chat_template_kwargs, **model.teacher.chat_template_kwargs},
+        ),
+    ]
+    for key, template, kwargs in asked:
+        if template is not None and "{" in (text := read_template(template)):
+            render(f"{key}: it", text, _sample_messages(config, sample), special_tokens(tokenizer), kwargs)
+
+
+def _sample_messages(config: Config, sample: Example) -> list[dict[str, str]]:
+    asked = config.data.prompt_template.replace("{question}", sample.question)
+    messages = [*(dict(message) for message in sample.messages[:-1]), {"role": "user", "content": asked}]
+    if config.data.system_prompt is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": config.data.system_prompt})
+    return messages
 
 
 def check_devices(config: Config) -> None:
@@ -313,9 +348,8 @@ def _model_warnings(config: Config, found: Preflight) -> Iterator[str]:
         yield other_vocabulary
     yield from _end_warnings(config, EndTokens.of(found.student, found.teacher))
     if found.sample is not None and config.model.teacher.chat_template is None and config.model.chat_template is None:
-        example = found.sample
-        messages = [*(dict(m) for m in example.messages[:-1]), {"role": "user", "content": example.question}]
         folders = (found.tokenizer or found.student, found.teacher)
+        messages = _sample_messages(config, found.sample)
         difference = template_difference(*folders, messages, **config.model.chat_template_kwargs)
         if difference:
             yield (

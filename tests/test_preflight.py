@@ -107,7 +107,26 @@ def test_the_first_difference_of_two_templates_is_shown_on_a_sample(make_model: 
     (job,) = compose([*pair(*folders), "model.teacher.chat_template=own"])
     assert preflight(job.config).warnings == ()
     (folders[1] / "chat_template.jinja").write_text("{{ raise_exception('system first') }}")
-    assert "a chat template fails on a sample of the data: TemplateError: system first" in problems_of(*pair(*folders))
+    assert "its chat template fails on the first row of the data: TemplateError: system first" in problems_of(
+        *pair(*folders)
+    )
+
+
+@pytest.mark.parametrize("key", ["model.chat_template", "model.teacher.chat_template"])
+def test_a_template_that_was_given_is_tried_on_the_first_row(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }")
+    assert f"{key}: it fails on the first row of the data: TemplateSyntaxError" in problems_of(f"{key}={file}")
+    file.write_text("{{ raise_exception('no ' + messages[0].content) if messages[0].role == 'system' }}x")
+    assert "TemplateError: no be brief" in problems_of(f"{key}={file}", "data.system_prompt=be brief")
+    (job,) = compose([f"{key}={file}"])
+    preflight(job.config)
+
+
+def test_a_verifier_that_takes_one_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one_text.py").write_text("def verify(response):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "must take a response and an answer (too many positional" in problems_of("data.verifier=one_text:verify")
 
 
 def test_a_gpu_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,9 @@ MOST_ROWS_READ = 100_000
 STREAMED_ROWS_READ = 100
 """Of a stream: each may have to be downloaded."""
 
+CHARACTERS_READ = 20_000
+"""Of a message: those that are the same so far are taken for the same."""
+
 
 @dataclass(frozen=True)
 class DataFacts:
@@ -64,7 +67,7 @@ def _check(config: Config) -> DataFacts:
     rollout, sample = config.rollout, None
     needs_responses = rollout.on_policy_fraction < 1 and rollout.off_policy is OffPolicy.dataset
     try:
-        sample, asked = _read_training(train, warnings, needs_responses=needs_responses)
+        sample, asked = _read_training(config, train, warnings, needs_responses=needs_responses)
         _read_validation(config, validation, asked, warnings)
     except ConfigError as error:
         problems.extend(error.problems)
@@ -74,17 +77,19 @@ def _check(config: Config) -> DataFacts:
 
 
 def _read_training(
-    train: Sequence[Example] | Stream, warnings: list[str], *, needs_responses: bool
+    config: Config, train: Sequence[Example] | Stream, warnings: list[str], *, needs_responses: bool
 ) -> tuple[Example | None, set[bytes]]:
     """The first row that asks something, and hashes of all that were read."""
     most = STREAMED_ROWS_READ if isinstance(train, Stream) else MOST_ROWS_READ
-    sample, asked, num_rows, num_empty = None, set(), 0, 0
+    sample, asked, num_rows, num_empty, num_unanswered, num_without_context = None, set(), 0, 0, 0, 0
     for example in islice(train, most):
         num_rows += 1
         if not example.question.strip():
             num_empty += 1
             continue
         sample = sample or example
+        num_unanswered += example.answer is None
+        num_without_context += example.context is None
         asked.add(_hash(example))
     if sample is not None and needs_responses and not sample.response:
         raise ConfigError(
@@ -95,6 +100,22 @@ def _read_training(
         raise ConfigError(f"data.train: none of {num_rows} rows asks anything; is it the right column?")
     if num_empty:
         warnings.append(f"data.train: {num_empty} of {num_rows} rows ask nothing and are left out")
+    column, num_asked = config.data.teacher_context, num_rows - num_empty
+    if column is not None and num_without_context == num_asked > 0:
+        raise ConfigError(
+            f"data.teacher_context={column}: none of {num_asked} rows of data.train has anything in it; is it the "
+            "right column?"
+        )
+    if column is not None and num_without_context:
+        warnings.append(
+            f"data.train: {num_without_context} of {num_asked} rows have nothing in data.teacher_context={column}: the "
+            "teacher reads what the student does"
+        )
+    is_checked = config.data.verifier is not None and config.data.train.get("answer_key", "") is not None
+    if is_checked and num_unanswered:
+        warnings.append(
+            f"data.train: {num_unanswered} of {num_asked} rows have no answer to check, and are not in rollout/accuracy"
+        )
     return sample, asked
 
 
@@ -106,7 +127,8 @@ def _read_validation(
     if num_unanswered and config.data.verifier is not None:
         raise ConfigError(
             f"data.validation: {num_unanswered} of {len(rows)} rows have no answer to check; give "
-            "data.validation.answer_key, or rows that have one"
+            "data.validation.answer_key (and answer_from, where the column holds more than the answer), or rows that "
+            "have one"
         )
     num_empty = sum(not example.question.strip() for example in rows)
     if rows and num_empty == len(rows):
@@ -119,9 +141,10 @@ def _read_validation(
 
 
 def _hash(example: Example) -> bytes:
-    """Sixteen bytes for what is asked, blanks aside: a large set is not held."""
-    said = [message["content"] for message in example.messages[:-1]]
-    return hashlib.blake2b(" ".join("\n".join([*said, example.question]).split()).encode(), digest_size=16).digest()
+    """Sixteen bytes for the beginning of what is asked, blanks aside: neither a large set nor a long row is held."""
+    said = [message["content"][:CHARACTERS_READ] for message in example.messages[:-1]]
+    text = "\n".join([*said, example.question[:CHARACTERS_READ]])
+    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
 
 
 def _size(rows: Sequence[Example] | Stream) -> int | None:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill_cli.config.schema import DataConfig, ModelConfig, OverlongPrompts
 from distill_cli.errors import ConfigError
-from distill_cli.pair import OWN_TEMPLATE
+from distill_cli.pair import OWN_TEMPLATE, read_template
 from distill_cli.types import Example, Prompt
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,6 @@ def load_template(folder: Path, *, trust_remote_code: bool = False) -> str:
     if template is None:
         raise ConfigError(f"model.teacher.chat_template={OWN_TEMPLATE}: {folder} has no chat template; give one")
     return template
-
-
-def read_template(template: str) -> str:
-    """A Jinja file's content, or the template itself."""
-    is_file = len(template) < 1024 and Path(template).is_file()
-    return Path(template).read_text() if is_file else template
 
 
 class PromptMaker:
@@ -110,7 +104,10 @@ class PromptMaker:
             if token_ids and self.has_teacher_prompt:
                 teacher_ids = self._fit(asked, self.teacher_ids, self.teacher_max_tokens)
         except Exception as error:  # a template is the user's code: it raises what it likes
-            raise ConfigError(f"row {index}: the prompt's template failed: {type(error).__name__}: {error}") from error
+            raise ConfigError(
+                f"row {index}: the prompt's template failed: {type(error).__name__}: {error}; mend the row, or the "
+                "template (model.chat_template, else the tokenizer's own)"
+            ) from error
         if not token_ids or (self.has_teacher_prompt and not teacher_ids):
             self.counts["long"] += 1
             return None
@@ -195,7 +192,10 @@ def make_prompts(examples: Iterable[Example], make: PromptMaker, *, key: str, li
     """
     prompts = []
     for index, example in enumerate(examples):
-        prompt = make(example, index)
+        try:
+            prompt = make(example, index)
+        except ConfigError as error:
+            raise ConfigError(f"{key}, {error}") from error
         if prompt is not None:
             prompts.append(prompt)
             if len(prompts) == limit:

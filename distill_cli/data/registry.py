@@ -7,6 +7,7 @@ here. A verifier is a function `verify(response, answer) -> float`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import pkgutil
@@ -73,7 +74,14 @@ def _located(problem: str, keys: dict[str, Any], key: str) -> str:
 
 
 def resolve_verifier(name: str) -> Verifier:
-    return _resolve(name, "verifiers", "verify", key="data.verifier")
+    """Raises ConfigError where there is none, or where it does not take a response and an answer."""
+    verify = _resolve(name, "verifiers", "verify", key="data.verifier")
+    with contextlib.suppress(ValueError):  # written in C: it does not say what it takes
+        try:
+            inspect.signature(verify).bind("response", "answer")
+        except TypeError as error:
+            raise ConfigError(f"data.verifier={name}: must take a response and an answer ({error})") from error
+    return verify
 
 
 def resolve_environment(name: str) -> Callable[[], Environment]:

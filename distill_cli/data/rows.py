@@ -71,7 +71,7 @@ class Columns:
             question = _value(row, self.question, where)
             if question is not None and not isinstance(question, str):
                 raise ConfigError(f"{where}: {self.question} must be a text, not {_shown(question)}")
-        answer = _text(row, self.answer, where)
+        answer, context = _text(row, self.answer, where), _text(row, self.context, where)
         if answer is not None and self.answer_from is not None:
             answer = ANSWERS[self.answer_from](answer)
         return Example(
@@ -79,7 +79,7 @@ class Columns:
             answer=answer,
             dataset=self.dataset,
             messages=messages if len(messages) > 1 else (),
-            context=_text(row, self.context, where),
+            context=context if context and context.strip() else None,
             response=response,
         )
 
@@ -137,16 +137,17 @@ def or_blank(make: Callable[[], Example]) -> Example:
         return Example("")
 
 
-def final_answer(text: str) -> str:
-    """What follows the last `####`, without thousands' commas, as GSM8K has it; all of the text where there is none."""
-    return re.sub(r"(?<=\d),(?=\d{3})", "", text.rpartition(FINAL_MARK)[2]).strip()
+def final_answer(text: str) -> str | None:
+    """What follows the last `####`, without thousands' commas, as GSM8K has it; None where there is none."""
+    _, mark, said = text.rpartition(FINAL_MARK)
+    return re.sub(r"(?<=\d),(?=\d{3})", "", said).strip() if mark else None
 
 
-def boxed_answer(text: str) -> str:
-    r"""What the last `\boxed{...}` holds, braces balanced, as MATH has it; all of the text where there is none."""
+def boxed_answer(text: str) -> str | None:
+    r"""What the last `\boxed{...}` holds, braces balanced, as MATH has it; None where there is none."""
     begin = text.rfind("\\boxed{")
     if begin < 0:
-        return text.strip()
+        return None
     begin, depth = begin + len("\\boxed{"), 1
     for end in range(begin, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
@@ -155,7 +156,7 @@ def boxed_answer(text: str) -> str:
     return text[begin:].strip()
 
 
-ANSWERS: dict[str, Callable[[str], str]] = {"final": final_answer, "boxed": boxed_answer}
+ANSWERS: dict[str, Callable[[str], str | None]] = {"final": final_answer, "boxed": boxed_answer}
 
 
 def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
@@ -164,7 +165,7 @@ def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
     value: Any = row
     for part in column.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            there = ", ".join(map(repr, value)) if isinstance(value, Mapping) else "none"
+            there = ", ".join(map(repr, value if isinstance(value, Mapping) else row))
             raise ConfigError(f"{where}: no column {column!r}; this row has: {there or 'none'}")
         value = value[part]
     return value

@@ -272,7 +272,7 @@ def validation_rows(found: Preflight) -> str:
 
 
 def count(rows: int | None) -> str:
-    return "as many as are streamed" if rows is None else f"{rows:,}"
+    return "streamed" if rows is None else f"{rows:,}"
 
 
 def end_panel(job: Job, outcome: dict[str, Any], run: RunDir) -> Panel:

@@ -10,14 +10,14 @@ from distill_cli.config.derived import max_prompt_tokens, max_teacher_prompt_tok
 from distill_cli.config.schema import Config
 from distill_cli.data.isolated import IsolatedEnvironments, IsolatedVerifier
 from distill_cli.data.order import PromptOrder, PromptStream
-from distill_cli.data.prompts import PromptMaker, load_template, load_tokenizer, make_prompts, read_template
+from distill_cli.data.prompts import PromptMaker, load_template, load_tokenizer, make_prompts
 from distill_cli.data.recording import Recording
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.evaluate import Validator, first_of_each
 from distill_cli.modelpath import locate
-from distill_cli.pair import OWN_TEMPLATE, EndTokens
+from distill_cli.pair import OWN_TEMPLATE, EndTokens, read_template
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.ranks.pair import folders, one_class
 from distill_cli.rollout.recording import Replay

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 
 from distill_cli.config.compose import compose
 from distill_cli.config.schema import Config, MeshConfig
-from distill_cli.data.check import check_data
+from distill_cli.data.check import _hash, check_data
 from distill_cli.data.registry import load_examples
+from distill_cli.errors import ConfigError
 from distill_cli.evaluate import Validator
 from distill_cli.jobs.tracking import mlflow_target
 from distill_cli.modelpath import ASSETS
@@ -20,7 +21,7 @@ from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.preflight import preflight
 from distill_cli.ranks.prompts import build_validator
 from distill_cli.rundir import RunDir
-from distill_cli.types import Sample
+from distill_cli.types import Example, Sample
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,48 @@ def test_prompts_that_are_in_both_sets_are_counted(tmp_path: Path) -> None:
     )
     config.data.validation["path"] = str(rows_file(tmp_path, "other.jsonl", ["What is 400 + 1?"]))
     assert check_data(config).warnings == ()
+
+
+def test_rows_without_what_is_asked_of_them_are_counted(tmp_path: Path) -> None:
+    train, validation = tmp_path / "train.jsonl", rows_file(tmp_path, "validation.jsonl", ["What is 400 + 1?"])
+    rows = [
+        {"question": f"{i}?", "answer": None if i % 4 == 0 else 1, "hint": ["h", "", " ", None][i % 4]}
+        for i in range(80)
+    ]
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["data=jsonl", f"data.train.path={train}", f"data.validation.path={validation}"]
+    assert check_data(composed(*argv, "data.teacher_context=hint")).warnings == (
+        "data.train: 60 of 80 rows have nothing in data.teacher_context=hint: the teacher reads what the student does",
+        "data.train: 20 of 80 rows have no answer to check, and are not in rollout/accuracy",
+    )
+    train.write_text("".join(json.dumps({**row, "hint": ""}) + "\n" for row in rows))
+    with pytest.raises(
+        ConfigError, match="data.teacher_context=hint: none of 80 rows of data.train has anything in it"
+    ):
+        check_data(composed(*argv, "data.teacher_context=hint"))
+
+
+def test_solutions_without_a_final_answer_have_none(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    solutions = ["so #### 4", "so 4", "#### 5"] * 30
+    file.write_text("".join(json.dumps({"question": f"{i}?", "answer": s}) + "\n" for i, s in enumerate(solutions)))
+    argv = ["data=gsm8k", f"data.train.path={file}"]
+    assert check_data(composed(*argv, "data.validation=null")).warnings == (
+        "data.train: 30 of 90 rows have no answer to check, and are not in rollout/accuracy",
+    )
+    with pytest.raises(ConfigError, match="data.validation: 30 of 90 rows have no answer to check"):
+        check_data(composed(*argv, f"data.validation.path={file}"))
+
+
+def test_a_row_of_50_mb_is_looked_at_in_little_memory(tmp_path: Path) -> None:
+    tracemalloc = pytest.importorskip("tracemalloc")
+    example = Example("What is 1 + 1? " * 3_500_000)
+    tracemalloc.start()
+    _hash(example)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
+    assert _hash(Example("a  b\n")) == _hash(Example("a b")) != _hash(Example("a c"))
 
 
 class Teller:

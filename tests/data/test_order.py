@@ -120,7 +120,7 @@ def test_long_and_empty_prompts_are_dropped_or_cut_and_counted(tokenizer) -> Non
 def test_a_template_that_fails_says_which_row_and_why(tokenizer) -> None:
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student")
     tokenizer.chat_template = "{{ raise_exception('no ' + messages[0].content) if messages[0].content == 'q1' }}x"
-    with pytest.raises(ConfigError, match="row 1: the prompt's template failed: TemplateError: no q1"):
+    with pytest.raises(ConfigError, match="data.train, row 1: the prompt's template failed: TemplateError: no q1"):
         make_prompts(ROWS, make(tokenizer), key="data.train")
 
 

@@ -102,6 +102,49 @@ def test_a_stream_is_read_again_from_its_beginning_and_leaves_wrong_rows_out(tmp
         load_examples({**spec, "question_key": "problem"}, key="data.train")
 
 
+def test_a_line_of_a_stream_that_is_no_row_costs_that_row_alone(tmp_path: Path, caplog) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(
+        b'{"question": "a", "answer": 1}\n\n{"question": "caf\xe9"}\n{"question"\n{"question": "b", "answer": 2}\n'
+    )
+    stream = load_examples({"source": "table", "path": str(file), "streaming": True, "repeat": 2}, key="data.train")
+    assert [e.question for e in stream] == ["a", "a", "", "", "", "", "b", "b"]
+    assert f"{file}:3: not UTF-8" in caplog.text
+    assert f"{file}:4: not JSON" in caplog.text
+    limited = load_examples({"source": "table", "path": str(file), "streaming": True, "limit": 1}, key="data.train")
+    assert len(list(limited)) == 1
+    file.write_bytes(b"\n")
+    with pytest.raises(ConfigError, match="has no rows"):
+        load_examples({"source": "table", "path": str(file), "streaming": True}, key="data.train")
+
+
+def test_a_stream_that_breaks_off_says_where(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    rows = "".join(f"question {i} {'x' * 1000},{i}\n" for i in range(30_000))
+    file.write_bytes(b"question,answer\n" + rows.encode() + b"caf\xe9,1\n")
+    stream = load_examples({"source": "table", "path": str(file), "streaming": True}, key="data.train")
+    with pytest.raises(ConfigError, match=r"rows.csv \(train\), after row \d+: UnicodeDecodeError"):
+        list(stream)
+
+
+def test_what_is_wrong_is_said_once(tmp_path: Path, capfd) -> None:
+    """`datasets` has a logger of its own, which says it before."""
+    pytest.importorskip("datasets").utils.logging.get_logger("datasets.packaged_modules.csv.csv")
+    (tmp_path / "a.csv").write_bytes(b"question\n\xff\n")
+    with pytest.raises(ConfigError):
+        load_examples({"source": "table", "path": str(tmp_path / "a.csv"), "answer_key": None}, key="data.train")
+    assert capfd.readouterr().err == ""
+
+
+def test_files_of_a_folder_with_other_columns_are_named(tmp_path: Path) -> None:
+    import datasets
+
+    for name, column in (("a", "question"), ("b", "problem")):
+        datasets.Dataset.from_list([{column: "x", "answer": "1"}]).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(ConfigError, match=r"its files have other columns \(question, answer\) and \(problem, answer\)"):
+        load_examples({"source": "table", "path": str(tmp_path)}, key="data.train")
+
+
 def test_a_mixture_by_weight_loses_no_row(tmp_path: Path) -> None:
     sources = {
         name: {"source": "arithmetic", "split": "train", "size": size, "seed": seed}
@@ -154,6 +197,7 @@ def test_conversations_end_with_the_user_s_last_message(tmp_path: Path) -> None:
         ("{'question': 'a'}", {}, "rows.jsonl:1: not JSON"),
         ('{"query": "a", "answer": 1}', {}, "no column 'question'; this row has: 'query', 'answer'"),
         ('{"question": "a"}', {"answer_key": "x.y"}, "no column 'x.y'"),
+        ('{"question": "a"}', {"answer_key": "question.y"}, "no column 'question.y'; this row has: 'question'"),
         ('{"question": ["a"], "answer": 1}', {}, "question must be a text, not list"),
         ('{"question": "a", "answer": 1}\n{"question": 2, "answer": 1}', {}, "rows.jsonl:2: question must be a text"),
         ('{"messages": "hello"}', {"messages_key": "messages", "answer_key": None}, "must be a list of messages"),
@@ -196,6 +240,7 @@ def test_a_table_that_is_wrong_says_what_is_there(tmp_path: Path) -> None:
 
 def test_answers_are_found_in_solutions() -> None:
     assert final_answer("2 x 700 = <<2*700=1400>>1,400\n#### 1,400") == "1400"
-    assert final_answer("42") == "42"
+    assert final_answer("42") is None
     assert boxed_answer(r"so \boxed{1}, no: \boxed{\frac{1}{2}} it is") == r"\frac{1}{2}"
     assert boxed_answer(r"\boxed{(0, 1]") == "(0, 1]"
+    assert boxed_answer("42") is None

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +46,36 @@ def load(
 
 def read_rows(path: str) -> tuple[list[dict[str, Any]], list[int]]:
     """Every object of the file and its line; blank lines are skipped. Raises ConfigError with file and line."""
+    rows, lines = [], []
+    for number, line in read_lines(path):
+        rows.append(read_object(line, where=f"{path}:{number}"))
+        lines.append(number)
+    return rows, lines
+
+
+def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Each line that is not blank with its number. Raises ConfigError where there is none."""
+    has_rows = False
     try:
-        content = Path(path).expanduser().read_bytes().split(b"\n")
+        with Path(path).expanduser().open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    has_rows = True
+                    yield number, line
     except OSError as error:
         raise ConfigError(f"path={path}: cannot be read ({error.strerror}); give a JSON-lines file") from error
-    lines = [number for number, line in enumerate(content, start=1) if line.strip()]
-    if not lines:
+    if not has_rows:
         raise ConfigError(f"path={path}: the file has no rows")
-    return [_object(content[number - 1], f"{path}:{number}") for number in lines], lines
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def read_object(line: bytes, *, where: str) -> dict[str, Any]:
+    """Raises ConfigError where the line is no JSON object."""
     try:
         row = json.loads(line)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+        raise ConfigError(f"{where}: not JSON ({error.msg}: column {error.colno})") from error
     except RecursionError:
         raise ConfigError(f"{where}: not JSON that can be read (nested too deeply)") from None
     if not isinstance(row, dict):

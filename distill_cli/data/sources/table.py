@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
 from distill_cli.data.rows import Columns, Stream, Table, or_blank
-from distill_cli.data.sources.jsonl import read_rows
+from distill_cli.data.sources.jsonl import read_lines, read_object, read_rows
 from distill_cli.errors import ConfigError
 from distill_cli.types import Example
 
@@ -49,7 +51,8 @@ def load(
         revision: branch, tag or commit on the hub.
         question_key: column of the user's message. A dot goes into a nested column.
         answer_key: column of the answer that a verifier compares with; null where there is none.
-        answer_from: how the answer is found in that column: `final` (after ####), `boxed`; null takes all of it.
+        answer_from: how the answer is found in that column: `final` (after ####), `boxed`; null takes all of it. A row
+            without it has no answer.
         messages_key: column of a conversation, in place of question_key.
         response_key: column of a whole answer to imitate.
         context_key: column that only the teacher sees; `data.teacher_context` sets it.
@@ -71,7 +74,11 @@ def load(
         answer_from=answer_from,
         dataset=dataset or Path(path).stem.lower(),
     )
-    if path.endswith(".jsonl") and not streaming:
+    if path.endswith(".jsonl") and streaming:
+        number, line = next(read_lines(path))
+        columns.check(list(read_object(line, where=f"{path}:{number}")), where=path)
+        return Stream(lambda: _read_file(path, columns, limit=limit, repeat=repeat))
+    if path.endswith(".jsonl"):
         rows, lines = read_rows(path)
         return list(Table(rows[:limit], columns, where=path, lines=lines, repeat=repeat))
     rows = _open(path, name=name, split=split, revision=revision, streaming=streaming)
@@ -98,6 +105,7 @@ def _open(path: str, *, name: str | None, split: str, revision: str | None, stre
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(CRITICAL)  # what it logs of an error is said below, in one line
     here = Path(path).expanduser()
     try:
         if here.is_file():
@@ -148,16 +156,36 @@ def _check_stream(rows: Any, columns: Columns, *, where: str) -> None:
 
 
 def _read(rows: Any, columns: Columns, *, where: str, limit: int | None, repeat: int) -> Iterator[Example]:
-    """Each row, `repeat` times in turn."""
-    for index, row in enumerate(rows if limit is None else rows.take(limit)):
-        example = or_blank(partial(columns.to_example, row, where=f"{where}, row {index}"))
-        for _ in range(repeat):
-            yield example
+    """Each row, `repeat` times in turn. Raises ConfigError where the reader of its format cannot go on."""
+    index, reader = 0, iter(rows if limit is None else rows.take(limit))
+    while True:
+        try:
+            row = next(reader, None)
+        except Exception as error:  # pyarrow, fsspec, the hub: each raises its own
+            raise ConfigError(f"{where}, after row {index - 1}: {_reason(error)}; mend the file") from error
+        if row is None:
+            return
+        yield from [or_blank(partial(columns.to_example, row, where=f"{where}, row {index}"))] * repeat
+        index += 1
+
+
+def _read_file(path: str, columns: Columns, *, limit: int | None, repeat: int) -> Iterator[Example]:
+    """Each row of a JSON-lines file, `repeat` times in turn; a line that is none is a blank row."""
+
+    def example(number: int, line: bytes) -> Example:
+        where = f"{path}:{number}"
+        return columns.to_example(read_object(line, where=where), where=where)
+
+    for number, line in islice(read_lines(path), limit):
+        yield from [or_blank(partial(example, number, line))] * repeat
 
 
 def _reason(error: BaseException) -> str:
     """What the innermost error says, in one line: `datasets` wraps the others in `an error occurred`."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if type(error).__name__ == "CastError":
+        columns = (", ".join(names) for names in (error.requested_column_names, error.table_column_names))
+        return f"its files have other columns ({') and ('.join(columns)}); make them the same, or give one file"
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"

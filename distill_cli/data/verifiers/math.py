@@ -29,7 +29,7 @@ def verify(response: str, answer: str) -> float:
 
 def extract(response: str) -> str | None:
     r"""What the last \boxed{} holds, so that answers can be counted; None where there is none."""
-    return boxed_answer(response) if "\\boxed{" in response else None
+    return boxed_answer(response)
 
 
 def _parse(text: str) -> list:
