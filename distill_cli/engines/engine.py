@@ -125,7 +125,13 @@ class Engine:
         if not self.asleep:
             return
         if not self.on_cpu:
-            self.llm.wake_up()
+            try:
+                self.llm.wake_up()
+            except Exception as error:
+                raise DistillError(
+                    f"{self.role} could not take its memory again ({self.settings.path}): {reason(error)}; if the GPU "
+                    "is full, lower gpu_memory_utilization of this engine, or set train.offload_optimizer=true"
+                ) from error
         self.asleep = False
 
     def close(self) -> None:
