@@ -11,6 +11,7 @@ from statistics import fmean
 
 import torch
 
+from distill_cli.engines.process import pooled_bytes
 from distill_cli.losses.divergence import token_statistics
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.parallel.mesh import Parallel
@@ -114,7 +115,11 @@ def performance_metrics(
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The largest so far: the allocator's on a GPU, the process' resident memory on a CPU."""
+    """The largest so far: the process' resident memory on a CPU, on a GPU what torch has allocated.
+
+    There the sampler's weights and KV cache are left out where it sleeps: they are gone while the student trains. A
+    teacher in its own process never counts.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return (torch.cuda.max_memory_allocated(device) - pooled_bytes()) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

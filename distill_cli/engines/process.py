@@ -167,6 +167,13 @@ def release_memory(*_args: Any, **_kwargs: Any) -> None:
         torch.cuda.empty_cache()
 
 
+def pooled_bytes() -> int:
+    """What an engine of this process that may sleep holds awake, and torch counts as allocated all the time."""
+    module = sys.modules.get("vllm.device_allocator.cumem")
+    allocator = module and module.CuMemAllocator.instance
+    return allocator.get_current_usage() if allocator else 0
+
+
 def skip_ranks(logp_TV: Any, _sampled_logp_T1: Any) -> Any:
     """int64 [T] of -1, for the ranks of tokens among all candidates: nobody here reads them.
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distill_cli.engines.companion import CompanionScorer
+from distill_cli.engines.process import pooled_bytes
 from distill_cli.engines.sampler import Sampler, SamplingSettings
 from distill_cli.errors import DistillError
 
@@ -21,6 +22,7 @@ def test_a_sleeping_sampler_gives_memory_back_and_a_sync_brings_its_weights(proc
     sampler.sleep()
     free_asleep, _ = torch.cuda.mem_get_info()
     assert free_asleep - free_awake > 0.9 * settings.kv_cache_bytes
+    assert settings.kv_cache_bytes < pooled_bytes() <= torch.cuda.memory_reserved()  # though it is not there
     sampler.wake()
     sampler.sync([(name, tensor.cuda()) for name, tensor in student.named_parameters()], version=1)
     prompts = random_sequences([5, 200])
