@@ -15,6 +15,7 @@ from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.parallel.mesh import Parallel, layout
+from distill_cli.ranks.check import is_exact
 from distill_cli.ranks.selfcheck import MASSES, Limits, SelfCheck
 from distill_cli.rundir import RunDir
 from distill_cli.student.load import load_weights
@@ -168,3 +169,13 @@ def test_a_temperature_on_one_side_only(wrong) -> None:
 
 def test_a_loss_scaled_by_the_number_of_ranks(wrong) -> None:
     assert wrong(factor=2.0) == [MEAN]
+
+
+def test_limits_are_those_of_float32_where_all_of_it_is() -> None:
+    config = Config()
+    config.train.precision = Precision.fp32
+    config.model.student.dtype = config.model.teacher.dtype = Dtype.float32
+    assert is_exact(config, torch.device("cpu"))
+    assert not is_exact(config, torch.device("cuda"))
+    config.model.teacher.dtype = Dtype.bfloat16
+    assert not is_exact(config, torch.device("cpu"))
