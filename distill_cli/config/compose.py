@@ -146,8 +146,11 @@ def run_hydra(argv: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
             hear_own_warnings()
 
 
-def override_config(config: Config, overrides: Sequence[str]) -> Config:
+def override_config(config: Config, overrides: Sequence[str], *, unread: Sequence[str] = ()) -> Config:
     """A composed config with `key=value` on top, and with `group=choice` in place of what the group was.
+
+    Args:
+        unread: as in `compose`.
 
     Raises:
         ConfigError: an override that is none, or that is a sweep.
@@ -170,6 +173,8 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
                 OmegaConf.update(merged, key, override.value(), force_add=bool(into_dictionaries([line])))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(f"{line}: {_one_line(error)}") from error
+    for key in unread:
+        OmegaConf.update(merged, key, {}, merge=False)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise ConfigError(*(f"{key}: a value is needed" for key in missing))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -81,40 +82,41 @@ def _read_training(
 ) -> tuple[Example | None, set[bytes]]:
     """The first row that asks something, and hashes of all that were read."""
     most = STREAMED_ROWS_READ if isinstance(train, Stream) else MOST_ROWS_READ
-    sample, asked, num_rows, num_empty, num_unanswered, num_without_context = None, set(), 0, 0, 0, 0
+    sample, asked, num_rows, num_asked, lack = None, set(), 0, 0, Counter()
     for example in islice(train, most):
         num_rows += 1
         if not example.question.strip():
-            num_empty += 1
             continue
+        num_asked += 1
         sample = sample or example
-        num_unanswered += example.answer is None
-        num_without_context += example.context is None
         asked.add(_hash(example))
-    if sample is not None and needs_responses and not sample.response:
-        raise ConfigError(
-            "data.train: its rows have no whole answer to imitate, which rollout.off_policy=dataset needs; give "
-            "data.train.response_key, or choose rollout.off_policy=teacher"
+        lack.update(
+            {"answer": example.answer is None, "context": example.context is None, "response": not example.response}
         )
     if num_rows and sample is None:
         raise ConfigError(f"data.train: none of {num_rows} rows asks anything; is it the right column?")
-    if num_empty:
-        warnings.append(f"data.train: {num_empty} of {num_rows} rows ask nothing and are left out")
-    column, num_asked = config.data.teacher_context, num_rows - num_empty
-    if column is not None and num_without_context == num_asked > 0:
+    column, is_checked = config.data.teacher_context, config.data.verifier is not None
+    if needs_responses and lack["response"]:
+        raise ConfigError(
+            f"data.train: {lack['response']} of {num_asked} rows have no whole answer to imitate, which "
+            "rollout.off_policy=dataset needs; give data.train.response_key and rows that have one, or choose "
+            "rollout.off_policy=teacher"
+        )
+    if column is not None and lack["context"] == num_asked > 0:
         raise ConfigError(
             f"data.teacher_context={column}: none of {num_asked} rows of data.train has anything in it; is it the "
             "right column?"
         )
-    if column is not None and num_without_context:
+    if num_asked < num_rows:
+        warnings.append(f"data.train: {num_rows - num_asked} of {num_rows} rows ask nothing and are left out")
+    if column is not None and lack["context"]:
         warnings.append(
-            f"data.train: {num_without_context} of {num_asked} rows have nothing in data.teacher_context={column}: the "
+            f"data.train: {lack['context']} of {num_asked} rows have nothing in data.teacher_context={column}: the "
             "teacher reads what the student does"
         )
-    is_checked = config.data.verifier is not None and config.data.train.get("answer_key", "") is not None
-    if is_checked and num_unanswered:
+    if is_checked and lack["answer"] and config.data.train.get("answer_key", "") is not None:
         warnings.append(
-            f"data.train: {num_unanswered} of {num_asked} rows have no answer to check, and are not in rollout/accuracy"
+            f"data.train: {lack['answer']} of {num_asked} rows have no answer to check, and are not in rollout/accuracy"
         )
     return sample, asked
 

@@ -47,6 +47,8 @@ ALONE = (
 much at a time, and may take as long as it likes."""
 READ = ("data", "eval", "engine", "cluster", "model", "rollout", "experiment", "train.seed")
 """Groups and keys that an evaluation reads."""
+UNREAD = ("data.train",)
+"""Dictionaries that it does not."""
 ROLES = ("before", "teacher")
 """Names of a run's own models: the student as it was before training, and the teacher."""
 
@@ -158,7 +160,7 @@ def base_config(arguments: Arguments) -> tuple[Config, RunDir | None]:
         config.cluster = ClusterConfig(
             gpus_per_node=config.cluster.gpus_per_node, ranks_per_node=config.cluster.ranks_per_node
         )
-        return override_config(config, [*ALONE, *arguments.overrides]), run
+        return override_config(config, [*ALONE, *arguments.overrides], unread=UNREAD), run
     typed = {word.lstrip("+").split("=", 1)[0] for word in arguments.overrides}
     models = []
     if not arguments.subject.startswith("package://") and not typed & {"model", "experiment"}:
@@ -168,7 +170,7 @@ def base_config(arguments: Arguments) -> tuple[Config, RunDir | None]:
         ]
         if not typed & {"data", "data.validation.source"}:
             raise ConfigError(f"{arguments.subject}: asked what? choose a benchmark with data=... (distill ls data)")
-    jobs = compose([*models, *ALONE, *arguments.overrides], unread=("data.train",))
+    jobs = compose([*models, *ALONE, *arguments.overrides], unread=UNREAD)
     if len(jobs) != 1:
         raise ConfigError("distill eval: takes no sweep; name several models with --against")
     if models and set(arguments.against) & set(ROLES):

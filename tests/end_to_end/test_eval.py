@@ -64,6 +64,10 @@ def test_greedily_it_is_the_run_s_own_validation_also_of_an_export_and_on_two_ra
         (["runs/latest", "eval.repeat=2"], "greedy answers are all the same"),
         (["runs/latest", "--step", "2"], "no checkpoint 2"),
         (["runs/latest", "--against", "/nowhere"], "/nowhere: no such folder"),
+        (
+            ["runs/latest", "data=jsonl", "data.validation.path=/nowhere"],
+            "data.validation.path=/nowhere: cannot be read",
+        ),
         (["runs/latest", "data.validation.split=none"], "split=none: must be one of"),
         (["runs/latest", "eval.max_new_tokens=4000"], "positions, and prompt and answer may take"),
         (["/nowhere"], "/nowhere: asked what? choose a benchmark"),

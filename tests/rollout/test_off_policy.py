@@ -65,10 +65,17 @@ def test_what_cannot_be_is_said_before_anything_starts(tmp_path: Path) -> None:
     (job,) = compose(["rollout.on_policy_fraction=0.5", "rollout.environment=guess"])
     assert any("all sequences are the student's" in line for line in config_problems(job.config))
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n' * 4)
+    rows.write_text(
+        '{"question": "1 + 1?", "answer": "2", "worked": "2"}\n' * 4
+        + '{"question": "2?", "answer": "2", "worked": null}\n'
+    )
     paths = [f"data.train.path={rows}", f"data.validation.path={rows}"]
     (job,) = compose(["data=jsonl", *paths, "rollout.on_policy_fraction=0"])
-    with pytest.raises(ConfigError, match="no whole answer to imitate"):
+    job.config.data.verifier = None
+    with pytest.raises(ConfigError, match="data.train: 5 of 5 rows have no whole answer to imitate"):
+        check_data(job.config)
+    job.config.data.train["response_key"] = "worked"
+    with pytest.raises(ConfigError, match="data.train: 1 of 5 rows have no whole answer to imitate"):
         check_data(job.config)
     job.config.rollout.off_policy = OffPolicy.teacher
     check_data(job.config)
