@@ -76,18 +76,9 @@ def worked_solution(question: str) -> str:
 
 def _draw_question(rng: random.Random) -> str | None:
     """A question, or None where a step of what was drawn goes below zero."""
-    a, b, c = 10 + _below(90, rng), 10 + _below(90, rng), 10 + _below(90, rng)
-    first, second = "+-"[_below(2, rng)], "+-"[_below(2, rng)]
+    a, b, c = (rng.randrange(10, 100) for _ in range(3))
+    first, second = rng.choice("+-"), rng.choice("+-")
     partial = a + b if first == "+" else a - b
     if partial < 0 or (second == "-" and partial < c):
         return None
     return f"What is {a} {first} {b} {second} {c}?"
-
-
-def _below(end: int, rng: random.Random) -> int:
-    """What `rng.randrange(end)` gives, in a third of its time: `distill plan` waits for these."""
-    bits = end.bit_length()
-    drawn = rng.getrandbits(bits)
-    while drawn >= end:
-        drawn = rng.getrandbits(bits)
-    return drawn
