@@ -52,7 +52,9 @@ class Answer:
 def answer_row(answer: Answer, *, decode: Callable, extract: Callable | None) -> dict[str, Any]:
     """A row of `track.answers`."""
     rollout, example = answer.rollout, answer.rollout.prompt.example
-    response = decode(rollout.sample.token_ids)
+    response = last_turn = decode(rollout.sample.token_ids)
+    if rollout.sample.num_turns > 1:
+        last_turn = decode(rollout.sample.last_turn_ids)
     return {
         "dataset": example.dataset,
         "problem": rollout.prompt.index,
@@ -60,7 +62,7 @@ def answer_row(answer: Answer, *, decode: Callable, extract: Callable | None) ->
         "question": example.question,
         "reference": example.answer,
         "response": response,
-        "final_answer": extract(decode(rollout.sample.last_turn_ids)) if extract else None,
+        "final_answer": extract(last_turn) if extract else None,
         "reward": float(rollout.reward or 0.0),
         "num_tokens": len(rollout.sample.written_ids),
         "finish_reason": rollout.sample.finish_reason,

@@ -48,7 +48,8 @@ class Sample:
 
     token_ids: list[int]
     logp: list[float]
-    """Log-probability of each token under the student at temperature 1, over the whole vocabulary."""
+    """Log-probability of each token under the student at temperature 1, over the whole vocabulary; empty where the
+    sampler was not asked for it (`SamplingSettings.logp`)."""
     finish_reason: str
     """`stop` (the last of `token_ids` is an end-of-sequence or stop token, or ends a stop string), `length`, or
     `turn_limit` where the environment would have gone on."""

@@ -37,8 +37,8 @@ def sample(
             seed get correlated answers.
 
     Returns:
-        Samples whose `logp` is raw: at temperature 1 over the whole vocabulary, whatever `sampling` says. They are
-        empty where the engine was asked to stop.
+        Samples whose `logp` is raw: at temperature 1 over the whole vocabulary, whatever `sampling` says, and empty
+        without `sampling.logp`. Where the engine was asked to stop, they are empty altogether.
 
     Raises:
         DistillError: a bad request, or a failure in the engine, which stays usable.
@@ -70,8 +70,9 @@ def sampling_params(sampling: SamplingSettings, *, seed: int, max_tokens: int) -
         stop=list(sampling.stop),
         stop_token_ids=list(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
-        logprobs=0,  # the sampled token's alone
+        logprobs=0 if sampling.logp else None,  # of the sampled token alone
         detokenize=bool(sampling.stop),
+        skip_clone=True,  # each request has its own
     )
 
 

@@ -74,6 +74,8 @@ class SamplingSettings:
     """Tokens that end a response, besides the model's own end-of-sequence tokens."""
     ignore_eos: bool = False
     """Go on after end-of-sequence tokens: for benchmarks."""
+    logp: bool = True
+    """Fill in `Sample.logp`, which training reads; what is only judged needs none, and comes faster without."""
 
 
 VOCABULARY_PADDING = 64

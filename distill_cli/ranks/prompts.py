@@ -92,6 +92,7 @@ def build_validator(
             top_p=settings.top_p,
             stop=tuple(config.rollout.stop),
             stop_token_ids=(*config.rollout.stop_token_ids, *ends),
+            logp=False,
         ),
         verify=IsolatedVerifier(config.data.verifier),
         decode=make_decode(tokenizer),

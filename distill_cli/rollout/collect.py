@@ -38,6 +38,7 @@ def score_rollouts(rollouts: Sequence[Rollout], *, scorer: Scorer, one_class: Se
 
     The tokens of `one_class` are taken for one (`model.eos_map`).
     """
+    assert all(len(one.sample.logp) == len(one.sample.token_ids) for one in rollouts), "sampled with logp=False"
     scores = scorer.score(
         [rollout.teacher_token_ids for rollout in rollouts],
         response_starts=[len(rollout.teacher_prompt_ids) for rollout in rollouts],

@@ -111,7 +111,7 @@ def take_turn(sequence: Growing, sample: Sample, turns: Turns) -> None:
             sequence.finish_reason = "length"
             return
         sequence.token_ids += observed
-        sequence.logp += [0.0] * len(observed)
+        sequence.logp += [0.0] * len(observed) if sequence.logp else []
         sequence.trained += [False] * len(observed)
 
 

@@ -48,6 +48,14 @@ def test_logp_is_raw_and_equals_transformers(sampler, student, sampling):
     assert_logp_equal_reference(samples, student, prompts)
 
 
+def test_without_logp_the_answers_are_the_same(sampler):
+    prompts, seeds = random_sequences([1, 5, 33]), [1, 2, 3]
+    sampling = SamplingSettings(max_new_tokens=40)
+    samples = sampler.sample(prompts, seeds=seeds, sampling=sampling)
+    bare = sampler.sample(prompts, seeds=seeds, sampling=replace(sampling, logp=False))
+    assert bare == [replace(sample, logp=[]) for sample in samples]
+
+
 def test_greedy_equals_transformers_argmax(sampler, student):
     prompts = random_sequences([4, 9])
     samples = sampler.sample(prompts, seeds=[0, 0], sampling=GREEDY)

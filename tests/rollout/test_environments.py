@@ -17,7 +17,7 @@ from distill_cli.data.registry import names, resolve_environment
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.modelpath import ASSETS
-from distill_cli.rollout.collect import judge_rollouts, sample_rollouts
+from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts
 from distill_cli.rollout.pack import micro_batches, plan_batch, trained_tokens
 from distill_cli.rollout.turns import Turns, observation_encoder
 from distill_cli.step_metrics import rollout_metrics
@@ -38,10 +38,11 @@ class Parrot:
 
     def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
         self.asked += prompts
+        logp = [-1.0, -2.0, -3.0] if sampling.logp else []
         return [
-            Sample([len(ids), seed % 97 + 100], [-1.0, -2.0], "length")
+            Sample([len(ids), seed % 97 + 100], logp[:2], "length")
             if len(ids) >= self.cut_from
-            else Sample([len(ids), seed % 97 + 100, END], [-1.0, -2.0, -3.0], "stop")
+            else Sample([len(ids), seed % 97 + 100, END], logp, "stop")
             for ids, seed in zip(prompts, seeds, strict=True)
         ]
 
@@ -59,14 +60,14 @@ class Countdown:
 
 
 def sample(
-    answers: list[str], *, make=Countdown, max_turns=3, max_tokens=100, sampler=None, seeds=None
+    answers: list[str], *, make=Countdown, max_turns=3, max_tokens=100, sampler=None, seeds=None, logp=True
 ) -> list[Rollout]:
     prompts = [Prompt(i, [50, 51, 52 + i], Example("?", answer)) for i, answer in enumerate(answers)]
     return sample_rollouts(
         prompts,
         seeds=seeds or range(len(answers)),
         sampler=sampler or Parrot(),
-        sampling=SamplingSettings(max_new_tokens=4),
+        sampling=SamplingSettings(max_new_tokens=4, logp=logp),
         turns=Turns(make, max_turns, max_tokens, decode=str, observation_ids=lambda text, last: [90, last, 91]),
     )
 
@@ -106,6 +107,13 @@ def test_limits_are_of_each_turn_and_of_all_of_them() -> None:
         assert rollout.sample.trained[-1]
         assert (rollout.sample.finish_reason == "length") == (limit < 18)  # 3 + 3 turns + 2 observations
     assert rollout_metrics([cut])["rollout/truncated_rate"] == 1
+
+
+def test_what_was_sampled_without_logp_is_not_trained_on() -> None:
+    whole, bare = sample(["3"])[0], sample(["3"], logp=False)[0]
+    assert bare.sample == replace(whole.sample, logp=[])
+    with pytest.raises(AssertionError, match="logp=False"):
+        score_rollouts([whole, bare], scorer=None)
 
 
 def test_a_sequence_is_the_same_whatever_else_is_sampled() -> None:
