@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from distill_cli.statistics import RIGHT, Difference, Estimate, difference, estimate, gap_closed, majority, pass_at
+from distill_cli.statistics import RIGHT, Difference, Estimate, difference, estimates, gap_closed, majority, pass_at
 from distill_cli.track.answers import read_answers
 
 COLUMNS = ("dataset", "problem", "final_answer", "reward", "num_tokens", "finish_reason")
@@ -118,17 +118,15 @@ def score(problems: Sequence[Problem], *, has_votes: bool) -> Score:
     draws += [num_samples] if num_samples > 1 else []
     lengths = [length for problem in problems for length in problem.lengths]
     truncated = [cut for problem in problems for cut in problem.truncated]
+    passed = [[pass_at(k, num_right=problem.num_right, num_samples=num_samples) for problem in problems] for k in draws]
+    voted = [[majority(problem.votes, problem.rewards) for problem in problems]] if has_votes and draws else []
+    found = estimates([[problem.accuracy for problem in problems], *passed, *voted])
     return Score(
         num_problems=len(problems),
         num_answers=len(lengths),
-        accuracy=estimate([problem.accuracy for problem in problems]),
-        pass_at={
-            k: estimate([pass_at(k, num_right=problem.num_right, num_samples=num_samples) for problem in problems])
-            for k in draws
-        },
-        majority=estimate([majority(problem.votes, problem.rewards) for problem in problems])
-        if has_votes and num_samples > 1
-        else None,
+        accuracy=found[0],
+        pass_at=dict(zip(draws, found[1 : 1 + len(draws)], strict=True)),
+        majority=found[-1] if voted else None,
         mean_length=sum(lengths) / len(lengths),
         truncated_rate=sum(truncated) / len(truncated),
     )

@@ -71,9 +71,17 @@ def majority(votes: Sequence[Hashable | None], rewards: Sequence[float]) -> floa
 
 def estimate(values_P: Sequence[float]) -> Estimate:
     """The mean of one value a problem, and where it lies."""
-    values_P = np.asarray(values_P, dtype=float)
-    means_D = np.concatenate([values_P[drawn_DP].mean(1) for drawn_DP in draws(len(values_P))])
-    return Estimate(float(values_P.mean()), *percentiles(means_D))
+    return estimates([values_P])[0]
+
+
+def estimates(values_of: Sequence[Sequence[float]]) -> list[Estimate]:
+    """The same of several values of the same problems, which are drawn once for all."""
+    values_of = [np.asarray(values_P, dtype=float) for values_P in values_of]
+    means_of = [[values_P[drawn_DP].mean(1) for values_P in values_of] for drawn_DP in draws(len(values_of[0]))]
+    return [
+        Estimate(float(values_P.mean()), *percentiles(np.concatenate(means_D)))
+        for values_P, means_D in zip(values_of, zip(*means_of, strict=True), strict=True)
+    ]
 
 
 def difference(ours_P: Sequence[float], theirs_P: Sequence[float]) -> Difference:
