@@ -1,10 +1,18 @@
-"""How fast `distill eval` is: what a rank does between its engine's start and end, against vLLM's bare `generate`.
+"""How fast `distill eval` is once its engine has started, against vLLM's bare `generate`.
 
     python scripts/bench_eval.py
 
-500 problems of the built-in arithmetic, 4 answers each, on the embedded student; in one process, alternating. *Ours*
-samples, judges, takes the final answers out and writes the parquet file. *Bare* is `LLM.generate` of the same engine on
-the same prompts, with its default parameters and no seeds; *seeded* has a seed a request, as ours has.
+500 problems of the built-in arithmetic, 4 answers each at temperature 0.7, on the embedded student and one engine; the
+variants alternate in one process, in an order that turns from round to round. The first round warms up. Start-up (of
+process, engine and the verifier's process), and the prompts' making, are in none of them. *Ours* is everything else
+that the command does: sampling with a seed an answer, judging, the parquet files, and the scores with their intervals.
+*Bare* is what one would write without it, `LLM.generate` with the same prompts, `max_tokens` and temperature and
+otherwise default parameters: a request an answer, or one a problem (*n=4*); *seeded* has a seed a request, as ours has.
+All ask the same engine, in this process: what is patched in vLLM here (`engines.process`), such as numbers drawn ahead
+for seeds, is so for all of them.
+
+Shares are medians of ratios within a round, and their range. Wall time says nothing where other work shares the cores;
+CPU time is of this process and its verifier's, and with OMP_NUM_THREADS=1 it has no threads in it that wait for others.
 """
 
 from distill_cli.engines.process import prepare_process
@@ -15,8 +23,12 @@ import argparse  # noqa: E402
 import statistics  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
+import psutil  # noqa: E402
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from distill_cli.config.compose import compose  # noqa: E402
@@ -26,12 +38,13 @@ from distill_cli.evaluate import Validator, answer_row  # noqa: E402
 from distill_cli.parallel.mesh import layout  # noqa: E402
 from distill_cli.ranks.engines import engine_settings  # noqa: E402
 from distill_cli.ranks.prompts import build_tokenizer, build_validator  # noqa: E402
-from distill_cli.track.answers import AnswersFile  # noqa: E402
+from distill_cli.scoreboard import make_scoreboard, read_problems  # noqa: E402
+from distill_cli.track.answers import AnswersFile, join_answers  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--problems", type=int, default=500)
     args = parser.parse_args()
     asked = [f"eval.max_samples={args.problems}", "eval.repeat=4", "eval.temperature=0.7", "eval.batch_size=4096"]
@@ -39,55 +52,69 @@ def main() -> None:
     config = job.config
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
-        import torch
-
         parallel = layout(config.mesh, device=torch.device("cpu"))
         validator = build_validator(config, parallel, build_tokenizer(config))
         engine = Answerer(engine_settings(config, config.model.student, config.engine.student))
         variants = {
-            "bare": lambda: bare(engine, validator, seeded=False),
-            "seeded": lambda: bare(engine, validator, seeded=True),
+            "bare": lambda: bare(engine, validator),
+            "bare, n=4": lambda: bare(engine, validator, n=validator.repeat),
+            "bare, seeded": lambda: bare(engine, validator, seeds=range(len(validator.prompts) * validator.repeat)),
             "ours": lambda: ours(engine, validator, Path(folder)),
         }
-        rates: dict[str, list[float]] = {name: [] for name in variants}
-        for _ in range(args.rounds + 1):
-            for name, run in variants.items():
-                begin = time.perf_counter()
-                num_tokens = run()
-                rates[name].append(num_tokens / (time.perf_counter() - begin))
-        rates = {name: values[1:] for name, values in rates.items()}  # the first round warms up
-        for name, values in rates.items():
-            ratio = statistics.median(a / b for a, b in zip(values, rates["bare"], strict=True))
-            print(f"{name:7} {statistics.median(values):8.0f} tokens/s  {ratio:.0%} of bare")
+        walls: dict[str, list[float]] = {name: [] for name in variants}
+        cpus: dict[str, list[float]] = {name: [] for name in variants}
+        names = list(variants)
+        for number in range(args.rounds + 1):
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                begin, begin_cpu = time.perf_counter(), cpu_seconds()
+                num_tokens = variants[name]()
+                if number > 0:  # the first round warms up
+                    walls[name].append(num_tokens / (time.perf_counter() - begin))
+                    cpus[name].append(num_tokens / (cpu_seconds() - begin_cpu))
+        for name in names:
+            print(f"{name:12}", report(walls, name, unit="s"), report(cpus, name, unit="CPU s"), sep="  ")
         engine.close()
         dist.destroy_process_group()
 
 
-def bare(engine: Answerer, validator: Validator, *, seeded: bool) -> int:
+def report(rates: dict[str, list[float]], name: str, *, unit: str) -> str:
+    ratios = sorted(a / b for a, b in zip(rates[name], rates["bare"], strict=True))
+    share = f"{statistics.median(ratios):4.0%} of bare ({ratios[0]:.0%} to {ratios[-1]:.0%})"
+    return f"{statistics.median(rates[name]):6.0f} tokens/{unit} {share:28}"
+
+
+def cpu_seconds() -> float:
+    """Of this process and its children."""
+    this = psutil.Process()
+    return sum(one.cpu_times().user + one.cpu_times().system for one in (this, *this.children()))
+
+
+def bare(engine: Answerer, validator: Validator, *, n: int = 1, seeds: Sequence[int] | None = None) -> int:
+    """-> the number of tokens."""
     from vllm import SamplingParams
 
-    settings = validator.sampling
-    prompts = [prompt for prompt in validator.prompts for _ in range(validator.repeat)]
-    params = [
-        SamplingParams(
-            max_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=fold_seed(number) if seeded else None,
-        )
-        for number in range(len(prompts))
-    ]
-    outputs = engine._engine.llm.generate(
-        [{"prompt_token_ids": prompt.token_ids} for prompt in prompts], params, use_tqdm=False
-    )
-    return sum(len(output.outputs[0].token_ids) for output in outputs)
+    prompts = [prompt.token_ids for prompt in validator.prompts for _ in range(validator.repeat // n)]
+    common: dict[str, Any] = {
+        "n": n,
+        "max_tokens": validator.sampling.max_new_tokens,
+        "temperature": validator.sampling.temperature,
+    }
+    params = SamplingParams(**common)
+    if seeds is not None:
+        params = [SamplingParams(seed=fold_seed(seed), **common) for seed in seeds]
+    inputs = [{"prompt_token_ids": ids} for ids in prompts]
+    outputs = engine._engine.llm.generate(inputs, params, use_tqdm=False)
+    return sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
 
 
 def ours(engine: Answerer, validator: Validator, folder: Path) -> int:
+    """What `ranks.eval` and `verbs.eval` do between an engine's start and end, and after: -> the number of tokens."""
     file, extract, num_tokens = AnswersFile(folder, rank=0), resolve_extract(validator.verify.function), 0
     for answers in validator.answers(engine):
         file.write([answer_row(answer, decode=validator.decode, extract=extract) for answer in answers])
         num_tokens += sum(len(answer.rollout.sample.token_ids) for answer in answers)
     file.close()
+    make_scoreboard({"student": read_problems(join_answers(folder), unnamed="problems")}, has_votes=True)
     return num_tokens
 
 
