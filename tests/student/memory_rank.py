@@ -90,7 +90,7 @@ def run(case: dict, parallel: Parallel) -> int:
     )
     del lm
     for module in student.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and parallel.device.type == "cpu":
             module.set_custom_all_gather(Settled(dist.all_gather_single))
             module.set_custom_reduce_scatter(Settled(dist.reduce_scatter_single))
     optimizer = build_optimizer(student, settings)
