@@ -155,9 +155,13 @@ def render(
 
 
 def read_template(template: str) -> str:
-    """A Jinja file's content, or the template itself."""
-    is_file = len(template) < 1024 and Path(template).is_file()
-    return Path(template).read_text() if is_file else template
+    """A Jinja file's content, or the template itself. Raises ConfigError where the file cannot be read."""
+    if len(template) >= 1024 or not Path(template).is_file():
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{template}: cannot be read as a template ({error}); give a file in UTF-8") from error
 
 
 def chat_template(folder: Path) -> str | None:

@@ -117,6 +117,8 @@ def test_a_template_that_was_given_is_tried_on_the_first_row(key: str, tmp_path:
     file = tmp_path / "chat.jinja"
     file.write_text("{% for m in messages %}{{ m.content }")
     assert f"{key}: it fails on the first row of the data: TemplateSyntaxError" in problems_of(f"{key}={file}")
+    file.write_bytes(b"{{ 'caf\xe9' }}")
+    assert f"{file}: cannot be read as a template" in problems_of(f"{key}={file}")
     file.write_text("{{ raise_exception('no ' + messages[0].content) if messages[0].role == 'system' }}x")
     assert "TemplateError: no be brief" in problems_of(f"{key}={file}", "data.system_prompt=be brief")
     (job,) = compose([f"{key}={file}"])
