@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
+MOST_IN_VAIN = 100_000
+"""Rows in a row that make no prompt: a stream may have no end."""
+
 
 @dataclass
 class PromptOrder:
@@ -89,13 +92,17 @@ class PromptStream:
         seed: int,
         shuffle: bool,
         buffer: int,
+        left_out: Callable[[], list[str]] = list,
     ) -> None:
         """
         Args:
             make_prompt: of an example and its place among all that were read.
             buffer: rows of a `Stream` that are held for shuffling it; a sequence is shuffled whole.
+            left_out: what `make_prompt` left out or cut so far, in words: told after the first step, and whenever ten
+                times as many rows were read.
         """
-        self._rows, self._make_prompt = rows, make_prompt
+        self._rows, self._make_prompt, self._left_out = rows, make_prompt, left_out
+        self._num_read, self._tell_at = 0, 1
         self._batch_size, self._seed, self._shuffle, self._buffer = batch_size, seed, shuffle, buffer
         self._next_step, self._prompts, self._last = 0, self._read(), []
 
@@ -117,22 +124,33 @@ class PromptStream:
         while self._next_step <= step:
             self._last = [next(self._prompts) for _ in range(self._batch_size)]
             self._next_step += 1
+            if self._num_read >= self._tell_at:
+                self._tell_at = 10 * self._num_read
+                for words in self._left_out():
+                    log.warning("data.train, so far: %s", words)
         return self._last
 
     def _read(self) -> Iterator[Prompt]:
         """Epoch after epoch."""
-        place, epoch = 0, 0
+        place, epoch, num_in_vain = 0, 0, 0
         while True:
-            num_prompts = 0
             for example in self._epoch(epoch):
                 prompt = self._make_prompt(example, place)
                 place += 1
+                self._num_read = max(self._num_read, place)
+                num_in_vain = num_in_vain + 1 if prompt is None else 0
                 if prompt is not None:
-                    num_prompts += 1
                     yield prompt
-            if num_prompts == 0:
-                raise ConfigError("data.train: none of its rows makes a prompt; see the warnings before")
+                elif num_in_vain == MOST_IN_VAIN:
+                    raise self._no_prompt(num_in_vain)
+            if num_in_vain == place:
+                raise self._no_prompt(place)
             epoch += 1
+
+    def _no_prompt(self, number: int) -> ConfigError:
+        return ConfigError(
+            f"data.train: none of {number} rows makes a prompt: {'; '.join(self._left_out()) or 'blank'}"
+        )
 
     def _epoch(self, epoch: int) -> Iterator[Example]:
         seed = f"{self._seed}-{epoch}"

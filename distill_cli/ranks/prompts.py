@@ -48,7 +48,13 @@ def build_order(config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Pa
     make = prompt_maker(config, tokenizer)
     if isinstance(examples, Stream) or len(examples) > MAX_PROMPTS_AT_START:
         return PromptStream(
-            examples, make, batch_size=batch_size, seed=seed, shuffle=data.shuffle, buffer=data.shuffle_buffer
+            examples,
+            make,
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=data.shuffle,
+            buffer=data.shuffle_buffer,
+            left_out=make.warnings,
         )
     prompts = make_prompts(examples, make, key="data.train")
     return PromptOrder(prompts, batch_size=batch_size, seed=seed, shuffle=data.shuffle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -57,8 +58,20 @@ def test_another_seed_is_another_order_and_epochs_differ() -> None:
 
 
 def test_a_stream_without_any_prompt_ends_with_an_error() -> None:
-    with pytest.raises(ConfigError, match="none of its rows makes a prompt"):
-        stream_of([Example("")]).batch(0)
+    with pytest.raises(ConfigError, match="data.train: none of 1 rows makes a prompt: 1 is blank"):
+        stream_of([Example("")], left_out=lambda: ["1 is blank"]).batch(0)
+    endless = Stream(lambda: itertools.repeat(Example("")))
+    with pytest.raises(ConfigError, match="none of 100000 rows makes a prompt"):
+        stream_of(endless).batch(0)
+
+
+def test_what_a_stream_leaves_out_is_told_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    times = itertools.count(1)
+    order = stream_of(ROWS, left_out=lambda: [f"told {next(times)} times"])
+    with caplog.at_level("WARNING", logger="distill_cli"):
+        for step in range(100):
+            order.batch(step)
+    assert caplog.messages == [f"data.train, so far: told {number} times" for number in (1, 2, 3)]  # 4, 40, 400 rows
 
 
 def test_a_row_that_turns_out_wrong_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
