@@ -3,15 +3,54 @@
 For what ranks compute; how a run's own ranks are started is tested in tests/end_to_end.
 """
 
+import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from distill_cli.student import attention
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run_cases(module: str, cases: Sequence[dict[str, Any]]) -> list[Any]:
+    """What `python -m module`, whose main is `case_ranks`, makes of each case on its number of `ranks`."""
+    numbers = sorted(range(len(cases)), key=lambda number: cases[number]["ranks"])
+    groups = [list(group) for _, group in groupby(numbers, key=lambda number: cases[number]["ranks"])]
+    found: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        asked = json.dumps([[cases[number] for number in group] for group in groups])
+        command = [sys.executable, "-m", module, folder, asked]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-4000:]
+        for index, group in enumerate(groups):
+            results = torch.load(Path(folder) / f"{index}.pt", weights_only=True)
+            found |= dict(zip(group, results, strict=True))
+    return [found[number] for number in range(len(cases))]
+
+
+def case_ranks(result_of: Callable[[dict[str, Any]], Any]) -> None:
+    """The command that `run_cases` starts: cases of as many ranks share theirs, and rank 0 writes what each came to."""
+    folder, groups = Path(sys.argv[1]), json.loads(sys.argv[2])
+    attention.register()
+
+    def run_all(index: int) -> None:
+        results = [result_of(case) for case in groups[index]]
+        if dist.get_rank() == 0:
+            torch.save(results, folder / f"{index}.pt")
+
+    for index, cases in enumerate(groups):
+        fork_ranks(cases[0]["ranks"], lambda index=index: run_all(index))
 
 
 def fork_ranks(num_ranks: int, rank_main: Callable[[], None]) -> None:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.student.forked import run_cases
 
 
 @dataclass(frozen=True)
@@ -115,20 +109,10 @@ def reference_of(layout: Layout) -> Layout:
 
 
 def train(layouts: Iterable[Layout]) -> dict[Layout, Outcome]:
-    """Runs each, those on as many ranks in the same processes, few ranks first."""
-    groups: dict[int, list[Layout]] = {}
-    for layout in sorted(dict.fromkeys(layouts), key=lambda layout: layout.ranks):
-        groups.setdefault(layout.ranks, []).append(layout)
-    outcomes: dict[Layout, Outcome] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        cases = json.dumps([[asdict(layout) for layout in group] for group in groups.values()])
-        command = [sys.executable, "-m", "tests.student.train_rank", folder, cases]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr[-4000:]
-        for ranks, group in groups.items():
-            results: list[tuple[Any, ...]] = torch.load(Path(folder) / f"{ranks}.pt", weights_only=True)
-            outcomes |= {layout: Outcome(*result) for layout, result in zip(group, results, strict=True)}
-    return outcomes
+    """Runs each."""
+    layouts = list(dict.fromkeys(layouts))
+    results = run_cases("tests.student.train_rank", [asdict(layout) for layout in layouts])
+    return {layout: Outcome(*result) for layout, result in zip(layouts, results, strict=True)}
 
 
 def _relative(values: list[float], others: list[float]) -> float:

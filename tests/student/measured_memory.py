@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_cli.config.schema import Checkpointing, LoraConfig
 from distill_cli.memory import ModelShape, Step, shape_of, trainer_moments, with_adapters
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.student.forked import run_cases
 
 
 def model(*, vocab: int, hidden: int, mlp: int, layers: int, tied: bool = True) -> dict[str, Any]:
@@ -121,19 +115,9 @@ TABLE: dict[str, Case] = {
 
 def measure(cases: Iterable[Case]) -> dict[Case, dict[str, int]]:
     """Bytes of rank 0 in its second step, by part and at the peak; see `parts_of`."""
-    groups: dict[int, list[Case]] = {}
-    for case in sorted(cases, key=lambda case: case.ranks):
-        groups.setdefault(case.ranks, []).append(case)
-    found: dict[Case, dict[str, int]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        asked = json.dumps([[vars(case) for case in group] for group in groups.values()])
-        command = [sys.executable, "-m", "tests.student.memory_rank", folder, asked]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr[-4000:]
-        for ranks, group in groups.items():
-            results = torch.load(Path(folder) / f"{ranks}.pt", weights_only=True)
-            found |= {case: parts_of(*result) for case, result in zip(group, results, strict=True)}
-    return found
+    cases = list(cases)
+    results = run_cases("tests.student.memory_rank", [vars(case) for case in cases])
+    return {case: parts_of(*result) for case, result in zip(cases, results, strict=True)}
 
 
 def parts_of(begin: int, marks: list[tuple[str, int, int]]) -> dict[str, int]:

@@ -1,14 +1,11 @@
 """The ranks of `measured_memory.measure`: what optimizer steps on made-up rollouts allocate, by torch's own account.
 
-python -m tests.student.memory_rank OUT CASES_AS_JSON, a list for each number of ranks: results are in their order.
+`forked.run_cases` starts them.
 """
 
 import gc
-import json
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,7 +23,7 @@ from distill_cli.student.adapters import add_adapters
 from distill_cli.student.model import Student, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
 from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
-from tests.student.forked import fork_ranks
+from tests.student.forked import case_ranks
 
 MARK = "mark: "
 
@@ -154,26 +151,14 @@ def peak_on_gpu(case: dict) -> int:
         dist.destroy_process_group()
 
 
-def measure_all(cases: list[dict], out: Path) -> None:
-    results = []
-    for case in cases:
-        mesh = MeshConfig(**case["mesh"])
-        parallel = layout(mesh, device=torch.device("cpu"))
-        gc.collect()  # what is left of the case before would be freed in this one's account
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            begin = run(case, parallel)
-        results.append((begin, timeline(profiled.profiler.kineto_results.events())))
-    if dist.get_rank() == 0:
-        torch.save(results, out)
-
-
-def main() -> None:
-    folder, groups = Path(sys.argv[1]), json.loads(sys.argv[2])
-    attention.register()
-    for cases in groups:
-        ranks = cases[0]["ranks"]
-        fork_ranks(ranks, lambda cases=cases, ranks=ranks: measure_all(cases, folder / f"{ranks}.pt"))
+def measure(case: dict) -> tuple[int, list[tuple[str, int, int]]]:
+    """Bytes held when the second step begins, and the timeline."""
+    parallel = layout(MeshConfig(**case["mesh"]), device=torch.device("cpu"))
+    gc.collect()  # what is left of the case before would be freed in this one's account
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        begin = run(case, parallel)
+    return begin, timeline(profiled.profiler.kineto_results.events())
 
 
 if __name__ == "__main__":
-    main()
+    case_ranks(measure)

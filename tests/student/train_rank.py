@@ -1,21 +1,18 @@
-"""The ranks of `layouts.train`: five optimizer steps on made-up rollouts for each layout; rank 0 writes the outcome.
+"""The ranks of `layouts.train`: five optimizer steps on made-up rollouts for each layout; and what they come to.
 
-python -m tests.student.train_rank OUT LAYOUTS_AS_JSON, a list for each number of ranks: results are in their order.
+`forked.run_cases` starts them.
 """
 
-import json
-import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.config.schema import CheckpointConfig, Checkpointing, LoraConfig, MeshConfig, Precision, TrainConfig
 from distill_cli.losses.divergence import DistillLoss
-from distill_cli.parallel.mesh import Parallel, layout
+from distill_cli.parallel.mesh import layout
 from distill_cli.rollout.pack import micro_batches, plan_batch
 from distill_cli.rundir import RunDir
 from distill_cli.student import attention
@@ -23,7 +20,7 @@ from distill_cli.student.adapters import add_adapters, is_adapter, plain_name
 from distill_cli.student.model import Student, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
 from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
-from tests.student.forked import fork_ranks
+from tests.student.forked import case_ranks
 
 VOCAB, TOPK, NUM_STEPS = 64, 8, 5
 
@@ -76,7 +73,9 @@ def add_made_up_adapters(lm: PreTrainedModel, case: dict) -> None:
             assert plain_name(name) in frozen
 
 
-def train(case: dict, parallel: Parallel) -> tuple:
+def train(case: dict) -> tuple:
+    mesh = MeshConfig(**{name: case[name] for name in ("tensor", "context", "replicate", "sequence_parallel")})
+    parallel = layout(mesh, device=torch.device("cpu"))
     settings = TrainConfig(
         lr=1e-2, warmup_steps=0, eps=1e-5, max_grad_norm=0.05, packing=case["packing"],
         activation_checkpointing=Checkpointing[case["activation_checkpointing"]], compile=case["compile"],
@@ -110,22 +109,5 @@ def train(case: dict, parallel: Parallel) -> tuple:
     return [r.loss for r in results], [r.grad_norm for r in results], params
 
 
-def train_all(cases: list[dict], out: Path) -> None:
-    results = []
-    for case in cases:
-        mesh = MeshConfig(**{name: case[name] for name in ("tensor", "context", "replicate", "sequence_parallel")})
-        results.append(train(case, layout(mesh, device=torch.device("cpu"))))
-    if dist.get_rank() == 0:
-        torch.save(results, out)
-
-
-def main() -> None:
-    folder, groups = Path(sys.argv[1]), json.loads(sys.argv[2])
-    attention.register()
-    for cases in groups:
-        ranks = cases[0]["ranks"]
-        fork_ranks(ranks, lambda cases=cases, ranks=ranks: train_all(cases, folder / f"{ranks}.pt"))
-
-
 if __name__ == "__main__":
-    main()
+    case_ranks(train)
