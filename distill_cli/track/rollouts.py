@@ -48,7 +48,7 @@ def _view_columns(rollouts: Sequence[Rollout], *, text: Callable[[int], str]) ->
     scalars = ("loss", "kl_forward", "kl_reverse", "entropy", "student_logp", "teacher_logp")
     ranked = ("student_top_ids", "student_top_logp", "teacher_top_ids", "teacher_top_logp")
     columns = {name: [getattr(view, name) for view in views] for name in (*scalars, *ranked)}
-    columns["tokens"] = [[text(token) for token in rollout.sample.written_ids] for rollout in rollouts]
+    columns["tokens"] = [[text(token) for token in rollout.sample.token_ids] for rollout in rollouts]
     for role in ("student", "teacher"):
         of_role = columns[f"{role}_top_ids"]
         columns[f"{role}_top_tokens"] = [[[text(i) for i in ids] for ids in response] for response in of_role]

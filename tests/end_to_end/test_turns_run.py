@@ -14,6 +14,7 @@ GAME = (
 def test_a_game_of_several_turns_is_learned_the_same_on_one_rank_and_on_two(tmp_path) -> None:
     one = distill(tmp_path, *GAME)
     assert one.status == 0, one.stderr
+    assert one.run.report.is_file(), one.stdout  # of tokens that have a loss and of those that have none
     rows = one.metrics
     assert 0 <= rows[0]["val/accuracy"] <= 1
     for row in rows[1:]:
