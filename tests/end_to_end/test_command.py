@@ -65,7 +65,6 @@ GOOD = ("data.train.path=good.jsonl", "data.validation.path=good.jsonl")
             ["data=mix", "data.train.weights={deepscaler: 0, gsm8k: 0}"],
             "data.train.weights.deepscaler=0: must be a number",
         ),
-        (["data=ifeval"], "data.validation: a source is needed to validate; choose one, or turn validation off"),
         (["model.chat_template=none.jinja"], "model.chat_template=none.jinja: no such file, and no template either"),
     ],
 )
