@@ -136,10 +136,6 @@ def patch_vllm() -> None:
         # So does this one, at the first token that ranks embed together: without the compiler it is as fast.
         module, name = "vllm.model_executor.layers.vocab_parallel_embedding", "get_masked_input_and_mask"
         replace_name(module, name, inspect.unwrap(require_name(module, name)))
-        from distill_cli.engines.seeded import draw_ahead
-
-        module, name = "vllm.v1.sample.ops.topk_topp_sampler", "TopKTopPSampler.forward_cpu"
-        replace_name(module, name, draw_ahead(inspect.unwrap(require_name(module, name))))
 
 
 def replace_name(module_name: str, name: str, replacement: Any) -> None:
