@@ -6,7 +6,7 @@ What is asked is shared out over the engines of all ranks, and comes out the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -117,7 +117,7 @@ class EnginePair:
         samples = self.scorer.sample(
             [prompts[index] for index in mine],
             seeds=[sequence_seed(self.config.train.seed, step=step, sequence=places[index]) for index in mine],
-            sampling=self.sampling,
+            sampling=replace(self.sampling, logp=False),
         )
         for index, sample in bring_together(samples, shares).items():
             rollouts[places[index]].sample = foreign(sample.token_ids, sample.finish_reason, source="teacher")
