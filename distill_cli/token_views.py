@@ -17,13 +17,14 @@ import torch.distributed as dist
 
 from distill_cli.losses.divergence import token_statistics
 from distill_cli.losses.linear_topk import HeadOutput
+from distill_cli.losses.one_class import PADDING_ID
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.student.model import Student
 from distill_cli.types import Prompt, Rollout, TokenViews
 
 NUM_TOP = 5
-"""Tokens of each model's distribution that are kept, of the teacher's at most `loss.topk`."""
+"""Tokens of each model's distribution that are kept, of the teacher's at most `loss.topk` (less where ends are one)."""
 UNSEEN = (*[None] * 6, *[[]] * 4)
 """Of a token that reaches no loss, such as an environment's: in the order of TokenViews."""
 
@@ -83,6 +84,8 @@ def _views_here(
 def _token_values(batch: MicroBatch, output: HeadOutput, teacher_logp: list[float]) -> list[tuple]:
     """One tuple a token, in the order of TokenViews."""
     statistics = token_statistics(batch.topk_logp, output.student_logp_NC)
+    teacher_ids = [[i for i in ids if i != PADDING_ID] for ids in batch.topk_ids[:, :NUM_TOP].tolist()]
+    teacher_top_logp = batch.topk_logp[:, :NUM_TOP].tolist()
     columns = (
         output.loss_N.tolist(),
         statistics["kl_forward"].tolist(),
@@ -92,7 +95,7 @@ def _token_values(batch: MicroBatch, output: HeadOutput, teacher_logp: list[floa
         teacher_logp,
         output.top_ids_NM.tolist(),
         output.top_logp_NM.tolist(),
-        batch.topk_ids[:, :NUM_TOP].tolist(),
-        batch.topk_logp[:, :NUM_TOP].tolist(),
+        teacher_ids,
+        [logps[: len(ids)] for ids, logps in zip(teacher_ids, teacher_top_logp, strict=True)],  # padding comes last
     )
     return list(zip(*columns, strict=True))
