@@ -169,10 +169,10 @@ def token_statistics(teacher_logp_NK: torch.Tensor, student_logp_NC: torch.Tenso
 def with_rest(logp_NK: torch.Tensor, student_rest_N: torch.Tensor) -> torch.Tensor:
     """The teacher's log-probabilities with the rest's appended: [N, K] -> [N, K + 1].
 
-    1 - sum p is made in float64: the log-probabilities' own rounding is then all the error. Where so little is left
-    that it may be nothing but that rounding, it is taken as no more than the student's rest. So a teacher that gave
-    all its probability (k = V) costs nothing in the forward term, where log q of an empty rest is about -70, and the
-    reverse term's log p stays above -17.
+    1 - sum p is made in float64: the log-probabilities' own rounding is then all the error, a dozen eps at most. Where
+    no more than that is left, it is taken as no more than the student's rest. So a teacher that gave all its
+    probability (k = V) costs nothing in the forward term, where log q of an empty rest is about -70, and the reverse
+    term's log p stays above -17.
 
     Args:
         student_rest_N: [N], the student's log-probability of the rest.
@@ -181,7 +181,7 @@ def with_rest(logp_NK: torch.Tensor, student_rest_N: torch.Tensor) -> torch.Tens
     rest_N = 1 - logp_NK.double().exp().sum(-1)
     rest_logp_N = rest_N.clamp_min(eps / 2).log().to(logp_NK.dtype)
     in_doubt_N = torch.minimum(rest_logp_N, student_rest_N.detach())
-    return torch.cat([logp_NK, torch.where(rest_N < 8 * eps, in_doubt_N, rest_logp_N)[:, None]], dim=-1)
+    return torch.cat([logp_NK, torch.where(rest_N < 16 * eps, in_doubt_N, rest_logp_N)[:, None]], dim=-1)
 
 
 def _log_mixture(loga: torch.Tensor, logb: torch.Tensor, *, weight: float) -> torch.Tensor:

@@ -194,6 +194,17 @@ def test_a_teacher_that_is_all_but_sure(kl_type: str, topk: int) -> None:
     torch.testing.assert_close(values[0].double(), values[1], rtol=1e-4, atol=1e-6)
 
 
+def test_rounding_of_all_the_teacher_s_probability_costs_nothing() -> None:
+    """What an engine's log-probabilities of the whole vocabulary leave to 1 is rounding, of up to a dozen eps."""
+    logits_NV = 3 * torch.randn(4000, 512, generator=torch.Generator().manual_seed(0)) + 15
+    teacher_NV = logits_NV - logits_NV.logsumexp(-1, keepdim=True)
+    rest_N = 1 - teacher_NV.double().exp().sum(-1)
+    assert rest_N.max() > 8 * torch.finfo(torch.float32).eps
+    student_NC = torch.cat([teacher_NV, torch.full((4000, 1), -70.0)], -1)
+    value = DistillLoss(kl_type="forward")(teacher_NV, student_NC, torch.zeros(4000))
+    assert float(value.abs().max()) < 1e-5
+
+
 def test_statistics_by_hand() -> None:
     teacher = torch.tensor([[1 / 2, 1 / 4]]).log()
     student = torch.tensor([[1 / 4, 1 / 8, 5 / 8]]).log().requires_grad_()
