@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from distill_cli.modelpath import ASSETS
 from tests.end_to_end.conftest import distill
+from tests.end_to_end.naive import check_numbers
 
 END_OF_TEXT, TURN_END = 0, 2
 
@@ -30,10 +31,12 @@ def make_base_like(folder: Path) -> Path:
 def test_answers_end_when_student_and_teacher_end_with_different_tokens(tmp_path: Path) -> None:
     student = make_base_like(tmp_path / "base")
     argv = (f"model.student.path={student}", "train.max_steps=12", "rollout.prompts_per_step=32", "tracker=none")
+    argv += ("loss.topk=4", "loss.temperature=1.5", "train.eps=1e-5", "rollout.save_scores=true")
     argv += ("train.global_batch_size=32", "eval.period=0", "eval.max_samples=64", "eval.teacher=false")
     done = distill(tmp_path, *argv)
     assert done.status == 0, done.stderr
     assert "ends with tokens [0] and the teacher with [2]: model.eos_map=auto takes these for one" in done.stdout
+    check_numbers(done, steps=2)
     rows = done.metrics
     assert max(row["rollout/mean_length"] for row in rows[1:]) < 40
     assert max(row["rollout/truncated_rate"] for row in rows[1:]) < 0.1

@@ -41,7 +41,7 @@ def test_another_loss_on_two_ranks_is_stopped_resumed_and_goes_round(one_rank: F
     env = no_engines(tmp_path)
     other = (
         "loss=reverse",
-        "loss.topk=16",
+        "loss.topk=8",
         "train.schedule=constant",
         "train.lr=2e-4",
         "tracker=none",

@@ -3,18 +3,20 @@
 import pytest
 
 from tests.end_to_end.conftest import SHORT, distill
+from tests.end_to_end.naive import check_numbers
 
 GAME = (
-    *SHORT[:3], "rollout.environment=guess", "rollout.max_turns=3", "rollout.max_sequence_length=256",
+    *SHORT[:3], *SHORT[4:-2], "rollout.environment=guess", "rollout.max_turns=3", "rollout.max_sequence_length=256",
     "train.micro_batch_tokens=512", "eval.teacher=false", "eval.max_samples=16", "tracker=none", "train.max_steps=2",
 )  # fmt: skip
 
 
 @pytest.mark.slow
 def test_a_game_of_several_turns_is_learned_the_same_on_one_rank_and_on_two(tmp_path) -> None:
-    one = distill(tmp_path, *GAME)
+    one = distill(tmp_path, *GAME, "rollout.save_scores=true")
     assert one.status == 0, one.stderr
     assert one.run.report.is_file(), one.stdout  # of tokens that have a loss and of those that have none
+    check_numbers(one, steps=2)
     rows = one.metrics
     assert 0 <= rows[0]["val/accuracy"] <= 1
     for row in rows[1:]:

@@ -15,6 +15,7 @@ from distill_cli.data.environments.calculator import Calculator, calculate
 from distill_cli.data.environments.guess import Guess
 from distill_cli.data.registry import names, resolve_environment
 from distill_cli.engines.settings import SamplingSettings
+from distill_cli.losses import linear_topk
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.modelpath import ASSETS
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts
@@ -149,7 +150,8 @@ def test_the_verifier_judges_the_last_turn_where_the_environment_does_not() -> N
     assert rollouts[0].reward == 1.0
 
 
-def test_a_masked_loss_and_its_gradient_are_those_of_a_dense_reference() -> None:
+def test_a_masked_loss_and_its_gradient_are_those_of_a_dense_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_topk, "_chunk_size", lambda *_, **__: 5)  # several to a micro-batch, as in a large one
     generator = torch.Generator().manual_seed(3)
     rollouts = [made_up_rollout(i, *lengths, generator) for i, lengths in enumerate([(4, 9), (7, 12), (2, 5)])]
     masks = [torch.rand(len(r.sample.token_ids), generator=generator) < 0.6 for r in rollouts]
