@@ -45,6 +45,7 @@ def check_numbers(finished: Finished, *, steps: int, read_by_teacher: Callable[[
         assert max(differences.values()) < 5e-4, (row["step"], differences)
         for name, value in expected.items():
             assert math.isclose(row[name], value, rel_tol=2e-4, abs_tol=2e-6), (row["step"], name, row[name], value)
+        assert math.isclose(row["perf/tokens_per_s"] * row["time/step_s"], row["train/response_tokens"], rel_tol=1e-6)
         assert ("rollout/engine_mismatch" in row) == ("sampler" in differences)
         assert row.get("rollout/engine_mismatch", 0.0) < 1e-5
     if steps == len(rows):

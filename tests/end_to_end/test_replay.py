@@ -73,7 +73,7 @@ def test_what_cannot_be_replayed_is_said(
         (["runs/none"], "no such folder"),
         (["runs/latest", "--step", "3"], "--step 3: `distill replay` takes a run and overrides"),
         ([str(two_ranks.run.path)], "the run kept no scores; record them with rollout.save_scores=true"),
-        (["runs/latest", "loss.topk=65"], "loss.topk=65: 64 tokens of the teacher were recorded; lower it"),
+        (["runs/latest", "loss.topk=65"], "loss.topk=65: 16 tokens of the teacher were recorded; lower it"),
         (["runs/latest", "rollout.temperature=2"], "rollout.temperature=2.0: the rollouts were recorded with 1.0"),
         (["runs/latest", "rollout.temprature=2"], "did you mean rollout.temperature?"),
         (["runs/latest", "loss.topk=8,16"], "takes no sweep"),
