@@ -46,6 +46,9 @@ def load_examples(spec: dict[str, Any], *, key: str, context: str | None = None)
         keys["context_key"] = context
     problems = _key_problems(load, keys, key=key)
     if problems:
+        if any("unknown key (" in problem for problem in problems) and spec["source"] in names("sources"):
+            fix = f"choose data={spec['source']}, which begins with that source's own"
+            problems.append(f"{key}.source={spec['source']}: keys of another source are still there; {fix}")
         raise ConfigError(*problems)
     try:
         examples = load(**keys)

@@ -244,3 +244,13 @@ def test_answers_are_found_in_solutions() -> None:
     assert boxed_answer(r"so \boxed{1}, no: \boxed{\frac{1}{2}} it is") == r"\frac{1}{2}"
     assert boxed_answer(r"\boxed{(0, 1]") == "(0, 1]"
     assert boxed_answer("42") is None
+
+
+def test_a_source_typed_alone_is_told_which_group_has_its_keys() -> None:
+    (job,) = compose(["data.train.source=jsonl", "data.train.path=x.jsonl"])
+    with pytest.raises(ConfigError) as caught:
+        load_examples(job.config.data.train, key="data.train")
+    assert (
+        "data.train.source=jsonl: keys of another source are still there; choose data=jsonl"
+        in caught.value.problems[-1]
+    )
