@@ -57,7 +57,6 @@ class Trainer:
     schedule: torch.optim.lr_scheduler.LRScheduler
     engines: EnginePair
     prompts: PromptOrder | PromptStream | Replay
-    decode: Callable[[list[int]], str]
     validator: Validator | None
     metrics_file: MetricsFile | None
     """The main rank's."""
@@ -348,7 +347,7 @@ class Trainer:
         if not self.parallel.is_main:
             return
         try:
-            write_rollouts(file, rollouts, decode=self.decode, **settings)
+            write_rollouts(file, rollouts, decode=self.engines.decode, **settings)
         except OSError as error:
             log.warning("%s is not written: %s", file, error.strerror or error)
 

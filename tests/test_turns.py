@@ -91,7 +91,6 @@ def trainer(parallel: Parallel, said: list[str], tmp_path: Path) -> Trainer:
             decode=str,
         ),
         prompts=SimpleNamespace(batch=lambda step: [Prompt(i, [3, 4], Example("?")) for i in range(2)]),
-        decode=str,
         validator=SimpleNamespace(run=validate),
         metrics_file=None,
         printer=SimpleNamespace(stage=lambda stage: None, step=lambda *args: None),

@@ -44,11 +44,8 @@ def load_examples(spec: dict[str, Any], *, key: str, context: str | None = None)
         if "context_key" not in inspect.signature(load).parameters:
             raise ConfigError(f"data.teacher_context={context}: the source {spec['source']} has no context_key to read")
         keys["context_key"] = context
-    problems = _key_problems(load, keys, key=key)
+    problems = _key_problems(load, keys, key=key, source=str(spec["source"]))
     if problems:
-        if any("unknown key (" in problem for problem in problems) and spec["source"] in names("sources"):
-            fix = f"choose data={spec['source']}, which begins with that source's own"
-            problems.append(f"{key}.source={spec['source']}: keys of another source are still there; {fix}")
         raise ConfigError(*problems)
     try:
         examples = load(**keys)
@@ -117,7 +114,7 @@ def _resolve(name: str, kind: str, function: str, *, key: str) -> Callable:
     return getattr(importlib.import_module(f"distill_cli.data.{kind}.{name}"), function)
 
 
-def _key_problems(load: Callable, keys: dict[str, Any], *, key: str) -> list[str]:
+def _key_problems(load: Callable, keys: dict[str, Any], *, key: str, source: str) -> list[str]:
     parameters = inspect.signature(load).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return []
@@ -131,6 +128,10 @@ def _key_problems(load: Callable, keys: dict[str, Any], *, key: str) -> list[str
     for name, parameter in parameters.items():
         if name not in keys and parameter.default is parameter.empty:
             problems.append(f"{key}.{name}: a value is needed")
+    strangers = [name for name in keys if name not in parameters and not nearest(name, parameters)]
+    if strangers and source in names("sources"):
+        fix = f"choose data={source}, which begins with that source's own"
+        problems.append(f"{key}.source={source}: keys of another source are still there; {fix}")
     return problems
 
 

@@ -153,12 +153,14 @@ def carry_out(job: Job, run: RunDir, *, console: Console, head: Head | None = No
     """Attempt after attempt until the run has ended; what `outcome.json` says then. The folder is locked.
 
     Args:
-        head: speaks with the run's other nodes; None where there are none.
+        head: speaks with the nodes of the job that this is part of; None outside a job.
 
     Raises:
         DistillError: an attempt failed, and no other may follow or would fare better.
         Stopped: the user or the system stopped it.
     """
+    if head is None:
+        run.slurm.unlink(missing_ok=True)  # a job that it once was says nothing of it any more
     try:
         with tracking(job.config, run):
             try:

@@ -132,7 +132,6 @@ def build_trainer(
         schedule=trainable.schedule,
         engines=engines,
         prompts=order,
-        decode=engines.decode,
         show=tokenizer.decode,
         validator=validator,
         metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,

@@ -251,8 +251,10 @@ def test_what_the_cluster_cannot_run_is_refused(cluster: Cluster, tmp_path: Path
     assert cluster.ask("sacct", "-X", "-n", "-P", "-S", "now-1day", "-o", "JobID") == jobs_before
 
 
-def test_watching_a_job_that_is_cancelled_before_it_begins_ends(cluster: Cluster, tmp_path: Path) -> None:
-    done = cluster.distill(tmp_path, "cluster=slurm", "+cluster.extra.begin=now+1hour", "run.name=r")
+@pytest.mark.slow
+def test_watching_a_job_that_is_cancelled_ends_and_the_run_goes_on_without_it(cluster: Cluster, tmp_path: Path) -> None:
+    later = ("cluster=slurm", "+cluster.extra.begin=now+1hour", "run.name=r", "train.max_steps=1")
+    done = cluster.distill(tmp_path, *SHORT[1:], *NO_EVAL, *later)
     assert done.status == 0, done.stderr
     job = re.search(r"^job +(\d+)$", done.stdout, re.M)[1]
     cluster.ask("scancel", job)
@@ -260,6 +262,11 @@ def test_watching_a_job_that_is_cancelled_before_it_begins_ends(cluster: Cluster
     assert watched.status == 1
     assert f"job {job}: CANCELLED" in watched.stdout
     assert "failed after step 0; distill resume" in watched.stdout
+    here = cluster.distill(tmp_path, "resume", "runs/r", "cluster.launcher=local")
+    assert here.status == 0, here.stderr
+    assert not RunDir(tmp_path / "runs/r").slurm.exists()
+    watched = cluster.distill(tmp_path, "watch", "runs/r")
+    assert (watched.status, watched.stdout.count("CANCELLED")) == (0, 0)
 
 
 def test_plan_prints_the_script_and_submits_nothing(cluster: Cluster, tmp_path: Path) -> None:

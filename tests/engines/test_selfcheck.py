@@ -121,7 +121,6 @@ def wrong(
                 decode=str,
             ),
             prompts=SimpleNamespace(batch=lambda step: prompts),
-            decode=str,
             validator=None,
             metrics_file=None,
             printer=SimpleNamespace(stage=lambda stage: None),
