@@ -140,25 +140,23 @@ def linear_topk_loss(
             else:
                 loss_n = token_loss(softmax.logp_nC, softmax.entropy_n, rows)
             top_logp_nM = (top_logits_nM - top_logits_nM[:, :1]) / temperature - softmax.sum_n.log()[:, None]
-            of_softmax = (softmax.logp_nC, softmax.entropy_n, softmax.argmax_n, softmax.sampled_logp_n)
-            parts.append((loss_n, *of_softmax, top_ids_nM, top_logp_nM))
-        loss_N, logp_NC, entropy_N, argmax_N, sampled_logp_N, top_ids_NM, top_logp_NM = (
-            torch.cat(part) for part in zip(*parts, strict=True)
-        )
-        shard.all_reduce(argmax_N, dist.ReduceOp.MIN)
-        loss = loss_N.sum()
+            parts.append(
+                {
+                    "loss_N": loss_n,
+                    "student_logp_NC": softmax.logp_nC,
+                    "entropy_N": softmax.entropy_n,
+                    "argmax_N": softmax.argmax_n,
+                    "sampled_logp_N": softmax.sampled_logp_n,
+                    "top_ids_NM": top_ids_nM,
+                    "top_logp_NM": top_logp_nM,
+                }
+            )
+        outputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        shard.all_reduce(outputs["argmax_N"], dist.ReduceOp.MIN)
+        loss = outputs["loss_N"].sum()
     if needs_hidden or needs_weight:
         loss = _KnownGradient.apply(hidden_NH, weight_VH, loss, grad_hidden, grad_weight)
-    return HeadOutput(
-        loss=loss,
-        loss_N=loss_N,
-        student_logp_NC=logp_NC,
-        entropy_N=entropy_N,
-        argmax_N=argmax_N,
-        sampled_logp_N=sampled_logp_N,
-        top_ids_NM=top_ids_NM,
-        top_logp_NM=top_logp_NM,
-    )
+    return HeadOutput(loss=loss, **outputs)
 
 
 @dataclass(frozen=True)
