@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from distill_cli.engines.settings import Adapter
+from distill_cli.engines.vllm_patches import ADAPTER_ID
 from distill_cli.engines.weights import Deferred, NamedTensors
 from distill_cli.errors import DistillError
-
-ADAPTER_ID = 1
-"""There is one, which each sync replaces."""
 
 
 def adapter_request() -> Any:
@@ -55,24 +52,3 @@ def whole_tensors(weights: NamedTensors) -> dict[str, torch.Tensor]:
             tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # collective
         found[name] = tensor.to("cpu", copy=True)  # vLLM scales B in place
     return found
-
-
-def load_adapter(worker: Any, tensors: Mapping[str, torch.Tensor], adapter: Adapter) -> None:
-    """Replace the adapter of `worker`'s model, each rank of the engine with its part of it."""
-    from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.peft_helper import PEFTHelper
-
-    manager = worker.model_runner.lora_manager
-    mapper = getattr(worker.get_model(), "hf_to_vllm_mapper", None)
-    lora = LoRAModel.from_lora_tensors(
-        ADAPTER_ID,
-        dict(tensors),
-        PEFTHelper(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=[]),
-        device="cpu",
-        dtype=manager.lora_config.lora_dtype,
-        weights_mapper=mapper.get_rename_mapper() if mapper else None,
-    )
-    adapters = manager._adapter_manager
-    adapters.remove_adapter(ADAPTER_ID)
-    adapters.add_adapter(lora)
-    adapters.activate_adapter(ADAPTER_ID)

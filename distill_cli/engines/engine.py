@@ -11,7 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distill_cli.engines.process import is_prepared, keep_process_state, patch_vllm, prepare_process, release_memory
+from distill_cli.engines import vllm_patches
+from distill_cli.engines.process import is_prepared, keep_process_state, prepare_process
 from distill_cli.engines.settings import ADAPTER_RANKS, CPU_KV_CACHE_BYTES, EngineSettings, tensor_parallel_problem
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.modelpath import read_config
@@ -42,7 +43,7 @@ class Engine:
         check_settings(settings, role=role)
         if not is_prepared():
             prepare_process()
-        patch_vllm()
+        vllm_patches.apply_patches()
         self.role = role
         self.settings = settings
         self.asleep = False
@@ -50,9 +51,9 @@ class Engine:
         """`vllm.LoRARequest` of every request: with the adapter that it names."""
         self.llm = load(settings, role=role, **kwargs)
         if settings.vocab_size is not None:
-            self.call_worker(cut_vocabulary, settings.vocab_size)
+            self.call_worker(vllm_patches.cut_vocabulary, settings.vocab_size)
         if should_stop is not None and settings.tensor_parallel == 1:
-            self.llm.llm_engine.step = interruptible(self.llm.llm_engine.step, should_stop)
+            vllm_patches.interrupt_between_tokens(self.llm, lambda: Interrupted() if should_stop() else None)
         try:
             check_length(settings, model_config=self.llm.model_config, role=role)
         except ConfigError:
@@ -82,7 +83,7 @@ class Engine:
             inputs = [{"prompt_token_ids": ids} for ids in prompts]
             return self.llm.generate(inputs, list(params), use_tqdm=False, lora_request=self.lora_request)
         except BaseException as error:
-            self.abort_requests()
+            vllm_patches.abort_requests(self.llm)
             if isinstance(error, Exception):
                 raise DistillError(f"{self.role} failed ({self.settings.path}): {reason(error)}") from error
             raise
@@ -94,11 +95,6 @@ class Engine:
                 raise DistillError(f"{self.role}: sequence {index} has {len(ids)} tokens, allowed are 1 to {max_len}")
             if min(ids) < 0 or max(ids) >= self.vocab_size:
                 raise DistillError(f"{self.role}: sequence {index} has token ids outside 0 to {self.vocab_size - 1}")
-
-    def abort_requests(self) -> None:
-        """Drop whatever is pending: after an exception inside a step the next `generate` would wait for it for ever."""
-        engine = self.llm.llm_engine
-        engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
     def check_awake(self) -> None:
         if self.asleep:  # vLLM would wait for ever
@@ -137,20 +133,8 @@ class Engine:
     def close(self) -> None:
         """Free the engine; closing again does nothing."""
         if self.llm is not None:
-            self.llm.llm_engine.engine_core.shutdown()
+            vllm_patches.shut_down(self.llm)
             self.llm = None
-            release_memory()
-
-
-def interruptible(step: Callable[[], Any], should_stop: Callable[[], bool]) -> Callable[[], Any]:
-    """vLLM's step, which is one token of every request."""
-
-    def checked() -> Any:
-        if should_stop():
-            raise Interrupted
-        return step()
-
-    return checked
 
 
 def check_settings(settings: EngineSettings, *, role: str) -> None:
@@ -167,8 +151,7 @@ def check_settings(settings: EngineSettings, *, role: str) -> None:
 
 def check_length(settings: EngineSettings, *, model_config: Any, role: str) -> None:
     """Refuse sequences longer than the model's positions: vLLM's own check is off, see `prepare_process`."""
-    derived = model_config.get_and_verify_max_len(None)  # with rope scaling
-    limit = max(derived, getattr(model_config.hf_text_config, "max_position_embeddings", derived))
+    limit = vllm_patches.num_positions(model_config)
     if settings.max_model_len > limit:
         raise ConfigError(
             f"max_model_len of {role} is {settings.max_model_len}: {settings.path} has {limit} positions, lower it"
@@ -219,23 +202,12 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
         raise DistillError(f"{role} could not load {settings.path}: {reason(error)}") from error
 
 
-def cut_vocabulary(worker: Any, size: int) -> None:
-    """Inside vLLM's worker: the model's logits end before id `size`, so that what follows has no probability."""
-    from vllm.model_executor.layers.logits_processor import LogitsProcessor
-
-    for module in worker.get_model().modules():
-        if isinstance(module, LogitsProcessor):
-            module.org_vocab_size = min(module.org_vocab_size, size)
-
-
 def request_params(**fields: Any) -> Any:
     """-> `vllm.SamplingParams` of a request whose log-probabilities stay tensors."""
     from vllm import SamplingParams
 
-    from distill_cli.engines.logprobs import KEEP_TENSORS
-
     try:
-        return SamplingParams(extra_args=dict(KEEP_TENSORS), **fields)
+        return SamplingParams(extra_args=dict(vllm_patches.KEEP_TENSORS), **fields)
     except Exception as error:  # vLLM's errors of validation have no common base in the versions that we allow
         raise DistillError(f"vLLM refuses the sampling settings: {reason(error)}") from error
 

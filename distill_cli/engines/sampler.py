@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 
-from distill_cli.engines.adapter import adapter_request, check_adapter, load_adapter, whole_tensors
+from distill_cli.engines import vllm_patches
+from distill_cli.engines.adapter import adapter_request, check_adapter, whole_tensors
 from distill_cli.engines.engine import Engine, reason
 from distill_cli.engines.sampling import sample
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
-from distill_cli.engines.weights import check_names_and_shapes, expected_shapes, full_tensors, load_weights
+from distill_cli.engines.weights import check_names_and_shapes, expected_shapes, full_tensors
 from distill_cli.errors import DistillError
 from distill_cli.types import Sample
 
@@ -35,6 +37,8 @@ class Sampler:
         """Which weights the engine has: what `sync` was last told, 0 for those of `settings.path`, -1 for none."""
         self._is_broken = False
         self._engine = Engine(settings, role="the sampler", should_stop=should_stop)
+        if settings.adapter:
+            vllm_patches.check_names(platform="adapter")
         self.tensor_parallel = settings.tensor_parallel
         """Ranks that share this engine and call it together: see `EngineSettings`."""
         model_config = self._engine.llm.model_config
@@ -75,10 +79,11 @@ class Sampler:
         self._is_broken = True
         try:
             if adapter:
-                self._engine.call_worker(load_adapter, whole_tensors(weights), adapter)
+                load = partial(vllm_patches.load_adapter, rank=adapter.rank, alpha=adapter.alpha)
+                self._engine.call_worker(load, whole_tensors(weights))
                 self._engine.lora_request = adapter_request()
             else:
-                self._engine.call_worker(load_weights, full_tensors(weights, dtype=self._dtype))
+                self._engine.call_worker(vllm_patches.load_weights, full_tensors(weights, dtype=self._dtype))
         except Exception as error:
             raise DistillError(f"sync of version {version} to the sampler failed: {reason(error)}") from error
         self._is_broken = False

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from distill_cli.engines import vllm_patches
 from distill_cli.engines.engine import Engine, Interrupted, request_params
 from distill_cli.engines.sampling import sample
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
@@ -64,7 +65,7 @@ class Scorer:
             self.close()
             raise ConfigError(f"topk is {topk}: the teacher's vocabulary has {vocab_size} tokens, lower it")
         self._temperature = temperature
-        self._logits_processors = self._engine.call_worker(logits_processors)
+        self._logits_processors = self._engine.call_worker(vllm_patches.logits_processors)
         if temperature != 1.0 and not self._logits_processors:
             self.close()
             raise ConfigError(f"loss.temperature is {temperature}: {settings.path} allows only 1 in vLLM")
@@ -137,8 +138,6 @@ class Scorer:
 
 
 def to_scores(output: Any, *, start: int) -> TeacherScores:
-    from distill_cli.engines.logprobs import join_prompt_logprobs
-
     # Row i of a prompt's log-probabilities is the distribution of its token i + 1.
     ids_RK1, logp_RK1 = join_prompt_logprobs(output.prompt_logprobs, slice(start - 1, None))
     assert len(ids_RK1) == len(output.prompt_token_ids) - start, "vLLM left positions of a prompt out"
@@ -157,8 +156,13 @@ def empty_scores(topk: int) -> TeacherScores:
     )
 
 
-def logits_processors(worker: Any) -> list[tuple[Any, float]]:
-    """Inside vLLM's worker: the modules that scale the model's logits, each with its scale."""
-    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+def join_prompt_logprobs(chunks: list[Any], rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> ids int32 [rows, K + 1] and log-probabilities float32 [rows, K + 1]: the prompt's own token, then the top-k.
 
-    return [(module, module.scale) for module in worker.get_model().modules() if isinstance(module, LogitsProcessor)]
+    Row i of a prompt is the distribution of its token i + 1.
+
+    Args:
+        chunks: vLLM's tensors, ids and log-probabilities first, one tuple a chunk of the prompt.
+    """
+    ids, logp = (torch.cat([chunk[part] for chunk in chunks])[rows] for part in (0, 1))
+    return ids.cpu().int(), logp.cpu().float()

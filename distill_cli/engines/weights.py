@@ -68,15 +68,3 @@ def full_tensors(weights: NamedTensors, *, dtype: torch.dtype) -> Iterator[tuple
         if isinstance(tensor, DTensor):
             tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # collective
         yield name, tensor
-
-
-@torch.no_grad()
-def load_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Inside vLLM's worker: replace the model's weights, in place."""
-    worker.model_runner.reload_weights(weights_iterator=weights)
-    model = worker.get_model()
-    head = getattr(model, "lm_head", None)
-    if worker.device.type == "cpu" and head is not None and getattr(model.config, "tie_word_embeddings", False):
-        # On CPUs the head is a packed copy, which vLLM does not make again when it is tied to the embedding: without
-        # this the engine would go on with the old head, silently.
-        head.quant_method.process_weights_after_loading(head)

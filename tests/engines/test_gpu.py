@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from distill_cli.engines.companion import CompanionScorer
-from distill_cli.engines.process import pooled_bytes
 from distill_cli.engines.sampler import Sampler, SamplingSettings
+from distill_cli.engines.vllm_patches import pooled_bytes
 from distill_cli.errors import DistillError
 
 from .reference import random_sequences, sampled_reference_logp

@@ -6,18 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill_cli.engines.process import hide_broken_packages, keep_process_state, num_threads_per_rank, replace_name
+from distill_cli.engines.process import hide_broken_packages, keep_process_state, num_threads_per_rank
 from distill_cli.engines.scorer import Scorer
-from distill_cli.errors import DistillError
 
 from .reference import random_sequences
-
-
-def test_a_name_that_vllm_lacks_is_named():
-    with pytest.raises(DistillError, match=r"has no vllm.v1.engine.core.no_such_name"):
-        replace_name("vllm.v1.engine.core", "no_such_name", None)
-    with pytest.raises(DistillError, match=r"has no vllm.no_such_module.name"):
-        replace_name("vllm.no_such_module", "name", None)
 
 
 def test_process_state_is_kept(monkeypatch):

@@ -1,0 +1,453 @@
+"""Everything inside vLLM that we replace, call or read beyond its documented interface: one function each.
+
+vLLM expects a process to itself, and offers no way in for tensors that are already there. Each function below names the
+symptom without it and the sign that it is no longer needed. `REACHES` lists the names behind them with the releases in
+which they were seen; names are looked up, not assumed. `apply_patches` looks for all of them when the first engine is
+built, and raises one error with every name that is missing. `scripts/check_vllm_versions.py` searches unpacked releases
+for the same names without importing anything.
+
+Importing this module imports neither vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from distill_cli.errors import DistillError
+
+if TYPE_CHECKING:
+    import torch
+
+KEEP_TENSORS = {"distill_keep_tensors": True}
+"""`SamplingParams.extra_args` of a request whose log-probabilities stay tensors."""
+
+ADAPTER_ID = 1
+"""Of the one adapter, which each sync replaces."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """A name inside vLLM that one of the functions below depends on."""
+
+    module: str
+    names: tuple[str, ...]
+    """`name` or `Class.name`; several are spellings of different releases, of which one must be there."""
+    used_by: str
+    """The function of this module."""
+    parameter: str | None = None
+    """An argument that the named function must take."""
+    only: str | None = None
+    """`cpu` or `cuda` if one platform alone needs it, `adapter` if only `model.student.lora.sync=adapter` does."""
+    seen: str = "0.25.1 to 0.33.0"
+    """Releases whose source has it."""
+
+
+REACHES = (
+    Reach("vllm.v1.engine.logprobs", ("LogprobsProcessor.from_new_request",), "keep_logprobs_as_tensors"),
+    Reach("vllm.v1.engine.logprobs", ("LogprobsProcessor._update_prompt_logprobs",), "keep_logprobs_as_tensors"),
+    Reach("vllm.v1.engine.logprobs", ("LogprobsProcessor._update_sample_logprobs",), "keep_logprobs_as_tensors"),
+    Reach("vllm.v1.engine.output_processor", ("LogprobsProcessor",), "keep_logprobs_as_tensors"),
+    Reach("vllm.v1.engine.core", ("cleanup_dist_env_and_memory",), "keep_process_group"),
+    Reach(
+        "vllm.distributed.device_communicators.shm_broadcast",
+        ("MessageQueue.create_from_process_group",),
+        "broadcast_without_queue",
+    ),
+    Reach(
+        "vllm.distributed.device_communicators.cpu_communicator",
+        ("CpuCommunicator._all_group_ranks_share_shm_group_name",),
+        "avoid_shared_memory",
+        only="cpu",
+    ),
+    Reach("vllm.v1.sample.sampler", ("batched_count_greater_than",), "skip_token_ranks", only="cpu"),
+    Reach(
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        ("get_masked_input_and_mask",),
+        "mask_without_compiler",
+        only="cpu",
+    ),
+    Reach("vllm.v1.engine.llm_engine", ("LLMEngine.step",), "interrupt_between_tokens"),
+    Reach("vllm.v1.engine.llm_engine", ("LLMEngine.abort_request",), "abort_requests", parameter="internal"),
+    Reach("vllm.v1.engine.core_client", ("InprocClient.shutdown",), "shut_down"),
+    Reach("vllm.model_executor.layers.logits_processor", ("LogitsProcessor",), "logits_processors"),
+    Reach(
+        "vllm.v1.worker.gpu_model_runner",
+        ("GPUModelRunner.reload_weights",),
+        "load_weights",
+        parameter="weights_iterator",
+    ),
+    Reach(
+        "vllm.v1.worker.gpu.model_runner",  # the newer runner, the default on GPUs for dense models
+        ("GPUModelRunner.reload_weights",),
+        "load_weights",
+        only="cuda",
+    ),
+    Reach("vllm.device_allocator.cumem", ("CuMemAllocator.get_current_usage",), "pooled_bytes", only="cuda"),
+    Reach("vllm.device_allocator.cumem", ("CuMemAllocator.instance",), "pooled_bytes", only="cuda"),
+    Reach("vllm.lora.lora_model", ("LoRAModel.from_lora_tensors",), "load_adapter", only="adapter"),
+    Reach("vllm.lora.peft_helper", ("PEFTHelper",), "load_adapter", only="adapter"),
+    Reach(
+        "vllm.model_executor.models.utils",
+        ("WeightsMapper.get_rename_mapper", "WeightsMapper.get_unstacked_mapper"),
+        "load_adapter",
+        only="adapter",
+    ),
+)
+
+
+# what is looked for, and put in its place
+
+
+def find_name(module_name: str, name: str) -> Any:
+    """Return `module.name` or `module.Class.name`; None if this vLLM has no such name."""
+    try:
+        return pkgutil.resolve_name(f"{module_name}:{name}")
+    except (ImportError, AttributeError):
+        return None
+
+
+def missing_names(*, platform: str) -> list[str]:
+    """Return what this vLLM lacks of `REACHES`, each as `module.name (used_by)`.
+
+    Args:
+        platform: `cpu` or `cuda` for what every engine there needs; `adapter` for what adapters need besides.
+    """
+    missing = []
+    for reach in REACHES:
+        if reach.only != platform and (platform == "adapter" or reach.only is not None):
+            continue
+        found = [value for name in reach.names if (value := find_name(reach.module, name)) is not None]
+        spelled = " or ".join(f"{reach.module}.{name}" for name in reach.names)
+        if not found:
+            missing.append(f"{spelled} ({reach.used_by})")
+        elif reach.parameter and reach.parameter not in inspect.signature(found[0]).parameters:
+            missing.append(f"argument {reach.parameter} of {spelled} ({reach.used_by})")
+    return missing
+
+
+def check_names(*, platform: str) -> None:
+    """Raise DistillError with every name of `missing_names`."""
+    missing = missing_names(platform=platform)
+    if missing:
+        import vllm
+
+        raise DistillError(
+            f"vLLM {vllm.__version__} lacks what engines in a trainer's process need: {'; '.join(missing)}; install a "
+            "version that pyproject.toml allows"
+        )
+
+
+def replace_name(module_name: str, name: str, replacement: Any) -> None:
+    """Set `module.name` or `module.Class.name`."""
+    owner, _, attribute = f"{module_name}.{name}".rpartition(".")
+    setattr(pkgutil.resolve_name(owner), attribute, replacement)
+
+
+@cache
+def apply_patches() -> None:
+    """Check every name this platform needs, then replace what must be replaced; once a process.
+
+    Raises:
+        DistillError: names are missing; nothing is replaced then.
+    """
+    with absent("scipy"):  # which vLLM imports for audio
+        importlib.import_module("vllm.entrypoints.llm")
+    from vllm.platforms import current_platform
+
+    check_names(platform="cpu" if current_platform.is_cpu() else "cuda")
+    keep_logprobs_as_tensors()
+    keep_process_group()
+    broadcast_without_queue()
+    if current_platform.is_cpu():
+        avoid_shared_memory()
+        skip_token_ranks()
+        mask_without_compiler()
+
+
+@contextmanager
+def absent(*names: str) -> Iterator[None]:
+    """Make packages look uninstalled to imports within; those that are imported already stay."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules |= dict.fromkeys(hidden)
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+# what is replaced
+
+
+def keep_logprobs_as_tensors() -> None:
+    """Keep the log-probabilities of requests marked with `KEEP_TENSORS` as the worker's tensors.
+
+    Symptom: vLLM's front end makes a Python object of every candidate of every token, and decodes each to text, which
+    costs several times the forward pass (`scripts/bench_score.py`).
+    No longer needed when: `prompt_logprobs` can be had as tensors; `flat_logprobs` with `detokenize=False` is a first
+    step, still 13% of Python objects.
+    """
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    class TensorLogprobsProcessor(LogprobsProcessor):
+        """vLLM's collector of one request's log-probabilities, with a short way for marked requests.
+
+        Theirs end in the request's output as `prompt_logprobs`, a list of vLLM's tensor tuples (one a chunk of the
+        prompt), and as `outputs[0].logprobs`, a list of floats.
+        """
+
+        keeps_tensors = False
+
+        @classmethod
+        def from_new_request(cls, tokenizer: Any, request: Any) -> TensorLogprobsProcessor:
+            processor = super().from_new_request(tokenizer, request)
+            if KEEP_TENSORS.items() <= (request.sampling_params.extra_args or {}).items():
+                processor.keeps_tensors = True
+                processor.prompt_logprobs = []
+                processor.logprobs = []
+            return processor
+
+        def _update_prompt_logprobs(self, prompt_logprobs_tensors: Any) -> None:
+            if self.keeps_tensors:
+                self.prompt_logprobs.append(prompt_logprobs_tensors)
+            else:
+                super()._update_prompt_logprobs(prompt_logprobs_tensors)
+
+        def _update_sample_logprobs(self, logprobs_lists: Any) -> None:
+            if self.keeps_tensors:
+                _ids, logp, *_ = logprobs_lists
+                self.logprobs.extend(logp[:, 0].tolist())  # the sampled token comes first
+            else:
+                super()._update_sample_logprobs(logprobs_lists)
+
+    replace_name("vllm.v1.engine.output_processor", "LogprobsProcessor", TensorLogprobsProcessor)
+
+
+def keep_process_group() -> None:
+    """Leave the default process group alone when an engine is shut down.
+
+    Symptom: closing one engine destroys the trainer's process group and every other engine of the process.
+    No longer needed when: `EngineCore.shutdown` of an in-process engine leaves groups that it did not make.
+    """
+    replace_name("vllm.v1.engine.core", "cleanup_dist_env_and_memory", release_memory)
+
+
+def broadcast_without_queue() -> None:
+    """Make no message queue in shared memory for a group of ranks; vLLM broadcasts through the process group then.
+
+    Symptom: shared memory and a socket for objects that no engine here broadcasts; a killed rank leaves both behind.
+    No longer needed when: `external_launcher` engines create no `MessageQueue`.
+    """
+    module = "vllm.distributed.device_communicators.shm_broadcast"
+    replace_name(module, "MessageQueue.create_from_process_group", staticmethod(_nothing))
+
+
+def avoid_shared_memory() -> None:
+    """Let ranks that share an engine on CPUs meet over gloo instead of named shared memory. CPU only.
+
+    Symptom: the name is the same in every run: a second run on the machine fails, and so does each one after a run that
+    was killed.
+    No longer needed when: the name of vLLM's shared-memory group differs from run to run.
+    """
+    module = "vllm.distributed.device_communicators.cpu_communicator"
+    replace_name(module, "CpuCommunicator._all_group_ranks_share_shm_group_name", _false)
+
+
+def skip_token_ranks() -> None:
+    """Leave out the rank of each token among all candidates, which nobody here reads. CPU only.
+
+    Symptom: the function is compiled at the first request for log-probabilities, 7 to 19 s; without a compiler it costs
+    1.5 times the top-k of a vocabulary of 152k.
+    No longer needed when: ranks are optional in `SamplingParams`.
+    """
+    replace_name("vllm.v1.sample.sampler", "batched_count_greater_than", _minus_one)
+
+
+def mask_without_compiler() -> None:
+    """Run the masking of a vocabulary-parallel embedding as it is written. CPU only.
+
+    Symptom: it is compiled at the first token that ranks embed together, for seconds, and is no faster afterwards.
+    No longer needed when: `enforce_eager` keeps vLLM from compiling it.
+    """
+    module, name = "vllm.model_executor.layers.vocab_parallel_embedding", "get_masked_input_and_mask"
+    replace_name(module, name, inspect.unwrap(find_name(module, name)))
+
+
+def release_memory(*_args: Any, **_kwargs: Any) -> None:
+    """Free what a closed engine held, and nothing else."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+def _false(*_args: Any, **_kwargs: Any) -> bool:
+    return False
+
+
+def _minus_one(logp_TV: torch.Tensor, _sampled_logp_T1: torch.Tensor) -> torch.Tensor:
+    """int64 [T] of -1."""
+    import torch
+
+    return torch.full((len(logp_TV),), -1, device=logp_TV.device)
+
+
+# what is called or read: the engine
+
+
+def interrupt_between_tokens(llm: Any, should_stop: Callable[[], BaseException | None]) -> None:
+    """Raise what `should_stop` returns before the next step of `llm`, which is one token of every request.
+
+    Symptom: `LLM.generate` returns when the last answer ends, minutes after the run was asked to stop.
+    No longer needed when: `generate` takes a callback.
+    """
+    step = llm.llm_engine.step
+
+    def checked_step() -> Any:
+        error = should_stop()
+        if error is not None:
+            raise error
+        return step()
+
+    llm.llm_engine.step = checked_step
+
+
+def abort_requests(llm: Any) -> None:
+    """Drop every pending request.
+
+    Symptom: after an exception inside a step the next `generate` waits for the old requests for ever.
+    No longer needed when: `LLM.generate` aborts its own requests when it raises.
+    """
+    engine = llm.llm_engine
+    engine.abort_request(list(engine.output_processor.request_states), internal=True)
+
+
+def shut_down(llm: Any) -> None:
+    """End an in-process engine and free its memory.
+
+    Symptom: `LLM` has no close; deleting it leaves the KV cache to the garbage collector.
+    No longer needed when: `LLM` has one.
+    """
+    llm.llm_engine.engine_core.shutdown()
+    release_memory()
+
+
+def num_positions(model_config: Any) -> int:
+    """Return how many positions a model has, rope scaling included.
+
+    Symptom: `VLLM_ALLOW_LONG_MAX_MODEL_LEN`, which a scorer needs for one position more than its model has, turns off
+    vLLM's own check.
+    """
+    derived = model_config.get_and_verify_max_len(None)
+    return max(derived, getattr(model_config.hf_text_config, "max_position_embeddings", derived))
+
+
+# what is called or read: inside the worker
+
+
+def logits_processors(worker: Any) -> list[tuple[Any, float]]:
+    """Return the modules that scale the model's logits, each with its scale.
+
+    Symptom: `prompt_logprobs` ignore the temperature in every `logprobs_mode`; a scale of 1 / T applies it.
+    No longer needed when: a temperature for prompt log-probabilities exists.
+    """
+    return [(module, module.scale) for module in _logits_processors(worker)]
+
+
+def cut_vocabulary(worker: Any, size: int) -> None:
+    """End the model's logits before id `size`: what follows gets no probability.
+
+    Symptom: a model with more rows than its partner's vocabulary samples and scores ids that the partner lacks.
+    No longer needed when: `allowed_token_ids` also normalises prompt log-probabilities, at no cost a token.
+    """
+    for module in _logits_processors(worker):
+        module.org_vocab_size = min(module.org_vocab_size, size)
+
+
+def _logits_processors(worker: Any) -> list[Any]:
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    return [module for module in worker.get_model().modules() if isinstance(module, LogitsProcessor)]
+
+
+def load_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Replace the model's weights in place with full tensors under their names in transformers.
+
+    Symptom: `LLM` takes new weights from disk alone; `model.load_weights` without vLLM's reload around it fails on the
+    layouts that vLLM makes after loading.
+    No longer needed when: `LLM` takes an iterator of tensors.
+
+    On CPUs the head is a packed copy, which vLLM does not make again if it is tied to the embedding: the engine would
+    go on with the old head, silently (log-probabilities off by 0.2 to 0.35).
+    """
+    import torch
+
+    with torch.no_grad():
+        worker.model_runner.reload_weights(weights_iterator=weights)
+        model = worker.get_model()
+        head = getattr(model, "lm_head", None)
+        if worker.device.type == "cpu" and head is not None and getattr(model.config, "tie_word_embeddings", False):
+            head.quant_method.process_weights_after_loading(head)
+
+
+def load_adapter(worker: Any, tensors: Mapping[str, torch.Tensor], *, rank: int, alpha: float) -> None:
+    """Replace the adapter of the model; each rank of the engine keeps its part.
+
+    Symptom: vLLM's own way in is a folder on disk, for each sync.
+    No longer needed when: `LoRARequest` takes tensors.
+
+    Args:
+        tensors: on the CPU, under peft's names.
+    """
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    manager = worker.model_runner.lora_manager
+    lora = LoRAModel.from_lora_tensors(
+        ADAPTER_ID,
+        dict(tensors),
+        PEFTHelper(r=rank, lora_alpha=alpha, target_modules=[]),
+        device="cpu",
+        dtype=manager.lora_config.lora_dtype,
+        weights_mapper=rename_mapper(getattr(worker.get_model(), "hf_to_vllm_mapper", None)),
+    )
+    adapters = manager._adapter_manager
+    adapters.remove_adapter(ADAPTER_ID)
+    adapters.add_adapter(lora)
+    adapters.activate_adapter(ADAPTER_ID)
+
+
+def rename_mapper(mapper: Any) -> Any:
+    """Return the part of a model's `WeightsMapper` that renames without stacking; None for None.
+
+    It is `get_rename_mapper` in later releases, `get_unstacked_mapper` in 0.25.
+    """
+    for name in ("get_rename_mapper", "get_unstacked_mapper"):
+        if hasattr(mapper, name):
+            return getattr(mapper, name)()
+    return mapper
+
+
+def pooled_bytes() -> int:
+    """Return the bytes that an engine of this process that may sleep holds while awake, 0 without one.
+
+    Symptom: torch counts them as allocated while the engine sleeps, too.
+    No longer needed when: `torch.cuda.max_memory_allocated` leaves pluggable allocators' pools out.
+    """
+    module = sys.modules.get("vllm.device_allocator.cumem")
+    allocator = module and module.CuMemAllocator.instance
+    return allocator.get_current_usage() if allocator else 0

@@ -1,0 +1,47 @@
+"""What we reach into inside vLLM: found in this version, and named if it is not there."""
+
+from dataclasses import replace
+
+import pytest
+import vllm  # noqa: F401
+
+from distill_cli.engines import vllm_patches
+from distill_cli.engines.vllm_patches import REACHES, Reach
+from distill_cli.errors import DistillError
+
+
+@pytest.mark.parametrize("platform", ["cpu", "adapter"])
+def test_this_vllm_has_all_names(platform: str) -> None:
+    assert vllm_patches.missing_names(platform=platform) == []
+
+
+def test_missing_names_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = (
+        Reach("vllm.v1.engine.core", ("no_such_name",), "keep_process_group"),
+        Reach("vllm.no_such_module", ("old_name", "new_name"), "load_weights"),
+        replace(next(reach for reach in REACHES if reach.parameter), parameter="no_such_argument"),
+        Reach("vllm.elsewhere", ("gone",), "pooled_bytes", only="cuda"),
+    )
+    monkeypatch.setattr(vllm_patches, "REACHES", (*REACHES, *lost))
+    with pytest.raises(DistillError) as raised:
+        vllm_patches.check_names(platform="cpu")
+    named = str(raised.value)
+    for part in (
+        "vllm.v1.engine.core.no_such_name (keep_process_group)",
+        "vllm.no_such_module.old_name or vllm.no_such_module.new_name (load_weights)",
+        "argument no_such_argument of vllm.v1.engine.llm_engine.LLMEngine.abort_request (abort_requests)",
+    ):
+        assert part in named
+    assert "vllm.elsewhere" not in named  # a GPU's
+
+
+def test_every_reach_belongs_to_a_function() -> None:
+    for reach in REACHES:
+        assert callable(getattr(vllm_patches, reach.used_by))
+
+
+@pytest.mark.parametrize("spelling", ["get_rename_mapper", "get_unstacked_mapper"])
+def test_either_spelling_of_the_rename_mapper(spelling: str) -> None:
+    mapper = type("Mapper", (), {spelling: lambda self: "renaming alone"})()
+    assert vllm_patches.rename_mapper(mapper) == "renaming alone"
+    assert vllm_patches.rename_mapper(None) is None
