@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "distill_cli"
 LAYERS = [  # the lowest first; a name is the first component under distill_cli
-    {"errors", "types"},
+    {"errors", "types", "torch_versions"},
     {"config", "lock"},
     {"live", "console", "completion"},
     {"log", "rundir", "plugins", "modelpath", "lora", "hardware", "processes", "statistics"},

@@ -27,6 +27,7 @@ from distill_cli.launch.nodes import POLL_S, Head, Rendezvous, read_call
 from distill_cli.modelpath import CACHE_ONLY
 from distill_cli.processes import LAUNCHER, describe_exit, die_with_parent
 from distill_cli.rundir import RunDir, write_json
+from distill_cli.torch_versions import torchrun_knows
 
 GRACE_S = 3.0
 """Between asking the ranks to end and killing them."""
@@ -56,7 +57,9 @@ def command(
     """What starts the ranks of a run on this machine."""
     return [
         *(sys.executable, "-m", "torch.distributed.run", *rendezvous.arguments(), f"--nproc-per-node={num_ranks}"),
-        *("--max-restarts=0", f"--shutdown-timeout={GRACE_S:.0f}", "--signals-to-handle=SIGINT"),
+        *("--max-restarts=0", "--signals-to-handle=SIGINT"),
+        # Without it torchrun waits 30 s for each rank that is asked to end; `end_tree` does not.
+        *([f"--shutdown-timeout={GRACE_S:.0f}"] if torchrun_knows("--shutdown-timeout") else []),
         *("-m", "distill_cli.ranks.worker", str(run.path), f"--attempt={run.attempt}"),
         *([f"--checkpoint={checkpoint}"] if checkpoint else []),
         *(["--check"] if check else []),

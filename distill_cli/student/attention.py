@@ -13,11 +13,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from distill_cli.errors import DistillError
 from distill_cli.parallel.context import Documents, Span, gather_row
+from distill_cli.torch_versions import varlen_attention
 
 NAME = "distill_packed"
 
@@ -80,7 +80,7 @@ def _attend_by_document(query, key, value, span: Span, scale, window) -> torch.T
 
 def _attend_varlen(query, key, value, span: Span, scale, window) -> torch.Tensor:
     query_bounds, key_bounds = (_on_device(bounds, query.device) for bounds in (span.query_bounds, span.key_bounds))
-    out_THD = varlen_attn(
+    out_THD = varlen_attention(
         *(x[0].transpose(0, 1) for x in (query, key, value)),
         query_bounds,
         key_bounds,
@@ -88,7 +88,6 @@ def _attend_varlen(query, key, value, span: Span, scale, window) -> torch.Tensor
         max(end - begin for begin, end in pairwise(span.key_bounds)),
         window_size=(window - 1 if window else -1, 0),  # the last query is aligned with the last key
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
     )
     return out_THD.transpose(0, 1)[None]
 

@@ -1,0 +1,54 @@
+"""Where the versions of torch that we allow differ: one function each, names looked up and not assumed.
+
+Importing this module does not import torch, which the launcher never does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@cache
+def torchrun_knows(option: str) -> bool:
+    """Return whether the installed torchrun has an option, by its source.
+
+    Symptom: torchrun refuses to start with an option that it does not know. torch 2.13 has `--shutdown-timeout`, 2.11
+    has not.
+    """
+    found = importlib.util.find_spec("torch")  # imports nothing
+    folders = list(found.submodule_search_locations or ()) if found else []
+    return any(f'"{option}"' in (Path(folder) / "distributed" / "run.py").read_text() for folder in folders)
+
+
+def varlen_attention(
+    query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, *arguments: object, **keywords: object
+) -> torch.Tensor:
+    """Call `torch.nn.attention.varlen.varlen_attn`, with fewer heads of keys and values than of queries allowed.
+
+    Symptom: torch 2.11 has no `enable_gqa` there; keys and values are repeated for each query's head.
+
+    Args:
+        arguments, keywords: the bounds, longest lengths, `window_size` and `scale` of `varlen_attn`.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    num_groups = query_THD.shape[1] // key_TGD.shape[1]
+    if num_groups > 1 and _varlen_knows_groups():
+        keywords["enable_gqa"] = True
+    elif num_groups > 1:
+        key_TGD, value_TGD = (x.repeat_interleave(num_groups, dim=1) for x in (key_TGD, value_TGD))
+    return varlen_attn(query_THD, key_TGD, value_TGD, *arguments, **keywords)
+
+
+@cache
+def _varlen_knows_groups() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
