@@ -47,6 +47,18 @@ def varlen_attention(
     return varlen_attn(query_THD, key_TGD, value_TGD, *arguments, **keywords)
 
 
+def varlen_operator() -> object:
+    """Return the operator that `varlen_attn` calls, which selective checkpointing knows it by.
+
+    Symptom: it is registered only when its module is imported; a torch that renames it would silently compute attention
+    again in the backward pass, so it must be there.
+    """
+    import torch
+    import torch.nn.attention.varlen
+
+    return torch.ops.torch_attn._varlen_attn
+
+
 @cache
 def _varlen_knows_groups() -> bool:
     from torch.nn.attention.varlen import varlen_attn

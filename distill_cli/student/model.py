@@ -30,11 +30,12 @@ from distill_cli.rollout.pack import MicroBatch
 from distill_cli.student import attention
 from distill_cli.student.adapters import rank_of
 from distill_cli.student.load import empty_parameters
+from distill_cli.torch_versions import varlen_operator
 
 KEPT = {
     *(torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten._flash_attention_forward),
     *(torch.ops.aten._scaled_dot_product_flash_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu),
-    torch.ops.torch_attn._varlen_attn,  # of `attention`, on GPUs: what it is made of is not seen from here
+    varlen_operator(),  # of `attention`, on GPUs: what it is made of is not seen from here
 }
 """Operators whose outputs selective checkpointing keeps: what costs most to compute again."""
 
@@ -171,9 +172,18 @@ def checkpoint_activations(lm: PreTrainedModel, which: Checkpointing) -> None:
 def _keep_products(
     _context: object, operator: object, *args: object, cheap: int, **_kwargs: object
 ) -> CheckpointPolicy:
-    """`cheap`: products over that many elements are not kept; an adapter's is as large as the frozen weight's own."""
+    """Keep the outputs of KEPT's operators.
+
+    Compiled layers write products into buffers that they use again (`mm.out`): nothing of those can be kept, and only
+    attention's outputs, which are made outside of what is compiled, are.
+
+    Args:
+        cheap: products over that many elements are not kept; an adapter's is as large as the frozen weight's own.
+    """
     name = getattr(operator, "overloadpacket", operator)
-    if name not in KEPT or (name is torch.ops.aten.mm and args[0].shape[-1] <= cheap):
+    if name not in KEPT or getattr(operator, "_overloadname", "").endswith("out"):
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    if name is torch.ops.aten.mm and args[0].shape[-1] <= cheap:
         return CheckpointPolicy.PREFER_RECOMPUTE
     return CheckpointPolicy.MUST_SAVE
 

@@ -9,8 +9,12 @@ from .layouts import TABLE, Layout, Outcome, reference_of, train
 
 MORE = {
     "compiled, shard=2": Layout(ranks=2, compile=True),
-    "compiled, context=2": Layout(ranks=2, context=2, compile=True),
-    "LoRA, compiled, shard=2": Layout(ranks=2, lora=4, compile=True),
+    "compiled, selective checkpointing, context=2": Layout(
+        ranks=2, context=2, compile=True, activation_checkpointing="selective"
+    ),
+    "LoRA, compiled, full checkpointing, shard=2": Layout(
+        ranks=2, lora=4, compile=True, activation_checkpointing="full"
+    ),
 }
 BF16 = [Layout(ranks=2, precision="bf16"), Layout(ranks=2, tensor=2, precision="bf16")]
 BF16 += [Layout(ranks=2, tensor=2, lora=4, precision="bf16")]
