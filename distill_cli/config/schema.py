@@ -262,8 +262,8 @@ class TrainConfig:
     """Keep the optimizer's state in host memory, on GPUs, except inside the optimizer's step: room for the engines and
     the activations, for a copy there and back each step."""
     compile: bool = False
-    """Compile each layer (torch.compile): a slower start, faster steps. Not with mesh.tensor above 1. Of a compiled layer
-    selective checkpointing keeps attention's output alone: its matrix products are computed again."""
+    """Compile each layer (torch.compile): a slower start, faster steps. Not with mesh.tensor above 1. Of compiled
+    layers selective checkpointing keeps attention's output alone: matrix products are computed again."""
     seed: int = 42
     """Of the order of prompts and of every sampled answer."""
 

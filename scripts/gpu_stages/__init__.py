@@ -1,0 +1,30 @@
+"""The stages of `gpu_acceptance.py`, in the order of what a user loses most if it is wrong. No torch at import time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One stage: the module of its name has `run(stage)`."""
+
+    module: str
+    title: str
+    needs_s: float
+    """Seconds that it takes on a GPU, about: with less time left it is left out."""
+    limit_s: float
+    """Seconds after which it is ended."""
+    rehearsal_s: float
+    """Seconds that it takes on two CPU cores, about."""
+
+
+STAGES = {
+    "a": Spec("kernels", "tests of what runs on a GPU, without engines", 35, 90, 20),
+    "b": Spec("head", "the fused head against its three matrix products", 20, 60, 10),
+    "c": Spec("train_step", "training steps of a student of 1.7B", 60, 150, 20),
+    "d": Spec("engines", "engines: check, sleep, wake, sync", 70, 150, 80),
+    "e": Spec("default_run", "the default run; killed and resumed", 70, 150, 80),
+    "f": Spec("throughput", "sampling, scoring and sync with 1.7B and 4B", 80, 180, 45),
+    "g": Spec("whole_steps", "whole steps of 1.7B from 4B", 70, 170, 45),
+}

@@ -1,0 +1,72 @@
+"""The embedded pair's default run, as typed: seconds and accuracy. Another one is killed, and goes on."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from contextlib import suppress
+
+import psutil
+
+from gpu_stages.command import finish, metrics, start, timed
+from gpu_stages.figures import Stage, StageFailed
+
+KILLED_STEPS, KILL_AFTER = 8, 5
+START_S = 120.0
+
+
+def run(stage: Stage) -> None:
+    runs = stage.scratch / "runs"
+    short = ("train.max_steps=6", "eval.max_samples=32") if stage.rehearse else ()
+    _, seconds = timed(stage, "run.name=whole", f"run.root={runs}", *short)
+    outcome, rows = json.loads((runs / "whole" / "outcome.json").read_text()), metrics(runs / "whole")
+    steps = [row for row in rows if row["step"] > 0]
+    stage.record("default run, command to end", seconds, "s")
+    stage.record("default run, a step (median)", statistics.median(row["time/step_s"] for row in steps), "s")
+    for when in ("before", "after", "teacher"):
+        stage.record(f"held-out problems right, {when}", outcome[when]["accuracy"] * 100, "%")
+    share = outcome["after"]["accuracy"] / outcome["teacher"]["accuracy"] * 100
+    stage.record("of the teacher's", share, "%", at_least=None if stage.rehearse else 97, wrong_if_missed=True)
+    worst = max(row["rollout/engine_mismatch"] for row in steps)
+    stage.record("worst engine mismatch", worst, at_most=1e-3 if stage.rehearse else 2e-2, wrong_if_missed=True)
+    kill_and_resume(stage)
+
+
+def kill_and_resume(stage: Stage) -> None:
+    """A run that is killed after step 5 and resumed has every step once."""
+    folder = stage.scratch / "runs" / "killed"
+    process = start(
+        stage,
+        *("run.name=killed", f"run.root={folder.parent}", f"train.max_steps={KILLED_STEPS}", "checkpoint.period=2"),
+        *("eval.period=0", "eval.at_start=false", "eval.at_end=false", "eval.record_samples=0"),
+    )
+    begin = time.monotonic()
+    while not any(row["step"] >= KILL_AFTER for row in metrics(folder)):
+        if process.poll() is not None:
+            finish(process)
+            raise StageFailed(f"the run to be killed ended before step {KILL_AFTER}")
+        if time.monotonic() - begin > START_S:
+            raise StageFailed(f"the run to be killed was not at step {KILL_AFTER} after {START_S:.0f} s")
+        time.sleep(0.05)
+    kill_tree(process.pid)
+    process.communicate()
+    begin = time.perf_counter()
+    finish(start(stage, "resume", str(folder), verb_only=True))
+    steps = [row["step"] for row in metrics(folder) if row["step"] > 0]
+    stage.record("killed and resumed, seconds to its end", time.perf_counter() - begin, "s")
+    if steps != list(range(1, KILLED_STEPS + 1)):
+        raise StageFailed(f"after a kill and a resume the steps are {steps}")
+    mismatch = metrics(folder)[-1]["rollout/engine_mismatch"]
+    limit = 1e-3 if stage.rehearse else 2e-2
+    stage.record("engine mismatch after the resume", mismatch, at_most=limit, wrong_if_missed=True)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL for the launcher first: what it started dies with it, or is killed here."""
+    launcher = psutil.Process(pid)
+    tree = [launcher, *launcher.children(recursive=True)]
+    for member in tree:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(tree[1:], timeout=10)

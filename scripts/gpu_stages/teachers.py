@@ -1,0 +1,46 @@
+"""Whether a teacher that slept still is the one that fell asleep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from distill_cli.types import TeacherScores
+
+SPREAD = 1e-3
+"""Of a top-k's log-probabilities, below which they say nothing."""
+
+
+def teacher_problem(before: Sequence[TeacherScores], now: Sequence[TeacherScores], *, limit: float) -> str | None:
+    """What is wrong with scores of the same sequences; None if nothing is.
+
+    Elsewhere a teacher that woke without its weights gave uniform scores, and trained a student to noise.
+    """
+    topk_logp = torch.cat([scores.topk_logp for scores in now])
+    if not topk_logp.isfinite().all():
+        return "scores are not finite"
+    if (topk_logp[:, 0] - topk_logp[:, -1]).max() < SPREAD:
+        return "scores are uniform: it has no weights"
+    sampled = [torch.cat([scores.sampled_logp for scores in some]) for some in (before, now)]
+    difference = float((sampled[0] - sampled[1]).abs().mean())
+    return None if difference <= limit else f"scores differ by {difference:.2g} from those before it slept"
+
+
+def planted_teachers(
+    right: Sequence[TeacherScores], others: Sequence[TeacherScores]
+) -> dict[str, Sequence[TeacherScores]]:
+    """Scores as a teacher without weights, with broken ones, and one that answers for other sequences would give."""
+
+    def filled(value: float) -> list[TeacherScores]:
+        return [
+            replace(
+                scores,
+                topk_logp=torch.full_like(scores.topk_logp, value),
+                sampled_logp=torch.full_like(scores.sampled_logp, value),
+            )
+            for scores in right
+        ]
+
+    return {"uniform": filled(-6.9), "not finite": filled(float("nan")), "stale": others}

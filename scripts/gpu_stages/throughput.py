@@ -1,0 +1,133 @@
+"""Sampling, scoring and sync with the shapes of a student of 1.7B and a teacher of 4B, against what vLLM does alone.
+
+Bare sampling is the same engine's `generate` without log-probabilities; bare scoring its prefill without any. The
+teacher is in a process of its own, as in a run; its bare prefill is measured in this one.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from gpu_stages.in_process import one_rank  # before torch
+
+import torch  # isort: skip
+from safetensors import safe_open
+
+from distill_cli.engines.companion import CompanionScorer
+from distill_cli.engines.engine import request_params
+from distill_cli.engines.sampler import Sampler
+from distill_cli.engines.sampling import sampling_params
+from distill_cli.engines.scorer import Scorer
+from distill_cli.engines.settings import EngineSettings, SamplingSettings
+from gpu_stages.figures import Stage
+from gpu_stages.shapes import make_pair
+from gpu_stages.timing import alternating_seconds, median_seconds
+
+
+def run(stage: Stage) -> None:
+    student, teacher = make_pair(stage.scratch, device=stage.device, rehearse=stage.rehearse)
+    settings = EngineSettings(
+        str(student),
+        max_model_len=128 if stage.rehearse else 1024,
+        gpu_memory_utilization=0.3,
+        kv_cache_bytes=64 << 20 if stage.rehearse else None,
+        sleep_mode=True,
+    )
+    with one_rank(stage.device):
+        sampling(stage, settings, student)
+        scoring(stage, settings, str(teacher))
+
+
+def sampling(stage: Stage, settings: EngineSettings, folder: Path) -> None:
+    prompts, new_tokens = words(4, 16) if stage.rehearse else words(64, 128), 16 if stage.rehearse else 512
+    sampler = Sampler(settings)
+    wanted = SamplingSettings(max_new_tokens=new_tokens, ignore_eos=True)
+    bare = [sampling_params(wanted, seed=seed, max_tokens=new_tokens) for seed in range(len(prompts))]
+    for params in bare:
+        params.logprobs = None
+    seconds = alternating_seconds(
+        {
+            "bare": lambda: sampler._engine.generate(prompts, bare),
+            "ours": lambda: sampler.sample(prompts, seeds=range(len(prompts)), sampling=wanted),
+        },
+        device=stage.device,
+        rounds=2,
+    )
+    number = len(prompts) * new_tokens
+    stage.record("sampling, 1.7B", number / seconds["ours"], "tokens/s")
+    stage.record("bare generate", number / seconds["bare"], "tokens/s")
+    stage.record("sampling, of bare generate", seconds["bare"] / seconds["ours"] * 100, "%", at_least=95)
+    weights = master_weights(folder, device=stage.device)
+    copied = seconds_to_copy(weights, device=stage.device)
+    sync = median_seconds(lambda: sampler.sync(weights.items(), version=1), device=stage.device, rounds=3)
+    stage.record("sync, 1.7B", sync, "s")
+    stage.record("a copy of its weights into bfloat16", copied, "s")
+    stage.record("sync over a copy", sync / copied, "copies", at_most=3)
+    sleep_and_wake(stage, "sampler", sampler)
+    sampler.close()
+
+
+def scoring(stage: Stage, settings: EngineSettings, path: str) -> None:
+    sequences = words(4, 64) if stage.rehearse else words(64, 640)
+    starts, topk = [len(sequences[0]) // 5] * len(sequences), 16 if stage.rehearse else 64
+    number = sum(len(ids) for ids in sequences)
+    teacher = EngineSettings(**vars(settings) | {"path": path})
+    local = Scorer(EngineSettings(**vars(teacher) | {"sleep_mode": False}), topk=topk)
+    params = [request_params(max_tokens=1, temperature=0.0, detokenize=False)] * len(sequences)
+    seconds = alternating_seconds(
+        {
+            "bare": lambda: local._engine.generate(sequences, params),
+            "ours": lambda: local.score(sequences, response_starts=starts),
+        },
+        device=stage.device,
+        rounds=3,
+    )
+    local.close()
+    stage.record("scoring in this process, 4B", number / seconds["ours"], "tokens/s")
+    stage.record("bare prefill", number / seconds["bare"], "tokens/s")
+    stage.record("scoring, of bare prefill", seconds["bare"] / seconds["ours"] * 100, "%", at_least=95)
+    companion = CompanionScorer(teacher, topk=topk)
+    apart = median_seconds(
+        lambda: companion.score(sequences, response_starts=starts), device=stage.device, rounds=3, warmup=1
+    )
+    stage.record("scoring in its own process, of bare prefill", seconds["bare"] / apart * 100, "%", at_least=95)
+    sleep_and_wake(stage, "teacher", companion)
+    companion.close()
+
+
+def sleep_and_wake(stage: Stage, who: str, engine: Sampler | CompanionScorer) -> None:
+    for number in range(2):  # the first time host memory is pinned
+        begin = time.perf_counter()
+        engine.sleep()
+        asleep = time.perf_counter()
+        engine.wake()
+        if number:
+            stage.record(f"{who}: to sleep", asleep - begin, "s")
+            stage.record(f"{who}: to wake", time.perf_counter() - asleep, "s")
+
+
+def seconds_to_copy(weights: dict[str, torch.Tensor], *, device: str) -> float:
+    """Of all of them into bfloat16 tensors that are there already: the least that a sync can take."""
+    low = {name: torch.empty_like(tensor, dtype=torch.bfloat16) for name, tensor in weights.items()}
+
+    def copy() -> None:
+        for name, tensor in weights.items():
+            low[name].copy_(tensor)
+
+    return median_seconds(copy, device=device, rounds=3)
+
+
+def words(number: int, length: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(2, 500, (number, length), generator=generator).tolist()
+
+
+def master_weights(folder: Path, *, device: str) -> dict[str, torch.Tensor]:
+    """float32, as the trainer has them."""
+    weights = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as content:
+            names = list(content.keys())
+            weights |= {name: content.get_tensor(name).to(device, torch.float32) for name in names}
+    return weights

@@ -1,0 +1,61 @@
+"""Seconds of work on a device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_seconds(call: Callable[[], object], *, device: str, rounds: int, warmup: int = 2) -> float:
+    """Median wall time of `call`, each round waited for."""
+    seconds = []
+    for number in range(warmup + rounds):
+        synchronize(device)
+        begin = time.perf_counter()
+        call()
+        synchronize(device)
+        if number >= warmup:
+            seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def alternating_seconds(calls: dict[str, Callable[[], object]], *, device: str, rounds: int) -> dict[str, float]:
+    """Median wall time of each call; they take turns, so that a busy machine slows all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):  # the first warms up
+        for name, call in calls.items():
+            synchronize(device)
+            begin = time.perf_counter()
+            call()
+            synchronize(device)
+            if number:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def product_flops(device: str, *, size: int) -> float:
+    """Operations a second of one square matrix product of random bfloat16 numbers."""
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: left @ right, device=device, rounds=10, warmup=3)
+
+
+def peak_bytes(call: Callable[[], object], *, device: str) -> int:
+    """What torch's allocator holds at most during `call`, beyond what it held before; 0 on a CPU."""
+    if device != "cuda":
+        call()
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

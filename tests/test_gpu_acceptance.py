@@ -1,0 +1,189 @@
+"""scripts/gpu_acceptance.py: what it does with stages that end badly, and that all of them can be rehearsed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from distill_cli.types import TeacherScores
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import gpu_acceptance  # noqa: E402
+from gpu_stages import STAGES, docs  # noqa: E402
+from gpu_stages.figures import Stage, asked, show  # noqa: E402
+from gpu_stages.teachers import planted_teachers, teacher_problem  # noqa: E402
+
+RECORDS = """
+import sys
+from pathlib import Path
+from gpu_stages.figures import Stage
+stage = Stage(Path({report!r}), Path({scratch!r}), rehearse=False)
+stage.record("speed", 2.0, "x", at_least=1.0)
+"""
+ENDINGS = {
+    "a": "stage.record('too slow', 1.0, at_least=2.0)",
+    "b": "print('the log', flush=True); stage.fail('OutOfMemoryError: CUDA out of memory')",
+    "c": "import time; time.sleep(60)",
+    "d": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+    "e": "stage.record('wrong', 1.0, at_most=0.0, wrong_if_missed=True)",
+}
+"""How stages end: well, though a figure is missed; with an error; never; killed; with a number that is wrong."""
+
+
+def acceptance(*argv: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPTS / "gpu_acceptance.py"), *argv]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=900)
+
+
+def run_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, minutes: float = 0.0) -> gpu_acceptance.Run:
+    """Every stage of ENDINGS, none of which is given more than three seconds, but for machine."""
+
+    def command(name: str, report: Path, scratch: Path, *, rehearse: bool) -> list[str]:
+        code = RECORDS.format(report=str(report), scratch=str(scratch)) + ENDINGS.get(name, "")
+        return [sys.executable, "-c", code]
+
+    for name in ENDINGS:
+        monkeypatch.setitem(STAGES, name, replace(STAGES[name], limit_s=4.0))
+    arguments = Namespace(out=tmp_path / "out", rehearse=False, minutes=minutes)
+    run = gpu_acceptance.Run(arguments, tmp_path, command=command)
+    for name in ENDINGS:
+        run.stage(name)
+    return run
+
+
+def test_stages_that_end_badly_do_not_stop_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = run_stages(tmp_path, monkeypatch)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["stages"]
+    assert {name: stage["state"] for name, stage in found.items()} == {
+        **{"a": "passed", "b": "failed", "c": "cut off", "d": "failed", "e": "failed"}
+    }
+    assert found["b"]["error"] == "OutOfMemoryError: CUDA out of memory"
+    assert Path(found["b"]["log"]).read_text() == "the log\n"
+    assert found["c"]["error"] == "took longer than 4 s"
+    assert "SIGSEGV" in found["d"]["error"]
+    assert found["e"]["error"] == "wrong is 1"
+    assert [len(stage["figures"]) for stage in found.values()] == [2, 1, 1, 1, 2]  # what was measured is kept
+    assert run.status() == 1
+    printed = capsys.readouterr().out
+    assert "missed: too slow; wrong" in printed
+    assert all(len(line) < 300 for line in printed.splitlines())
+    assert not [child for child in psutil.Process().children() if "time.sleep(60)" in " ".join(child.cmdline())]
+
+
+def test_what_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_stages(tmp_path, monkeypatch, minutes=0.1)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["stages"]
+    assert {stage["state"] for stage in found.values()} == {"left out"}
+    assert run.status() == 0  # nothing was started, and nothing ended badly
+
+
+def test_a_later_run_adds_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_stages(tmp_path, monkeypatch)
+    arguments = Namespace(out=tmp_path / "out", rehearse=False, minutes=0.0)
+    assert set(gpu_acceptance.Run(arguments, tmp_path).results["stages"]) == set(ENDINGS)
+    arguments.rehearse = True  # a rehearsal's are of another kind
+    assert gpu_acceptance.Run(arguments, tmp_path).results["stages"] == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    done = acceptance("--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no GPU is visible")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [(("--only", "a,z"), "no stage z"), (("--minutes", "-1"), "--minutes -1"), (("--write-docs", "none.json"), "none")],
+)
+def test_wrong_commands_are_refused(argv: tuple[str, ...], named: str) -> None:
+    done = acceptance(*argv)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_docs_say_what_was_measured_on_a_gpu_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = run_stages(tmp_path, monkeypatch)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{docs.BEGIN}\nold\n{docs.END}\nafter\n")
+    assert docs.write_docs(run.file, page) == 2  # of no card
+    assert "old" in page.read_text()
+    results = json.loads(run.file.read_text())
+    results["machine"] = {"card": "NVIDIA H100", "memory": "79 GiB", "cpus": "16", "torch": "2.11.0"}
+    results["stages"]["a"]["tables"] = {"kernels": [{"kernel": "a|b", "ms": 1.5}]}
+    run.file.write_text(json.dumps(results))
+    assert docs.write_docs(run.file, page) == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    for part in (
+        "One NVIDIA H100 (79 GiB",
+        "torch 2.11.0",
+        "| speed | 2 x | at least 1 | yes |",
+        "| too slow | 1 | at least 2 | **no** |",
+        "failed: OutOfMemoryError",
+        "| a\\|b | 1.5 |",
+    ):
+        assert part in text
+    assert docs.write_docs(run.file, page) == 0  # again, in the same place
+    assert page.read_text() == text
+    results["rehearsal"] = True
+    run.file.write_text(json.dumps(results))
+    assert docs.write_docs(run.file, page) == 2
+    capsys.readouterr()
+
+
+def test_a_rehearsal_asks_only_what_holds_anywhere(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "r.json", tmp_path, rehearse=True)
+    stage.record("speed", 1.0, at_least=2.0)
+    stage.record("right", 1.0, at_least=2.0, wrong_if_missed=True)
+    speed, right = json.loads((tmp_path / "r.json").read_text())["figures"]
+    assert (speed["is_met"], asked(speed)) == (None, "")
+    assert (right["is_met"], asked(right)) == (False, "at least 2")
+    assert show(12345.6) == "12,346"
+
+
+def test_teachers_that_lost_their_weights_are_seen() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def scores(shift: float) -> list[TeacherScores]:
+        logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+        logp = logits.log_softmax(-1).sort(descending=True).values
+        return [TeacherScores(torch.arange(4, dtype=torch.int32).repeat(6, 1), logp, logp[:, 1] + shift)]
+
+    first = scores(0.0)
+    assert teacher_problem(first, scores(1e-3), limit=1e-2) is None
+    others = [replace(first[0], sampled_logp=torch.randn(6, generator=generator))]
+    problems = {
+        name: teacher_problem(first, planted, limit=1e-2) for name, planted in planted_teachers(first, others).items()
+    }
+    assert "no weights" in problems["uniform"]
+    assert "not finite" in problems["not finite"]
+    assert "differ by" in problems["stale"]
+
+
+@pytest.mark.slow
+def test_every_stage_can_be_rehearsed(tmp_path: Path) -> None:
+    done = acceptance("--rehearse", "--out", str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    states = {name: (stage["state"], stage.get("error")) for name, stage in found["stages"].items()}
+    assert done.returncode == 0, (states, done.stdout, done.stderr)
+    assert states == dict.fromkeys(STAGES, ("passed", ""))
+    assert all(stage["figures"] for stage in found["stages"].values())
