@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -16,6 +17,8 @@ from distill_cli.engines.process import is_prepared, keep_process_state, prepare
 from distill_cli.engines.settings import ADAPTER_RANKS, CPU_KV_CACHE_BYTES, EngineSettings, tensor_parallel_problem
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.modelpath import read_config
+
+log = logging.getLogger(__name__)
 
 
 class Interrupted(BaseException):
@@ -133,6 +136,11 @@ class Engine:
     def close(self) -> None:
         """Free the engine; closing again does nothing."""
         if self.llm is not None:
+            if self.asleep and not self.on_cpu:
+                try:
+                    vllm_patches.wake_before_closing(self.llm)
+                except Exception as error:  # the GPU may be full; it is closed all the same
+                    log.warning("%s was closed asleep, since it could not wake: %s", self.role, reason(error))
             vllm_patches.shut_down(self.llm)
             self.llm = None
 

@@ -43,6 +43,10 @@ def prepare_process(*, quiet: bool = True) -> None:
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"
+    # Triton's products of float32 are TF32's otherwise, and on GPUs vLLM's attention in float32 is Triton's.
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+    if importlib.util.find_spec("flashinfer") is None:  # vLLM samples with it by default, installed or not
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     # Without it vLLM cuts torch to one thread, the trainer's forward and backward included.
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads_per_rank()))
     if quiet and "VLLM_LOGGING_LEVEL" not in os.environ:

@@ -106,13 +106,15 @@ REACHES = (
 
 # what is looked for, and put in its place
 
+MISSING = object()
+
 
 def find_name(module_name: str, name: str) -> Any:
-    """Return `module.name` or `module.Class.name`; None if this vLLM has no such name."""
+    """Return `module.name` or `module.Class.name`, which may be None; `MISSING` if this vLLM has no such name."""
     try:
         return pkgutil.resolve_name(f"{module_name}:{name}")
     except (ImportError, AttributeError):
-        return None
+        return MISSING
 
 
 def missing_names(*, platform: str) -> list[str]:
@@ -125,7 +127,7 @@ def missing_names(*, platform: str) -> list[str]:
     for reach in REACHES:
         if reach.only != platform and (platform == "adapter" or reach.only is not None):
             continue
-        found = [value for name in reach.names if (value := find_name(reach.module, name)) is not None]
+        found = [value for name in reach.names if (value := find_name(reach.module, name)) is not MISSING]
         spelled = " or ".join(f"{reach.module}.{name}" for name in reach.names)
         if not found:
             missing.append(f"{spelled} ({reach.used_by})")
@@ -334,6 +336,16 @@ def abort_requests(llm: Any) -> None:
     """
     engine = llm.llm_engine
     engine.abort_request(list(engine.output_processor.request_states), internal=True)
+
+
+def wake_before_closing(llm: Any) -> None:
+    """Wake an engine that sleeps, so that what it holds can be freed. CUDA only.
+
+    Symptom: freeing memory that sleep has unmapped leaves an error behind in vLLM's allocator, and the next engine of
+    the process that may sleep gets no memory.
+    No longer needed when: `my_free` in vLLM's csrc/cumem_allocator.cpp takes unmapped memory.
+    """
+    llm.wake_up()
 
 
 def shut_down(llm: Any) -> None:

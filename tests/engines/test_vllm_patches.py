@@ -35,6 +35,15 @@ def test_missing_names_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "vllm.elsewhere" not in named  # a GPU's
 
 
+def test_a_name_that_is_none_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's allocator is None until the first engine that may sleep."""
+    import vllm.v1.engine.core as module
+
+    monkeypatch.setattr(module, "nothing_yet", None, raising=False)
+    monkeypatch.setattr(vllm_patches, "REACHES", (Reach("vllm.v1.engine.core", ("nothing_yet",), "pooled_bytes"),))
+    assert vllm_patches.missing_names(platform="cuda") == []
+
+
 def test_every_reach_belongs_to_a_function() -> None:
     for reach in REACHES:
         assert callable(getattr(vllm_patches, reach.used_by))
