@@ -9,12 +9,23 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+# Files that run side by side share the cores: threads that wait for a core which another file has take several times as
+# long. Before torch is imported, and for all processes that tests start.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from distill_cli.config.compose import hear_own_warnings
 from distill_cli.config.credentials import VARIABLE
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Under xdist files start in the order of their names, not of their number of tests: the long ones have few."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

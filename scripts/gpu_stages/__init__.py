@@ -24,7 +24,7 @@ STAGES = {
     "b": Spec("head", "the fused head against its three matrix products", 20, 60, 10),
     "c": Spec("train_step", "training steps of a student of 1.7B", 60, 150, 20),
     "d": Spec("engines", "engines: check, sleep, wake, sync", 70, 150, 80),
-    "e": Spec("default_run", "the default run; killed and resumed", 70, 150, 80),
+    "e": Spec("default_run", "the default run; killed and resumed", 70, 200, 80),
     "f": Spec("throughput", "sampling, scoring and sync with 1.7B and 4B", 80, 180, 45),
     "g": Spec("whole_steps", "whole steps of 1.7B from 4B", 70, 170, 45),
 }

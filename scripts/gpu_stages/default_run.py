@@ -40,6 +40,7 @@ def kill_and_resume(stage: Stage) -> None:
         stage,
         *("run.name=killed", f"run.root={folder.parent}", f"train.max_steps={KILLED_STEPS}", "checkpoint.period=2"),
         *("eval.period=0", "eval.at_start=false", "eval.at_end=false", "eval.record_samples=0"),
+        *("engine.student.enforce_eager=true", "engine.teacher.enforce_eager=true"),  # it is started twice
     )
     begin = time.monotonic()
     while not any(row["step"] >= KILL_AFTER for row in metrics(folder)):
