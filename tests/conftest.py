@@ -23,12 +23,15 @@ from distill_cli.config.credentials import VARIABLE
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Under xdist files start in the order of their names, not of their number of tests: the long ones have few."""
+    """Under xdist files start in their order here, not in that of their number of tests: the long ones have few."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that none is left for the end: Slurm's, which mostly wait, then all with slow tests."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name != "test_slurm.py", item.path not in slow))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

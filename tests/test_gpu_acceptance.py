@@ -1,4 +1,4 @@
-"""scripts/gpu_acceptance.py: what it does with stages that end badly, and that all of them can be rehearsed."""
+"""scripts/gpu_acceptance.py: what it does with stages that end badly, and with wrong commands."""
 
 from __future__ import annotations
 
@@ -177,13 +177,3 @@ def test_teachers_that_lost_their_weights_are_seen() -> None:
     assert "no weights" in problems["uniform"]
     assert "not finite" in problems["not finite"]
     assert "differ by" in problems["stale"]
-
-
-@pytest.mark.slow
-def test_every_stage_can_be_rehearsed(tmp_path: Path) -> None:
-    done = acceptance("--rehearse", "--out", str(tmp_path / "out"))
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
-    states = {name: (stage["state"], stage.get("error")) for name, stage in found["stages"].items()}
-    assert done.returncode == 0, (states, done.stdout, done.stderr)
-    assert states == dict.fromkeys(STAGES, ("passed", ""))
-    assert all(stage["figures"] for stage in found["stages"].values())

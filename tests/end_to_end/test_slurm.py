@@ -157,7 +157,7 @@ def test_a_sweep_is_one_array_and_goes_on_with_what_failed(cluster: Cluster, tmp
     assert (done.status, "every run has finished" in done.stderr) == (2, True)
 
 
-GRID = ("loss.topk=4,8,16", "loss.kl_weight=0.3,0.5,0.7")
+GRID = ("loss.topk=4,8", "loss.kl_weight=0.3,0.5")
 ONE_STEP = (
     "train.max_steps=1", "rollout.prompts_per_step=8", "train.global_batch_size=8", "eval.at_start=false",
     "eval.teacher=false", "eval.period=0", "eval.max_samples=8", "eval.max_new_tokens=16",
@@ -165,8 +165,8 @@ ONE_STEP = (
 
 
 @pytest.mark.slow
-def test_three_by_three_in_one_array_and_through_hydra_s_launcher(cluster: Cluster, tmp_path: Path) -> None:
-    """With a real MLflow server that has a password; Hydra's launcher gives two of the nine the same numbers."""
+def test_grid_in_one_array_and_through_hydras_launcher(cluster: Cluster, tmp_path: Path) -> None:
+    """With a real MLflow server that has a password; Hydra's launcher gives two of the four the same numbers."""
     address = f"127.0.0.1:{free_port()}"
     server = start_server(tmp_path, f"http://{address}")
     uri = f"tracker.mlflow.uri=http://me:planted-uri-3@{address}"
@@ -187,19 +187,19 @@ def test_three_by_three_in_one_array_and_through_hydra_s_launcher(cluster: Clust
     finally:
         stop(server)
     (parent,) = [run for run in stored if run.info.run_name == "s"]
-    assert parent.data.params == {"loss.topk": "4, 8, 16", "loss.kl_weight": "0.3, 0.5, 0.7"}
+    assert parent.data.params == {"loss.topk": "4, 8", "loss.kl_weight": "0.3, 0.5"}
     children = [run for run in stored if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert sorted(run.info.run_name for run in children) == elements(tmp_path)
-    assert len(elements(tmp_path)) == 9
+    assert len(elements(tmp_path)) == 4
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
     assert len({run.data.tags["slurm.array_job_id"] for run in children}) == 1
     for title in (r"^KL forward \(", r"^accuracy \("):
-        table = re.search(title + r".*\n.*0\.3 +0\.5 +0\.7 *\n4 .*\n8 .*\n16 .*\n", ours.stdout, re.M)
+        table = re.search(title + r".*\n.*0\.3 +0\.5 *\n4 .*\n8 .*\n", ours.stdout, re.M)
         assert table, ours.stdout
-        assert len(re.findall(r"\d\.\d+", table[0])) == 3 + 9
+        assert len(re.findall(r"\d\.\d+", table[0])) == 2 + 4
 
     assert elements(tmp_path, "h") == ["0_topk=4", "1_topk=8"]
-    for mine, hydras in (("0_topk=4,kl_weight=0.3", "0_topk=4"), ("3_topk=8,kl_weight=0.3", "1_topk=8")):
+    for mine, hydras in (("0_topk=4,kl_weight=0.3", "0_topk=4"), ("2_topk=8,kl_weight=0.3", "1_topk=8")):
         folders = [RunDir(tmp_path / "runs/s" / mine), RunDir(tmp_path / "runs/h" / hydras)]
         first, second = ([names.name for names in sorted(folder.path.iterdir())] for folder in folders)
         assert first == second
