@@ -56,6 +56,8 @@ def main() -> None:
         run = Run(arguments, Path(scratch))
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda *_: sys.exit(1))  # the stage at work is ended and noted on the way out
+        if arguments.rehearse:
+            print("a rehearsal on the CPU, with tiny shapes: its figures show only that they can be had", flush=True)
         run.stage("machine")
         for name in chosen:
             run.stage(name)

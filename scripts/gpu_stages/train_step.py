@@ -48,7 +48,7 @@ def run(stage: Stage) -> None:
     attention.register()
     shape = student_shape(rehearse=stage.rehearse)
     peak_flops = product_flops(stage.device, size=256 if stage.rehearse else 8192)
-    stage.record("a bfloat16 product, 8192 x 8192 x 8192", peak_flops / 1e12, "TFLOP/s")
+    stage.record("a product of two large bfloat16 matrices", peak_flops / 1e12, "TFLOP/s")
     batches = make_batches(
         shape, length=length, number=num_sequences, topk=topk, max_tokens=micro_batch_tokens, parallel=parallel
     )
