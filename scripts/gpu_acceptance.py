@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from distill_cli.rundir import write_json
 
 REPOSITORY = Path(__file__).parent.parent
 POLL_S = 0.5
+STACKS_S = 2.0
+TAIL_CHARACTERS = 6000
 SCRATCH_GIB = 16
 """Room for two made-up models of 1.7B and 4B parameters."""
 
@@ -83,6 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
     parser.add_argument("--out", type=Path, default=Path("gpu_results"), help="folder of results.json and the logs")
     parser.add_argument("--work", type=Path, help="scratch folder; default: shared memory if there is room, else /tmp")
+    parser.add_argument("--commit", help="of this code, where git cannot tell")
     parser.add_argument("--write-docs", type=Path, metavar="RESULTS", help="results.json into docs/performance.md")
     arguments = parser.parse_args()
     if arguments.minutes < 0:
@@ -109,13 +113,14 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.file = self.out / "results.json"
         self.deadline = time.monotonic() + arguments.minutes * 60 if arguments.minutes else float("inf")
+        self.temporary = scratch / "tmp"
+        self.temporary.mkdir(exist_ok=True)
+        self.origin = {"command": " ".join(["python", *sys.argv]), "commit": arguments.commit or commit()}
         before = json.loads(self.file.read_text()) if self.file.exists() else {}
         if before.get("rehearsal") != arguments.rehearse:
             before = {}
         self.results: dict[str, Any] = {
             "rehearsal": arguments.rehearse,
-            "command": " ".join(["python", *sys.argv]),
-            "commit": commit(),
             "machine": before.get("machine", {}),
             "stages": before.get("stages", {}),
         }
@@ -125,8 +130,7 @@ class Run:
         """Run one stage to its end or limit, and print what it found."""
         if name == "machine":
             found = self.run_process(name, limit_s=120.0)
-            self.results["machine"] = found.get("facts", {})
-            self.save()
+            self.keep_machine(found.get("facts", {}))
             print(" ".join(f"{key}={value}" for key, value in self.results["machine"].items()), flush=True)
             if found["state"] == "failed":
                 print(f"   failed: {found['error']}", flush=True)
@@ -150,14 +154,25 @@ class Run:
             print(f"   {found['state']}: {found['error']}; log: {found['log']}", flush=True)
         print(f"   {found['seconds']:.0f} s", flush=True)
 
+    def keep_machine(self, facts: dict[str, str]) -> None:
+        """Figures of another card or of other versions do not stay beside those of this run."""
+        before = self.results["machine"]
+        if facts and before and before != facts:
+            self.results["stages"] = {}
+            print(f"what is in {self.file} was measured elsewhere, and is replaced", flush=True)
+        self.results["machine"] = facts or before
+        self.save()
+
     def run_process(self, name: str, *, limit_s: float) -> dict[str, Any]:
         """-> state, seconds, error and log of a stage, and what it recorded."""
-        report, log = self.scratch / f"{name}.json", self.out / f"{name}.log"
+        report = self.scratch / f"{name}.json"
+        log = (self.out if name in STAGES else self.scratch) / f"{name}.log"
         command = self.command(name, report, self.scratch, rehearse=self.arguments.rehearse)
         environment = {**os.environ, "PYTHONPATH": search_path(), "PYTHONUNBUFFERED": "1"}
+        environment["TMPDIR"] = str(self.temporary)
         if self.arguments.rehearse:  # models as small as these only wait for a second thread
             environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        begin = time.monotonic()
+        begin, since = time.monotonic(), time.time()
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, stdout=output, stderr=output, env=environment, start_new_session=True
@@ -176,6 +191,8 @@ class Run:
         died = "" if process.returncode == 0 else describe_exit(process.returncode)
         error = error or found.pop("error", "") or died
         state = "cut off" if error.startswith("took longer") else "failed" if error else "passed"
+        if error:
+            append_tails(log, self.scratch, since=since)
         return {
             "title": STAGES[name].title if name in STAGES else name,
             "state": state,
@@ -191,7 +208,7 @@ class Run:
             self.note(name, {"state": "cut off", **found})
 
     def note(self, name: str, found: Mapping[str, Any]) -> None:
-        self.results["stages"][name] = {"title": STAGES[name].title, **found}
+        self.results["stages"][name] = {"title": STAGES[name].title, **self.origin, **found}
         self.save()
 
     def save(self) -> None:
@@ -221,9 +238,13 @@ def search_path() -> str:
 
 
 def commit() -> str:
-    done = subprocess.run(
-        ["git", "-C", REPOSITORY, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+    """Of the checkout; `unknown` where git or its history is not."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", REPOSITORY, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
@@ -232,19 +253,29 @@ def read(report: Path) -> dict[str, Any]:
 
 
 def end_tree(process: subprocess.Popen) -> None:
-    """Kill a stage and everything that came of it."""
+    """Kill a stage and everything that came of it; one that is at work leaves its threads' stacks in its log."""
     try:
         tree = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         tree = []
     if process.poll() is None:
+        process.send_signal(signal.SIGABRT)  # faulthandler's
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STACKS_S)
         process.kill()
     for member in tree:
-        try:
+        with suppress(psutil.NoSuchProcess):
             member.kill()
-        except psutil.NoSuchProcess:
-            continue
     process.wait()
+
+
+def append_tails(log: Path, scratch: Path, *, since: float) -> None:
+    """Add the ends of what a stage's processes printed to its log: the scratch folder does not last."""
+    files = [file for pattern in ("*.out", "*.log") for file in scratch.rglob(pattern)]
+    with log.open("a") as output:
+        for file in sorted(file for file in files if file.stat().st_mtime >= since and file != log):
+            text = file.read_text(errors="replace")[-TAIL_CHARACTERS:]
+            output.write(f"\n===== {file.relative_to(scratch)}\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ stage.record("speed", 2.0, "x", at_least=1.0)
 """
 ENDINGS = {
     "a": "stage.record('too slow', 1.0, at_least=2.0)",
-    "b": "print('the log', flush=True); stage.fail('OutOfMemoryError: CUDA out of memory')",
+    "b": "print('the log', flush=True); (stage.scratch / 'check.out').write_text('what a rank said'); "
+    "stage.fail('OutOfMemoryError: CUDA out of memory')",
     "c": "import time; time.sleep(60)",
     "d": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
     "e": "stage.record('wrong', 1.0, at_most=0.0, wrong_if_missed=True)",
@@ -55,8 +56,10 @@ def run_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, minutes: floa
 
     for name in ENDINGS:
         monkeypatch.setitem(STAGES, name, replace(STAGES[name], limit_s=4.0))
-    arguments = Namespace(out=tmp_path / "out", rehearse=False, minutes=minutes)
-    run = gpu_acceptance.Run(arguments, tmp_path, command=command)
+    arguments = Namespace(out=tmp_path / "out", rehearse=False, minutes=minutes, commit="abc123")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir(exist_ok=True)
+    run = gpu_acceptance.Run(arguments, scratch, command=command)
     for name in ENDINGS:
         run.stage(name)
     return run
@@ -71,7 +74,7 @@ def test_stages_that_end_badly_do_not_stop_the_next(
         **{"a": "passed", "b": "failed", "c": "cut off", "d": "failed", "e": "failed"}
     }
     assert found["b"]["error"] == "OutOfMemoryError: CUDA out of memory"
-    assert Path(found["b"]["log"]).read_text() == "the log\n"
+    assert Path(found["b"]["log"]).read_text() == "the log\n\n===== check.out\nwhat a rank said\n"
     assert found["c"]["error"] == "took longer than 4 s"
     assert "SIGSEGV" in found["d"]["error"]
     assert found["e"]["error"] == "wrong is 1"
@@ -92,10 +95,19 @@ def test_what_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_later_run_adds_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_stages(tmp_path, monkeypatch)
-    arguments = Namespace(out=tmp_path / "out", rehearse=False, minutes=0.0)
-    assert set(gpu_acceptance.Run(arguments, tmp_path).results["stages"]) == set(ENDINGS)
+    arguments = Namespace(out=tmp_path / "out", rehearse=False, minutes=0.0, commit=None)
+    scratch = tmp_path / "scratch"
+    run = gpu_acceptance.Run(arguments, scratch)
+    assert set(run.results["stages"]) == set(ENDINGS)
+    assert run.results["stages"]["a"]["commit"] == "abc123"
+    run.keep_machine({"card": "H100"})
+    assert set(run.results["stages"]) == set(ENDINGS)
+    run.keep_machine({})  # it could not be asked this time
+    assert run.results["machine"] == {"card": "H100"}
+    run.keep_machine({"card": "H200"})  # figures of two cards do not stay beside each other
+    assert run.results["stages"] == {}
     arguments.rehearse = True  # a rehearsal's are of another kind
-    assert gpu_acceptance.Run(arguments, tmp_path).results["stages"] == {}
+    assert gpu_acceptance.Run(arguments, scratch).results["stages"] == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
@@ -135,6 +147,7 @@ def test_docs_say_what_was_measured_on_a_gpu_alone(
     assert text.endswith("after\n")
     for part in (
         "One NVIDIA H100 (79 GiB",
+        "commit abc123",
         "torch 2.11.0",
         "| speed | 2 x | at least 1 | yes |",
         "| too slow | 1 | at least 2 | **no** |",

@@ -111,7 +111,7 @@ class Engine:
     def sleep(self, *, level: int) -> None:
         """Give the device's memory back; level 1 keeps the weights in host memory, 2 drops them.
 
-        Does nothing without `settings.sleep_mode`, and frees nothing on a CPU. Not run on a GPU so far.
+        Does nothing without `settings.sleep_mode`, and frees nothing on a CPU.
         """
         if not self.settings.sleep_mode or self.asleep:
             return
@@ -141,8 +141,10 @@ class Engine:
                     vllm_patches.wake_before_closing(self.llm)
                 except Exception as error:  # the GPU may be full; it is closed all the same
                     log.warning("%s was closed asleep, since it could not wake: %s", self.role, reason(error))
-            vllm_patches.shut_down(self.llm)
-            self.llm = None
+            llm, self.llm = self.llm, None
+            vllm_patches.shut_down(llm)
+            del llm  # nothing may refer to what is to be freed
+            vllm_patches.release_memory()
 
 
 def check_settings(settings: EngineSettings, *, role: str) -> None:

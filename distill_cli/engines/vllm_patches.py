@@ -349,13 +349,12 @@ def wake_before_closing(llm: Any) -> None:
 
 
 def shut_down(llm: Any) -> None:
-    """End an in-process engine and free its memory.
+    """End an in-process engine; `release_memory` frees what it held, once nothing refers to it.
 
     Symptom: `LLM` has no close; deleting it leaves the KV cache to the garbage collector.
     No longer needed when: `LLM` has one.
     """
     llm.llm_engine.engine_core.shutdown()
-    release_memory()
 
 
 def num_positions(model_config: Any) -> int:

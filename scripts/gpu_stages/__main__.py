@@ -8,7 +8,10 @@ import importlib
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from distill_cli.processes import die_with_parent
 from gpu_stages import STAGES
@@ -33,6 +36,9 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         stage.fail(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # compilers' and engines' threads would be waited for; what was found is on disk

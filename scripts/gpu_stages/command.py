@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from distill_cli.processes import die_with_parent
 from gpu_stages.figures import Stage, StageFailed
 
 BF16 = ("train.precision=bf16", "model.student.dtype=bfloat16", "model.teacher.dtype=bfloat16")
@@ -19,25 +24,43 @@ def arguments(stage: Stage, *argv: str) -> list[str]:
     return [sys.executable, "-m", "distill_cli", *argv, "tracker=none", *device]
 
 
-def start(stage: Stage, *argv: str, verb_only: bool = False) -> subprocess.Popen:
-    """`distill ARGV` in the scratch folder; its output is the stage's log and what `finish` returns.
+@dataclass(frozen=True)
+class Started:
+    process: subprocess.Popen
+    output: Path
+    """A file: a pipe that nobody reads would stop it, and what a killed one printed would be lost."""
+
+
+def start(stage: Stage, *argv: str, verb_only: bool = False) -> Started:
+    """Start `distill ARGV` in the scratch folder; it dies with this process.
 
     Args:
         verb_only: the arguments are whole: nothing of the stage's device is added.
     """
     command = [sys.executable, "-m", "distill_cli", *argv] if verb_only else arguments(stage, *argv)
     print("$", " ".join(command[2:]), flush=True)
-    return subprocess.Popen(command, cwd=stage.scratch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    descriptor, name = tempfile.mkstemp(prefix=f"{argv[0].partition('=')[0]}_", suffix=".out", dir=stage.scratch)
+    with open(descriptor, "wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=stage.scratch,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            preexec_fn=partial(die_with_parent, parent=os.getpid()),
+        )
+    return Started(process, Path(name))
 
 
-def finish(process: subprocess.Popen) -> str:
-    """What it printed; raises StageFailed with its last error."""
-    output, _ = process.communicate()
+def finish(started: Started) -> str:
+    """Return what it printed; raise StageFailed with its last error."""
+    started.process.wait()
+    output = started.output.read_text(errors="replace")
     print(output, flush=True)
-    if process.returncode:
-        errors = [line for line in output.splitlines() if re.match(r"(error|bad) ", line) or line.startswith("error:")]
+    if started.process.returncode:
+        errors = [line for line in output.splitlines() if re.match(r"error:|bad\s", line)]
         lines = errors or output.strip().splitlines()[-1:] or ["no output"]
-        raise StageFailed(f"distill ended with status {process.returncode}: {' | '.join(lines)[:400]}")
+        raise StageFailed(f"distill ended with status {started.process.returncode}: {' | '.join(lines)[:400]}")
     return output
 
 

@@ -46,15 +46,13 @@ def section(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in VERSIONS if name in machine)
     card = f"{machine['card']} ({machine['memory']}, driver {machine.get('driver', 'unknown')})"
     lines = [
-        f"One {card}, {machine['cpus']} CPU cores; {versions}; commit {results['commit']}.",
-        "",
-        f"`{results['command']}`",
+        f"One {card}, {machine['cpus']} CPU cores; {versions}.",
     ]
     for name in STAGES:
         found = results["stages"].get(name)
         if found is None:
             continue
-        lines += ["", f"### {name}. {found['title']}", ""]
+        lines += ["", f"### {name}. {found['title']}", "", origin(found), ""]
         if found["state"] != "passed":
             lines += [f"{found['state']}{': ' + found['error'] if found.get('error') else ''}", ""]
         if found.get("figures"):
@@ -63,6 +61,12 @@ def section(results: dict[str, Any]) -> str:
         for title, rows in found.get("tables", {}).items():
             lines += ["", f"{title}:", "", *table(rows)]
     return "\n".join(lines)
+
+
+def origin(found: dict[str, Any]) -> str:
+    """What was run for a stage, and how long it took."""
+    seconds = f", {found['seconds']:.0f} s" if "seconds" in found else ""
+    return f"`{found['command']}`, commit {found['commit']}{seconds}"
 
 
 def figure_row(figure: dict[str, Any]) -> str:

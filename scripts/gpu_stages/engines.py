@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -35,8 +36,12 @@ MEMORY_SHARE = 0.15
 def run(stage: Stage) -> None:
     check_pair(stage)
     with one_rank(stage.device):
-        for dtype in ("bfloat16",) if stage.rehearse else ("float32", "bfloat16"):
-            sleep_and_sync(stage, dtype)
+        for dtype in ("bfloat16",) if stage.rehearse else ("bfloat16", "float32"):
+            try:
+                sleep_and_sync(stage, dtype)
+            except Exception as error:  # the other one is still to be seen
+                traceback.print_exc()
+                stage.fail(f"{dtype}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def check_pair(stage: Stage) -> None:

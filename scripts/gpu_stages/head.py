@@ -13,7 +13,7 @@ import torch
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.losses.linear_topk import linear_topk_loss
 from gpu_stages.figures import Stage
-from gpu_stages.timing import alternating_seconds, peak_bytes
+from gpu_stages.timing import alternating_seconds, most_expensive, peak_bytes
 
 CHECKED_TOKENS = 256
 
@@ -51,6 +51,7 @@ def run(stage: Stage) -> None:
     stage.record("products' time over the head's", seconds["bare"] / seconds["ours"] * 100, "%", at_least=85)
     stage.record("fused head, peak memory", peak / 2**20, "MiB")
     stage.record("the weight's float32 gradient alone", vocab * hidden * 4 / 2**20, "MiB")
+    stage.table("kernels", most_expensive(fused, device=device))
     ours = float(value(CHECKED_TOKENS))
     some = slice(CHECKED_TOKENS)
     exact = materialised(hidden_NH[some], weight_VH, ids_NK[some], teacher_NK[some], loss)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 
+from distill_cli.processes import die_with_parent
 from gpu_stages.figures import Stage, StageFailed
 
 FOLDERS = ("tests/student", "tests/losses", "tests/test_torch_versions.py")
@@ -14,7 +17,7 @@ FOLDERS = ("tests/student", "tests/losses", "tests/test_torch_versions.py")
 def run(stage: Stage) -> None:
     report = stage.scratch / "kernels.xml"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}", *FOLDERS]
-    subprocess.run(command, check=False)
+    subprocess.run(command, check=False, preexec_fn=partial(die_with_parent, parent=os.getpid()))
     if not report.exists():
         raise StageFailed("pytest did not start")
     cases = list(ElementTree.parse(report).iter("testcase"))

@@ -1,28 +1,30 @@
 """Sampling, scoring and sync with the shapes of a student of 1.7B and a teacher of 4B, against what vLLM does alone.
 
-Bare sampling is the same engine's `generate` without log-probabilities; bare scoring its prefill without any. The
-teacher is in a process of its own, as in a run; its bare prefill is measured in this one.
+Bare sampling is the same engine's `generate` without log-probabilities and seeds; bare scoring its prefill without any.
+The teacher is in a process of its own, as in a run; its bare prefill is measured in this one. Its engines run without
+CUDA graphs and compilation, which take long to make and serve prefills little.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from gpu_stages.in_process import one_rank  # before torch
 
 import torch  # isort: skip
 from safetensors import safe_open
+from vllm import SamplingParams
 
 from distill_cli.engines.companion import CompanionScorer
 from distill_cli.engines.engine import request_params
 from distill_cli.engines.sampler import Sampler
-from distill_cli.engines.sampling import sampling_params
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from gpu_stages.figures import Stage
 from gpu_stages.shapes import make_pair
-from gpu_stages.timing import alternating_seconds, median_seconds
+from gpu_stages.timing import alternating_seconds, median_seconds, most_expensive
 
 
 def run(stage: Stage) -> None:
@@ -43,16 +45,15 @@ def sampling(stage: Stage, settings: EngineSettings, folder: Path) -> None:
     prompts, new_tokens = words(4, 16) if stage.rehearse else words(64, 128), 16 if stage.rehearse else 512
     sampler = Sampler(settings)
     wanted = SamplingSettings(max_new_tokens=new_tokens, ignore_eos=True)
-    bare = [sampling_params(wanted, seed=seed, max_tokens=new_tokens) for seed in range(len(prompts))]
-    for params in bare:
-        params.logprobs = None
+    plain = SamplingParams(max_tokens=new_tokens, temperature=1.0, ignore_eos=True, detokenize=False)
+    inputs = [{"prompt_token_ids": ids} for ids in prompts]
     seconds = alternating_seconds(
         {
-            "bare": lambda: sampler._engine.generate(prompts, bare),
+            "bare": lambda: sampler._engine.llm.generate(inputs, plain, use_tqdm=False),
             "ours": lambda: sampler.sample(prompts, seeds=range(len(prompts)), sampling=wanted),
         },
         device=stage.device,
-        rounds=2,
+        rounds=3,
     )
     number = len(prompts) * new_tokens
     stage.record("sampling, 1.7B", number / seconds["ours"], "tokens/s")
@@ -72,17 +73,22 @@ def scoring(stage: Stage, settings: EngineSettings, path: str) -> None:
     sequences = words(4, 64) if stage.rehearse else words(64, 640)
     starts, topk = [len(sequences[0]) // 5] * len(sequences), 16 if stage.rehearse else 64
     number = sum(len(ids) for ids in sequences)
-    teacher = EngineSettings(**vars(settings) | {"path": path})
-    local = Scorer(EngineSettings(**vars(teacher) | {"sleep_mode": False}), topk=topk)
+    teacher = replace(settings, path=path, enforce_eager=True)
+    local = Scorer(replace(teacher, sleep_mode=False), topk=topk)
     params = [request_params(max_tokens=1, temperature=0.0, detokenize=False)] * len(sequences)
+
+    def local_score() -> None:
+        local.score(sequences, response_starts=starts)
+
     seconds = alternating_seconds(
         {
             "bare": lambda: local._engine.generate(sequences, params),
-            "ours": lambda: local.score(sequences, response_starts=starts),
+            "ours": local_score,
         },
         device=stage.device,
         rounds=3,
     )
+    stage.table("kernels of scoring", most_expensive(local_score, device=stage.device))
     local.close()
     stage.record("scoring in this process, 4B", number / seconds["ours"], "tokens/s")
     stage.record("bare prefill", number / seconds["bare"], "tokens/s")

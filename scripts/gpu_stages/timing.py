@@ -5,8 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+SHOWN_KERNELS = 10
 
 
 def synchronize(device: str) -> None:
@@ -59,3 +62,26 @@ def peak_bytes(call: Callable[[], object], *, device: str) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def most_expensive(call: Callable[[], object], *, device: str) -> list[dict[str, Any]]:
+    """The kernels that take most of `call`, with their share of all kernels' time; on a CPU, operators."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiled:
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    clock = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, clock))
+    total = sum(getattr(event, clock) for event in events) or 1
+    return [
+        {
+            "kernel": event.key[:100],
+            "calls": event.count,
+            "ms": getattr(event, clock) / 1e3,
+            "share": getattr(event, clock) / total,
+        }
+        for event in events[:SHOWN_KERNELS]
+    ]

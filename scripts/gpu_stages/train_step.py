@@ -26,7 +26,7 @@ from distill_cli.student.optimizer import build_optimizer, build_schedule, optim
 from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
 from gpu_stages.figures import Stage
 from gpu_stages.shapes import student_shape
-from gpu_stages.timing import median_seconds, product_flops
+from gpu_stages.timing import median_seconds, most_expensive, product_flops
 
 CASES = {
     "full checkpointing": (Checkpointing.full, False),
@@ -37,7 +37,6 @@ CASES = {
 PROFILED = "selective checkpointing"
 REHEARSED = ("full checkpointing", "selective checkpointing", "selective, compiled")
 """On a CPU a compiler takes longer than all the rest."""
-SHOWN_KERNELS = 10
 
 
 def run(stage: Stage) -> None:
@@ -143,26 +142,3 @@ def predicted_bytes(
         on_gpu=not stage.rehearse,
     )
     return max(moment.total for moment in memory.trainer_moments(memory.shape_of(shape, shapes), step))
-
-
-def most_expensive(step: Callable[[], object], *, device: str) -> list[dict[str, Any]]:
-    """The kernels that take most of a step, with their share of all kernels' time."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device == "cuda":
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiled:
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    clock = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, clock))
-    total = sum(getattr(event, clock) for event in events) or 1
-    return [
-        {
-            "kernel": event.key[:100],
-            "calls": event.count,
-            "ms": getattr(event, clock) / 1e3,
-            "share": getattr(event, clock) / total,
-        }
-        for event in events[:SHOWN_KERNELS]
-    ]

@@ -1,6 +1,7 @@
 """Whole steps of a student of 1.7B that learns from a teacher of 4B: where the time goes.
 
-Outside the stages is what is neither sync, sample, score, pack nor train: waking engines, recording, and the rest.
+Outside the stages is what is neither sync, sample, score, pack nor train: waking engines, recording, and the rest. The
+teacher's engine runs without CUDA graphs and compilation, which take long to make and serve prefills little.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def run(stage: Stage) -> None:
         *(f"rollout.prompts_per_step={prompts}", f"rollout.max_new_tokens={new_tokens}"),
         *(f"rollout.max_sequence_length={2 * (new_tokens + prompt_tokens)}", f"train.global_batch_size={prompts}"),
         *(f"train.max_steps={steps}", "rollout.max_truncated_rate=1", "checkpoint.enabled=false"),
+        *("engine.teacher.enforce_eager=true",),
         *("eval.record_samples=0", f"run.root={stage.scratch / 'runs'}", "run.name=steps", *vocabulary),
     )
     rows = [row for row in metrics(stage.scratch / "runs" / "steps") if row["step"] > 1]  # the first one warms up

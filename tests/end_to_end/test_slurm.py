@@ -103,7 +103,8 @@ def test_whatever_ends_a_job_the_run_ends_with_the_same_parameters(
     done = cluster.distill(tmp_path, "resume", "runs/r", "--wait")
     assert done.status == 0, done.stdout + done.stderr
     log = next(run.path.glob(f"slurm/{job}_0_log.out")).read_text()
-    assert "attempt 1, after step 1: stopped by SIGUSR2" in done.stdout
+    # It may have judged its second step's answers before it was held.
+    assert re.search(r"attempt 1, after step [12]: stopped by SIGUSR2", done.stdout), done.stdout
     assert log.count(f"job {job} is queued again") == 2
     assert log.count("goes on from the checkpoint of step") == 3
     ours, theirs = load_file(run.student / "model.safetensors"), load_file(one_rank.run.student / "model.safetensors")
