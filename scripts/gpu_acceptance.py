@@ -41,6 +41,8 @@ from distill_cli.rundir import write_json
 
 REPOSITORY = Path(__file__).parent.parent
 POLL_S = 0.5
+BUSY = 4
+"""A rehearsal's limits over those on a GPU: its cores may have other work."""
 STACKS_S = 2.0
 TAIL_CHARACTERS = 6000
 SCRATCH_GIB = 16
@@ -146,7 +148,8 @@ class Run:
         print(f"{name}  {spec.title}", flush=True)
         self.started.append(name)
         self.note(name, {"state": "cut off"})  # until it says otherwise
-        found = self.run_process(name, limit_s=min(spec.limit_s, left))
+        limit_s = spec.limit_s * (BUSY if self.arguments.rehearse else 1)
+        found = self.run_process(name, limit_s=min(limit_s, left))
         self.note(name, found)
         for figure in found.get("figures", []):
             print(f"   {figure_line(figure)}", flush=True)
