@@ -15,7 +15,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from distill_cli.engines.vllm_patches import REACHES, Reach
+from distill_cli.engines import vllm_patches  # noqa: F401, it declares them
+from distill_cli.engines.reach import REACHES, Reach
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Engine:
         if settings.vocab_size is not None:
             self.call_worker(vllm_patches.cut_vocabulary, settings.vocab_size)
         if should_stop is not None and settings.tensor_parallel == 1:
-            vllm_patches.interrupt_between_tokens(self.llm, lambda: Interrupted() if should_stop() else None)
+            vllm_patches.call_between_tokens(self.llm, partial(check_stop, should_stop))
         try:
             check_length(settings, model_config=self.llm.model_config, role=role)
         except ConfigError:
@@ -145,6 +146,11 @@ class Engine:
             vllm_patches.shut_down(llm)
             del llm  # nothing may refer to what is to be freed
             vllm_patches.release_memory()
+
+
+def check_stop(should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        raise Interrupted
 
 
 def check_settings(settings: EngineSettings, *, role: str) -> None:

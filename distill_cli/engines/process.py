@@ -16,8 +16,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from distill_cli.engines.vllm_patches import absent
-
 log = logging.getLogger(__name__)
 
 CHANGED_VARIABLES = (
@@ -80,6 +78,18 @@ def hide_broken_packages(names: Sequence[str] = ("torchvision", "torchaudio", "t
             log.info("%s does not work with this torch and is left out: %s", name, str(error).splitlines()[0])
             hidden.append(name)
     return hidden
+
+
+@contextmanager
+def absent(*names: str) -> Iterator[None]:
+    """Make packages look uninstalled to imports within; those that are imported already stay."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules |= dict.fromkeys(hidden)
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def import_transformers() -> None:

@@ -10,6 +10,7 @@ import torch
 from distill_cli.engines import vllm_patches
 from distill_cli.engines.adapter import adapter_request, check_adapter, whole_tensors
 from distill_cli.engines.engine import Engine, reason
+from distill_cli.engines.reach import check_names
 from distill_cli.engines.sampling import sample
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.weights import check_names_and_shapes, expected_shapes, full_tensors
@@ -38,7 +39,7 @@ class Sampler:
         self._is_broken = False
         self._engine = Engine(settings, role="the sampler", should_stop=should_stop)
         if settings.adapter:
-            vllm_patches.check_names(platform="adapter")
+            check_names(platform="adapter")
         self.tensor_parallel = settings.tensor_parallel
         """Ranks that share this engine and call it together: see `EngineSettings`."""
         model_config = self._engine.llm.model_config

@@ -1,10 +1,10 @@
 """Everything inside vLLM that we replace, call or read beyond its documented interface: one function each.
 
 vLLM expects a process to itself, and offers no way in for tensors that are already there. Each function below names the
-symptom without it and the sign that it is no longer needed. `REACHES` lists the names behind them with the releases in
-which they were seen; names are looked up, not assumed. `apply_patches` looks for all of them when the first engine is
-built, and raises one error with every name that is missing. `scripts/check_vllm_versions.py` searches unpacked releases
-for the same names without importing anything.
+symptom without it and the sign that it is no longer needed; the decorator above it declares the names behind it. They
+are looked up, not assumed: `apply_patches` looks for all of them when the first engine is built, and raises one error
+with every name that is missing. `scripts/check_vllm_versions.py` searches unpacked releases for the same names without
+importing anything.
 
 Importing this module imports neither vLLM nor torch.
 """
@@ -14,15 +14,13 @@ from __future__ import annotations
 import gc
 import importlib
 import inspect
-import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from distill_cli.errors import DistillError
+from distill_cli.engines.process import absent
+from distill_cli.engines.reach import check_names, find_name, reaches, replace_name
 
 if TYPE_CHECKING:
     import torch
@@ -30,128 +28,13 @@ if TYPE_CHECKING:
 KEEP_TENSORS = {"distill_keep_tensors": True}
 """`SamplingParams.extra_args` of a request whose log-probabilities stay tensors."""
 
+QUEUES = "vllm.distributed.device_communicators.shm_broadcast"
+CPU_COMMUNICATOR = "vllm.distributed.device_communicators.cpu_communicator"
+EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
+CUMEM = "vllm.device_allocator.cumem"
+
 ADAPTER_ID = 1
-"""Of the one adapter, which each sync replaces."""
-
-
-@dataclass(frozen=True)
-class Reach:
-    """A name inside vLLM that one of the functions below depends on."""
-
-    module: str
-    names: tuple[str, ...]
-    """`name` or `Class.name`; several are spellings of different releases, of which one must be there."""
-    used_by: str
-    """The function of this module."""
-    parameter: str | None = None
-    """An argument that the named function must take."""
-    only: str | None = None
-    """`cpu` or `cuda` if one platform alone needs it, `adapter` if only `model.student.lora.sync=adapter` does."""
-    seen: str = "0.25.1 to 0.33.0"
-    """Releases whose source has it."""
-
-
-REACHES = (
-    Reach("vllm.v1.engine.logprobs", ("LogprobsProcessor.from_new_request",), "keep_logprobs_as_tensors"),
-    Reach("vllm.v1.engine.logprobs", ("LogprobsProcessor._update_prompt_logprobs",), "keep_logprobs_as_tensors"),
-    Reach("vllm.v1.engine.logprobs", ("LogprobsProcessor._update_sample_logprobs",), "keep_logprobs_as_tensors"),
-    Reach("vllm.v1.engine.output_processor", ("LogprobsProcessor",), "keep_logprobs_as_tensors"),
-    Reach("vllm.v1.engine.core", ("cleanup_dist_env_and_memory",), "keep_process_group"),
-    Reach(
-        "vllm.distributed.device_communicators.shm_broadcast",
-        ("MessageQueue.create_from_process_group",),
-        "broadcast_without_queue",
-    ),
-    Reach(
-        "vllm.distributed.device_communicators.cpu_communicator",
-        ("CpuCommunicator._all_group_ranks_share_shm_group_name",),
-        "avoid_shared_memory",
-        only="cpu",
-    ),
-    Reach("vllm.v1.sample.sampler", ("batched_count_greater_than",), "skip_token_ranks", only="cpu"),
-    Reach(
-        "vllm.model_executor.layers.vocab_parallel_embedding",
-        ("get_masked_input_and_mask",),
-        "mask_without_compiler",
-        only="cpu",
-    ),
-    Reach("vllm.v1.engine.llm_engine", ("LLMEngine.step",), "interrupt_between_tokens"),
-    Reach("vllm.v1.engine.llm_engine", ("LLMEngine.abort_request",), "abort_requests", parameter="internal"),
-    Reach("vllm.v1.engine.core_client", ("InprocClient.shutdown",), "shut_down"),
-    Reach("vllm.model_executor.layers.logits_processor", ("LogitsProcessor",), "logits_processors"),
-    Reach(
-        "vllm.v1.worker.gpu_model_runner",
-        ("GPUModelRunner.reload_weights",),
-        "load_weights",
-        parameter="weights_iterator",
-    ),
-    Reach(
-        "vllm.v1.worker.gpu.model_runner",  # the newer runner, the default on GPUs for dense models
-        ("GPUModelRunner.reload_weights",),
-        "load_weights",
-        only="cuda",
-    ),
-    Reach("vllm.device_allocator.cumem", ("CuMemAllocator.get_current_usage",), "pooled_bytes", only="cuda"),
-    Reach("vllm.device_allocator.cumem", ("CuMemAllocator.instance",), "pooled_bytes", only="cuda"),
-    Reach("vllm.lora.lora_model", ("LoRAModel.from_lora_tensors",), "load_adapter", only="adapter"),
-    Reach("vllm.lora.peft_helper", ("PEFTHelper",), "load_adapter", only="adapter"),
-    Reach(
-        "vllm.model_executor.models.utils",
-        ("WeightsMapper.get_rename_mapper", "WeightsMapper.get_unstacked_mapper"),
-        "load_adapter",
-        only="adapter",
-    ),
-)
-
-
-# what is looked for, and put in its place
-
-MISSING = object()
-
-
-def find_name(module_name: str, name: str) -> Any:
-    """Return `module.name` or `module.Class.name`, which may be None; `MISSING` if this vLLM has no such name."""
-    try:
-        return pkgutil.resolve_name(f"{module_name}:{name}")
-    except (ImportError, AttributeError):
-        return MISSING
-
-
-def missing_names(*, platform: str) -> list[str]:
-    """Return what this vLLM lacks of `REACHES`, each as `module.name (used_by)`.
-
-    Args:
-        platform: `cpu` or `cuda` for what every engine there needs; `adapter` for what adapters need besides.
-    """
-    missing = []
-    for reach in REACHES:
-        if reach.only != platform and (platform == "adapter" or reach.only is not None):
-            continue
-        found = [value for name in reach.names if (value := find_name(reach.module, name)) is not MISSING]
-        spelled = " or ".join(f"{reach.module}.{name}" for name in reach.names)
-        if not found:
-            missing.append(f"{spelled} ({reach.used_by})")
-        elif reach.parameter and reach.parameter not in inspect.signature(found[0]).parameters:
-            missing.append(f"argument {reach.parameter} of {spelled} ({reach.used_by})")
-    return missing
-
-
-def check_names(*, platform: str) -> None:
-    """Raise DistillError with every name of `missing_names`."""
-    missing = missing_names(platform=platform)
-    if missing:
-        import vllm
-
-        raise DistillError(
-            f"vLLM {vllm.__version__} lacks what engines in a trainer's process need: {'; '.join(missing)}; install a "
-            "version that pyproject.toml allows"
-        )
-
-
-def replace_name(module_name: str, name: str, replacement: Any) -> None:
-    """Set `module.name` or `module.Class.name`."""
-    owner, _, attribute = f"{module_name}.{name}".rpartition(".")
-    setattr(pkgutil.resolve_name(owner), attribute, replacement)
+"""The sampler has one adapter, which each sync replaces."""
 
 
 @cache
@@ -175,21 +58,13 @@ def apply_patches() -> None:
         mask_without_compiler()
 
 
-@contextmanager
-def absent(*names: str) -> Iterator[None]:
-    """Make packages look uninstalled to imports within; those that are imported already stay."""
-    hidden = [name for name in names if name not in sys.modules]
-    sys.modules |= dict.fromkeys(hidden)
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-
-
 # what is replaced
 
 
+@reaches("vllm.v1.engine.output_processor", "LogprobsProcessor")
+@reaches("vllm.v1.engine.logprobs", "LogprobsProcessor.from_new_request")
+@reaches("vllm.v1.engine.logprobs", "LogprobsProcessor._update_prompt_logprobs")
+@reaches("vllm.v1.engine.logprobs", "LogprobsProcessor._update_sample_logprobs")
 def keep_logprobs_as_tensors() -> None:
     """Keep the log-probabilities of requests marked with `KEEP_TENSORS` as the worker's tensors.
 
@@ -234,6 +109,7 @@ def keep_logprobs_as_tensors() -> None:
     replace_name("vllm.v1.engine.output_processor", "LogprobsProcessor", TensorLogprobsProcessor)
 
 
+@reaches("vllm.v1.engine.core", "cleanup_dist_env_and_memory")
 def keep_process_group() -> None:
     """Leave the default process group alone when an engine is shut down.
 
@@ -243,16 +119,17 @@ def keep_process_group() -> None:
     replace_name("vllm.v1.engine.core", "cleanup_dist_env_and_memory", release_memory)
 
 
+@reaches(QUEUES, "MessageQueue.create_from_process_group")
 def broadcast_without_queue() -> None:
     """Make no message queue in shared memory for a group of ranks; vLLM broadcasts through the process group then.
 
     Symptom: shared memory and a socket for objects that no engine here broadcasts; a killed rank leaves both behind.
     No longer needed when: `external_launcher` engines create no `MessageQueue`.
     """
-    module = "vllm.distributed.device_communicators.shm_broadcast"
-    replace_name(module, "MessageQueue.create_from_process_group", staticmethod(_nothing))
+    replace_name(QUEUES, "MessageQueue.create_from_process_group", staticmethod(_nothing))
 
 
+@reaches(CPU_COMMUNICATOR, "CpuCommunicator._all_group_ranks_share_shm_group_name", only="cpu")
 def avoid_shared_memory() -> None:
     """Let ranks that share an engine on CPUs meet over gloo instead of named shared memory. CPU only.
 
@@ -260,10 +137,10 @@ def avoid_shared_memory() -> None:
     was killed.
     No longer needed when: the name of vLLM's shared-memory group differs from run to run.
     """
-    module = "vllm.distributed.device_communicators.cpu_communicator"
-    replace_name(module, "CpuCommunicator._all_group_ranks_share_shm_group_name", _false)
+    replace_name(CPU_COMMUNICATOR, "CpuCommunicator._all_group_ranks_share_shm_group_name", _false)
 
 
+@reaches("vllm.v1.sample.sampler", "batched_count_greater_than", only="cpu")
 def skip_token_ranks() -> None:
     """Leave out the rank of each token among all candidates, which nobody here reads. CPU only.
 
@@ -274,14 +151,15 @@ def skip_token_ranks() -> None:
     replace_name("vllm.v1.sample.sampler", "batched_count_greater_than", _minus_one)
 
 
+@reaches(EMBEDDING, "get_masked_input_and_mask", only="cpu")
 def mask_without_compiler() -> None:
     """Run the masking of a vocabulary-parallel embedding as it is written. CPU only.
 
     Symptom: it is compiled at the first token that ranks embed together, for seconds, and is no faster afterwards.
     No longer needed when: `enforce_eager` keeps vLLM from compiling it.
     """
-    module, name = "vllm.model_executor.layers.vocab_parallel_embedding", "get_masked_input_and_mask"
-    replace_name(module, name, inspect.unwrap(find_name(module, name)))
+    name = "get_masked_input_and_mask"
+    replace_name(EMBEDDING, name, inspect.unwrap(find_name(EMBEDDING, name)))
 
 
 def release_memory(*_args: Any, **_kwargs: Any) -> None:
@@ -311,8 +189,9 @@ def _minus_one(logp_TV: torch.Tensor, _sampled_logp_T1: torch.Tensor) -> torch.T
 # what is called or read: the engine
 
 
-def interrupt_between_tokens(llm: Any, should_stop: Callable[[], BaseException | None]) -> None:
-    """Raise what `should_stop` returns before the next step of `llm`, which is one token of every request.
+@reaches("vllm.v1.engine.llm_engine", "LLMEngine.step")
+def call_between_tokens(llm: Any, check: Callable[[], None]) -> None:
+    """Call `check`, which may raise, before each step of `llm`: one token of every request.
 
     Symptom: `LLM.generate` returns when the last answer ends, minutes after the run was asked to stop.
     No longer needed when: `generate` takes a callback.
@@ -320,14 +199,13 @@ def interrupt_between_tokens(llm: Any, should_stop: Callable[[], BaseException |
     step = llm.llm_engine.step
 
     def checked_step() -> Any:
-        error = should_stop()
-        if error is not None:
-            raise error
+        check()
         return step()
 
     llm.llm_engine.step = checked_step
 
 
+@reaches("vllm.v1.engine.llm_engine", "LLMEngine.abort_request", parameter="internal")
 def abort_requests(llm: Any) -> None:
     """Drop every pending request.
 
@@ -348,6 +226,7 @@ def wake_before_closing(llm: Any) -> None:
     llm.wake_up()
 
 
+@reaches("vllm.v1.engine.core_client", "InprocClient.shutdown")
 def shut_down(llm: Any) -> None:
     """End an in-process engine; `release_memory` frees what it held, once nothing refers to it.
 
@@ -389,12 +268,15 @@ def cut_vocabulary(worker: Any, size: int) -> None:
         module.org_vocab_size = min(module.org_vocab_size, size)
 
 
+@reaches("vllm.model_executor.layers.logits_processor", "LogitsProcessor")
 def _logits_processors(worker: Any) -> list[Any]:
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
     return [module for module in worker.get_model().modules() if isinstance(module, LogitsProcessor)]
 
 
+@reaches("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.reload_weights", parameter="weights_iterator")
+@reaches("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.reload_weights", only="cuda")  # the newer runner
 def load_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
     """Replace the model's weights in place with full tensors under their names in transformers.
 
@@ -415,6 +297,8 @@ def load_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> No
             head.quant_method.process_weights_after_loading(head)
 
 
+@reaches("vllm.lora.lora_model", "LoRAModel.from_lora_tensors", only="adapter")
+@reaches("vllm.lora.peft_helper", "PEFTHelper", only="adapter")
 def load_adapter(worker: Any, tensors: Mapping[str, torch.Tensor], *, rank: int, alpha: float) -> None:
     """Replace the adapter of the model; each rank of the engine keeps its part.
 
@@ -442,23 +326,28 @@ def load_adapter(worker: Any, tensors: Mapping[str, torch.Tensor], *, rank: int,
     adapters.activate_adapter(ADAPTER_ID)
 
 
+@reaches(
+    "vllm.model_executor.models.utils",
+    "WeightsMapper.get_rename_mapper",  # 0.29 and later
+    "WeightsMapper.get_unstacked_mapper",
+    only="adapter",
+)
 def rename_mapper(mapper: Any) -> Any:
-    """Return the part of a model's `WeightsMapper` that renames without stacking; None for None.
-
-    It is `get_rename_mapper` in later releases, `get_unstacked_mapper` in 0.25.
-    """
-    for name in ("get_rename_mapper", "get_unstacked_mapper"):
-        if hasattr(mapper, name):
-            return getattr(mapper, name)()
-    return mapper
+    """Return the part of a model's `WeightsMapper` that renames without stacking; None for None."""
+    if mapper is None:
+        return None
+    later = hasattr(mapper, "get_rename_mapper")
+    return mapper.get_rename_mapper() if later else mapper.get_unstacked_mapper()
 
 
+@reaches(CUMEM, "CuMemAllocator.instance", only="cuda")
+@reaches(CUMEM, "CuMemAllocator.get_current_usage", only="cuda")
 def pooled_bytes() -> int:
     """Return the bytes that an engine of this process that may sleep holds while awake, 0 without one.
 
     Symptom: torch counts them as allocated while the engine sleeps, too.
     No longer needed when: `torch.cuda.max_memory_allocated` leaves pluggable allocators' pools out.
     """
-    module = sys.modules.get("vllm.device_allocator.cumem")
+    module = sys.modules.get(CUMEM)
     allocator = module and module.CuMemAllocator.instance
     return allocator.get_current_usage() if allocator else 0

@@ -5,26 +5,26 @@ from dataclasses import replace
 import pytest
 import vllm  # noqa: F401
 
-from distill_cli.engines import vllm_patches
-from distill_cli.engines.vllm_patches import REACHES, Reach
+from distill_cli.engines import reach, vllm_patches
+from distill_cli.engines.reach import REACHES, Reach
 from distill_cli.errors import DistillError
 
 
 @pytest.mark.parametrize("platform", ["cpu", "adapter"])
 def test_this_vllm_has_all_names(platform: str) -> None:
-    assert vllm_patches.missing_names(platform=platform) == []
+    assert reach.missing_names(platform=platform) == []
 
 
 def test_missing_names_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = (
         Reach("vllm.v1.engine.core", ("no_such_name",), "keep_process_group"),
         Reach("vllm.no_such_module", ("old_name", "new_name"), "load_weights"),
-        replace(next(reach for reach in REACHES if reach.parameter), parameter="no_such_argument"),
+        replace(next(known for known in REACHES if known.parameter), parameter="no_such_argument"),
         Reach("vllm.elsewhere", ("gone",), "pooled_bytes", only="cuda"),
     )
-    monkeypatch.setattr(vllm_patches, "REACHES", (*REACHES, *lost))
+    monkeypatch.setattr(reach, "REACHES", (*REACHES, *lost))
     with pytest.raises(DistillError) as raised:
-        vllm_patches.check_names(platform="cpu")
+        reach.check_names(platform="cpu")
     named = str(raised.value)
     for part in (
         "vllm.v1.engine.core.no_such_name (keep_process_group)",
@@ -40,13 +40,8 @@ def test_a_name_that_is_none_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm.v1.engine.core as module
 
     monkeypatch.setattr(module, "nothing_yet", None, raising=False)
-    monkeypatch.setattr(vllm_patches, "REACHES", (Reach("vllm.v1.engine.core", ("nothing_yet",), "pooled_bytes"),))
-    assert vllm_patches.missing_names(platform="cuda") == []
-
-
-def test_every_reach_belongs_to_a_function() -> None:
-    for reach in REACHES:
-        assert callable(getattr(vllm_patches, reach.used_by))
+    monkeypatch.setattr(reach, "REACHES", (Reach("vllm.v1.engine.core", ("nothing_yet",), "pooled_bytes"),))
+    assert reach.missing_names(platform="cuda") == []
 
 
 @pytest.mark.parametrize("spelling", ["get_rename_mapper", "get_unstacked_mapper"])
