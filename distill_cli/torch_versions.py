@@ -1,4 +1,4 @@
-"""Where the versions of torch that we allow differ: one function each, names looked up and not assumed.
+"""Differences between the supported versions of torch, one function each. Names are looked up, not assumed.
 
 Importing this module does not import torch, which the launcher never does.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @cache
 def torchrun_knows(option: str) -> bool:
-    """Return whether the installed torchrun has an option, by its source.
+    """Return whether the source of the installed torchrun has an option.
 
     Symptom: torchrun refuses to start with an option that it does not know. torch 2.13 has `--shutdown-timeout`, 2.11
     has not.
@@ -30,7 +30,7 @@ def torchrun_knows(option: str) -> bool:
 def varlen_attention(
     query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, *arguments: object, **keywords: object
 ) -> torch.Tensor:
-    """Call `torch.nn.attention.varlen.varlen_attn`, with fewer heads of keys and values than of queries allowed.
+    """Call `torch.nn.attention.varlen.varlen_attn`; keys and values may have fewer heads than queries.
 
     Symptom: torch 2.11 has no `enable_gqa` there; keys and values are repeated for each query's head.
 
@@ -48,7 +48,7 @@ def varlen_attention(
 
 
 def varlen_operator() -> object:
-    """Return the operator that `varlen_attn` calls, which selective checkpointing knows it by.
+    """Return the operator behind `varlen_attn`, by which selective checkpointing recognizes it.
 
     Symptom: it is registered only when its module is imported; a torch that renames it would silently compute attention
     again in the backward pass, so it must be there.

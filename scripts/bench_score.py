@@ -11,14 +11,13 @@ from distill_cli.engines.process import prepare_process
 prepare_process()
 
 import argparse  # noqa: E402
-import statistics  # noqa: E402
 import tempfile  # noqa: E402
-import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from gpu_stages.timing import alternating_seconds  # noqa: E402
 from tokenizers import Tokenizer, decoders, models  # noqa: E402
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
@@ -81,7 +80,7 @@ def bench_scorer(settings: EngineSettings, *, topk: int, rounds: int) -> None:
     scorer = Scorer(settings, topk=topk)
     for num_sequences, length in SHAPES:
         sequences = torch.randint(3, VOCAB_SIZE, (num_sequences, length)).tolist()
-        seconds = median_seconds(scoring_calls(scorer, sequences, topk=topk), rounds=rounds)
+        seconds = alternating_seconds(scoring_calls(scorer, sequences, topk=topk), device="cpu", rounds=rounds)
         bare, stock, ours = seconds["bare"], seconds["stock"], seconds["ours"]
         print(
             f"score {num_sequences} x {length}, k={topk}: bare {bare:.3f} s, stock {stock:.3f} s, ours {ours:.3f} s"
@@ -111,12 +110,13 @@ def bench_sampler(settings: EngineSettings, model: Qwen3ForCausalLM, *, rounds: 
     bare = [sampling_params(sampling, seed=seed, max_tokens=64) for seed in range(32)]
     for params in bare:
         params.logprobs = None
-    seconds = median_seconds(
+    seconds = alternating_seconds(
         {
             "bare": lambda: sampler._engine.generate(prompts, bare),
             "ours": lambda: sampler.sample(prompts, seeds=range(32), sampling=sampling),
             "sync": lambda: sampler.sync(model.named_parameters(), version=0),
         },
+        device="cpu",
         rounds=rounds,
     )
     bare, ours = seconds["bare"], seconds["ours"]
@@ -126,18 +126,6 @@ def bench_sampler(settings: EngineSettings, model: Qwen3ForCausalLM, *, rounds: 
     )
     print(f"sync: {seconds['sync']:.3f} s")
     sampler.close()
-
-
-def median_seconds(calls: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """Wall time of each call: they take turns, so that a busy machine slows all of them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):  # the first warms up
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if number:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":

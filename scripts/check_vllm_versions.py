@@ -1,4 +1,4 @@
-"""Searches unpacked vLLM releases for the names of `engines/vllm_patches.py`, without importing any of them.
+"""Search unpacked vLLM releases for the names that `engines/vllm_patches.py` needs, without importing them.
 
     python scripts/check_vllm_versions.py FOLDER...
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def version(folder: Path) -> tuple[int, ...]:
-    """From the wheel's metadata, or the folder's name."""
+    """Read the version from the wheel's metadata, or from the folder's name."""
     metadata = next(folder.glob("vllm*.dist-info/METADATA"), None)
     text = re.search(r"^Version: (.*)$", metadata.read_text(), re.M)[1] if metadata else folder.name
     return tuple(map(int, re.findall(r"\d+", text)[:3]))
@@ -63,7 +63,7 @@ def parse(file: Path) -> ast.Module:
 
 
 def lookup(node: ast.AST, path: list[str]) -> ast.AST | None:
-    """What a dotted name stands for: a definition, an assignment or an import."""
+    """Return the definition, assignment or import that binds a dotted name; None if there is none."""
     for child in ast.walk(node) if isinstance(node, ast.Module) else node.body:
         if path[0] in names_of(child):
             return child if len(path) == 1 else lookup(child, path[1:])
@@ -71,7 +71,7 @@ def lookup(node: ast.AST, path: list[str]) -> ast.AST | None:
 
 
 def names_of(node: ast.AST) -> list[str]:
-    """What a statement gives a name to."""
+    """Return the names that a statement binds."""
     match node:
         case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
             return [node.name]
@@ -84,7 +84,7 @@ def names_of(node: ast.AST) -> list[str]:
 
 
 def parameters(node: ast.AST) -> list[str]:
-    """Names of a function's arguments."""
+    """Return the names of a function's arguments."""
     if not isinstance(node, ast.FunctionDef):
         return []
     arguments = node.args

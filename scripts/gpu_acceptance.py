@@ -1,17 +1,17 @@
-"""Shows on a GPU all that a GPU has to show: stage by stage, what a user loses most by first.
+"""Check on a GPU everything that needs one, in stages: first what costs a user most if it is wrong.
 
     python scripts/gpu_acceptance.py --out gpu_results             # every stage, on one GPU
     python scripts/gpu_acceptance.py --only b,c --minutes 4        # some, as far as the time goes
     python scripts/gpu_acceptance.py --rehearse                    # the same code on the CPU, with tiny shapes
     python scripts/gpu_acceptance.py --write-docs gpu_results/results.json
 
-Each stage runs in a process of its own, with a time limit. What it has found is in results.json within a second: a run
-that is cut off loses only what its last stage had not measured. A later run into the same folder adds its stages. A
-stage that fails, hangs or runs out of memory leaves its error in one line and its log, and the next one starts. The
-table says for each figure what is asked and whether it was met; a missed figure is no failure.
+Each stage runs in its own process with a time limit. Its figures are in results.json within a second: a run that is cut
+off loses only what its last stage had not measured yet. A later run into the same folder adds its stages. If a stage
+fails, hangs or runs out of memory, its error is one line beside the path of its log, and the next stage starts. The
+table shows each figure, its target and whether it was met; a missed target is not a failure.
 
-Exit status: 0 if every stage that started ended well, 1 if one failed or was cut off, 2 if the command is wrong or no
-GPU is there. `--write-docs` puts a finished results.json into docs/performance.md and starts nothing.
+Exit status: 0 if every started stage passed, 1 if one failed or was cut off, 2 if the command is wrong or there is no
+GPU. `--write-docs` writes a finished results.json into docs/performance.md and starts nothing.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ from distill_cli.rundir import write_json
 REPOSITORY = Path(__file__).parent.parent
 POLL_S = 0.5
 BUSY = 4
-"""A rehearsal's limits over those on a GPU: its cores may have other work."""
+"""Factor on the time limits in a rehearsal, whose cores may be shared."""
+MACHINE_S = 120.0
 STACKS_S = 2.0
 TAIL_CHARACTERS = 6000
 SCRATCH_GIB = 16
-"""Room for two made-up models of 1.7B and 4B parameters."""
+"""Disk space for two made-up models of 1.7B and 4B parameters."""
 
 
 def main() -> None:
@@ -60,10 +61,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gpu-acceptance-", dir=scratch_root(arguments)) as scratch:
         run = Run(arguments, Path(scratch))
         for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, lambda *_: sys.exit(1))  # the stage at work is ended and noted on the way out
+            signal.signal(signum, lambda *_: sys.exit(1))  # `run_process` ends the current stage on the way out
         if arguments.rehearse:
-            print("a rehearsal on the CPU, with tiny shapes: its figures show only that they can be had", flush=True)
-        run.stage("machine")
+            print("rehearsal on the CPU with tiny shapes: the figures say nothing about speed", flush=True)
+        run.look_at_machine()
         for name in chosen:
             run.stage(name)
     sys.exit(run.status())
@@ -104,12 +105,15 @@ def scratch_root(arguments: argparse.Namespace) -> Path | None:
 
 
 class Run:
-    """Stages in processes of their own, and what they found."""
+    """Runs stages one after the other and keeps their results."""
 
     def __init__(
         self, arguments: argparse.Namespace, scratch: Path, *, command: Callable[..., list[str]] | None = None
     ) -> None:
-        """`command` is `stage_command`, or what stands for it in a test."""
+        """
+        Args:
+            command: builds a stage's command line, as `stage_command` does; tests pass their own.
+        """
         self.arguments, self.scratch, self.out = arguments, scratch, arguments.out.resolve()
         self.command = command or stage_command
         self.out.mkdir(parents=True, exist_ok=True)
@@ -128,15 +132,16 @@ class Run:
         }
         self.started: list[str] = []
 
+    def look_at_machine(self) -> None:
+        """Record card and versions."""
+        found = self.run_process("machine", limit_s=MACHINE_S)
+        self.keep_machine(found.get("facts", {}))
+        print(" ".join(f"{key}={value}" for key, value in self.results["machine"].items()), flush=True)
+        if found["error"]:
+            print(f"   {found['state']}: {found['error']}", flush=True)
+
     def stage(self, name: str) -> None:
         """Run one stage to its end or limit, and print what it found."""
-        if name == "machine":
-            found = self.run_process(name, limit_s=120.0)
-            self.keep_machine(found.get("facts", {}))
-            print(" ".join(f"{key}={value}" for key, value in self.results["machine"].items()), flush=True)
-            if found["state"] == "failed":
-                print(f"   failed: {found['error']}", flush=True)
-            return
         spec, left = STAGES[name], self.deadline - time.monotonic()
         needed = spec.rehearsal_s if self.arguments.rehearse else spec.needs_s
         if left < needed:
@@ -147,7 +152,7 @@ class Run:
             return
         print(f"{name}  {spec.title}", flush=True)
         self.started.append(name)
-        self.note(name, {"state": "cut off"})  # until it says otherwise
+        self.note(name, {"state": "cut off"})  # what is on disk if this process is killed
         limit_s = spec.limit_s * (BUSY if self.arguments.rehearse else 1)
         found = self.run_process(name, limit_s=min(limit_s, left))
         self.note(name, found)
@@ -158,22 +163,22 @@ class Run:
         print(f"   {found['seconds']:.0f} s", flush=True)
 
     def keep_machine(self, facts: dict[str, str]) -> None:
-        """Figures of another card or of other versions do not stay beside those of this run."""
+        """Drop earlier figures if they are from another card or other versions."""
         before = self.results["machine"]
         if facts and before and before != facts:
             self.results["stages"] = {}
-            print(f"what is in {self.file} was measured elsewhere, and is replaced", flush=True)
+            print(f"{self.file}: earlier figures are from another machine and are replaced", flush=True)
         self.results["machine"] = facts or before
         self.save()
 
     def run_process(self, name: str, *, limit_s: float) -> dict[str, Any]:
-        """-> state, seconds, error and log of a stage, and what it recorded."""
+        """Run a stage's process; return its state, seconds, error and log path, and what it recorded."""
         report = self.scratch / f"{name}.json"
         log = (self.out if name in STAGES else self.scratch) / f"{name}.log"
         command = self.command(name, report, self.scratch, rehearse=self.arguments.rehearse)
         environment = {**os.environ, "PYTHONPATH": search_path(), "PYTHONUNBUFFERED": "1"}
         environment["TMPDIR"] = str(self.temporary)
-        if self.arguments.rehearse:  # models as small as these only wait for a second thread
+        if self.arguments.rehearse:  # tiny models gain nothing from a second thread
             environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         begin, since = time.monotonic(), time.time()
         with log.open("wb") as output:
@@ -222,26 +227,26 @@ class Run:
         bad = [name for name in self.started if stages[name]["state"] != "passed"]
         figures = [figure for name in self.started for figure in stages[name].get("figures", [])]
         missed = [figure["name"] for figure in figures if figure["is_met"] is False]
-        print(f"{len(self.started) - len(bad)} of {len(self.started)} stages ended well; results: {self.file}")
+        print(f"{len(self.started) - len(bad)} of {len(self.started)} stages passed; results: {self.file}")
         if missed:
             print(f"missed: {'; '.join(missed)}")
         return 1 if bad else 0
 
 
 def stage_command(name: str, report: Path, scratch: Path, *, rehearse: bool) -> list[str]:
-    """What starts a stage's process."""
+    """Return the command line of a stage's process."""
     command = [sys.executable, "-m", "gpu_stages", name, str(report), str(scratch)]
     return [*command, "--rehearse"] if rehearse else command
 
 
 def search_path() -> str:
-    """Of the stages' processes: `gpu_stages`, the package and its tests, and what was given."""
+    """Return PYTHONPATH for the stages: `gpu_stages`, the package and its tests, then the caller's own."""
     given = os.environ.get("PYTHONPATH")
     return os.pathsep.join([str(REPOSITORY / "scripts"), str(REPOSITORY), *([given] if given else [])])
 
 
 def commit() -> str:
-    """Of the checkout; `unknown` where git or its history is not."""
+    """Return the checkout's short hash, or `unknown` without git or its history."""
     try:
         done = subprocess.run(
             ["git", "-C", REPOSITORY, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -256,13 +261,13 @@ def read(report: Path) -> dict[str, Any]:
 
 
 def end_tree(process: subprocess.Popen) -> None:
-    """Kill a stage and everything that came of it; one that is at work leaves its threads' stacks in its log."""
+    """Kill a stage's process tree; a stage that is still running first writes its threads' stacks to its log."""
     try:
         tree = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         tree = []
     if process.poll() is None:
-        process.send_signal(signal.SIGABRT)  # faulthandler's
+        process.send_signal(signal.SIGABRT)  # faulthandler prints the stacks
         with suppress(subprocess.TimeoutExpired):
             process.wait(STACKS_S)
         process.kill()
@@ -273,7 +278,7 @@ def end_tree(process: subprocess.Popen) -> None:
 
 
 def append_tails(log: Path, scratch: Path, *, since: float) -> None:
-    """Add the ends of what a stage's processes printed to its log: the scratch folder does not last."""
+    """Append the last output of a stage's processes to its log, since the scratch folder is deleted."""
     files = [file for pattern in ("*.out", "*.log") for file in scratch.rglob(pattern)]
     with log.open("a") as output:
         for file in sorted(file for file in files if file.stat().st_mtime >= since and file != log):

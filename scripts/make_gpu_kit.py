@@ -93,7 +93,7 @@ REPLACED = {
     "vllm/model_executor/warmup/minimax_m3_msa_warmup.py": '"""One model\'s warm-up, which needs torchvision."""\n\n\n'
     "def minimax_m3_msa_warmup(worker):\n    return None\n",
 }
-"""Files of vLLM that every engine imports, and what stands for them."""
+"""Replacements for vLLM files that every engine imports."""
 
 LEFT_OUT = (
     r"vllm/vllm-rs$",  # the server in Rust
@@ -111,7 +111,7 @@ LEFT_OUT = (
     r".*\.dist-info/(RECORD|.*licenses?/.*)$",
     r"(.*/)?(tests?|testing_data|__pycache__)/",
 )
-"""Patterns of files that are not carried, matched at the start. Wheels' scripts and shared data are not either."""
+"""Patterns of files to leave out, matched at the start; wheels' scripts and shared data are left out too."""
 
 KEPT = (r"numpy/", r"vllm/.*\.jinja$", r".*/licenses/LICENSE.*", r"hydra/", r"vllm/tests?\b.*\.py$")
 """Patterns that win over LEFT_OUT."""
@@ -212,7 +212,7 @@ def pip(*arguments: str) -> None:
 
 
 def download(requirements: Sequence[str], folder: Path, *, python: str) -> list[Path]:
-    """Download wheels of exactly these for the node's Python, whose glibc must be 2.28 or newer."""
+    """Download wheels of `requirements` for the node's Python; its glibc must be 2.28 or newer."""
     folder.mkdir(parents=True, exist_ok=True)
     built = [requirement for requirement in requirements if requirement.split("=")[0] in SOURCE_ONLY]
     ready = [requirement for requirement in requirements if requirement not in built]
@@ -253,7 +253,7 @@ class Entry:
 
 
 def sections(data: bytes) -> dict[str, tuple[int, int]]:
-    """Name -> (offset, size) of a 64-bit ELF file's sections."""
+    """Return name -> (offset, size) for the sections of a 64-bit ELF file."""
     (table,) = struct.unpack_from("<Q", data, 0x28)
     width, count, names = struct.unpack_from("<HHH", data, 0x3A)
     heads = [struct.unpack_from("<IIQQQQ", data, table + index * width) for index in range(count)]
@@ -328,7 +328,7 @@ def write_facts(path: Path, wheels: Iterable[Path], args: argparse.Namespace) ->
 
 
 def wheel_torch(wheel: Path) -> str | None:
-    """The torch that the wheel's vLLM was built against."""
+    """Return the torch version that the vLLM wheel requires."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         found = re.search(r"^Requires-Dist: torch==(\S+)", archive.read(name).decode(), re.MULTILINE)
@@ -336,14 +336,14 @@ def wheel_torch(wheel: Path) -> str | None:
 
 
 def pack(stage: Path, *, preset: int) -> bytes:
-    """The folder as .tar.xz, the same bytes for the same files."""
+    """Return the folder as .tar.xz; the same files give the same bytes."""
     # Files of a kind next to each other compress best.
     paths = sorted((p for p in stage.rglob("*") if p.is_file()), key=lambda p: (p.suffix, str(p)))
     return pack_files(((str(p.relative_to(stage)), p.open("rb"), p.stat().st_size) for p in paths), preset=preset)
 
 
 def pack_files(files: Iterable[tuple[str, io.BufferedIOBase, int]], *, preset: int) -> bytes:
-    """Names, streams and sizes as .tar.xz; closes the streams."""
+    """Return names, streams and sizes as .tar.xz, and close the streams."""
     packed = io.BytesIO()
     filters = [{"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": 256 << 20 if preset == 9 else 8 << 20}]
     with lzma.open(packed, "wb", filters=filters) as stream, tarfile.open(fileobj=stream, mode="w") as tar:

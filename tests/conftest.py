@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-# Files that run side by side share the cores: threads that wait for a core which another file has take several times as
-# long. Before torch is imported, and for all processes that tests start.
+# xdist workers share the cores: with more threads than cores a run takes several times as long. Set before torch is
+# imported; child processes inherit it.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
 
@@ -23,13 +23,13 @@ from distill_cli.config.credentials import VARIABLE
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Under xdist files start in their order here, not in that of their number of tests: the long ones have few."""
+    """Let xdist keep the order below: by default it starts files with many tests first, and long ones have few."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that none is left for the end: Slurm's, which mostly wait, then all with slow tests."""
+    """Start long files first: Slurm's, which mostly wait, then all others with slow tests."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name != "test_slurm.py", item.path not in slow))
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""scripts/gpu_acceptance.py: what it does with stages that end badly, and with wrong commands."""
+"""scripts/gpu_acceptance.py: stages that fail, wrong commands, and the page that it writes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ENDINGS = {
     "d": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
     "e": "stage.record('wrong', 1.0, at_most=0.0, wrong_if_missed=True)",
 }
-"""How stages end: well, though a figure is missed; with an error; never; killed; with a number that is wrong."""
+"""Stages that miss a target, fail, hang, crash, and record a wrong number."""
 
 
 def acceptance(*argv: str, **environment: str) -> subprocess.CompletedProcess:
@@ -48,7 +48,7 @@ def acceptance(*argv: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def run_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, minutes: float = 0.0) -> gpu_acceptance.Run:
-    """Every stage of ENDINGS, none of which is given more than three seconds, but for machine."""
+    """Run the stages of ENDINGS with a limit of four seconds each."""
 
     def command(name: str, report: Path, scratch: Path, *, rehearse: bool) -> list[str]:
         code = RECORDS.format(report=str(report), scratch=str(scratch)) + ENDINGS.get(name, "")
@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: pytest.Monke
     run = run_stages(tmp_path, monkeypatch, minutes=0.1)
     found = json.loads((tmp_path / "out" / "results.json").read_text())["stages"]
     assert {stage["state"] for stage in found.values()} == {"left out"}
-    assert run.status() == 0  # nothing was started, and nothing ended badly
+    assert run.status() == 0  # nothing was started
 
 
 def test_a_later_run_adds_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,11 +102,11 @@ def test_a_later_run_adds_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run.results["stages"]["a"]["commit"] == "abc123"
     run.keep_machine({"card": "H100"})
     assert set(run.results["stages"]) == set(ENDINGS)
-    run.keep_machine({})  # it could not be asked this time
+    run.keep_machine({})  # the machine could not be read this time
     assert run.results["machine"] == {"card": "H100"}
-    run.keep_machine({"card": "H200"})  # figures of two cards do not stay beside each other
+    run.keep_machine({"card": "H200"})  # another card's figures are dropped
     assert run.results["stages"] == {}
-    arguments.rehearse = True  # a rehearsal's are of another kind
+    arguments.rehearse = True  # so are a GPU's in a rehearsal
     assert gpu_acceptance.Run(arguments, scratch).results["stages"] == {}
 
 
@@ -135,7 +135,7 @@ def test_docs_say_what_was_measured_on_a_gpu_alone(
     run = run_stages(tmp_path, monkeypatch)
     page = tmp_path / "page.md"
     page.write_text(f"before\n{docs.BEGIN}\nold\n{docs.END}\nafter\n")
-    assert docs.write_docs(run.file, page) == 2  # of no card
+    assert docs.write_docs(run.file, page) == 2  # no GPU results
     assert "old" in page.read_text()
     results = json.loads(run.file.read_text())
     results["machine"] = {"card": "NVIDIA H100", "memory": "79 GiB", "cpus": "16", "torch": "2.11.0"}
@@ -155,7 +155,7 @@ def test_docs_say_what_was_measured_on_a_gpu_alone(
         "| a\\|b | 1.5 |",
     ):
         assert part in text
-    assert docs.write_docs(run.file, page) == 0  # again, in the same place
+    assert docs.write_docs(run.file, page) == 0  # writing again changes nothing
     assert page.read_text() == text
     results["rehearsal"] = True
     run.file.write_text(json.dumps(results))

@@ -22,7 +22,7 @@ def test_looking_up_options_imports_no_torch() -> None:
 
 @pytest.mark.parametrize("knows_groups", [True, False])
 def test_heads_are_grouped_where_torch_can(knows_groups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's kernel is CUDA's: here stands what it is given."""
+    """The kernel needs CUDA: check its arguments."""
     given = {}
 
     def with_groups(query, key, value, *, enable_gqa=False):

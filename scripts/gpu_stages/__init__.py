@@ -1,4 +1,4 @@
-"""The stages of `gpu_acceptance.py`, in the order of what a user loses most if it is wrong. No torch at import time."""
+"""The stages of `gpu_acceptance.py`, most costly mistakes first. No torch at import time."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Spec:
-    """One stage: the module of its name has `run(stage)`."""
+    """One stage. `gpu_stages.<module>` defines `run(stage)`."""
 
     module: str
     title: str
     needs_s: float
-    """Seconds on a GPU with less than which it is left out: what it shows first takes about as long."""
+    """Skip the stage if fewer seconds are left on a GPU: its first figures take about this long."""
     limit_s: float
-    """Seconds after which it is ended."""
+    """Kill the stage after this many seconds."""
     rehearsal_s: float
-    """Seconds that it takes on two CPU cores, about."""
+    """Approximate duration of the rehearsal in seconds, on two CPU cores."""
 
 
 STAGES = {

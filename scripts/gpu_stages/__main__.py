@@ -1,4 +1,4 @@
-"""What `gpu_acceptance.py` starts: `python -m gpu_stages NAME REPORT SCRATCH [--rehearse]`."""
+"""Run one stage: `python -m gpu_stages NAME REPORT SCRATCH [--rehearse]`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def main() -> None:
             child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # compilers' and engines' threads would be waited for; what was found is on disk
+    os._exit(0)  # skip waiting for the threads of compilers and engines; the report is on disk
 
 
 if __name__ == "__main__":

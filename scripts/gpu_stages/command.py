@@ -1,4 +1,4 @@
-"""The command as a user types it, on the device of a stage."""
+"""Run the `distill` command on a stage's device."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def arguments(stage: Stage, *argv: str) -> list[str]:
 class Started:
     process: subprocess.Popen
     output: Path
-    """A file: a pipe that nobody reads would stop it, and what a killed one printed would be lost."""
+    """A file instead of a pipe: an unread pipe blocks the writer, and a file keeps the output of a killed process."""
 
 
 def start(stage: Stage, *argv: str, verb_only: bool = False) -> Started:
-    """Start `distill ARGV` in the scratch folder; it dies with this process.
+    """Start `distill ARGV` in the scratch folder. It is killed when this process ends.
 
     Args:
-        verb_only: the arguments are whole: nothing of the stage's device is added.
+        verb_only: add no arguments for the stage's device.
     """
     command = [sys.executable, "-m", "distill_cli", *argv] if verb_only else arguments(stage, *argv)
     print("$", " ".join(command[2:]), flush=True)
@@ -53,7 +53,7 @@ def start(stage: Stage, *argv: str, verb_only: bool = False) -> Started:
 
 
 def finish(started: Started) -> str:
-    """Return what it printed; raise StageFailed with its last error."""
+    """Wait for the command and return its output; raise StageFailed with its errors if it failed."""
     started.process.wait()
     output = started.output.read_text(errors="replace")
     print(output, flush=True)
@@ -65,13 +65,13 @@ def finish(started: Started) -> str:
 
 
 def timed(stage: Stage, *argv: str) -> tuple[str, float]:
-    """What `distill ARGV` printed, and seconds."""
+    """Run `distill ARGV`; return its output and seconds."""
     begin = time.perf_counter()
     return finish(start(stage, *argv)), time.perf_counter() - begin
 
 
 def metrics(run: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl that are whole."""
+    """Return the complete rows of a run's metrics.jsonl."""
     file = run / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""results.json as the GPU section of docs/performance.md."""
+"""Write results.json into the GPU section of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ BEGIN, END = "<!-- gpu_acceptance: begin -->", "<!-- gpu_acceptance: end -->"
 
 
 def write_docs(results_file: Path, page: Path) -> int:
-    """Replace what stands between the page's two marks; return the exit status.
+    """Replace the text between the page's two marks; return the exit status.
 
-    2 if the file is no result of a GPU, or the page has no marks.
+    The status is 2 if the file has no GPU results or the page has no marks.
     """
     try:
         results = json.loads(results_file.read_text())
     except (OSError, json.JSONDecodeError) as error:
         return refuse(f"{results_file}: not a results.json ({error})")
     if results.get("rehearsal") or "card" not in results.get("machine", {}):
-        return refuse(f"{results_file}: a rehearsal, or of no GPU: its figures are of tiny shapes on a CPU")
+        return refuse(f"{results_file}: not the results of a GPU")
     text = page.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         return refuse(f"{page}: needs {BEGIN} and {END} once each")
@@ -64,7 +64,7 @@ def section(results: dict[str, Any]) -> str:
 
 
 def origin(found: dict[str, Any]) -> str:
-    """What was run for a stage, and how long it took."""
+    """Format a stage's command, commit and duration."""
     seconds = f", {found['seconds']:.0f} s" if "seconds" in found else ""
     return f"`{found['command']}`, commit {found['commit']}{seconds}"
 

@@ -1,4 +1,4 @@
-"""Engines beside a trainer: `distill check` on the embedded pair, and three rounds of wake, sync, use and sleep."""
+"""Run `distill check` on the embedded pair, then wake, sync, use and sleep both engines three times."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from gpu_stages.teachers import planted_teachers, teacher_problem
 ROUNDS = 3
 TOPK = 64
 ROUNDED = 2e-2
-"""Mean difference of log-probabilities that rounding to bfloat16 may make; TF32 makes less."""
+"""Largest mean difference of log-probabilities that bfloat16 or TF32 rounding explains."""
 EXACT = 1e-4
 SHRINK = 0.9
-"""What the student's weights are multiplied by before each sync, for the sampler to follow."""
+"""Scale the student's weights by this before each sync."""
 MEMORY_SHARE = 0.15
-"""Of the GPU, for each engine here: two checks run side by side."""
+"""GPU memory share of each engine; both precisions are checked at the same time."""
 
 
 def run(stage: Stage) -> None:
@@ -39,20 +39,20 @@ def run(stage: Stage) -> None:
         for dtype in ("bfloat16",) if stage.rehearse else ("bfloat16", "float32"):
             try:
                 sleep_and_sync(stage, dtype)
-            except Exception as error:  # the other one is still to be seen
+            except Exception as error:  # go on with the other precision
                 traceback.print_exc()
                 stage.fail(f"{dtype}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def check_pair(stage: Stage) -> None:
-    """`distill check` in both precisions, side by side."""
+    """Run `distill check` in both precisions at the same time."""
     keys = {"kv_cache_gib": 0.25, "gpu_memory_utilization": MEMORY_SHARE}
     engines = [f"engine.{role}.{key}={value}" for role in ("student", "teacher") for key, value in keys.items()]
     processes = {"float32": start(stage, "check", *engines), "bfloat16": start(stage, "check", *engines, *BF16)}
     for precision, process in processes.items():
         try:
             output = finish(process)
-        except StageFailed as error:  # the other check is still waited for
+        except StageFailed as error:  # wait for the other check
             stage.fail(f"check in {precision}: {error}")
             continue
         good, bad = (len(re.findall(rf"^{mark}\s", output, re.M)) for mark in ("ok", "bad"))
@@ -65,7 +65,7 @@ def check_pair(stage: Stage) -> None:
 
 
 def sleep_and_sync(stage: Stage, dtype: str) -> None:
-    """After every sleep the sampler has the weights that it was given last, and the teacher scores as it did before."""
+    """After every sleep the sampler must have the latest weights, and the teacher must score as before."""
     on_gpu = stage.device == "cuda"
     limit = ROUNDED if on_gpu or dtype == "bfloat16" else EXACT
     settings = EngineSettings(
@@ -127,7 +127,7 @@ def seconds_to_wake(engine: Sampler | CompanionScorer) -> float:
 def sampler_mismatches(
     sampler: Sampler, students: Sequence[torch.nn.Module], prompts: Sequence[list[int]]
 ) -> list[float]:
-    """Mean |log q by the sampler - log q by transformers| of tokens that it samples now, against each student."""
+    """Return mean |log q(sampler) - log q(transformers)| over newly sampled tokens, for each student."""
     samples = sampler.sample(prompts, seeds=range(len(prompts)), sampling=SamplingSettings(max_new_tokens=24))
 
     def mismatch(student: torch.nn.Module) -> float:
@@ -143,7 +143,7 @@ def sampler_mismatches(
 
 
 def real_prompts() -> list[list[int]]:
-    """What the embedded pair was made for: of other tokens it would know nothing, and rounding would show more."""
+    """Return addition prompts, which the embedded pair was trained on; on other text rounding errors are larger."""
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_pair" / "student")
     questions = [[{"role": "user", "content": f"{number} + {number + 19}"}] for number in range(21, 29)]
     return [

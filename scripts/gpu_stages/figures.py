@@ -1,8 +1,7 @@
-"""What a stage records, and how it is shown. No torch at import time."""
+"""Record a stage's figures, and format them. No torch at import time."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ from distill_cli.rundir import write_json
 
 
 class StageFailed(Exception):
-    """What was measured is wrong, in one line."""
+    """The stage found something wrong; the message is one line."""
 
 
 class Stage:
-    """One stage at work: everything recorded is on disk at once."""
+    """A running stage. Everything it records is written to disk immediately."""
 
     def __init__(self, report: Path, scratch: Path, *, rehearse: bool) -> None:
         self.scratch, self.rehearse = scratch, rehearse
@@ -36,10 +35,10 @@ class Stage:
         at_most: float | None = None,
         wrong_if_missed: bool = False,
     ) -> None:
-        """Note a figure and what is asked of it; a rehearsal asks only what must hold anywhere.
+        """Record a figure and its target. A rehearsal ignores targets unless `wrong_if_missed`.
 
         Args:
-            wrong_if_missed: a number that is not met is a defect, not a matter of speed: the stage goes on and fails.
+            wrong_if_missed: missing the target is a defect: the stage continues, and fails at its end.
         """
         if self.rehearse and not wrong_if_missed:
             at_least = at_most = None
@@ -54,7 +53,7 @@ class Stage:
         self._write()
 
     def table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Keep rows that belong together, such as a profile."""
+        """Record a table, such as a profile."""
         self._found.setdefault("tables", {})[name] = rows
         self._write()
 
@@ -63,7 +62,7 @@ class Stage:
         self._write()
 
     def fail(self, error: str) -> None:
-        """Note why the stage failed; the first reason stays."""
+        """Record why the stage failed; only the first reason is kept."""
         self._found.setdefault("error", error)
         self._write()
 
@@ -72,12 +71,12 @@ class Stage:
 
 
 def show(value: float) -> str:
-    """Three digits, whole numbers from 1,000 on."""
+    """Format with three significant digits, or as a whole number from 1,000 on."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def asked(figure: dict[str, Any]) -> str:
-    """What was asked of a figure; empty where nothing was."""
+    """Format a figure's target; empty if it has none."""
     parts = [f"at least {show(figure['at_least'])}"] if figure["at_least"] is not None else []
     parts += [f"at most {show(figure['at_most'])}"] if figure["at_most"] is not None else []
     return ", ".join(parts)
@@ -87,7 +86,3 @@ def figure_line(figure: dict[str, Any]) -> str:
     mark = {True: "met   ", False: "MISSED", None: "      "}[figure["is_met"]]
     value = f"{show(figure['value'])} {figure['unit']}".strip()
     return f"{mark} {figure['name']:<58} {value:>16}  {asked(figure)}".rstrip()
-
-
-def last_json(text: str) -> Any:
-    return json.loads(text.strip().splitlines()[-1])

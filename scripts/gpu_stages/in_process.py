@@ -1,7 +1,4 @@
-"""A process that holds engines as a rank does: its environment, its process group, and logs without vLLM's.
-
-Import it before torch.
-"""
+"""Prepare this process to hold engines as a rank does. Import this module before torch."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from distill_cli.launch.nodes import free_port  # noqa: E402
 
 @contextmanager
 def one_rank(device: str) -> Iterator[None]:
-    """The process group of a lone rank; engines inside are closed before it ends."""
+    """Set up the process group of a single rank. Close engines before leaving."""
     variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     os.environ.update(variables, MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
     if device == "cuda":
@@ -37,5 +34,5 @@ def one_rank(device: str) -> Iterator[None]:
 
 
 def free_gib() -> float:
-    """Of the GPU; 0 without one."""
+    """Return the free GPU memory in GiB, 0 without a GPU."""
     return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0.0

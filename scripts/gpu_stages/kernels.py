@@ -1,4 +1,4 @@
-"""The tests marked `gpu` that need no engine: varlen attention, fused head against float64, offload, memory."""
+"""Run the tests marked `gpu` that need no engine: varlen attention, fused head, optimizer offload, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""Report card, driver and package versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models with the shapes of real ones and random weights, made where they are used."""
+"""Make models with the shapes of real ones and random weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def teacher_shape(*, rehearse: bool) -> dict[str, Any]:
 
 
 def make_model(folder: Path, shape: dict[str, Any], *, device: str) -> Path:
-    """A folder with random bfloat16 weights and a tokenizer whose word `t<id>` is token <id>; made once.
+    """Make a folder with random bfloat16 weights and a tokenizer in which the word `t<id>` is token <id>, if not there.
 
     The weights are transformers' own initialisation: next tokens are about equally likely, and no answer ends before
     its length limit.
@@ -48,7 +48,7 @@ def make_model(folder: Path, shape: dict[str, Any], *, device: str) -> Path:
 
 
 def make_pair(scratch: Path, *, device: str, rehearse: bool) -> tuple[Path, Path]:
-    """Folders of student and teacher, shared by the stages of a run."""
+    """Make student and teacher, which the stages of a run share; return their folders."""
     student = make_model(scratch / "student", student_shape(rehearse=rehearse), device=device)
     teacher = make_model(scratch / "teacher", teacher_shape(rehearse=rehearse), device=device)
     if device == "cuda":

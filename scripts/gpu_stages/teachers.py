@@ -1,4 +1,4 @@
-"""Whether a teacher that slept still is the one that fell asleep."""
+"""Check that a teacher scores after a sleep as it did before."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from distill_cli.types import TeacherScores
 
 SPREAD = 1e-3
-"""Of a top-k's log-probabilities, below which they say nothing."""
+"""Smallest difference between a top-k's first and last log-probability that is not uniform."""
 
 
 def teacher_problem(before: Sequence[TeacherScores], now: Sequence[TeacherScores], *, limit: float) -> str | None:
-    """What is wrong with scores of the same sequences; None if nothing is.
+    """Return what is wrong with `now`, given the scores `before` of the same sequences; None if nothing is.
 
     Elsewhere a teacher that woke without its weights gave uniform scores, and trained a student to noise.
     """
@@ -31,7 +31,7 @@ def teacher_problem(before: Sequence[TeacherScores], now: Sequence[TeacherScores
 def planted_teachers(
     right: Sequence[TeacherScores], others: Sequence[TeacherScores]
 ) -> dict[str, Sequence[TeacherScores]]:
-    """Scores as a teacher without weights, with broken ones, and one that answers for other sequences would give."""
+    """Return made-up scores of broken teachers: without weights, with NaN weights, and scoring other sequences."""
 
     def filled(value: float) -> list[TeacherScores]:
         return [

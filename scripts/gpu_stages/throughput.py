@@ -1,8 +1,8 @@
-"""Sampling, scoring and sync with the shapes of a student of 1.7B and a teacher of 4B, against what vLLM does alone.
+"""Measure sampling, scoring and sync at 1.7B and 4B against bare vLLM.
 
-Bare sampling is the same engine's `generate` without log-probabilities and seeds; bare scoring its prefill without any.
-The teacher is in a process of its own, as in a run; its bare prefill is measured in this one. Its engines run without
-CUDA graphs and compilation, which take long to make and serve prefills little.
+Bare sampling is the same engine's `generate` without log-probabilities and seeds; bare scoring is its prefill without
+log-probabilities. As in a run the teacher has its own process; its bare prefill is measured in this one. It runs
+eagerly: CUDA graphs and compilation take minutes and hardly speed up prefills.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def scoring(stage: Stage, settings: EngineSettings, path: str) -> None:
 
 
 def sleep_and_wake(stage: Stage, who: str, engine: Sampler | CompanionScorer) -> None:
-    for number in range(2):  # the first time host memory is pinned
+    for number in range(2):  # the first round pins host memory
         begin = time.perf_counter()
         engine.sleep()
         asleep = time.perf_counter()
@@ -114,7 +114,7 @@ def sleep_and_wake(stage: Stage, who: str, engine: Sampler | CompanionScorer) ->
 
 
 def seconds_to_copy(weights: dict[str, torch.Tensor], *, device: str) -> float:
-    """Of all of them into bfloat16 tensors that are there already: the least that a sync can take."""
+    """Return the seconds to copy all weights into existing bfloat16 tensors: the least that a sync can take."""
     low = {name: torch.empty_like(tensor, dtype=torch.bfloat16) for name, tensor in weights.items()}
 
     def copy() -> None:
@@ -130,7 +130,7 @@ def words(number: int, length: int) -> list[list[int]]:
 
 
 def master_weights(folder: Path, *, device: str) -> dict[str, torch.Tensor]:
-    """float32, as the trainer has them."""
+    """Return the folder's weights in float32, as the trainer holds them."""
     weights = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as content:

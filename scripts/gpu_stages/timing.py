@@ -1,4 +1,4 @@
-"""Seconds of work on a device."""
+"""Time and profile work on a device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def synchronize(device: str) -> None:
 
 
 def median_seconds(call: Callable[[], object], *, device: str, rounds: int, warmup: int = 2) -> float:
-    """Median wall time of `call`, each round waited for."""
+    """Return the median wall time of `call`, synchronized after each round."""
     seconds = []
     for number in range(warmup + rounds):
         synchronize(device)
@@ -31,7 +31,7 @@ def median_seconds(call: Callable[[], object], *, device: str, rounds: int, warm
 
 
 def alternating_seconds(calls: dict[str, Callable[[], object]], *, device: str, rounds: int) -> dict[str, float]:
-    """Median wall time of each call; they take turns, so that a busy machine slows all of them alike."""
+    """Return the median wall time of each call. They alternate, so that other work on the machine slows all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):  # the first warms up
         for name, call in calls.items():
@@ -45,13 +45,13 @@ def alternating_seconds(calls: dict[str, Callable[[], object]], *, device: str, 
 
 
 def product_flops(device: str, *, size: int) -> float:
-    """Operations a second of one square matrix product of random bfloat16 numbers."""
+    """Return the FLOP/s of a square matrix product of random bfloat16 numbers."""
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / median_seconds(lambda: left @ right, device=device, rounds=10, warmup=3)
 
 
 def peak_bytes(call: Callable[[], object], *, device: str) -> int:
-    """What torch's allocator holds at most during `call`, beyond what it held before; 0 on a CPU."""
+    """Return the peak of torch's CUDA allocator during `call`, over what was allocated before; 0 on a CPU."""
     if device != "cuda":
         call()
         return 0
@@ -65,7 +65,7 @@ def peak_bytes(call: Callable[[], object], *, device: str) -> int:
 
 
 def most_expensive(call: Callable[[], object], *, device: str) -> list[dict[str, Any]]:
-    """The kernels that take most of `call`, with their share of all kernels' time; on a CPU, operators."""
+    """Return the most expensive kernels of `call` with their share of the kernel time; operators on a CPU."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities = [torch.profiler.ProfilerActivity.CUDA]

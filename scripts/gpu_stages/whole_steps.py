@@ -1,7 +1,7 @@
-"""Whole steps of a student of 1.7B that learns from a teacher of 4B: where the time goes.
+"""Train a 1.7B student from a 4B teacher for a few whole steps, and report where the time goes.
 
-Outside the stages is what is neither sync, sample, score, pack nor train: waking engines, recording, and the rest. The
-teacher's engine runs without CUDA graphs and compilation, which take long to make and serve prefills little.
+"Outside the stages" is the time of a step that is not in sync, sample, score, pack or train: waking engines, recording,
+and the rest. The teacher's engine runs eagerly: CUDA graphs and compilation take minutes and hardly speed up prefills.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def run(stage: Stage) -> None:
         *("engine.teacher.enforce_eager=true",),
         *("eval.record_samples=0", f"run.root={stage.scratch / 'runs'}", "run.name=steps", *vocabulary),
     )
-    rows = [row for row in metrics(stage.scratch / "runs" / "steps") if row["step"] > 1]  # the first one warms up
+    rows = [row for row in metrics(stage.scratch / "runs" / "steps") if row["step"] > 1]  # the first step warms up
     if len(rows) != steps - 1:
         raise StageFailed(f"{len(rows) + 1} steps of {steps}")
     step_s = statistics.median(row["time/step_s"] for row in rows)

@@ -1,4 +1,4 @@
-"""What we reach into inside vLLM: found in this version, and named if it is not there."""
+"""The names inside vLLM that we need: present in this version, and listed if missing."""
 
 from dataclasses import replace
 
@@ -32,11 +32,11 @@ def test_missing_names_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:
         "argument no_such_argument of vllm.v1.engine.llm_engine.LLMEngine.abort_request (abort_requests)",
     ):
         assert part in named
-    assert "vllm.elsewhere" not in named  # a GPU's
+    assert "vllm.elsewhere" not in named  # needed on GPUs alone
 
 
 def test_a_name_that_is_none_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's allocator is None until the first engine that may sleep."""
+    """`CuMemAllocator.instance` is None until the first engine with sleep mode."""
     import vllm.v1.engine.core as module
 
     monkeypatch.setattr(module, "nothing_yet", None, raising=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -137,9 +137,9 @@ def parts_of(begin: int, marks: list[tuple[str, int, int]]) -> dict[str, int]:
     }
 
 
-def predict(case: Case) -> dict[str, int]:
+def predict(case: Case, *, on_gpu: bool = False) -> dict[str, int]:
     """The same by arithmetic."""
-    moments = trainer_moments(case.shape, case.step)
+    moments = trainer_moments(case.shape, replace(case.step, on_gpu=on_gpu))
     parts = moments[0].parts
     return {
         "weights and optimizer": parts["weights"] + parts["optimizer"],

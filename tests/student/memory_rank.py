@@ -6,6 +6,7 @@
 import gc
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,18 +75,7 @@ def run(case: dict, parallel: Parallel) -> int:
         precision=Precision[case["precision"]],
     )
     mark("start")
-    config = AutoConfig.for_model(**case["model"])
-    lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).train().to(parallel.device)
-    if case["lora"]:
-        add_adapters(lm, LoraConfig(rank=case["lora"]), bf16=settings.precision is Precision.bf16)
-        for module in lm.modules():
-            if isinstance(module, torch.nn.Linear) and module.weight.is_meta:
-                module.to_empty(device=parallel.device)
-                torch.nn.init.normal_(module.weight, std=0.02)
-    student = wrap(
-        Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel), parallel, settings
-    )
-    del lm
+    student = build_student(case["model"], settings, parallel, lora=case["lora"])
     for module in student.modules():
         if isinstance(module, FSDPModule) and parallel.device.type == "cpu":
             module.set_custom_all_gather(Settled(dist.all_gather_single))
@@ -96,7 +86,14 @@ def run(case: dict, parallel: Parallel) -> int:
     student.lm.base_model.register_forward_hook(lambda *_: mark("head"))
     student.register_forward_hook(lambda *_: mark("backward"))
     optimizer.register_step_pre_hook(lambda *_: mark("optimizer"))
-    batches = made_up_batches(case, parallel)
+    batches = made_up_batches(
+        vocab=case["model"]["vocab_size"],
+        topk=case["topk"],
+        length=case["tokens"] // 2,
+        number=2 * case["micro_batches"] * parallel.data_size,
+        max_tokens=case["tokens"],
+        parallel=parallel,
+    )
     for _ in range(2):
         begin = live_bytes()
         mark("step")
@@ -105,24 +102,38 @@ def run(case: dict, parallel: Parallel) -> int:
     return begin
 
 
-def made_up_batches(case: dict, parallel: Parallel) -> list[MicroBatch]:
-    """As many micro-batches as the case says, each of two sequences that are all response but for a token."""
-    length, number = case["tokens"] // 2, 2 * case["micro_batches"] * parallel.data_size
-    vocab = case["model"]["vocab_size"]
+def build_student(
+    model: dict[str, Any], settings: TrainConfig, parallel: Parallel, *, lora: int | None = None
+) -> Student:
+    """A student of random weights, made on its device and laid out over the mesh."""
+    with parallel.device:
+        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model), attn_implementation=attention.NAME).train()
+    if lora:
+        add_adapters(lm, LoraConfig(rank=lora), bf16=settings.precision is Precision.bf16)
+        for module in lm.modules():
+            if isinstance(module, torch.nn.Linear) and module.weight.is_meta:
+                module.to_empty(device=parallel.device)
+                torch.nn.init.normal_(module.weight, std=0.02)
+    student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
+    return wrap(student, parallel, settings)
+
+
+def made_up_batches(
+    *, vocab: int, topk: int, length: int, number: int, max_tokens: int, parallel: Parallel
+) -> list[MicroBatch]:
+    """This rank's micro-batches of `number` sequences of random tokens, all of them response but for the first."""
     rollouts = []
     for index in range(number):
         ids = torch.randint(0, vocab, (length,)).tolist()
-        top = torch.arange(case["topk"], dtype=torch.int32).repeat(length - 1, 1)
+        first = torch.randint(0, vocab, (length - 1, 1))
+        top = ((first + torch.arange(topk) * (vocab // topk)) % vocab).int()
         scores = TeacherScores(top, torch.full(top.shape, -5.0), torch.full((length - 1,), -5.0))
         sample = Sample(ids[1:], [-1.0] * (length - 1), "stop")
         rollouts.append(Rollout(Prompt(index, ids[:1], Example("q")), sample, scores=scores))
     plan = plan_batch(
-        [length] * number,
-        num_ranks=parallel.data_size,
-        max_tokens=case["tokens"],
-        multiple=parallel.length_multiple,
+        [length] * number, num_ranks=parallel.data_size, max_tokens=max_tokens, multiple=parallel.length_multiple
     )
-    return micro_batches(plan, rollouts, topk=case["topk"], parallel=parallel)
+    return micro_batches(plan, rollouts, topk=topk, parallel=parallel)
 
 
 def timeline(events: Sequence[object]) -> list[tuple[str, int, int]]:
