@@ -74,8 +74,8 @@ def test_bounds_go_to_the_device_once() -> None:
 
 
 def test_packed_model_matches_documents_alone() -> None:
-    """In float32, as the models' rotary angles and norms are whatever their weights are: rounding depends on the
-    processor and on the shape. What is float64 throughout is compared above, without a model."""
+    """In float32: transformers computes rotary angles and norms in float32 for any dtype of the weights, and their
+    rounding depends on processor and shape. The tests above compare attention alone in float64."""
     attention.register()
     torch.manual_seed(0)
     config = Qwen3Config(
