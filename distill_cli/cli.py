@@ -12,9 +12,8 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from distill_cli import completion
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.verbs import help
+from distill_cli.verbs import completion, help
 
 HYDRA_ANSWERS = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
 """Flags that Hydra answers, and nothing else happens."""
@@ -28,7 +27,7 @@ def main() -> None:
         status = run(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # who read it has left, as `head` does
-        from distill_cli.console import READER_GONE, discard
+        from distill_cli.terminal.console import READER_GONE, discard
 
         discard()
         status = READER_GONE
@@ -151,10 +150,10 @@ def evaluate(argv: Sequence[str]) -> int:
 def report(argv: Sequence[str]) -> int:
     from pathlib import Path
 
-    from distill_cli.console import Console
+    from distill_cli.report.comparison import print_comparison
     from distill_cli.report.html import report_file, write_report
     from distill_cli.report.read import read_results
-    from distill_cli.report.table import print_comparison
+    from distill_cli.terminal.console import Console
 
     paths, out = [Path(word) for word in argv], None
     if "--out" in argv:
@@ -177,7 +176,7 @@ def watch(argv: Sequence[str]) -> int:
 
 
 def track(argv: Sequence[str]) -> int:
-    from distill_cli.jobs.tracking import track
+    from distill_cli.track.run_tracking import track
 
     return track(argv)
 

@@ -28,14 +28,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distill_cli.checkpoint.saver import Saver, Trainable
 from distill_cli.config.compose import save_config
 from distill_cli.config.schema import CheckpointConfig, Config, Precision, TrainConfig
+from distill_cli.folders.metrics_file import read_metrics
+from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.parallel.mesh import init_parallel
 from distill_cli.rollout.pack import micro_batches, plan_batch
-from distill_cli.rundir import RunDir
 from distill_cli.student import attention
 from distill_cli.student.model import Student, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
-from distill_cli.track.recorder import read_metrics
 from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
 
 TOPK = 64

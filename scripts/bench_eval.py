@@ -14,7 +14,7 @@ Shares are medians of ratios within a round, and their range. Wall time says not
 CPU time is of this process and its verifier's, and with OMP_NUM_THREADS=1 it has no threads in it that wait for others.
 """
 
-from distill_cli.engines.process import prepare_process
+from distill_cli.engines.process_setup import prepare_process
 
 prepare_process()
 
@@ -32,13 +32,13 @@ import torch.distributed as dist  # noqa: E402
 
 from distill_cli.config.compose import compose  # noqa: E402
 from distill_cli.data.registry import resolve_extract  # noqa: E402
-from distill_cli.engines.sampling import Answerer, fold_seed  # noqa: E402
-from distill_cli.evaluate import Validator, answer_row  # noqa: E402
+from distill_cli.engines.sample_requests import Answerer, fold_seed  # noqa: E402
+from distill_cli.folders.answers_table import AnswersFile, join_answers  # noqa: E402
 from distill_cli.parallel.mesh import layout  # noqa: E402
-from distill_cli.ranks.engines import engine_settings  # noqa: E402
-from distill_cli.ranks.prompts import build_tokenizer, build_validator  # noqa: E402
-from distill_cli.scoreboard import make_scoreboard, read_problems  # noqa: E402
-from distill_cli.track.answers import AnswersFile, join_answers  # noqa: E402
+from distill_cli.ranks.build_engines import engine_settings  # noqa: E402
+from distill_cli.ranks.build_prompts import build_tokenizer, build_validator  # noqa: E402
+from distill_cli.report.eval_results import make_scoreboard, read_problems  # noqa: E402
+from distill_cli.train.validation import Validator, answer_row  # noqa: E402
 
 
 def main() -> None:

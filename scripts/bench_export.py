@@ -46,8 +46,8 @@ def save(rank: int, given: argparse.Namespace, folder: str) -> None:
     from distill_cli.checkpoint.saver import Saver, Trainable, start_moments
     from distill_cli.config.compose import save_config
     from distill_cli.config.schema import CheckpointConfig, Config
+    from distill_cli.folders.run_dir import RunDir
     from distill_cli.parallel.mesh import init_parallel
-    from distill_cli.rundir import RunDir
 
     init_parallel(device=torch.device("cpu"))
     run = RunDir(Path(folder))
@@ -77,7 +77,7 @@ def export(folder: Path, max_shard_size: str) -> None:
     import torch
 
     from distill_cli.checkpoint import store
-    from distill_cli.export import trained, write_weights
+    from distill_cli.checkpoint.hf_export import trained, write_weights
     from distill_cli.verbs.export import parse_size
 
     (checkpoint,) = store.find(folder / "checkpoints")

@@ -6,7 +6,7 @@ Everything is measured in one run, alternating, on a random Qwen3 model; medians
 asks for log-probabilities at every position, the worst case: a prompt before the response costs nothing more.
 """
 
-from distill_cli.engines.process import prepare_process
+from distill_cli.engines.process_setup import prepare_process
 
 prepare_process()
 
@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, decoders, models  # noqa: E402
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from distill_cli.engines.engine import request_params  # noqa: E402
+from distill_cli.engines.sample_requests import sampling_params  # noqa: E402
 from distill_cli.engines.sampler import Sampler, SamplingSettings  # noqa: E402
-from distill_cli.engines.sampling import sampling_params  # noqa: E402
 from distill_cli.engines.scorer import Scorer  # noqa: E402
 from distill_cli.engines.settings import EngineSettings  # noqa: E402
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from rich.console import Console
 
 from distill_cli.config.compose import compose
+from distill_cli.folders.run_dir import Element, RunDir, SweepDir, create, environment, write_json
 from distill_cli.jobs.run import check_jobs
 from distill_cli.jobs.submit import note_job
 from distill_cli.jobs.sweep import wait_for_sweep
 from distill_cli.launch import slurm
 from distill_cli.launch.slurm import settle
-from distill_cli.rundir import Element, RunDir, SweepDir, create, environment, write_json
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ from gpu_stages import STAGES
 from gpu_stages.docs import write_docs
 from gpu_stages.figures import figure_line
 
-from distill_cli import hardware
-from distill_cli.processes import describe_exit
-from distill_cli.rundir import write_json
+from distill_cli.folders.run_dir import write_json
+from distill_cli.machine import hardware
+from distill_cli.machine.processes import describe_exit
 
 REPOSITORY = Path(__file__).parent.parent
 POLL_S = 0.5

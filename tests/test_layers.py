@@ -9,16 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "distill_cli"
 LAYERS = [  # the lowest first; a name is the first component under distill_cli
-    {"errors", "types", "torch_versions"},
-    {"config", "lock"},
-    {"live", "console", "completion"},
-    {"log", "rundir", "plugins", "modelpath", "lora", "hardware", "processes", "statistics"},
-    {"memory", "pair", "sealed"},
-    {"parallel", "losses", "data", "engines", "track", "launch"},
-    {"rollout", "preflight", "report", "scoreboard", "attempts"},
-    {"student", "evaluate", "checkpoint"},
-    {"progress", "step_metrics", "token_views", "engine_pair", "export"},
-    {"trainer"},
+    {"errors", "types"},
+    {"config", "terminal", "user_code"},
+    {"machine", "models", "folders", "losses", "parallel"},
+    {"memory", "data", "engines", "launch", "report"},
+    {"rollout"},
+    {"student"},
+    {"checkpoint"},
+    {"train", "track"},
     {"ranks", "jobs"},
     {"verbs"},
     {"cli"},
@@ -39,7 +37,7 @@ NO_TORCH = [
     "distill_cli.verbs.export",
     "distill_cli.verbs.doctor",
     "distill_cli.ranks.worker",
-    "distill_cli.report.table",
+    "distill_cli.report.comparison",
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -9,7 +9,7 @@ import pytest
 
 from distill_cli.cli import run
 from distill_cli.config.compose import compose, config_text
-from distill_cli.console import READER_GONE
+from distill_cli.terminal.console import READER_GONE
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from distill_cli.data.sources.arithmetic import load, worked_solution
 from distill_cli.data.verifiers.exact import verify
-from distill_cli.modelpath import locate, vocab_size, vocabulary
+from distill_cli.models.model_files import locate, vocab_size, vocabulary
 
 SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "make_tiny_pair.py"))
 NAMES = ["teacher", "student"]

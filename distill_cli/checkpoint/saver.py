@@ -24,11 +24,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
-from distill_cli import sealed
 from distill_cli.checkpoint import store
 from distill_cli.config.schema import CheckpointConfig
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.rundir import RunDir, flush, write_json
+from distill_cli.folders import atomic_dir
+from distill_cli.folders.run_dir import RunDir, flush, write_json
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ class Saver:
                 write_json(temporary / store.STATE, {**state, "mlflow": mlflow_identity(self._run)})
                 shutil.copyfile(self._run.config, temporary / store.CONFIG)
                 mine += [temporary / store.STATE, temporary / store.CONFIG]
-            return sealed.describe(mine), None
+            return atomic_dir.describe(mine), None
         except (Exception, dcp.api.CheckpointException) as error:  # what a file system raises, on one rank or another
             log.info("the checkpoint of step %d", step, exc_info=True)  # the main rank warns in a line
             return {}, _root_cause(error)
@@ -237,7 +237,7 @@ class Saver:
             for path in (self._run.metrics, self._run.config, root, self._run.path):
                 if path.exists():
                     flush(path)
-            sealed.seal(
+            atomic_dir.seal(
                 temporary, store.final_path(root, step), {k: v for part, _ in everyone for k, v in part.items()}
             )
             store.prune(

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import DistillError
-from distill_cli.sealed import MANIFEST, damage, remove
+from distill_cli.folders.atomic_dir import MANIFEST, damage, remove
 
 STATE = "state.json"
 CONFIG = "config.yaml"

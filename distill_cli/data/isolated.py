@@ -22,7 +22,7 @@ from typing import Any
 
 from distill_cli.data.environments import Environment, Observation
 from distill_cli.data.registry import resolve_environment, resolve_verifier
-from distill_cli.processes import die_with_parent
+from distill_cli.machine.processes import die_with_parent
 from distill_cli.types import Example
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill_cli.config.schema import DataConfig, ModelConfig, OverlongPrompts
 from distill_cli.errors import ConfigError
-from distill_cli.pair import OWN_TEMPLATE, read_template
+from distill_cli.models.model_pair import OWN_TEMPLATE, read_template
 from distill_cli.types import Example, Prompt
 
 log = logging.getLogger(__name__)

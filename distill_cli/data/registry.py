@@ -21,8 +21,8 @@ from distill_cli.config.choices import nearest
 from distill_cli.data.environments import Environment
 from distill_cli.data.rows import Stream
 from distill_cli.errors import ConfigError
-from distill_cli.plugins import load_function
 from distill_cli.types import Example
+from distill_cli.user_code import load_function
 
 Verifier = Callable[[str, str], float]
 

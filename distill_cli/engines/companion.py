@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.engines.engine import check_settings, reason
-from distill_cli.engines.process import is_prepared, prepare_process
+from distill_cli.engines.process_setup import is_prepared, prepare_process
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.errors import ConfigError, DistillError, Killed
-from distill_cli.processes import describe_exit
+from distill_cli.machine.processes import describe_exit
 from distill_cli.types import Sample, TeacherScores
 
 EXIT_S = 10.0

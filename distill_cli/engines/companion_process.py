@@ -7,9 +7,9 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-from distill_cli.engines.process import hide_broken_packages, import_transformers, prepare_process
-from distill_cli.log import log_to
-from distill_cli.processes import die_with_parent
+from distill_cli.engines.process_setup import hide_broken_packages, import_transformers, prepare_process
+from distill_cli.machine.processes import die_with_parent
+from distill_cli.terminal.step_printer import log_to
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import torch.distributed as dist
 
 from distill_cli.engines import vllm_patches
-from distill_cli.engines.process import is_prepared, keep_process_state, prepare_process
+from distill_cli.engines.process_setup import is_prepared, keep_process_state, prepare_process
 from distill_cli.engines.settings import ADAPTER_RANKS, CPU_KV_CACHE_BYTES, EngineSettings, tensor_parallel_problem
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.modelpath import read_config
+from distill_cli.models.model_files import read_config
 
 log = logging.getLogger(__name__)
 

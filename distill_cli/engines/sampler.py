@@ -8,12 +8,12 @@ from functools import partial
 import torch
 
 from distill_cli.engines import vllm_patches
-from distill_cli.engines.adapter import adapter_request, check_adapter, whole_tensors
+from distill_cli.engines.adapter_sync import adapter_request, check_adapter, whole_tensors
 from distill_cli.engines.engine import Engine, reason
 from distill_cli.engines.reach import check_names
-from distill_cli.engines.sampling import sample
+from distill_cli.engines.sample_requests import sample
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
-from distill_cli.engines.weights import check_names_and_shapes, expected_shapes, full_tensors
+from distill_cli.engines.weight_sync import check_names_and_shapes, expected_shapes, full_tensors
 from distill_cli.errors import DistillError
 from distill_cli.types import Sample
 
@@ -49,7 +49,7 @@ class Sampler:
         )
 
     def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
-        """One answer to each prompt, in their order; see `distill_cli.engines.sampling.sample`."""
+        """One answer to each prompt, in their order; see `distill_cli.engines.sample_requests.sample`."""
         self._check_usable()
         if self.version == NO_WEIGHTS:
             raise DistillError("the sampler has no weights since it slept: sync() comes before its next use")

@@ -13,7 +13,7 @@ import torch
 
 from distill_cli.engines import vllm_patches
 from distill_cli.engines.engine import Engine, Interrupted, request_params
-from distill_cli.engines.sampling import sample
+from distill_cli.engines.sample_requests import sample
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.types import Sample, TeacherScores
@@ -96,7 +96,7 @@ class Scorer:
         return [scores.get(index) or empty_scores(self._topk) for index in range(len(sequences))]
 
     def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
-        """The teacher's own answers, to measure it by; see `distill_cli.engines.sampling.sample`."""
+        """The teacher's own answers, to measure it by; see `distill_cli.engines.sample_requests.sample`."""
         return sample(self._engine, prompts, seeds=seeds, sampling=sampling)
 
     def _check(self, sequences: Sequence[list[int]], response_starts: Sequence[int]) -> None:

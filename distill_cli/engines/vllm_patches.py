@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from distill_cli.engines.process import absent
+from distill_cli.engines.process_setup import absent
 from distill_cli.engines.reach import check_names, find_name, reaches, replace_name
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from distill_cli.console import Console
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.run import carry_out, exit_status, job_of
-from distill_cli.rundir import RunDir
+from distill_cli.terminal.console import Console
 
 
 def main() -> int:

@@ -36,15 +36,15 @@ from distill_cli.config.compose import (
 from distill_cli.config.credentials import hide_typed_credentials
 from distill_cli.config.derived import parse_time_limit, validates
 from distill_cli.config.schema import ClusterConfig, Config, Launcher
-from distill_cli.console import Console
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.folders.run_dir import Element, RunDir, SweepDir
 from distill_cli.jobs.run import check_jobs, print_warnings, read_outcome
 from distill_cli.jobs.slurm_job import Task
 from distill_cli.jobs.submit import note_job
 from distill_cli.jobs.sweep import add_runs, carry_out_runs, check_sweep, conclude, discard, new_sweep
 from distill_cli.launch import slurm
 from distill_cli.report.read import last_values
-from distill_cli.rundir import Element, RunDir, SweepDir
+from distill_cli.terminal.console import Console
 
 KNOWN = {
     "hydra/launcher=submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "hydra-submitit-launcher"),

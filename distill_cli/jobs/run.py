@@ -18,25 +18,28 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from distill_cli import hardware, memory, modelpath, rundir
-from distill_cli.attempts import attempts_of, recorded, told
+from distill_cli import memory
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, config_text, known_losses, load_config
 from distill_cli.config.derived import needs_scorer
 from distill_cli.config.schema import Config
-from distill_cli.console import Console
-from distill_cli.data.recording import remove_later
+from distill_cli.data.recorded_run import remove_later
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
-from distill_cli.jobs.tracking import mlflow_target, tracking
+from distill_cli.folders import run_dir
+from distill_cli.folders.attempts import attempts_of, recorded, told
+from distill_cli.folders.metrics_file import cut_back, read_metrics
+from distill_cli.folders.run_dir import RunDir, write_json
+from distill_cli.jobs.preflight import Preflight, preflight
 from distill_cli.launch.local import Stopped, launch
 from distill_cli.launch.nodes import Head
 from distill_cli.launch.placement import hub_cache, placement
-from distill_cli.preflight import Preflight, preflight
+from distill_cli.machine import hardware
+from distill_cli.models import model_files
 from distill_cli.report.read import read_results
-from distill_cli.rundir import RunDir, write_json
-from distill_cli.track.recorder import cut_back, read_metrics
+from distill_cli.terminal.console import Console
+from distill_cli.track.run_tracking import mlflow_target, tracking
 
 
 @dataclass
@@ -85,12 +88,12 @@ def check_jobs(jobs: Sequence[Job], *, is_new: bool = True) -> list[Preflight]:
 
 def single_path(job: Job) -> Path:
     root = Path(job.config.run.root)
-    return root / (job.config.run.name or rundir.free_name(root, rundir.default_name(job.choices)))
+    return root / (job.config.run.name or run_dir.free_name(root, run_dir.default_name(job.choices)))
 
 
 def prepare(job: Job, path: Path, *, command: Sequence[str], env: dict[str, Any] | None = None) -> RunDir:
-    """Makes a run's folder, with the config that its ranks will read. See `rundir.create` for `env`."""
-    return rundir.create(path.absolute(), command=command, config=config_text(job.config), env=env)
+    """Makes a run's folder, with the config that its ranks will read. See `run_dir.create` for `env`."""
+    return run_dir.create(path.absolute(), command=command, config=config_text(job.config), env=env)
 
 
 def introduce(job: Job, found: Preflight, run: RunDir, *, console: Console) -> None:
@@ -118,7 +121,7 @@ def write_memory(config: Config, found: Preflight, run: RunDir) -> None:
         shape = memory.read_shape(found.student, config.model.student.lora)
         predicted = memory.predict(config, shape, found.student, found.teacher, num_ranks=ranks, gpu_bytes=gpu_bytes)
         parts = {**predicted.trainer.parts, **predicted.engines}
-        rundir.write_json(run.memory, {"peak": predicted.peak, "asleep": predicted.asleep, "parts": parts})
+        run_dir.write_json(run.memory, {"peak": predicted.peak, "asleep": predicted.asleep, "parts": parts})
 
 
 def leave_report(paths: Sequence[Path], file: Path, *, console: Console) -> None:
@@ -142,11 +145,11 @@ def job_of(run: RunDir) -> Job:
 def locate_models(config: Config) -> None:
     """Brings both models onto this machine, before its ranks start: they look in the cache alone."""
     model = config.model
-    modelpath.locate(model.student.path, revision=model.student.revision, key="model.student.path")
+    model_files.locate(model.student.path, revision=model.student.revision, key="model.student.path")
     if needs_scorer(config):
-        modelpath.locate(model.teacher.path, revision=model.teacher.revision, key="model.teacher.path")
+        model_files.locate(model.teacher.path, revision=model.teacher.revision, key="model.teacher.path")
     if model.tokenizer is not None:
-        modelpath.locate(model.tokenizer, key="model.tokenizer")
+        model_files.locate(model.tokenizer, key="model.tokenizer")
 
 
 def carry_out(job: Job, run: RunDir, *, console: Console, head: Head | None = None) -> dict[str, Any]:

@@ -15,17 +15,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill_cli import hardware
 from distill_cli.config.compose import load_config
 from distill_cli.config.schema import Config
-from distill_cli.console import Console
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.jobs.run import carry_out, job_of, locate_models, read_outcome
 from distill_cli.launch.local import STOP_SIGNALS, Stopped, follow, stop_signals
 from distill_cli.launch.nodes import Head, address_of
 from distill_cli.launch.placement import placement
 from distill_cli.launch.slurm import ask
-from distill_cli.rundir import RunDir, write_json
+from distill_cli.machine import hardware
+from distill_cli.terminal.console import Console
 
 LOCK_TIMEOUT_S = 150.0
 """How long a network file system may take to give up the lock of a node that died."""

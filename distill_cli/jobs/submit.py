@@ -12,12 +12,12 @@ from pathlib import Path
 from rich.markup import escape
 
 from distill_cli.config.schema import Config
-from distill_cli.console import Console
 from distill_cli.errors import DistillError
+from distill_cli.folders.run_dir import RunDir, read_json, write_json
 from distill_cli.jobs.run import read_outcome, shown
 from distill_cli.jobs.slurm_job import Task
 from distill_cli.launch import slurm
-from distill_cli.rundir import RunDir, read_json, write_json
+from distill_cli.terminal.console import Console
 
 POLL_S = (1.0, 15.0)
 """Seconds between two looks at the queue: few at first, then sparing the controller."""

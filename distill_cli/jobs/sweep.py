@@ -17,20 +17,21 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from distill_cli import hardware, rundir
 from distill_cli.config.compose import Job
 from distill_cli.config.schema import Config, Launcher
-from distill_cli.console import Console
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.folders import run_dir
+from distill_cli.folders.run_dir import Element, RunDir, SweepDir
 from distill_cli.jobs import submit
+from distill_cli.jobs.preflight import Preflight
 from distill_cli.jobs.run import carry_out, job_of, leave_report, prepare, write_memory
 from distill_cli.launch import slurm
 from distill_cli.launch.local import Stopped, stop_signals
-from distill_cli.preflight import Preflight
-from distill_cli.processes import die_with_parent
+from distill_cli.machine import hardware
+from distill_cli.machine.processes import die_with_parent
+from distill_cli.report.comparison import print_comparison
 from distill_cli.report.read import read_sweep
-from distill_cli.report.table import print_comparison
-from distill_cli.rundir import Element, RunDir, SweepDir
+from distill_cli.terminal.console import Console
 
 
 def prepare_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Sequence[str]) -> SweepDir:
@@ -48,7 +49,7 @@ def prepare_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command:
 def new_sweep(config: Config) -> SweepDir:
     """Where a sweep's folder is to be; nothing is made."""
     root = Path(config.run.root)
-    name = config.run.name or rundir.free_name(root, time.strftime("%Y%m%d-%H%M%S_sweep"))
+    name = config.run.name or run_dir.free_name(root, time.strftime("%Y%m%d-%H%M%S_sweep"))
     return SweepDir((root / name).absolute())
 
 
@@ -67,13 +68,13 @@ def add_runs(
     """
     there = sweep.elements() if sweep.file.is_file() else []
     new = [
-        Element(index, rundir.element_name(index, job.swept), job.swept) for index, job in enumerate(jobs, len(there))
+        Element(index, run_dir.element_name(index, job.swept), job.swept) for index, job in enumerate(jobs, len(there))
     ]
-    env = rundir.environment()
+    env = run_dir.environment()
     for element, job, found in zip(new, jobs, checked, strict=True):
         write_memory(job.config, found, prepare(job, sweep.path / element.folder, command=command, env=env))
     sweep.write(command=command, elements=[*there, *new], space=space)
-    rundir.point_latest(sweep.path.parent, sweep.path.name)
+    run_dir.point_latest(sweep.path.parent, sweep.path.name)
     return new
 
 

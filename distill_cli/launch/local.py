@@ -23,11 +23,11 @@ from pathlib import Path
 import psutil
 
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
+from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.launch.nodes import POLL_S, Head, Rendezvous, read_call
-from distill_cli.modelpath import CACHE_ONLY
-from distill_cli.processes import LAUNCHER, describe_exit, die_with_parent
-from distill_cli.rundir import RunDir, write_json
-from distill_cli.torch_versions import torchrun_knows
+from distill_cli.machine.processes import LAUNCHER, describe_exit, die_with_parent
+from distill_cli.machine.torch_versions import torchrun_knows
+from distill_cli.models.model_files import CACHE_ONLY
 
 GRACE_S = 3.0
 """Between asking the ranks to end and killing them."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distill_cli.rundir import RunDir, write_json
+from distill_cli.folders.run_dir import RunDir, write_json
 
 POLL_S = 0.5
 

@@ -18,12 +18,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from distill_cli import hardware
 from distill_cli.config.choices import nearest
 from distill_cli.config.derived import parse_time_limit
 from distill_cli.config.schema import ClusterConfig, Config
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.launch.shared import unshared
+from distill_cli.machine import hardware
 
 
 @dataclass

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from distill_cli.errors import ConfigError
-from distill_cli.plugins import load_function
+from distill_cli.user_code import load_function
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

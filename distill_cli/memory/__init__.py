@@ -30,9 +30,9 @@ its weights and its KV cache. Engines that stay awake add to the trainer's peak.
 
 from __future__ import annotations
 
-from distill_cli.memory.engines import CPU_KV_CACHE_GIB, engine_bytes, engine_problems, engine_weights, gib
+from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB, engine_bytes, engine_problems, engine_weights, gib
 from distill_cli.memory.shape import ModelShape, NoPrediction, read_shape, shape_of, with_adapters
-from distill_cli.memory.trainer import HEAD_BUFFER_BYTES, PARTS, Moment, Step, head_chunk, trainer_moments
+from distill_cli.memory.trainer_bytes import HEAD_BUFFER_BYTES, PARTS, Moment, Step, head_chunk, trainer_moments
 from distill_cli.memory.verdict import Device, Prediction, alternatives, predict, problem
 
 __all__ = [

@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distill_cli import modelpath
 from distill_cli.config.schema import LoraConfig
-from distill_cli.lora import Shapes, targeted
+from distill_cli.models import model_files
+from distill_cli.models.lora_names import Shapes, targeted
 
 FAMILIES = {"qwen2", "qwen3", "llama", "mistral", "gemma3_text"}
 """`model_type` of the dense decoders whose layers are known here."""
@@ -70,8 +70,8 @@ class ModelShape:
 
 def read_shape(folder: Path, lora: LoraConfig | None = None) -> ModelShape:
     """Raises NoPrediction."""
-    shapes = modelpath.shapes(folder)
-    shape = shape_of(modelpath.read_config(folder), shapes)
+    shapes = model_files.shapes(folder)
+    shape = shape_of(model_files.read_config(folder), shapes)
     return with_adapters(shape, shapes, lora) if lora and lora.is_on else shape
 
 

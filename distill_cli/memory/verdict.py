@@ -12,9 +12,9 @@ from typing import Any
 
 from distill_cli.config.derived import needs_sampler, needs_scorer
 from distill_cli.config.schema import Checkpointing, Config
-from distill_cli.memory.engines import CPU_KV_CACHE_GIB, engine_bytes, engine_problems, gib
+from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB, engine_bytes, engine_problems, gib
 from distill_cli.memory.shape import ModelShape
-from distill_cli.memory.trainer import Moment, Step, trainer_moments
+from distill_cli.memory.trainer_bytes import Moment, Step, trainer_moments
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ import traceback
 from pathlib import Path
 from typing import IO
 
-from distill_cli.console import RankOutput
-from distill_cli.engines.process import hide_broken_packages, import_transformers, prepare_process
+from distill_cli.engines.process_setup import hide_broken_packages, import_transformers, prepare_process
 from distill_cli.errors import DistillError
-from distill_cli.log import log_to
-from distill_cli.processes import die_with_torchrun
-from distill_cli.rundir import RunDir, write_json
+from distill_cli.folders.run_dir import RunDir, write_json
+from distill_cli.machine.processes import die_with_torchrun
+from distill_cli.terminal.console import RankOutput
+from distill_cli.terminal.step_printer import log_to
 
 
 def main() -> None:
@@ -36,15 +36,15 @@ def main() -> None:
         hide_broken_packages()
         import_transformers()
         if arguments.check:
-            from distill_cli.ranks.check import check_rank
+            from distill_cli.ranks.check_rank import check_rank
 
             check_rank(run, console)
         elif run.evaluation.exists():
-            from distill_cli.ranks.eval import evaluate_rank
+            from distill_cli.ranks.eval_rank import evaluate_rank
 
             evaluate_rank(run, console)
         else:
-            from distill_cli.ranks.build import run_rank
+            from distill_cli.ranks.build_trainer import run_rank
 
             run_rank(run, console, checkpoint=arguments.checkpoint)
     except Exception as error:

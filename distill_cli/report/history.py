@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from distill_cli.folders.metrics_file import read_metrics
+from distill_cli.folders.run_dir import RunDir
 from distill_cli.report.read import RunResult, read_config
-from distill_cli.rundir import RunDir
-from distill_cli.track.recorder import read_metrics
 
 MAX_ROWS = 1000
 """Of a run's steps in a page; where there are more, neighbours are averaged."""

@@ -17,8 +17,8 @@ import psutil
 import yaml
 
 from distill_cli.errors import ConfigError
-from distill_cli.rundir import RunDir, SweepDir
-from distill_cli.track.recorder import damaged
+from distill_cli.folders.metrics_file import damaged
+from distill_cli.folders.run_dir import RunDir, SweepDir
 
 MEASURES = {
     "KL forward": "train/kl_forward",

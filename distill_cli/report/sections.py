@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distill_cli.report.comparison import two_key_grid
 from distill_cli.report.figures import field
 from distill_cli.report.history import History
-from distill_cli.report.table import two_key_grid
 
 MAX_BARS = 120
 """Of the stacked seconds; neighbouring steps share a bar where there are more."""

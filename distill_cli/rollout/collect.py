@@ -8,7 +8,7 @@ from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import SamplingSettings
-from distill_cli.losses.one_class import merge_topk
+from distill_cli.losses.merged_eos import merge_topk
 from distill_cli.rollout.turns import Turns, sample_turns
 from distill_cli.types import Prompt, Rollout
 

@@ -18,9 +18,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from distill_cli.config.schema import LoraConfig
-from distill_cli.engines.weights import Deferred
+from distill_cli.engines.weight_sync import Deferred
 from distill_cli.errors import ConfigError
-from distill_cli.lora import targeted
+from distill_cli.models.lora_names import targeted
 
 A, B = "lora_A.default.weight", "lora_B.default.weight"
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from distill_cli.errors import DistillError
+from distill_cli.machine.torch_versions import varlen_attention
 from distill_cli.parallel.context import Documents, Span, gather_row
-from distill_cli.torch_versions import varlen_attention
 
 NAME = "distill_packed"
 

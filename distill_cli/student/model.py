@@ -24,13 +24,13 @@ from distill_cli.config.schema import Checkpointing, Precision, TrainConfig
 from distill_cli.errors import ConfigError
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
+from distill_cli.machine.torch_versions import varlen_operator
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.parallel.tensor import apply_tensor_parallel, gather_hidden
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.student import attention
 from distill_cli.student.adapters import rank_of
 from distill_cli.student.load import empty_parameters
-from distill_cli.torch_versions import varlen_operator
 
 KEPT = {
     *(torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten._flash_attention_forward),

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_cli.config.credentials import without_credentials
-from distill_cli.rundir import RunDir, SweepDir, write_json
+from distill_cli.folders.metrics_file import read_metrics
+from distill_cli.folders.run_dir import RunDir, SweepDir, write_json
 from distill_cli.track import client as mlflow_client
 from distill_cli.track.inputs import DatasetSource, log_inputs
-from distill_cli.track.recorder import read_metrics
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

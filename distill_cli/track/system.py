@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from distill_cli.track.recorder import MetricsFile
+from distill_cli.folders.metrics_file import MetricsFile
 
 PERIOD_S = 10.0
 QUERY = "index,utilization.gpu,memory.used,memory.total,power.draw"

@@ -17,16 +17,16 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from distill_cli import hardware
 from distill_cli.config.compose import compose, save_config
 from distill_cli.config.schema import Config, Launcher
-from distill_cli.console import Console
 from distill_cli.errors import ConfigError
+from distill_cli.folders.run_dir import RunDir
+from distill_cli.jobs.preflight import preflight
 from distill_cli.jobs.run import exit_status
 from distill_cli.launch.local import launch
 from distill_cli.launch.placement import placement
-from distill_cli.preflight import preflight
-from distill_cli.rundir import RunDir
+from distill_cli.machine import hardware
+from distill_cli.terminal.console import Console
 
 SEQUENCES = 8
 """Answers that are looked at, or one for each share of the ranks where those are more."""

@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from distill_cli import hardware
 from distill_cli.config.credentials import VARIABLE, uri_problem, without_credentials
 from distill_cli.errors import ConfigError
 from distill_cli.launch import slurm
-from distill_cli.modelpath import ASSETS
+from distill_cli.machine import hardware
+from distill_cli.models.model_files import ASSETS
 
 TIMEOUT_S = 4.0
 """How long a server may take to answer."""

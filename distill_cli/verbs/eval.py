@@ -20,22 +20,23 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from distill_cli import hardware, modelpath
 from distill_cli.checkpoint import store
 from distill_cli.config.checks import evaluation_problems
 from distill_cli.config.compose import compose, load_config, override_config, save_config
 from distill_cli.config.derived import validation_length
 from distill_cli.config.schema import ClusterConfig, Config, MeshConfig, StudentModel
-from distill_cli.console import Console
-from distill_cli.data.check import check_data
 from distill_cli.data.registry import resolve_environment, resolve_extract, resolve_verifier
+from distill_cli.data.row_check import check_data
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.folders.answers_table import join_answers
+from distill_cli.folders.run_dir import RunDir, free_name, write_json
+from distill_cli.jobs.preflight import check_devices, engine_problems
 from distill_cli.jobs.run import exit_status, read_outcome
 from distill_cli.launch.local import launch
-from distill_cli.preflight import check_devices, engine_problems
-from distill_cli.rundir import RunDir, free_name, write_json
-from distill_cli.scoreboard import make_scoreboard, print_scoreboard, read_problems
-from distill_cli.track.answers import join_answers
+from distill_cli.machine import hardware
+from distill_cli.models import model_files
+from distill_cli.report.eval_results import make_scoreboard, print_scoreboard, read_problems
+from distill_cli.terminal.console import Console
 from distill_cli.verbs.resume import open_run
 
 ALONE = (
@@ -267,9 +268,9 @@ def check(config: Config, contenders: Sequence[Contender]) -> None:
     for contender in contenders:
         with collecting():
             model = getattr(contender.config.model, contender.role)
-            folder = modelpath.locate(model.path, revision=model.revision, key=contender.name)
+            folder = model_files.locate(model.path, revision=model.revision, key=contender.name)
             problems += engine_problems(config, {contender.role: folder})
-            positions = modelpath.text_config(folder).get("max_position_embeddings")
+            positions = model_files.text_config(folder).get("max_position_embeddings")
             if positions is not None and length > positions:
                 problems.append(
                     f"{contender.name}: has {positions} positions, and prompt and answer may take {length}; lower "

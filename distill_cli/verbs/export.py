@@ -12,8 +12,8 @@ from rich.markup import escape
 
 from distill_cli.checkpoint import store
 from distill_cli.config.compose import load_config
-from distill_cli.console import Console
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.terminal.console import Console
 from distill_cli.verbs.resume import check_base, open_run
 
 MAX_SHARD_SIZE = "5GB"
@@ -51,7 +51,7 @@ def export(argv: Sequence[str]) -> int:
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; give another folder")
     check_base(checkpoint, config)
-    from distill_cli.export import write_folder  # imports torch
+    from distill_cli.checkpoint.hf_export import write_folder  # imports torch
 
     write_folder(checkpoint, config, folder, as_adapter=as_adapter, max_file_bytes=max_file_bytes)
     console.print(f"{'adapter' if as_adapter else 'student'} of step {checkpoint.step}: {folder}")

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
-from distill_cli import hardware
 from distill_cli.config.compose import Job, save_config
 from distill_cli.config.derived import validates
 from distill_cli.config.schema import Config, Launcher, OnTruncation
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.folders.metrics_file import read_metrics
+from distill_cli.folders.run_dir import RunDir
+from distill_cli.jobs.preflight import Preflight
 from distill_cli.launch.local import launch
 from distill_cli.launch.placement import placement
-from distill_cli.preflight import Preflight
-from distill_cli.rundir import RunDir
-from distill_cli.track.recorder import read_metrics
+from distill_cli.machine import hardware
 
 STEPS = 4
 """The first warms up. After the third a checkpoint is written, and after the fourth the student is validated: what the

@@ -14,18 +14,20 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from distill_cli import hardware, memory, modelpath
+from distill_cli import memory
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, compose, known_losses
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
 from distill_cli.config.schema import Config, EngineModelConfig, Launcher, LoraSync
-from distill_cli.console import Console
+from distill_cli.folders.run_dir import RunDir
+from distill_cli.jobs.preflight import Preflight
 from distill_cli.jobs.run import check_jobs, exit_status, single_path, training_rows, validation_rows
 from distill_cli.launch import slurm
 from distill_cli.launch.local import command
-from distill_cli.lora import targeted
-from distill_cli.preflight import Preflight
-from distill_cli.rundir import RunDir
+from distill_cli.machine import hardware
+from distill_cli.models import model_files
+from distill_cli.models.lora_names import targeted
+from distill_cli.terminal.console import Console
 from distill_cli.verbs.measure import Pace, check_measurable, measure
 
 MEASURE = "--measure"
@@ -123,7 +125,7 @@ def checkpoint_row(config: Config, found: Preflight) -> dict[str, str]:
         return {"checkpoints": "none (checkpoint.enabled=false)"}
     if config.model.student.lora.is_on:
         return {}
-    size = 4 * sum(map(math.prod, modelpath.shapes(found.student).values())) * (3 if settings.save_optimizer else 1)
+    size = 4 * sum(map(math.prod, model_files.shapes(found.student).values())) * (3 if settings.save_optimizer else 1)
     kept = settings.keep_top_k + 2  # the newest, and the one that is being written
     return {
         "checkpoints": f"{size / 2**30:.3g} GiB each, every {settings.period} steps; up to {kept} of them, "
@@ -258,7 +260,7 @@ def trained_row(config: Config, found: Preflight) -> dict[str, str]:
     lora = config.model.student.lora
     if not lora.is_on:
         return {}
-    shapes = modelpath.shapes(found.student)
+    shapes = model_files.shapes(found.student)
     layers = targeted(shapes, lora.targets)
     own, whole = sum(lora.rank * sum(shape) for shape in layers.values()), sum(map(math.prod, shapes.values()))
     return {

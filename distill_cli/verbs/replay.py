@@ -11,9 +11,9 @@ from pathlib import Path
 
 from distill_cli.config.compose import Job, load_config
 from distill_cli.config.schema import Config
-from distill_cli.data.recording import Recording
+from distill_cli.data.recorded_run import Recording
 from distill_cli.errors import ConfigError
-from distill_cli.rundir import RunDir
+from distill_cli.folders.run_dir import RunDir
 from distill_cli.verbs.resume import open_run, with_overrides
 from distill_cli.verbs.train import run_jobs
 

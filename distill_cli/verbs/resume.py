@@ -17,7 +17,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.markup import escape
 
-from distill_cli.attempts import attempts_of, told
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.choices import conf_dir
@@ -25,15 +24,16 @@ from distill_cli.config.compose import flatten, load_config, save_config
 from distill_cli.config.credentials import hide_credentials
 from distill_cli.config.overrides import override_problems
 from distill_cli.config.schema import Config, Launcher, Schedule
-from distill_cli.console import Console
-from distill_cli.data.check import DataFacts
+from distill_cli.data.row_check import DataFacts
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.folders.attempts import attempts_of, told
+from distill_cli.folders.run_dir import RunDir, SweepDir
 from distill_cli.jobs import submit
+from distill_cli.jobs.preflight import Preflight, preflight
 from distill_cli.jobs.run import carry_out, exit_status, job_of, read_outcome, start_panel
 from distill_cli.jobs.sweep import carry_out_sweep
-from distill_cli.modelpath import fingerprint, locate
-from distill_cli.preflight import Preflight, preflight
-from distill_cli.rundir import RunDir, SweepDir
+from distill_cli.models.model_files import fingerprint, locate
+from distill_cli.terminal.console import Console
 
 SAFE = (
     *("mesh.", "cluster.", "engine.", "eval.", "checkpoint.", "tracker.", "run.print_every"),

@@ -8,16 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill_cli import rundir
 from distill_cli.config.compose import Job, compose, hydra_plugins
 from distill_cli.config.schema import Launcher
-from distill_cli.console import Console
 from distill_cli.errors import ConfigError
+from distill_cli.folders import run_dir
+from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs import submit
+from distill_cli.jobs.preflight import Preflight
 from distill_cli.jobs.run import carry_out, check_jobs, exit_status, introduce, prepare, print_warnings, single_path
 from distill_cli.jobs.sweep import carry_out_sweep, discard, prepare_sweep
-from distill_cli.preflight import Preflight
-from distill_cli.rundir import RunDir
+from distill_cli.terminal.console import Console
 
 
 def train(argv: Sequence[str], *, command: Sequence[str]) -> int:
@@ -66,7 +66,7 @@ def run_single(job: Job, found: Preflight, *, command: Sequence[str], console: C
     run = prepare(job, path, command=command)
     introduce(job, found, run, console=console)
     if job.config.cluster.launcher is Launcher.local:
-        rundir.point_latest(Path(job.config.run.root), os.path.relpath(path, job.config.run.root))
+        run_dir.point_latest(Path(job.config.run.root), os.path.relpath(path, job.config.run.root))
         with run.lock():
             carry_out(job, run, console=console)
         return 0
@@ -75,7 +75,7 @@ def run_single(job: Job, found: Preflight, *, command: Sequence[str], console: C
     except ConfigError:
         shutil.rmtree(run.path)  # nothing was started
         raise
-    rundir.point_latest(Path(job.config.run.root), os.path.relpath(path, job.config.run.root))
+    run_dir.point_latest(Path(job.config.run.root), os.path.relpath(path, job.config.run.root))
     return submit.wait_for_run(run, job_id, console=console) if job.config.cluster.wait else 0
 
 

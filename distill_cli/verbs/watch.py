@@ -13,11 +13,11 @@ from pathlib import Path
 
 from distill_cli.config.compose import load_config
 from distill_cli.errors import ConfigError
+from distill_cli.folders.metrics_file import read_metrics
+from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs import submit
-from distill_cli.log import StepPrinter
 from distill_cli.report.read import state_of
-from distill_cli.rundir import RunDir
-from distill_cli.track.recorder import read_metrics
+from distill_cli.terminal.step_printer import StepPrinter
 
 POLL_S = 0.5
 QUEUE_POLL_S = submit.POLL_S[1]

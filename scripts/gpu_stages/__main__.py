@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from distill_cli.processes import die_with_parent
+from distill_cli.machine.processes import die_with_parent
 from gpu_stages import STAGES
 from gpu_stages.figures import Stage, StageFailed
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from distill_cli.processes import die_with_parent
+from distill_cli.machine.processes import die_with_parent
 from gpu_stages.figures import Stage, StageFailed
 
 BF16 = ("train.precision=bf16", "model.student.dtype=bfloat16", "model.teacher.dtype=bfloat16")

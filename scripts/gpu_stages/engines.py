@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distill_cli.engines.companion import CompanionScorer
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
-from distill_cli.modelpath import ASSETS
+from distill_cli.models.model_files import ASSETS
 from gpu_stages.command import BF16, finish, start
 from gpu_stages.figures import Stage, StageFailed
 from gpu_stages.teachers import planted_teachers, teacher_problem

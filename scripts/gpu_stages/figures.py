@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distill_cli.rundir import write_json
+from distill_cli.folders.run_dir import write_json
 
 
 class StageFailed(Exception):

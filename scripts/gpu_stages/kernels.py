@@ -8,10 +8,10 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from functools import partial
 
-from distill_cli.processes import die_with_parent
+from distill_cli.machine.processes import die_with_parent
 from gpu_stages.figures import Stage, StageFailed
 
-FOLDERS = ("tests/student", "tests/losses", "tests/test_torch_versions.py")
+FOLDERS = ("tests/student", "tests/losses", "tests/machine/test_torch_versions.py")
 
 
 def run(stage: Stage) -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill_cli import sealed
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.config.compose import save_config
 from distill_cli.config.schema import CheckpointConfig, Config
-from distill_cli.rundir import RunDir
+from distill_cli.folders import atomic_dir
+from distill_cli.folders.run_dir import RunDir
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_disk: Path, caplog: pytes
     (warning,) = save(saver, 2, caplog)
     assert warning == "no checkpoint of step 2: No space left on device; step_1 is kept; training goes on"
     assert steps(run) == [1]
-    assert sealed.damage(run.checkpoints / "step_1") is None
+    assert atomic_dir.damage(run.checkpoints / "step_1") is None
     assert not list(run.checkpoints.glob(".*"))
     saver.close()
 

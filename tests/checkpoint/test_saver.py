@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from distill_cli import sealed
 from distill_cli.checkpoint import store
+from distill_cli.checkpoint.hf_export import trained, write_weights
 from distill_cli.config.compose import save_config
 from distill_cli.config.schema import Config
-from distill_cli.export import trained, write_weights
+from distill_cli.folders import atomic_dir
 from distill_cli.student import attention
 from tests.student.layouts import Layout, Outcome, train
 from tests.student.train_rank import made_up_model
@@ -74,7 +74,7 @@ def test_other_ranks_go_on_as_one_rank_would(name: str, outcomes: dict[str, Outc
 
 def test_a_checkpoint_is_safetensors_and_json(outcomes: dict[str, Outcome]) -> None:
     (checkpoint,) = store.find(outcomes["folder"] / "checkpoints")
-    assert sealed.damage(checkpoint.path) is None
+    assert atomic_dir.damage(checkpoint.path) is None
     assert {file.suffix for file in checkpoint.path.iterdir()} == {".safetensors", ".json", ".yaml"}
     assert checkpoint.metric("train/loss") == outcomes["two"].losses[0]
     weights = sorted(checkpoint.path.glob("shard-*-model-00001-of-00002.safetensors"))

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from distill_cli import sealed
 from distill_cli.checkpoint import store
 from distill_cli.errors import DistillError
+from distill_cli.folders import atomic_dir
 
 
 def make(root: Path, step: int, **metrics: float | None) -> Path:
@@ -15,8 +15,8 @@ def make(root: Path, step: int, **metrics: float | None) -> Path:
     temporary.mkdir(parents=True)
     (temporary / "shard-00001-model-00001-of-00002.safetensors").write_bytes(bytes(range(256)) * 40)
     (temporary / store.STATE).write_text(json.dumps({"step": step, "metrics": metrics}))
-    entries = sealed.describe(temporary.iterdir())
-    sealed.seal(temporary, store.final_path(root, step), entries)
+    entries = atomic_dir.describe(temporary.iterdir())
+    atomic_dir.seal(temporary, store.final_path(root, step), entries)
     return store.final_path(root, step)
 
 
@@ -48,8 +48,8 @@ def test_the_newest_that_is_damaged_is_named_and_the_one_before_used(tmp_path: P
 @pytest.mark.parametrize("content", ["", "{}", '{"files": 3}', '{"files": {"../x": {"bytes": 1, "sha256": ""}}}'])
 def test_a_manifest_that_is_damaged_is_damage(tmp_path: Path, content: str) -> None:
     path = make(tmp_path, 10)
-    (path / sealed.MANIFEST).write_text(content)
-    assert sealed.MANIFEST in sealed.damage(path)
+    (path / atomic_dir.MANIFEST).write_text(content)
+    assert atomic_dir.MANIFEST in atomic_dir.damage(path)
     assert store.newest_whole(tmp_path, warn=lambda text: None) is None
 
 

@@ -12,7 +12,7 @@ from distill_cli.data.isolated import Failed, IsolatedEnvironments
 from distill_cli.data.prompts import PromptMaker, make_prompts
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.errors import ConfigError
-from distill_cli.modelpath import ASSETS
+from distill_cli.models.model_files import ASSETS
 from distill_cli.rollout.turns import Turns, sample_turns
 from distill_cli.types import Example, Prompt, Sample
 

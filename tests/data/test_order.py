@@ -14,7 +14,7 @@ from distill_cli.data.order import PromptOrder, PromptStream, shuffled
 from distill_cli.data.prompts import PromptMaker, make_prompts
 from distill_cli.data.rows import Stream
 from distill_cli.errors import ConfigError
-from distill_cli.modelpath import ASSETS
+from distill_cli.models.model_files import ASSETS
 from distill_cli.types import Example, Prompt
 
 ROWS = [Example(f"q{i}") for i in range(20)]

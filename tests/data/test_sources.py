@@ -15,7 +15,7 @@ from distill_cli.data.prompts import PromptMaker, make_prompts
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream, boxed_answer, final_answer
 from distill_cli.errors import ConfigError
-from distill_cli.modelpath import ASSETS
+from distill_cli.models.model_files import ASSETS
 from distill_cli.types import Example
 from tests.data.published import QUESTION, localize, make_copy
 

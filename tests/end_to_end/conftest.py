@@ -15,8 +15,8 @@ import torch
 from omegaconf import OmegaConf
 
 from distill_cli.cli import run
-from distill_cli.rundir import RunDir
-from distill_cli.track.recorder import read_metrics
+from distill_cli.folders.metrics_file import read_metrics
+from distill_cli.folders.run_dir import RunDir
 
 
 @dataclass(frozen=True)

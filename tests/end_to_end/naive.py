@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from distill_cli.config.compose import load_config
 from distill_cli.config.schema import Config
-from distill_cli.modelpath import locate
-from distill_cli.rollout.recording import read_scores, read_sequences
-from distill_cli.rundir import RunDir
+from distill_cli.folders.run_dir import RunDir
+from distill_cli.models.model_files import locate
+from distill_cli.rollout.score_files import read_scores, read_sequences
 from distill_cli.types import Rollout
 from tests.end_to_end.conftest import Finished
 

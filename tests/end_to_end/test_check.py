@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from distill_cli.modelpath import ASSETS
+from distill_cli.models.model_files import ASSETS
 
 from .conftest import distill
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from distill_cli.modelpath import ASSETS
+from distill_cli.models.model_files import ASSETS
 from tests.end_to_end.conftest import distill
 from tests.end_to_end.naive import check_numbers
 

@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distill_cli.modelpath import ASSETS
+from distill_cli.models.model_files import ASSETS
 from distill_cli.verbs.export import export
 from tests.end_to_end.conftest import SHORT, Finished, distill
 

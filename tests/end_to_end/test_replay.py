@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from distill_cli.rundir import RunDir
-from distill_cli.track.recorder import read_metrics
+from distill_cli.folders.metrics_file import read_metrics
+from distill_cli.folders.run_dir import RunDir
 from tests.end_to_end.conftest import Finished, distill, refused
 
 NO_ENGINES = "raise ImportError('a replay asks no engine')"

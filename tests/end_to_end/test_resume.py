@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from distill_cli.checkpoint import store
-from distill_cli.track.recorder import read_metrics
+from distill_cli.folders.metrics_file import read_metrics
 from tests.end_to_end.conftest import SHORT, Finished, distill
 
 EVAL = ("eval.period=2", "eval.max_samples=40")

@@ -197,7 +197,7 @@ def test_a_rank_that_fails_is_one_line_and_a_log(tmp_path) -> None:
 
 
 def distilled_from(role: str) -> str:
-    from distill_cli.modelpath import ASSETS
+    from distill_cli.models.model_files import ASSETS
 
     return str(ASSETS / "tiny_pair" / role)
 

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from distill_cli.rundir import SweepDir
-from distill_cli.track.recorder import read_metrics
+from distill_cli.folders.metrics_file import read_metrics
+from distill_cli.folders.run_dir import SweepDir
 from tests.end_to_end.conftest import distill
 
 

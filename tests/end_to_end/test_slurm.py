@@ -11,7 +11,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from distill_cli.rundir import RunDir, SweepDir
+from distill_cli.folders.run_dir import RunDir, SweepDir
 from tests.end_to_end.conftest import SECRETS, SHORT, Cluster, Finished, files_with
 from tests.track.server import free_port, start_server, stop
 

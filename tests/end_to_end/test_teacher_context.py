@@ -8,9 +8,9 @@ from transformers import AutoTokenizer
 
 from distill_cli.config.schema import Config
 from distill_cli.data.sources.arithmetic import worked_solution
-from distill_cli.modelpath import ASSETS
-from distill_cli.rollout.recording import read_scores, read_sequences
-from distill_cli.rundir import RunDir
+from distill_cli.folders.run_dir import RunDir
+from distill_cli.models.model_files import ASSETS
+from distill_cli.rollout.score_files import read_scores, read_sequences
 from tests.end_to_end.conftest import SHORT, Finished, distill
 from tests.end_to_end.naive import check_numbers
 

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import replace
 
-from distill_cli.engines.process import prepare_process
+from distill_cli.engines.process_setup import prepare_process
 
 prepare_process()  # before torch
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill_cli.engines.sampler import Sampler, SamplingSettings
-from distill_cli.engines.weights import check_names_and_shapes, expected_shapes
+from distill_cli.engines.weight_sync import check_names_and_shapes, expected_shapes
 from distill_cli.errors import DistillError
 
 from .reference import make_model, random_sequences, sampled_reference_logp

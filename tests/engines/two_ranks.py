@@ -4,7 +4,7 @@ Arguments: STUDENT TEACHER EXPECTED, and how many ranks share a sampler and a sc
 rank answered.
 """
 
-from distill_cli.engines.process import prepare_process
+from distill_cli.engines.process_setup import prepare_process
 
 prepare_process()
 
@@ -23,7 +23,7 @@ from distill_cli.engines.companion import CompanionScorer, needs_companion  # no
 from distill_cli.engines.sampler import Sampler, SamplingSettings  # noqa: E402
 from distill_cli.engines.scorer import Scorer  # noqa: E402
 from distill_cli.engines.settings import EngineSettings  # noqa: E402
-from distill_cli.engines.weights import full_tensors  # noqa: E402
+from distill_cli.engines.weight_sync import full_tensors  # noqa: E402
 from distill_cli.errors import DistillError  # noqa: E402
 from tests.engines.reference import ask, assert_answers_equal  # noqa: E402
 

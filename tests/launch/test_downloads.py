@@ -13,21 +13,21 @@ from pathlib import Path
 
 import pytest
 
-from distill_cli.modelpath import ASSETS
+from distill_cli.models.model_files import ASSETS
 
 MODEL = ASSETS / "tiny_pair" / "student"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RANK = """
 import os
-from distill_cli.modelpath import locate
+from distill_cli.models.model_files import locate
 os.write(1, f"{locate('org/model', key='model.student.path')}\\n".encode())  # at once: ranks share the output
 """
 NODE = """
 import sys
 from pathlib import Path
 from distill_cli.launch import local
-from distill_cli.modelpath import locate
-from distill_cli.rundir import create
+from distill_cli.models.model_files import locate
+from distill_cli.folders.run_dir import create
 
 folder, rank = Path(sys.argv[1]), sys.argv[2]
 locate("org/model", key="model.student.path")  # as whoever starts the ranks does

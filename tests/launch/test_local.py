@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
+from distill_cli.folders.run_dir import RunDir, create
 from distill_cli.launch import local
-from distill_cli.rundir import RunDir, create
 from tests.conftest import heed_interrupts
 
 
@@ -65,7 +65,7 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
         textwrap.dedent(f"""
         import os, signal, time
         from pathlib import Path
-        from distill_cli.processes import die_with_parent
+        from distill_cli.machine.processes import die_with_parent
         die_with_parent()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         Path("{mark}" + os.environ["RANK"]).write_text(str(os.getpid()))
@@ -78,7 +78,7 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
         import sys
         from pathlib import Path
         from distill_cli.launch import local
-        from distill_cli.rundir import create
+        from distill_cli.folders.run_dir import create
         agent = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         local.command = lambda run, **_: [*agent, "--nproc-per-node=2", "{tmp_path / "rank.py"}"]
         try:
@@ -109,7 +109,7 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
 
 
 def test_a_process_whose_parent_died_while_it_started_ends() -> None:
-    code = "from distill_cli.processes import die_with_parent; die_with_parent(parent={}); print('lives')"
+    code = "from distill_cli.machine.processes import die_with_parent; die_with_parent(parent={}); print('lives')"
     for parent, said in ((os.getpid(), "lives\n"), (os.getppid(), "")):
         done = subprocess.run([sys.executable, "-c", code.format(parent)], capture_output=True, text=True)
         assert (done.stdout, done.returncode) == (said, 0 if said else 1)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from distill_cli.rundir import RunDir, write_json
-from distill_cli.track.rollouts import write_rollouts
+from distill_cli.folders.rollouts_table import write_rollouts
+from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.types import Example, Prompt, Rollout, Sample, TokenViews
 
 WORDS = ("the", " sum", " of", " 7", " and", "\n", " is", "####", "", "<|im_end|>", " carry", "\t", " naïve", " 数")

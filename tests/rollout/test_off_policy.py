@@ -9,11 +9,11 @@ from transformers import AutoTokenizer
 from distill_cli.config.checks import config_problems
 from distill_cli.config.compose import compose
 from distill_cli.config.schema import OffPolicy
-from distill_cli.data.check import check_data
+from distill_cli.data.row_check import check_data
 from distill_cli.errors import ConfigError
-from distill_cli.modelpath import ASSETS
+from distill_cli.models.model_files import ASSETS
 from distill_cli.rollout.off_policy import dataset_sample, foreign, off_policy_places, response_encoder
-from distill_cli.step_metrics import rollout_metrics
+from distill_cli.train.step_metrics import rollout_metrics
 from distill_cli.types import Example, Prompt, Rollout, Sample
 
 

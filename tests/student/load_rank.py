@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from distill_cli.config.schema import LoraConfig, MeshConfig, TrainConfig
-from distill_cli.engines.weights import Deferred
+from distill_cli.engines.weight_sync import Deferred
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.parallel.mesh import layout
 from distill_cli.student import attention

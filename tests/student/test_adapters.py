@@ -15,13 +15,13 @@ from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.checks import MAX_ENGINE_RANK
 from distill_cli.config.compose import compose
 from distill_cli.config.schema import LoraConfig
-from distill_cli.engines.adapter import check_adapter, whole_tensors
+from distill_cli.engines.adapter_sync import check_adapter, whole_tensors
 from distill_cli.engines.settings import ADAPTER_RANKS
-from distill_cli.engines.weights import Deferred
+from distill_cli.engines.weight_sync import Deferred
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.lora import shortened, targeted
 from distill_cli.losses.divergence import DistillLoss
-from distill_cli.modelpath import fingerprint
+from distill_cli.models.lora_names import shortened, targeted
+from distill_cli.models.model_files import fingerprint
 from distill_cli.student.adapters import A, B, add_adapters, exported_name, initial_value, is_adapter, merged_parameters
 from distill_cli.student.flops import train_flops
 from distill_cli.student.model import Student

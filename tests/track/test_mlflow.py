@@ -18,12 +18,12 @@ from distill_cli.config.checks import config_problems
 from distill_cli.config.compose import compose, load_config, save_config
 from distill_cli.config.credentials import without_credentials
 from distill_cli.config.schema import Config
-from distill_cli.jobs.tracking import find_again, mlflow_target, mlflow_uri, tracking
-from distill_cli.rundir import Element, RunDir, SweepDir, create, element_name, write_json
+from distill_cli.folders.metrics_file import MetricsFile, cut_back, read_metrics
+from distill_cli.folders.run_dir import Element, RunDir, SweepDir, create, element_name, write_json
 from distill_cli.track.client import connect
 from distill_cli.track.inputs import DatasetSource
 from distill_cli.track.mlflow import ARTIFACTS, STREAMS, MlflowShipper, MlflowTarget, Shipped, ship
-from distill_cli.track.recorder import MetricsFile, cut_back, read_metrics
+from distill_cli.track.run_tracking import find_again, mlflow_target, mlflow_uri, tracking
 from distill_cli.track.system import SystemSampler, parse_gpus
 from tests.track.server import free_port, start_server, stop, wait_until
 

@@ -1,0 +1,152 @@
+"""Where a model's files are, and what its config says: read as JSON, so that checks need no torch.
+
+`package://...` is a folder that ships with distill; a folder is itself; anything else is a name on the hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from distill_cli.errors import ConfigError
+
+ASSETS = Path(__file__).parent.parent / "assets"
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
+"""What is taken from the hub: no pickles. Python is run only where `model.trust_remote_code` says so."""
+PIECES, PIECE_BYTES = 64, 2**16
+"""Of a file, that its fingerprint is made of."""
+CACHE_ONLY = "DISTILL_CACHE_ONLY"
+"""Variable that keeps a process off the hub: ranks have it, since who starts them has brought the models there."""
+
+
+def locate(path: str, *, revision: str | None = None, key: str) -> Path:
+    """The folder of a model, downloaded from the hub if need be.
+
+    Raises:
+        ConfigError: there is none, or it is no model.
+    """
+    is_local = path.startswith(("package://", ".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
+    if is_local and revision is not None:
+        raise ConfigError(
+            f"{key.replace('.path', '.revision')}={revision}: {path} is a folder, which has none; drop it"
+        )
+    if path.startswith("package://"):
+        return _model_folder(ASSETS / path.removeprefix("package://"), path, key)
+    if is_local:
+        return _model_folder(Path(path).expanduser(), path, key)
+    return _from_hub(path, revision, key)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "config.json")
+
+
+def text_config(folder: Path) -> dict[str, Any]:
+    """The part of config.json that describes the language model."""
+    config = read_config(folder)
+    return config.get("text_config") or config
+
+
+def read_json(file: Path) -> Any:
+    """Raises ConfigError where the file is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file}: not JSON ({str(error)[:100]}); the model's folder is damaged") from error
+
+
+def vocab_size(config: dict[str, Any]) -> int:
+    return int((config.get("text_config") or config)["vocab_size"])
+
+
+def vocabulary(folder: Path) -> dict[str, int] | None:
+    """Token -> id of a fast tokenizer, added tokens included; None where there is no tokenizer.json to read."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    content = read_json(file)
+    try:
+        vocab = content["model"].get("vocab") or {}
+        if not isinstance(vocab, dict):  # unigram models list [token, score]
+            vocab = {token: index for index, (token, _) in enumerate(vocab)}
+        return vocab | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{file}: no tokenizer of the tokenizers library ({error!r})") from error
+
+
+def _model_folder(folder: Path, path: str, key: str) -> Path:
+    if not path:
+        raise ConfigError(f"{key}=: is empty; give a Hugging Face model's folder or its name on the hub")
+    if not folder.is_dir():
+        raise ConfigError(f"{key}={path}: no such folder; give a Hugging Face model's folder or its name on the hub")
+    try:
+        config = read_config(folder)
+        vocab_size(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        why = error.strerror if isinstance(error, OSError) else repr(error)
+        raise ConfigError(
+            f"{key}={path}: no Hugging Face model is there (config.json: {why}); give a folder that has one"
+        ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{key}={path}: no weights are there; *.safetensors are needed (pickles are not loaded)")
+    return folder.resolve()
+
+
+def _from_hub(path: str, revision: str | None, key: str) -> Path:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            path, revision=revision, allow_patterns=FILES, local_files_only=CACHE_ONLY in os.environ
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{key}={path}: no such folder, and not to be had from the hub or its cache ({reason[:200]})"
+        ) from error
+    return _model_folder(Path(folder), path, key)
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells a folder's weights from others: of each file its name, size and some pieces, the header among them."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for piece in range(PIECES):
+                stream.seek(piece * size // PIECES)
+                digest.update(stream.read(PIECE_BYTES))
+    return digest.hexdigest()
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Each tensor's shape. Raises ConfigError where a file is damaged."""
+    return {name: shape for name, (_, shape) in tensors(folder).items()}
+
+
+def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Each tensor's dtype (as safetensors writes it: F32, BF16) and shape, from the headers of the folder's files.
+
+    Raises ConfigError where a file is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else None
+    files = [folder / name for name in names] if names else sorted(folder.glob("*.safetensors"))
+    found = {}
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            found |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            raise ConfigError(f"{file}: no safetensors ({error!r}); the model's folder is damaged") from error
+    return found

@@ -1,0 +1,48 @@
+"""What a rank does in an evaluation: it answers its engine's share of the problems, and writes the answers down."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import IO
+
+import torch.distributed as dist
+
+from distill_cli.config.compose import load_config
+from distill_cli.config.derived import validation_length
+from distill_cli.data.registry import resolve_extract
+from distill_cli.engines.sample_requests import Answerer
+from distill_cli.folders.answers_table import AnswersFile
+from distill_cli.folders.run_dir import RunDir
+from distill_cli.parallel.mesh import init_parallel
+from distill_cli.ranks.build_engines import engine_settings
+from distill_cli.ranks.build_prompts import build_tokenizer, build_validator
+from distill_cli.ranks.build_trainer import pick_device
+from distill_cli.train.validation import answer_row
+
+
+def evaluate_rank(run: RunDir, console: IO[str]) -> None:
+    """One rank's share of a model's answers to a benchmark, into its part of answers.parquet. A collective."""
+    config, asked = load_config(run.config), json.loads(run.evaluation.read_text())
+    parallel = init_parallel(device=pick_device())
+    tokenizer = build_tokenizer(config)
+    validator = build_validator(config, parallel, tokenizer)
+    role = asked["role"]
+    settings = engine_settings(config, getattr(config.model, role), getattr(config.engine, role))
+    settings = replace(settings, max_model_len=validation_length(config), sleep_mode=False, adapter=None)
+    engine = Answerer(settings)
+    share, extract = validator.share(engine), resolve_extract(validator.verify.function)
+    file = AnswersFile(run.path, rank=parallel.rank) if share.is_first else None
+    num_answers, done = len(validator.prompts) * validator.repeat, 0
+    for answers in validator.answers(engine):
+        if file is not None:
+            file.write([answer_row(answer, decode=validator.decode, extract=extract) for answer in answers])
+        done += len(answers)
+        if parallel.is_main:
+            run.beat(f"{done} answers")
+            print(f"{asked['name']}: {done * share.num_engines} of {num_answers} answers", file=console)
+    if file is not None:
+        file.close()
+    engine.close()
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,46 @@
+"""The student's weights, handed out: to the sampler's engine, and to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from distill_cli.config.schema import LoraConfig, LoraSync
+from distill_cli.engines.weight_sync import Deferred
+from distill_cli.student.adapters import exported_name, is_adapter, merged_parameters, whole
+from distill_cli.student.model import Student
+
+
+def named_parameters(student: Student) -> Iterator[tuple[str, torch.Tensor | Deferred]]:
+    """Each parameter, sharded as it is, under its Hugging Face name, adapters added; a tied head is left out."""
+    return merged_parameters(student.lm)
+
+
+def synced_parameters(student: Student, lora: LoraConfig) -> Iterator[tuple[str, torch.Tensor | Deferred]]:
+    """What the sampler is given: every parameter, or the adapters' alone where `lora` says so, under peft's names."""
+    if lora.is_on and lora.sync is LoraSync.adapter:
+        return ((exported_name(name), param) for name, param in student.lm.named_parameters() if is_adapter(name))
+    return named_parameters(student)
+
+
+def save_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype) -> None:
+    """A Hugging Face folder that transformers and vLLM load. A collective; the main rank holds all and writes."""
+    state, is_main = {}, dist.get_rank() == 0
+    for name, param in named_parameters(student):
+        param = whole(param.make() if isinstance(param, Deferred) else param)
+        if is_main:
+            state[name] = param.to("cpu", dtype, copy=True)
+    if not is_main:
+        return
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    student.lm.config.dtype = dtype
+    student.lm.save_pretrained(temporary, state_dict=state)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that ended earlier
+    temporary.replace(folder)

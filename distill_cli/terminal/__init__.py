@@ -1,0 +1,1 @@
+"""What the user sees while a command runs: a console, one line a step, a live panel."""

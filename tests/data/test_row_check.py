@@ -1,0 +1,153 @@
+"""What is said of the data before anything starts, and validation sets that can only be read from their beginning."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from distill_cli.config.compose import compose
+from distill_cli.config.schema import Config, MeshConfig
+from distill_cli.data.registry import load_examples
+from distill_cli.data.row_check import _hash, check_data
+from distill_cli.errors import ConfigError
+from distill_cli.folders.run_dir import RunDir
+from distill_cli.jobs.preflight import preflight
+from distill_cli.models.model_files import ASSETS
+from distill_cli.parallel.mesh import Parallel, layout
+from distill_cli.ranks.build_prompts import build_validator
+from distill_cli.track.run_tracking import mlflow_target
+from distill_cli.train.validation import Validator
+from distill_cli.types import Example, Sample
+
+
+@pytest.fixture(scope="module")
+def parallel() -> Iterator[Parallel]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield layout(MeshConfig(), device=torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def rows_file(folder: Path, name: str, questions: list[str]) -> Path:
+    file = folder / name
+    file.write_text("".join(json.dumps({"question": one, "answer": "2"}) + "\n" for one in questions))
+    return file
+
+
+def composed(*argv: str) -> Config:
+    (job,) = compose(argv)
+    return job.config
+
+
+def test_prompts_that_are_in_both_sets_are_counted(tmp_path: Path) -> None:
+    train = rows_file(tmp_path, "train.jsonl", [f"What is {i} + 1?" for i in range(80)])
+    validation = rows_file(tmp_path, "validation.jsonl", ["What is  3 + 1? ", "What is 4 + 1?", "What is 400 + 1?"])
+    config = composed("data=jsonl", f"data.train.path={train}", f"data.validation.path={validation}")
+    assert check_data(config).warnings == (
+        "2 prompts of data.validation are in data.train too: its scores say less for that",
+    )
+    config.data.validation["path"] = str(rows_file(tmp_path, "other.jsonl", ["What is 400 + 1?"]))
+    assert check_data(config).warnings == ()
+
+
+def test_rows_without_what_is_asked_of_them_are_counted(tmp_path: Path) -> None:
+    train, validation = tmp_path / "train.jsonl", rows_file(tmp_path, "validation.jsonl", ["What is 400 + 1?"])
+    rows = [
+        {"question": f"{i}?", "answer": None if i % 4 == 0 else 1, "hint": ["h", "", " ", None][i % 4]}
+        for i in range(80)
+    ]
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["data=jsonl", f"data.train.path={train}", f"data.validation.path={validation}"]
+    assert check_data(composed(*argv, "data.teacher_context=hint")).warnings == (
+        "data.train: 60 of 80 rows have nothing in data.teacher_context=hint: the teacher reads what the student does",
+        "data.train: 20 of 80 rows have no answer to check, and are not in rollout/accuracy",
+    )
+    train.write_text("".join(json.dumps({**row, "hint": ""}) + "\n" for row in rows))
+    with pytest.raises(
+        ConfigError, match="data.teacher_context=hint: none of 80 rows of data.train has anything in it"
+    ):
+        check_data(composed(*argv, "data.teacher_context=hint"))
+
+
+def test_solutions_without_a_final_answer_have_none(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    solutions = ["so #### 4", "so 4", "#### 5"] * 30
+    file.write_text("".join(json.dumps({"question": f"{i}?", "answer": s}) + "\n" for i, s in enumerate(solutions)))
+    argv = ["data=gsm8k", f"data.train.path={file}"]
+    assert check_data(composed(*argv, "data.validation=null")).warnings == (
+        "data.train: 30 of 90 rows have no answer to check, and are not in rollout/accuracy",
+    )
+    with pytest.raises(ConfigError, match="data.validation: 30 of 90 rows have no answer to check"):
+        check_data(composed(*argv, f"data.validation.path={file}"))
+
+
+def test_a_row_of_50_mb_is_looked_at_in_little_memory(tmp_path: Path) -> None:
+    tracemalloc = pytest.importorskip("tracemalloc")
+    example = Example("What is 1 + 1? " * 3_500_000)
+    tracemalloc.start()
+    _hash(example)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
+    assert _hash(Example("a  b\n")) == _hash(Example("a b")) != _hash(Example("a c"))
+
+
+class Teller:
+    """Answers what it was asked: the prompt's tokens."""
+
+    tensor_parallel = 1
+
+    def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
+        return [Sample(list(ids), [0.0] * len(ids), "stop") for ids in prompts]
+
+
+def validator_of(config: Config, parallel: Parallel) -> Validator:
+    return build_validator(config, parallel, AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student"))
+
+
+def test_streams_validate_by_their_first_rows(tmp_path: Path, parallel: Parallel) -> None:
+    """`data.train.streaming` as it is typed, though the file of the group does not set it."""
+    file = rows_file(tmp_path, "rows.jsonl", [f"What is {i} + 1?" for i in range(80)])
+    streamed = [f"data.{part}.{key}" for part in ("train", "validation") for key in (f"path={file}", "streaming=true")]
+    config = composed(
+        "data=table", "data.verifier=exact", *streamed, "data.validation.split=train", "eval.max_samples=7"
+    )
+    found = preflight(config)
+    assert (found.num_train, found.num_validation, found.num_steps(config)) == (None, None, 100)
+    validator = validator_of(config, parallel)
+    assert [prompt.index for prompt in validator.prompts] == list(range(7))
+    assert validator.run(Teller()).num_samples == 7
+    (training, _) = mlflow_target(config, RunDir(tmp_path)).datasets
+    assert training.profile()[1] == {}  # nobody knows how many there are
+    load_examples(config.data.train, key="data.train")
+
+
+def test_several_datasets_are_validated_each(tmp_path: Path, parallel: Parallel) -> None:
+    files = {name: rows_file(tmp_path, f"{name}.jsonl", [f"{name} {i}?" for i in range(9)]) for name in ("a", "b")}
+    sources = ", ".join(f"{name}: {{source: table, path: '{file}'}}" for name, file in files.items())
+    config = composed("data=mix", f"data.validation.sources={{{sources}}}", "data.verifier=exact", "eval.max_samples=4")
+    config.data.validation["sources"] = {name: config.data.validation["sources"][name] for name in files}
+    score = validator_of(config, parallel).run(Teller())
+    assert score.num_samples == 8
+    assert score.metrics().keys() >= {"val/a/accuracy", "val/b/accuracy"}
+
+
+def test_the_teacher_is_validated_on_prompts_as_it_reads_them(parallel: Parallel) -> None:
+    template = "{% for m in messages %}TEACHER {{ m.content }}{% endfor %}"
+    config = composed("eval.max_samples=3")
+    config.model.teacher.chat_template = template
+    validator = validator_of(config, parallel)
+    asked: list[str] = []
+
+    class Listening(Teller):
+        def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
+            asked.extend(validator.decode(ids) for ids in prompts)
+            return super().sample(prompts, seeds=seeds, sampling=sampling)
+
+    validator.run(Listening(), as_teacher=True)
+    validator.run(Listening())
+    assert all(text.startswith("TEACHER What is") for text in asked[:3])
+    assert not any("TEACHER" in text for text in asked[3:])

@@ -1,0 +1,29 @@
+"""Recorded rollouts: what stands beside a token is of that token, also where an environment spoke in between."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pyarrow.parquet
+
+from distill_cli.folders.rollouts_table import write_rollouts
+from distill_cli.types import Example, Prompt, Rollout, Sample, TokenViews
+
+
+def test_what_is_listed_by_token_is_as_long_as_the_response_with_its_observations(tmp_path: Path) -> None:
+    trained = [True, False, False, True]
+    sample = Sample([5, 6, 7, 8], [-1.0, 0.0, 0.0, -1.0], "stop", trained=trained, num_turns=2)
+    views = TokenViews(
+        **{
+            field.name: [([1], [-0.5])["logp" in field.name] if known else [] for known in trained]
+            if "_top_" in field.name
+            else [0.5 if known else None for known in trained]
+            for field in fields(TokenViews)
+        }
+    )
+    rollout = Rollout(Prompt(0, [1, 2], Example("?")), sample, views=views)
+    file = tmp_path / "step_0.parquet"
+    write_rollouts(file, [rollout], decode=lambda ids: " ".join(map(str, ids)), token_text=str)
+    (row,) = pyarrow.parquet.read_table(file).to_pylist()
+    assert row["tokens"] == ["5", "6", "7", "8"]
+    assert row["kl_forward"] == [0.5, None, None, 0.5]
+    assert {len(value) for name, value in row.items() if isinstance(value, list) and name != "prompt_ids"} == {4}

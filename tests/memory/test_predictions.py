@@ -1,0 +1,83 @@
+"""The predicted memory of a training step, by part and at its peak, against what torch allocates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distill_cli import memory
+from distill_cli.config.schema import Checkpointing
+from distill_cli.engines.settings import CPU_KV_CACHE_BYTES
+from distill_cli.losses import linear_topk
+from tests.student.measured_memory import LARGE, SMALL, WIDE, Case, measure, predict
+
+LIMIT = 0.15
+ALONE = {
+    "none": Case(SMALL, tokens=1024),
+    "selective, bf16": Case(SMALL, activation_checkpointing="selective", precision="bf16", tokens=1024),
+    "full": Case(SMALL, activation_checkpointing="full", tokens=1024),
+    "wide, 2 micro-batches": Case(WIDE, tokens=64, micro_batches=2),
+    "gemma3, bf16": Case(SMALL | {"model_type": "gemma3_text"}, precision="bf16", tokens=1024),
+    "LoRA": Case(SMALL, tokens=1024, lora=8),
+    "LoRA, wide, bf16": Case(WIDE, tokens=64, precision="bf16", lora=8),
+    "large vocabulary": Case(LARGE | {"num_hidden_layers": 2}, activation_checkpointing="full", tokens=256),
+}
+TOGETHER = {
+    "shard=2": Case(WIDE, 2, tokens=64),
+    "shard=2, bf16": Case(SMALL, 2, precision="bf16", activation_checkpointing="full", tokens=1024),
+    "tensor=2": Case(SMALL, 2, {"tensor": 2}, tokens=1024),
+}
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[Case, dict[str, int]]:
+    return measure([*ALONE.values(), *TOGETHER.values()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALONE)
+def test_one_rank_by_part_and_at_its_peak(name: str, measured: dict[Case, dict[str, int]]) -> None:
+    found, predicted = measured[ALONE[name]], predict(ALONE[name])
+    for part in found:
+        assert predicted[part] == pytest.approx(found[part], rel=LIMIT, abs=2**20), part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_ranks(name: str, measured: dict[Case, dict[str, int]]) -> None:
+    found, predicted = measured[TOGETHER[name]], predict(TOGETHER[name])
+    for part in ("weights and optimizer", "loss", "peak"):
+        assert predicted[part] == pytest.approx(found[part], rel=LIMIT, abs=2**20), part
+
+
+def test_what_is_said_twice_is_the_same() -> None:
+    assert memory.HEAD_BUFFER_BYTES == linear_topk.MIN_BUFFER_BYTES
+    assert memory.CPU_KV_CACHE_GIB * 2**30 == CPU_KV_CACHE_BYTES
+    for vocab, hidden, tokens in ((50_000, 256, 1000), (1024, 4096, 3000), (100, 8, 1)):
+        weight = torch.empty(vocab, hidden, device="meta")
+        chunk = linear_topk._chunk_size(weight, num_tokens=tokens, chunk_tokens=None)
+        assert memory.head_chunk(vocab, hidden, num_tokens=tokens) == chunk
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_checkpointing_sharding_and_fewer_tokens_need_less(bf16: bool) -> None:
+    case, peaks = Case(SMALL), []
+    for change in (
+        {"checkpointing": Checkpointing.none},
+        {"checkpointing": Checkpointing.selective},
+        {"checkpointing": Checkpointing.full},
+        {"checkpointing": Checkpointing.full, "tokens": 512},
+        {"checkpointing": Checkpointing.full, "tokens": 512, "shard": 8},
+    ):
+        step = memory.Step(**{"tokens": 4096, "topk": 64, "bf16": bf16} | change)
+        peaks.append(max(moment.total for moment in memory.trainer_moments(case.shape, step)))
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == len(peaks)
+
+
+@pytest.mark.gpu
+def test_one_gpu_at_its_peak() -> None:
+    from .memory_rank import peak_on_gpu
+
+    case = Case(LARGE, activation_checkpointing="full", precision="bf16", tokens=4096)
+    assert predict(case, on_gpu=True)["peak"] == pytest.approx(peak_on_gpu(vars(case)), rel=LIMIT)

@@ -1,0 +1,188 @@
+"""Recorded steps: read as they were written, whole or not there, and refused where a config does not fit them."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distill_cli.config.compose import compose, save_config
+from distill_cli.config.schema import MeshConfig
+from distill_cli.data.recorded_run import Facts, Recording, remove_later, step_folder, vocabulary_digest
+from distill_cli.errors import ConfigError
+from distill_cli.jobs.preflight import preflight
+from distill_cli.models.model_files import ASSETS
+from distill_cli.parallel.mesh import Parallel, layout
+from distill_cli.rollout.pack import lay_out, plan_batch
+from distill_cli.rollout.score_files import Recorder, Replay, read_scores, read_sequences, write_sequences
+from distill_cli.types import Rollout
+from tests.student.train_rank import TOPK, made_up_rollout
+
+STUDENT = ASSETS / "tiny_pair/student"
+
+
+@pytest.fixture(scope="module")
+def parallel() -> Iterator[Parallel]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield layout(MeshConfig(), device=torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, parallel: Parallel) -> Path:
+    """A run's folder with two recorded steps of 64 sequences."""
+    run = tmp_path / "runs/recorded"
+    run.mkdir(parents=True)
+    (job,) = compose(["loss.topk=8", "rollout.save_scores=true"])
+    save_config(job.config, run / "config.yaml")
+    facts = Facts(8, 1.0, [], end_tokens=[2], vocab_size=512, vocabulary=vocabulary_digest(STUDENT, 512))
+    recorder = Recorder(run / "scores", facts, parallel)
+    for step in (1, 2):
+        recorder.keep(step, made_up(step), range(64))
+    return run
+
+
+def made_up(seed: int, number: int = 64) -> list[Rollout]:
+    generator = torch.Generator().manual_seed(seed)
+    rollouts = [made_up_rollout(index, 3 + index % 5, 2 + index % 7, generator) for index in range(number)]
+    masked = rollouts[3].sample
+    trained = [place % 2 == 0 for place in range(len(masked.token_ids))]
+    rollouts[3].sample = replace(masked, trained=trained, num_turns=2, finish_reason="turn_limit")
+    foreign = rollouts[4].sample
+    rollouts[4].sample = replace(foreign, logp=[float("nan")] * len(foreign.token_ids), source="teacher")
+    for index in (5, 6):
+        rollouts[index].reward = float(index == 5)
+    return rollouts
+
+
+def test_what_is_read_is_what_was_written(recorded: Path, parallel: Parallel) -> None:
+    replay = Replay(Recording.of(str(recorded)), topk=TOPK, parallel=parallel)
+    assert replay.steps_per_epoch == 2
+    for step in range(3):  # the third is the first again
+        expected, found = made_up(step % 2 + 1), replay.rollouts(step)
+        mine = list(range(0, 64, 3))
+        replay.fill_in(step, found, mine)
+        assert [r.scores is not None for r in found] == [place in mine for place in range(64)]
+        assert [(r.token_ids, r.reward, r.prompt.index) for r in found] == [
+            (r.token_ids, r.reward, r.prompt.index) for r in expected
+        ]
+        for ours, theirs in zip(found, expected, strict=True):
+            assert repr(replace(ours.sample, trained=None)) == repr(replace(theirs.sample, trained=None))  # NaN is NaN
+            assert ours.sample.trained == theirs.sample.trained
+        plan = plan_batch([len(found[place].token_ids) for place in mine], num_ranks=1, max_tokens=10_000)
+        ours, theirs = (lay_out(plan.rows[0][0], [of[place] for place in mine], topk=TOPK) for of in (found, expected))
+        for name in ("input_ids", "rows", "sampled_ids", "topk_ids", "topk_logp", "sampler_logp"):
+            assert torch.equal(getattr(ours, name).nan_to_num(7), getattr(theirs, name).nan_to_num(7)), name
+
+
+def test_a_smaller_top_k_is_the_likeliest_of_those_recorded(recorded: Path) -> None:
+    file = step_folder(recorded / "scores", 1) / "rank_0.safetensors"
+    whole, cut = (read_scores(file, set(range(64)), topk=topk) for topk in (TOPK, 3))
+    for place, scores in cut.items():
+        likeliest = whole[place].topk_logp.topk(3, dim=-1)
+        assert torch.equal(scores.topk_logp, likeliest.values)
+        assert torch.equal(scores.topk_ids.long(), whole[place].topk_ids.long().gather(1, likeliest.indices))
+
+
+def test_several_ranks_files_make_one_step(tmp_path: Path) -> None:
+    rollouts = made_up(5, number=9)
+    for rank in range(2):
+        places = list(range(rank, 9, 2))
+        write_sequences(tmp_path / f"rank_{rank}.safetensors", [rollouts[place] for place in places], places)
+    files = [read_sequences(file) for file in sorted(tmp_path.glob("*.safetensors"))]
+    together = files[0] | files[1]
+    assert [together[place].token_ids for place in range(9)] == [rollout.token_ids for rollout in rollouts]
+
+
+def test_a_step_that_cannot_be_written_is_a_warning_and_not_there(
+    recorded: Path, parallel: Parallel, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder(recorded / "scores", Recording.of(str(recorded)).facts, parallel)
+    (recorded / "scores/.step_3.tmp").write_text("no folder can be made here")
+    with caplog.at_level(logging.WARNING):
+        recorder.keep(3, made_up(3), range(64))
+    assert "the scores of step 3 could not be kept" in caplog.text
+    assert Recording.of(str(recorded)).num_steps == 2
+
+
+def test_what_a_later_attempt_records_anew_is_removed(recorded: Path) -> None:
+    remove_later(recorded / "scores", step=1)
+    assert Recording.of(str(recorded)).num_steps == 1
+    remove_later(recorded / "none", step=1)
+
+
+def test_a_damaged_file_is_named(recorded: Path, parallel: Parallel) -> None:
+    step = step_folder(recorded / "scores", 2)
+    file = step / "rank_0.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    replay = Replay(Recording.of(str(recorded)), topk=TOPK, parallel=parallel)
+    replay.rollouts(0)
+    with pytest.raises(ConfigError, match="step_2: damaged: rank_0.safetensors has changed"):
+        replay.rollouts(1)
+    file.write_bytes(content[:-5])
+    with pytest.raises(ConfigError, match="rank_0.safetensors has .* instead of .*; train.max_steps=1 ends before it"):
+        Recording.of(str(recorded))
+    shutil.rmtree(step_folder(recorded / "scores", 1))
+    with pytest.raises(ConfigError, match="no scores of step 1 are there; record them with rollout.save_scores=true"):
+        Recording.of(str(recorded))
+
+
+QUIET = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "eval.record_samples=0")
+
+
+def problems_of(recorded: Path, *argv: str) -> str:
+    (job,) = compose([f"rollout.replay={recorded}", *QUIET, "loss.topk=8", *argv])
+    with pytest.raises(ConfigError) as caught:
+        preflight(job.config)
+    return "\n".join(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["loss.topk=16"], "loss.topk=16: 8 tokens of the teacher were recorded; lower it"),
+        (["loss.temperature=2"], "loss.temperature=2.0: the teacher was recorded with 1.0"),
+        (["rollout.temperature=0.5"], "rollout.temperature=0.5: the rollouts were recorded with 1.0"),
+        (["rollout.max_new_tokens=4"], "rollout.max_new_tokens=4: the longest recorded answer has 8 tokens"),
+        (
+            ["rollout.max_sequence_length=10", "rollout.max_new_tokens=8"],
+            "rollout.max_sequence_length=10: the longest recorded sequence has 15 tokens",
+        ),
+        (["data.train.size=9"], "data.train.size=9: the rollouts were recorded with 8192"),
+        (["model.teacher.path=/gone"], "model.teacher.path=/gone: the rollouts were recorded with package://tiny_pair"),
+        (["rollout.save_scores=true"], "rollout.save_scores=true: what a replay trains on is recorded already"),
+        (["eval.record_samples=4"], "eval.record_samples=4: a replay that validates nothing has no engine"),
+        (["train.global_batch_size=7"], "must divide the 64 sequences"),
+    ],
+)
+def test_what_does_not_fit_the_recording_is_refused_with_both_values(
+    recorded: Path, argv: list[str], said: str
+) -> None:
+    assert said in problems_of(recorded, *argv)
+
+
+def test_a_student_of_another_vocabulary_or_end_is_refused(recorded: Path, make_model) -> None:
+    few = make_model("few", vocab_size=8)
+    assert "its vocabulary has 8 ids, and 512 were recorded" in problems_of(recorded, f"model.student.path={few}")
+    other = make_model("other", vocab_size=512, eos_token_id=2)
+    assert "its tokens are not those that were recorded" in problems_of(recorded, f"model.student.path={other}")
+    ends = make_model("ends", vocab_size=512, eos_token_id=7)
+    assert "ends with tokens [7], and package://tiny_pair/student, which was recorded, with [2]" in problems_of(
+        recorded, f"model.student.path={ends}"
+    )
+
+
+def test_neither_the_teacher_nor_the_data_is_needed(recorded: Path) -> None:
+    (job,) = compose([f"rollout.replay={recorded}", *QUIET, "loss.topk=4", "train.max_steps=50", "train.max_epochs=3"])
+    config = job.config
+    config.model.teacher.path = "/gone/teacher"
+    config.data.train = {"source": "jsonl", "path": "/gone.jsonl"}
+    save_config(replace(config, rollout=replace(config.rollout, replay=None)), recorded / "config.yaml")
+    found = preflight(config)
+    assert (found.teacher, found.num_recorded, found.num_steps(config)) == (None, 2, 6)

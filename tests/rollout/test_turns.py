@@ -1,0 +1,249 @@
+"""Several turns: what is appended, what is learned from, how a sequence ends. And the environments that come along."""
+
+import copy
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distill_cli.config.checks import config_problems
+from distill_cli.config.schema import Config
+from distill_cli.data.environments import Observation
+from distill_cli.data.environments.calculator import Calculator, calculate
+from distill_cli.data.environments.guess import Guess
+from distill_cli.data.registry import names, resolve_environment
+from distill_cli.engines.settings import SamplingSettings
+from distill_cli.losses import linear_topk
+from distill_cli.losses.divergence import DistillLoss
+from distill_cli.models.model_files import ASSETS
+from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts
+from distill_cli.rollout.pack import micro_batches, plan_batch, trained_tokens
+from distill_cli.rollout.turns import Turns, observation_encoder
+from distill_cli.student import attention
+from distill_cli.student.model import Student
+from distill_cli.train.step_metrics import rollout_metrics
+from distill_cli.types import Example, Prompt, Rollout, Sample
+from tests.student.train_rank import made_up_model, made_up_rollout
+
+END = 2
+
+
+class Parrot:
+    """A sampler that says the length of what it was asked, and the seed."""
+
+    def __init__(self, *, cut_from: int = 1000) -> None:
+        self.asked: list[list[int]] = []
+        self.cut_from = cut_from
+
+    def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
+        self.asked += prompts
+        logp = [-1.0, -2.0, -3.0] if sampling.logp else []
+        return [
+            Sample([len(ids), seed % 97 + 100], logp[:2], "length")
+            if len(ids) >= self.cut_from
+            else Sample([len(ids), seed % 97 + 100, END], logp, "stop")
+            for ids, seed in zip(prompts, seeds, strict=True)
+        ]
+
+
+class Countdown:
+    """Goes on as often as the example's answer says."""
+
+    def reset(self, example: Example) -> str:
+        self.left = int(example.answer)
+        return example.question
+
+    def step(self, response: str) -> Observation:
+        self.left -= 1
+        return Observation("go on", reward=float(self.left == 0), done=self.left == 0)
+
+
+def sample(
+    answers: list[str], *, make=Countdown, max_turns=3, max_tokens=100, sampler=None, seeds=None, logp=True
+) -> list[Rollout]:
+    prompts = [Prompt(i, [50, 51, 52 + i], Example("?", answer)) for i, answer in enumerate(answers)]
+    return sample_rollouts(
+        prompts,
+        seeds=seeds or range(len(answers)),
+        sampler=sampler or Parrot(),
+        sampling=SamplingSettings(max_new_tokens=4, logp=logp),
+        turns=Turns(make, max_turns, max_tokens, decode=str, observation_ids=lambda text, last: [90, last, 91]),
+    )
+
+
+def test_a_sequence_goes_on_until_it_is_done_or_out_of_turns() -> None:
+    one, three, five = sample(["1", "3", "5"])
+    assert [r.sample.finish_reason for r in (one, three, five)] == ["stop", "stop", "turn_limit"]
+    assert [r.sample.num_turns for r in (one, three, five)] == [1, 3, 3]
+    assert [r.reward for r in (one, three, five)] == [1.0, 1.0, 0.0]
+    assert one.sample.token_ids == [3, 100, END]
+    metrics = rollout_metrics([one, three, five])
+    assert metrics["rollout/mean_turns"] == pytest.approx(7 / 3)
+    assert metrics["rollout/turn_limit_rate"] == pytest.approx(1 / 3)
+    assert metrics["rollout/truncated_rate"] == 0
+    assert metrics["rollout/mean_length"] == pytest.approx(7)  # three tokens a turn, observations left out
+
+
+def test_tokens_are_appended_as_they_are_and_observations_are_not_trained() -> None:
+    sampler = Parrot()
+    (rollout,) = sample(["2"], sampler=sampler)
+    sent = rollout.sample
+    assert sent.token_ids[3:6] == [90, END, 91]
+    assert sent.trained == [True] * 3 + [False] * 3 + [True] * 3
+    assert sent.logp == [-1, -2, -3, 0, 0, 0, -1, -2, -3]
+    assert sampler.asked[1] == rollout.prompt.token_ids + sent.token_ids[:6]
+    assert sent.written_ids == sent.token_ids[:3] + sent.token_ids[6:]
+    assert sent.last_turn_ids == sent.token_ids[6:]
+    assert trained_tokens(sent).tolist() == [0, 1, 2, 6, 7, 8]
+
+
+def test_limits_are_of_each_turn_and_of_all_of_them() -> None:
+    (cut,) = sample(["3"], sampler=Parrot(cut_from=5))  # the second turn reaches its own limit
+    assert (cut.sample.finish_reason, cut.sample.num_turns) == ("length", 2)
+    for limit in range(4, 25):
+        (rollout,) = sample(["3"], max_tokens=limit)
+        assert len(rollout.token_ids) <= limit
+        assert rollout.sample.trained[-1]
+        assert (rollout.sample.finish_reason == "length") == (limit < 18)  # 3 + 3 turns + 2 observations
+    assert rollout_metrics([cut])["rollout/truncated_rate"] == 1
+
+
+def test_what_was_sampled_without_logp_is_not_trained_on() -> None:
+    whole, bare = sample(["3"])[0], sample(["3"], logp=False)[0]
+    assert bare.sample == replace(whole.sample, logp=[])
+    with pytest.raises(AssertionError, match="logp=False"):
+        score_rollouts([whole, bare], scorer=None)
+
+
+def test_a_sequence_is_the_same_whatever_else_is_sampled() -> None:
+    together = sample(["3", "1", "5"], seeds=[7, 8, 9])
+    alone = [sample([a], seeds=[s])[0].sample.written_ids for a, s in zip(("3", "1", "5"), (7, 8, 9), strict=True)]
+    assert [r.sample.written_ids for r in together] == alone
+    turns = together[2].sample.written_ids[1::3]
+    assert all(one != other for one, other in pairwise(turns))  # a seed of its own each turn
+
+
+def test_an_environment_that_fails_ends_its_sequence_alone(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Countdown):
+        def step(self, response: str) -> Observation:
+            if self.left == 4:
+                raise ValueError("lost")
+            return super().step(response)
+
+    fine, broken = sample(["2", "4"], make=Broken)
+    assert (fine.reward, broken.reward) == (1.0, 0.0)
+    assert broken.sample.finish_reason == "stop"
+    assert "ValueError: lost" in caplog.text
+
+
+def test_the_verifier_judges_the_last_turn_where_the_environment_does_not() -> None:
+    class Silent(Countdown):
+        def step(self, response: str) -> Observation:
+            return Observation("go on", done=super().step(response).done)
+
+    rollouts = sample(["2"], make=Silent)
+    judge_rollouts(
+        rollouts, verify=lambda pairs: [float(text == "9") for text, _ in pairs], decode=lambda ids: str(ids[0])
+    )
+    assert rollouts[0].reward == 1.0
+
+
+def test_a_masked_loss_and_its_gradient_are_those_of_a_dense_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_topk, "_chunk_size", lambda *_, **__: 5)  # several to a micro-batch, as in a large one
+    generator = torch.Generator().manual_seed(3)
+    rollouts = [made_up_rollout(i, *lengths, generator) for i, lengths in enumerate([(4, 9), (7, 12), (2, 5)])]
+    masks = [torch.rand(len(r.sample.token_ids), generator=generator) < 0.6 for r in rollouts]
+    for rollout, mask in zip(rollouts, masks, strict=True):
+        rollout.sample = replace(rollout.sample, trained=mask.tolist(), num_turns=2)
+    attention.register()
+    loss = DistillLoss(kl_type="mixed", kl_weight=0.3)
+    student = Student(made_up_model("qwen3", tied=True), loss=loss, temperature=1.0)
+    dense = AutoModelForCausalLM.from_config(student.lm.config, attn_implementation="eager")
+    dense.load_state_dict(copy.deepcopy(student.lm.state_dict()))
+
+    number = torch.tensor(float(sum(mask.sum() for mask in masks)))
+    plan = plan_batch([len(r.token_ids) for r in rollouts], num_ranks=1, max_tokens=24)
+    context = type("One", (), {"size": lambda self: 1, "get_local_rank": lambda self: 0})()
+    parallel = type("Alone", (), {"data_rank": 0, "context": context})()
+    ours = 0.0
+    for batch in micro_batches(plan, rollouts, topk=8, parallel=parallel):
+        loss, _ = student(batch, num_loss_tokens=number)
+        loss.backward()
+        ours += float(loss.detach())
+
+    theirs = torch.zeros(())
+    for rollout, mask in zip(rollouts, masks, strict=True):
+        start = len(rollout.prompt.token_ids)
+        logp = dense(torch.tensor([rollout.token_ids])).logits[0, start - 1 : -1].log_softmax(-1)
+        p, q = rollout.scores.topk_logp.exp(), logp.gather(1, rollout.scores.topk_ids.long()).exp()
+        p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))
+        per_token = 0.3 * (p * (p / q).log()).sum(-1) + 0.7 * (q * (q / p).log()).sum(-1)
+        theirs = theirs + per_token[mask].sum() / number
+    theirs.backward()
+    assert ours == pytest.approx(float(theirs), rel=1e-5)
+    for (name, one), other in zip(student.lm.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_an_observation_stands_between_the_template_s_markers() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_pair" / "student")
+    end = tokenizer.eos_token_id
+    encode = observation_encoder(tokenizer, template_kwargs={}, end_ids={end})
+    said = [*tokenizer.encode("#### 7", add_special_tokens=False), end]
+    conversation = [
+        {"role": "user", "content": "What is 3 + 4?"},
+        {"role": "assistant", "content": "#### 7"},
+        {"role": "user", "content": "7 is too low. Try again."},
+    ]
+    first = tokenizer.apply_chat_template(conversation[:1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer.encode(first, add_special_tokens=False) + said + encode("7 is too low. Try again.", end)
+    assert ids == tokenizer.encode(whole, add_special_tokens=False)
+    assert encode("x", 5)[0] == end  # a turn that a stop string ended is closed first
+    tokenizer.chat_template = None
+    assert tokenizer.decode(observation_encoder(tokenizer, template_kwargs={}, end_ids=set())("x", 5)) == "\nx\n"
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("47 + 85", "132"),
+        ("(1+2)*3 - -4", "13"),
+        ("7/2", "3.5"),
+        ("1/0", "error: division by zero"),
+        ("2**9", "error: not an expression of numbers, + - * / and brackets"),
+        ("__import__('os')", "error: not an expression of numbers, + - * / and brackets"),
+        ("1e308*10", "inf"),
+        ("1+" * 90 + "1", "91"),
+        ("9" * 201, "error: longer than 200 characters"),
+        ("1 + )", "error: not an expression of numbers, + - * / and brackets"),
+    ],
+)
+def test_the_calculator_calculates_and_nothing_else(expression: str, value: str) -> None:
+    assert calculate(expression) == value
+
+
+def test_the_calculator_answers_a_call_and_ends_with_an_answer() -> None:
+    calculator = Calculator()
+    assert "<calc>" in calculator.reset(Example("What is 6 * 7?", "42"))
+    assert calculator.step("I ask <calc>6 * 7</calc>") == Observation("42")
+    assert calculator.step("It is 42.") == Observation(done=True)
+
+
+def test_guess_and_check() -> None:
+    game = Guess()
+    assert game.reset(Example("What is 500 + 660?", "1,160")) == "What is 500 + 660?"
+    assert game.step("500 + 660 = 1,100") == Observation("1100 is too low. Try again.", reward=0.0)
+    assert game.step("then #### 1200") == Observation("1200 is too high. Try again.", reward=0.0)
+    assert game.step("no idea").text.startswith("There is no number")
+    assert game.step("#### 1160.0") == Observation(reward=1.0, done=True)
+
+
+def test_environments_are_found_and_turns_need_one() -> None:
+    assert {"calculator", "guess"} <= set(names("environments"))
+    assert isinstance(resolve_environment("guess")(), Guess)
+    config = Config()
+    config.rollout.max_turns = 2
+    assert any(line.startswith("rollout.max_turns=2: nobody answers") for line in config_problems(config))

@@ -1,0 +1,21 @@
+"""What both models say of a token, where ends that are one class leave fewer tokens than were asked for."""
+
+from types import SimpleNamespace
+
+import torch
+
+from distill_cli.losses.divergence import PADDING_LOGP
+from distill_cli.losses.merged_eos import PADDING_ID
+from distill_cli.train.token_report import _token_values
+
+
+def test_padding_of_merged_ends_is_no_token() -> None:
+    logp_12 = torch.tensor([[-0.1, PADDING_LOGP]])
+    batch = SimpleNamespace(topk_ids=torch.tensor([[7, PADDING_ID]]), topk_logp=logp_12)
+    one = torch.zeros(1)
+    output = SimpleNamespace(
+        loss_N=one, entropy_N=one, sampled_logp_N=one, student_logp_NC=torch.tensor([[-0.2, PADDING_LOGP, -1.7]]),
+        top_ids_NM=torch.tensor([[7, 3]]), top_logp_NM=torch.tensor([[-0.2, -2.0]]),
+    )  # fmt: skip
+    ((*_, teacher_ids, teacher_logp),) = _token_values(batch, output, [-0.1])
+    assert (teacher_ids, teacher_logp) == ([7], [logp_12[0, 0].item()])

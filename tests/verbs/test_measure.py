@@ -1,0 +1,54 @@
+"""What is made of a short run's rows: which of them count for what."""
+
+import pytest
+
+from distill_cli.config.compose import compose
+from distill_cli.errors import DistillError
+from distill_cli.jobs.preflight import Preflight
+from distill_cli.verbs.measure import Pace, pace, short
+from distill_cli.verbs.plan import expected_rows, num_validations
+
+
+def row(step: int, time: float, total: float, **more: float) -> dict[str, float]:
+    stages = {"time/sync_s": 0.1, "time/sample_s": 1.0, "time/score_s": 0.5, "time/train_s": 2.0}
+    return {"step": step, "time": time, "time/step_s": total, "rollout/mean_length": 30.0, **stages, **more}
+
+
+BASELINE = {"step": 0, "time": 130.0, "time/eval_s": 7.0}
+LAST = {"time/eval_s": 5.0, "time/record_s": 1.5, "time/checkpoint_s": 0.2, "val/accuracy": 0.5}
+
+
+def test_the_first_step_warms_up_and_the_last_has_the_rest() -> None:
+    rows = [BASELINE, row(1, 140, 9), row(2, 144, 3.9), row(3, 148, 3.7), {**row(4, 160, 20), **LAST}]
+    found = pace(rows, began=100.0)
+    assert found.steps == (3.9, 3.7)
+    assert found.step == pytest.approx(3.8)
+    assert found.stages["other"] == pytest.approx(0.2)
+    assert (found.validation, found.teacher_validation, found.checkpoint) == (6.5, 7.0, 0.2)
+    assert found.start == pytest.approx(140 - 100 - 9 - 7)
+
+
+def test_a_run_of_one_step_is_all_there_is() -> None:
+    found = pace([{"step": 0, "time": 10.0}, {**row(1, 20, 4), **LAST}], began=0.0)
+    assert found.steps == (4,)
+    assert found.teacher_validation is None
+    with pytest.raises(DistillError, match="before its first step"):
+        pace([{"step": 0, "time": 10.0}], began=0.0)
+
+
+def test_the_run_is_the_sum_of_its_parts() -> None:
+    config = compose(["train.max_steps=50", "eval.period=20", "checkpoint.period=10"])[0].config
+    measured = Pace(60.0, {"sample": 2.0, "train": 4.0}, (6.0,), 30.0, 40.0, 1.0, 30.0)
+    assert num_validations(config, 50) == 4  # at the start, 20, 40, the end
+    rows = expected_rows(config, Preflight(num_train=6400), measured)
+    assert rows["an epoch"] == "10.0 min for 100 steps"
+    # 60 + 40 + 50 x 6 + 4 x 30 + 5 x 1 = 525 s
+    assert rows["the run"] == "8.8 min (start 1.7 min, 50 steps 5.0 min, validations 2.0 min, checkpoints 5 s)"
+
+
+def test_it_is_the_run_that_was_typed_but_for_its_length() -> None:
+    config = compose(["loss.topk=8", "rollout.prompts_per_step=16", "train.global_batch_size=16"])[0].config
+    cut = short(config, Preflight(num_train=6400))
+    assert (cut.train.max_steps, cut.loss.topk, cut.rollout.prompts_per_step) == (4, 8, 16)
+    assert not cut.tracker.mlflow.enabled
+    assert config.train.max_steps == 100
