@@ -26,8 +26,8 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_cli.checkpoint.saver import Saver, Trainable
-from distill_cli.config.compose import save_config
 from distill_cli.config.schema import CheckpointConfig, Config, Precision, TrainConfig
+from distill_cli.config.variation import save_config
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.divergence import DistillLoss

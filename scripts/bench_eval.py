@@ -15,6 +15,7 @@ CPU time is of this process and its verifier's, and with OMP_NUM_THREADS=1 it ha
 """
 
 from distill_cli.engines.process_setup import prepare_process
+from distill_cli.jobs.preflight import preflight
 
 prepare_process()
 
@@ -52,8 +53,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
         parallel = layout(config.mesh, device=torch.device("cpu"))
-        validator = build_validator(config, parallel, build_tokenizer(config))
-        engine = Answerer(engine_settings(config, config.model.student, config.engine.student))
+        found = preflight(config)
+        validator = build_validator(found, parallel, build_tokenizer(found))
+        engine = Answerer(engine_settings(found, "student"))
         variants = {
             "bare": lambda: bare(engine, validator),
             "bare, n=4": lambda: bare(engine, validator, n=validator.repeat),

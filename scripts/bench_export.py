@@ -44,8 +44,8 @@ def save(rank: int, given: argparse.Namespace, folder: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from distill_cli.checkpoint.saver import Saver, Trainable, start_moments
-    from distill_cli.config.compose import save_config
     from distill_cli.config.schema import CheckpointConfig, Config
+    from distill_cli.config.variation import save_config
     from distill_cli.folders.run_dir import RunDir
     from distill_cli.parallel.mesh import init_parallel
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from distill_cli.config.compose import compose
+from distill_cli.config.variation import override
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir, create, environment, write_json
 from distill_cli.jobs.run import check_jobs
 from distill_cli.jobs.submit import note_job
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def measure(config, folder: Path, size: int, *, hold: bool) -> None:
-    config.cluster.extra = {"hold": True} if hold else {}
+    config = override(config, {"cluster.extra": {"hold": True} if hold else {}})
     sweep, begin = SweepDir(folder / "sweep"), time.perf_counter()
     elements = [Element(index, f"{index}_seed={index}", [f"train.seed={index}"]) for index in range(size)]
     env = environment()

@@ -12,7 +12,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"errors", "types"},
     {"config", "terminal", "user_code"},
     {"machine", "models", "folders", "losses", "parallel"},
-    {"memory", "data", "engines", "launch", "report"},
+    {"memory", "data", "engines", "launch", "report", "resolved"},
     {"rollout"},
     {"student"},
     {"checkpoint"},

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from distill_cli.cli import run
-from distill_cli.config.compose import compose, config_text
+from distill_cli.config.compose import compose
+from distill_cli.config.variation import config_text
 from distill_cli.terminal.console import READER_GONE
 
 
@@ -46,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("plan --measure cluster=slurm", "cluster=local"),
         ("plan --measure -m train.lr=1e-3,1e-4", "leave -m out"),
         ("plan --measure loss.topk=0", "must be at least 1"),
-        *((f"{verb} torn", "is no run's configuration") for verb in ("watch", "report", "resume", "track sync")),
+        *((f"{verb} torn", "cannot be read as a run's config") for verb in ("watch", "report", "resume", "track sync")),
         *((f"{verb} empty", "give") for verb in ("watch", "report", "resume", "export", "track sync")),
         *((f"{verb} nothing", "no such folder") for verb in ("watch", "report", "resume", "export", "track sync")),
         *((verb, "distill") for verb in ("watch", "report", "resume", "export", "eval", "track")),

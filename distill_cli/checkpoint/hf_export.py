@@ -25,13 +25,12 @@ from distill_cli.checkpoint.saver import MOMENTS
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.schema import Config, LoraConfig
 from distill_cli.data.prompts import load_tokenizer
-from distill_cli.data.recorded_run import Facts
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.models.lora_names import shortened, targeted
-from distill_cli.models.model_files import locate, shapes
-from distill_cli.models.model_pair import EndTokens, write_end_tokens
+from distill_cli.models.model_files import shapes
+from distill_cli.models.model_pair import write_end_tokens
+from distill_cli.resolved import ResolvedRun
 from distill_cli.student.adapters import A, B, exported_name, merge
-from distill_cli.terminal.console import Console
 
 READ_BYTES = 2**28
 """Of the tensors that are read at once."""
@@ -40,17 +39,18 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def write_folder(
-    checkpoint: Checkpoint, config: Config, folder: Path, *, max_file_bytes: int, as_adapter: bool = False
+    checkpoint: Checkpoint, found: ResolvedRun, folder: Path, *, max_file_bytes: int, as_adapter: bool = False
 ) -> None:
-    """Weights, config, tokenizer and model card; the folder is there whole or not at all.
+    """Write weights, config, tokenizer and model card; the folder is there whole or not at all.
+
+    If student and teacher end with different tokens, generation_config.json names both: answers stop where they did in
+    training.
 
     Raises:
         ConfigError: no room for it.
         DistillError: it could not be written.
     """
-    model = config.model
-    base = locate(model.student.path, revision=model.student.revision, key="model.student.path")
-    tokenizer_folder = locate(model.tokenizer, key="model.tokenizer") if model.tokenizer else base
+    config, model, base = found.config, found.config.model, found.student.folder
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     dtype = getattr(torch, model.student.dtype.value)
@@ -68,8 +68,9 @@ def write_folder(
             hf_config.save_pretrained(temporary)
             if (base / "generation_config.json").is_file():
                 shutil.copyfile(base / "generation_config.json", temporary / "generation_config.json")
-            name_ends(config, base, temporary)
-        load_tokenizer(tokenizer_folder, model).save_pretrained(temporary)
+            if found.vocabulary.merged_eos_ids:
+                write_end_tokens(temporary, found.vocabulary.merged_eos_ids)
+        load_tokenizer(found.tokenizer.folder, model).save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(checkpoint, config, as_adapter=as_adapter))
         temporary.rename(folder)
     except (OSError, DistillError) as error:
@@ -77,22 +78,6 @@ def write_folder(
         if isinstance(error, DistillError):
             raise
         raise DistillError(f"{folder}: cannot be written: {error.strerror or error}") from error
-
-
-def name_ends(config: Config, base: Path, folder: Path) -> None:
-    """Where student and teacher end with different tokens, the folder names both: it is stopped where training did."""
-    teacher, replay = config.model.teacher, config.rollout.replay
-    try:
-        if replay is not None:  # its teacher is not needed, and may be gone
-            ends = tuple(Facts.of(replay).one_class)
-        else:
-            located = locate(teacher.path, revision=teacher.revision, key="model.teacher.path")
-            ends = EndTokens.of(base, located).one_class(config)
-    except ConfigError as error:
-        Console(stderr=True).print(f"warning: the teacher's end tokens are not in generation_config.json: {error}")
-        return
-    if ends:
-        write_end_tokens(folder, ends)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 
 from distill_cli.config.credentials import secret_problems, uri_problem
-from distill_cli.config.derived import least_engine_length, parse_duration, parse_time_limit, validates
+from distill_cli.config.derived import needed_length, parse_duration, parse_time_limit, scored_length, validates
 from distill_cli.config.schema import ClusterConfig, Config, Launcher, LoraSync
 
 RESERVED_ENGINE_KWARGS = {
@@ -279,8 +279,10 @@ def _eval(config: Config) -> Iterator[str]:
 
 
 def _engine(config: Config) -> Iterator[str]:
-    for role, engine in (("student", config.engine.student), ("teacher", config.engine.teacher)):
-        least = least_engine_length(config, engine)
+    for role, engine, least in (
+        ("student", config.engine.student, needed_length(config)),
+        ("teacher", config.engine.teacher, scored_length(config)),
+    ):
         if engine.max_model_len is not None and engine.max_model_len < least:
             yield (
                 f"engine.{role}.max_model_len={engine.max_model_len}: sequences of up to {least} "

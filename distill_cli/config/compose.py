@@ -12,13 +12,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +27,7 @@ from distill_cli.config.credentials import hide_credentials, without_credentials
 from distill_cli.config.flags import conf_dirs, flag_problems, split_flags
 from distill_cli.config.overrides import into_dictionaries, override_problems, sweep_keys, unknown_keys
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import one_line
 from distill_cli.errors import ConfigError
 
 
@@ -120,7 +119,7 @@ def compose_unsearched(argv: Sequence[str]) -> DictConfig:
             told = into_dictionaries(plain)
             return hydra.compose("config", overrides=[told.get(word, word) for word in plain])
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(one_line(error)) from error
 
 
 def run_hydra(argv: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
@@ -140,45 +139,10 @@ def run_hydra(argv: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
         try:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
-            raise ConfigError(_one_line(error)) from error
+            raise ConfigError(one_line(error)) from error
         finally:
             sys.argv = argv_before
             hear_own_warnings()
-
-
-def override_config(config: Config, overrides: Sequence[str], *, unread: Sequence[str] = ()) -> Config:
-    """A composed config with `key=value` on top, and with `group=choice` in place of what the group was.
-
-    Args:
-        unread: as in `compose`.
-
-    Raises:
-        ConfigError: an override that is none, or that is a sweep.
-    """
-    problems = override_problems(overrides, conf_dirs=[conf_dir()])
-    if problems:
-        raise ConfigError(*problems)
-    merged = OmegaConf.structured(config)
-    ConfigStore.instance().store("base_config", Config)
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key, line = override.key_or_group, override.input_line
-        if override.is_delete() or override.is_sweep_override():
-            raise ConfigError(f"{line}: takes no sweep and no deletion here; give key=value or group=choice")
-        try:
-            if (conf_dir() / key).is_dir():
-                with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-                    group = hydra.compose("config", overrides=[line])[key]
-                OmegaConf.update(merged, key, group, merge=False)
-            else:
-                OmegaConf.update(merged, key, override.value(), force_add=bool(into_dictionaries([line])))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(f"{line}: {_one_line(error)}") from error
-    for key in unread:
-        OmegaConf.update(merged, key, {}, merge=False)
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise ConfigError(*(f"{key}: a value is needed" for key in missing))
-    return OmegaConf.to_object(merged)
 
 
 def hear_own_warnings() -> None:
@@ -193,38 +157,6 @@ def known_losses() -> dict[str, set[str]]:
     """Each divergence that a file of conf/loss names, with the other keys that the file sets: those it reads."""
     files = [OmegaConf.load(file) for file in sorted((conf_dir() / "loss").glob("*.yaml"))]
     return {file.kl_type: {str(key) for key in file if key != "kl_type"} for file in files}
-
-
-def load_config(path: Path) -> Config:
-    """A run's config.yaml, as written by `save_config`.
-
-    Raises:
-        ConfigError: it is damaged, or cannot be read.
-    """
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        what = error.strerror if isinstance(error, OSError) else _one_line(error)
-        raise ConfigError(f"{path}: is no run's configuration ({what}); bring back the one that was written") from error
-
-
-def save_config(config: Config, path: Path) -> None:
-    path.write_text(config_text(config))
-
-
-def config_text(config: Config) -> str:
-    """What a run's config.yaml holds."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def flatten(node: Any, at: str = "") -> dict[str, Any]:
-    """A nested config as dotted keys."""
-    if not isinstance(node, dict) or not node:
-        return {at: node}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= flatten(value, f"{at}.{key}" if at else str(key))
-    return flat
 
 
 def composed_job(config: DictConfig) -> Job:
@@ -244,19 +176,9 @@ def composed_job(config: DictConfig) -> Job:
     if runtime.mode is not None and runtime.mode.name == "MULTIRUN":
         keys = sweep_keys(split_flags(sys.argv[1:])[0]) | {str(key) for key in runtime.sweeper.get("params") or {}}
         swept = [override for override in task if override.lstrip("+").split("=", 1)[0] in keys]
-    composed = OmegaConf.to_object(config)
-    hide_credentials(composed)
     return Job(
-        config=composed,
+        config=hide_credentials(OmegaConf.to_object(config)),
         choices={group: choice for group, choice in runtime.runtime.choices.items() if "/" not in group},
         overrides=[without_credentials(override.removeprefix("++")) for override in task],
         swept=[without_credentials(override.removeprefix("++")) for override in swept],
     )
-
-
-def _one_line(error: Exception) -> str:
-    cause = error.__cause__
-    text = str(error).strip().splitlines()[0]
-    if isinstance(cause, OmegaConfBaseException):
-        text += ": " + str(cause).splitlines()[0]
-    return text

@@ -6,6 +6,7 @@ started from here inherits MLFLOW_TRACKING_URI, as MLflow itself would read it, 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -32,12 +33,14 @@ def without_credentials(text: str) -> str:
     return _SECRET.sub(r"\1***", _USER.sub(r"\1", text))
 
 
-def hide_credentials(config: Config) -> None:
+def hide_credentials(config: Config) -> Config:
     """Leaves the tracking server's address in the config without credentials, and whole in the environment."""
     uri = config.tracker.mlflow.uri
     if uri and without_credentials(uri) != uri:
         os.environ[VARIABLE] = uri
-        config.tracker.mlflow.uri = without_credentials(uri)
+        mlflow = dataclasses.replace(config.tracker.mlflow, uri=without_credentials(uri))
+        return dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, mlflow=mlflow))
+    return config
 
 
 def hide_typed_credentials(words: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from distill_cli.config.schema import Config, EngineModelConfig
+from distill_cli.config.schema import Config
 
 
 def max_prompt_tokens(config: Config) -> int:
@@ -39,16 +39,6 @@ def scored_length(config: Config) -> int:
         return needed_length(config)
     answer = rollout.max_new_tokens if rollout.max_turns == 1 else rollout.max_sequence_length
     return max(needed_length(config), max_teacher_prompt_tokens(config) + answer)
-
-
-def engine_length(config: Config, engine: EngineModelConfig) -> int:
-    """What `engine.<role>.max_model_len` says, or what is needed."""
-    return engine.max_model_len or least_engine_length(config, engine)
-
-
-def least_engine_length(config: Config, engine: EngineModelConfig) -> int:
-    """Tokens of the longest sequence that comes to one of the two engines of `config`."""
-    return scored_length(config) if engine is config.engine.teacher else needed_length(config)
 
 
 def validates(config: Config) -> bool:

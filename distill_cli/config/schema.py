@@ -6,11 +6,13 @@ A key's meaning stands beneath it. `null` in YAML is None here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
+
+from distill_cli.config.fields import key, section
 
 
 class Dtype(Enum):
@@ -72,7 +74,7 @@ class Launcher(Enum):
     slurm = "slurm"
 
 
-@dataclass
+@section
 class LoraConfig:
     rank: int | None = None
     """Train adapters of this rank beside weights that stay as they are (LoRA, Hu et al. 2021): no gradients and no
@@ -83,7 +85,7 @@ class LoraConfig:
     targets: list[str] | None = None
     """The linear layers that have an adapter, by the ends of their names (q_proj, mlp.down_proj); null is every one of
     the decoder's layers. Embedding and head have none."""
-    sync: LoraSync = LoraSync.merged
+    sync: LoraSync = key(LoraSync.merged, resume=True)
     """How the sampler gets them: added to its weights (merged), or as adapters of its own beside weights that never
     move (adapter): slower sampling, but in 16 bits no weight is rounded anew, as none is in the trainer."""
 
@@ -92,25 +94,25 @@ class LoraConfig:
         return bool(self.rank)
 
 
-@dataclass
+@section
 class StudentModel:
-    path: str = MISSING
+    path: str = key(MISSING, evaluation=True)
     """A Hugging Face folder or hub name. `package://tiny_pair/student` is the student that ships with distill."""
-    revision: str | None = None
+    revision: str | None = key(None, evaluation=True)
     """Branch, tag or commit on the hub; null is the newest."""
-    dtype: Dtype = Dtype.bfloat16
+    dtype: Dtype = key(Dtype.bfloat16, evaluation=True)
     """Of the sampler's weights. The trainer's own precision is `train.precision`."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
-@dataclass
+@section
 class TeacherModel:
-    path: str = MISSING
+    path: str = key(MISSING, evaluation=True)
     """A Hugging Face folder or hub name; the same vocabulary as the student's."""
-    revision: str | None = None
-    dtype: Dtype = Dtype.bfloat16
+    revision: str | None = key(None, evaluation=True)
+    dtype: Dtype = key(Dtype.bfloat16, evaluation=True)
     """Of the scorer's weights."""
-    quantization: str | None = None
+    quantization: str | None = key(None, evaluation=True)
     """A vLLM quantization method (fp8, awq, ...); null leaves the weights as they are."""
     chat_template: str | None = None
     """What the teacher's prompt is rendered with: a Jinja file, the template itself, or `own`, the one in its folder;
@@ -119,24 +121,24 @@ class TeacherModel:
     """Arguments of the template for the teacher alone, over `model.chat_template_kwargs`."""
 
 
-@dataclass
+@section
 class ModelConfig:
-    student: StudentModel = field(default_factory=StudentModel)
+    student: StudentModel = key(factory=StudentModel, replay=True)
     teacher: TeacherModel = field(default_factory=TeacherModel)
-    tokenizer: str | None = None
+    tokenizer: str | None = key(None, evaluation=True)
     """Folder or hub name; null is the student's own."""
-    chat_template: str | None = None
+    chat_template: str | None = key(None, evaluation=True)
     """A Jinja file, or the template itself; null is the tokenizer's own."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = key(factory=dict, evaluation=True)
     """Arguments of the template, such as `enable_thinking`."""
     eos_map: EosMap = EosMap.auto
     """Where the two models end with different tokens (a Base student, an instruct teacher), auto takes these for one:
     sampling stops at any of them, and the loss compares the probability of ending. off: each token for itself."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = key(False, replay=True, evaluation=True)
     """Run Python that a model's folder brings along. Only for models whose code you have read."""
 
 
-@dataclass
+@section
 class LossConfig:
     kl_type: str = "mixed"
     """forward, reverse, mixed, jsd, skew_forward, skew_reverse, or `pkg.module:function` of your own."""
@@ -154,19 +156,19 @@ class LossConfig:
     """Divides both models' logits before the softmax: above 0."""
 
 
-@dataclass
+@section
 class DataConfig:
     train: dict[str, Any] = field(default_factory=dict)
     """`source` and that source's own keys; `distill ls data` lists them."""
-    validation: dict[str, Any] | None = field(default_factory=dict)
+    validation: dict[str, Any] | None = key(factory=dict, replay=True, evaluation=True)
     """Likewise; where it is empty or null, nothing is validated."""
-    prompt_template: str = "{question}"
+    prompt_template: str = key("{question}", evaluation=True)
     """The user's message; `{question}` stands for the row's question."""
-    system_prompt: str | None = None
+    system_prompt: str | None = key(None, evaluation=True)
     """What the system says first, where a conversation brings none of its own."""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: int | None = key(None, evaluation=True)
     """Tokens of a prompt, at most; null is the room that rollout.max_new_tokens leaves."""
-    overlong_prompts: OverlongPrompts = OverlongPrompts.drop
+    overlong_prompts: OverlongPrompts = key(OverlongPrompts.drop, evaluation=True)
     """Prompts that are longer are left out (drop), or the end of their question is (truncate); counted either way."""
     teacher_context: str | None = None
     """A column of the training data that only the teacher sees, such as a reference solution."""
@@ -179,64 +181,64 @@ class DataConfig:
     """Rows that are held to shuffle a source that is streamed; others are shuffled whole."""
     shuffle: bool = True
     """A new order of the training prompts each epoch, by `train.seed`."""
-    verifier: str | None = None
+    verifier: str | None = key(None, replay=True, evaluation=True)
     """What calls an answer right: exact, math, regex, choice, or `pkg.module:function`; null where the task has no
     answers to check."""
 
 
-@dataclass
+@section
 class RolloutConfig:
     prompts_per_step: int = 128
     generations_per_prompt: int = 1
-    max_new_tokens: int = 7168
+    max_new_tokens: int = key(7168, replay=True, evaluation=True)
     """Tokens of an answer, at most."""
-    max_sequence_length: int = 8192
+    max_sequence_length: int = key(8192, replay=True, evaluation=True)
     """Tokens of prompt and answer together, at most."""
     temperature: float = 1.0
     """Of sampling; 0 is greedy."""
     top_p: float = 1.0
     top_k: int = -1
     """Sample among the k most likely tokens; -1 is all of them."""
-    stop: list[str] = field(default_factory=list)
+    stop: list[str] = key(factory=list, evaluation=True)
     """Strings that end an answer."""
-    stop_token_ids: list[int] = field(default_factory=list)
+    stop_token_ids: list[int] = key(factory=list, evaluation=True)
     """Tokens that end an answer, besides the model's own end-of-sequence tokens."""
-    max_truncated_rate: float = 0.9
+    max_truncated_rate: float = key(0.9, resume=True, replay=True)
     """Share of answers that may reach their length limit, 0..1. Above it for three steps in a row the student may be
     losing its way of ending; 1 never minds."""
-    on_truncation: OnTruncation = OnTruncation.warn
+    on_truncation: OnTruncation = key(OnTruncation.warn, resume=True, replay=True)
     """What happens then: a warning, or a checkpoint and the end of the run."""
     on_policy_fraction: float = 1.0
     """Share of a step's sequences that the student writes, 0..1; the others are answers of `off_policy`, scored and
     trained on in the same way. 0 never asks the student: supervised or offline distillation; between, GKD's mixture."""
     off_policy: OffPolicy = OffPolicy.dataset
     """Whose answers those are: the dataset's (`response_key`), or the teacher's own, sampled as the student's are."""
-    save_scores: bool = False
+    save_scores: bool = key(False, resume=True, replay=True)
     """Keep each step's sequences with the teacher's top-k in the run's `scores/`, for `distill replay`: about
     8 x (loss.topk + 2) bytes a response token."""
-    replay: str | None = None
+    replay: str | None = key(None, replay=True)
     """A run that kept its scores (`save_scores`): train on what it recorded, step by step, in place of new answers. No
     engine is started, unless something is validated. `distill replay RUN` sets it."""
-    environment: str | None = None
+    environment: str | None = key(None, evaluation=True)
     """What answers the student between its turns: calculator, guess, or `pkg.module:function`; null where a sequence is
     one answer."""
-    max_turns: int = 1
+    max_turns: int = key(1, evaluation=True)
     """Turns of a sequence, at most, where there is an environment. rollout.max_new_tokens is of each,
     rollout.max_sequence_length of all of them with what the environment says."""
 
 
-@dataclass
+@section
 class TrainConfig:
-    max_steps: int = 1000
+    max_steps: int = key(1000, resume=True)
     """Steps, each of `rollout.prompts_per_step` prompts."""
-    max_epochs: int = 10
+    max_epochs: int = key(10, resume=True)
     """Passes over the training prompts, at most; whichever of the two ends first."""
     global_batch_size: int = 64
     """Sequences to an optimizer step, over all ranks; it divides prompts_per_step x generations_per_prompt."""
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: int = key(16384, resume=True)
     """Tokens of a forward and backward pass, at most: sequences are packed or padded up to it. Context-parallel ranks
     share them."""
-    packing: bool = True
+    packing: bool = key(True, resume=True)
     """Sequences laid end to end, none seeing another; false pads those of similar length to the same length."""
     lr: float = 2e-5
     weight_decay: float = 0.01
@@ -248,27 +250,27 @@ class TrainConfig:
     """After the warm-up: constant, or falling to 0 by the last optimizer step as a cosine or a line."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm where it is larger."""
-    max_bad_steps: int = 3
+    max_bad_steps: int = key(3, resume=True)
     """Optimizer steps in a row whose loss or gradient may be not finite: each is skipped, after that many the run
     stops and leaves their rollouts in `rollouts/`."""
     precision: Precision = Precision.bf16
     """bf16: bfloat16 compute, float32 weights, reductions and loss. fp32: float32 throughout."""
-    activation_checkpointing: Checkpointing = Checkpointing.full
+    activation_checkpointing: Checkpointing = key(Checkpointing.full, resume=True)
     """What the backward pass computes again instead of keeping: each layer whole (full), all but matrix products and
     attention (selective), or nothing (none)."""
-    cpu_offload: bool = False
+    cpu_offload: bool = key(False, resume=True)
     """Keep parameters, gradients and optimizer in host memory, on GPUs: slower, for what does not fit otherwise."""
-    offload_optimizer: bool = False
+    offload_optimizer: bool = key(False, resume=True)
     """Keep the optimizer's state in host memory, on GPUs, except inside the optimizer's step: room for the engines and
     the activations, for a copy there and back each step."""
-    compile: bool = False
+    compile: bool = key(False, resume=True)
     """Compile each layer (torch.compile): a slower start, faster steps. Not with mesh.tensor above 1. Of compiled
     layers selective checkpointing keeps attention's output alone: matrix products are computed again."""
-    seed: int = 42
+    seed: int = key(42, evaluation=True)
     """Of the order of prompts and of every sampled answer."""
 
 
-@dataclass
+@section
 class MeshConfig:
     """How the ranks share the work; what is left of them after these three is FSDP's and shards the parameters."""
 
@@ -282,35 +284,35 @@ class MeshConfig:
     """Copies of the sharded model (HSDP): parameters are gathered within a copy, gradients summed over all."""
 
 
-@dataclass
+@section
 class EngineModelConfig:
-    tensor_parallel: int = 1
+    tensor_parallel: int = key(1, evaluation=True)
     """Consecutive ranks that share one engine, for a model that is too large or too slow for one; it divides the ranks
     of a node, attention heads, the MLP and the vocabulary. Student, teacher and `mesh.tensor` may each have their
     own."""
     sleep: bool | None = None
     """Give the GPU's memory back while the others work: the student's weights are dropped, the teacher's go to host
     memory. null is true on GPUs; CPUs cannot."""
-    gpu_memory_utilization: float = 0.25
+    gpu_memory_utilization: float = key(0.25, evaluation=True)
     """Share of a GPU's memory that the engine takes for weights and KV cache. Awake, each fits beside the trainer's
     part of the student; those that do not sleep, beside each other."""
-    kv_cache_gib: float | None = None
+    kv_cache_gib: float | None = key(None, evaluation=True)
     """Size of the KV cache; null on GPUs is what gpu_memory_utilization leaves, on CPUs 0.25 GiB."""
     max_model_len: int | None = None
     """Tokens of a sequence, at most; null is what training and validation need."""
-    enforce_eager: bool = False
+    enforce_eager: bool = key(False, evaluation=True)
     """Leave out CUDA graphs and compilation: a faster start, slower sampling. CPUs always do."""
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Any] = key(factory=dict, evaluation=True)
     """Further arguments of `vllm.LLM`."""
 
 
-@dataclass
+@section
 class EngineConfig:
     student: EngineModelConfig = field(default_factory=EngineModelConfig)
     teacher: EngineModelConfig = field(default_factory=EngineModelConfig)
 
 
-@dataclass
+@section
 class EvalConfig:
     period: int = 20
     """Steps between validations; 0 is never."""
@@ -318,17 +320,17 @@ class EvalConfig:
     at_end: bool = True
     teacher: bool = True
     """Measure the teacher once at the start: the share of the gap that was closed needs it."""
-    max_samples: int = 512
+    max_samples: int = key(512, evaluation=True)
     """Validation prompts, at most; of several datasets, of each."""
-    batch_size: int = 64
+    batch_size: int = key(64, evaluation=True)
     """Answers that each rank's engine is asked for at a time."""
-    repeat: int = 1
+    repeat: int = key(1, evaluation=True)
     """Answers to each prompt: accuracy is the mean over them, and `distill eval` adds pass@k and majority@k. More than
     one needs a temperature above 0."""
-    temperature: float = 0.0
+    temperature: float = key(0.0, evaluation=True)
     """0 is greedy."""
-    top_p: float = 1.0
-    max_new_tokens: int | None = None
+    top_p: float = key(1.0, evaluation=True)
+    max_new_tokens: int | None = key(None, evaluation=True)
     """null is rollout.max_new_tokens."""
     record_samples: int = 16
     """Prompts (the first of validation, else of training) whose sampled answers are left in `rollouts/` at the start,
@@ -336,7 +338,7 @@ class EvalConfig:
     none."""
 
 
-@dataclass
+@section
 class CheckpointConfig:
     enabled: bool = True
     period: int = 10
@@ -355,21 +357,21 @@ class CheckpointConfig:
     """Train on while a checkpoint is written, at the cost of a copy in host memory."""
 
 
-@dataclass
+@section
 class ClusterConfig:
     """Where runs run. What is marked Slurm is read by launcher=slurm alone."""
 
-    launcher: Launcher = Launcher.local
+    launcher: Launcher = key(Launcher.local, evaluation=True)
     nodes: int = 1
     """Machines of a run; more than one needs Slurm."""
-    gpus_per_node: int | None = None
+    gpus_per_node: int | None = key(None, evaluation=True)
     """null is what is visible, or under Slurm what a node of the partition has; 0 runs on CPUs."""
-    ranks_per_node: int | None = None
+    ranks_per_node: int | None = key(None, evaluation=True)
     """Processes of a node; null is one a GPU, or one on CPUs. On GPUs it is the number of GPUs."""
     max_restarts: int = 3
     """How often a run that failed goes on by itself from its newest checkpoint. An attempt that ends with an error
     before its first step is not repeated."""
-    hang_timeout_s: float = 1800
+    hang_timeout_s: float = key(1800, evaluation=True)
     """Seconds that a stage of a step may take before the ranks are taken for hung and ended; 0 waits for ever."""
     grace_s: float = 60
     """Seconds that the ranks have for a checkpoint when the run is asked to stop (Ctrl-C, SIGTERM, Slurm's warning)."""
@@ -410,17 +412,17 @@ class ClusterConfig:
     shared_folders: list[str] | None = None
     """Slurm: folders that every node sees, such as [/home, /scratch]; a run elsewhere is refused. null takes the
     file system for a sign: a disk of this machine is refused where the nodes are other machines."""
-    env: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = key(factory=dict, evaluation=True)
     """Environment variables of the ranks. Not for passwords and tokens: those are inherited from your shell."""
-    hf_home: str | None = None
+    hf_home: str | None = key(None, evaluation=True)
     """Folder of models and data from the Hugging Face hub; null is the environment's HF_HOME, or its default."""
-    compile_cache: str | None = None
+    compile_cache: str | None = key(None, evaluation=True)
     """Folder of what torch, Triton and vLLM compile; null is each one's default. Best on a node's own disk."""
-    tmp_dir: str | None = None
+    tmp_dir: str | None = key(None, evaluation=True)
     """Folder of temporary files; null is the environment's TMPDIR. In all three, $NAMES are a node's own variables."""
 
 
-@dataclass
+@section
 class MlflowConfig:
     enabled: bool = True
     uri: str | None = None
@@ -433,32 +435,32 @@ class MlflowConfig:
     """Log the trained student's folder as the artifact `model` when the run has finished."""
 
 
-@dataclass
+@section
 class TrackerConfig:
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
 
 
-@dataclass
+@section
 class RunConfig:
     root: str = "runs"
     """Where runs are kept."""
     name: str | None = None
     """The run's folder in root; null is <date>-<time>_<model>_<loss>."""
-    print_every: int = 1
+    print_every: int = key(1, resume=True)
     """Steps between printed lines where the output is no terminal."""
 
 
-@dataclass
+@section
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: LossConfig = key(factory=LossConfig, replay=True)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    train: TrainConfig = key(factory=TrainConfig, replay=True)
+    mesh: MeshConfig = key(factory=MeshConfig, resume=True, replay=True)
+    engine: EngineConfig = key(factory=EngineConfig, resume=True, replay=True)
+    eval: EvalConfig = key(factory=EvalConfig, resume=True, replay=True)
+    checkpoint: CheckpointConfig = key(factory=CheckpointConfig, resume=True, replay=True)
+    cluster: ClusterConfig = key(factory=ClusterConfig, resume=True, replay=True)
+    tracker: TrackerConfig = key(factory=TrackerConfig, resume=True, replay=True)
+    run: RunConfig = key(factory=RunConfig, replay=True)

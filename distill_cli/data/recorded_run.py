@@ -15,28 +15,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from distill_cli.config.compose import flatten, load_config
-from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
 from distill_cli.folders import atomic_dir
 from distill_cli.folders.run_dir import RunDir, read_json
 from distill_cli.models import model_files
-from distill_cli.models.model_pair import end_tokens
 
 FACTS, STEP = "recording.json", "step.json"
-FREE = (
-    *("loss.", "train.", "mesh.", "cluster.", "engine.", "eval.", "checkpoint.", "tracker.", "run.", "model.student."),
-    *("model.trust_remote_code", "data.validation", "data.verifier", "rollout.save_scores", "rollout.replay"),
-    *("rollout.max_new_tokens", "rollout.max_sequence_length"),
-    *("rollout.max_truncated_rate", "rollout.on_truncation"),
-)
-"""Keys, or their beginnings, that a replay may have otherwise than the run that was recorded; some within limits."""
 
 
 @dataclass(frozen=True)
@@ -102,66 +89,6 @@ class Recording:
                 f"rollout.replay={replay}: no scores of step 1 are there; record them with rollout.save_scores=true"
             )
         return cls(run.scores, facts, num_steps, longest_response, longest_sequence)
-
-    def problems(self, config: Config, tokenizer: Path, student: Path) -> Iterator[str]:
-        """One line for each reason why `config` cannot train on it.
-
-        Args:
-            tokenizer: the folder of the student's tokenizer.
-            student: the student's folder.
-        """
-        recorded = load_config(self.folder.parent / "config.yaml")
-        yield from differences(recorded, config)
-        facts, loss, rollout = self.facts, config.loss, config.rollout
-        if loss.temperature != facts.temperature:
-            yield (
-                f"loss.temperature={loss.temperature}: the teacher was recorded with {facts.temperature}, which its "
-                "scores rest on; leave it out"
-            )
-        if loss.topk > facts.topk:
-            yield f"loss.topk={loss.topk}: {facts.topk} tokens of the teacher were recorded; lower it"
-        if rollout.max_new_tokens < self.longest_response and rollout.max_turns == 1:
-            yield (
-                f"rollout.max_new_tokens={rollout.max_new_tokens}: the longest recorded answer has "
-                f"{self.longest_response} tokens; raise it"
-            )
-        if rollout.max_sequence_length < self.longest_sequence:
-            yield (
-                f"rollout.max_sequence_length={rollout.max_sequence_length}: the longest recorded sequence has "
-                f"{self.longest_sequence} tokens; raise it"
-            )
-        positions = model_files.text_config(student).get("max_position_embeddings")
-        if positions is not None and positions < self.longest_sequence:
-            yield (
-                f"model.student.path={config.model.student.path}: has {positions} positions, and the longest recorded "
-                f"sequence has {self.longest_sequence} tokens; give another student"
-            )
-        size = model_files.vocab_size(model_files.read_config(student))
-        digest = vocabulary_digest(tokenizer, facts.vocab_size)
-        what = f"model.student.path={config.model.student.path}"
-        before = recorded.model.student.path
-        if size < facts.vocab_size:
-            yield f"{what}: its vocabulary has {size} ids, and {facts.vocab_size} were recorded with {before}"
-        elif set(facts.end_tokens) != end_tokens(student):
-            yield (
-                f"{what}: ends with tokens {sorted(end_tokens(student))}, and {before}, which was recorded, with "
-                f"{facts.end_tokens}; give a student that ends alike"
-            )
-        elif None not in (digest, facts.vocabulary) and digest != facts.vocabulary:
-            yield f"{what}: its tokens are not those that were recorded with {before}; give a student with the same"
-
-
-def differences(recorded: Config, config: Config) -> Iterator[str]:
-    """One line for each key that differs and has shaped what was recorded."""
-    before, after = (
-        flatten(OmegaConf.to_container(OmegaConf.structured(one), enum_to_str=True)) for one in (recorded, config)
-    )
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and not key.startswith(FREE):
-            yield (
-                f"{key}={after.get(key)}: the rollouts were recorded with {before.get(key)}; leave it out, or start a "
-                "new run"
-            )
 
 
 def recorded_run(replay: str) -> RunDir:

@@ -37,8 +37,8 @@ class RunDir:
     command = property(lambda self: self.path / "command.txt")
     metrics = property(lambda self: self.path / "metrics.jsonl")
     outcome = property(lambda self: self.path / "outcome.json")
-    memory = property(lambda self: self.path / "memory.json")
-    """The predicted peak of a rank, by part, in bytes."""
+    resolved = property(lambda self: self.path / "resolved.json")
+    """What the config comes to: see `distill_cli.resolved`."""
     report = property(lambda self: self.path / "report.html")
     student = property(lambda self: self.path / "student")
     slurm = property(lambda self: self.path / "slurm.json")

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,27 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from distill_cli import memory
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.checks import inert_overrides
-from distill_cli.config.compose import Job, config_text, known_losses, load_config
+from distill_cli.config.compose import Job, known_losses
 from distill_cli.config.derived import needs_scorer
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import config_text, load_config
 from distill_cli.data.recorded_run import remove_later
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.folders import run_dir
 from distill_cli.folders.attempts import attempts_of, recorded, told
 from distill_cli.folders.metrics_file import cut_back, read_metrics
 from distill_cli.folders.run_dir import RunDir, write_json
-from distill_cli.jobs.preflight import Preflight, preflight
+from distill_cli.jobs.preflight import preflight
 from distill_cli.launch.local import Stopped, launch
 from distill_cli.launch.nodes import Head
 from distill_cli.launch.placement import hub_cache, placement
 from distill_cli.machine import hardware
 from distill_cli.models import model_files
 from distill_cli.report.read import read_results
+from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 from distill_cli.track.run_tracking import mlflow_target, tracking
 
@@ -58,7 +59,7 @@ def exit_status() -> Iterator[Status]:
         status.value = 128 + stopped.signum
 
 
-def check_jobs(jobs: Sequence[Job], *, is_new: bool = True) -> list[Preflight]:
+def check_jobs(jobs: Sequence[Job], *, is_new: bool = True) -> list[ResolvedRun]:
     """Every job through `preflight`; all problems of all jobs at once, each said once.
 
     Args:
@@ -91,37 +92,26 @@ def single_path(job: Job) -> Path:
     return root / (job.config.run.name or run_dir.free_name(root, run_dir.default_name(job.choices)))
 
 
-def prepare(job: Job, path: Path, *, command: Sequence[str], env: dict[str, Any] | None = None) -> RunDir:
-    """Makes a run's folder, with the config that its ranks will read. See `run_dir.create` for `env`."""
-    return run_dir.create(path.absolute(), command=command, config=config_text(job.config), env=env)
+def prepare(found: ResolvedRun, path: Path, *, command: Sequence[str], env: dict[str, Any] | None = None) -> RunDir:
+    """Make a run's folder, with what its ranks will read. See `run_dir.create` for `env`."""
+    run = run_dir.create(path.absolute(), command=command, config=config_text(found.config), env=env)
+    found.write(run)
+    return run
 
 
-def introduce(job: Job, found: Preflight, run: RunDir, *, console: Console) -> None:
-    """Prints what is about to run, and what is to be minded; leaves the predicted memory in the folder."""
-    write_memory(job.config, found, run)
+def introduce(job: Job, found: ResolvedRun, run: RunDir, *, console: Console) -> None:
+    """Prints what is about to run, and what is to be minded."""
     print_warnings([job], [found], console=console, told=set())
-    console.print(start_panel(job, found, run))
+    console.print(start_panel(found, run))
 
 
-def print_warnings(jobs: Sequence[Job], checked: Sequence[Preflight], *, console: Console, told: set[str]) -> None:
+def print_warnings(jobs: Sequence[Job], checked: Sequence[ResolvedRun], *, console: Console, told: set[str]) -> None:
     """What is to be minded of jobs, each once; those in `told` were said before, and what is said goes there."""
     for job, found in zip(jobs, checked, strict=True):
         for warning in [*found.warnings, *inert_overrides(job.config, job.overrides, known_losses())]:
             if warning not in told:
                 console.print(f"warning: {escape(warning)}")
                 told.add(warning)
-
-
-def write_memory(config: Config, found: Preflight, run: RunDir) -> None:
-    """What a rank is expected to hold, by part, for the report; no file where it cannot be told."""
-    is_gpu = bool(hardware.gpus_per_node(config))
-    ranks = hardware.ranks_per_node(config) * config.cluster.nodes
-    gpu_bytes = (hardware.gpu_memory() or 0) if is_gpu else None
-    with suppress(memory.NoPrediction):
-        shape = memory.read_shape(found.student, config.model.student.lora)
-        predicted = memory.predict(config, shape, found.student, found.teacher, num_ranks=ranks, gpu_bytes=gpu_bytes)
-        parts = {**predicted.trainer.parts, **predicted.engines}
-        run_dir.write_json(run.memory, {"peak": predicted.peak, "asleep": predicted.asleep, "parts": parts})
 
 
 def leave_report(paths: Sequence[Path], file: Path, *, console: Console) -> None:
@@ -250,30 +240,29 @@ def read_outcome(run: RunDir) -> dict[str, Any] | None:
     return json.loads(run.outcome.read_text()) if run.outcome.exists() else None
 
 
-def start_panel(job: Job, found: Preflight, run: RunDir) -> Panel:
-    config = job.config
-    ranks, gpus = hardware.ranks_per_node(config), hardware.gpus_per_node(config)
+def start_panel(found: ResolvedRun, run: RunDir) -> Panel:
+    config, ranks = found.config, found.ranks
     rows = {
         "student": config.model.student.path,
         "teacher": config.model.teacher.path + (" (recorded)" if config.rollout.replay else ""),
         "loss": f"{config.loss.kl_type}, top-{config.loss.topk}, tail {config.loss.tail.value}",
-        "data": f"{training_rows(config, found)}, {validation_rows(found)} for validation",
-        "steps": f"{found.num_steps(config)} of {config.rollout.prompts_per_step} prompts",
-        "ranks": f"{ranks} on {'GPUs' if gpus else 'the CPU'}"
-        + (f" of each of {config.cluster.nodes} nodes" if config.cluster.nodes > 1 else ""),
+        "data": f"{training_rows(found)}, {validation_rows(found)} for validation",
+        "steps": f"{found.num_steps} of {config.rollout.prompts_per_step} prompts",
+        "ranks": f"{ranks.per_node} on {'GPUs' if ranks.on_gpus else 'the CPU'}"
+        + (f" of each of {ranks.num_nodes} nodes" if ranks.num_nodes > 1 else ""),
         "folder": shown(run.path),
     }
     return Panel(_rows(rows), title="distill", title_align="left", expand=False)
 
 
-def training_rows(config: Config, found: Preflight) -> str:
-    if found.num_recorded is not None:
-        return f"{found.num_recorded:,} recorded steps of {shown(Path(config.rollout.replay))}"
-    return f"{count(found.num_train)} training rows"
+def training_rows(found: ResolvedRun) -> str:
+    if found.num_recorded_steps is not None:
+        return f"{found.num_recorded_steps:,} recorded steps of {shown(Path(found.config.rollout.replay))}"
+    return f"{count(found.num_train_rows)} training rows"
 
 
-def validation_rows(found: Preflight) -> str:
-    return "none" if found.num_validation == 0 else count(found.num_validation)
+def validation_rows(found: ResolvedRun) -> str:
+    return "none" if found.num_validation_rows == 0 else count(found.num_validation_rows)
 
 
 def count(rows: int | None) -> str:

@@ -15,8 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill_cli.config.compose import load_config
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import load_config
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.jobs.run import carry_out, job_of, locate_models, read_outcome

@@ -23,18 +23,18 @@ from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir
 from distill_cli.jobs import submit
-from distill_cli.jobs.preflight import Preflight
-from distill_cli.jobs.run import carry_out, job_of, leave_report, prepare, write_memory
+from distill_cli.jobs.run import carry_out, job_of, leave_report, prepare
 from distill_cli.launch import slurm
 from distill_cli.launch.local import Stopped, stop_signals
 from distill_cli.machine import hardware
 from distill_cli.machine.processes import die_with_parent
 from distill_cli.report.comparison import print_comparison
 from distill_cli.report.read import read_sweep
+from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 
 
-def prepare_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Sequence[str]) -> SweepDir:
+def prepare_sweep(jobs: Sequence[Job], checked: Sequence[ResolvedRun], *, command: Sequence[str]) -> SweepDir:
     """The sweep's folder, with every run's in it.
 
     Raises:
@@ -56,7 +56,7 @@ def new_sweep(config: Config) -> SweepDir:
 def add_runs(
     sweep: SweepDir,
     jobs: Sequence[Job],
-    checked: Sequence[Preflight],
+    checked: Sequence[ResolvedRun],
     *,
     command: Sequence[str],
     space: dict[str, str] | None = None,
@@ -71,8 +71,8 @@ def add_runs(
         Element(index, run_dir.element_name(index, job.swept), job.swept) for index, job in enumerate(jobs, len(there))
     ]
     env = run_dir.environment()
-    for element, job, found in zip(new, jobs, checked, strict=True):
-        write_memory(job.config, found, prepare(job, sweep.path / element.folder, command=command, env=env))
+    for element, found in zip(new, checked, strict=True):
+        prepare(found, sweep.path / element.folder, command=command, env=env)
     sweep.write(command=command, elements=[*there, *new], space=space)
     run_dir.point_latest(sweep.path.parent, sweep.path.name)
     return new

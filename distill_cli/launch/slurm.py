@@ -21,6 +21,7 @@ from typing import Any
 from distill_cli.config.choices import nearest
 from distill_cli.config.derived import parse_time_limit
 from distill_cli.config.schema import ClusterConfig, Config
+from distill_cli.config.variation import override
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.launch.shared import unshared
 from distill_cli.machine import hardware
@@ -107,14 +108,18 @@ def max_array_size() -> int:
     return int(re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"))[1])
 
 
-def settle(config: Config) -> None:
-    """Fills in what the cluster decides: GPUs and CPUs of a node. Raises ConfigError where they cannot be told."""
+def settle(config: Config) -> Config:
+    """Fill in what the cluster decides: GPUs and CPUs of a node. Raises ConfigError where they cannot be told."""
     cluster, partition = config.cluster, partition_of(config.cluster)
-    if cluster.gpus_per_node is None:
-        cluster.gpus_per_node = 0 if hardware.has_cpu_vllm() else partition.gpus
+    gpus = cluster.gpus_per_node
+    if gpus is None:
+        gpus = 0 if hardware.has_cpu_vllm() else partition.gpus
+    config = override(config, {"cluster.gpus_per_node": gpus})
     if cluster.cpus_per_node is None:
-        share = cluster.gpus_per_node / partition.gpus if partition.gpus else 0
-        cluster.cpus_per_node = max(int(partition.cpus * min(share, 1)), hardware.ranks_per_node(config))
+        share = gpus / partition.gpus if partition.gpus else 0
+        cpus = max(int(partition.cpus * min(share, 1)), hardware.ranks_per_node(config))
+        config = override(config, {"cluster.cpus_per_node": cpus})
+    return config
 
 
 def cluster_problems(config: Config) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from distill_cli.config.derived import needs_sampler, needs_scorer
 from distill_cli.config.schema import Checkpointing, Config
+from distill_cli.config.variation import override
 from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB, engine_bytes, engine_problems, gib
 from distill_cli.memory.shape import ModelShape
 from distill_cli.memory.trainer_bytes import Moment, Step, trainer_moments
@@ -101,14 +101,8 @@ def alternatives(
     """Single keys that may lower a rank's peak, as typed, and the config with each."""
 
     def changed(key: str, value: Any) -> tuple[str, Config]:
-        other = copy.deepcopy(config)
-        *path, name = key.split(".")
-        target = other
-        for part in path:
-            target = getattr(target, part)
-        setattr(target, name, value)
         shown = value.value if isinstance(value, Enum) else str(value).lower()
-        return f"{key}={shown}", other
+        return f"{key}={shown}", override(config, {key: value})
 
     tokens = config.train.micro_batch_tokens // 2
     while tokens >= config.rollout.max_sequence_length:

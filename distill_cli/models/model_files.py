@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import struct
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,36 @@ PIECES, PIECE_BYTES = 64, 2**16
 """Of a file, that its fingerprint is made of."""
 CACHE_ONLY = "DISTILL_CACHE_ONLY"
 """Variable that keeps a process off the hub: ranks have it, since who starts them has brought the models there."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model as its files describe it, read once."""
+
+    path: str
+    """As in the config: a folder or a name on the hub."""
+    revision: str | None
+    folder: Path
+    vocab_size: int
+    """Rows of the embedding: tokens, and padding."""
+    max_positions: int | None
+    """Tokens of the longest sequence; None if config.json does not say."""
+    eos_ids: tuple[int, ...]
+    """Tokens that end an answer (`generation_config.json`, else `config.json`)."""
+
+    @classmethod
+    def find(cls, path: str, *, revision: str | None = None, key: str) -> ModelFiles:
+        """Locate a model, downloading it if needed. Raises ConfigError that names `key`."""
+        folder = locate(path, revision=revision, key=key)
+        config = text_config(folder)
+        positions = config.get("max_position_embeddings")
+        return cls(path, revision, folder, vocab_size(config), positions, tuple(sorted(end_tokens(folder))))
+
+    def on_this_machine(self, *, key: str) -> ModelFiles:
+        """The same with the folder of this machine, whose cache may be elsewhere. Raises ConfigError."""
+        if self.folder.is_dir():
+            return self
+        return replace(self, folder=locate(self.path, revision=self.revision, key=key))
 
 
 def locate(path: str, *, revision: str | None = None, key: str) -> Path:
@@ -57,6 +88,25 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text())
     except ValueError as error:
         raise ConfigError(f"{file}: not JSON ({str(error)[:100]}); the model's folder is damaged") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object; an empty one if there is no such file. Raises ConfigError."""
+    if not file.is_file():
+        return {}
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: a JSON {type(value).__name__}, where an object is needed")
+    return value
+
+
+def end_tokens(folder: Path) -> set[int]:
+    """The tokens that end a model's answers."""
+    for name in ("generation_config.json", "config.json"):
+        ids = read_object(folder / name).get("eos_token_id")
+        if ids is not None:
+            return set(ids) if isinstance(ids, list) else {ids}
+    return set()
 
 
 def vocab_size(config: dict[str, Any]) -> int:

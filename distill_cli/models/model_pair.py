@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from distill_cli.config.schema import Config, EosMap
 from distill_cli.errors import ConfigError
 from distill_cli.models import model_files
 
@@ -17,27 +15,6 @@ OWN_TEMPLATE = "own"
 """`model.teacher.chat_template` that is the one in the teacher's folder."""
 SHOWN = 30
 """Characters of a template's first difference that are shown."""
-
-
-@dataclass(frozen=True)
-class EndTokens:
-    """What each model ends with (`generation_config.json`, else `config.json`)."""
-
-    student: frozenset[int]
-    teacher: frozenset[int]
-
-    @classmethod
-    def of(cls, student: Path, teacher: Path) -> EndTokens:
-        return cls(*(frozenset(end_tokens(folder)) for folder in (student, teacher)))
-
-    def one_class(self, config: Config) -> tuple[int, ...]:
-        """The tokens that are taken for one, the student's first: empty where the models agree, or are not to.
-
-        They end an answer, and the loss compares the probability of any of them.
-        """
-        if config.model.eos_map is EosMap.off or self.student == self.teacher:
-            return ()
-        return (*sorted(self.student), *sorted(self.teacher - self.student))
 
 
 @dataclass(frozen=True)
@@ -54,7 +31,6 @@ class Vocabularies:
     """One above the largest id that both tokenizers give the same token; 0 where one cannot be read."""
 
     @classmethod
-    @cache  # a large vocabulary takes a second to read
     def of(cls, student: Path, teacher: Path, *, tokenizer: Path | None = None) -> Vocabularies:
         """`tokenizer` is the folder of the tokenizer that is used, where that is not the student's."""
         sizes = tuple(model_files.vocab_size(model_files.read_config(folder)) for folder in (student, teacher))
@@ -108,7 +84,7 @@ class Vocabularies:
 def write_end_tokens(folder: Path, ids: tuple[int, ...]) -> None:
     """Makes a model's folder say that it ends with any of these tokens."""
     file = folder / "generation_config.json"
-    file.write_text(json.dumps({**read_object(file), "eos_token_id": list(ids)}, indent=2) + "\n")
+    file.write_text(json.dumps({**model_files.read_object(file), "eos_token_id": list(ids)}, indent=2) + "\n")
 
 
 def template_difference(student: Path, teacher: Path, messages: list[dict[str, str]], **kwargs: Any) -> str | None:
@@ -168,7 +144,7 @@ def chat_template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text()
-    template = read_object(folder / "tokenizer_config.json").get("chat_template")
+    template = model_files.read_object(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several by name
         template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
     return template
@@ -176,26 +152,7 @@ def chat_template(folder: Path) -> str | None:
 
 def special_tokens(folder: Path) -> dict[str, str]:
     """`bos_token` and the like, which a template may print."""
-    found = read_object(folder / "tokenizer_config.json")
+    found = model_files.read_object(folder / "tokenizer_config.json")
     tokens = {name: value for name, value in found.items() if name.endswith("_token")}
     tokens = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
     return {name: value for name, value in tokens.items() if isinstance(value, str)}
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file."""
-    if not file.is_file():
-        return {}
-    value = model_files.read_json(file)
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file}: a JSON {type(value).__name__}, where an object is needed")
-    return value
-
-
-def end_tokens(folder: Path) -> set[int]:
-    """The tokens that end a model's answers."""
-    for name in ("generation_config.json", "config.json"):
-        ids = read_object(folder / name).get("eos_token_id")
-        if ids is not None:
-            return set(ids) if isinstance(ids, list) else {ids}
-    return set()

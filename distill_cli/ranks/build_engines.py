@@ -8,35 +8,34 @@ from collections.abc import Callable
 
 import torch
 
-from distill_cli.config.derived import engine_length, needs_sampler, needs_scorer
-from distill_cli.config.schema import Config, EngineModelConfig, LoraSync, StudentModel, TeacherModel
+from distill_cli.config.derived import needs_sampler, needs_scorer
+from distill_cli.config.schema import LoraSync, StudentModel, TeacherModel
 from distill_cli.engines.companion import CompanionScorer, needs_companion
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import Adapter, EngineSettings, SamplingSettings
-from distill_cli.models.model_files import locate
-from distill_cli.ranks.pair_facts import one_class, shared_vocabulary, vocabularies
+from distill_cli.resolved import ResolvedRun
 
 log = logging.getLogger(__name__)
 
 Engines = tuple[Sampler | None, Scorer | CompanionScorer | None]
 
 
-def build_engines(config: Config, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None) -> Engines:
-    """Both engines, asleep where they sleep at all; in a replay those that it asks. A collective.
+def build_engines(
+    found: ResolvedRun, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
+) -> Engines:
+    """Build both engines, asleep if they sleep at all; in a replay only those that it asks. A collective.
 
     Args:
-        topk: words that the scorer gives at each token; None is `loss.topk`.
+        topk: tokens that the scorer gives at each position; None is `loss.topk`.
         should_stop: see `Engine`.
     """
-    begin = time.perf_counter()
+    begin, config = time.perf_counter(), found.config
     # A companion loads on its own while the sampler is built here.
-    scorer = build_scorer(config, topk=topk, should_stop=should_stop) if needs_scorer(config) else None
+    scorer = build_scorer(found, topk=topk, should_stop=should_stop) if needs_scorer(config) else None
     sampler = None
     if needs_sampler(config):
-        limit = shared_vocabulary(config)
-        settings = engine_settings(config, config.model.student, config.engine.student, vocab_size=limit)
-        sampler = Sampler(settings, should_stop=should_stop)
+        sampler = Sampler(engine_settings(found, "student"), should_stop=should_stop)
         sampler.sleep()
     if isinstance(scorer, CompanionScorer):
         scorer.wait_ready()
@@ -45,35 +44,30 @@ def build_engines(config: Config, *, topk: int | None = None, should_stop: Calla
 
 
 def build_scorer(
-    config: Config, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
+    found: ResolvedRun, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
 ) -> Scorer | CompanionScorer:
-    """The teacher's engine, asleep where it sleeps at all. A collective."""
-    limit = vocabularies(config).limit
-    student = engine_settings(config, config.model.student, config.engine.student, vocab_size=limit)
-    teacher = engine_settings(config, config.model.teacher, config.engine.teacher, vocab_size=limit)
-    loss = {"topk": topk or config.loss.topk, "temperature": config.loss.temperature}
+    """Build the teacher's engine, asleep if it sleeps at all. A collective."""
+    student, teacher, loss = engine_settings(found, "student"), engine_settings(found, "teacher"), found.config.loss
+    scale = {"topk": topk or loss.topk, "temperature": loss.temperature}
     if needs_companion(student, teacher, on_gpu=torch.cuda.is_available()):
-        scorer = CompanionScorer(teacher, **loss)
+        scorer = CompanionScorer(teacher, **scale)
     else:
-        scorer = Scorer(teacher, **loss, should_stop=should_stop)
+        scorer = Scorer(teacher, **scale, should_stop=should_stop)
     scorer.sleep()
     return scorer
 
 
-def engine_settings(
-    config: Config, model: StudentModel | TeacherModel, engine: EngineModelConfig, *, vocab_size: int | None = None
-) -> EngineSettings:
-    """What `model.<role>` and `engine.<role>` say, as the engine takes it.
-
-    `vocab_size` is what the two models of a pair share; None is the model's own.
-    """
+def engine_settings(found: ResolvedRun, role: str) -> EngineSettings:
+    """Return what `model.<role>` and `engine.<role>` say, as the engine takes it."""
+    config = found.config
+    model, engine = getattr(config.model, role), getattr(config.engine, role)
     return EngineSettings(
-        path=str(locate(model.path, revision=model.revision, key="model.path")),
-        max_model_len=engine_length(config, engine),
+        path=str(found.model(role).folder),
+        max_model_len=getattr(found.lengths, role),
         dtype=model.dtype.value,
         quantization=getattr(model, "quantization", None),
         trust_remote_code=config.model.trust_remote_code,
-        vocab_size=vocab_size,
+        vocab_size=found.vocabulary.limit,
         tensor_parallel=engine.tensor_parallel,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         kv_cache_bytes=None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 2**30),
@@ -91,13 +85,13 @@ def adapter_of(model: StudentModel | TeacherModel) -> Adapter | None:
     return Adapter(lora.rank, lora.alpha) if lora and lora.is_on and lora.sync is LoraSync.adapter else None
 
 
-def train_sampling(config: Config) -> SamplingSettings:
-    rollout = config.rollout
+def train_sampling(found: ResolvedRun) -> SamplingSettings:
+    rollout = found.config.rollout
     return SamplingSettings(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=max(rollout.top_k, 0),
         stop=tuple(rollout.stop),
-        stop_token_ids=(*rollout.stop_token_ids, *one_class(config)),
+        stop_token_ids=(*rollout.stop_token_ids, *found.vocabulary.merged_eos_ids),
     )

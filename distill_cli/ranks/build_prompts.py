@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
-from distill_cli.config.derived import max_prompt_tokens, max_teacher_prompt_tokens, validates, validation_length
+from distill_cli.config.derived import validates
 from distill_cli.config.schema import Config
 from distill_cli.data.isolated import IsolatedEnvironments, IsolatedVerifier
 from distill_cli.data.order import PromptOrder, PromptStream
@@ -15,10 +15,9 @@ from distill_cli.data.recorded_run import Recording
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
 from distill_cli.engines.settings import SamplingSettings
-from distill_cli.models.model_files import locate
-from distill_cli.models.model_pair import OWN_TEMPLATE, EndTokens, read_template
+from distill_cli.models.model_pair import OWN_TEMPLATE, read_template
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.ranks.pair_facts import folders, one_class
+from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.score_files import Replay
 from distill_cli.rollout.turns import Turns, observation_encoder
 from distill_cli.train.token_report import Watched
@@ -29,23 +28,21 @@ MAX_PROMPTS_AT_START = 50_000
 """Training prompts that are all made before the first step: about 15 s. More are made when their turn comes."""
 
 
-def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    model = config.model
-    if model.tokenizer is not None:
-        return load_tokenizer(locate(model.tokenizer, key="model.tokenizer"), model)
-    return load_tokenizer(locate(model.student.path, revision=model.student.revision, key="model.student.path"), model)
+def build_tokenizer(found: ResolvedRun) -> PreTrainedTokenizerBase:
+    return load_tokenizer(found.tokenizer.folder, found.config.model)
 
 
-def build_order(config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> Order:
+def build_order(found: ResolvedRun, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> Order:
     """The training prompts in their order: all made at the start, or one after the other where there are too many.
 
     In a replay what was recorded.
     """
+    config = found.config
     if config.rollout.replay is not None:
         return Replay(Recording.of(config.rollout.replay), topk=config.loss.topk, parallel=parallel)
     data, batch_size, seed = config.data, config.rollout.prompts_per_step, config.train.seed
     examples = load_examples(data.train, key="data.train", context=data.teacher_context)
-    make = prompt_maker(config, tokenizer)
+    make = prompt_maker(found, tokenizer)
     if isinstance(examples, Stream) or len(examples) > MAX_PROMPTS_AT_START:
         return PromptStream(
             examples,
@@ -60,35 +57,31 @@ def build_order(config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Pa
     return PromptOrder(prompts, batch_size=batch_size, seed=seed, shuffle=data.shuffle)
 
 
-def prompt_maker(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptMaker:
-    teacher, template = config.model.teacher, config.model.teacher.chat_template
+def prompt_maker(found: ResolvedRun, tokenizer: PreTrainedTokenizerBase) -> PromptMaker:
+    config, template = found.config, found.config.model.teacher.chat_template
     environment = config.rollout.environment
     if template == OWN_TEMPLATE:
-        folder = locate(teacher.path, revision=teacher.revision, key="model.teacher.path")
-        template = load_template(folder, trust_remote_code=config.model.trust_remote_code)
+        template = load_template(found.model("teacher").folder, trust_remote_code=config.model.trust_remote_code)
     elif template is not None:
         template = read_template(template)
     return PromptMaker(
         tokenizer,
         data=config.data,
         model=config.model,
-        max_tokens=max_prompt_tokens(config),
-        teacher_max_tokens=max_teacher_prompt_tokens(config),
+        max_tokens=found.lengths.prompt,
+        teacher_max_tokens=found.lengths.teacher_prompt,
         teacher_template=template,
         opening=IsolatedEnvironments(environment).make().reset if environment else None,
     )
 
 
-def build_validator(
-    config: Config, parallel: Parallel, tokenizer: PreTrainedTokenizerBase, *, ends: tuple[int, ...] = ()
-) -> Validator | None:
-    """`ends` are tokens that end an answer besides the model's own and those of rollout.stop_token_ids."""
-    settings = config.eval
+def build_validator(found: ResolvedRun, parallel: Parallel, tokenizer: PreTrainedTokenizerBase) -> Validator | None:
+    config, settings = found.config, found.config.eval
     if not validates(config):
         return None
     examples = load_examples(config.data.validation, key="data.validation")
     most = settings.max_samples if isinstance(examples, Stream) else None
-    prompts = make_prompts(examples, prompt_maker(config, tokenizer), key="data.validation", limit=most)
+    prompts = make_prompts(examples, prompt_maker(found, tokenizer), key="data.validation", limit=most)
     return Validator(
         prompts=first_of_each(prompts, settings.max_samples),
         repeat=settings.repeat,
@@ -97,12 +90,12 @@ def build_validator(
             temperature=settings.temperature,
             top_p=settings.top_p,
             stop=tuple(config.rollout.stop),
-            stop_token_ids=(*config.rollout.stop_token_ids, *ends),
+            stop_token_ids=(*config.rollout.stop_token_ids, *found.vocabulary.merged_eos_ids),
             logp=False,
         ),
         verify=IsolatedVerifier(config.data.verifier),
         decode=make_decode(tokenizer),
-        turns=build_turns(config, tokenizer, max_tokens=validation_length(config)),
+        turns=build_turns(found, tokenizer, max_tokens=found.lengths.validation),
         batch_size=settings.batch_size,
         seed=config.train.seed,
         parallel=parallel,
@@ -122,13 +115,13 @@ def build_watched(
     )
 
 
-def build_turns(config: Config, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> Turns | None:
+def build_turns(found: ResolvedRun, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> Turns | None:
+    config, of_models = found.config, [model.eos_ids for model in (found.student, found.teacher) if model is not None]
     if config.rollout.environment is None:
         return None
-    ends = {tokenizer.eos_token_id, *config.rollout.stop_token_ids, *one_class(config)}
+    ends = {tokenizer.eos_token_id, *config.rollout.stop_token_ids, *found.vocabulary.merged_eos_ids}
     if config.rollout.replay is None:
-        of_models = EndTokens.of(*folders(config))
-        ends |= of_models.student | of_models.teacher
+        ends |= {token for ids in of_models for token in ids}
     return Turns(
         make=IsolatedEnvironments(config.rollout.environment).make,
         max_turns=config.rollout.max_turns,

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 
 from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.checkpoint.store import Checkpoint
-from distill_cli.config.compose import load_config
 from distill_cli.config.derived import parse_duration, updates_per_step
 from distill_cli.config.schema import Config, Precision
 from distill_cli.data.isolated import IsolatedVerifier
@@ -31,8 +30,7 @@ from distill_cli.folders.metrics_file import MetricsFile
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.machine.processes import StopFlag
-from distill_cli.models.model_files import fingerprint, locate
-from distill_cli.models.model_pair import end_tokens
+from distill_cli.models.model_files import fingerprint
 from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.ranks.build_engines import Engines, build_engines, train_sampling
 from distill_cli.ranks.build_prompts import (
@@ -44,7 +42,7 @@ from distill_cli.ranks.build_prompts import (
     build_watched,
     make_decode,
 )
-from distill_cli.ranks.pair_facts import folders, one_class, vocabularies
+from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.off_policy import response_encoder
 from distill_cli.rollout.score_files import Recorder
 from distill_cli.student.adapters import add_adapters
@@ -64,13 +62,14 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     Args:
         checkpoint: where to go on from; None begins at the beginning.
     """
-    config = load_config(run.config)
+    found = ResolvedRun.read(run)
+    config = found.config
     stop = StopFlag(deadline=deadline(config, run))
     parallel = init_parallel(device=pick_device(), mesh=config.mesh)
-    tokenizer = build_tokenizer(config)
+    tokenizer = build_tokenizer(found)
     make_engines = partial(build_engines, should_stop=stop.is_set)
     trainer, trainable = build_trainer(
-        run, console, config, parallel, tokenizer, make_engines=make_engines, checkpoint=checkpoint
+        run, console, found, parallel, tokenizer, make_engines=make_engines, checkpoint=checkpoint
     )
     if checkpoint:
         trainer.progress = Progress.of(load(checkpoint, trainable))
@@ -91,11 +90,11 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
 def build_trainer(
     run: RunDir,
     console: IO[str],
-    config: Config,
+    found: ResolvedRun,
     parallel: Parallel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    make_engines: Callable[[Config], Engines],
+    make_engines: Callable[[ResolvedRun], Engines],
     checkpoint: Path | None = None,
 ) -> tuple[Trainer, Trainable]:
     """Everything that a step works with, and what of it a checkpoint is made of. A collective.
@@ -104,25 +103,26 @@ def build_trainer(
         checkpoint: what will be loaded; it must have seen the same data.
     """
     # What the user may have got wrong comes first, before engines take their time.
-    order, loss = build_order(config, tokenizer, parallel), build_loss(config)
-    validator = build_validator(config, parallel, tokenizer, ends=one_class(config))
+    config = found.config
+    order, loss = build_order(found, tokenizer, parallel), build_loss(config)
+    validator = build_validator(found, parallel, tokenizer)
     if checkpoint is not None:
         check_data(checkpoint, order)
-    sampler, scorer = make_engines(config)
-    student = build_student(config, loss, parallel)
+    sampler, scorer = make_engines(found)
+    student = build_student(found, loss, parallel)
     num_steps = int(min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch))
-    trainable = build_trainable(config, student, num_steps=num_steps, device=parallel.device)
+    trainable = build_trainable(found, student, num_steps=num_steps, device=parallel.device)
     engines = EnginePair(
         config=config,
         parallel=parallel,
         student=student,
         sampler=sampler,
         scorer=scorer,
-        sampling=train_sampling(config),
+        sampling=train_sampling(found),
         verify=IsolatedVerifier(config.data.verifier) if config.data.verifier else None,
         decode=make_decode(tokenizer),
         encode_response=response_encoder(tokenizer, template_kwargs=config.model.chat_template_kwargs),
-        turns=build_turns(config, tokenizer, max_tokens=config.rollout.max_sequence_length),
+        turns=build_turns(found, tokenizer, max_tokens=config.rollout.max_sequence_length),
     )
     trainer = Trainer(
         config=config,
@@ -139,7 +139,7 @@ def build_trainer(
         num_steps=num_steps,
         saver=Saver(run, config.checkpoint, trainable) if config.checkpoint.enabled else None,
         rollouts_dir=run.rollouts,
-        recorder=build_recorder(config, run, parallel) if config.rollout.save_scores else None,
+        recorder=build_recorder(found, run, parallel) if config.rollout.save_scores else None,
         watched=build_watched(config, order, validator, tokenizer),
         heartbeat=run.beat if parallel.is_main else lambda stage: None,
     )
@@ -183,30 +183,27 @@ def build_loss(config: Config) -> DistillLoss:
     return DistillLoss(kl_type=loss.kl_type, kl_weight=loss.kl_weight, skew=loss.skew, tail=loss.tail.value)
 
 
-def build_recorder(config: Config, run: RunDir, parallel: Parallel) -> Recorder:
+def build_recorder(found: ResolvedRun, run: RunDir, parallel: Parallel) -> Recorder:
     """What keeps each step's sequences and scores, in the run's folder."""
-    pair, folder = vocabularies(config), config.model.tokenizer
-    vocab_size = pair.limit or min(pair.sizes)
-    tokenizer = locate(folder, key="model.tokenizer") if folder else folders(config)[0]
+    loss, vocabulary = found.config.loss, found.vocabulary
     facts = Facts(
-        topk=config.loss.topk,
-        temperature=config.loss.temperature,
-        one_class=list(one_class(config)),
-        end_tokens=sorted(end_tokens(folders(config)[0])),
-        vocab_size=vocab_size,
-        vocabulary=vocabulary_digest(tokenizer, vocab_size),
+        topk=loss.topk,
+        temperature=loss.temperature,
+        one_class=list(vocabulary.merged_eos_ids),
+        end_tokens=list(found.student.eos_ids),
+        vocab_size=vocabulary.size,
+        vocabulary=vocabulary_digest(found.tokenizer.folder, vocabulary.size),
     )
     return Recorder(run.scores, facts, parallel)
 
 
-def build_student(config: Config, loss: DistillLoss, parallel: Parallel) -> Student:
+def build_student(found: ResolvedRun, loss: DistillLoss, parallel: Parallel) -> Student:
     """The student with its weights, laid out over the mesh. A collective."""
-    model = config.model
-    folder = locate(model.student.path, revision=model.student.revision, key="model.student.path")
+    config, model, folder = found.config, found.config.model, found.student.folder
     lm = build_lm(folder, trust_remote_code=model.trust_remote_code)
     if model.student.lora.is_on:
         add_adapters(lm, model.student.lora, bf16=config.train.precision is Precision.bf16)
-    ends = one_class(config)
+    ends = found.vocabulary.merged_eos_ids
     student = Student(lm, loss=loss, temperature=config.loss.temperature, parallel=parallel, one_class=ends)
     if ends and lm.generation_config is not None:
         lm.generation_config.eos_token_id = list(ends)  # whoever samples what is saved stops where training did
@@ -216,13 +213,14 @@ def build_student(config: Config, loss: DistillLoss, parallel: Parallel) -> Stud
     return student
 
 
-def build_trainable(config: Config, student: Student, *, num_steps: int, device: torch.device) -> Trainable:
+def build_trainable(found: ResolvedRun, student: Student, *, num_steps: int, device: torch.device) -> Trainable:
     """The student with its optimizer and schedule: what a checkpoint is made of."""
+    config = found.config
     optimizer = build_optimizer(student, config.train)
     offload = None
     if config.train.offload_optimizer and device.type == "cuda":
         offload = OptimizerOffload(optimizer, rest=torch.device("cpu"), work=device)
     schedule = build_schedule(optimizer, config.train, num_steps=num_steps * updates_per_step(config))
-    base = fingerprint(folders(config)[0]) if config.model.student.lora.is_on else None
+    base = fingerprint(found.student.folder) if config.model.student.lora.is_on else None
     trainable = Trainable(student.lm, optimizer, schedule, base)
     return replace(trainable, after_load=offload.to_rest) if offload else trainable

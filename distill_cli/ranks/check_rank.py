@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from dataclasses import asdict, replace
@@ -12,20 +11,20 @@ import psutil
 import torch
 from rich.markup import escape
 
-from distill_cli.config.compose import load_config
 from distill_cli.config.schema import Config, Dtype, Precision, TeacherModel
+from distill_cli.config.variation import override
 from distill_cli.engines.companion import CompanionScorer
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.errors import DistillError
 from distill_cli.folders.run_dir import RunDir, write_json
-from distill_cli.models.model_files import locate, read_config, tensors
+from distill_cli.models.model_files import read_config, tensors
 from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.ranks.build_engines import build_engines, build_scorer
 from distill_cli.ranks.build_prompts import build_tokenizer
 from distill_cli.ranks.build_trainer import build_loss, build_trainer, close, pick_device
-from distill_cli.ranks.pair_facts import one_class, vocabularies
 from distill_cli.ranks.self_check import MASSES, Finding, Limits, SelfCheck
+from distill_cli.resolved import ResolvedRun
 from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.terminal.console import Console
@@ -36,17 +35,18 @@ CHECKED_TOKENS = 64
 
 def check_rank(run: RunDir, console: IO[str]) -> None:
     """A rank's part in `distill check`. Every rank calls it; the main one leaves the findings in outcome.json."""
-    config = load_config(run.config)
+    found = ResolvedRun.read(run)
+    config = found.config
     parallel = init_parallel(device=pick_device(), mesh=config.mesh)
-    tokenizer = build_tokenizer(config)
+    tokenizer = build_tokenizer(found)
 
-    def of_the_student(config: Config) -> tuple[Sampler, Scorer | CompanionScorer]:
-        config = copy.deepcopy(config)
-        student = config.model.student
-        config.model.teacher = TeacherModel(path=student.path, revision=student.revision, dtype=student.dtype)
-        return build_engines(config, topk=num_scored(config))
+    def of_the_student(found: ResolvedRun) -> tuple[Sampler, Scorer | CompanionScorer]:
+        student = found.config.model.student
+        model = TeacherModel(path=student.path, revision=student.revision, dtype=student.dtype)
+        as_teacher = replace(found, config=override(found.config, {"model.teacher": model}), teacher=found.student)
+        return build_engines(as_teacher, topk=num_scored(found))
 
-    trainer, trainable = build_trainer(run, console, config, parallel, tokenizer, make_engines=of_the_student)
+    trainer, trainable = build_trainer(run, console, found, parallel, tokenizer, make_engines=of_the_student)
     sampling = trainer.engines.sampling
     trainer.engines.sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, CHECKED_TOKENS))
     show = Console(file=console, highlight=False, soft_wrap=not console.isatty())
@@ -55,8 +55,8 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
         trainer=trainer,
         trainable=trainable,
         loss=build_loss(config),
-        make_teacher=lambda: build_scorer(config, topk=num_scored(config)),
-        load_teacher=lambda: load_teacher(config, parallel),
+        make_teacher=lambda: build_scorer(found, topk=num_scored(found)),
+        load_teacher=lambda: load_teacher(found, parallel),
         checkpoints=run.checkpoints,
         limits=Limits.of(exact=is_exact(config, parallel.device)),
         report=lambda finding: show.print(finding_line(finding)),
@@ -75,10 +75,9 @@ def finding_line(finding: Finding) -> str:
     return f"{mark} {finding.what:<48} {escape(finding.found)}{fix}"
 
 
-def num_scored(config: Config) -> int:
-    """Words of the teacher that a check looks at: the masses' largest, or `loss.topk` where that is more."""
-    pair = vocabularies(config)
-    return max(config.loss.topk, min(MASSES[-1], pair.limit or pair.sizes[0]))
+def num_scored(found: ResolvedRun) -> int:
+    """Tokens of the teacher that a check looks at: the largest of MASSES, or `loss.topk` if that is more."""
+    return max(found.config.loss.topk, min(MASSES[-1], found.vocabulary.limit or found.student.vocab_size))
 
 
 def is_exact(config: Config, device: torch.device) -> bool:
@@ -89,14 +88,13 @@ def is_exact(config: Config, device: torch.device) -> bool:
     return config.train.precision is Precision.fp32 and dtypes == {Dtype.float32}
 
 
-def load_teacher(config: Config, parallel: Parallel) -> Student:
+def load_teacher(found: ResolvedRun, parallel: Parallel) -> Student:
     """The teacher laid out as the student is. A collective.
 
     Raises:
         DistillError: it cannot be, for the reason given: too large, of another family, quantized.
     """
-    model = config.model
-    folder = locate(model.teacher.path, revision=model.teacher.revision, key="model.teacher.path")
+    config, model, folder = found.config, found.config.model, found.model("teacher").folder
     if model.teacher.quantization or "quantization_config" in read_config(folder):
         raise DistillError("the teacher is quantized")
     num_bytes = 4 * sum(math.prod(shape) for _, shape in tensors(folder).values())
@@ -109,7 +107,7 @@ def load_teacher(config: Config, parallel: Parallel) -> Student:
         loss=build_loss(config),
         temperature=config.loss.temperature,
         parallel=parallel,
-        one_class=one_class(config),
+        one_class=found.vocabulary.merged_eos_ids,
     )
     wrap(teacher, parallel, config.train)
     home = torch.device("cpu") if config.train.cpu_offload else parallel.device

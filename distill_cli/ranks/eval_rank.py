@@ -8,8 +8,6 @@ from typing import IO
 
 import torch.distributed as dist
 
-from distill_cli.config.compose import load_config
-from distill_cli.config.derived import validation_length
 from distill_cli.data.registry import resolve_extract
 from distill_cli.engines.sample_requests import Answerer
 from distill_cli.folders.answers_table import AnswersFile
@@ -18,18 +16,18 @@ from distill_cli.parallel.mesh import init_parallel
 from distill_cli.ranks.build_engines import engine_settings
 from distill_cli.ranks.build_prompts import build_tokenizer, build_validator
 from distill_cli.ranks.build_trainer import pick_device
+from distill_cli.resolved import ResolvedRun
 from distill_cli.train.validation import answer_row
 
 
 def evaluate_rank(run: RunDir, console: IO[str]) -> None:
     """One rank's share of a model's answers to a benchmark, into its part of answers.parquet. A collective."""
-    config, asked = load_config(run.config), json.loads(run.evaluation.read_text())
+    found, asked = ResolvedRun.read(run), json.loads(run.evaluation.read_text())
     parallel = init_parallel(device=pick_device())
-    tokenizer = build_tokenizer(config)
-    validator = build_validator(config, parallel, tokenizer)
-    role = asked["role"]
-    settings = engine_settings(config, getattr(config.model, role), getattr(config.engine, role))
-    settings = replace(settings, max_model_len=validation_length(config), sleep_mode=False, adapter=None)
+    tokenizer = build_tokenizer(found)
+    validator = build_validator(found, parallel, tokenizer)
+    settings = engine_settings(found, asked["role"])
+    settings = replace(settings, max_model_len=found.lengths.validation, sleep_mode=False, adapter=None)
     engine = Answerer(settings)
     share, extract = validator.share(engine), resolve_extract(validator.verify.function)
     file = AnswersFile(run.path, rank=parallel.rank) if share.is_first else None

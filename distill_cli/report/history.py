@@ -33,7 +33,7 @@ class History:
     outcome: dict[str, Any]
     """Empty where the run has not ended."""
     memory: dict[str, Any]
-    """memory.json: the predicted peak of a rank, by part; empty where there was no prediction."""
+    """The predicted peak of a rank, by part, from resolved.json; empty if there is no prediction."""
     command: str
 
     @property
@@ -70,7 +70,7 @@ def read_history(result: RunResult, *, name: str) -> History:
         rows=read_metrics(run.metrics) if run.metrics.is_file() else [],
         config=read_config(run) if run.config.is_file() else {},
         outcome=_json(run.outcome),
-        memory=_json(run.memory),
+        memory=_json(run.resolved).get("memory") or {},
         command=run.command.read_text().strip() if run.command.is_file() else "",
     )
 

@@ -145,7 +145,7 @@ def read_config(run: RunDir) -> dict[str, Any]:
         return flat(yaml.safe_load(run.config.read_text()))
     except (OSError, ValueError, yaml.YAMLError) as error:
         what = str(error).splitlines()[0]
-        raise ConfigError(f"{run.config}: is no run's configuration ({what}); leave that run out") from error
+        raise ConfigError(f"{run.config}: cannot be read as a run's config ({what}); leave that run out") from error
 
 
 def _differences(configs: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from rich.markup import escape
 
 from distill_cli.checkpoint import store
-from distill_cli.config.compose import flatten, load_config
 from distill_cli.config.credentials import uri_problem, whole_uri
 from distill_cli.config.schema import Config, MeshConfig
+from distill_cli.config.variation import flatten, load_config
 from distill_cli.data.registry import load_examples
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.run_dir import RunDir, SweepDir, write_json

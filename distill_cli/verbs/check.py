@@ -6,7 +6,6 @@ graphs, which would take longer to make than all the rest. Nothing is left behin
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
@@ -17,8 +16,9 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from distill_cli.config.compose import compose, save_config
+from distill_cli.config.compose import compose
 from distill_cli.config.schema import Config, Launcher
+from distill_cli.config.variation import override, save_config
 from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.preflight import preflight
@@ -26,6 +26,7 @@ from distill_cli.jobs.run import exit_status
 from distill_cli.launch.local import launch
 from distill_cli.launch.placement import placement
 from distill_cli.machine import hardware
+from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 
 SEQUENCES = 8
@@ -46,15 +47,17 @@ def check(argv: Sequence[str]) -> int:
     if len(jobs) > 1:
         raise ConfigError("distill check: takes one configuration; leave -m out")
     console, begin = Console(highlight=False, soft_wrap=True), time.monotonic()
-    config = small(jobs[0].config)
-    if config.cluster.launcher is not Launcher.local:
+    if jobs[0].config.cluster.launcher is not Launcher.local:
         raise ConfigError("distill check: runs where it is typed; inside an allocation, type it with cluster=local")
-    for warning in preflight(jobs[0].config).warnings:
+    found = preflight(jobs[0].config)
+    for warning in found.warnings:
         console.print(f"[yellow]warn[/yellow] {escape(warning)}")
+    config = small(found)
     folder = Path(tempfile.mkdtemp(prefix="distill-check-"))
     run = RunDir(folder)
     run.logs.mkdir(parents=True)
     save_config(config, run.config)
+    found.write(run)
     with exit_status() as status:
         try:
             launch(
@@ -76,16 +79,19 @@ def check(argv: Sequence[str]) -> int:
     return status.value
 
 
-def small(config: Config) -> Config:
-    """The same models, mesh and engines on one small batch, without what a check does not look at."""
-    config = copy.deepcopy(config)
-    shares = hardware.ranks_per_node(config) // (config.mesh.tensor * config.mesh.context)
+def small(found: ResolvedRun) -> Config:
+    """Return the config of the same models, mesh and engines on one small batch, without what is not checked."""
+    config = found.config
+    shares = found.ranks.per_node // (config.mesh.tensor * config.mesh.context)
     num_sequences = math.ceil(SEQUENCES / shares) * shares
-    config.rollout.prompts_per_step = num_sequences
-    config.rollout.generations_per_prompt = 1
-    config.train.global_batch_size = num_sequences
-    config.eval.period, config.eval.at_start, config.eval.at_end = 0, False, False
-    config.tracker.mlflow.enabled = False
-    config.checkpoint.enabled, config.checkpoint.save_optimizer, config.checkpoint.async_save = True, True, False
-    config.engine.student.enforce_eager = config.engine.teacher.enforce_eager = True
-    return config
+    return override(
+        config,
+        [
+            f"rollout.prompts_per_step={num_sequences}",
+            "rollout.generations_per_prompt=1",
+            f"train.global_batch_size={num_sequences}",
+            *("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker=none"),
+            *("checkpoint.enabled=true", "checkpoint.save_optimizer=true", "checkpoint.async_save=false"),
+            *("engine.student.enforce_eager=true", "engine.teacher.enforce_eager=true"),
+        ],
+    )

@@ -15,41 +15,38 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 
 from distill_cli.checkpoint import store
-from distill_cli.config.checks import evaluation_problems
-from distill_cli.config.compose import compose, load_config, override_config, save_config
-from distill_cli.config.derived import validation_length
+from distill_cli.config.compose import compose
+from distill_cli.config.fields import has_property
 from distill_cli.config.schema import ClusterConfig, Config, MeshConfig, StudentModel
-from distill_cli.data.registry import resolve_environment, resolve_extract, resolve_verifier
-from distill_cli.data.row_check import check_data
+from distill_cli.config.variation import load_config, override, save_config
+from distill_cli.data.registry import resolve_extract, resolve_verifier
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.answers_table import join_answers
 from distill_cli.folders.run_dir import RunDir, free_name, write_json
-from distill_cli.jobs.preflight import check_devices, engine_problems
+from distill_cli.jobs.preflight import preflight_evaluation
 from distill_cli.jobs.run import exit_status, read_outcome
 from distill_cli.launch.local import launch
-from distill_cli.machine import hardware
-from distill_cli.models import model_files
+from distill_cli.launch.placement import placement
 from distill_cli.report.eval_results import make_scoreboard, print_scoreboard, read_problems
+from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 from distill_cli.verbs.resume import open_run
 
 ALONE = (
     *("engine.student.gpu_memory_utilization=0.9", "engine.teacher.gpu_memory_utilization=0.9"),
-    "eval.batch_size=4096",
-    "cluster.hang_timeout_s=0",
+    *("eval.batch_size=4096", "eval.at_start=true", "cluster.hang_timeout_s=0"),
 )
-"""What is otherwise than in training where nothing else is said: the engine has the device to itself, is asked for
-much at a time, and may take as long as it likes."""
-READ = ("data", "eval", "engine", "cluster", "model", "rollout", "experiment", "train.seed")
-"""Groups and keys that an evaluation reads."""
+"""Settings that differ from training unless they are typed: the engine has the device to itself, gets much at a time,
+and may take as long as it likes."""
 UNREAD = ("data.train",)
-"""Dictionaries that it does not."""
+"""Dictionaries that an evaluation does not read."""
 ROLES = ("before", "teacher")
 """Names of a run's own models: the student as it was before training, and the teacher."""
 
@@ -88,20 +85,17 @@ def run_eval(argv: Sequence[str]) -> int:
     width = None if sys.stdout.isatty() else 160
     console = Console(highlight=False, width=width, soft_wrap=width is not None, stderr=arguments.as_json)
     config, run = base_config(arguments)
-    problems = evaluation_problems(config)
-    if problems:
-        raise ConfigError(*problems)
     words = [arguments.subject, *arguments.against]
     contenders = []
     for word in words:
         contender = find(word, config, run=run, step=arguments.step, console=console)
         contenders.append(replace(contender, name=_unused(contender.name, {other.name for other in contenders})))
-    check(config, contenders)
+    resolved = check(contenders)
     folder = evaluation_folder(arguments.subject, run)
     command = shlex.join(["distill", "eval", *argv])
     (folder / "command.txt").write_text(command + "\n")
     with exit_status() as status, stdout_to_stderr() if arguments.as_json else nullcontext():
-        files = {contender.name: ask(contender, folder) for contender in contenders}
+        files = {one.name: answer(one, found, folder) for one, found in zip(contenders, resolved, strict=True)}
     if status.value:
         return status.value
     has_votes = resolve_extract(resolve_verifier(config.data.verifier)) is not None
@@ -152,16 +146,12 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 def base_config(arguments: Arguments) -> tuple[Config, RunDir | None]:
     """What is asked, and how: a run's own config, or a composed one; and the run that the subject belongs to."""
-    foreign = [word for word in arguments.overrides if not word.lstrip("+").startswith(READ)]
-    if foreign:
-        raise ConfigError(*(f"{word}: an evaluation does not read it; leave it out" for word in foreign))
+    check_is_read(arguments.overrides)
     run = run_around(arguments.subject)
     if run is not None:
-        config = load_config(run.config)
-        config.cluster = ClusterConfig(
-            gpus_per_node=config.cluster.gpus_per_node, ranks_per_node=config.cluster.ranks_per_node
-        )
-        return override_config(config, [*ALONE, *arguments.overrides], unread=UNREAD), run
+        config = override(load_config(run.config), {"mesh": MeshConfig(), "rollout.replay": None})
+        config = override(config, {"cluster": ClusterConfig(**kept_cluster_keys(config.cluster))})
+        return override(config, [*ALONE, *arguments.overrides], unread=UNREAD), run
     typed = {word.lstrip("+").split("=", 1)[0] for word in arguments.overrides}
     models = []
     if not arguments.subject.startswith("package://") and not typed & {"model", "experiment"}:
@@ -176,7 +166,26 @@ def base_config(arguments: Arguments) -> tuple[Config, RunDir | None]:
         raise ConfigError("distill eval: takes no sweep; name several models with --against")
     if models and set(arguments.against) & set(ROLES):
         raise ConfigError(f"{' and '.join(ROLES)}: of which run? evaluate a run, or choose model=...")
-    return jobs[0].config, None
+    return override(jobs[0].config, {"mesh": MeshConfig()}), None
+
+
+def check_is_read(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for each key that an evaluation does not read, and each group of which it reads no key."""
+    problems = []
+    for word in overrides:
+        key = word.lstrip("+").split("=", 1)[0]
+        if key != "experiment" and not has_property(Config, key, "evaluation"):
+            own = f"eval.{key.rpartition('.')[2]}"
+            hint = f"set {own}" if has_property(Config, own, "evaluation") else "leave it out"
+            problems.append(f"{word}: an evaluation does not read it; {hint}")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def kept_cluster_keys(cluster: ClusterConfig) -> dict[str, Any]:
+    """Return what an evaluation takes over from its run's cluster: all that it reads, but the launcher."""
+    names = [field.name for field in fields(cluster) if has_property(ClusterConfig, field.name, "evaluation")]
+    return {name: getattr(cluster, name) for name in names if name != "launcher"}
 
 
 def run_around(word: str) -> RunDir | None:
@@ -196,15 +205,14 @@ def find(word: str, config: Config, *, run: RunDir | None, step: str | None, con
     if word == "before":
         return Contender("before", config, "student")
     if word == "teacher":
-        model = replace(config.model, tokenizer=config.model.tokenizer or config.model.teacher.path)
-        model.student = StudentModel(path=config.model.teacher.path, revision=config.model.teacher.revision)
-        return Contender("teacher", replace(config, model=model), "teacher")
+        teacher = config.model.teacher
+        as_student = StudentModel(path=teacher.path, revision=teacher.revision)
+        return Contender("teacher", override(config, {"model.student": as_student}), "teacher")
     name, path = Path(word).resolve().name if Path(word).exists() else word, word
     if RunDir(Path(word)).config.is_file() and not (Path(word) / "config.json").is_file():
         trained = open_run(Path(word))
         path = str(trained_student(trained, step=step, console=console))
-    model = replace(config.model, student=replace(config.model.student, path=path, revision=None))
-    return Contender(name, replace(config, model=model), "student")
+    return Contender(name, override(config, {"model.student.path": path, "model.student.revision": None}), "student")
 
 
 def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
@@ -241,43 +249,17 @@ def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
     return folder
 
 
-def check(config: Config, contenders: Sequence[Contender]) -> None:
-    """Everything that can be found wrong before an engine starts.
-
-    Raises:
-        ConfigError: with all problems.
-    """
-    problems: list[str] = []
-
-    @contextmanager
-    def collecting() -> Iterator[None]:
-        try:
-            yield
-        except ConfigError as error:
-            problems.extend(error.problems)
-
-    with collecting():
-        resolve_verifier(config.data.verifier)
-        if config.rollout.environment is not None:
-            resolve_environment(config.rollout.environment)
-    with collecting():
-        check_devices(config)
-    with collecting():
-        check_data(replace(config, data=replace(config.data, train={})))
-    length = validation_length(config)
+def check(contenders: Sequence[Contender]) -> list[ResolvedRun]:
+    """Find everything that can be wrong before an engine starts. Raises ConfigError with all problems."""
+    resolved, problems = [], {}
     for contender in contenders:
-        with collecting():
-            model = getattr(contender.config.model, contender.role)
-            folder = model_files.locate(model.path, revision=model.revision, key=contender.name)
-            problems += engine_problems(config, {contender.role: folder})
-            positions = model_files.text_config(folder).get("max_position_embeddings")
-            if positions is not None and length > positions:
-                problems.append(
-                    f"{contender.name}: has {positions} positions, and prompt and answer may take {length}; lower "
-                    "eval.max_new_tokens, or data.max_prompt_tokens"
-                )
+        try:
+            resolved.append(preflight_evaluation(contender.config, role=contender.role))
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.problems)
     if problems:
-        raise ConfigError(*dict.fromkeys(problems))
+        raise ConfigError(*problems)
+    return resolved
 
 
 def evaluation_folder(subject: str, run: RunDir | None) -> Path:
@@ -296,21 +278,19 @@ def evaluation_folder(subject: str, run: RunDir | None) -> Path:
     return folder
 
 
-def ask(contender: Contender, folder: Path) -> Path:
-    """Has a model answer; the file with its answers.
-
-    Raises:
-        DistillError: its ranks failed.
-    """
-    config, run = contender.config, RunDir(folder / contender.name)
+def answer(contender: Contender, found: ResolvedRun, folder: Path) -> Path:
+    """Start ranks that answer with a model, and return the file with its answers. Raises DistillError if they fail."""
+    config, run = found.config, RunDir(folder / contender.name)
     run.logs.mkdir(parents=True)
-    save_config(replace(config, mesh=MeshConfig()), run.config)
+    save_config(config, run.config)
+    found.write(run)
     write_json(run.evaluation, {"name": contender.name, "role": contender.role})
     launch(
         run,
-        num_ranks=hardware.ranks_per_node(config),
-        use_gpus=hardware.gpus_per_node(config) > 0,
+        num_ranks=found.ranks.per_node,
+        use_gpus=found.ranks.on_gpus,
         hang_timeout_s=config.cluster.hang_timeout_s,
+        env=placement(config.cluster),
     )
     return join_answers(run.path)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.markup import escape
 
 from distill_cli.checkpoint import store
-from distill_cli.config.compose import load_config
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 from distill_cli.verbs.resume import check_base, open_run
 
@@ -30,9 +30,9 @@ def export(argv: Sequence[str]) -> int:
     """
     words, options = _arguments(argv)
     run = open_run(Path(words[0]))
-    config, which = load_config(run.config), options.get("--step", "last")
+    found, which = ResolvedRun.read(run, needs_teacher=False), options.get("--step", "last")
     max_file_bytes = parse_size(options.get("--max-shard-size", MAX_SHARD_SIZE))
-    settings, console = config.checkpoint, Console(highlight=False, soft_wrap=True)
+    settings, console = found.config.checkpoint, Console(highlight=False, soft_wrap=True)
     try:
         checkpoint = store.choose(
             run.checkpoints,
@@ -44,16 +44,16 @@ def export(argv: Sequence[str]) -> int:
     except DistillError as error:
         raise ConfigError(str(error)) from error
     as_adapter = "--adapter" in options
-    if as_adapter and not config.model.student.lora.is_on:
+    if as_adapter and not found.config.model.student.lora.is_on:
         raise ConfigError(f"--adapter: {words[0]} trained all weights (model.student.lora.rank=null); leave it out")
     name = checkpoint.path.name + ("_adapter" if as_adapter else "")
     folder = Path(words[1]) if len(words) > 1 else run.path / "export" / name
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; give another folder")
-    check_base(checkpoint, config)
+    check_base(checkpoint, found.student)
     from distill_cli.checkpoint.hf_export import write_folder  # imports torch
 
-    write_folder(checkpoint, config, folder, as_adapter=as_adapter, max_file_bytes=max_file_bytes)
+    write_folder(checkpoint, found, folder, as_adapter=as_adapter, max_file_bytes=max_file_bytes)
     console.print(f"{'adapter' if as_adapter else 'student'} of step {checkpoint.step}: {folder}")
     if "--push" in options:
         push(folder, options["--push"])

@@ -6,7 +6,6 @@ with one validation at their end; its folder is thrown away. What the steps' own
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
 import time
@@ -16,16 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
-from distill_cli.config.compose import Job, save_config
+from distill_cli.config.compose import Job
 from distill_cli.config.derived import validates
-from distill_cli.config.schema import Config, Launcher, OnTruncation
+from distill_cli.config.schema import Config, Launcher
+from distill_cli.config.variation import override, save_config
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.jobs.preflight import Preflight
 from distill_cli.launch.local import launch
 from distill_cli.launch.placement import placement
 from distill_cli.machine import hardware
+from distill_cli.resolved import ResolvedRun
 
 STEPS = 4
 """The first warms up. After the third a checkpoint is written, and after the fourth the student is validated: what the
@@ -68,14 +68,14 @@ def check_measurable(jobs: Sequence[Job]) -> None:
         )
 
 
-def measure(job: Job, found: Preflight) -> Pace:
+def measure(job: Job, found: ResolvedRun) -> Pace:
     """Runs the job's first steps in a folder of their own, which is gone afterwards.
 
     Raises:
         DistillError: the ranks failed; their logs are what is left of the folder.
         Stopped: the user stopped it.
     """
-    config, root = short(job.config, found), Path(job.config.run.root).absolute()
+    config, root = short(found), Path(job.config.run.root).absolute()
     made = [path for path in (root, *root.parents) if not path.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)  # where checkpoints will go: they take as long as there
@@ -87,6 +87,7 @@ def measure(job: Job, found: Preflight) -> Pace:
     try:
         run.logs.mkdir(parents=True)
         save_config(config, run.config)
+        found.write(run)
         began = time.time()
         launch(
             run,
@@ -110,16 +111,17 @@ def measure(job: Job, found: Preflight) -> Pace:
                     path.rmdir()
 
 
-def short(config: Config, found: Preflight) -> Config:
-    """The run, cut down to STEPS steps: one validation, one checkpoint, no tracker."""
-    config = copy.deepcopy(config)
-    at_end = validates(config)
-    config.train.max_steps = min(STEPS, found.num_steps(config))
-    config.eval.period, config.eval.at_start, config.eval.at_end = 0, False, at_end
-    config.checkpoint.period, config.checkpoint.must_save_by = STEPS - 1, None
-    config.rollout.on_truncation = OnTruncation.warn
-    config.tracker.mlflow.enabled = False
-    return config
+def short(found: ResolvedRun) -> Config:
+    """Return the run's config, cut down to STEPS steps: one validation, one checkpoint, no tracker."""
+    return override(
+        found.config,
+        [
+            f"train.max_steps={min(STEPS, found.num_steps)}",
+            *("eval.period=0", "eval.at_start=false", f"eval.at_end={str(validates(found.config)).lower()}"),
+            *(f"checkpoint.period={STEPS - 1}", "checkpoint.must_save_by=null"),
+            *("rollout.on_truncation=warn", "tracker=none"),
+        ],
+    )
 
 
 def pace(rows: Sequence[Row], *, began: float) -> Pace:

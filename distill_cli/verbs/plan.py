@@ -14,19 +14,18 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from distill_cli import memory
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, compose, known_losses
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
 from distill_cli.config.schema import Config, EngineModelConfig, Launcher, LoraSync
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.jobs.preflight import Preflight
 from distill_cli.jobs.run import check_jobs, exit_status, single_path, training_rows, validation_rows
 from distill_cli.launch import slurm
 from distill_cli.launch.local import command
 from distill_cli.machine import hardware
 from distill_cli.models import model_files
 from distill_cli.models.lora_names import targeted
+from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 from distill_cli.verbs.measure import Pace, check_measurable, measure
 
@@ -50,19 +49,19 @@ def plan(argv: Sequence[str]) -> int:
     return 0
 
 
-def print_plan(job: Job, found: Preflight) -> None:
+def print_plan(job: Job, found: ResolvedRun) -> None:
     """Prints what a checked job would do; starts nothing."""
-    config = job.config
+    config = found.config
     console = Console(highlight=False)
-    console.print(_table("mesh", mesh_rows(config)))
-    for line in mesh_drawing(config):
+    console.print(_table("mesh", mesh_rows(found)))
+    for line in mesh_drawing(found):
         console.print(f"  {line}", markup=False)
-    console.print(_table("a step", step_rows(config)))
-    console.print(_table("the run", run_rows(config, found)))
-    console.print(_table("memory of a rank, GiB", memory_rows(config, found)))
+    console.print(_table("a step", step_rows(found)))
+    console.print(_table("the run", run_rows(found)))
+    console.print(_table("memory of a rank, GiB", memory_rows(found)))
     if config.cluster.launcher is Launcher.local:
         run = RunDir(single_path(job))
-        launch = shlex.join(command(run, num_ranks=hardware.ranks_per_node(config)))
+        launch = shlex.join(command(run, num_ranks=found.ranks.per_node))
         console.print(_table("launch", {"folder": str(run.path), "command": launch}))
     for warning in [*found.warnings, *inert_overrides(config, job.overrides, known_losses())]:
         console.print(f"warning: {escape(warning)}")
@@ -75,13 +74,13 @@ def print_script(jobs: Sequence[Job]) -> None:
     print("sbatch\n" + textwrap.indent(text.strip(), "  "))
 
 
-def mesh_rows(config: Config) -> dict[str, str]:
-    mesh, ranks, gpus = config.mesh, num_ranks(config), hardware.gpus_per_node(config)
-    shards = parameter_shards(config)
+def mesh_rows(found: ResolvedRun) -> dict[str, str]:
+    config, mesh, ranks = found.config, found.config.mesh, found.ranks.total
+    shards = ranks // mesh.replicate  # parts into which weights, gradients and optimizer are cut
     rows = {
-        "ranks": f"{ranks} on {'GPUs' if gpus else 'the CPU'}",
-        "student's engines": engine_row(config, config.engine.student),
-        "teacher's engines": engine_row(config, config.engine.teacher),
+        "ranks": f"{ranks} on {'GPUs' if found.ranks.on_gpus else 'the CPU'}",
+        "student's engines": engine_row(found, config.engine.student),
+        "teacher's engines": engine_row(found, config.engine.teacher),
         "shard": f"{ranks // (mesh.tensor * mesh.context * mesh.replicate)}: each takes a share of the sequences",
         "replicate": f"{mesh.replicate}: copies of the sharded student",
         "context": f"{mesh.context}: share each sequence",
@@ -95,20 +94,20 @@ def mesh_rows(config: Config) -> dict[str, str]:
 MOST_LINES = 16
 
 
-def mesh_drawing(config: Config) -> list[str]:
+def mesh_drawing(found: ResolvedRun) -> list[str]:
     """Each rank by its place: a line is one share of the sequences, a bracket the ranks that share a layer's matrices.
 
     Nothing where there is one rank.
     """
-    mesh, ranks = config.mesh, num_ranks(config)
+    mesh, ranks, per_node = found.config.mesh, found.ranks.total, found.ranks.per_node
     if ranks == 1:
         return []
     shards, width = ranks // (mesh.replicate * mesh.context * mesh.tensor), len(str(ranks - 1))
-    numbers, lines, per_node = iter(range(ranks)), [], hardware.ranks_per_node(config)
+    numbers, lines = iter(range(ranks)), []
     for replica in range(mesh.replicate):
         for shard in range(shards):
             first = len(lines) * mesh.context * mesh.tensor
-            node = f"node {first // per_node}  " if config.cluster.nodes > 1 else ""
+            node = f"node {first // per_node}  " if found.ranks.num_nodes > 1 else ""
             copy = f"replicate {replica}  " if mesh.replicate > 1 else ""
             groups = [[f"{next(numbers):{width}}" for _ in range(mesh.tensor)] for _ in range(mesh.context)]
             lines.append(f"{node}{copy}shard {shard:<3} " + " ".join(f"[{' '.join(group)}]" for group in groups))
@@ -118,14 +117,15 @@ def mesh_drawing(config: Config) -> list[str]:
     return [*lines[:MOST_LINES], *more, f"({legend})"]
 
 
-def checkpoint_row(config: Config, found: Preflight) -> dict[str, str]:
+def checkpoint_row(found: ResolvedRun) -> dict[str, str]:
     """Disk that checkpoints take: what is trained in float32, and with it AdamW's two moments."""
-    settings = config.checkpoint
+    config, settings = found.config, found.config.checkpoint
     if not settings.enabled:
         return {"checkpoints": "none (checkpoint.enabled=false)"}
     if config.model.student.lora.is_on:
         return {}
-    size = 4 * sum(map(math.prod, model_files.shapes(found.student).values())) * (3 if settings.save_optimizer else 1)
+    num_params = sum(map(math.prod, model_files.shapes(found.student.folder).values()))
+    size = 4 * num_params * (3 if settings.save_optimizer else 1)
     kept = settings.keep_top_k + 2  # the newest, and the one that is being written
     return {
         "checkpoints": f"{size / 2**30:.3g} GiB each, every {settings.period} steps; up to {kept} of them, "
@@ -143,27 +143,19 @@ def scores_row(config: Config, steps: int) -> dict[str, str]:
     return {"scores": f"at most {size / 2**30:.3g} GiB a step, {steps * size / 2**30:.3g} GiB of all"}
 
 
-def engine_row(config: Config, engine: EngineModelConfig) -> str:
-    ranks, gpus = engine.tensor_parallel, hardware.gpus_per_node(config)
-    sleeps = gpus and engine.sleep is not False
+def engine_row(found: ResolvedRun, engine: EngineModelConfig) -> str:
+    ranks = engine.tensor_parallel
+    sleeps = found.ranks.on_gpus and engine.sleep is not False
     each = "1 rank" if ranks == 1 else f"{ranks} ranks that share its matrices"
-    return f"{num_ranks(config) // ranks}, each of {each}" + (", asleep while others work" if sleeps else "")
+    return f"{found.ranks.total // ranks}, each of {each}" + (", asleep while others work" if sleeps else "")
 
 
-def num_ranks(config: Config) -> int:
-    return hardware.ranks_per_node(config) * config.cluster.nodes
-
-
-def parameter_shards(config: Config) -> int:
-    """Into how many parts weights, gradients and optimizer are cut."""
-    return num_ranks(config) // config.mesh.replicate
-
-
-def step_rows(config: Config) -> dict[str, str]:
+def step_rows(found: ResolvedRun) -> dict[str, str]:
+    config = found.config
     rollout, train, mesh = config.rollout, config.train, config.mesh
     sequences = rollout.prompts_per_step * rollout.generations_per_prompt
     most_tokens = sequences * rollout.max_sequence_length
-    rounds = micro_batches_per_update(config, num_ranks=num_ranks(config))
+    rounds = micro_batches_per_update(config, num_ranks=found.ranks.total)
     how = "packed" if train.packing else "padded"
     shared = f", shared by {mesh.context} context ranks" if mesh.context > 1 else ""
     return {
@@ -174,21 +166,22 @@ def step_rows(config: Config) -> dict[str, str]:
     }
 
 
-def run_rows(config: Config, found: Preflight) -> dict[str, str]:
-    steps, validations = found.num_steps(config), num_validations(config, found.num_steps(config))
-    samples = min(config.eval.max_samples, found.num_validation or config.eval.max_samples)
+def run_rows(found: ResolvedRun) -> dict[str, str]:
+    config = found.config
+    steps, validations = found.num_steps, num_validations(config, found.num_steps)
+    samples = min(config.eval.max_samples, found.num_validation_rows or config.eval.max_samples)
     teacher = ", and the teacher once" if config.eval.teacher else ""
     epoch = "not known: the data is streamed"
-    if found.num_recorded is not None:
-        epoch = f"{found.num_recorded:,} recorded steps"
-    elif found.num_train is not None:
-        epoch = f"{found.num_train // config.rollout.prompts_per_step:,} steps"
-    return trained_row(config, found) | {
-        "rows": f"{training_rows(config, found)}, {validation_rows(found)} for validation",
+    if found.num_recorded_steps is not None:
+        epoch = f"{found.num_recorded_steps:,} recorded steps"
+    elif found.num_train_rows is not None:
+        epoch = f"{found.num_train_rows // config.rollout.prompts_per_step:,} steps"
+    return trained_row(found) | {
+        "rows": f"{training_rows(found)}, {validation_rows(found)} for validation",
         "epoch": epoch,
         "steps": f"{steps:,} (max_steps {config.train.max_steps:,}, max_epochs {config.train.max_epochs})",
         "validation": f"{validations} times on {samples} prompts{teacher}" if validations else "none",
-        **checkpoint_row(config, found),
+        **checkpoint_row(found),
         **scores_row(config, steps),
     }
 
@@ -203,14 +196,14 @@ def num_validations(config: Config, steps: int) -> int:
     return settings.at_start + periodic + at_end
 
 
-def print_pace(job: Job, found: Preflight, pace: Pace) -> None:
+def print_pace(job: Job, found: ResolvedRun, pace: Pace) -> None:
     """Prints what was measured, and what it comes to over the run."""
     console = Console(highlight=False)
-    console.print(_table("seconds, measured here", pace_rows(job.config, pace)))
-    console.print(_table("expected", expected_rows(job.config, found, pace)))
+    console.print(_table("seconds, measured here", pace_rows(found, pace)))
+    console.print(_table("expected", expected_rows(found, pace)))
 
 
-def pace_rows(config: Config, pace: Pace) -> dict[str, str]:
+def pace_rows(found: ResolvedRun, pace: Pace) -> dict[str, str]:
     """Each stage of a step, a step, and what comes beside steps."""
     each = ", ".join(f"{seconds:.2f}" for seconds in pace.steps)
     how = f"the median of {each}" if len(pace.steps) > 1 else "of one step"
@@ -223,14 +216,14 @@ def pace_rows(config: Config, pace: Pace) -> dict[str, str]:
         rows["a validation"] = f"{pace.validation:9.2f}, its recorded answers included"
     if pace.checkpoint is not None:
         rows["a checkpoint"] = f"{pace.checkpoint:9.3f}, in which training stands still; the writing goes on beside it"
-    ranks = "1 rank" if num_ranks(config) == 1 else f"{num_ranks(config)} ranks"
-    where = f"{ranks} on {'GPUs' if hardware.gpus_per_node(config) else 'CPUs'} of {platform.node()}"
+    ranks = "1 rank" if found.ranks.total == 1 else f"{found.ranks.total} ranks"
+    where = f"{ranks} on {'GPUs' if found.ranks.on_gpus else 'CPUs'} of {platform.node()}"
     return rows | {"from": f"the first steps of this very run, {where}; the first one is left out"}
 
 
-def expected_rows(config: Config, found: Preflight, pace: Pace) -> dict[str, str]:
+def expected_rows(found: ResolvedRun, pace: Pace) -> dict[str, str]:
     """How long an epoch and the run will take, if every step is as those that were measured."""
-    steps, settings = found.num_steps(config), config.checkpoint
+    config, steps, settings = found.config, found.num_steps, found.config.checkpoint
     parts = {
         "start": pace.start + (pace.teacher_validation or 0.0),
         f"{steps:,} steps": steps * pace.step,
@@ -238,8 +231,8 @@ def expected_rows(config: Config, found: Preflight, pace: Pace) -> dict[str, str
         "checkpoints": (steps // settings.period if settings.enabled else 0) * (pace.checkpoint or 0.0),
     }
     rows = {}
-    if found.num_train is not None:
-        epoch = found.num_train // config.rollout.prompts_per_step
+    if found.num_train_rows is not None:
+        epoch = found.num_train_rows // config.rollout.prompts_per_step
         rows["an epoch"] = f"{duration(epoch * pace.step)} for {epoch:,} steps"
     told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
     return rows | {
@@ -255,12 +248,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def trained_row(config: Config, found: Preflight) -> dict[str, str]:
+def trained_row(found: ResolvedRun) -> dict[str, str]:
     """How much of the student is trained, where it is not all of it."""
-    lora = config.model.student.lora
+    lora = found.config.model.student.lora
     if not lora.is_on:
         return {}
-    shapes = model_files.shapes(found.student)
+    shapes = model_files.shapes(found.student.folder)
     layers = targeted(shapes, lora.targets)
     own, whole = sum(lora.rank * sum(shape) for shape in layers.values()), sum(map(math.prod, shapes.values()))
     return {
@@ -269,29 +262,22 @@ def trained_row(config: Config, found: Preflight) -> dict[str, str]:
     }
 
 
-def memory_rows(config: Config, found: Preflight) -> dict[str, str]:
-    """A rank's peak by part, in GiB, or why it cannot be told."""
-    is_gpu = bool(hardware.gpus_per_node(config))
-    gpu_bytes = (hardware.gpu_memory() or 0) if is_gpu else None
-    try:
-        shape = memory.read_shape(found.student, config.model.student.lora)
-        predicted = memory.predict(
-            config, shape, found.student, found.teacher, num_ranks=num_ranks(config), gpu_bytes=gpu_bytes
-        )
-    except memory.NoPrediction as error:
-        return {"no prediction": str(error)}
-    parts = {**predicted.trainer.parts, **predicted.engines}
-    rows = {name: f"{size / 2**30:9.3f}" for name, size in parts.items()}
-    if gpu_bytes == 0:
-        for name, engine in (("sampler", config.engine.student), ("scorer", config.engine.teacher)):
-            if engine.kv_cache_gib is None and name in predicted.engines:
+def memory_rows(found: ResolvedRun) -> dict[str, str]:
+    """Return a rank's peak by part, in GiB, or why there is no prediction."""
+    predicted, ranks = found.memory, found.ranks
+    if predicted is None:
+        return {"no prediction": found.no_memory or ""}
+    rows = {name: f"{size / 2**30:9.3f}" for name, size in predicted.parts.items()}
+    total = hardware.gpu_memory() if ranks.on_gpus else hardware.host_memory()
+    if total is None:
+        for name, engine in (("sampler", found.config.engine.student), ("scorer", found.config.engine.teacher)):
+            if engine.kv_cache_gib is None and name in predicted.parts:
                 rows[name] = f"{engine.gpu_memory_utilization:.0%} of a GPU whose size is not known here"
-    rows["peak"] = f"{predicted.peak / 2**30:9.3f}, at most, the trainer's in {predicted.trainer.name}"
-    if gpu_bytes:
-        rows["of"] = f"{gpu_bytes / 2**30:9.3f}, a GPU"
-    elif not is_gpu:
-        ranks = hardware.ranks_per_node(config)
-        rows["of"] = f"{hardware.host_memory() / ranks / 2**30:9.3f}, the host's memory over {ranks} ranks"
+    rows["peak"] = f"{predicted.peak / 2**30:9.3f}, at most, the trainer's in {predicted.moment}"
+    if ranks.on_gpus and total:
+        rows["of"] = f"{total / 2**30:9.3f}, a GPU"
+    elif total:
+        rows["of"] = f"{total / ranks.per_node / 2**30:9.3f}, the host's memory over {ranks.per_node} ranks"
     return rows
 
 

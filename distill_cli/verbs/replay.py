@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from distill_cli.config.compose import Job, load_config
-from distill_cli.config.schema import Config
+from distill_cli.config.compose import Job
+from distill_cli.config.variation import load_config, override
 from distill_cli.data.recorded_run import Recording
 from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.verbs.resume import open_run, with_overrides
+from distill_cli.verbs.resume import open_run, varied
 from distill_cli.verbs.train import run_jobs
 
 
@@ -32,19 +33,24 @@ def replay(argv: Sequence[str]) -> int:
     if others:
         raise ConfigError(f"{' '.join(others)}: `distill replay` takes a run and overrides")
     run, overrides = open_run(Path(words[0])), words[1:]
-    config = with_overrides(base_config(run), overrides)
+    config = varied(override(load_config(run.config), base_overrides(run)), overrides)
     losses = [word.partition("=")[2] for word in overrides if word.startswith("loss=")]
     choices = {"model": "replay", "loss": (losses or [config.loss.kl_type.replace(":", "_")])[-1]}
     job = Job(config=config, choices=choices, overrides=overrides, swept=[])
     return run_jobs([job], command=["distill", "replay", *argv])
 
 
-def base_config(run: RunDir) -> Config:
-    """The recorded run's own config as a replay of all its steps that asks no engine anything."""
-    config = load_config(run.config)
-    config.rollout.replay, config.rollout.save_scores = str(run.path), False
-    config.train.max_steps = Recording.of(str(run.path)).num_steps
-    config.eval.period, config.eval.record_samples = 0, 0
-    config.eval.at_start = config.eval.at_end = config.eval.teacher = False
-    config.run.name = config.tracker.mlflow.run_name = None
-    return config
+def base_overrides(run: RunDir) -> dict[str, Any]:
+    """Return what makes a run's config a replay of all its steps that starts no engine."""
+    return {
+        "rollout.replay": str(run.path),
+        "rollout.save_scores": False,
+        "train.max_steps": Recording.of(str(run.path)).num_steps,
+        "eval.period": 0,
+        "eval.record_samples": 0,
+        "eval.at_start": False,
+        "eval.at_end": False,
+        "eval.teacher": False,
+        "run.name": None,
+        "tracker.mlflow.run_name": None,
+    }

@@ -10,39 +10,25 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.markup import escape
 
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
-from distill_cli.config.choices import conf_dir
-from distill_cli.config.compose import flatten, load_config, save_config
 from distill_cli.config.credentials import hide_credentials
-from distill_cli.config.overrides import override_problems
 from distill_cli.config.schema import Config, Launcher, Schedule
+from distill_cli.config.variation import forbidden_changes, load_config, override, save_config
 from distill_cli.data.row_check import DataFacts
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.attempts import attempts_of, told
 from distill_cli.folders.run_dir import RunDir, SweepDir
 from distill_cli.jobs import submit
-from distill_cli.jobs.preflight import Preflight, preflight
+from distill_cli.jobs.preflight import preflight
 from distill_cli.jobs.run import carry_out, exit_status, job_of, read_outcome, start_panel
 from distill_cli.jobs.sweep import carry_out_sweep
-from distill_cli.models.model_files import fingerprint, locate
+from distill_cli.models.model_files import ModelFiles, fingerprint
+from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
-
-SAFE = (
-    *("mesh.", "cluster.", "engine.", "eval.", "checkpoint.", "tracker.", "run.print_every"),
-    *("train.max_steps", "train.max_epochs", "train.micro_batch_tokens", "train.packing"),
-    *("train.activation_checkpointing", "train.cpu_offload", "train.offload_optimizer", "train.compile"),
-    *("model.student.lora.sync", "train.max_bad_steps", "rollout.max_truncated_rate", "rollout.on_truncation"),
-    "rollout.save_scores",
-)
-"""Keys, or their beginnings, that a resumed run may change."""
 
 
 def resume(argv: Sequence[str]) -> int:
@@ -71,32 +57,36 @@ def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, conso
         for job in submit.in_queue([run]).values():
             raise ConfigError(f"{run.path}: Slurm has it as {job}; wait for it to end, or scancel it")
         old = load_config(run.config)
-        config = with_overrides(old, overrides)
+        config = varied(old, overrides)
         start = start_of(run, step, config=config, console=console)
         found = preflight(config)
+        if start is not None:
+            check_base(start, found.student)
         if step is None and is_done(run, config, found):
             raise ConfigError(
                 f"{run.path}: finished after {read_outcome(run)['num_steps']} steps; give train.max_steps=N to go on, "
                 "or --step N to go on from an earlier checkpoint"
             )
-        save_config(config, run.config)
+        before = ResolvedRun.read(run).num_steps if run.resolved.exists() else found.num_steps
+        save_config(found.config, run.config)
+        found.write(run)
         if step is not None and start is not None:
             set_aside(run, later_than=start.step)
         attempt = run.next_attempt()
         warnings = list(found.warnings)
-        if config.train.schedule is not Schedule.constant and found.num_steps(config) != found.num_steps(old):
+        if config.train.schedule is not Schedule.constant and found.num_steps != before:
             warnings.append(
-                f"train.schedule={config.train.schedule.value} now ends at step {found.num_steps(config)} instead of "
-                f"{found.num_steps(old)}: the learning rate of the steps to come is another"
+                f"train.schedule={config.train.schedule.value} now ends at step {found.num_steps} instead of "
+                f"{before}: the learning rate of the steps to come is another"
             )
         for warning in warnings:
             console.print(f"warning: {escape(warning)}")
         job = job_of(run)
         for line in told(attempts_of(run)):
             console.print(escape(line))
-        console.print(start_panel(job, found, attempt))
+        console.print(start_panel(found, attempt))
         if config.cluster.launcher is Launcher.slurm:
-            job_id = submit.submit_run(config, run, console=console)
+            job_id = submit.submit_run(found.config, run, console=console)
         else:
             carry_out(job, attempt, console=console)
     if job_id is not None and config.cluster.wait:
@@ -116,7 +106,7 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
     queued = submit.in_queue([runs[element.index] for element in open_elements])
     for path, job in queued.items():
         console.print(f"left     {escape(path.name)}: Slurm has it as {job}")
-    configs: dict[int, Config] = {}
+    resolved: dict[int, ResolvedRun] = {}
     problems: dict[str, None] = {}
     known_data: dict[str, DataFacts] = {}
     for element in open_elements:
@@ -124,24 +114,27 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
         if run.path in queued:
             continue
         try:
-            config = with_overrides(load_config(open_run(run.path).config), overrides)
-            start_of(run, None, config=config, console=console)
+            config = varied(load_config(open_run(run.path).config), overrides)
+            start = start_of(run, None, config=config, console=console)
             found = preflight(config, known_data)
+            if start is not None:
+                check_base(start, found.student)
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
             continue
         if not is_done(run, config, found):
-            configs[element.index] = config
+            resolved[element.index] = found
     if problems:
         raise ConfigError(*problems)
-    if not configs:
+    if not resolved:
         done = "has finished" if not queued else "has finished or is in the queue"
         raise ConfigError(f"{sweep.path}: every run {done}; give train.max_steps=N to go on with finished ones")
-    for index, config in configs.items():
-        save_config(config, runs[index].config)
-    console.print(f"{len(configs)} of {len(elements)} runs go on")
-    rest = [element for element in elements if element.index in configs]
-    return carry_out_sweep(sweep, rest, next(iter(configs.values())), console=console)
+    for index, found in resolved.items():
+        save_config(found.config, runs[index].config)
+        found.write(runs[index])
+    console.print(f"{len(resolved)} of {len(elements)} runs go on")
+    rest = [element for element in elements if element.index in resolved]
+    return carry_out_sweep(sweep, rest, next(iter(resolved.values())).config, console=console)
 
 
 def has_finished(run: RunDir) -> bool:
@@ -149,9 +142,9 @@ def has_finished(run: RunDir) -> bool:
     return outcome is not None and outcome["state"] == "finished"
 
 
-def is_done(run: RunDir, config: Config, found: Preflight) -> bool:
+def is_done(run: RunDir, config: Config, found: ResolvedRun) -> bool:
     """Whether the run has finished all the steps that the config asks for."""
-    return has_finished(run) and read_outcome(run)["num_steps"] >= found.num_steps(config)
+    return has_finished(run) and read_outcome(run)["num_steps"] >= found.num_steps
 
 
 def _arguments(argv: Sequence[str]) -> tuple[Path, int | None, list[str]]:
@@ -181,30 +174,9 @@ def open_run(path: Path) -> RunDir:
     return run
 
 
-def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """A run's config with `key=value` and `group=choice` of `SAFE` keys; others are for `differences` to refuse.
-
-    Raises:
-        ConfigError: an override that is none.
-    """
-    problems = override_problems(overrides, conf_dirs=[conf_dir()])
-    if problems:
-        raise ConfigError(*problems)
-    merged = OmegaConf.structured(config)
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if override.is_delete() or override.is_sweep_override():
-            raise ConfigError(f"{override.input_line}: takes no sweep and no deletion; give key=value or group=choice")
-        try:
-            file = conf_dir() / override.key_or_group / f"{override.value()}.yaml"
-            if file.is_file():
-                OmegaConf.update(merged, override.key_or_group, OmegaConf.load(file))
-            else:
-                OmegaConf.update(merged, override.key_or_group, override.value())
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
-    config = OmegaConf.to_object(merged)
-    hide_credentials(config)
-    return config
+def varied(config: Config, overrides: Sequence[str]) -> Config:
+    """Return a run's config with the overrides that were typed. Raises ConfigError."""
+    return hide_credentials(override(config, overrides))
 
 
 def start_of(run: RunDir, step: int | None, *, config: Config, console: Console) -> Checkpoint | None:
@@ -228,37 +200,25 @@ def start_of(run: RunDir, step: int | None, *, config: Config, console: Console)
     problems = differences(load_config(made_under), config)
     if problems:
         raise ConfigError(*problems)
-    if start:
-        check_base(start, config)
     return start
 
 
-def check_base(checkpoint: Checkpoint, config: Config) -> None:
-    """Raises ConfigError where the frozen weights that a checkpoint's adapters belong to are no longer the same."""
-    student, expected = config.model.student, checkpoint.state.get("base")
-    if expected is None:
-        return
-    folder = locate(student.path, revision=student.revision, key="model.student.path")
-    if fingerprint(folder) != expected:
+def check_base(checkpoint: Checkpoint, student: ModelFiles) -> None:
+    """Raise ConfigError if the frozen weights that a checkpoint's adapters belong to are no longer the same."""
+    expected = checkpoint.state.get("base")
+    if expected is not None and fingerprint(student.folder) != expected:
         raise ConfigError(
             f"model.student.path={student.path}: its weights are not those that the adapters of {checkpoint.path} were "
-            f"trained beside; put them back in {folder}"
+            f"trained on; put them back in {student.folder}"
         )
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """One line for each key that differs and may not."""
-    before, after = plain(old), plain(new)
+    """Return one line for each key that differs and may not."""
     return [
-        f"{key}={after.get(key)}: the run was made with {before.get(key)}, which has shaped its weights; leave it, or "
-        "start a new run"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(SAFE)
+        f"{key}={after}: the run was made with {before}, which has shaped its weights; leave it, or start a new run"
+        for key, before, after in forbidden_changes(old, new, unless="resume")
     ]
-
-
-def plain(config: Config) -> dict[str, Any]:
-    return flatten(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
 
 
 def set_aside(run: RunDir, *, later_than: int) -> None:

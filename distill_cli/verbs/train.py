@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from distill_cli.config.compose import Job, compose, hydra_plugins
@@ -14,9 +15,9 @@ from distill_cli.errors import ConfigError
 from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs import submit
-from distill_cli.jobs.preflight import Preflight
 from distill_cli.jobs.run import carry_out, check_jobs, exit_status, introduce, prepare, print_warnings, single_path
 from distill_cli.jobs.sweep import carry_out_sweep, discard, prepare_sweep
+from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 
 
@@ -52,6 +53,7 @@ def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
     """
     console = new_console()
     checked = check_jobs(jobs)
+    jobs = [replace(job, config=found.config) for job, found in zip(jobs, checked, strict=True)]
     with exit_status() as status:
         if any(job.swept for job in jobs):
             status.value = run_sweep(jobs, checked, command=command, console=console)
@@ -60,10 +62,10 @@ def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
     return status.value
 
 
-def run_single(job: Job, found: Preflight, *, command: Sequence[str], console: Console) -> int:
+def run_single(job: Job, found: ResolvedRun, *, command: Sequence[str], console: Console) -> int:
     """One run in its own folder, here or as a job; the exit status."""
     path = single_path(job)
-    run = prepare(job, path, command=command)
+    run = prepare(found, path, command=command)
     introduce(job, found, run, console=console)
     if job.config.cluster.launcher is Launcher.local:
         run_dir.point_latest(Path(job.config.run.root), os.path.relpath(path, job.config.run.root))
@@ -79,7 +81,7 @@ def run_single(job: Job, found: Preflight, *, command: Sequence[str], console: C
     return submit.wait_for_run(run, job_id, console=console) if job.config.cluster.wait else 0
 
 
-def run_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Sequence[str], console: Console) -> int:
+def run_sweep(jobs: Sequence[Job], checked: Sequence[ResolvedRun], *, command: Sequence[str], console: Console) -> int:
     """One folder for the sweep, one in it for each run; the exit status."""
     config, sweep = jobs[0].config, prepare_sweep(jobs, checked, command=command)
     print_warnings(jobs, checked, console=console, told=set())

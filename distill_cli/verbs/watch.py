@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distill_cli.config.compose import load_config
+from distill_cli.config.variation import load_config
 from distill_cli.errors import ConfigError
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir

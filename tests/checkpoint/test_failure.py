@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.saver import Saver, Trainable, load
-from distill_cli.config.compose import save_config
 from distill_cli.config.schema import CheckpointConfig, Config
+from distill_cli.config.variation import save_config
 from distill_cli.folders import atomic_dir
 from distill_cli.folders.run_dir import RunDir
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.hf_export import trained, write_weights
-from distill_cli.config.compose import save_config
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import save_config
 from distill_cli.folders import atomic_dir
 from distill_cli.student import attention
 from tests.student.layouts import Layout, Outcome, train

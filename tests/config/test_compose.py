@@ -6,10 +6,11 @@ import pytest
 
 from distill_cli.config.checks import config_problems, inert_overrides
 from distill_cli.config.choices import conf_dir, group_choices, groups
-from distill_cli.config.compose import compose, known_losses, load_config, override_config, save_config
+from distill_cli.config.compose import compose, known_losses
 from distill_cli.config.derived import needs_sampler, validates
 from distill_cli.config.overrides import known_keys
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import load_config, override, save_config
 from distill_cli.errors import ConfigError
 
 JSONL_PATHS = ["data.train.path=a.jsonl", "data.validation.path=b.jsonl"]
@@ -115,7 +116,7 @@ def test_a_dictionary_takes_keys_that_the_file_does_not_set() -> None:
     (job,) = compose(["model.chat_template_kwargs={enable_thinking: false}", "data.train={limit: 9}"])
     assert job.config.model.chat_template_kwargs == {"enable_thinking": False}
     assert job.config.data.train["limit"] == 9
-    assert override_config(job.config, ["model.chat_template_kwargs={a: 1}"]).model.chat_template_kwargs["a"] == 1
+    assert override(job.config, ["model.chat_template_kwargs={a: 1}"]).model.chat_template_kwargs["a"] == 1
 
 
 def test_all_mistakes_are_named_at_once() -> None:

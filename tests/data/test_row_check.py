@@ -11,11 +11,12 @@ from transformers import AutoTokenizer
 
 from distill_cli.config.compose import compose
 from distill_cli.config.schema import Config, MeshConfig
+from distill_cli.config.variation import override
 from distill_cli.data.registry import load_examples
 from distill_cli.data.row_check import _hash, check_data
 from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.jobs.preflight import preflight
+from distill_cli.jobs.preflight import preflight, preflight_evaluation
 from distill_cli.models.model_files import ASSETS
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.ranks.build_prompts import build_validator
@@ -105,7 +106,8 @@ class Teller:
 
 
 def validator_of(config: Config, parallel: Parallel) -> Validator:
-    return build_validator(config, parallel, AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student"))
+    found = preflight_evaluation(override(config, {"data.train": {}}), role="student")
+    return build_validator(found, parallel, AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student"))
 
 
 def test_streams_validate_by_their_first_rows(tmp_path: Path, parallel: Parallel) -> None:
@@ -116,7 +118,7 @@ def test_streams_validate_by_their_first_rows(tmp_path: Path, parallel: Parallel
         "data=table", "data.verifier=exact", *streamed, "data.validation.split=train", "eval.max_samples=7"
     )
     found = preflight(config)
-    assert (found.num_train, found.num_validation, found.num_steps(config)) == (None, None, 100)
+    assert (found.num_train_rows, found.num_validation_rows, found.num_steps) == (None, None, 100)
     validator = validator_of(config, parallel)
     assert [prompt.index for prompt in validator.prompts] == list(range(7))
     assert validator.run(Teller()).num_samples == 7
@@ -138,7 +140,7 @@ def test_several_datasets_are_validated_each(tmp_path: Path, parallel: Parallel)
 def test_the_teacher_is_validated_on_prompts_as_it_reads_them(parallel: Parallel) -> None:
     template = "{% for m in messages %}TEACHER {{ m.content }}{% endfor %}"
     config = composed("eval.max_samples=3")
-    config.model.teacher.chat_template = template
+    config = override(config, {"model.teacher.chat_template": template})
     validator = validator_of(config, parallel)
     asked: list[str] = []
 

@@ -19,8 +19,8 @@ from statistics import fmean
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from distill_cli.config.compose import load_config
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import load_config
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.models.model_files import locate
 from distill_cli.rollout.score_files import read_scores, read_sequences

@@ -8,8 +8,8 @@ import torch
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.hf_export import trained, write_weights
 from distill_cli.checkpoint.saver import Saver, Trainable
-from distill_cli.config.compose import save_config
 from distill_cli.config.schema import CheckpointConfig, Config
+from distill_cli.config.variation import save_config
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.folders.run_dir import RunDir

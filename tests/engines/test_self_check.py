@@ -9,6 +9,7 @@ import torch
 
 from distill_cli.checkpoint.saver import Saver, Trainable
 from distill_cli.config.schema import Checkpointing, Config, Dtype, Precision
+from distill_cli.config.variation import override
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import SamplingSettings
@@ -92,11 +93,20 @@ def wrong(
     def run(
         *, sampler: object = sampler, teacher: object = teachers_scorer, temperature: float = 1.0, factor: float = 1.0
     ) -> list[str]:
-        config = Config()
-        config.model.student.path, config.model.teacher.path = student_settings.path, teacher_settings.path
-        config.model.student.dtype = config.model.teacher.dtype = Dtype.float32
-        config.rollout.generations_per_prompt, config.train.global_batch_size, config.loss.topk = 1, 8, 16
-        config.train.precision, config.train.activation_checkpointing = Precision.fp32, Checkpointing.none
+        config = override(
+            Config(),
+            {
+                "model.student.path": student_settings.path,
+                "model.teacher.path": teacher_settings.path,
+                "model.student.dtype": Dtype.float32,
+                "model.teacher.dtype": Dtype.float32,
+                "rollout.generations_per_prompt": 1,
+                "train.global_batch_size": 8,
+                "loss.topk": 16,
+                "train.precision": Precision.fp32,
+                "train.activation_checkpointing": Checkpointing.none,
+            },
+        )
         trained = build_student(student_settings.path, parallel, config, temperature=temperature, factor=factor)
         optimizer = build_optimizer(trained, config.train)
         schedule = build_schedule(optimizer, config.train, num_steps=10)
@@ -171,10 +181,9 @@ def test_a_loss_scaled_by_the_number_of_ranks(wrong) -> None:
 
 
 def test_limits_are_those_of_float32_where_all_of_it_is() -> None:
-    config = Config()
-    config.train.precision = Precision.fp32
-    config.model.student.dtype = config.model.teacher.dtype = Dtype.float32
+    dtypes = {"model.student.dtype": Dtype.float32, "model.teacher.dtype": Dtype.float32}
+    config = override(Config(), {"train.precision": Precision.fp32, **dtypes})
     assert is_exact(config, torch.device("cpu"))
     assert not is_exact(config, torch.device("cuda"))
-    config.model.teacher.dtype = Dtype.bfloat16
+    config = override(config, {"model.teacher.dtype": Dtype.bfloat16})
     assert not is_exact(config, torch.device("cpu"))

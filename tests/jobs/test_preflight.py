@@ -10,8 +10,10 @@ import pytest
 
 from distill_cli.config.compose import compose
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import override
 from distill_cli.errors import ConfigError
-from distill_cli.jobs.preflight import preflight, room
+from distill_cli.jobs.machine_checks import room
+from distill_cli.jobs.preflight import preflight
 from distill_cli.machine import hardware
 
 MakeModel = Callable[..., Path]
@@ -31,8 +33,8 @@ def pair(student: Path, teacher: Path) -> list[str]:
 def test_a_good_pair_passes(make_model: MakeModel) -> None:
     (job,) = compose(pair(make_model("s"), make_model("t")))
     found = preflight(job.config)
-    assert found.num_train == 8192
-    assert found.num_steps(job.config) == job.config.train.max_steps
+    assert found.num_train_rows == 8192
+    assert found.num_steps == job.config.train.max_steps
 
 
 def test_a_path_that_is_not_there_or_is_no_model(tmp_path: Path, make_model: MakeModel) -> None:
@@ -272,13 +274,12 @@ def test_sleep_is_for_gpus(make_model: MakeModel) -> None:
 
 
 def test_a_disk_without_room_is_refused_and_one_with_little_is_warned_of(tmp_path: Path) -> None:
-    config = Config()
-    config.run.root, free = str(tmp_path / "runs"), shutil.disk_usage(tmp_path).free
+    config, free = override(Config(), {"run.root": str(tmp_path / "runs")}), shutil.disk_usage(tmp_path).free
     assert room(config, num_params=1000, num_trained=1000) == (None, None)
     problem, _ = room(config, num_params=free // 12, num_trained=free // 12)
     assert "are free, and a checkpoint takes" in problem
     problem, warning = room(config, num_params=free // 30, num_trained=free // 30)
     assert problem is None
     assert "lower checkpoint.keep_top_k" in warning
-    config.checkpoint.enabled = False
+    config = override(config, {"checkpoint.enabled": False})
     assert room(config, num_params=free // 12, num_trained=free // 12) == (None, None)

@@ -108,8 +108,7 @@ def test_keys_of_gpus_are_named_there_alone() -> None:
 def test_a_run_that_cannot_fit_is_refused_and_one_that_does_is_printed() -> None:
     with pytest.raises(ConfigError, match="engine.student.kv_cache_gib="):
         preflight(config_of("engine.student.kv_cache_gib=100000"))
-    config = config_of()
-    rows = memory_rows(config, preflight(config))
+    rows = memory_rows(preflight(config_of()))
     assert {*memory.PARTS, "sampler", "scorer", "peak", "of"} <= rows.keys()
 
 

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from distill_cli.config.checks import config_problems
 from distill_cli.config.compose import compose
 from distill_cli.config.schema import OffPolicy
+from distill_cli.config.variation import override
 from distill_cli.data.row_check import check_data
 from distill_cli.errors import ConfigError
 from distill_cli.models.model_files import ASSETS
@@ -71,11 +72,10 @@ def test_what_cannot_be_is_said_before_anything_starts(tmp_path: Path) -> None:
     )
     paths = [f"data.train.path={rows}", f"data.validation.path={rows}"]
     (job,) = compose(["data=jsonl", *paths, "rollout.on_policy_fraction=0"])
-    job.config.data.verifier = None
+    config = override(job.config, {"data.verifier": None})
     with pytest.raises(ConfigError, match="data.train: 5 of 5 rows have no whole answer to imitate"):
-        check_data(job.config)
-    job.config.data.train["response_key"] = "worked"
+        check_data(config)
+    config = override(config, {"data.train": {**config.data.train, "response_key": "worked"}})
     with pytest.raises(ConfigError, match="data.train: 1 of 5 rows have no whole answer to imitate"):
-        check_data(job.config)
-    job.config.rollout.off_policy = OffPolicy.teacher
-    check_data(job.config)
+        check_data(config)
+    check_data(override(config, {"rollout.off_policy": OffPolicy.teacher}))

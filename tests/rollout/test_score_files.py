@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill_cli.config.compose import compose, save_config
+from distill_cli.config.compose import compose
 from distill_cli.config.schema import MeshConfig
+from distill_cli.config.variation import override, save_config
 from distill_cli.data.recorded_run import Facts, Recording, remove_later, step_folder, vocabulary_digest
 from distill_cli.errors import ConfigError
 from distill_cli.jobs.preflight import preflight
@@ -180,9 +181,8 @@ def test_a_student_of_another_vocabulary_or_end_is_refused(recorded: Path, make_
 
 def test_neither_the_teacher_nor_the_data_is_needed(recorded: Path) -> None:
     (job,) = compose([f"rollout.replay={recorded}", *QUIET, "loss.topk=4", "train.max_steps=50", "train.max_epochs=3"])
-    config = job.config
-    config.model.teacher.path = "/gone/teacher"
-    config.data.train = {"source": "jsonl", "path": "/gone.jsonl"}
-    save_config(replace(config, rollout=replace(config.rollout, replay=None)), recorded / "config.yaml")
+    gone = {"model.teacher.path": "/gone/teacher", "data.train": {"source": "jsonl", "path": "/gone.jsonl"}}
+    config = override(job.config, gone)
+    save_config(override(config, {"rollout.replay": None}), recorded / "config.yaml")
     found = preflight(config)
-    assert (found.teacher, found.num_recorded, found.num_steps(config)) == (None, 2, 6)
+    assert (found.teacher, found.num_recorded_steps, found.num_steps) == (None, 2, 6)

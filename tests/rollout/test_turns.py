@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill_cli.config.checks import config_problems
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import override
 from distill_cli.data.environments import Observation
 from distill_cli.data.environments.calculator import Calculator, calculate
 from distill_cli.data.environments.guess import Guess
@@ -244,6 +245,5 @@ def test_guess_and_check() -> None:
 def test_environments_are_found_and_turns_need_one() -> None:
     assert {"calculator", "guess"} <= set(names("environments"))
     assert isinstance(resolve_environment("guess")(), Guess)
-    config = Config()
-    config.rollout.max_turns = 2
+    config = override(Config(), {"rollout.max_turns": 2})
     assert any(line.startswith("rollout.max_turns=2: nobody answers") for line in config_problems(config))

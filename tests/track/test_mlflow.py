@@ -15,9 +15,10 @@ from mlflow import MlflowClient
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.saver import mlflow_identity
 from distill_cli.config.checks import config_problems
-from distill_cli.config.compose import compose, load_config, save_config
+from distill_cli.config.compose import compose
 from distill_cli.config.credentials import without_credentials
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import load_config, override, save_config
 from distill_cli.folders.metrics_file import MetricsFile, cut_back, read_metrics
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir, create, element_name, write_json
 from distill_cli.track.client import connect
@@ -333,8 +334,7 @@ def test_no_password_of_the_address_is_written_anywhere(tmp_path: Path, monkeypa
     "uri", ["localhost:5000", "runs/mlruns", "file:///tmp/a", "http://u:pa/55@host:1", "http://h:x"]
 )
 def test_an_address_that_is_none_is_refused_and_not_quoted(uri: str) -> None:
-    config = Config()
-    config.tracker.mlflow.uri = uri
+    config = override(Config(), {"tracker.mlflow.uri": uri})
     (problem,) = [problem for problem in config_problems(config) if "tracker" in problem]
     assert uri not in problem
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import override
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.train.rollout_worker import EnginePair
 from distill_cli.train.trainer import Trainer
@@ -61,8 +62,8 @@ def said() -> list[str]:
 
 @pytest.fixture
 def trainer(parallel: Parallel, said: list[str], tmp_path: Path) -> Trainer:
-    config = Config()
-    config.rollout.generations_per_prompt, config.train.global_batch_size, config.loss.topk = 1, 2, 4
+    sizes = {"rollout.generations_per_prompt": 1, "train.global_batch_size": 2, "loss.topk": 4}
+    config = override(Config(), sizes)
 
     def begin_training() -> None:
         said.append("train")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from distill_cli.config.checks import config_problems, evaluation_problems
 from distill_cli.config.schema import Config, MeshConfig
+from distill_cli.config.variation import override
 from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.data.registry import resolve_extract, resolve_verifier
 from distill_cli.engines.settings import SamplingSettings
@@ -141,8 +142,7 @@ def test_final_answers_that_are_equal_are_one_vote() -> None:
 
 
 def test_greedy_answers_are_not_repeated() -> None:
-    config = Config()
-    config.eval.repeat = 4
+    config = override(Config(), {"eval.repeat": 4})
     (problem,) = [line for line in config_problems(config) if line.startswith("eval.repeat")]
     assert problem == "eval.repeat=4: greedy answers are all the same; set eval.temperature above 0"
     assert any(line.startswith("data.validation:") for line in evaluation_problems(config))

@@ -1,10 +1,12 @@
 """What is made of a short run's rows: which of them count for what."""
 
+from dataclasses import replace
+
 import pytest
 
 from distill_cli.config.compose import compose
 from distill_cli.errors import DistillError
-from distill_cli.jobs.preflight import Preflight
+from distill_cli.jobs.preflight import preflight
 from distill_cli.verbs.measure import Pace, pace, short
 from distill_cli.verbs.plan import expected_rows, num_validations
 
@@ -37,10 +39,10 @@ def test_a_run_of_one_step_is_all_there_is() -> None:
 
 
 def test_the_run_is_the_sum_of_its_parts() -> None:
-    config = compose(["train.max_steps=50", "eval.period=20", "checkpoint.period=10"])[0].config
+    found = preflight(compose(["train.max_steps=50", "eval.period=20", "checkpoint.period=10"])[0].config)
     measured = Pace(60.0, {"sample": 2.0, "train": 4.0}, (6.0,), 30.0, 40.0, 1.0, 30.0)
-    assert num_validations(config, 50) == 4  # at the start, 20, 40, the end
-    rows = expected_rows(config, Preflight(num_train=6400), measured)
+    assert num_validations(found.config, 50) == 4  # at the start, 20, 40, the end
+    rows = expected_rows(replace(found, num_train_rows=6400), measured)
     assert rows["an epoch"] == "10.0 min for 100 steps"
     # 60 + 40 + 50 x 6 + 4 x 30 + 5 x 1 = 525 s
     assert rows["the run"] == "8.8 min (start 1.7 min, 50 steps 5.0 min, validations 2.0 min, checkpoints 5 s)"
@@ -48,7 +50,7 @@ def test_the_run_is_the_sum_of_its_parts() -> None:
 
 def test_it_is_the_run_that_was_typed_but_for_its_length() -> None:
     config = compose(["loss.topk=8", "rollout.prompts_per_step=16", "train.global_batch_size=16"])[0].config
-    cut = short(config, Preflight(num_train=6400))
+    cut = short(preflight(config))
     assert (cut.train.max_steps, cut.loss.topk, cut.rollout.prompts_per_step) == (4, 8, 16)
     assert not cut.tracker.mlflow.enabled
     assert config.train.max_steps == 100

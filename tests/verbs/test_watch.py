@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from distill_cli.config.compose import compose, save_config
+from distill_cli.config.compose import compose
+from distill_cli.config.variation import save_config
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.terminal.panel import Screen, sparks
 from distill_cli.verbs import watch
