@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from distill_cli.config.choices import conf_dir
@@ -82,7 +83,11 @@ def _choose(merged: DictConfig, *, group: str, choice: str) -> None:
     content = OmegaConf.to_container(OmegaConf.load(file))
     groups = [name for entry in content.pop("defaults", []) if isinstance(entry, dict) for name in entry]
     for key in (*(name.removeprefix("override ").removeprefix("/") for name in groups), *flatten(content)):
-        OmegaConf.update(merged, key, OmegaConf.select(composed, key), merge=False, force_add=True)
+        try:
+            value = OmegaConf.select(composed, key, throw_on_missing=True)
+        except MissingMandatoryValue:
+            value = MISSING
+        OmegaConf.update(merged, key, value, merge=False, force_add=True)
 
 
 def forbidden_changes(before: Config, after: Config, *, unless: str) -> Iterator[tuple[str, Any, Any]]:
@@ -95,7 +100,8 @@ def forbidden_changes(before: Config, after: Config, *, unless: str) -> Iterator
 
 def plain(config: Config) -> dict[str, Any]:
     """Return a config as dotted keys and plain values."""
-    return flatten(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+    flat = flatten(dataclasses.asdict(config))
+    return {key: value.value if isinstance(value, Enum) else value for key, value in flat.items()}
 
 
 def flatten(node: Any, at: str = "") -> dict[str, Any]:

@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 
-from distill_cli.config.choices import conf_dir, group_choices, groups
 from distill_cli.config.compose import compose
 from distill_cli.config.fields import has_property, leaves
 from distill_cli.config.schema import Config, Dtype
 from distill_cli.config.variation import forbidden_changes, override, plain
 from distill_cli.errors import ConfigError
 
-CHOICES = [(g, c) for g in groups([conf_dir()]) for c in group_choices(g, [conf_dir()])]
+CHOICES = [("cluster", "slurm"), ("cluster", "slurm_example"), ("data", "mix"), ("experiment", "quick")]
+CHOICES += [("loss", "jsd"), ("model", "tiny"), ("model", "custom"), ("train", "default")]
 FILLED = ["model.student.path=a", "model.teacher.path=b", "data.train.path=a.jsonl", "data.validation.path=b.jsonl"]
 
 
@@ -42,7 +42,7 @@ def test_override_takes_values_by_key(tiny: Config) -> None:
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_choice_replaces_its_group(tiny: Config, group: str, choice: str) -> None:
+def test_a_choice_replaces_its_group(tiny: Config, group: str, choice: str) -> None:
     """A file's keys have the values that Hydra composes for it, those of files it inherits from included."""
     typed = [f"{group}={choice}", *FILLED]
     varied, composed = plain(override(tiny, typed)), plain(compose(typed)[0].config)
@@ -92,14 +92,14 @@ def flipped(config: Config, key: str) -> Config:
     return override(config, {key: next(one for one in kind if one is not value)})
 
 
-@pytest.mark.parametrize("key", list(leaves(Config)))
 @pytest.mark.parametrize("verb", ["resume", "replay", "evaluation"])
-def test_a_changed_key_is_recorded_or_refused(tiny: Config, key: str, verb: str) -> None:
-    changed = flipped(tiny, key)
-    is_recorded = any(plain(tiny).get(one) != value for one, value in plain(changed).items())
-    is_refused = [one for one, _, _ in forbidden_changes(tiny, changed, unless=verb)]
-    assert is_recorded
-    assert bool(is_refused) != has_property(Config, key, verb)
+def test_changed_keys_are_recorded_or_refused(tiny: Config, verb: str) -> None:
+    before = plain(tiny)
+    for key in leaves(Config):
+        changed = flipped(tiny, key)
+        assert any(before.get(one) != value for one, value in plain(changed).items()), key
+        is_refused = [one for one, _, _ in forbidden_changes(tiny, changed, unless=verb)]
+        assert bool(is_refused) != has_property(Config, key, verb), key
 
 
 def test_properties_are_inherited_downwards() -> None:
