@@ -51,7 +51,7 @@ def main() -> None:
     config = job.config
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
-        parallel = layout(config.mesh, device=torch.device("cpu"))
+        parallel = layout(device=torch.device("cpu"))
         validator = build_validator(config, parallel, build_tokenizer(config))
         engine = Answerer(engine_settings(config, config.model.student, config.engine.student))
         variants = {

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from distill_cli.config.derived import engine_length, needs_sampler, needs_scorer
-from distill_cli.config.schema import Config, EngineModelConfig, LoraSync, StudentModel, TeacherModel
+from distill_cli.config.schema import Config, EngineModelConfig, StudentModel, TeacherModel
 from distill_cli.engines.companion import CompanionScorer, needs_companion
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
@@ -88,7 +88,7 @@ def engine_settings(
 def adapter_of(model: StudentModel | TeacherModel) -> Adapter | None:
     """What the engine has beside its weights."""
     lora = getattr(model, "lora", None)
-    return Adapter(lora.rank, lora.alpha) if lora and lora.is_on and lora.sync is LoraSync.adapter else None
+    return Adapter(lora.rank, lora.alpha) if lora and lora.syncs_adapter else None
 
 
 def train_sampling(config: Config) -> SamplingSettings:

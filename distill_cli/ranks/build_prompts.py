@@ -10,7 +10,7 @@ from distill_cli.config.derived import max_prompt_tokens, max_teacher_prompt_tok
 from distill_cli.config.schema import Config
 from distill_cli.data.isolated import IsolatedEnvironments, IsolatedVerifier
 from distill_cli.data.order import PromptOrder, PromptStream
-from distill_cli.data.prompts import PromptMaker, load_template, load_tokenizer, make_prompts
+from distill_cli.data.prompts import PromptMaker, PromptSettings, load_template, load_tokenizer, make_prompts
 from distill_cli.data.recorded_run import Recording
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
@@ -32,8 +32,10 @@ MAX_PROMPTS_AT_START = 50_000
 def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     model = config.model
     if model.tokenizer is not None:
-        return load_tokenizer(locate(model.tokenizer, key="model.tokenizer"), model)
-    return load_tokenizer(locate(model.student.path, revision=model.student.revision, key="model.student.path"), model)
+        folder = locate(model.tokenizer, key="model.tokenizer")
+    else:
+        folder = locate(model.student.path, revision=model.student.revision, key="model.student.path")
+    return load_tokenizer(folder, chat_template=model.chat_template, trust_remote_code=model.trust_remote_code)
 
 
 def build_order(config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> Order:
@@ -61,22 +63,34 @@ def build_order(config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Pa
 
 
 def prompt_maker(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptMaker:
-    teacher, template = config.model.teacher, config.model.teacher.chat_template
     environment = config.rollout.environment
-    if template == OWN_TEMPLATE:
-        folder = locate(teacher.path, revision=teacher.revision, key="model.teacher.path")
-        template = load_template(folder, trust_remote_code=config.model.trust_remote_code)
-    elif template is not None:
-        template = read_template(template)
-    return PromptMaker(
-        tokenizer,
-        data=config.data,
-        model=config.model,
+    opening = IsolatedEnvironments(environment).make().reset if environment else None
+    return PromptMaker(tokenizer, prompt_settings(config), opening=opening)
+
+
+def prompt_settings(config: Config) -> PromptSettings:
+    data, model = config.data, config.model
+    return PromptSettings(
         max_tokens=max_prompt_tokens(config),
+        prompt_template=data.prompt_template,
+        system_prompt=data.system_prompt,
+        template_kwargs=model.chat_template_kwargs,
+        overlong=data.overlong_prompts.value,
         teacher_max_tokens=max_teacher_prompt_tokens(config),
-        teacher_template=template,
-        opening=IsolatedEnvironments(environment).make().reset if environment else None,
+        teacher_chat_template=teacher_chat_template(config),
+        teacher_template_kwargs=model.teacher.chat_template_kwargs,
+        has_teacher_context=data.teacher_context is not None,
+        teacher_prompt_template=data.teacher_prompt_template,
     )
+
+
+def teacher_chat_template(config: Config) -> str | None:
+    """Return the text of the teacher's chat template; None is the student's."""
+    teacher = config.model.teacher
+    if teacher.chat_template == OWN_TEMPLATE:
+        folder = locate(teacher.path, revision=teacher.revision, key="model.teacher.path")
+        return load_template(folder, trust_remote_code=config.model.trust_remote_code)
+    return None if teacher.chat_template is None else read_template(teacher.chat_template)
 
 
 def build_validator(
