@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -186,9 +186,7 @@ def checkpoint_activations(lm: PreTrainedModel, which: Checkpointing) -> None:
     lm.gradient_checkpointing_enable(arguments)
 
 
-def _keep_products(
-    _context: object, operator: object, *args: object, cheap: int, **_kwargs: object
-) -> CheckpointPolicy:
+def _keep_products(_context: object, operator: object, *args: Any, cheap: int, **_kwargs: object) -> CheckpointPolicy:
     """Keep the outputs of KEPT's operators.
 
     Compiled layers write products into buffers that they reuse (`mm.out`), so those cannot be kept; attention runs
@@ -211,7 +209,7 @@ def shard(student: Student, parallel: Parallel, *, bf16: bool, cpu_offload: bool
 
     FSDP divides gradients by the number of ranks by default; the loss is divided once already, so they are summed.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "mesh": parallel.fsdp,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None,
