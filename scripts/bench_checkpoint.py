@@ -26,7 +26,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_cli.checkpoint.saver import Saver, Trainable
-from distill_cli.config.schema import CheckpointConfig, Config, Precision, TrainConfig
+from distill_cli.config.schema import Config
 from distill_cli.config.variation import save_config
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir
@@ -53,7 +53,6 @@ def main() -> None:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
     on_gpu = torch.cuda.is_available()
     parallel = init_parallel(device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
-    train = TrainConfig(precision=Precision.bf16 if on_gpu else Precision.fp32)
     attention.register()
     heads = given.hidden // 64
     config = AutoConfig.for_model(
@@ -62,13 +61,14 @@ def main() -> None:
         tie_word_embeddings=True,
     )  # fmt: skip
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).to(parallel.device)
-    student = wrap(Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0), parallel, train)
-    optimizer = build_optimizer(student, train)
-    schedule = build_schedule(optimizer, train, num_steps=100)
+    student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0)
+    wrap(student, parallel, bf16=on_gpu, checkpointing="full")
+    optimizer = build_optimizer(student, lr=2e-5)
+    schedule = build_schedule(optimizer, num_updates=100)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Path(folder))
         save_config(Config(), run.config)
-        saver = Saver(run, CheckpointConfig(keep_top_k=0), Trainable(student.lm, optimizer, schedule))
+        saver = Saver(run, Trainable(student.lm, optimizer, schedule), keep_top_k=0)
         rollouts = [rollout(given.tokens, given.vocab)]
         plan = plan_batch([given.tokens], num_ranks=1, max_tokens=given.tokens, packing=True, multiple=1)
 

@@ -52,7 +52,7 @@ def main() -> None:
     config = job.config
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
-        parallel = layout(config.mesh, device=torch.device("cpu"))
+        parallel = layout(device=torch.device("cpu"))
         found = preflight(config)
         validator = build_validator(found, parallel, build_tokenizer(found))
         engine = Answerer(engine_settings(found, "student"))

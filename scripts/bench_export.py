@@ -44,7 +44,7 @@ def save(rank: int, given: argparse.Namespace, folder: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from distill_cli.checkpoint.saver import Saver, Trainable, start_moments
-    from distill_cli.config.schema import CheckpointConfig, Config
+    from distill_cli.config.schema import Config
     from distill_cli.config.variation import save_config
     from distill_cli.folders.run_dir import RunDir
     from distill_cli.parallel.mesh import init_parallel
@@ -67,7 +67,7 @@ def save(rank: int, given: argparse.Namespace, folder: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     trainable = Trainable(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
     start_moments(trainable, num_updates=1)
-    saver = Saver(run, CheckpointConfig(), trainable)
+    saver = Saver(run, trainable)
     saver.save(1, {"metrics": {}})
     saver.close()
     dist.destroy_process_group()

@@ -39,6 +39,8 @@ NO_TORCH = [
     "distill_cli.ranks.worker",
     "distill_cli.report.comparison",
 ]
+NO_CONFIG = ["student", "parallel", "losses", "checkpoint/saver.py", "data/prompts.py"]
+"""Take plain arguments; `ranks` passes them the values of the config."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -66,6 +68,15 @@ def test_imports_point_down(path: Path) -> None:
         other = rest.split(".")[0]
         if head == "distill_cli" and other in LEVEL and other != me:
             assert LEVEL[other] < LEVEL[me], f"{path}:{line} {me} imports {other}"
+
+
+@pytest.mark.parametrize("name", NO_CONFIG)
+def test_plain_arguments_below_ranks(name: str) -> None:
+    files = [path for path in FILES if path.is_relative_to(PACKAGE / name)]
+    assert files
+    for path in files:
+        for line, module in imported_modules(path):
+            assert not module.startswith("distill_cli.config."), f"{path}:{line} imports {module}"
 
 
 def test_every_module_has_a_layer() -> None:

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from distill_cli.checkpoint.saver import MOMENTS
 from distill_cli.checkpoint.store import Checkpoint
-from distill_cli.config.schema import Config, LoraConfig
+from distill_cli.config.schema import Config
 from distill_cli.data.prompts import load_tokenizer
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.models.lora_names import shortened, targeted
@@ -60,8 +60,9 @@ def write_folder(
         if as_adapter:
             write_adapter(weights, config, temporary, base=base)
         else:
-            if model.student.lora.is_on:
-                weights = merged(weights, base, model.student.lora)
+            lora = model.student.lora
+            if lora.rank:
+                weights = merged(weights, base, scale=lora.alpha / lora.rank)
             write_weights(weights, temporary, dtype=dtype, max_file_bytes=max_file_bytes)
             hf_config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
             hf_config.dtype = dtype
@@ -70,7 +71,10 @@ def write_folder(
                 shutil.copyfile(base / "generation_config.json", temporary / "generation_config.json")
             if found.vocabulary.merged_eos_ids:
                 write_end_tokens(temporary, found.vocabulary.merged_eos_ids)
-        load_tokenizer(found.tokenizer.folder, model).save_pretrained(temporary)
+        tokenizer = load_tokenizer(
+            found.tokenizer.folder, chat_template=model.chat_template, trust_remote_code=model.trust_remote_code
+        )
+        tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(checkpoint, config, as_adapter=as_adapter))
         temporary.rename(folder)
     except (OSError, DistillError) as error:
@@ -104,8 +108,8 @@ def trained(checkpoint: Checkpoint) -> Weights:
     return Weights({name: meta.size for name, meta in found.items()}, read)
 
 
-def merged(adapters: Weights, base: Path, lora: LoraConfig) -> Weights:
-    """The weights of the folder `base` with what the adapters add to them, in float32 there."""
+def merged(adapters: Weights, base: Path, *, scale: float) -> Weights:
+    """Return the weights of the folder `base` with the adapters merged; merged ones are float32."""
     sizes = {name: torch.Size(shape) for name, shape in shapes(base).items()}
 
     def read(names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -117,7 +121,7 @@ def merged(adapters: Weights, base: Path, lora: LoraConfig) -> Weights:
             a, b = (name.removesuffix("weight") + part for part in (A, B))
             if a in adapters.sizes:
                 pair = adapters.read((a, b))
-                tensors[name] = merge(tensors[name], pair[a], pair[b], lora.alpha / lora.rank)
+                tensors[name] = merge(tensors[name], pair[a], pair[b], scale)
         return tensors
 
     return Weights(sizes, read)

@@ -1,8 +1,8 @@
-"""The ranks' side: the student and its optimizer into a checkpoint and back, on any number of ranks and any mesh.
+"""Save the student and its optimizer to a checkpoint and load them again, on any number of ranks and any mesh.
 
-torch.distributed.checkpoint cuts and puts together; files are safetensors (no pickle is written or read). With
-`checkpoint.async_save` a thread copies the state to host memory and writes it, on a process group of its own. Training
-goes on meanwhile; only an optimizer's step, which changes what is being copied, waits for the copy.
+torch.distributed.checkpoint splits and assembles; files are safetensors (no pickle is written or read). A thread
+copies the state to host memory and writes it, on a process group of its own. With `async_save` training goes on
+meanwhile; only an optimizer update, which changes what is being copied, waits for the copy.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from distill_cli.checkpoint import store
-from distill_cli.config.schema import CheckpointConfig
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders import atomic_dir
 from distill_cli.folders.run_dir import RunDir, flush, write_json
@@ -34,29 +34,29 @@ log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHTS_FILE, MOMENTS_FILE = 1, 2
-"""Numbers of a rank's files: an export opens the first only."""
+"""Numbers of a rank's files: an export opens only the first."""
 
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """What a checkpoint is made of, and what it is loaded into."""
+    """What a checkpoint holds, and what it is loaded into."""
 
     model: torch.nn.Module
-    """Parameters under their Hugging Face names; only those that are trained are kept."""
+    """Its parameters have their Hugging Face names; a checkpoint holds only those that are trained."""
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
     base: str | None = None
-    """`modelpath.fingerprint` of the weights that are not trained, and in no checkpoint."""
+    """`model_files.fingerprint` of the frozen weights, which no checkpoint holds; None if all are trained."""
     after_load: Callable[[], object] = lambda: None
-    """Called when the optimizer's state has been read: `OptimizerOffload` brings it to where it rests."""
+    """Called after the optimizer's state is read; `OptimizerOffload.to_rest` with an offloaded optimizer."""
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, param) for name, param in self.model.named_parameters() if param.requires_grad)
 
     def tensors(self, *, with_optimizer: bool) -> Tensors:
-        """The live tensors by name; DTensors as they are cut."""
+        """Return the live tensors by name; DTensors as they are sharded."""
         tensors: Tensors = {name: param.detach() for name, param in self.parameters()}
         if with_optimizer:
             for name, param in self.parameters():
@@ -66,17 +66,17 @@ class Trainable:
 
     @property
     def num_updates(self) -> int:
-        """Optimizer steps so far."""
+        """Optimizer updates so far."""
         return self.schedule.last_epoch
 
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank holds of a tensor."""
+    """This rank's part of a tensor."""
 
     local: torch.Tensor
     spec: Any
-    """Of a DTensor; None where the tensor is whole."""
+    """The DTensor's spec; None if the tensor is whole."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Part:
@@ -84,27 +84,27 @@ class Part:
 
 
 class HostCopy:
-    """A copy of this rank's tensors in host memory, which is taken once and used again for each checkpoint."""
+    """A copy of this rank's tensors in host memory, allocated once and reused for each checkpoint."""
 
     def __init__(self) -> None:
         self._host: Tensors = {}
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def take(self, tensors: Mapping[str, Part], *, after: torch.cuda.Event | None) -> Tensors:
-        """The same names and layouts, with values that stay as they are now until the next call.
+        """Return the same names and layouts with the values of now, which stay until the next call.
 
         Args:
-            after: what the GPU has to be done with before it copies.
+            after: the GPU copies after this event.
         """
         copies: Tensors = {}
-        with torch.cuda.stream(self._stream):  # without effect where there is none
+        with torch.cuda.stream(self._stream):  # None has no effect
             if after is not None:
                 self._stream.wait_event(after)
             for name, part in tensors.items():
                 if name not in self._host:
                     self._host[name] = torch.empty_like(part.local, device="cpu", pin_memory=part.local.is_cuda)
                 host = self._host[name].copy_(part.local, non_blocking=True)
-                # DTensor.from_local would carry it back to the mesh's device.
+                # DTensor.from_local would move it back to the mesh's device.
                 copies[name] = DTensor(host, part.spec, requires_grad=False) if part.spec else host
         if self._stream is not None:
             self._stream.synchronize()
@@ -112,10 +112,30 @@ class HostCopy:
 
 
 class Saver:
-    """Writes checkpoints. Every rank has one and calls it at the same steps: a collective."""
+    """Write a run's checkpoints. Build one on every rank and call it at the same steps: both are collectives."""
 
-    def __init__(self, run: RunDir, settings: CheckpointConfig, trainable: Trainable) -> None:
-        self._run, self._settings, self._trainable = run, settings, trainable
+    def __init__(
+        self,
+        run: RunDir,
+        trainable: Trainable,
+        *,
+        keep_top_k: int = 3,
+        metric: str = "val/accuracy",
+        higher_is_better: bool = True,
+        save_optimizer: bool = True,
+        async_save: bool = True,
+    ) -> None:
+        """
+        Args:
+            keep_top_k: with `metric` and `higher_is_better`: which older checkpoints to keep (`store.prune`).
+            save_optimizer: save AdamW's moments too; a resumed run is exact only with them.
+            async_save: return from `save` before the checkpoint is on disk.
+        """
+        self._run, self._trainable = run, trainable
+        self._save_optimizer, self._async_save = save_optimizer, async_save
+        self._prune = partial(
+            store.prune, run.checkpoints, keep_top_k=keep_top_k, metric=metric, higher_is_better=higher_is_better
+        )
         self._group = dist.new_group(backend="gloo")  # the thread's: the trainer's own is in use meanwhile
         self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
@@ -124,25 +144,25 @@ class Saver:
         self._copied.set()
         trainable.optimizer.register_step_pre_hook(self._wait_for_copy)
         self.last_step = 0
-        """The newest step that `save` was called for."""
+        """Step of the latest call of `save`."""
         self.stopped_s = 0.0
-        """How long training has stood still for checkpoints."""
+        """Seconds that training has waited for checkpoints."""
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes the checkpoint of `step`, in the background unless the config says otherwise.
+        """Write the checkpoint of `step`, in the background with `async_save`.
 
-        One that cannot be written (a full disk) is a warning: what was there before stays, and training goes on.
+        A checkpoint that cannot be written (a full disk) is a warning: earlier ones stay, and training goes on.
 
         Args:
-            state: what `load` gives back; JSON. `metrics` are the step's.
+            state: returned by `load`; JSON. Its `metrics` are the step's.
         """
         begin = time.perf_counter()
         self.finish()
         self.last_step = step
-        # What holds the values now, whatever object a DTensor or an optimizer's state is made of later.
+        # The storage that holds the values now: DTensors and the optimizer's state may get another one later.
         parts = {
             name: Part.of(tensor)
-            for name, tensor in self._trainable.tensors(with_optimizer=self._settings.save_optimizer).items()
+            for name, tensor in self._trainable.tensors(with_optimizer=self._save_optimizer).items()
         }
         state = {"step": step, **state, "num_updates": self._trainable.num_updates, "num_ranks": dist.get_world_size()}
         state["base"] = self._trainable.base
@@ -155,7 +175,7 @@ class Saver:
             daemon=True,
         )
         self._thread.start()
-        if not self._settings.async_save:
+        if not self._async_save:
             self.finish()
         self.stopped_s += time.perf_counter() - begin
 
@@ -165,7 +185,7 @@ class Saver:
         self.stopped_s += time.perf_counter() - begin
 
     def finish(self) -> None:
-        """Until what is being written is there."""
+        """Block until the pending checkpoint is on disk."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -184,7 +204,7 @@ class Saver:
         randomness: dict[str, Any],
     ) -> None:
         problem, tensors = None, {}
-        if self._device is not None:  # a thread begins on the first GPU, and would take memory there
+        if self._device is not None:  # a new thread is on the first GPU, and would allocate there
             torch.cuda.set_device(self._device)
         try:
             tensors = self._host_copy.take(parts, after=now)
@@ -208,7 +228,7 @@ class Saver:
     def _write(
         self, step: int, tensors: Tensors, state: dict[str, Any], randomness: dict[str, Any]
     ) -> tuple[dict[str, Any], str | None]:
-        """This rank's files: their entries in the manifest, or why they could not be written."""
+        """Write this rank's files; return their entries in the manifest, or why they could not be written."""
         rank = dist.get_rank()
         temporary = store.temporary_path(self._run.checkpoints, step)
         try:
@@ -222,12 +242,12 @@ class Saver:
                 shutil.copyfile(self._run.config, temporary / store.CONFIG)
                 mine += [temporary / store.STATE, temporary / store.CONFIG]
             return atomic_dir.describe(mine), None
-        except (Exception, dcp.api.CheckpointException) as error:  # what a file system raises, on one rank or another
-            log.info("the checkpoint of step %d", step, exc_info=True)  # the main rank warns in a line
+        except (Exception, dcp.api.CheckpointException) as error:  # a file system's errors, on any rank
+            log.info("the checkpoint of step %d", step, exc_info=True)  # the main rank warns in one line
             return {}, _root_cause(error)
 
     def _seal(self, step: int, everyone: list[tuple[dict[str, Any], str | None]]) -> None:
-        root, settings = self._run.checkpoints, self._settings
+        root = self._run.checkpoints
         temporary = store.temporary_path(root, step)
         problems = [problem for _, problem in everyone if problem]
         try:
@@ -240,12 +260,7 @@ class Saver:
             atomic_dir.seal(
                 temporary, store.final_path(root, step), {k: v for part, _ in everyone for k, v in part.items()}
             )
-            store.prune(
-                root,
-                keep_top_k=settings.keep_top_k,
-                metric=settings.metric,
-                higher_is_better=settings.higher_is_better,
-            )
+            self._prune()
         except (OSError, DistillError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             kept = store.find(root)
@@ -263,10 +278,10 @@ def mlflow_identity(run: RunDir) -> dict[str, str] | None:
 
 
 def load(path: Path, trainable: Trainable) -> dict[str, Any]:
-    """Fills the student, its optimizer and schedule, and the random states; what `save` was given as state.
+    """Load the student, its optimizer and schedule, and the random states; return the state that `save` received.
 
-    A collective. The checkpoint may come from another number of ranks and another mesh; random states then stay as
-    they are (what is sampled has seeds of its own).
+    A collective. The checkpoint may come from another number of ranks and another mesh; with another number of ranks
+    the random states stay as they are (sampling has seeds of its own).
 
     Raises:
         ConfigError: the checkpoint's parameters are not the student's.
@@ -297,7 +312,7 @@ def load(path: Path, trainable: Trainable) -> dict[str, Any]:
 
 
 def start_moments(trainable: Trainable, *, num_updates: int) -> None:
-    """AdamW's state as it is after its first step, for a checkpoint to be read into."""
+    """Create AdamW's state as its first update does, for a checkpoint to be read into."""
     for _, param in trainable.parameters():
         trainable.optimizer.state[param] = {
             "step": torch.tensor(float(num_updates)),
@@ -306,7 +321,7 @@ def start_moments(trainable: Trainable, *, num_updates: int) -> None:
 
 
 def set_num_updates(schedule: torch.optim.lr_scheduler.LambdaLR, num_updates: int) -> None:
-    """The learning rate as it is after `num_updates` optimizer steps: a function of their number alone."""
+    """Set the learning rate to its value after `num_updates` updates: a function of their number alone."""
     schedule.last_epoch = num_updates
     rates = [base * factor(num_updates) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
@@ -315,7 +330,7 @@ def set_num_updates(schedule: torch.optim.lr_scheduler.LambdaLR, num_updates: in
 
 
 def random_states() -> dict[str, Any]:
-    """This process' generators: Python's, NumPy's, torch's on the CPU and on its GPU; as JSON."""
+    """Return the states of this process's generators (Python, NumPy, torch on CPU and on its GPU) as JSON."""
     version, numbers, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
     states = {
@@ -329,6 +344,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
+    """Restore what `random_states` returned."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = states["numpy"]
@@ -343,7 +359,7 @@ def _bytes_tensor(digits: str) -> torch.Tensor:
 
 
 def _root_cause(error: BaseException) -> str:
-    """dcp wraps what the ranks raised; the first of them, in one line."""
+    """Return the first error that dcp collected from the ranks, in one line."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:

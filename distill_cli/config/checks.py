@@ -7,8 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 
 from distill_cli.config.credentials import secret_problems, uri_problem
-from distill_cli.config.derived import needed_length, parse_duration, parse_time_limit, scored_length, validates
-from distill_cli.config.schema import ClusterConfig, Config, Launcher, LoraSync
+from distill_cli.config.derived import (
+    needed_length,
+    parse_duration,
+    parse_time_limit,
+    scored_length,
+    validates,
+)
+from distill_cli.config.schema import ClusterConfig, Config, Launcher
 
 RESERVED_ENGINE_KWARGS = {
     *("model", "tokenizer", "revision", "dtype", "quantization", "trust_remote_code", "max_model_len", "seed"),
@@ -122,7 +128,7 @@ def _lora(config: Config) -> Iterator[str]:
         yield "model.student.lora.targets: no adapters are trained; give model.student.lora.rank, or leave it out"
     if lora.targets == []:
         yield "model.student.lora.targets=[]: names no layer; null is every linear layer"
-    if lora.is_on and lora.sync is LoraSync.adapter and lora.rank > MAX_ENGINE_RANK:
+    if lora.syncs_adapter and lora.rank > MAX_ENGINE_RANK:
         yield (
             f"model.student.lora.rank={lora.rank}: vLLM's adapters have at most rank {MAX_ENGINE_RANK}; lower it, or "
             "set model.student.lora.sync=merged"

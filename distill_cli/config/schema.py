@@ -93,6 +93,10 @@ class LoraConfig:
     def is_on(self) -> bool:
         return bool(self.rank)
 
+    @property
+    def syncs_adapter(self) -> bool:
+        return self.is_on and self.sync is LoraSync.adapter
+
 
 @section
 class StudentModel:

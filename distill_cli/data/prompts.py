@@ -1,7 +1,7 @@
-"""Examples become prompts: templates applied, tokenized once, for the student and, where it reads another, the teacher.
+"""Turn examples into prompts: apply the templates and tokenize, for the student and, if it reads another, the teacher.
 
-Response tokens are shared, prompts need not be: the teacher may have a template of its own (`model.teacher`), or be
-shown what the student is not (`data.teacher_context`).
+Response tokens are shared, prompts need not be: the teacher may have a chat template of its own (`model.teacher`), or
+read a context that the student does not (`data.teacher_context`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from distill_cli.config.schema import DataConfig, ModelConfig, OverlongPrompts
 from distill_cli.errors import ConfigError
 from distill_cli.models.model_pair import OWN_TEMPLATE, read_template
 from distill_cli.types import Example, Prompt
@@ -24,64 +23,90 @@ from distill_cli.types import Example, Prompt
 log = logging.getLogger(__name__)
 
 MAX_TOKEN_CHARACTERS = 256
-"""No tokenizer's tokens are that long on average: a longer text is too long without being tokenized."""
+"""No tokenizer's tokens are this long on average: reject a longer text without tokenizing it."""
 
 
-def load_tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The student's tokenizer, with `model.chat_template` in place of its own where one is given."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    if model.chat_template is not None:
-        tokenizer.chat_template = read_template(model.chat_template)
+def load_tokenizer(
+    folder: Path, *, chat_template: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the folder's tokenizer; `chat_template`, a Jinja file or the template itself, replaces its own."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template)
     if tokenizer.chat_template is None:
         log.warning("the tokenizer has no chat template: prompts are the plain text of data.prompt_template")
     return tokenizer
 
 
 def load_template(folder: Path, *, trust_remote_code: bool = False) -> str:
-    """A model's own chat template. Raises ConfigError where it has none."""
+    """Return a model's own chat template. Raises ConfigError if it has none."""
     template = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code).chat_template
     if template is None:
         raise ConfigError(f"model.teacher.chat_template={OWN_TEMPLATE}: {folder} has no chat template; give one")
     return template
 
 
+@dataclass(frozen=True)
+class PromptSettings:
+    """How an example becomes the student's prompt, and the teacher's."""
+
+    max_tokens: int
+    """Most tokens of the student's prompt."""
+    prompt_template: str = "{question}"
+    """The user's message; `{question}` stands for the example's question."""
+    system_prompt: str | None = None
+    """The system message of conversations that bring none of their own."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """Drop a prompt that is too long, or truncate its question (of the teacher's, its context)."""
+    teacher_max_tokens: int | None = None
+    """Most tokens of the teacher's prompt; None is `max_tokens`."""
+    teacher_chat_template: str | None = None
+    """The text of the teacher's chat template; None is the student's."""
+    teacher_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the teacher's chat template, in addition to `template_kwargs` and overriding them."""
+    has_teacher_context: bool = False
+    """Whether examples have a context, which only the teacher reads."""
+    teacher_prompt_template: str = "{question}\n\nA reference solution, for you alone:\n\n{context}"
+    """The teacher's user message if it has a context; `{question}` stands for the student's user message."""
+
+    @property
+    def teacher_kwargs(self) -> Mapping[str, Any]:
+        return {**self.template_kwargs, **self.teacher_template_kwargs}
+
+    @property
+    def has_teacher_prompt(self) -> bool:
+        """Whether the teacher's prompt may differ from the student's."""
+        return (
+            self.has_teacher_context
+            or self.teacher_chat_template is not None
+            or self.teacher_kwargs != self.template_kwargs
+        )
+
+
 class PromptMaker:
-    """Makes prompts of examples, and counts those that it leaves out or cuts."""
+    """Make prompts of examples, and count those that are left out or truncated."""
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
+        settings: PromptSettings,
         *,
-        data: DataConfig,
-        model: ModelConfig,
-        max_tokens: int,
-        teacher_max_tokens: int | None = None,
-        teacher_template: str | None = None,
         opening: Callable[[Example], str] | None = None,
     ) -> None:
         """
         Args:
-            max_tokens: of the student's prompt.
-            teacher_max_tokens: of the teacher's; None is the same.
-            teacher_template: the teacher's chat template; None is the student's.
-            opening: what is asked in place of an example's question, where an environment says it.
+            opening: returns an environment's first message, which replaces the example's question.
         """
-        self.tokenizer, self.data, self.model = tokenizer, data, model
-        self.max_tokens, self.teacher_max_tokens = max_tokens, teacher_max_tokens or max_tokens
-        self.template_kwargs = dict(model.chat_template_kwargs)
-        self.teacher_kwargs = {**self.template_kwargs, **model.teacher.chat_template_kwargs}
-        self.teacher_template, self.opening = teacher_template, opening
-        self.has_teacher_prompt = (
-            data.teacher_context is not None
-            or teacher_template is not None
-            or self.teacher_kwargs != self.template_kwargs
-        )
+        self.tokenizer, self.settings, self.opening = tokenizer, settings, opening
+        self.teacher_max_tokens = settings.teacher_max_tokens or settings.max_tokens
         self.counts: Counter[str] = Counter()
         self.refusal = ""
-        """What the environment said of the last row that it does not take."""
+        """The environment's error on the last row that it refused."""
 
     def __call__(self, example: Example, index: int) -> Prompt | None:
-        """The prompt of one example; None where it is left out: nothing is asked, or it is longer than allowed.
+        """Return the prompt of one example, or None to leave it out: its question is blank, or it is too long.
 
         Raises:
             ConfigError: a template fails (which row, which error).
@@ -99,39 +124,38 @@ class PromptMaker:
                 self.refusal = f"row {index}: {error}"
                 return None
         try:
-            token_ids = self._fit(asked, self.student_ids, self.max_tokens)
+            token_ids = self._fit(asked, self.student_ids, self.settings.max_tokens)
             teacher_ids = None
-            if token_ids and self.has_teacher_prompt:
+            if token_ids and self.settings.has_teacher_prompt:
                 teacher_ids = self._fit(asked, self.teacher_ids, self.teacher_max_tokens)
-        except Exception as error:  # a template is the user's code: it raises what it likes
+        except Exception as error:  # a template is the user's code and may raise anything
             raise ConfigError(
                 f"row {index}: the prompt's template failed: {type(error).__name__}: {error}; mend the row, or the "
                 "template (model.chat_template, else the tokenizer's own)"
             ) from error
-        if not token_ids or (self.has_teacher_prompt and not teacher_ids):
+        if not token_ids or (self.settings.has_teacher_prompt and not teacher_ids):
             self.counts["long"] += 1
             return None
         return Prompt(index, token_ids, example, teacher_token_ids=teacher_ids)
 
     def student_ids(self, example: Example, *, cut: int | None = None) -> list[int]:
-        """Token ids, with the question cut to `cut` characters where that is given."""
-        question = example.question if cut is None else example.question[:cut]
-        text = _fill(self.data.prompt_template, question=question)
-        return self._render(example, text, self.template_kwargs, None)
+        """Return the token ids of the student's prompt, with the question cut to `cut` characters if given."""
+        text = _fill(self.settings.prompt_template, question=example.question[:cut])
+        return self._render(example, text, self.settings.template_kwargs, None)
 
     def teacher_ids(self, example: Example, *, cut: int | None = None) -> list[int]:
-        """Token ids of what the teacher reads; what is cut is its context, where it has one."""
+        """Return the token ids of the teacher's prompt; `cut` is applied to its context if it has one."""
         question, context = example.question, example.context
         if cut is not None:
             question, context = (question[:cut], None) if context is None else (question, context[:cut])
-        text = _fill(self.data.prompt_template, question=question)
+        text = _fill(self.settings.prompt_template, question=question)
         if context is not None:
-            text = _fill(self.data.teacher_prompt_template, question=text, context=context)
-        return self._render(example, text, self.teacher_kwargs, self.teacher_template)
+            text = _fill(self.settings.teacher_prompt_template, question=text, context=context)
+        return self._render(example, text, self.settings.teacher_kwargs, self.settings.teacher_chat_template)
 
-    def _fit(self, example: Example, ids_of: Any, limit: int) -> list[int]:
-        """Token ids, at most `limit`; empty where there are more and `data.overlong_prompts` drops them."""
-        cuts = self.data.overlong_prompts is OverlongPrompts.truncate
+    def _fit(self, example: Example, ids_of: Callable[..., list[int]], limit: int) -> list[int]:
+        """Return at most `limit` token ids; none if there are more and `overlong` is drop, or nothing fits."""
+        cuts = self.settings.overlong == "truncate"
         part = example.context if ids_of == self.teacher_ids and example.context is not None else example.question
         most = limit * MAX_TOKEN_CHARACTERS
         if len(part) > most and not cuts:
@@ -151,8 +175,8 @@ class PromptMaker:
     def _render(
         self, example: Example, text: str, template_kwargs: Mapping[str, Any], template: str | None
     ) -> list[int]:
-        """`text` as the user's last message, after what came before it."""
-        system = self.data.system_prompt
+        """Render `text` as the user's last message, after the example's earlier messages."""
+        system = self.settings.system_prompt
         if self.tokenizer.chat_template is None and template is None:
             said = [message["content"] for message in example.messages[:-1]]
             return self.tokenizer.encode("\n\n".join([*([system] if system else []), *said, text]))
@@ -165,30 +189,30 @@ class PromptMaker:
         return self.tokenizer.encode(rendered, add_special_tokens=False)
 
     def warnings(self) -> list[str]:
-        """One line for each way in which prompts were not taken as they are."""
-        rows, limit = self.counts["rows"], self.max_tokens
+        """Return one line for each way in which prompts were left out or truncated."""
+        rows, limit = self.counts["rows"], self.settings.max_tokens
         said = {
             "empty": "ask nothing and are left out",
             "refused": f"are refused by the environment and left out; the last: {self.refusal}",
             "long": f"are longer than {limit} tokens (the teacher's than {self.teacher_max_tokens}) and left out"
-            if self.has_teacher_prompt
+            if self.settings.has_teacher_prompt
             else f"are longer than {limit} tokens and left out",
             "cut": f"are cut to {limit} tokens"
-            + (f", the teacher's to {self.teacher_max_tokens}" if self.has_teacher_prompt else ""),
+            + (f", the teacher's to {self.teacher_max_tokens}" if self.settings.has_teacher_prompt else ""),
         }
         return [f"{self.counts[what]} of {rows} prompts {words}" for what, words in said.items() if self.counts[what]]
 
 
 def _fill(template: str, **parts: str) -> str:
-    """The template with each `{name}` replaced; braces in what is put there stay as they are."""
+    """Replace each `{name}` of the template; braces in the replacements stay as they are."""
     return re.sub("{(" + "|".join(parts) + ")}", lambda found: parts[found[1]], template)
 
 
 def make_prompts(examples: Iterable[Example], make: PromptMaker, *, key: str, limit: int | None = None) -> list[Prompt]:
-    """All prompts, or the first `limit`; what is left out or cut is counted in a warning.
+    """Make all prompts, or the first `limit`; a warning counts those that are left out or truncated.
 
     Raises:
-        ConfigError: none is left, or a template fails.
+        ConfigError: no prompt is left, or a template fails.
     """
     prompts = []
     for index, example in enumerate(examples):
@@ -209,8 +233,8 @@ def make_prompts(examples: Iterable[Example], make: PromptMaker, *, key: str, li
             )
         raise ConfigError(
             f"{key}: no prompt is left of {counts['rows']}: {counts['empty']} ask nothing and {counts['long']} are "
-            f"longer than {make.max_tokens} tokens (data.max_prompt_tokens; else what rollout.max_new_tokens leaves of "
-            "rollout.max_sequence_length); raise it, or choose data.overlong_prompts=truncate"
+            f"longer than {make.settings.max_tokens} tokens (data.max_prompt_tokens; else what rollout.max_new_tokens "
+            "leaves of rollout.max_sequence_length); raise it, or choose data.overlong_prompts=truncate"
         )
     for warning in make.warnings():
         log.warning("%s: %s", key, warning)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -355,14 +356,21 @@ class _KnownGradient(torch.autograd.Function):
     """Ties a loss to the hidden states and the weight whose gradients were made along with it."""
 
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, loss, grad_hidden_NH, grad_weight_VH):
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        loss: torch.Tensor,
+        grad_hidden_NH: torch.Tensor | None,
+        grad_weight_VH: torch.Tensor | None,
+    ) -> torch.Tensor:
         ctx.dtype = weight_VH.dtype
         ctx.known = (grad_hidden_NH, grad_weight_VH)
         return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.known is None:
             raise RuntimeError("the fused head's backward ran twice: its gradients were given away the first time")
         # Given away, not kept: autograd then takes the weight's gradient as it is instead of copying it.

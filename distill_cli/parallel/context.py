@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,7 +93,7 @@ def gather_row(x_1GtD: torch.Tensor, documents: Documents) -> torch.Tensor:
 
 class _GatherRow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_1GtD: torch.Tensor, documents: Documents) -> torch.Tensor:
+    def forward(ctx: Any, x_1GtD: torch.Tensor, documents: Documents) -> torch.Tensor:
         ctx.documents, ctx.dtype = documents, x_1GtD.dtype
         ctx.order = documents.order().to(x_1GtD.device)
         part = x_1GtD.movedim(2, 0).contiguous()
@@ -103,7 +104,7 @@ class _GatherRow(torch.autograd.Function):
         return row.movedim(0, 2)
 
     @staticmethod
-    def backward(ctx, grad_1GTD: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad_1GTD: torch.Tensor) -> tuple[torch.Tensor, None]:
         # Summed in float32: the ranks' parts of a key's gradient may cancel.
         grad = grad_1GTD.movedim(2, 0)[ctx.order].to(torch.promote_types(ctx.dtype, torch.float32)).contiguous()
         mine = grad.new_empty(grad.shape[0] // ctx.documents.size, *grad.shape[1:])

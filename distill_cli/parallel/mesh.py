@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from distill_cli.config.schema import MeshConfig
 from distill_cli.errors import ConfigError
 
 AXES = ("replicate", "shard", "context", "tensor")
@@ -36,7 +35,7 @@ AXES = ("replicate", "shard", "context", "tensor")
 
 @dataclass(frozen=True)
 class Parallel:
-    """This rank's place, and the meshes that the stages need."""
+    """This rank's place in the mesh, and the submeshes that training uses."""
 
     mesh: DeviceMesh
     fsdp: DeviceMesh
@@ -48,12 +47,12 @@ class Parallel:
 
     @property
     def data_rank(self) -> int:
-        """Which share of the sequences is this rank's."""
+        """Index of this rank's share of the sequences."""
         return self.mesh["replicate"].get_local_rank() * self.mesh["shard"].size() + self.mesh["shard"].get_local_rank()
 
     @property
     def data_size(self) -> int:
-        """Into how many shares the sequences are cut."""
+        """Number of shares that the sequences are split into."""
         return self.mesh["replicate"].size() * self.mesh["shard"].size()
 
     @property
@@ -66,71 +65,94 @@ class Parallel:
 
     @property
     def length_multiple(self) -> int:
-        """What the length of a packed row is padded to a multiple of: two pieces a context rank, each cut evenly over
-        the tensor ranks under sequence parallelism."""
+        """Pad the length of a packed row to a multiple of this: two pieces per context rank, each split evenly over the
+        tensor ranks under sequence parallelism."""
         pieces = 2 * self.context.size() if self.context.size() > 1 else 1
         return pieces * (self.tensor.size() if self.sequence_parallel else 1)
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank prints and writes."""
+        """Whether this is rank 0, which prints and writes."""
         return dist.get_rank() == 0
 
     @property
     def rank(self) -> int:
-        """Among all ranks."""
+        """Global rank."""
         return dist.get_rank()
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
         return dist.get_world_size()
 
     def all_sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all that differs in the loss, in place; tensor ranks hold equal copies. A collective."""
+        """Sum in place over the `loss` mesh; tensor ranks hold equal copies. A collective."""
         dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.loss.get_group())
         return values
 
     def sum_of_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place: of what each did on its own. A collective."""
+        """Sum in place over all ranks, for counts that each rank makes on its own. A collective."""
         dist.all_reduce(values, op=dist.ReduceOp.SUM)
         return values
 
     def all_max(self, value: float) -> float:
-        """The largest of all ranks' values. A collective."""
+        """Return the maximum over all ranks. A collective."""
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor)
 
 
-def init_parallel(*, device: torch.device, mesh: MeshConfig | None = None, timeout_s: float = 1800) -> Parallel:
-    """Joins the process group that torchrun set up, and lays out the mesh. A collective.
+def init_parallel(
+    *,
+    tensor: int = 1,
+    context: int = 1,
+    replicate: int = 1,
+    sequence_parallel: bool = False,
+    device: torch.device,
+    timeout_s: float = 1800,
+) -> Parallel:
+    """Join the process group that torchrun set up, and build the mesh (`layout`). A collective.
+
+    Args:
+        timeout_s: seconds after which a collective fails.
 
     Raises:
         ConfigError: the mesh's sizes do not divide the ranks.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # Without device_id: bound to a device, torch splits all ranks' NCCL communicator anew for every group that is made
-    # later, groups of one rank and of gloo included, of which vLLM makes dozens. Unbound, one is made at its first use.
+    # No device_id: bound to a device, torch splits the NCCL communicator of all ranks for every later group, including
+    # those of one rank and of gloo, of which vLLM makes dozens. Unbound, a communicator is made at its first use.
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return layout(mesh or MeshConfig(), device=device)
+    return layout(
+        tensor=tensor, context=context, replicate=replicate, sequence_parallel=sequence_parallel, device=device
+    )
 
 
-def layout(mesh: MeshConfig, *, device: torch.device) -> Parallel:
-    """The mesh over all ranks of the process group; FSDP's axis takes what the others leave. A collective."""
-    taken = mesh.replicate * mesh.context * mesh.tensor
+def layout(
+    *, tensor: int = 1, context: int = 1, replicate: int = 1, sequence_parallel: bool = False, device: torch.device
+) -> Parallel:
+    """Build the mesh over all ranks of the process group; the shard axis takes the ranks that are left. A collective.
+
+    Args:
+        tensor: size of the tensor axis; likewise `context` and `replicate`.
+        sequence_parallel: split the tokens, too, over the tensor axis, outside attention and MLP.
+
+    Raises:
+        ConfigError: the product of the sizes does not divide the ranks.
+    """
+    taken = replicate * context * tensor
     if dist.get_world_size() % taken:
         raise ConfigError(
-            f"mesh.replicate={mesh.replicate}, mesh.context={mesh.context}, mesh.tensor={mesh.tensor}: their product "
-            f"{taken} must divide the {dist.get_world_size()} ranks"
+            f"mesh.replicate={replicate}, mesh.context={context}, mesh.tensor={tensor}: their product {taken} must "
+            f"divide the {dist.get_world_size()} ranks"
         )
-    sizes = (mesh.replicate, dist.get_world_size() // taken, mesh.context, mesh.tensor)
+    sizes = (replicate, dist.get_world_size() // taken, context, tensor)
     ranks = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
     fsdp = ranks["shard", "context"]._flatten("fsdp")
     return Parallel(
         mesh=ranks,
-        fsdp=ranks["replicate", "fsdp"] if mesh.replicate > 1 else fsdp,
+        fsdp=ranks["replicate", "fsdp"] if replicate > 1 else fsdp,
         loss=ranks["replicate", "shard", "context"]._flatten("loss"),
         device=device,
-        sequence_parallel=mesh.sequence_parallel,
+        sequence_parallel=sequence_parallel,
     )

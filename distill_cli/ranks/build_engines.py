@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from distill_cli.config.derived import needs_sampler, needs_scorer
-from distill_cli.config.schema import LoraSync, StudentModel, TeacherModel
+from distill_cli.config.schema import StudentModel, TeacherModel
 from distill_cli.engines.companion import CompanionScorer, needs_companion
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
@@ -82,7 +82,7 @@ def engine_settings(found: ResolvedRun, role: str) -> EngineSettings:
 def adapter_of(model: StudentModel | TeacherModel) -> Adapter | None:
     """What the engine has beside its weights."""
     lora = getattr(model, "lora", None)
-    return Adapter(lora.rank, lora.alpha) if lora and lora.is_on and lora.sync is LoraSync.adapter else None
+    return Adapter(lora.rank, lora.alpha) if lora and lora.syncs_adapter else None
 
 
 def train_sampling(found: ResolvedRun) -> SamplingSettings:

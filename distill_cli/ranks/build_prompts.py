@@ -10,7 +10,7 @@ from distill_cli.config.derived import validates
 from distill_cli.config.schema import Config
 from distill_cli.data.isolated import IsolatedEnvironments, IsolatedVerifier
 from distill_cli.data.order import PromptOrder, PromptStream
-from distill_cli.data.prompts import PromptMaker, load_template, load_tokenizer, make_prompts
+from distill_cli.data.prompts import PromptMaker, PromptSettings, load_template, load_tokenizer, make_prompts
 from distill_cli.data.recorded_run import Recording
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
@@ -29,7 +29,8 @@ MAX_PROMPTS_AT_START = 50_000
 
 
 def build_tokenizer(found: ResolvedRun) -> PreTrainedTokenizerBase:
-    return load_tokenizer(found.tokenizer.folder, found.config.model)
+    model, folder = found.config.model, found.tokenizer.folder
+    return load_tokenizer(folder, chat_template=model.chat_template, trust_remote_code=model.trust_remote_code)
 
 
 def build_order(found: ResolvedRun, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> Order:
@@ -58,21 +59,33 @@ def build_order(found: ResolvedRun, tokenizer: PreTrainedTokenizerBase, parallel
 
 
 def prompt_maker(found: ResolvedRun, tokenizer: PreTrainedTokenizerBase) -> PromptMaker:
-    config, template = found.config, found.config.model.teacher.chat_template
-    environment = config.rollout.environment
-    if template == OWN_TEMPLATE:
-        template = load_template(found.model("teacher").folder, trust_remote_code=config.model.trust_remote_code)
-    elif template is not None:
-        template = read_template(template)
-    return PromptMaker(
-        tokenizer,
-        data=config.data,
-        model=config.model,
+    environment = found.config.rollout.environment
+    opening = IsolatedEnvironments(environment).make().reset if environment else None
+    return PromptMaker(tokenizer, prompt_settings(found), opening=opening)
+
+
+def prompt_settings(found: ResolvedRun) -> PromptSettings:
+    data, model = found.config.data, found.config.model
+    return PromptSettings(
         max_tokens=found.lengths.prompt,
+        prompt_template=data.prompt_template,
+        system_prompt=data.system_prompt,
+        template_kwargs=model.chat_template_kwargs,
+        overlong=data.overlong_prompts.value,
         teacher_max_tokens=found.lengths.teacher_prompt,
-        teacher_template=template,
-        opening=IsolatedEnvironments(environment).make().reset if environment else None,
+        teacher_chat_template=teacher_chat_template(found),
+        teacher_template_kwargs=model.teacher.chat_template_kwargs,
+        has_teacher_context=data.teacher_context is not None,
+        teacher_prompt_template=data.teacher_prompt_template,
     )
+
+
+def teacher_chat_template(found: ResolvedRun) -> str | None:
+    """Return the text of the teacher's chat template; None is the student's."""
+    model = found.config.model
+    if model.teacher.chat_template == OWN_TEMPLATE:
+        return load_template(found.model("teacher").folder, trust_remote_code=model.trust_remote_code)
+    return None if model.teacher.chat_template is None else read_template(model.teacher.chat_template)
 
 
 def build_validator(found: ResolvedRun, parallel: Parallel, tokenizer: PreTrainedTokenizerBase) -> Validator | None:

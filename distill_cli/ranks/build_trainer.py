@@ -65,7 +65,7 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     found = ResolvedRun.read(run)
     config = found.config
     stop = StopFlag(deadline=deadline(config, run))
-    parallel = init_parallel(device=pick_device(), mesh=config.mesh)
+    parallel = init_parallel(device=pick_device(), **asdict(config.mesh))
     tokenizer = build_tokenizer(found)
     make_engines = partial(build_engines, should_stop=stop.is_set)
     trainer, trainable = build_trainer(
@@ -137,7 +137,7 @@ def build_trainer(
         metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,
         printer=StepPrinter(console, num_steps=num_steps, every=config.run.print_every),
         num_steps=num_steps,
-        saver=Saver(run, config.checkpoint, trainable) if config.checkpoint.enabled else None,
+        saver=build_saver(config, run, trainable) if config.checkpoint.enabled else None,
         rollouts_dir=run.rollouts,
         recorder=build_recorder(found, run, parallel) if config.rollout.save_scores else None,
         watched=build_watched(config, order, validator, tokenizer),
@@ -197,30 +197,66 @@ def build_recorder(found: ResolvedRun, run: RunDir, parallel: Parallel) -> Recor
     return Recorder(run.scores, facts, parallel)
 
 
+def build_saver(config: Config, run: RunDir, trainable: Trainable) -> Saver:
+    checkpoint = config.checkpoint
+    return Saver(
+        run,
+        trainable,
+        keep_top_k=checkpoint.keep_top_k,
+        metric=checkpoint.metric,
+        higher_is_better=checkpoint.higher_is_better,
+        save_optimizer=checkpoint.save_optimizer,
+        async_save=checkpoint.async_save,
+    )
+
+
 def build_student(found: ResolvedRun, loss: DistillLoss, parallel: Parallel) -> Student:
     """The student with its weights, laid out over the mesh. A collective."""
     config, model, folder = found.config, found.config.model, found.student.folder
     lm = build_lm(folder, trust_remote_code=model.trust_remote_code)
-    if model.student.lora.is_on:
-        add_adapters(lm, model.student.lora, bf16=config.train.precision is Precision.bf16)
+    lora = model.student.lora
+    if lora.rank:
+        bf16 = config.train.precision is Precision.bf16
+        add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, bf16=bf16)
     ends = found.vocabulary.merged_eos_ids
     student = Student(lm, loss=loss, temperature=config.loss.temperature, parallel=parallel, one_class=ends)
     if ends and lm.generation_config is not None:
         lm.generation_config.eos_token_id = list(ends)  # whoever samples what is saved stops where training did
-    wrap(student, parallel, config.train)
-    home = torch.device("cpu") if config.train.cpu_offload else parallel.device
-    load_weights(student, lm, folder, device=home, seed=config.train.seed)
+    return wrap_and_load(student, folder, config, parallel)
+
+
+def wrap_and_load(student: Student, folder: Path, config: Config, parallel: Parallel) -> Student:
+    """Lay the student out over the mesh and load the folder's weights. A collective."""
+    train = config.train
+    wrap(
+        student,
+        parallel,
+        bf16=train.precision is Precision.bf16,
+        checkpointing=train.activation_checkpointing.value,
+        compile=train.compile,
+        cpu_offload=train.cpu_offload,
+    )
+    home = torch.device("cpu") if train.cpu_offload else parallel.device
+    load_weights(student, student.lm, folder, device=home, seed=train.seed)
     return student
 
 
 def build_trainable(found: ResolvedRun, student: Student, *, num_steps: int, device: torch.device) -> Trainable:
     """The student with its optimizer and schedule: what a checkpoint is made of."""
-    config = found.config
-    optimizer = build_optimizer(student, config.train)
+    config, train = found.config, found.config.train
+    beta1, beta2 = train.betas
+    optimizer = build_optimizer(
+        student, lr=train.lr, betas=(beta1, beta2), eps=train.eps, weight_decay=train.weight_decay
+    )
     offload = None
-    if config.train.offload_optimizer and device.type == "cuda":
+    if train.offload_optimizer and device.type == "cuda":
         offload = OptimizerOffload(optimizer, rest=torch.device("cpu"), work=device)
-    schedule = build_schedule(optimizer, config.train, num_steps=num_steps * updates_per_step(config))
+    schedule = build_schedule(
+        optimizer,
+        kind=train.schedule.value,
+        warmup_updates=train.warmup_steps,
+        num_updates=num_steps * updates_per_step(config),
+    )
     base = fingerprint(found.student.folder) if config.model.student.lora.is_on else None
     trainable = Trainable(student.lm, optimizer, schedule, base)
     return replace(trainable, after_load=offload.to_rest) if offload else trainable

@@ -22,11 +22,10 @@ from distill_cli.models.model_files import read_config, tensors
 from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.ranks.build_engines import build_engines, build_scorer
 from distill_cli.ranks.build_prompts import build_tokenizer
-from distill_cli.ranks.build_trainer import build_loss, build_trainer, close, pick_device
+from distill_cli.ranks.build_trainer import build_loss, build_trainer, close, pick_device, wrap_and_load
 from distill_cli.ranks.self_check import MASSES, Finding, Limits, SelfCheck
 from distill_cli.resolved import ResolvedRun
-from distill_cli.student.load import load_weights
-from distill_cli.student.model import Student, build_lm, wrap
+from distill_cli.student.model import Student, build_lm
 from distill_cli.terminal.console import Console
 
 CHECKED_TOKENS = 64
@@ -37,7 +36,7 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
     """A rank's part in `distill check`. Every rank calls it; the main one leaves the findings in outcome.json."""
     found = ResolvedRun.read(run)
     config = found.config
-    parallel = init_parallel(device=pick_device(), mesh=config.mesh)
+    parallel = init_parallel(device=pick_device(), **asdict(config.mesh))
     tokenizer = build_tokenizer(found)
 
     def of_the_student(found: ResolvedRun) -> tuple[Sampler, Scorer | CompanionScorer]:
@@ -109,10 +108,7 @@ def load_teacher(found: ResolvedRun, parallel: Parallel) -> Student:
         parallel=parallel,
         one_class=found.vocabulary.merged_eos_ids,
     )
-    wrap(teacher, parallel, config.train)
-    home = torch.device("cpu") if config.train.cpu_offload else parallel.device
-    load_weights(teacher, teacher.lm, folder, device=home)
-    return teacher
+    return wrap_and_load(teacher, folder, config, parallel)
 
 
 def free_memory(parallel: Parallel) -> float:

@@ -1,15 +1,15 @@
-"""Low-rank adapters (LoRA) beside frozen weights: added through peft, laid out with the model, added up for others.
+"""Low-rank adapters (LoRA) on frozen weights: added by peft, laid out with the model, merged for the sampler.
 
-peft puts a layer of its own in the place of each targeted one, with the frozen weight at `<name>.base_layer.weight` and
-the adapter at `<name>.lora_A.default.weight` [rank, in] and `<name>.lora_B.default.weight` [out, rank]; the layer gives
-W x + alpha / rank B A x. There is no dropout: what it drops would depend on how the work is cut up.
+peft replaces each targeted layer by one of its own, with the frozen weight at `<name>.base_layer.weight` and the
+adapter at `<name>.lora_A.default.weight` [rank, in] and `<name>.lora_B.default.weight` [out, rank]; the layer computes
+W x + alpha / rank B A x. There is no dropout: its mask would depend on how the work is split over ranks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from distill_cli.config.schema import LoraConfig
 from distill_cli.engines.weight_sync import Deferred
 from distill_cli.errors import ConfigError
 from distill_cli.models.lora_names import targeted
@@ -25,25 +24,29 @@ from distill_cli.models.lora_names import targeted
 A, B = "lora_A.default.weight", "lora_B.default.weight"
 
 
-def add_adapters(lm: PreTrainedModel, lora: LoraConfig, *, bf16: bool) -> None:
-    """Freezes the model and adds adapters to it, in place; both are still to be filled (`load_weights`).
+def add_adapters(
+    lm: PreTrainedModel, *, rank: int, alpha: float = 32.0, targets: Sequence[str] | None = None, bf16: bool
+) -> None:
+    """Freeze the model and add adapters to it, in place; `load_weights` fills both.
 
     Args:
-        bf16: keep the frozen weights in bfloat16, where they are computed with in it.
+        alpha: scale the adapter's output by alpha / rank.
+        targets: ends of the names of the layers that get an adapter; None is every linear layer of the decoder.
+        bf16: keep the frozen weights in bfloat16, if the student computes in it.
 
     Raises:
-        ConfigError: a target is no linear layer.
+        ConfigError: a target is not a linear layer.
     """
-    import peft  # seconds, for those who train adapters
+    import peft  # takes seconds, and only adapters need it
 
-    names = list(targeted({name: tuple(param.shape) for name, param in lm.named_parameters()}, lora.targets))
+    names = list(targeted({name: tuple(param.shape) for name, param in lm.named_parameters()}, targets))
     others = [name for name in names if not isinstance(lm.get_submodule(name), nn.Linear)]
     if others:
         raise ConfigError(
             f"model.student.lora.targets: {others[0]} is a {type(lm.get_submodule(others[0])).__name__}, not a linear "
             "layer; name others"
         )
-    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=names, bias="none")
+    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, bias="none")
     peft.inject_adapter_in_model(settings, lm, low_cpu_mem_usage=True)
     for param in lm.parameters():
         if bf16 and not param.requires_grad:
@@ -51,29 +54,29 @@ def add_adapters(lm: PreTrainedModel, lora: LoraConfig, *, bf16: bool) -> None:
 
 
 def rank_of(lm: PreTrainedModel) -> int:
-    """Of its adapters; 0 where it has none."""
+    """Return the rank of the model's adapters, or 0 if it has none."""
     return next((param.shape[0] for name, param in lm.named_parameters() if name.endswith(A)), 0)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter is an adapter's."""
+    """Whether the name is that of an adapter's parameter."""
     return name.endswith((A, B))
 
 
 def plain_name(name: str) -> str:
-    """A frozen parameter's name in the model without adapters."""
+    """Return a frozen parameter's name in the model without adapters."""
     return name.replace(".base_layer.", ".")
 
 
 def exported_name(name: str) -> str:
-    """An adapter's parameter in a folder that peft and vLLM load."""
+    """Return an adapter parameter's name in a folder that peft and vLLM load."""
     return "base_model.model." + name.replace(".default.", ".")
 
 
 def initial_value(name: str, shape: torch.Size, *, seed: int) -> torch.Tensor:
-    """An adapter's parameter at the start, as peft makes it: B is 0, A uniform within 1 / sqrt(in).
+    """Return an adapter parameter's initial value, distributed as peft's: B is 0, A uniform within 1 / sqrt(in).
 
-    It depends on name, shape and seed alone, so that every layout begins with the same.
+    It depends on name, shape and seed alone, so that every layout starts from the same values.
     """
     if name.endswith(B):
         return torch.zeros(shape)
@@ -84,9 +87,9 @@ def initial_value(name: str, shape: torch.Size, *, seed: int) -> torch.Tensor:
 
 
 def merged_parameters(lm: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor | Deferred]]:
-    """Each parameter of the model without adapters, under its name there, with what its adapter adds.
+    """Yield each parameter of the model without adapters, under its name there, with its adapter merged.
 
-    Those sums, W + alpha / rank B A, are made when they are asked for: laid out as W, in float32. A collective then.
+    A merged one, W + alpha / rank B A in float32, is `Deferred`, laid out as W; making it is a collective.
     """
     params = dict(lm.named_parameters())
     for name, param in params.items():
@@ -105,7 +108,7 @@ def _sum_of(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
 
 
 def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """weight + scale b a in float32, laid out as `weight` (on the mesh's device); `a` and `b` are whole."""
+    """Return weight + scale b a in float32, laid out as `weight` (on the mesh's device); pass `a` and `b` whole."""
     if not isinstance(weight, DTensor):
         return torch.addmm(weight.float(), b, a, alpha=scale)
     shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
@@ -118,6 +121,6 @@ def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) 
 
 
 def whole(param: torch.Tensor) -> torch.Tensor:
-    """All of a parameter on its mesh's device, detached. A collective for DTensors."""
+    """Return the full parameter on its mesh's device, detached. A collective for DTensors."""
     param = param.detach()
     return param.to(param.device_mesh.device_type).full_tensor() if isinstance(param, DTensor) else param

@@ -55,7 +55,9 @@ def attend_packed(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _attend_by_document(query, key, value, span: Span, scale, window) -> torch.Tensor:
+def _attend_by_document(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, span: Span, scale: float | None, window: int | None
+) -> torch.Tensor:
     if query.is_cuda:  # of float32: grouped heads go only to the kernel that holds [queries, keys] of every head
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -78,7 +80,9 @@ def _attend_by_document(query, key, value, span: Span, scale, window) -> torch.T
     return torch.cat(parts, dim=2)
 
 
-def _attend_varlen(query, key, value, span: Span, scale, window) -> torch.Tensor:
+def _attend_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, span: Span, scale: float | None, window: int | None
+) -> torch.Tensor:
     query_bounds, key_bounds = (_on_device(bounds, query.device) for bounds in (span.query_bounds, span.key_bounds))
     out_THD = varlen_attention(
         *(x[0].transpose(0, 1) for x in (query, key, value)),

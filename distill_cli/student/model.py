@@ -1,6 +1,6 @@
 """The student: a transformers causal LM with the fused head in place of its logits, wrapped for the mesh.
 
-The order of wrapping is the order of the lines of `wrap`. Parameters are float32; `train.precision=bf16` computes in
+The order of wrapping is the order of the lines of `wrap`. Parameters are float32; with bf16 the student computes in
 bfloat16 and reduces gradients in float32.
 
 Shape letters: T tokens of the packed row, N response tokens, n of a chunk, C the top-k and the rest, H hidden size.
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,7 +21,6 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from distill_cli.config.schema import Checkpointing, Precision, TrainConfig
 from distill_cli.errors import ConfigError
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
@@ -32,12 +32,14 @@ from distill_cli.student import attention
 from distill_cli.student.adapters import rank_of
 from distill_cli.student.load import empty_parameters
 
+Checkpointing = Literal["none", "selective", "full"]
+
 KEPT = {
     *(torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten._flash_attention_forward),
     *(torch.ops.aten._scaled_dot_product_flash_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu),
     varlen_operator(),  # of `attention`, on GPUs: what it is made of is not seen from here
 }
-"""Operators whose outputs selective checkpointing keeps: what costs most to compute again."""
+"""Operators whose outputs selective checkpointing keeps: the most expensive ones to recompute."""
 
 
 class Student(nn.Module):
@@ -57,7 +59,7 @@ class Student(nn.Module):
     ) -> None:
         """
         Args:
-            parallel: where `wrap` will lay it out; None is a student of one process, without a mesh.
+            parallel: the mesh that `wrap` will lay it out over; None is a student of one process, without a mesh.
             one_class: tokens that count as one, as they do in the teacher's scores (`losses.one_class`).
         """
         super().__init__()
@@ -71,16 +73,16 @@ class Student(nn.Module):
     def forward(
         self, batch: MicroBatch, *, num_loss_tokens: torch.Tensor, num_top: int = 0
     ) -> tuple[torch.Tensor, HeadOutput]:
-        """The loss of one micro-batch.
+        """Return one micro-batch's share of the loss.
 
         Args:
             num_loss_tokens: scalar float; the response tokens of the whole global batch, over all ranks and
                 micro-batches. The one division of the loss happens here.
-            num_top: of the student's own likeliest tokens that are returned with the head's output.
+            num_top: number of the student's own most likely tokens to return with the head's output.
 
         Returns:
             The sum over this micro-batch's response tokens of their loss, divided by `num_loss_tokens` (scalar
-            float32, to be summed over micro-batches and ranks), and what the head says of each token, detached.
+            float32, to be summed over micro-batches and ranks), and the head's output at each token, detached.
         """
         hidden_1TH = self.lm.base_model(
             input_ids=batch.input_ids,
@@ -112,10 +114,10 @@ class Student(nn.Module):
 
 
 def build_lm(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The folder's causal LM in float32, with the packed attention and empty parameters: `load_weights` fills them.
+    """Build the folder's causal LM in float32 with the packed attention and empty parameters (see `load_weights`).
 
     Raises:
-        ConfigError: the model changes its logits after the head, which the fused head would leave out.
+        ConfigError: the model changes its logits after the head, or has layers that cannot be packed.
     """
     attention.register()
     disable_progress_bar()
@@ -146,39 +148,53 @@ def build_lm(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     return lm.train()
 
 
-def wrap(student: Student, parallel: Parallel, train: TrainConfig) -> Student:
-    """Lays the student out over the mesh, in place. Every rank must call it."""
+def wrap(
+    student: Student,
+    parallel: Parallel,
+    *,
+    bf16: bool,
+    checkpointing: Checkpointing = "none",
+    compile: bool = False,
+    cpu_offload: bool = False,
+) -> Student:
+    """Lay the student out over the mesh, in place. Every rank must call it.
+
+    Args:
+        bf16: compute in bfloat16; else in float32.
+        checkpointing: see `checkpoint_activations`.
+        compile: compile each layer.
+        cpu_offload: keep parameters, gradients and optimizer state in host memory.
+    """
     apply_tensor_parallel(student.lm, parallel.tensor, sequence_parallel=parallel.sequence_parallel)
-    checkpoint_activations(student.lm, train.activation_checkpointing)
-    if train.compile:
+    checkpoint_activations(student.lm, checkpointing)
+    if compile:
         for layer in student.lm.base_model.layers:
             layer.compile()
-    shard(student, parallel, bf16=train.precision is Precision.bf16, cpu_offload=train.cpu_offload)
+    shard(student, parallel, bf16=bf16, cpu_offload=cpu_offload)
     return student
 
 
 def checkpoint_activations(lm: PreTrainedModel, which: Checkpointing) -> None:
-    """Layer by layer: nothing kept but its input (full), or that and KEPT's outputs (selective)."""
-    arguments: dict[str, object] = {"use_reentrant": False}
-    if which is Checkpointing.none:
+    """Keep of each layer its input (full), its input and the outputs of KEPT (selective), or everything (none)."""
+    if which == "none":
         return
-    if which is Checkpointing.selective:
+    arguments: dict[str, object] = {"use_reentrant": False}
+    if which == "selective":
         arguments["context_fn"] = partial(
             create_selective_checkpoint_contexts, partial(_keep_products, cheap=rank_of(lm))
         )
     lm.gradient_checkpointing_enable(arguments)
 
 
-def _keep_products(
-    _context: object, operator: object, *args: object, cheap: int, **_kwargs: object
-) -> CheckpointPolicy:
+def _keep_products(_context: object, operator: object, *args: Any, cheap: int, **_kwargs: object) -> CheckpointPolicy:
     """Keep the outputs of KEPT's operators.
 
-    Compiled layers write products into buffers that they use again (`mm.out`): nothing of those can be kept, and only
-    attention's outputs, which are made outside of what is compiled, are.
+    Compiled layers write products into buffers that they reuse (`mm.out`), so those cannot be kept; attention runs
+    outside the compiled code, and its outputs are.
 
     Args:
-        cheap: products over that many elements are not kept; an adapter's is as large as the frozen weight's own.
+        cheap: recompute products whose inner dim is at most this, those of an adapter's rank: their outputs are as
+            large as the frozen weight's own.
     """
     name = getattr(operator, "overloadpacket", operator)
     if name not in KEPT or getattr(operator, "_overloadname", "").endswith("out"):
@@ -189,11 +205,11 @@ def _keep_products(
 
 
 def shard(student: Student, parallel: Parallel, *, bf16: bool, cpu_offload: bool) -> None:
-    """FSDP2: a group for each layer, and the root's for embedding, last norm and head.
+    """Apply FSDP2: one group per layer, and the root's for embedding, last norm and head.
 
-    FSDP divides gradients by the ranks unless told not to; the loss is divided once already, so they are summed.
+    FSDP divides gradients by the number of ranks by default; the loss is divided once already, so they are summed.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "mesh": parallel.fsdp,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None,

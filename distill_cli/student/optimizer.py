@@ -1,71 +1,83 @@
-"""AdamW, its schedule, and one optimizer step over micro-batches."""
+"""AdamW, its learning-rate schedule, and one optimizer update over micro-batches."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
-from distill_cli.config.schema import Schedule, TrainConfig
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.student.model import Student
 
+Schedule = Literal["constant", "cosine", "linear"]
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step."""
+    """What one optimizer update reports."""
 
     loss: float
-    """Of the global batch: the mean over its response tokens."""
+    """Mean over the response tokens of the global batch."""
     grad_norm: float
     """Before clipping."""
     num_response_tokens: int
-    """Of the global batch."""
+    """In the global batch."""
     outputs: list[HeadOutput]
-    """Of this rank's own micro-batches, in their order."""
+    """One per micro-batch of this rank, in their order."""
 
     @property
     def is_finite(self) -> bool:
-        """Whether the parameters were updated: where the loss or its gradient is not finite, they are not."""
+        """Whether the parameters were updated: they are not if the loss or its gradient is not finite."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def build_optimizer(student: Student, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; matrices decay, vectors (norms, biases) do not."""
+def build_optimizer(
+    student: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> torch.optim.AdamW:
+    """Build AdamW over the trained parameters; matrices decay, vectors (norms, biases) do not."""
     params = [param for param in student.parameters() if param.requires_grad]
     groups = [
-        {"params": [param for param in params if param.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [param for param in params if param.ndim <= 1], "weight_decay": 0.0},  # none where adapters are
+        {"params": [param for param in params if param.ndim > 1], "weight_decay": weight_decay},
+        {"params": [param for param in params if param.ndim <= 1], "weight_decay": 0.0},  # empty with adapters
     ]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=tuple(train.betas), eps=train.eps)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, train: TrainConfig, *, num_steps: int
+    optimizer: torch.optim.Optimizer, *, kind: Schedule = "constant", warmup_updates: int = 10, num_updates: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate over `num_steps` optimizer steps."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, train=train, num_steps=num_steps))
+    """Build the learning rate's schedule over a run of `num_updates` updates (`lr_factor`)."""
+    factor = partial(lr_factor, kind=kind, warmup_updates=warmup_updates, num_updates=num_updates)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def lr_factor(step: int, *, train: TrainConfig, num_steps: int) -> float:
-    """What `train.lr` is multiplied by at optimizer step `step`, counted from 0.
+def lr_factor(update: int, *, kind: Schedule, warmup_updates: int, num_updates: int) -> float:
+    """Return the factor of the learning rate at `update`, counted from 0.
 
-    It rises linearly to 1 at step `warmup_steps`, and falls to 0 where the schedule does, at step `num_steps`.
+    It rises linearly to 1 at update `warmup_updates`; a cosine or linear schedule then falls to 0 at `num_updates`.
     """
-    if step < train.warmup_steps:
-        return (step + 1) / (train.warmup_steps + 1)
-    progress = min(1.0, (step - train.warmup_steps) / max(1, num_steps - train.warmup_steps))
-    match train.schedule:
-        case Schedule.constant:
+    if update < warmup_updates:
+        return (update + 1) / (warmup_updates + 1)
+    progress = min(1.0, (update - warmup_updates) / max(1, num_updates - warmup_updates))
+    match kind:
+        case "constant":
             return 1.0
-        case Schedule.linear:
+        case "linear":
             return 1.0 - progress
-        case Schedule.cosine:
+        case "cosine":
             return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -78,9 +90,9 @@ def optimizer_step(
     max_grad_norm: float,
     parallel: Parallel,
 ) -> StepResult:
-    """`accumulate_gradient`, clip, step. A collective.
+    """Accumulate the gradient, clip it and update the parameters. A collective.
 
-    Where the loss or the gradient is not finite, parameters, moments and learning rate stay as they were.
+    If the loss or the gradient is not finite, parameters, moments and learning rate stay as they were.
     """
     result = accumulate_gradient(student, batches, max_grad_norm=max_grad_norm, parallel=parallel)
     if result.is_finite:
@@ -93,11 +105,11 @@ def optimizer_step(
 def accumulate_gradient(
     student: Student, batches: Sequence[MicroBatch], *, max_grad_norm: float, parallel: Parallel
 ) -> StepResult:
-    """Forward and backward over this rank's micro-batches of one global batch; the gradient, clipped. A collective.
+    """Run forward and backward over this rank's micro-batches of one global batch, and clip. A collective.
 
-    Every rank has as many micro-batches (`rollout.pack`), some of them perhaps without loss.
+    Every rank has the same number of micro-batches (`rollout.pack`), some possibly without loss.
 
-    How the global batch was cut into ranks and micro-batches changes neither loss nor gradient: each token's loss is
+    How the global batch is split into ranks and micro-batches changes neither loss nor gradient: each token's loss is
     divided by the token count of all of them, and gradients are summed.
     """
     total_tokens = count_response_tokens(batches, parallel=parallel)
@@ -119,20 +131,20 @@ def accumulate_gradient(
 
 
 def count_response_tokens(batches: Sequence[MicroBatch], *, parallel: Parallel) -> torch.Tensor:
-    """Scalar float: of the global batch, over all ranks and micro-batches. A collective."""
+    """Count the global batch's response tokens over all ranks and micro-batches; scalar float. A collective."""
     num_tokens = sum(batch.num_response_tokens for batch in batches)
     return parallel.all_sum(torch.tensor(float(num_tokens), device=parallel.device))
 
 
 class OptimizerOffload:
-    """Keeps an optimizer's state on another device, except inside its own step.
+    """Keep an optimizer's state on another device, except inside its own step.
 
-    Parameters and gradients stay where they are. A checkpoint may read the state where it rests; whoever fills it in
-    otherwise than by `load_state_dict` calls `to_rest`. Step counts stay: AdamW keeps them on the CPU itself.
+    Parameters and gradients stay where they are. A checkpoint may read the state where it rests; after filling the
+    state by other means than `load_state_dict`, call `to_rest`. Step counts do not move: AdamW keeps them on the CPU.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, rest: torch.device, work: torch.device) -> None:
-        """State is on `work` during a step, and on `rest` (pinned, where that is the host of a GPU) otherwise."""
+        """Keep the state on `work` during a step, and on `rest` (pinned, if `work` is a GPU) otherwise."""
         self.optimizer, self.rest, self.work = optimizer, rest, work
         optimizer.register_step_pre_hook(lambda *_: self.move(work))
         optimizer.register_step_post_hook(lambda *_: self.to_rest())
@@ -142,7 +154,7 @@ class OptimizerOffload:
         self.move(self.rest)
 
     def move(self, device: torch.device) -> None:
-        """Every parameter's moments to `device`, all copies under way at once."""
+        """Move every parameter's moments to `device`; the copies overlap."""
         for param, state in self.optimizer.state.items():
             for name, value in state.items():
                 if not isinstance(value, torch.Tensor) or value.shape != param.shape:
@@ -152,7 +164,7 @@ class OptimizerOffload:
                 else:
                     state[name] = self._copy(value, device)
         if self.work.type == "cuda":
-            torch.cuda.synchronize(self.work)  # before the sources are given back, and the copies read
+            torch.cuda.synchronize(self.work)  # before the sources are freed and the copies read
 
     def _copy(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
         pinned = device == self.rest and self.work.type == "cuda"

@@ -1,4 +1,4 @@
-"""The student's weights, handed out: to the sampler's engine, and to a Hugging Face folder."""
+"""The student's weights as the sampler's engine and a Hugging Face folder take them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from distill_cli.config.schema import LoraConfig, LoraSync
 from distill_cli.engines.weight_sync import Deferred
 from distill_cli.student.adapters import exported_name, is_adapter, merged_parameters, whole
 from distill_cli.student.model import Student
 
 
 def named_parameters(student: Student) -> Iterator[tuple[str, torch.Tensor | Deferred]]:
-    """Each parameter, sharded as it is, under its Hugging Face name, adapters added; a tied head is left out."""
+    """Yield each parameter as it is sharded, under its Hugging Face name, adapters merged; a tied head is left out."""
     return merged_parameters(student.lm)
 
 
-def synced_parameters(student: Student, lora: LoraConfig) -> Iterator[tuple[str, torch.Tensor | Deferred]]:
-    """What the sampler is given: every parameter, or the adapters' alone where `lora` says so, under peft's names."""
-    if lora.is_on and lora.sync is LoraSync.adapter:
+def synced_parameters(student: Student, *, as_adapter: bool) -> Iterator[tuple[str, torch.Tensor | Deferred]]:
+    """Yield what the sampler takes: every parameter, or the adapters alone, under peft's names, if `as_adapter`."""
+    if as_adapter:
         return ((exported_name(name), param) for name, param in student.lm.named_parameters() if is_adapter(name))
     return named_parameters(student)
 
 
 def save_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype) -> None:
-    """A Hugging Face folder that transformers and vLLM load. A collective; the main rank holds all and writes."""
+    """Write a Hugging Face folder that transformers and vLLM load. A collective; the main rank gathers and writes."""
     state, is_main = {}, dist.get_rank() == 0
     for name, param in named_parameters(student):
         param = whole(param.make() if isinstance(param, Deferred) else param)
@@ -42,5 +41,5 @@ def save_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder: P
     student.lm.config.dtype = dtype
     student.lm.save_pretrained(temporary, state_dict=state)
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that ended earlier
+    shutil.rmtree(folder, ignore_errors=True)  # left by an earlier attempt
     temporary.replace(folder)

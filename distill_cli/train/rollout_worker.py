@@ -64,7 +64,8 @@ class EnginePair:
     def sync(self, version: int) -> None:
         """The student's weights into the sampler's engine, unless it has them. A collective."""
         if version != self.sampler.version:
-            self.sampler.sync(synced_parameters(self.student, self.config.model.student.lora), version=version)
+            as_adapter = self.config.model.student.lora.syncs_adapter
+            self.sampler.sync(synced_parameters(self.student, as_adapter=as_adapter), version=version)
         else:  # what was asked before, a validation perhaps, leaves no trace in what comes
             self.sampler.reset_prefix_cache()
 

@@ -12,12 +12,11 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from distill_cli.config.schema import Checkpointing, MeshConfig, Precision, TrainConfig
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.student import attention
 from distill_cli.student.flops import train_flops
-from distill_cli.student.model import Student
+from distill_cli.student.model import Checkpointing, Student
 from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
 from gpu_stages.figures import Stage
 from gpu_stages.shapes import student_shape
@@ -25,11 +24,11 @@ from gpu_stages.timing import median_seconds, most_expensive, product_flops
 from tests.student.measured_memory import Case, predict
 from tests.student.memory_rank import build_student, made_up_batches
 
-CASES = {
-    "full checkpointing": (Checkpointing.full, False),
-    "selective checkpointing": (Checkpointing.selective, False),
-    "selective, compiled": (Checkpointing.selective, True),
-    "full, compiled": (Checkpointing.full, True),
+CASES: dict[str, tuple[Checkpointing, bool]] = {
+    "full checkpointing": ("full", False),
+    "selective checkpointing": ("selective", False),
+    "selective, compiled": ("selective", True),
+    "full, compiled": ("full", True),
 }
 PROFILED = "selective checkpointing"
 REHEARSED = ("full checkpointing", "selective checkpointing", "selective, compiled")
@@ -40,7 +39,7 @@ def run(stage: Stage) -> None:
     backend = "gloo" if stage.rehearse else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     attention.register()
-    parallel = layout(MeshConfig(), device=torch.device(stage.device))
+    parallel = layout(device=torch.device(stage.device))
     peak_flops = product_flops(stage.device, size=256 if stage.rehearse else 8192)
     stage.record("a product of two large bfloat16 matrices", peak_flops / 1e12, "TFLOP/s")
     for name, (checkpointing, compiled) in CASES.items():
@@ -60,7 +59,7 @@ def measure(
     num_tokens = 2 * micro_batch_tokens
     case = Case(
         student_shape(rehearse=stage.rehearse),
-        activation_checkpointing=checkpointing.value,
+        activation_checkpointing=checkpointing,
         precision="bf16",
         tokens=micro_batch_tokens,
         topk=topk,
@@ -68,8 +67,7 @@ def measure(
     )
     torch._dynamo.reset()
     torch.manual_seed(0)
-    settings = TrainConfig(activation_checkpointing=checkpointing, precision=Precision.bf16, compile=compiled)
-    student = build_student(case.model, settings, parallel)
+    student = build_student(case.model, parallel, bf16=True, checkpointing=checkpointing, compile=compiled)
     batches = made_up_batches(
         vocab=case.model["vocab_size"],
         topk=topk,
@@ -78,7 +76,7 @@ def measure(
         max_tokens=micro_batch_tokens,
         parallel=parallel,
     )
-    update = updater(student, settings, batches, parallel=parallel)
+    update = updater(student, batches, parallel=parallel)
     if stage.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = median_seconds(update, device=stage.device, rounds=1 if stage.rehearse else 4, warmup=2)
@@ -97,12 +95,10 @@ def measure(
         stage.table("kernels", most_expensive(update, device=stage.device))
 
 
-def updater(
-    student: Student, settings: TrainConfig, batches: list[MicroBatch], *, parallel: Parallel
-) -> Callable[[], None]:
+def updater(student: Student, batches: list[MicroBatch], *, parallel: Parallel) -> Callable[[], None]:
     """Return a function that does one optimizer update over `batches`."""
-    optimizer = build_optimizer(student, settings)
-    schedule = build_schedule(optimizer, settings, num_steps=100)
+    optimizer = build_optimizer(student, lr=2e-5)
+    schedule = build_schedule(optimizer, num_updates=100)
 
     def update() -> None:
         result = optimizer_step(student, optimizer, schedule, batches, max_grad_norm=1.0, parallel=parallel)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.saver import Saver, Trainable, load
-from distill_cli.config.schema import CheckpointConfig, Config
+from distill_cli.config.schema import Config
 from distill_cli.config.variation import save_config
 from distill_cli.folders import atomic_dir
 from distill_cli.folders.run_dir import RunDir
@@ -54,7 +54,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_disk: Path, caplog: pytes
     run = RunDir(small_disk / "run")
     run.path.mkdir()
     save_config(Config(), run.config)
-    saver = Saver(run, CheckpointConfig(), trainable())  # of half a MiB
+    saver = Saver(run, trainable())  # of half a MiB
     assert save(saver, 1, caplog) == []
     (warning,) = save(saver, 2, caplog)
     assert warning == "no checkpoint of step 2: No space left on device; step_1 is kept; training goes on"
@@ -70,7 +70,7 @@ def test_a_file_that_cannot_grow_is_as_a_full_disk(tmp_path: Path, caplog: pytes
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
     save_config(Config(), run.config)
-    saver = Saver(run, CheckpointConfig(), trainable())
+    saver = Saver(run, trainable())
     assert save(saver, 1, caplog) == []
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
@@ -90,7 +90,7 @@ def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path: Path) ->
     run, what = RunDir(tmp_path / "run"), trainable()
     run.path.mkdir()
     save_config(Config(), run.config)
-    saver = Saver(run, CheckpointConfig(), what)
+    saver = Saver(run, what)
     before = what.model.weight.detach().clone()
     saver.save(1, {"metrics": {}, "mine": [1, None]})
     rate, moment = what.schedule.get_last_lr(), what.optimizer.state[what.model.weight]["exp_avg"].clone()
@@ -119,7 +119,7 @@ def test_without_the_optimizer_moments_start_anew_with_a_warning(
     run, what = RunDir(tmp_path / "run"), trainable()
     run.path.mkdir()
     save_config(Config(), run.config)
-    saver = Saver(run, CheckpointConfig(save_optimizer=False), what)
+    saver = Saver(run, what, save_optimizer=False)
     saver.save(1, {"metrics": {}})
     saver.close()
     load(store.find(run.checkpoints)[0].path, trainable())

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from distill_cli.config.schema import DataConfig, ModelConfig
 from distill_cli.data.environments import Observation
 from distill_cli.data.isolated import Failed, IsolatedEnvironments
-from distill_cli.data.prompts import PromptMaker, make_prompts
+from distill_cli.data.prompts import PromptMaker, PromptSettings, make_prompts
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.errors import ConfigError
 from distill_cli.models.model_files import ASSETS
@@ -102,7 +101,7 @@ def test_a_row_that_is_none_for_the_environment_is_left_out(mine: IsolatedEnviro
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student")
 
     def maker() -> PromptMaker:
-        return PromptMaker(tokenizer, data=DataConfig(), model=ModelConfig(), max_tokens=100, opening=mine.make().reset)
+        return PromptMaker(tokenizer, PromptSettings(max_tokens=100), opening=mine.make().reset)
 
     make = maker()
     prompts = make_prompts([Example("one", "1"), Example("two", "none")], make, key="data.train")

@@ -8,10 +8,8 @@ from collections import Counter
 import pytest
 from transformers import AutoTokenizer
 
-from distill_cli.config.compose import compose
-from distill_cli.config.schema import Config
 from distill_cli.data.order import PromptOrder, PromptStream, shuffled
-from distill_cli.data.prompts import PromptMaker, make_prompts
+from distill_cli.data.prompts import PromptMaker, PromptSettings, make_prompts
 from distill_cli.data.rows import Stream
 from distill_cli.errors import ConfigError
 from distill_cli.models.model_files import ASSETS
@@ -106,10 +104,8 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student")
 
 
-def make(tokenizer, *overrides: str, max_tokens: int = 40, **settings) -> PromptMaker:
-    (job,) = compose(overrides)
-    config: Config = job.config
-    return PromptMaker(tokenizer, data=config.data, model=config.model, max_tokens=max_tokens, **settings)
+def make(tokenizer, *, max_tokens: int = 40, **settings) -> PromptMaker:
+    return PromptMaker(tokenizer, PromptSettings(max_tokens=max_tokens, **settings))
 
 
 def test_long_and_empty_prompts_are_dropped_or_cut_and_counted(tokenizer) -> None:
@@ -120,7 +116,7 @@ def test_long_and_empty_prompts_are_dropped_or_cut_and_counted(tokenizer) -> Non
         "1 of 4 prompts ask nothing and are left out",
         "2 of 4 prompts are longer than 40 tokens and left out",
     ]
-    cut = make(tokenizer, "data.overlong_prompts=truncate", max_tokens=60)
+    cut = make(tokenizer, overlong="truncate", max_tokens=60)
     short, *long = make_prompts(rows, cut, key="data.train")
     assert cut.counts["cut"] == 2
     for prompt in long:
@@ -140,7 +136,7 @@ def test_a_template_that_fails_says_which_row_and_why(tokenizer) -> None:
 def test_conversations_system_prompts_and_template_arguments_are_rendered(tokenizer) -> None:
     earlier = ({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"})
     example = Example("three", messages=(*earlier, {"role": "user", "content": "three"}))
-    prompt = make(tokenizer, "data.system_prompt=be kind", "data.prompt_template='<{question}>'")(example, 0)
+    prompt = make(tokenizer, system_prompt="be kind", prompt_template="<{question}>")(example, 0)
     assert tokenizer.decode(prompt.token_ids) == (
         "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
         "<|im_start|>user\n<three><|im_end|>\n<|im_start|>assistant\n"
@@ -150,18 +146,13 @@ def test_conversations_system_prompts_and_template_arguments_are_rendered(tokeni
 
 def test_the_teacher_reads_what_the_student_does_not(tokenizer) -> None:
     example = Example("{context}?", context="because {question}")
-    maker = make(tokenizer, "data.teacher_context=why", "data.teacher_prompt_template='{question} ({context})'")
+    maker = make(tokenizer, has_teacher_context=True, teacher_prompt_template="{question} ({context})")
     prompt = maker(example, 0)
     assert "because" not in tokenizer.decode(prompt.token_ids)
     assert "{context}? (because {question})<|im_end|>" in tokenizer.decode(prompt.teacher_token_ids)
-    own = make(tokenizer, teacher_template="T:{{ messages[0].content }}", max_tokens=80)(Example("{context}?"), 0)
+    own = make(tokenizer, teacher_chat_template="T:{{ messages[0].content }}", max_tokens=80)(Example("{context}?"), 0)
     assert tokenizer.decode(own.teacher_token_ids) == "T:{context}?"
-    maker = make(
-        tokenizer,
-        *("data.teacher_context=why", "data.overlong_prompts=truncate"),
-        max_tokens=60,
-        teacher_max_tokens=90,
-    )
+    maker = make(tokenizer, has_teacher_context=True, overlong="truncate", max_tokens=60, teacher_max_tokens=90)
     prompt = maker(Example("What is 1 + 1?", context="1" * 500), 0)
     assert len(prompt.token_ids) < 40
     assert 85 <= len(prompt.teacher_token_ids) <= 90

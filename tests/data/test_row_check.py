@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from distill_cli.config.compose import compose
-from distill_cli.config.schema import Config, MeshConfig
+from distill_cli.config.schema import Config
 from distill_cli.config.variation import override
 from distill_cli.data.registry import load_examples
 from distill_cli.data.row_check import _hash, check_data
@@ -28,7 +28,7 @@ from distill_cli.types import Example, Sample
 @pytest.fixture(scope="module")
 def parallel() -> Iterator[Parallel]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield layout(MeshConfig(), device=torch.device("cpu"))
+    yield layout(device=torch.device("cpu"))
     dist.destroy_process_group()
 
 

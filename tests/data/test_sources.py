@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream, boxed_answer, final_answer
 from distill_cli.errors import ConfigError
 from distill_cli.models.model_files import ASSETS
+from distill_cli.ranks.build_prompts import prompt_settings
 from distill_cli.types import Example
 from tests.data.published import QUESTION, localize, make_copy
 
@@ -58,7 +60,7 @@ def test_every_yaml_loads_a_copy_of_what_is_published(name: str, tmp_path: Path,
             continue
         spec = spec if name in OWN_FILES else localize(spec, tmp_path)
         examples = load_examples(spec, key=f"data.{key}")
-        make = PromptMaker(tokenizer, data=config.data, model=config.model, max_tokens=500)
+        make = PromptMaker(tokenizer, replace(prompt_settings(config), max_tokens=500))
         limit = 12 if isinstance(examples, Stream) else None
         prompts = make_prompts(examples, make, key=key, limit=limit)
         assert QUESTION in tokenizer.decode(prompts[0].token_ids)

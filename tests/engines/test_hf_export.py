@@ -8,7 +8,7 @@ import torch
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.hf_export import trained, write_weights
 from distill_cli.checkpoint.saver import Saver, Trainable
-from distill_cli.config.schema import CheckpointConfig, Config
+from distill_cli.config.schema import Config
 from distill_cli.config.variation import save_config
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.settings import SamplingSettings
@@ -23,7 +23,7 @@ def test_vllm_loads_an_export(changed_student, sampler, student_settings, tmp_pa
     changed_student.requires_grad_(True)
     optimizer = torch.optim.AdamW(changed_student.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    saver = Saver(run, CheckpointConfig(), Trainable(changed_student, optimizer, schedule))
+    saver = Saver(run, Trainable(changed_student, optimizer, schedule))
     saver.save(1, {"metrics": {}})
     saver.close()
     (checkpoint,) = store.find(run.checkpoints)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill_cli.checkpoint.saver import Saver, Trainable
-from distill_cli.config.schema import Checkpointing, Config, Dtype, Precision
+from distill_cli.config.schema import Config, Dtype, Precision
 from distill_cli.config.variation import override
 from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
@@ -55,7 +55,7 @@ class NeverSynced(Kept):
 
 @pytest.fixture(scope="module")
 def parallel(process_group) -> Parallel:
-    return layout(Config().mesh, device=torch.device("cpu"))
+    return layout(device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +72,14 @@ def teachers_scorer(process_group, teacher, teacher_settings):
     scorer.close()
 
 
-def build_student(folder: str, parallel: Parallel, config: Config, *, temperature: float, factor: float) -> Student:
+def build_student(folder: str, parallel: Parallel, *, temperature: float, factor: float) -> Student:
     exact = DistillLoss(kl_type="mixed")
 
     def loss(*args: torch.Tensor) -> torch.Tensor:
         return factor * exact(*args)
 
     made = Student(build_lm(Path(folder)), loss=loss, temperature=temperature, parallel=parallel)
-    wrap(made, parallel, config.train)
+    wrap(made, parallel, bf16=False)
     load_weights(made, made.lm, Path(folder), device=parallel.device)
     return made
 
@@ -104,12 +104,11 @@ def wrong(
                 "train.global_batch_size": 8,
                 "loss.topk": 16,
                 "train.precision": Precision.fp32,
-                "train.activation_checkpointing": Checkpointing.none,
             },
         )
-        trained = build_student(student_settings.path, parallel, config, temperature=temperature, factor=factor)
-        optimizer = build_optimizer(trained, config.train)
-        schedule = build_schedule(optimizer, config.train, num_steps=10)
+        trained = build_student(student_settings.path, parallel, temperature=temperature, factor=factor)
+        optimizer = build_optimizer(trained, lr=2e-5)
+        schedule = build_schedule(optimizer, num_updates=10)
         trainable = Trainable(trained.lm, optimizer, schedule)
         folder = RunDir(tmp_path)
         folder.config.write_text("")
@@ -135,7 +134,7 @@ def wrong(
             metrics_file=None,
             printer=SimpleNamespace(stage=lambda stage: None),
             num_steps=10,
-            saver=Saver(folder, config.checkpoint, trainable),
+            saver=Saver(folder, trainable),
             rollouts_dir=tmp_path,
         )
         check = SelfCheck(
@@ -143,9 +142,7 @@ def wrong(
             trainable=trainable,
             loss=DistillLoss(kl_type="mixed"),
             make_teacher=lambda: Kept(teacher),
-            load_teacher=lambda: build_student(
-                teacher_settings.path, parallel, config, temperature=temperature, factor=1.0
-            ),
+            load_teacher=lambda: build_student(teacher_settings.path, parallel, temperature=temperature, factor=1.0),
             checkpoints=folder.checkpoints,
             limits=Limits.of(exact=True),
             report=lambda finding: None,

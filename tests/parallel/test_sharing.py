@@ -9,16 +9,15 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from distill_cli.config.schema import MeshConfig
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.parallel.sharing import EngineShare
 
 
 @contextmanager
-def rank_of(rank: int, *, size: int, mesh: MeshConfig) -> Iterator[Parallel]:
+def rank_of(rank: int, *, size: int, tensor: int = 1, context: int = 1) -> Iterator[Parallel]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
-        yield layout(mesh, device=torch.device("cpu"))
+        yield layout(tensor=tensor, context=context, device=torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 
@@ -36,9 +35,9 @@ def rank_of(rank: int, *, size: int, mesh: MeshConfig) -> Iterator[Parallel]:
     ],
 )
 def test_every_sequence_is_scored_once_by_ranks_that_train_on_it(size, tensor, context, tensor_parallel, block):
-    scored, mesh = Counter(), MeshConfig(tensor=tensor, context=context)
+    scored = Counter()
     for rank in range(size):
-        with rank_of(rank, size=size, mesh=mesh) as parallel:
+        with rank_of(rank, size=size, tensor=tensor, context=context) as parallel:
             share = EngineShare.near_training(tensor_parallel, parallel)
             assert parallel.data_rank in share.data_ranks
             assert share.num_engines == block // tensor_parallel
@@ -54,7 +53,7 @@ def test_every_sequence_is_scored_once_by_ranks_that_train_on_it(size, tensor, c
 def test_every_engine_shares_in_the_work_of_all_ranks():
     places = []
     for rank in range(4):
-        with rank_of(rank, size=4, mesh=MeshConfig()) as parallel:
+        with rank_of(rank, size=4) as parallel:
             share = EngineShare.of_all_ranks(2, parallel)
             places.append((share.index, share.num_engines, share.is_first))
     assert places == [(0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False)]

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.config.compose import compose
-from distill_cli.config.schema import MeshConfig
 from distill_cli.config.variation import override, save_config
 from distill_cli.data.recorded_run import Facts, Recording, remove_later, step_folder, vocabulary_digest
 from distill_cli.errors import ConfigError
@@ -29,7 +28,7 @@ STUDENT = ASSETS / "tiny_pair/student"
 @pytest.fixture(scope="module")
 def parallel() -> Iterator[Parallel]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield layout(MeshConfig(), device=torch.device("cpu"))
+    yield layout(device=torch.device("cpu"))
     dist.destroy_process_group()
 
 

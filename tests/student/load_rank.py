@@ -2,13 +2,13 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from distill_cli.config.schema import LoraConfig, MeshConfig, TrainConfig
 from distill_cli.engines.weight_sync import Deferred
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.parallel.mesh import layout
@@ -19,12 +19,13 @@ from distill_cli.student.model import Student, build_lm, wrap
 from tests.student.forked import fork_ranks
 from tests.student.train_rank import made_up_model
 
+SEQUENCE_PARALLEL = {"tensor": 2, "sequence_parallel": True}
 CASES = [  # family, tied, stored dtype, largest file, mesh, offload
-    ("qwen3", True, torch.bfloat16, "1GB", MeshConfig(), False),
-    ("llama", False, torch.float32, "20KB", MeshConfig(tensor=2), False),
-    ("gemma3_text", True, torch.bfloat16, "20KB", MeshConfig(tensor=2, sequence_parallel=True), False),
-    ("qwen2", True, torch.float32, "1GB", MeshConfig(replicate=2), False),
-    ("mistral", False, torch.bfloat16, "20KB", MeshConfig(), True),
+    ("qwen3", True, torch.bfloat16, "1GB", {}, False),
+    ("llama", False, torch.float32, "20KB", {"tensor": 2}, False),
+    ("gemma3_text", True, torch.bfloat16, "20KB", SEQUENCE_PARALLEL, False),
+    ("qwen2", True, torch.float32, "1GB", {"replicate": 2}, False),
+    ("mistral", False, torch.bfloat16, "20KB", {}, True),
 ]
 
 
@@ -34,11 +35,11 @@ def check(folder: Path, case: tuple) -> None:
         made_up_model(family, tied=tied).to(dtype).save_pretrained(folder, max_shard_size=size)
     dist.barrier()
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    parallel = layout(mesh, device=torch.device("cpu"))
+    parallel = layout(**mesh, device=torch.device("cpu"))
     lm = build_lm(folder)
     assert all(param.is_meta for param in lm.parameters())
     student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
-    wrap(student, parallel, TrainConfig(cpu_offload=offload))
+    wrap(student, parallel, bf16=True, checkpointing="full", cpu_offload=offload)
     load_weights(student, lm, folder, device=torch.device("cpu"))
     expected = dict(reference.named_parameters())
     loaded = dict(lm.named_parameters())
@@ -51,13 +52,13 @@ def check(folder: Path, case: tuple) -> None:
         assert torch.equal(whole, reference.get_buffer(name)), f"{family}: {name}"
 
 
-def check_adapters(folder: Path, mesh: MeshConfig) -> None:
+def check_adapters(folder: Path, mesh: dict[str, Any]) -> None:
     """Every layout begins with the same adapters, and adds them up to what one process would."""
-    parallel = layout(mesh, device=torch.device("cpu"))
+    parallel = layout(**mesh, device=torch.device("cpu"))
     lm = build_lm(folder)
-    add_adapters(lm, LoraConfig(rank=3, alpha=6.0), bf16=True)
+    add_adapters(lm, rank=3, alpha=6.0, bf16=True)
     student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
-    wrap(student, parallel, TrainConfig())
+    wrap(student, parallel, bf16=True, checkpointing="full")
     load_weights(student, lm, folder, device=torch.device("cpu"), seed=7)
     generator, params = torch.Generator().manual_seed(0), dict(lm.named_parameters())
     expected = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
@@ -82,7 +83,7 @@ def check_adapters(folder: Path, mesh: MeshConfig) -> None:
 def check_all() -> None:
     for index, case in enumerate(CASES):
         check(Path(sys.argv[1]) / str(index), case)
-    for mesh in (MeshConfig(), MeshConfig(tensor=2, sequence_parallel=True)):
+    for mesh in ({}, SEQUENCE_PARALLEL):
         check_adapters(Path(sys.argv[1]) / "0", mesh)  # whose values are bfloat16's
 
 

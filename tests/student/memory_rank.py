@@ -15,13 +15,12 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill_cli.config.schema import Checkpointing, LoraConfig, MeshConfig, Precision, TrainConfig
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.rollout.pack import MicroBatch, micro_batches, plan_batch
 from distill_cli.student import attention
 from distill_cli.student.adapters import add_adapters
-from distill_cli.student.model import Student, wrap
+from distill_cli.student.model import Checkpointing, Student, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
 from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
 from tests.student.forked import case_ranks
@@ -70,18 +69,20 @@ def run(case: dict, parallel: Parallel) -> int:
 
     Returns the bytes that are held when it begins.
     """
-    settings = TrainConfig(
-        activation_checkpointing=Checkpointing[case["activation_checkpointing"]],
-        precision=Precision[case["precision"]],
-    )
     mark("start")
-    student = build_student(case["model"], settings, parallel, lora=case["lora"])
+    student = build_student(
+        case["model"],
+        parallel,
+        bf16=case["precision"] == "bf16",
+        checkpointing=case["activation_checkpointing"],
+        lora_rank=case["lora"],
+    )
     for module in student.modules():
         if isinstance(module, FSDPModule) and parallel.device.type == "cpu":
             module.set_custom_all_gather(Settled(dist.all_gather_single))
             module.set_custom_reduce_scatter(Settled(dist.reduce_scatter_single))
-    optimizer = build_optimizer(student, settings)
-    schedule = build_schedule(optimizer, settings, num_steps=10)
+    optimizer = build_optimizer(student, lr=2e-5)
+    schedule = build_schedule(optimizer, num_updates=10)
     student.register_forward_pre_hook(lambda *_: mark("forward"))
     student.lm.base_model.register_forward_hook(lambda *_: mark("head"))
     student.register_forward_hook(lambda *_: mark("backward"))
@@ -103,19 +104,25 @@ def run(case: dict, parallel: Parallel) -> int:
 
 
 def build_student(
-    model: dict[str, Any], settings: TrainConfig, parallel: Parallel, *, lora: int | None = None
+    model: dict[str, Any],
+    parallel: Parallel,
+    *,
+    bf16: bool,
+    checkpointing: Checkpointing,
+    compile: bool = False,
+    lora_rank: int | None = None,
 ) -> Student:
     """A student of random weights, made on its device and laid out over the mesh."""
     with parallel.device:
         lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model), attn_implementation=attention.NAME).train()
-    if lora:
-        add_adapters(lm, LoraConfig(rank=lora), bf16=settings.precision is Precision.bf16)
+    if lora_rank:
+        add_adapters(lm, rank=lora_rank, bf16=bf16)
         for module in lm.modules():
             if isinstance(module, torch.nn.Linear) and module.weight.is_meta:
                 module.to_empty(device=parallel.device)
                 torch.nn.init.normal_(module.weight, std=0.02)
     student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
-    return wrap(student, parallel, settings)
+    return wrap(student, parallel, bf16=bf16, checkpointing=checkpointing, compile=compile)
 
 
 def made_up_batches(
@@ -156,7 +163,7 @@ def peak_on_gpu(case: dict) -> int:
     try:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run(case, layout(MeshConfig(**case["mesh"]), device=torch.device("cuda")))
+        run(case, layout(**case["mesh"], device=torch.device("cuda")))
         return torch.cuda.max_memory_allocated() - before
     finally:
         dist.destroy_process_group()
@@ -164,7 +171,7 @@ def peak_on_gpu(case: dict) -> int:
 
 def measure(case: dict) -> tuple[int, list[tuple[str, int, int]]]:
     """Bytes held when the second step begins, and the timeline."""
-    parallel = layout(MeshConfig(**case["mesh"]), device=torch.device("cpu"))
+    parallel = layout(**case["mesh"], device=torch.device("cpu"))
     gc.collect()  # what is left of the case before would be freed in this one's account
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         begin = run(case, parallel)

@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.checks import MAX_ENGINE_RANK
 from distill_cli.config.compose import compose
-from distill_cli.config.schema import LoraConfig
 from distill_cli.engines.adapter_sync import check_adapter, whole_tensors
 from distill_cli.engines.settings import ADAPTER_RANKS
 from distill_cli.engines.weight_sync import Deferred
@@ -53,7 +52,7 @@ def filled(lm: LlamaForCausalLM) -> LlamaForCausalLM:
 def test_the_sums_are_those_that_peft_merges() -> None:
     lm, reference = small_model(), small_model()
     frozen = {name: param.clone() for name, param in lm.named_parameters()}
-    add_adapters(lm, LoraConfig(rank=3, alpha=12.0, targets=["q_proj", "mlp.down_proj"]), bf16=False)
+    add_adapters(lm, rank=3, alpha=12.0, targets=["q_proj", "mlp.down_proj"], bf16=False)
     filled(lm)
     model = get_peft_model(reference, PeftConfig(r=3, lora_alpha=12, target_modules=["q_proj", "down_proj"]))
     trained = {exported_name(name): p.detach() for name, p in lm.named_parameters() if is_adapter(name)}
@@ -74,7 +73,7 @@ def test_the_sums_are_those_that_peft_merges() -> None:
 
 def test_only_adapters_are_trained_and_frozen_weights_may_be_bfloat16() -> None:
     lm = small_model()
-    add_adapters(lm, LoraConfig(rank=2), bf16=True)
+    add_adapters(lm, rank=2, bf16=True)
     for name, param in lm.named_parameters():
         assert param.requires_grad == is_adapter(name)
         assert param.dtype == (torch.float32 if is_adapter(name) else torch.bfloat16)
@@ -112,7 +111,7 @@ def test_frozen_weights_cost_no_gradient_of_their_own() -> None:
     flops = train_flops(
         Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0), num_tokens=9, num_response_tokens=4
     )
-    add_adapters(lm, LoraConfig(rank=1, targets=["q_proj"]), bf16=False)
+    add_adapters(lm, rank=1, targets=["q_proj"], bf16=False)
     student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0)
     added = 6 * 2 * (16 + 16) * 9
     assert train_flops(student, num_tokens=9, num_response_tokens=4) == flops * 4 / 6 + added

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from distill_cli.config.schema import Checkpointing
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.rollout.pack import MicroBatch, lay_out, plan_batch
 from distill_cli.student import attention
@@ -60,7 +59,7 @@ def student() -> Student:
         num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, attn_implementation=attention.NAME,
     )  # fmt: skip
     lm = Qwen3ForCausalLM(config).train()
-    checkpoint_activations(lm, Checkpointing.full)
+    checkpoint_activations(lm, "full")
     return Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0)
 
 

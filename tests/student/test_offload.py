@@ -9,7 +9,6 @@ import torch.distributed.checkpoint.state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from distill_cli.config.schema import TrainConfig
 from distill_cli.student.optimizer import OptimizerOffload, build_optimizer
 
 CPU = torch.device("cpu")
@@ -32,7 +31,7 @@ class Spy(OptimizerOffload):
 def train(device: torch.device, *, offload: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer, Spy | None]:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)).to(device)
-    optimizer = build_optimizer(module, TrainConfig(lr=1e-2))
+    optimizer = build_optimizer(module, lr=1e-2)
     spy = Spy(optimizer, rest=CPU, work=device) if offload else None
     for step in range(4):
         x = torch.randn(5, 8, generator=torch.Generator().manual_seed(step)).to(device)

@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distill_cli.checkpoint.saver import Saver, Trainable, load
-from distill_cli.config.schema import CheckpointConfig, Checkpointing, LoraConfig, MeshConfig, Precision, TrainConfig
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.parallel.mesh import layout
@@ -61,9 +60,7 @@ def made_up_model(family: str, *, tied: bool) -> PreTrainedModel:
 def add_made_up_adapters(lm: PreTrainedModel, case: dict) -> None:
     """With values of their own, B's not 0 either: else A would have no gradient in the first step."""
     frozen = dict(lm.named_parameters())
-    add_adapters(
-        lm, LoraConfig(rank=case["lora"], alpha=8.0, targets=case["lora_targets"]), bf16=case["precision"] == "bf16"
-    )
+    add_adapters(lm, rank=case["lora"], alpha=8.0, targets=case["lora_targets"], bf16=case["precision"] == "bf16")
     generator = torch.Generator().manual_seed(1)
     for name, param in list(lm.named_parameters()):
         if is_adapter(name):
@@ -74,20 +71,18 @@ def add_made_up_adapters(lm: PreTrainedModel, case: dict) -> None:
 
 
 def train(case: dict) -> tuple:
-    mesh = MeshConfig(**{name: case[name] for name in ("tensor", "context", "replicate", "sequence_parallel")})
-    parallel = layout(mesh, device=torch.device("cpu"))
-    settings = TrainConfig(
-        lr=1e-2, warmup_steps=0, eps=1e-5, max_grad_norm=0.05, packing=case["packing"],
-        activation_checkpointing=Checkpointing[case["activation_checkpointing"]], compile=case["compile"],
-        cpu_offload=case["cpu_offload"], precision=Precision[case["precision"]],
-    )  # fmt: skip
+    mesh = {name: case[name] for name in ("tensor", "context", "replicate", "sequence_parallel")}
+    parallel = layout(**mesh, device=torch.device("cpu"))
     lm = made_up_model(case["family"], tied=case["tied"])
     if case["lora"]:
         add_made_up_adapters(lm, case)
     student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
-    wrap(student, parallel, settings)
-    optimizer = build_optimizer(student, settings)
-    schedule = build_schedule(optimizer, settings, num_steps=NUM_STEPS)
+    wrap(
+        student, parallel, bf16=case["precision"] == "bf16", checkpointing=case["activation_checkpointing"],
+        compile=case["compile"], cpu_offload=case["cpu_offload"],
+    )  # fmt: skip
+    optimizer = build_optimizer(student, lr=1e-2, eps=1e-5)
+    schedule = build_schedule(optimizer, warmup_updates=0, num_updates=NUM_STEPS)
     trainable, results = Trainable(student.lm, optimizer, schedule), []
     if case["start_from"]:
         load(Path(case["start_from"]), trainable)
@@ -102,7 +97,7 @@ def train(case: dict) -> tuple:
         batches = micro_batches(plan, rollouts, topk=TOPK, parallel=parallel)
         results.append(optimizer_step(student, optimizer, schedule, batches, max_grad_norm=0.05, parallel=parallel))
         if case["save_to"] and step + 1 == case["save_at"]:
-            saver = Saver(RunDir(Path(case["save_to"])), CheckpointConfig(), trainable)
+            saver = Saver(RunDir(Path(case["save_to"])), trainable)
             saver.save(step + 1, {"metrics": {"train/loss": results[-1].loss}})
             saver.close()
     params = {n: p.full_tensor().detach() if isinstance(p, DTensor) else p for n, p in student.named_parameters()}

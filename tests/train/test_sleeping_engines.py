@@ -51,7 +51,7 @@ class TrainingBegins(Exception):
 @pytest.fixture
 def parallel() -> Iterator[Parallel]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield layout(Config().mesh, device=torch.device("cpu"))
+    yield layout(device=torch.device("cpu"))
     dist.destroy_process_group()
 
 

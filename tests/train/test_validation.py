@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.config.checks import config_problems, evaluation_problems
-from distill_cli.config.schema import Config, MeshConfig
+from distill_cli.config.schema import Config
 from distill_cli.config.variation import override
 from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.data.registry import resolve_extract, resolve_verifier
@@ -46,7 +46,7 @@ class Oracle:
 @pytest.fixture(scope="module")
 def parallel() -> Iterator[Parallel]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield layout(MeshConfig(), device=torch.device("cpu"))
+    yield layout(device=torch.device("cpu"))
     dist.destroy_process_group()
     EXACT.close()
 
