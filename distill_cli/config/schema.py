@@ -12,6 +12,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from distill_cli.losses.divergence import DIVERGENCES, PARAMETERS, parameters_of
+
 
 class Dtype(Enum):
     bfloat16 = "bfloat16"
@@ -136,15 +138,23 @@ class ModelConfig:
     """Run Python that a model's folder brings along. Only for models whose code you have read."""
 
 
+def with_parameters(cls: type) -> type:
+    """Add a key for each parameter that a divergence has; null is the divergence's own default."""
+    for name, kind in PARAMETERS.items():
+        cls.__annotations__[name] = f"{kind.__name__} | None"
+        setattr(cls, name, None)
+    return cls
+
+
 @dataclass
+@with_parameters
 class LossConfig:
+    """The parameters of the divergences in `losses/divergence.py` are keys too, such as `kl_weight` and `skew`."""
+
     kl_type: str = "mixed"
-    """forward, reverse, mixed, jsd, skew_forward, skew_reverse, or `pkg.module:function` of your own."""
-    kl_weight: float = 0.5
-    """Weight of the forward part, for mixed and jsd: 0..1."""
-    skew: float = 0.1
-    """How much of the other distribution is mixed in, for skew_forward and skew_reverse: 0..1
-    (DistiLLM, Ko et al. 2024, found 0.1 best)."""
+    """A divergence (`distill ls loss`), or `pkg.module:function` of your own."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a function of your own, such as `loss.kwargs.alpha=0.3`."""
     topk: int = 64
     """Tokens of the teacher's distribution that are kept at each position: 1..vocabulary."""
     tail: Tail = Tail.bucket
@@ -152,6 +162,12 @@ class LossConfig:
     or a teacher that is zero there (zero)."""
     temperature: float = 1.0
     """Divides both models' logits before the softmax: above 0."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Return the keys with a value that the divergence takes; what a user's own takes besides is in `kwargs`."""
+        read = parameters_of(self.kl_type) if self.kl_type in DIVERGENCES else PARAMETERS
+        return {name: getattr(self, name) for name in read if getattr(self, name) is not None}
 
 
 @dataclass

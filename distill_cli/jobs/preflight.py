@@ -15,7 +15,6 @@ from pathlib import Path
 
 from distill_cli import memory
 from distill_cli.config.checks import config_problems, mesh_problems
-from distill_cli.config.compose import known_losses
 from distill_cli.config.derived import needed_length, needs_sampler, needs_scorer, scored_length
 from distill_cli.config.schema import Config, Dtype, Launcher
 from distill_cli.data.recorded_run import Recording
@@ -37,7 +36,6 @@ from distill_cli.models.model_pair import (
     template_difference,
 )
 from distill_cli.types import Example
-from distill_cli.user_code import load_function
 
 
 @dataclass
@@ -162,12 +160,6 @@ def _check_names(config: Config) -> None:
         is_own = template == OWN_TEMPLATE and key == "model.teacher.chat_template"
         if template is not None and not is_own and "{" not in template and not Path(template).is_file():
             raise ConfigError(f"{key}={template}: no such file, and no template either: those have {{{{ }}}} in them")
-    if ":" in config.loss.kl_type:
-        load_function(config.loss.kl_type, key="loss.kl_type")
-    elif config.loss.kl_type not in known_losses():
-        raise ConfigError(
-            f"loss.kl_type={config.loss.kl_type}: must be one of {', '.join(known_losses())}, or pkg.module:function"
-        )
 
 
 def _check_templates(config: Config, tokenizer: Path, sample: Example) -> None:

@@ -29,7 +29,7 @@ from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import launched
 from distill_cli.folders.metrics_file import MetricsFile
 from distill_cli.folders.run_dir import RunDir, write_json
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import fingerprint, locate
 from distill_cli.models.model_pair import end_tokens
@@ -180,7 +180,7 @@ def pick_device() -> torch.device:
 
 def build_loss(config: Config) -> DistillLoss:
     loss = config.loss
-    return DistillLoss(kl_type=loss.kl_type, kl_weight=loss.kl_weight, skew=loss.skew, tail=loss.tail.value)
+    return DistillLoss(kl_type=loss.kl_type, tail=loss.tail.value, **loss.parameters, **loss.kwargs)
 
 
 def build_recorder(config: Config, run: RunDir, parallel: Parallel) -> Recorder:

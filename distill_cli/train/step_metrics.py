@@ -12,7 +12,7 @@ from statistics import fmean
 import torch
 
 from distill_cli.engines.vllm_patches import pooled_bytes
-from distill_cli.losses.divergence import token_statistics
+from distill_cli.losses.distill_loss import token_statistics
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import BatchPlan, MicroBatch

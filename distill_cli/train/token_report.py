@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.distributed as dist
 
-from distill_cli.losses.divergence import token_statistics
+from distill_cli.losses.distill_loss import token_statistics
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.parallel.mesh import Parallel

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from distill_cli.config.schema import Checkpointing
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.rollout.pack import MicroBatch, lay_out, plan_batch
 from distill_cli.student import attention
 from distill_cli.student.model import Student, checkpoint_activations
