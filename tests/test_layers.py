@@ -12,6 +12,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"errors", "types"},
     {"user_code"},
     {"losses"},
+    {"metrics"},
     {"config", "terminal"},
     {"machine", "models", "folders", "parallel"},
     {"memory", "data", "engines", "launch", "report"},
@@ -39,7 +40,7 @@ NO_TORCH = [
     "distill_cli.verbs.export",
     "distill_cli.verbs.doctor",
     "distill_cli.ranks.worker",
-    "distill_cli.losses.divergence",
+    "distill_cli.metrics",
     "distill_cli.report.comparison",
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -244,7 +244,7 @@ class Saver:
                 root,
                 keep_top_k=settings.keep_top_k,
                 metric=settings.metric,
-                higher_is_better=settings.higher_is_better,
+                higher_is_better=settings.keeps_highest,
             )
         except (OSError, DistillError) as error:
             shutil.rmtree(temporary, ignore_errors=True)

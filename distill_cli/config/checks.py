@@ -7,10 +7,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
+from distill_cli.config.choices import nearest
 from distill_cli.config.credentials import secret_problems, uri_problem
 from distill_cli.config.derived import least_engine_length, parse_duration, parse_time_limit, validates
 from distill_cli.config.schema import ClusterConfig, Config, Launcher, LoraSync
 from distill_cli.losses.divergence import DIVERGENCES, PARAMETERS, parameter_problems, parameters_of
+from distill_cli.metrics import METRICS, find
 
 RESERVED_ENGINE_KWARGS = {
     *("model", "tokenizer", "revision", "dtype", "quantization", "trust_remote_code", "max_model_len", "seed"),
@@ -35,16 +37,6 @@ SLURM_ONLY = {
 
 MAX_ENGINE_RANK = 512
 """Of an adapter in vLLM."""
-
-RANKABLE = {
-    *("train/loss", "train/kl_forward", "train/kl_reverse", "train/entropy", "train/grad_norm"),
-    *("train/teacher_topk_mass", "train/student_topk_mass", "train/top1_agreement", "train/response_tokens"),
-    *("train/lr", "train/skipped_updates"),
-    *("rollout/accuracy", "rollout/mean_length", "rollout/truncated_rate", "rollout/engine_mismatch"),
-    *("rollout/mean_turns", "rollout/turn_limit_rate"),
-    *("val/accuracy", "val/mean_length", "val/truncated_rate"),
-}
-"""Metrics that checkpoints can be ranked by."""
 
 
 def config_problems(config: Config) -> list[str]:
@@ -290,8 +282,16 @@ def _checkpoint(config: Config) -> Iterator[str]:
     checkpoint = config.checkpoint
     yield from _at_least("checkpoint.period", checkpoint.period, 1)
     yield from _at_least("checkpoint.keep_top_k", checkpoint.keep_top_k, 0)
-    if checkpoint.metric not in RANKABLE:
-        yield f"checkpoint.metric={checkpoint.metric}: no such metric; choose one of {', '.join(sorted(RANKABLE))}"
+    metric, known = find(checkpoint.metric), [metric.name for metric in METRICS if metric.ranks_checkpoints]
+    if metric is None or metric.name not in known:
+        what = "no such metric" if metric is None else f"not known when a checkpoint is written ({metric.meaning})"
+        choice = nearest(checkpoint.metric, known) or "; choose a train/, rollout/ or val/ metric (docs/metrics.md)"
+        yield f"checkpoint.metric={checkpoint.metric}: {what}{choice}"
+    elif metric.better is None and checkpoint.higher_is_better is None:
+        yield (
+            f"checkpoint.higher_is_better=null: checkpoint.metric={checkpoint.metric} is not better high or low by "
+            "itself; set true or false"
+        )
     if checkpoint.must_save_by is not None and parse_duration(checkpoint.must_save_by) is None:
         yield f"checkpoint.must_save_by={checkpoint.must_save_by}: must be DD:HH:MM:SS, such as 00:03:45:00"
 

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from distill_cli.losses.divergence import DIVERGENCES, PARAMETERS, parameters_of
+from distill_cli.metrics import find
 
 
 class Dtype(Enum):
@@ -360,8 +361,9 @@ class CheckpointConfig:
     keep_top_k: int = 3
     """How many are kept, the best by `metric`; the newest is kept besides. Those of steps without a value fill up."""
     metric: str = "val/accuracy"
-    """Any train/, rollout/ or val/ metric of metrics.jsonl."""
-    higher_is_better: bool = True
+    """Any train/, rollout/ or val/ metric (docs/metrics.md)."""
+    higher_is_better: bool | None = None
+    """Which values of `metric` are kept; null is what suits it: lower for a loss, higher for an accuracy."""
     must_save_by: str | None = None
     """DD:HH:MM:SS of wall clock since the command was typed, restarts included: before a step that may end later than
     that, the run saves a checkpoint and stops; `resume` goes on."""
@@ -369,6 +371,14 @@ class CheckpointConfig:
     """Without it a checkpoint is a third as large, and a resumed run is no longer exact."""
     async_save: bool = True
     """Train on while a checkpoint is written, at the cost of a copy in host memory."""
+
+    @property
+    def keeps_highest(self) -> bool:
+        """Whether the best checkpoint is the one with the highest value of `metric`."""
+        if self.higher_is_better is not None:
+            return self.higher_is_better
+        metric = find(self.metric)
+        return metric is not None and metric.better == "higher"
 
 
 @dataclass

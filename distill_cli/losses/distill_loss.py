@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from distill_cli.errors import ConfigError
-from distill_cli.losses.divergence import Divergence, forward, resolve_divergence, reverse
+from distill_cli.losses.divergence import Divergence, resolve_divergence
 
 PADDING_LOGP = -1e4
 """Log-probability of a class that is not there: its probability is exactly 0, and its gradients are finite."""
@@ -83,19 +83,13 @@ class DistillLoss:
         return per_log * sum_q_logq_N + per_mass * student_NC[:, -1].exp()
 
 
-def token_statistics(teacher_logp_NK: torch.Tensor, student_logp_NC: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is reported of each token, whatever the loss: divergences on the `bucket` tail's classes, and masses.
+def bucket_classes(teacher_logp_NK: torch.Tensor, student_logp_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probabilities of teacher and student on the `bucket` tail's classes, detached: [N, C] each.
 
-    Args and dtypes are DistillLoss's; values are detached, [N] each.
+    Args and dtypes are those of `DistillLoss.__call__`.
     """
     student_NC = student_logp_NC.detach()
-    teacher_NC = with_rest(_finite(teacher_logp_NK.to(student_NC.dtype)), student_NC[:, -1])
-    return {
-        "kl_forward": forward(teacher_NC, student_NC).sum(-1),
-        "kl_reverse": reverse(teacher_NC, student_NC).sum(-1),
-        "teacher_topk_mass": teacher_NC[:, :-1].exp().sum(-1),
-        "student_topk_mass": student_NC[:, :-1].exp().sum(-1),
-    }
+    return with_rest(_finite(teacher_logp_NK.to(student_NC.dtype)), student_NC[:, -1]), student_NC
 
 
 def with_rest(logp_NK: torch.Tensor, student_rest_N: torch.Tensor) -> torch.Tensor:

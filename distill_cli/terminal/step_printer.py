@@ -15,20 +15,9 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
+from distill_cli.metrics import find
 from distill_cli.terminal.console import Console
 from distill_cli.terminal.panel import Screen
-
-COLUMNS = (  # what a step's line shows of its metrics, and how
-    ("loss", "train/loss", "{:.4f}"),
-    ("acc", "rollout/accuracy", "{:.3f}"),
-    ("len", "rollout/mean_length", "{:.0f}"),
-    ("gnorm", "train/grad_norm", "{:.2f}"),
-    ("mismatch", "rollout/engine_mismatch", "{:.1e}"),
-    ("packed", "perf/packing_efficiency", "{:.0%}"),
-    ("tok/s", "perf/tokens_per_s", "{:.0f}"),
-    ("s", "time/step_s", "{:.2f}"),
-    ("val", "val/accuracy", "{:.3f}"),
-)
 
 
 class StepPrinter:
@@ -84,8 +73,9 @@ class StepPrinter:
 
 
 def step_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:
-    """`step 12/80 loss=0.0312 ...`: what is there of the columns."""
-    shown = [f"{name}={form.format(metrics[key])}" for name, key, form in COLUMNS if metrics.get(key) is not None]
+    """Return `step 12/80 loss=0.0312 ...`: the metrics that are shown there, in the order of `metrics`."""
+    found = [(find(key), value) for key, value in metrics.items() if value is not None]
+    shown = [metric.step_line.format(value) for metric, value in found if metric and metric.step_line]
     return f"step {step}/{num_steps} " + " ".join(shown)
 
 

@@ -293,7 +293,7 @@ class Trainer:
         """A checkpoint of the last step that the student has learned from. A collective."""
         settings, progress = self.config.checkpoint, self.progress
         ranked = {name: plain(value) for name, value in metrics.items() if name.startswith(("train", "rollout", "val"))}
-        progress.note(settings.metric, ranked.get(settings.metric), higher_is_better=settings.higher_is_better)
+        progress.note(settings.metric, ranked.get(settings.metric), higher_is_better=settings.keeps_highest)
         state = {**asdict(progress), "metrics": ranked, "data": self.prompts.fingerprint}
         with self.watch("checkpoint"):
             if self.metrics_file is not None:

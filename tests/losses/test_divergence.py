@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_cli.errors import ConfigError
-from distill_cli.losses.distill_loss import PADDING_LOGP, TAILS, DistillLoss, token_statistics
+from distill_cli.losses.distill_loss import PADDING_LOGP, TAILS, DistillLoss
 from distill_cli.losses.divergence import DIVERGENCES, resolve_divergence
 
 from .reference import Case, make_case, reference_loss, student_classes
@@ -195,19 +195,6 @@ def test_rounding_of_all_the_teacher_s_probability_costs_nothing() -> None:
     student_NC = torch.cat([teacher_NV, torch.full((4000, 1), -70.0)], -1)
     value = DistillLoss(kl_type="forward")(teacher_NV, student_NC, torch.zeros(4000))
     assert float(value.abs().max()) < 1e-5
-
-
-def test_statistics_by_hand() -> None:
-    teacher = torch.tensor([[1 / 2, 1 / 4]]).log()
-    student = torch.tensor([[1 / 4, 1 / 8, 5 / 8]]).log().requires_grad_()
-    statistics = token_statistics(teacher, student)
-    assert {name: value.item() for name, value in statistics.items()} == {
-        "kl_forward": pytest.approx(0.5 * ln(2) + 0.25 * ln(2) + 0.25 * ln(0.4), rel=1e-5),
-        "kl_reverse": pytest.approx(0.25 * ln(0.5) + 0.125 * ln(0.5) + 0.625 * ln(2.5), rel=1e-5),
-        "teacher_topk_mass": pytest.approx(0.75),
-        "student_topk_mass": pytest.approx(0.375),
-    }
-    assert not any(value.requires_grad for value in statistics.values())
 
 
 def test_a_users_own_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
