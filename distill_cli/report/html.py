@@ -145,14 +145,15 @@ def grid_charts(histories: Sequence[History]) -> list[dict[str, Any]]:
     """Return a heat map of each metric that has one, if the runs are a grid of two keys."""
     rows = grid_rows(histories)
     keys, num_rows = tuple(histories[0].result.settings), len({row["row"] for row in rows})
+    shown = [metric for metric in COMPARED if "heat map" in metric.compared_in]
     return [
         figures.chart(
             f"grid-{figures.field(metric.name)}",
-            f"{metric.label}, {metric.unit}",
+            f"{metric.label[0].upper()}{metric.label[1:]}, {metric.unit}",
             figures.heat_map(*keys, metric, num_rows=num_rows),
         )
-        for metric in COMPARED
-        if "heat map" in metric.compared_in and any(figures.field(metric.name) in row for row in rows)
+        for metric in shown
+        if any(figures.field(metric.name) in row for row in rows)
     ]
 
 

@@ -61,7 +61,12 @@ class StepPrinter:
         self.console.print(shown)
 
     def step(self, step: int, metrics: Mapping[str, float], *, at: float | None = None) -> None:
-        """A step that is done, `at` seconds since 1970 (now). A terminal keeps the lines of validations."""
+        """Show a step that is done, `at` seconds since 1970 (now). A terminal keeps the lines of validations.
+
+        Step 0, before training, is shown if the student was validated.
+        """
+        if step == 0 and "val/accuracy" not in metrics:
+            return
         self.screen.add(step, metrics, at=at)
         validates, due = "val/accuracy" in metrics, step % self._every == 0 or step == self._num_steps
         if validates or (due and self._live is None):

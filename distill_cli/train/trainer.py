@@ -354,8 +354,7 @@ class Trainer:
     def record(self, step: int, metrics: dict[str, float]) -> None:
         if self.metrics_file is not None:
             self.metrics_file.write(step, metrics)
-        if step > 0 or metrics.keys() & {"val/accuracy"}:
-            self.printer.step(step, metrics)
+        self.printer.step(step, metrics)
 
     def result(self, state: str, reason: str | None, *, seconds: float) -> Result:
         progress = self.progress

@@ -122,6 +122,11 @@ def test_all_mistakes_are_named_at_once() -> None:
     assert len(problems_of("loss.topkk=3", "train.lr=abc", "loss=foo", "-m", "train.seed=1,x")) == 4
 
 
+def test_own_parameters_are_named_kwargs() -> None:
+    (problem,) = problems_of("+loss.alpha=0.3")
+    assert "loss.kwargs.alpha" in problem
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
