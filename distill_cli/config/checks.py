@@ -77,7 +77,7 @@ def inert_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
     for name in PARAMETERS:
         if f"loss.{name}" in typed and name not in parameters_of(kind):
             readers = " and ".join(known for known in DIVERGENCES if name in parameters_of(known))
-            warnings.append(f"loss.{name} has no effect with loss.kl_type={kind}: only {readers} read it")
+            warnings.append(f"loss.{name} has no effect with loss.kl_type={kind}: it is a parameter of {readers}")
     if config.cluster.launcher is Launcher.local:
         for key in sorted(typed & {f"cluster.{name}" for name in SLURM_ONLY}):
             warnings.append(f"{key} has no effect with cluster.launcher=local: only cluster=slurm reads it")

@@ -173,7 +173,7 @@ def test_a_value_that_cannot_be_is_refused(override: str, said: str) -> None:
 def test_parameters_of_other_divergences_warn() -> None:
     unread, read = compose(["-m", "loss=forward,mixed", "loss.kl_weight=0.3"])
     (warning,) = inert_overrides(unread.config, unread.overrides)
-    assert warning == "loss.kl_weight has no effect with loss.kl_type=forward: only mixed and jsd read it"
+    assert warning == "loss.kl_weight has no effect with loss.kl_type=forward: it is a parameter of mixed and jsd"
     assert inert_overrides(read.config, read.overrides) == []
     assert (unread.config.loss.parameters, read.config.loss.parameters) == ({}, {"kl_weight": 0.3})
 
