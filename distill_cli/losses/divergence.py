@@ -123,14 +123,18 @@ def parameters_of(kl_type: str) -> dict[str, inspect.Parameter]:
     """
     function = find_divergence(kl_type)
     try:
-        try:
-            parameters = inspect.signature(function, eval_str=True).parameters
-        except NameError:  # a user's annotations may name what only a type checker imports
-            parameters = inspect.signature(function).parameters
+        parameters = _signature(function).parameters
         _logp, _logq, *others = parameters
     except (TypeError, ValueError) as error:
         raise ConfigError(f"loss.kl_type={kl_type}: must take (logp, logq): {error}") from error
     return {name: parameters[name] for name in others}
+
+
+def _signature(function: Callable) -> inspect.Signature:
+    try:
+        return inspect.signature(function, eval_str=True)
+    except (NameError, AttributeError):  # a user's annotations may name what only a type checker imports
+        return inspect.signature(function)
 
 
 PARAMETERS: dict[str, type] = {
