@@ -30,7 +30,7 @@ from distill_cli.config.schema import Config
 from distill_cli.config.variation import save_config
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.parallel.mesh import init_parallel
 from distill_cli.rollout.pack import micro_batches, plan_batch
 from distill_cli.student import attention

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from distill_cli.losses.divergence import DIVERGENCES, TAILS, DistillLoss
+from distill_cli.losses.distill_loss import TAILS, DistillLoss
+from distill_cli.losses.divergence import DIVERGENCES
 from distill_cli.losses.linear_topk import linear_topk_loss
 
 SMALL = {"tokens": 64, "vocab": 1000, "hidden": 32, "topk": 16}

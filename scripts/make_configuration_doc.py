@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from distill_cli.losses.divergence import DIVERGENCES, PARAMETERS, parameters_of
+
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "distill_cli/config/schema.py"
 PAGE = ROOT / "docs/configuration.md"
@@ -21,7 +23,8 @@ INTRODUCTION = """\
 # Configuration
 
 Every key, with its type, default and meaning. This page is made by `python scripts/make_configuration_doc.py` from
-[`schema.py`](../distill_cli/config/schema.py) and [`conf/`](../conf); a test holds it current.
+[`schema.py`](../distill_cli/config/schema.py), [`divergence.py`](../distill_cli/losses/divergence.py) and
+[`conf/`](../conf); a test holds it current.
 
 Defaults are those of the Qwen3 recipe on GPUs. The embedded default, `model=tiny`, turns down what a laptop needs
 turned down; `distill --cfg job` prints what a command composes to.
@@ -86,6 +89,17 @@ def rows(node: ast.ClassDef, prefix: str, classes: dict, enums: dict) -> list[Fi
         kind = field.kind.replace(inner, ", ".join(enums[inner])) if inner in enums else field.kind
         default = field.default.split(".")[-1] if inner in enums else field.default
         found.append(Field(key, kind.replace(" | None", " or null"), default, field.meaning))
+    return found + (parameter_rows() if node.name == "LossConfig" else [])
+
+
+def parameter_rows() -> list[Field]:
+    """The keys that a divergence's signature declares."""
+    found = []
+    for name, kind in PARAMETERS.items():
+        takers = {kl_type: parameters_of(kl_type)[name] for kl_type in DIVERGENCES if name in parameters_of(kl_type)}
+        told = [f"{kl_type} ({taken.annotation.__metadata__[0]}; {taken.default})" for kl_type, taken in takers.items()]
+        meaning = f"A parameter of {', '.join(told)}; null is its default there."
+        found.append(Field(f"loss.{name}", f"{kind.__name__} or null", "null", meaning))
     return found
 
 

@@ -10,8 +10,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "distill_cli"
 LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"errors", "types"},
-    {"config", "terminal", "user_code"},
-    {"machine", "models", "folders", "losses", "parallel"},
+    {"user_code"},
+    {"losses"},
+    {"metrics"},
+    {"config", "terminal"},
+    {"machine", "models", "folders", "parallel"},
     {"memory", "data", "engines", "launch", "report", "resolved"},
     {"rollout"},
     {"student"},
@@ -37,6 +40,7 @@ NO_TORCH = [
     "distill_cli.verbs.export",
     "distill_cli.verbs.doctor",
     "distill_cli.ranks.worker",
+    "distill_cli.metrics",
     "distill_cli.report.comparison",
 ]
 NO_CONFIG = ["student", "parallel", "losses", "checkpoint/saver.py", "data/prompts.py"]

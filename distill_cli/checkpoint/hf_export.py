@@ -209,11 +209,12 @@ def model_card(checkpoint: Checkpoint, config: Config, *, as_adapter: bool = Fal
     """What the hub shows: the recipe and the scores."""
     loss, state, lora = config.loss, checkpoint.state, config.model.student.lora
     targets = ", ".join(lora.targets) if lora.targets else "every linear layer"
+    parameters = "".join(f", {name} {value}" for name, value in {**loss.parameters, **loss.kwargs}.items())
     rows = {
         "student": config.model.student.path,
         "teacher": config.model.teacher.path,
         "trained": f"adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {targets}" if lora.is_on else "all weights",
-        "loss": f"{loss.kl_type} KL (kl_weight {loss.kl_weight}), top-{loss.topk}, tail {loss.tail.value}",
+        "loss": f"{loss.kl_type}{parameters}, top-{loss.topk}, tail {loss.tail.value}",
         "steps": f"{checkpoint.step} of {config.rollout.prompts_per_step} prompts x "
         f"{config.rollout.generations_per_prompt} answers",
         "optimizer": f"AdamW, learning rate {config.train.lr}, {state['num_updates']} updates of "

@@ -1,11 +1,13 @@
-"""What no single key can tell: ranges, and keys that contradict each other. Reads nothing but the config."""
+"""What no single key can tell: ranges, and keys that contradict each other. Reads nothing but the config, and the
+signature of a divergence of the user's own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
+from distill_cli.config.choices import nearest
 from distill_cli.config.credentials import secret_problems, uri_problem
 from distill_cli.config.derived import (
     needed_length,
@@ -15,6 +17,8 @@ from distill_cli.config.derived import (
     validates,
 )
 from distill_cli.config.schema import ClusterConfig, Config, Launcher
+from distill_cli.losses.divergence import DIVERGENCES, PARAMETERS, parameter_problems, parameters_of
+from distill_cli.metrics import METRICS, find
 
 RESERVED_ENGINE_KWARGS = {
     *("model", "tokenizer", "revision", "dtype", "quantization", "trust_remote_code", "max_model_len", "seed"),
@@ -39,16 +43,6 @@ SLURM_ONLY = {
 
 MAX_ENGINE_RANK = 512
 """Of an adapter in vLLM."""
-
-RANKABLE = {
-    *("train/loss", "train/kl_forward", "train/kl_reverse", "train/entropy", "train/grad_norm"),
-    *("train/teacher_topk_mass", "train/student_topk_mass", "train/top1_agreement", "train/response_tokens"),
-    *("train/lr", "train/skipped_updates"),
-    *("rollout/accuracy", "rollout/mean_length", "rollout/truncated_rate", "rollout/engine_mismatch"),
-    *("rollout/mean_turns", "rollout/turn_limit_rate"),
-    *("val/accuracy", "val/mean_length", "val/truncated_rate"),
-}
-"""Metrics that checkpoints can be ranked by."""
 
 
 def config_problems(config: Config) -> list[str]:
@@ -82,18 +76,14 @@ def evaluation_problems(config: Config) -> list[str]:
     return problems
 
 
-def inert_overrides(config: Config, overrides: Sequence[str], losses: Mapping[str, Set[str]]) -> list[str]:
-    """Warnings: keys that were typed and that what was chosen beside them does not read.
-
-    Args:
-        losses: the keys that each divergence reads (`compose.known_losses`).
-    """
+def inert_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
+    """Warnings: keys that were typed and that what was chosen with them does not read."""
     typed = {override.lstrip("+").split("=", 1)[0] for override in overrides}
     kind, warnings = config.loss.kl_type, []
-    for name in ("kl_weight", "skew"):
-        readers = [loss for loss, keys in losses.items() if name in keys]
-        if f"loss.{name}" in typed and kind in losses and kind not in readers:
-            warnings.append(f"loss.{name} has no effect with loss.kl_type={kind}: only {' and '.join(readers)} read it")
+    for name in PARAMETERS:
+        if f"loss.{name}" in typed and name not in parameters_of(kind):
+            readers = " and ".join(known for known in DIVERGENCES if name in parameters_of(known))
+            warnings.append(f"loss.{name} has no effect with loss.kl_type={kind}: it is a parameter of {readers}")
     if config.cluster.launcher is Launcher.local:
         for key in sorted(typed & {f"cluster.{name}" for name in SLURM_ONLY}):
             warnings.append(f"{key} has no effect with cluster.launcher=local: only cluster=slurm reads it")
@@ -137,17 +127,11 @@ def _lora(config: Config) -> Iterator[str]:
 
 def _loss(config: Config) -> Iterator[str]:
     loss = config.loss
-    yield from _within("loss.kl_weight", loss.kl_weight, 0, 1)
-    yield from _within("loss.skew", loss.skew, 0, 1)
+    yield from parameter_problems(loss.kl_type, loss.parameters, kwargs=loss.kwargs)
     yield from _at_least("loss.topk", loss.topk, 1)
     yield from _above_zero("loss.temperature", loss.temperature)
-    always_zero = "makes the loss zero whatever the student does"
-    if loss.kl_type == "jsd" and loss.kl_weight in (0, 1):
-        yield f"loss.kl_weight={loss.kl_weight}: {always_zero} with loss.kl_type=jsd; choose a value between 0 and 1"
-    if loss.kl_type.startswith("skew_") and loss.skew == 1:
-        yield f"loss.skew={loss.skew}: {always_zero}; choose a value below 1"
     if loss.tail.value == "renormalize" and loss.topk == 1:
-        yield f"loss.topk=1: {always_zero} with loss.tail=renormalize; raise it, or choose loss.tail=bucket"
+        yield "loss.topk=1: the loss is always zero with loss.tail=renormalize; raise it, or choose loss.tail=bucket"
 
 
 def _rollout(config: Config) -> Iterator[str]:
@@ -306,8 +290,16 @@ def _checkpoint(config: Config) -> Iterator[str]:
     checkpoint = config.checkpoint
     yield from _at_least("checkpoint.period", checkpoint.period, 1)
     yield from _at_least("checkpoint.keep_top_k", checkpoint.keep_top_k, 0)
-    if checkpoint.metric not in RANKABLE:
-        yield f"checkpoint.metric={checkpoint.metric}: no such metric; choose one of {', '.join(sorted(RANKABLE))}"
+    metric, known = find(checkpoint.metric), [metric.name for metric in METRICS if metric.ranks_checkpoints]
+    if metric is None or metric.name not in known:
+        what = "no such metric" if metric is None else f"not known when a checkpoint is written ({metric.meaning})"
+        choice = nearest(checkpoint.metric, known) or "; choose a train/, rollout/ or val/ metric (docs/metrics.md)"
+        yield f"checkpoint.metric={checkpoint.metric}: {what}{choice}"
+    elif metric.better is None and checkpoint.higher_is_better is None:
+        yield (
+            f"checkpoint.higher_is_better=null: checkpoint.metric={checkpoint.metric} is not better high or low by "
+            "itself; set true or false"
+        )
     if checkpoint.must_save_by is not None and parse_duration(checkpoint.must_save_by) is None:
         yield f"checkpoint.must_save_by={checkpoint.must_save_by}: must be DD:HH:MM:SS, such as 00:03:45:00"
 

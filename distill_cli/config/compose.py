@@ -153,12 +153,6 @@ def hear_own_warnings() -> None:
             logger.disabled = False
 
 
-def known_losses() -> dict[str, set[str]]:
-    """Each divergence that a file of conf/loss names, with the other keys that the file sets: those it reads."""
-    files = [OmegaConf.load(file) for file in sorted((conf_dir() / "loss").glob("*.yaml"))]
-    return {file.kl_type: {str(key) for key in file if key != "kl_type"} for file in files}
-
-
 def composed_job(config: DictConfig) -> Job:
     """What Hydra has composed, within a task that it calls.
 

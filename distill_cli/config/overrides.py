@@ -105,6 +105,8 @@ def _problems_of(override: Override, text: str, schema: DictConfig, conf_dirs: S
             for value in values
             if value not in choices and not (value is None and key == "experiment")
         ]
+    if override.is_add() and key.startswith("loss.") and not _is_known(schema, key):
+        return [f"{key}: unknown key; a parameter of a divergence of your own is loss.kwargs.{key[len('loss.') :]}"]
     if not _is_known(schema, key):
         return [f"{key or text}: unknown key{nearest(key, [*known_keys(), *groups(conf_dirs)])}"]
     return [problem for value in values if (problem := _type_problem(schema, key, value))]

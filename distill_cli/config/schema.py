@@ -13,6 +13,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from distill_cli.config.fields import key, section
+from distill_cli.losses.divergence import DIVERGENCES, PARAMETERS, parameters_of
+from distill_cli.metrics import find
 
 
 class Dtype(Enum):
@@ -142,15 +144,23 @@ class ModelConfig:
     """Run Python that a model's folder brings along. Only for models whose code you have read."""
 
 
+def with_parameters(cls: type) -> type:
+    """Add a key for each parameter that a divergence has; null is the divergence's own default."""
+    for name, kind in PARAMETERS.items():
+        cls.__annotations__[name] = f"{kind.__name__} | None"
+        setattr(cls, name, None)
+    return cls
+
+
 @section
+@with_parameters
 class LossConfig:
+    """The parameters of the divergences in `losses/divergence.py` are keys too, such as `kl_weight` and `skew`."""
+
     kl_type: str = "mixed"
-    """forward, reverse, mixed, jsd, skew_forward, skew_reverse, or `pkg.module:function` of your own."""
-    kl_weight: float = 0.5
-    """Weight of the forward part, for mixed and jsd: 0..1."""
-    skew: float = 0.1
-    """How much of the other distribution is mixed in, for skew_forward and skew_reverse: 0..1
-    (DistiLLM, Ko et al. 2024, found 0.1 best)."""
+    """A divergence (`distill ls loss`), or `pkg.module:function` of your own."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a function of your own, such as `loss.kwargs.alpha=0.3`."""
     topk: int = 64
     """Tokens of the teacher's distribution that are kept at each position: 1..vocabulary."""
     tail: Tail = Tail.bucket
@@ -158,6 +168,12 @@ class LossConfig:
     or a teacher that is zero there (zero)."""
     temperature: float = 1.0
     """Divides both models' logits before the softmax: above 0."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Return the keys with a value that the divergence takes; what a user's own takes besides is in `kwargs`."""
+        read = parameters_of(self.kl_type) if self.kl_type in DIVERGENCES else PARAMETERS
+        return {name: getattr(self, name) for name in read if getattr(self, name) is not None}
 
 
 @section
@@ -350,8 +366,9 @@ class CheckpointConfig:
     keep_top_k: int = 3
     """How many are kept, the best by `metric`; the newest is kept besides. Those of steps without a value fill up."""
     metric: str = "val/accuracy"
-    """Any train/, rollout/ or val/ metric of metrics.jsonl."""
-    higher_is_better: bool = True
+    """Any train/, rollout/ or val/ metric (docs/metrics.md)."""
+    higher_is_better: bool | None = None
+    """Which values of `metric` are kept; null is what suits it: lower for a loss, higher for an accuracy."""
     must_save_by: str | None = None
     """DD:HH:MM:SS of wall clock since the command was typed, restarts included: before a step that may end later than
     that, the run saves a checkpoint and stops; `resume` goes on."""
@@ -359,6 +376,14 @@ class CheckpointConfig:
     """Without it a checkpoint is a third as large, and a resumed run is no longer exact."""
     async_save: bool = True
     """Train on while a checkpoint is written, at the cost of a copy in host memory."""
+
+    @property
+    def keeps_highest(self) -> bool:
+        """Whether the best checkpoint is the one with the highest value of `metric`."""
+        if self.higher_is_better is not None:
+            return self.higher_is_better
+        metric = find(self.metric)
+        return metric is not None and metric.better == "higher"
 
 
 @section

@@ -12,6 +12,7 @@ from distill_cli.config.schema import Config, OffPolicy
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
 from distill_cli.errors import ConfigError
+from distill_cli.metrics import find
 from distill_cli.types import Example
 
 MOST_ROWS_READ = 100_000
@@ -46,7 +47,8 @@ def check_data(config: Config, known: dict[str, DataFacts] | None = None) -> Dat
     """
     rollout = config.rollout
     is_replay = rollout.replay is not None
-    asked_for = repr((config.data, rollout.on_policy_fraction, rollout.off_policy, config.eval.max_samples, is_replay))
+    off_policy, metric = (rollout.on_policy_fraction, rollout.off_policy), config.checkpoint.metric
+    asked_for = repr((config.data, off_policy, config.eval.max_samples, metric, is_replay))
     known = {} if known is None else known
     if asked_for not in known:
         known[asked_for] = _check(config)
@@ -137,9 +139,21 @@ def _read_validation(
         raise ConfigError(f"data.validation: none of {num_empty} rows asks anything; is it the right column?")
     if num_empty:
         warnings.append(f"data.validation: {num_empty} of {len(rows)} rows ask nothing and are left out")
+    _check_ranked_dataset(config.checkpoint.metric, {example.dataset for example in rows})
     in_both = len({_hash(example) for example in rows if example.question.strip()} & asked)
     if in_both:
         warnings.append(f"{in_both} prompts of data.validation are in data.train too: its scores say less for that")
+
+
+def _check_ranked_dataset(metric: str, datasets: set[str]) -> None:
+    """Raise ConfigError if checkpoint.metric is the accuracy on a dataset that has none of its own in validation."""
+    known = find(metric)
+    if known is None or known.name != "val/<dataset>/accuracy":
+        return
+    scores = [f"val/{dataset}/accuracy" for dataset in sorted(datasets)] if len(datasets) > 1 else []
+    if metric not in scores:
+        choices = ", ".join(["val/accuracy", *scores])
+        raise ConfigError(f"checkpoint.metric={metric}: not a dataset of data.validation; choose one of {choices}")
 
 
 def _hash(example: Example) -> bytes:

@@ -251,17 +251,18 @@ def check_plugins(argv: Sequence[str], plugins: dict[str, str]) -> None:
 def direction(argv: Sequence[str]) -> str:
     """Whether more of checkpoint.metric is better. Raises ConfigError where no run would have it."""
     config = compose_unsearched(argv)
-    found = "maximize" if config.checkpoint.higher_is_better else "minimize"
+    keeps_highest = OmegaConf.to_object(config.checkpoint).keeps_highest
+    found = "maximize" if keeps_highest else "minimize"
     metric, typed = config.checkpoint.metric, [word for word in argv if word.startswith("hydra.sweeper.direction=")]
     if metric.startswith("val/") and not (validates(config) and (config.eval.at_end or config.eval.period)):
         raise ConfigError(
             f"checkpoint.metric={metric}: is what the search goes by, and nothing validates; set eval.at_end=true, or "
-            "another metric, such as train/kl_forward with checkpoint.higher_is_better=false"
+            "another metric, such as train/kl_forward"
         )
     if typed and typed[-1].partition("=")[2] != found:
         raise ConfigError(
-            f"{typed[-1]}: the search goes by checkpoint.metric={metric}, of which "
-            f"checkpoint.higher_is_better={str(config.checkpoint.higher_is_better).lower()}; set that"
+            f"{typed[-1]}: the search goes by checkpoint.metric={metric} with "
+            f"checkpoint.higher_is_better={str(keeps_highest).lower()}; set that"
         )
     return found
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_cli.config.compose import known_losses
 from distill_cli.config.derived import needed_length, scored_length, validation_length
 from distill_cli.config.schema import Config, EosMap
 from distill_cli.data.registry import resolve_environment, resolve_verifier
@@ -23,14 +22,13 @@ from distill_cli.models.model_pair import (
     template_difference,
 )
 from distill_cli.types import Example
-from distill_cli.user_code import load_function
 
 if TYPE_CHECKING:
     from distill_cli.jobs.preflight import Facts
 
 
 def names(facts: Facts) -> Iterator[str]:
-    """Verifier, environment, templates and divergence must exist. Raises ConfigError."""
+    """Verifier, environment and templates must exist. Raises ConfigError."""
     config = facts.config
     if config.data.verifier is not None:
         resolve_verifier(config.data.verifier)
@@ -43,10 +41,6 @@ def names(facts: Facts) -> Iterator[str]:
         is_own = template == OWN_TEMPLATE and key == "model.teacher.chat_template"
         if template is not None and not is_own and "{" not in template and not Path(template).is_file():
             yield f"{key}={template}: no such file, and no template either: those have {{{{ }}}} in them"
-    if ":" in config.loss.kl_type:
-        load_function(config.loss.kl_type, key="loss.kl_type")
-    elif config.loss.kl_type not in known_losses():
-        yield f"loss.kl_type={config.loss.kl_type}: must be one of {', '.join(known_losses())}, or pkg.module:function"
 
 
 def templates(facts: Facts) -> None:

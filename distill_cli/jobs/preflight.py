@@ -19,7 +19,9 @@ from distill_cli.errors import ConfigError
 from distill_cli.jobs import machine_checks, model_checks, replay_checks
 from distill_cli.machine import hardware
 from distill_cli.models.model_files import ModelFiles
-from distill_cli.models.model_pair import Vocabularies
+from distill_cli.models.model_pair import (
+    Vocabularies,
+)
 from distill_cli.resolved import Lengths, PredictedMemory, Ranks, ResolvedRun, SharedVocabulary
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.checks import inert_overrides
-from distill_cli.config.compose import Job, known_losses
+from distill_cli.config.compose import Job
 from distill_cli.config.derived import needs_scorer
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import config_text, load_config
@@ -35,6 +35,7 @@ from distill_cli.jobs.preflight import preflight
 from distill_cli.launch.local import Stopped, launch
 from distill_cli.launch.nodes import Head
 from distill_cli.launch.placement import hub_cache, placement
+from distill_cli.losses.divergence import PARAMETERS
 from distill_cli.machine import hardware
 from distill_cli.models import model_files
 from distill_cli.report.read import read_results
@@ -108,7 +109,7 @@ def introduce(job: Job, found: ResolvedRun, run: RunDir, *, console: Console) ->
 def print_warnings(jobs: Sequence[Job], checked: Sequence[ResolvedRun], *, console: Console, told: set[str]) -> None:
     """What is to be minded of jobs, each once; those in `told` were said before, and what is said goes there."""
     for job, found in zip(jobs, checked, strict=True):
-        for warning in [*found.warnings, *inert_overrides(job.config, job.overrides, known_losses())]:
+        for warning in [*found.warnings, *inert_overrides(job.config, job.overrides)]:
             if warning not in told:
                 console.print(f"warning: {escape(warning)}")
                 told.add(warning)
@@ -320,5 +321,6 @@ def shown(path: Path) -> str:
 
 def _repeatable(overrides: Sequence[str]) -> list[str]:
     """The overrides that the next command can repeat: a run's name is its own, and the loss is what changes."""
-    taken = ("loss=", "loss.kl_type=", "loss.kl_weight=", "loss.skew=", "run.name=", "hydra/", "hydra.")
+    own = [f"loss.{name}=" for name in ("kl_type", *PARAMETERS)]
+    taken = ("loss=", *own, "loss.kwargs", "run.name=", "hydra/", "hydra.")
     return [override for override in overrides if not override.lstrip("+").startswith(taken)]

@@ -1,52 +1,66 @@
-"""Divergences between the teacher's top-k and the student, token by token.
+"""Divergences between teacher and student, one elementwise function each. No torch at import time.
 
-A divergence is one elementwise function: (log p, log q) of a class -> that class's term of D(p || q), where p is the
-teacher and q the student. It may also take `kl_weight` or `skew`, by those names. What happens outside the teacher's
-top-k is the tail's business, and the same for all of them. To add a divergence, write the function and put it in
-DIVERGENCES; tests enumerate that.
+A divergence is a function of (log p, log q) of a class that returns the class's term of D(p || q), where p is the
+teacher and q the student. Its keyword parameters are keys of the `loss` section: their types, defaults and ranges are
+read from its signature before anything starts. What happens outside the teacher's top-k is the tail's business, and the
+same for all divergences (distill_loss.py).
 
-Left out: reductions and weights over tokens (the caller's), logits (linear_topk.py).
-
-Shape letters: N tokens, K the teacher's top-k, C = K + 1 classes: the top-k, then everything outside it (the rest).
+To add one, write the function, put it in DIVERGENCES, and write conf/loss/<name>.yaml with its parameters; tests
+enumerate both. It may use methods of tensors alone.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-
-import torch
+from typing import TYPE_CHECKING, Annotated, Any
 
 from distill_cli.errors import ConfigError
 from distill_cli.user_code import load_function
 
-Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = Any  # signatures are evaluated where torch is not imported
 
-PADDING_LOGP = -1e4
-"""Log-probability of a class that is not there: its probability is exactly 0, and its gradients are finite."""
-ZERO_LOGP = -100.0
-"""Log-probability of what the `zero` tail takes to be impossible for the teacher (as NeMo RL has it)."""
-TAILS = ("bucket", "renormalize", "zero")
+Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
-def forward(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class Range:
+    """The values that a parameter may have: from `low` to `high`, both included, but for `excluded`."""
+
+    low: float
+    high: float
+    excluded: tuple[float, ...] = ()
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and value not in self.excluded
+
+    def __str__(self) -> str:
+        without = " and ".join(f"{value:g}" for value in self.excluded)
+        return f"{self.low:g}..{self.high:g}" + (f", {without} excluded" if without else "")
+
+
+def forward(logp: Tensor, logq: Tensor) -> Tensor:
     """KL(p || q): covers all that the teacher would say."""
     return logp.exp() * (logp - logq)
 
 
-def reverse(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
+def reverse(logp: Tensor, logq: Tensor) -> Tensor:
     """KL(q || p): keeps to what the teacher finds likely."""
     return forward(logq, logp)
 
 
-def mixed(logp: torch.Tensor, logq: torch.Tensor, *, kl_weight: float) -> torch.Tensor:
+def mixed(logp: Tensor, logq: Tensor, *, kl_weight: Annotated[float, Range(0, 1)] = 0.5) -> Tensor:
     """kl_weight KL(p || q) + (1 - kl_weight) KL(q || p)."""
     return kl_weight * forward(logp, logq) + (1 - kl_weight) * reverse(logp, logq)
 
 
-def jsd(logp: torch.Tensor, logq: torch.Tensor, *, kl_weight: float) -> torch.Tensor:
+def jsd(logp: Tensor, logq: Tensor, *, kl_weight: Annotated[float, Range(0, 1, excluded=(0, 1))] = 0.5) -> Tensor:
     """Generalised Jensen-Shannon: w KL(p || m) + (1 - w) KL(q || m), m = w p + (1 - w) q (GKD, Agarwal et al. 2024).
 
     It is 0 everywhere at w = 0 and at w = 1.
@@ -55,165 +69,111 @@ def jsd(logp: torch.Tensor, logq: torch.Tensor, *, kl_weight: float) -> torch.Te
     return kl_weight * forward(logp, logm) + (1 - kl_weight) * forward(logq, logm)
 
 
-def skew_forward(logp: torch.Tensor, logq: torch.Tensor, *, skew: float) -> torch.Tensor:
-    """KL(p || skew p + (1 - skew) q) (DistiLLM, Ko et al. 2024)."""
+def skew_forward(logp: Tensor, logq: Tensor, *, skew: Annotated[float, Range(0, 1, excluded=(1,))] = 0.1) -> Tensor:
+    """KL(p || skew p + (1 - skew) q) (DistiLLM, Ko et al. 2024, who found 0.1 best). It is 0 everywhere at skew = 1."""
     return forward(logp, _log_mixture(logp, logq, weight=skew))
 
 
-def skew_reverse(logp: torch.Tensor, logq: torch.Tensor, *, skew: float) -> torch.Tensor:
-    """KL(q || (1 - skew) p + skew q) (DistiLLM, Ko et al. 2024)."""
+def skew_reverse(logp: Tensor, logq: Tensor, *, skew: Annotated[float, Range(0, 1, excluded=(1,))] = 0.1) -> Tensor:
+    """KL(q || (1 - skew) p + skew q) (DistiLLM, Ko et al. 2024, who found 0.1 best). It is 0 everywhere at skew = 1."""
     return forward(logq, _log_mixture(logq, logp, weight=skew))
 
 
-DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     function.__name__: function for function in (forward, reverse, mixed, jsd, skew_forward, skew_reverse)
 }
 
 
-def resolve_divergence(kl_type: str, *, kl_weight: float = 0.5, skew: float = 0.1) -> Divergence:
-    """The function of (log p, log q) that `kl_type` names: one of DIVERGENCES, or a user's `pkg.module:function`.
+def resolve_divergence(kl_type: str, **parameters: Any) -> Divergence:
+    """Return the function of (log p, log q) that `kl_type` names, with its parameters bound.
+
+    Args:
+        parameters: its keyword arguments. Those of other divergences (PARAMETERS) are left out.
 
     Raises:
-        ConfigError: there is no such divergence, or the user's wants more than (logp, logq), kl_weight and skew.
+        ConfigError: no such divergence, or parameters that it does not take or lacks.
+    """
+    function = find_divergence(kl_type)
+    taken = parameters_of(kl_type)
+    options = {name: value for name, value in parameters.items() if name in taken or name not in PARAMETERS}
+    try:
+        inspect.signature(function).bind(None, None, **options)
+    except TypeError as error:
+        raise ConfigError(f"loss.kl_type={kl_type}: {error}") from error
+    return partial(function, **options)
+
+
+def find_divergence(kl_type: str) -> Callable[..., Tensor]:
+    """Return the function that `kl_type` names: one of DIVERGENCES, or a user's `pkg.module:function`.
+
+    Raises:
+        ConfigError: there is none.
     """
     if kl_type not in DIVERGENCES and ":" not in kl_type:
         choices = ", ".join(DIVERGENCES)
         raise ConfigError(f"loss.kl_type={kl_type}: must be one of {choices}, or pkg.module:function")
-    function = DIVERGENCES.get(kl_type) or load_function(kl_type, key="loss.kl_type")
-    known = {"kl_weight": kl_weight, "skew": skew}
-    try:
-        signature = inspect.signature(function)
-        options = {name: value for name, value in known.items() if name in signature.parameters}
-        signature.bind(None, None, **options)
-    except (TypeError, ValueError) as error:
-        takes = "must take (logp, logq), and of other arguments only kl_weight and skew"
-        raise ConfigError(f"loss.kl_type={kl_type}: {takes}: {error}") from error
-    return partial(function, **options)
+    return DIVERGENCES.get(kl_type) or load_function(kl_type, key="loss.kl_type")
 
 
-class DistillLoss:
-    """The divergence of the student from the teacher at each token, given the teacher's top-k.
-
-    `bucket`: the rest is one more class. `renormalize`: both sides are renormalised on the top-k. `zero`: the teacher
-    is renormalised on its top-k and exp(-100) on every other token.
-
-    Args:
-        kl_type: one of DIVERGENCES, or `pkg.module:function`.
-        kl_weight: weight of the forward part, for mixed and jsd: 0..1.
-        skew: share of the one distribution that is mixed into the other, for skew_forward and skew_reverse: 0..1.
-        tail: one of TAILS.
+def parameters_of(kl_type: str) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a divergence, without log p and log q.
 
     Raises:
-        ConfigError: there is no such divergence or tail, or the divergence does not go with the tail.
+        ConfigError: there is no such divergence, or it does not take log p and log q.
     """
-
-    def __init__(self, *, kl_type: str, kl_weight: float = 0.5, skew: float = 0.1, tail: str = "bucket") -> None:
-        if tail not in TAILS:
-            raise ConfigError(f"loss.tail={tail}: must be one of {', '.join(TAILS)}")
-        self.divergence = resolve_divergence(kl_type, kl_weight=kl_weight, skew=skew)
-        self.tail = tail
-        self.outside = _outside_coefficients(self.divergence, kl_type=kl_type) if tail == "zero" else (0.0, 0.0)
-
-    def __call__(
-        self, teacher_logp_NK: torch.Tensor, student_logp_NC: torch.Tensor, student_entropy_N: torch.Tensor
-    ) -> torch.Tensor:
-        """The divergence at each token.
-
-        A class that is missing on both sides (PADDING_LOGP or less in both) adds nothing, to value or gradient.
-
-        Args:
-            teacher_logp_NK: float [N, K], normalised over the whole vocabulary. -inf is taken as PADDING_LOGP.
-            student_logp_NC: float [N, K + 1], normalised over the whole vocabulary; the last column is the rest's.
-            student_entropy_N: float [N], over the whole vocabulary. Only the `zero` tail reads it.
-
-        Returns:
-            float32 [N] (float64 of float64 inputs), differentiable in the student's two.
-        """
-        dtype = torch.promote_types(student_logp_NC.dtype, torch.float32)
-        teacher_NK = _finite(teacher_logp_NK.to(dtype))
-        student_NC = student_logp_NC.to(dtype)
-        num_topk = teacher_NK.shape[-1]
-        assert student_NC.shape[-1] == num_topk + 1, "the student's last column is the rest's"
-        match self.tail:
-            case "bucket":
-                return self.divergence(with_rest(teacher_NK, student_NC[:, -1]), student_NC).sum(-1)
-            case "renormalize":
-                return self.divergence(_normalized(teacher_NK), _normalized(student_NC[:, :num_topk])).sum(-1)
-            case "zero":
-                topk_N = self.divergence(_normalized(teacher_NK), student_NC[:, :num_topk]).sum(-1)
-                return topk_N + self._outside(student_NC, student_entropy_N.to(dtype))
-
-    def _outside(self, student_NC: torch.Tensor, student_entropy_N: torch.Tensor) -> torch.Tensor:
-        """The sum of the terms of all tokens outside the top-k, where log p = ZERO_LOGP: a sum over [V - K] in [C]."""
-        per_log, per_mass = self.outside
-        topk_NK = student_NC[:, :-1]
-        sum_q_logq_N = -student_entropy_N - (topk_NK.exp() * topk_NK).sum(-1)
-        return per_log * sum_q_logq_N + per_mass * student_NC[:, -1].exp()
+    function = find_divergence(kl_type)
+    try:
+        parameters = _signature(function).parameters
+        _logp, _logq, *others = parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"loss.kl_type={kl_type}: must take (logp, logq): {error}") from error
+    return {name: parameters[name] for name in others}
 
 
-def token_statistics(teacher_logp_NK: torch.Tensor, student_logp_NC: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is reported of each token, whatever the loss: divergences on the `bucket` tail's classes, and masses.
-
-    Args and dtypes are DistillLoss's; values are detached, [N] each.
-    """
-    student_NC = student_logp_NC.detach()
-    teacher_NC = with_rest(_finite(teacher_logp_NK.to(student_NC.dtype)), student_NC[:, -1])
-    return {
-        "kl_forward": forward(teacher_NC, student_NC).sum(-1),
-        "kl_reverse": reverse(teacher_NC, student_NC).sum(-1),
-        "teacher_topk_mass": teacher_NC[:, :-1].exp().sum(-1),
-        "student_topk_mass": student_NC[:, :-1].exp().sum(-1),
-    }
+def _signature(function: Callable) -> inspect.Signature:
+    try:
+        return inspect.signature(function, eval_str=True)
+    except (NameError, AttributeError):  # a user's annotations may name what only a type checker imports
+        return inspect.signature(function)
 
 
-def with_rest(logp_NK: torch.Tensor, student_rest_N: torch.Tensor) -> torch.Tensor:
-    """The teacher's log-probabilities with the rest's appended: [N, K] -> [N, K + 1].
+PARAMETERS: dict[str, type] = {
+    name: getattr(parameter.annotation, "__origin__", parameter.annotation)
+    for kl_type in DIVERGENCES
+    for name, parameter in parameters_of(kl_type).items()
+}
+"""The parameters of all divergences with their types: each is a key of the `loss` section."""
 
-    1 - sum p is made in float64: the log-probabilities' own rounding is then all the error, a dozen eps at most. Where
-    no more than that is left, it is taken as no more than the student's rest. So a teacher that gave all its
-    probability (k = V) costs nothing in the forward term, where log q of an empty rest is about -70, and the reverse
-    term's log p stays above -17.
+
+def parameter_problems(kl_type: str, parameters: Mapping[str, Any], *, kwargs: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line for each parameter that the divergence does not take, lacks, or takes with another value.
 
     Args:
-        student_rest_N: [N], the student's log-probability of the rest.
+        parameters: the values of `loss.<name>`, for names in PARAMETERS.
+        kwargs: the values of `loss.kwargs.<name>`, for all other names.
     """
-    eps = torch.finfo(logp_NK.dtype).eps
-    rest_N = 1 - logp_NK.double().exp().sum(-1)
-    rest_logp_N = rest_N.clamp_min(eps / 2).log().to(logp_NK.dtype)
-    in_doubt_N = torch.minimum(rest_logp_N, student_rest_N.detach())
-    return torch.cat([logp_NK, torch.where(rest_N < 16 * eps, in_doubt_N, rest_logp_N)[:, None]], dim=-1)
+    try:
+        taken = parameters_of(kl_type)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    for name in kwargs:
+        if name in PARAMETERS:
+            yield f"loss.kwargs.{name}: set loss.{name} instead"
+        elif name not in taken and not takes_any:
+            yield f"loss.kwargs.{name}: loss.kl_type={kl_type} has {', '.join(taken) or 'no parameters'}; leave it out"
+    for name, parameter in taken.items():
+        key = f"loss.{name}" if name in PARAMETERS else f"loss.kwargs.{name}"
+        value = {**kwargs, **parameters}.get(name, parameter.default)
+        if value is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            yield f"{key}: a value is needed, with loss.kl_type={kl_type}"
+        for allowed in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(allowed, Range) and value is not parameter.empty and value not in allowed:
+                yield f"{key}={value}: must lie in {allowed}, with loss.kl_type={kl_type}"
 
 
-def _log_mixture(loga: torch.Tensor, logb: torch.Tensor, *, weight: float) -> torch.Tensor:
+def _log_mixture(loga: Tensor, logb: Tensor, *, weight: float) -> Tensor:
     """log(weight a + (1 - weight) b), right at both ends too."""
     log_weight, log_other = (math.log(x) if x > 0 else -math.inf for x in (weight, 1 - weight))
-    return torch.logaddexp(loga + log_weight, logb + log_other)
-
-
-def _normalized(logp: torch.Tensor) -> torch.Tensor:
-    return logp.log_softmax(-1)
-
-
-def _finite(logp: torch.Tensor) -> torch.Tensor:
-    return logp.masked_fill(logp == -math.inf, PADDING_LOGP)
-
-
-def _outside_coefficients(divergence: Divergence, *, kl_type: str) -> tuple[float, float]:
-    """(a, b) such that the divergence's term is q (a log q + b) where log p = ZERO_LOGP.
-
-    Every divergence here has that form (to within exp(-100)), so that the sum over a vocabulary needs only
-    sum q log q and sum q, which the student's entropy gives, and no division by a rest that may be 0.
-
-    Raises:
-        ConfigError: the term has another form.
-    """
-    logq = torch.tensor([-1.0, -2.0, -5.0], dtype=torch.float64)
-    first, second, third = (divergence(torch.full_like(logq, ZERO_LOGP), logq) / logq.exp()).tolist()
-    per_log, per_mass = first - second, 2 * first - second
-    # Loosely, since a skew of about exp(-100) bends the line a little.
-    if not math.isclose(third, per_mass - 5 * per_log, rel_tol=0.02, abs_tol=1e-9):
-        raise ConfigError(
-            f"loss.kl_type={kl_type}: cannot be used with loss.tail=zero, whose terms must tend to q (a log q + b) "
-            "as p tends to 0; use loss.tail=bucket"
-        )
-    return per_log, per_mass
+    return (loga + log_weight).logaddexp(logb + log_other)

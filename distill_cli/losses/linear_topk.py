@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from distill_cli.losses.divergence import PADDING_LOGP
+from distill_cli.losses.distill_loss import PADDING_LOGP
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 """(student_logp_nC, student_entropy_n, rows) -> [n], already weighted; `rows` are the chunk's among all N. It must read

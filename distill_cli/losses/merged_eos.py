@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from distill_cli.losses.divergence import PADDING_LOGP
+from distill_cli.losses.distill_loss import PADDING_LOGP
 from distill_cli.types import TeacherScores
 
 PADDING_ID = -1

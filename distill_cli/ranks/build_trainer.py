@@ -28,7 +28,7 @@ from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import launched
 from distill_cli.folders.metrics_file import MetricsFile
 from distill_cli.folders.run_dir import RunDir, write_json
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import fingerprint
 from distill_cli.parallel.mesh import Parallel, init_parallel
@@ -180,7 +180,7 @@ def pick_device() -> torch.device:
 
 def build_loss(config: Config) -> DistillLoss:
     loss = config.loss
-    return DistillLoss(kl_type=loss.kl_type, kl_weight=loss.kl_weight, skew=loss.skew, tail=loss.tail.value)
+    return DistillLoss(kl_type=loss.kl_type, tail=loss.tail.value, **loss.parameters, **loss.kwargs)
 
 
 def build_recorder(found: ResolvedRun, run: RunDir, parallel: Parallel) -> Recorder:
@@ -204,7 +204,7 @@ def build_saver(config: Config, run: RunDir, trainable: Trainable) -> Saver:
         trainable,
         keep_top_k=checkpoint.keep_top_k,
         metric=checkpoint.metric,
-        higher_is_better=checkpoint.higher_is_better,
+        higher_is_better=checkpoint.keeps_highest,
         save_optimizer=checkpoint.save_optimizer,
         async_save=checkpoint.async_save,
     )

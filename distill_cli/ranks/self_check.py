@@ -21,7 +21,7 @@ from distill_cli.config.schema import Precision
 from distill_cli.engines.companion import CompanionScorer
 from distill_cli.engines.scorer import Scorer
 from distill_cli.errors import DistillError
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.rollout.pack import MicroBatch, micro_batches
 from distill_cli.student.adapters import B

@@ -8,7 +8,8 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from distill_cli.report.read import MEASURES, RunResult
+from distill_cli.metrics import Metric
+from distill_cli.report.read import COMPARED, RunResult
 
 UNFINISHED = "*"
 WIDTH = 200
@@ -26,7 +27,7 @@ def comparison(results: Sequence[RunResult]) -> RenderableType:
     grid = two_key_grid(results)
     if grid is None:
         return rows_table(results)
-    return Group(*(matrix(name, grid) for name in MEASURES if _measured(results, name)))
+    return Group(*(matrix(metric, grid) for metric in _measured(results)))
 
 
 def two_key_grid(results: Sequence[RunResult]) -> dict[tuple[str, str], RunResult] | None:
@@ -40,30 +41,30 @@ def two_key_grid(results: Sequence[RunResult]) -> dict[tuple[str, str], RunResul
     return grid if whole and min(len(rows), len(columns)) > 1 else None
 
 
-def matrix(name: str, grid: dict[tuple[str, str], RunResult]) -> Table:
-    """One measure: the first key down, the second across."""
+def matrix(metric: Metric, grid: dict[tuple[str, str], RunResult]) -> Table:
+    """Return a metric over a grid: the first key down, the second across."""
     results = list(grid.values())
     row_key, column_key = results[0].settings
-    table = _new_table(title=f"{name} ({MEASURES[name]})")
+    table = _new_table(title=f"{metric.label} ({metric.name})")
     table.add_column(escape(f"{row_key} \\ {column_key}"))
     for column in _values(grid, 1):
         table.add_column(escape(column), justify="right")
     for row in _values(grid, 0):
-        table.add_row(escape(row), *(_cell(grid[row, column], name, results) for column in _values(grid, 1)))
+        table.add_row(escape(row), *(_cell(grid[row, column], metric, results) for column in _values(grid, 1)))
     return table
 
 
 def rows_table(results: Sequence[RunResult]) -> Table:
     table = _new_table()
     keys = list(dict.fromkeys(key for result in results for key in result.settings))
-    names = [name for name in MEASURES if _measured(results, name)]
+    metrics = _measured(results)
     for column in (*(keys or ["run"]), "state", "step"):
         table.add_column(escape(column))
-    for name in names:
-        table.add_column(name, justify="right")
+    for metric in metrics:
+        table.add_column(metric.label, justify="right")
     for result in results:
         told = [result.settings.get(key, "") for key in keys] or [result.name]
-        cells = [_cell(result, name, results) for name in names]
+        cells = [_cell(result, metric, results) for metric in metrics]
         table.add_row(*map(escape, told), result.state, str(result.step), *cells)
     return table
 
@@ -71,11 +72,11 @@ def rows_table(results: Sequence[RunResult]) -> Table:
 def best_lines(results: Sequence[RunResult]) -> Iterable[str]:
     if len(results) < 2:
         return
-    for name in MEASURES:
-        best = _best(results, name)
+    for metric in _measured(results):
+        best = _best(results, metric)
         if best is not None:
             told = " ".join(f"{key}={value}" for key, value in best.settings.items()) or best.name
-            yield f"best {name:<11} {_number(best, name)}  {told}"
+            yield f"best {metric.label:<11} {metric.shown(best.final[metric.name])}  {told}"
 
 
 def state_lines(results: Sequence[RunResult]) -> Iterable[str]:
@@ -86,28 +87,24 @@ def state_lines(results: Sequence[RunResult]) -> Iterable[str]:
         yield f"{UNFINISHED} not finished: {listed}{more}"
 
 
-def _best(results: Sequence[RunResult], name: str) -> RunResult | None:
+def _best(results: Sequence[RunResult], metric: Metric) -> RunResult | None:
     """Of the finished runs."""
-    key = MEASURES[name]
-    finished = [result for result in results if result.state == "finished" and key in result.final]
-    choose = max if name == "accuracy" else min
-    return choose(finished, key=lambda result: result.final[key], default=None)
+    finished = [result for result in results if result.state == "finished" and metric.name in result.final]
+    choose = max if metric.better == "higher" else min
+    return choose(finished, key=lambda result: result.final[metric.name], default=None)
 
 
-def _cell(result: RunResult, name: str, results: Sequence[RunResult]) -> str:
-    if MEASURES[name] not in result.final:
+def _cell(result: RunResult, metric: Metric, results: Sequence[RunResult]) -> str:
+    if metric.name not in result.final:
         return result.state if result.state != "finished" else ""
-    number = _number(result, name) + ("" if result.state == "finished" else UNFINISHED)
-    return f"[bold]{number}[/bold]" if result is _best(results, name) else number
+    number = metric.shown(result.final[metric.name]) + ("" if result.state == "finished" else UNFINISHED)
+    return f"[bold]{number}[/bold]" if result is _best(results, metric) else number
 
 
-def _number(result: RunResult, name: str) -> str:
-    value = result.final[MEASURES[name]]
-    return f"{value:.3f}" if name == "accuracy" else f"{value:.4g}"
-
-
-def _measured(results: Sequence[RunResult], name: str) -> bool:
-    return any(MEASURES[name] in result.final for result in results)
+def _measured(results: Sequence[RunResult]) -> list[Metric]:
+    """The metrics of the terminal's comparison that some run has."""
+    shown = [metric for metric in COMPARED if "terminal" in metric.compared_in]
+    return [metric for metric in shown if any(metric.name in result.final for result in results)]
 
 
 def _values(grid: dict[tuple[str, str], RunResult], axis: int) -> list[str]:

@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from distill_cli.metrics import Figure, Metric
+
 Spec = dict[str, Any]
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 """Names the language; nothing is fetched from there."""
+ZOOMED: Spec = {"zero": False, "nice": True}
 
 
 def field(metric: str) -> str:
@@ -26,57 +29,43 @@ def chart(id: str, title: str, spec: Spec, *, wide: bool = False) -> dict[str, A
     return {"id": id, "title": title, "wide": wide, "spec": {"$schema": SCHEMA, **spec}}
 
 
-def lines(
-    series: dict[str, str],
-    *,
-    title: str,
-    runs: Sequence[str] = (),
-    log: bool = False,
-    percent: bool = False,
-    share: bool = False,
-    height: int = 180,
-) -> Spec:
-    """Metrics over steps. One run has a line for each of `series` (metric -> label); several, named by `runs`, have a
-    colour each, and then dashes tell the metrics apart. A `share` is shown between 0 and 1."""
-    fields = {field(metric): label for metric, label in series.items()}
+def lines(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] = ()) -> Spec:
+    """Return metrics over steps. One run has a line for each metric; several, named by `runs`, have a colour each, and
+    then dashes tell the metrics apart."""
+    fields = {field(metric.name): metric.series or metric.label for metric in metrics}
+    percent, unit = metrics[0].is_share, metrics[0].unit
     fold = [
         {"fold": list(fields), "as": ["field", "value"]},
-        {"filter": "isValid(datum.value)" + (" && datum.value > 0" if log else "")},
+        {"filter": "isValid(datum.value)" + (" && datum.value > 0" if figure.log else "")},
         {"calculate": _lookup(fields), "as": "series"},
     ]
     y = {
         "field": "value",
         "type": "quantitative",
-        "title": title,
-        "scale": {"type": "log"} if log else {"domain": [0, 1]} if share else {"zero": False, "nice": True},
-        "axis": {"format": "~%" if percent or share else ".4~g", "tickCount": 5},
+        "title": unit,
+        "scale": {"type": "log"} if figure.log else ({"domain": [0, 1]} if figure.from_0_to_1 else ZOOMED),
+        "axis": {"format": "~%" if percent else ".4~g", "tickCount": 5},
     }
     encoding: Spec = {"x": step_axis(), "y": y}
     told_apart = {"field": "series", "type": "nominal", "title": None, "scale": {"domain": list(fields.values())}}
     if runs:
         encoding["color"] = run_colour(runs)
-        if len(series) > 1:
+        if len(fields) > 1:
             encoding["strokeDash"] = told_apart
-    elif len(series) > 1:
+    elif len(fields) > 1:
         encoding["color"] = told_apart
     return {
         "data": {"name": "steps"},
         "transform": fold,
-        "height": height,
+        "height": figure.height,
         "encoding": encoding,
-        "layer": [_line(runs), *_hover(".1%" if percent or share else ".4~g", runs=runs, several=len(series) > 1)],
+        "layer": [_line(runs), *_hover(".1%" if percent else ".4~g", runs=runs, several=len(fields) > 1)],
     }
 
 
-def accuracy(*, runs: Sequence[str] = (), height: int = 260) -> Spec:
-    """Held-out and sampled accuracy, with the student's start and the teacher as horizontal lines."""
-    spec = lines(
-        {"val/accuracy": "held out", "rollout/accuracy": "sampled in training"},
-        title="answers that are right",
-        runs=runs,
-        share=True,
-        height=height,
-    )
+def accuracy(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] = ()) -> Spec:
+    """Return held-out and sampled accuracy, with the student's start and the teacher as horizontal lines."""
+    spec = lines(figure, metrics, runs=runs)
     held_out = {"filter": "datum.field == 'val_accuracy'"}
     points: Spec = {"mark": {"type": "point", "filled": True, "size": 36}, "transform": [held_out]}
     if runs:
@@ -104,7 +93,7 @@ def accuracy(*, runs: Sequence[str] = (), height: int = 260) -> Spec:
     own = [
         {"data": {"name": "steps"}, "transform": transform, "encoding": shared, "layer": [*spec["layer"], points]},
     ]
-    return {"height": height, "layer": [*own, rule, halo, text]}
+    return {"height": figure.height, "layer": [*own, rule, halo, text]}
 
 
 def stacked_time(stages: Sequence[str], *, height: int = 230) -> Spec:
@@ -177,12 +166,9 @@ def by_position(*, runs: Sequence[str] = (), height: int = 230) -> Spec:
     return {"data": {"name": "positions"}, "height": height, "encoding": encoding, "layer": marks}
 
 
-def heat_map(
-    row_key: str, column_key: str, measure: str, *, title: str, percent: bool, higher_is_better: bool, num_rows: int
-) -> Spec:
-    """One measure over a sweep's two keys."""
-    measured = field(measure)
-    form = ".1%" if percent else ".3~g"
+def heat_map(row_key: str, column_key: str, metric: Metric, *, num_rows: int) -> Spec:
+    """Return a metric over a sweep's two keys."""
+    measured, higher_is_better = field(metric.name), metric.better == "higher"
     axes = {
         "x": {"field": "column", "type": "ordinal", "title": column_key, "sort": None, "axis": {"labelAngle": 0}},
         "y": {"field": "row", "type": "ordinal", "title": row_key, "sort": None},
@@ -208,13 +194,13 @@ def heat_map(
                 "mark": {"type": "rect", "cornerRadius": 3},
                 "encoding": {
                     "color": colour,
-                    "tooltip": [{"field": "run"}, {"field": measured, "title": title, "format": form}],
+                    "tooltip": [{"field": "run"}, {"field": f"told_{measured}", "title": metric.label}],
                 },
             },
             {
                 "mark": {"type": "text", "fontSize": 13, "fontWeight": 600},
                 "encoding": {
-                    "text": {"field": "told", "type": "nominal"} if percent else {"field": measured, "format": form},
+                    "text": {"field": f"told_{measured}", "type": "nominal"},  # the browser rounds otherwise
                     "color": {"condition": {"test": bright, "value": "#111"}, "value": "#fff"},
                 },
             },

@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
@@ -23,11 +22,13 @@ import jinja2
 from markupsafe import Markup
 
 from distill_cli.errors import ConfigError
+from distill_cli.metrics import ACCURACY, METRICS, SECTIONS
 from distill_cli.report import figures
 from distill_cli.report.history import MAX_ROWS, MAX_ROWS_IN_ALL, History, read_histories, thinned
-from distill_cli.report.read import RunResult
+from distill_cli.report.read import COMPARED, RunResult
 from distill_cli.report.samples import page_samples, position_rows, read_answers
 from distill_cli.report.sections import (
+    PAGE_COLUMNS,
     comparison,
     config_table,
     differing_settings,
@@ -83,6 +84,7 @@ def render(histories: Sequence[History]) -> str:
         memory_note="" if many else memory_note(histories[0]),
         time_note=None if many else time_note(histories[0]),
         comparison=comparison(histories) if many else None,
+        columns=[metric.label for metric in PAGE_COLUMNS],
         differing=differing_settings(histories) if many else None,
         config=None if many else config_table(histories[0]),
         has_samples=bool(answers),
@@ -117,118 +119,41 @@ def datasets(histories: Sequence[History], positions: list[dict[str, Any]]) -> d
     }
 
 
-@dataclass(frozen=True)
-class Curves:
-    """A figure of metrics over steps."""
-
-    id: str
-    title: str
-    series: dict[str, str]
-    """Metric -> what it is called in the figure."""
-    options: dict[str, Any]
-    """Of `figures.lines`."""
-
-
-SAMPLED, HELD_OUT = "sampled in training", "held out"
-DIVERGENCE = (
-    Curves(
-        "kl",
-        "KL a token",
-        {"train/kl_forward": "forward KL(teacher || student)", "train/kl_reverse": "reverse KL(student || teacher)"},
-        {"title": "nats", "log": True},
-    ),
-    Curves("loss", "Loss", {"train/loss": "loss"}, {"title": "nats", "log": True}),
-    Curves("entropy", "Entropy of the student", {"train/entropy": "entropy"}, {"title": "nats"}),
-    Curves(
-        "mass",
-        "Mass on the teacher's top-k",
-        {"train/teacher_topk_mass": "teacher", "train/student_topk_mass": "student"},
-        {"title": "probability"},
-    ),
-    Curves(
-        "agreement",
-        "Tokens at which both models' likeliest is the same",
-        {"train/top1_agreement": "agreement"},
-        {"title": "tokens", "percent": True},
-    ),
-    Curves("grad_norm", "Gradient norm, before clipping", {"train/grad_norm": "norm"}, {"title": "norm"}),
-)
-LENGTHS = (
-    Curves(
-        "length",
-        "Tokens of an answer",
-        {"rollout/mean_length": SAMPLED, "val/mean_length": HELD_OUT},
-        {"title": "mean tokens"},
-    ),
-    Curves(
-        "truncated",
-        "Answers cut off at their length limit",
-        {"rollout/truncated_rate": SAMPLED, "val/truncated_rate": HELD_OUT},
-        {"title": "answers", "share": True},
-    ),
-)
-SPEED = (
-    Curves(
-        "speed", "Response tokens a second", {"perf/tokens_per_s": "tokens/s"}, {"title": "tokens/s", "height": 130}
-    ),
-)
-PEAK = (Curves("peak", "Measured peak of a rank", {"perf/peak_mem_gib": "peak"}, {"title": "GiB", "height": 150}),)
-GRID = (
-    ("val/accuracy", "Accuracy, held out", True),
-    ("train/kl_forward", "KL forward, nats a token", False),
-    ("train/kl_reverse", "KL reverse, nats a token", False),
-)
-
-
 def make_charts(histories: Sequence[History]) -> dict[str, list[dict[str, Any]]]:
-    """By section of the page; a figure without data is left out."""
+    """Return the figures of each section of the page; those without data are left out."""
     many, first = len(histories) > 1, histories[0]
     runs = [history.name for history in histories] if many else []
     has = {key for history in histories for row in history.rows for key, value in row.items() if value is not None}
-
-    def curves(group: Sequence[Curves], *, wide: bool = False) -> list[dict[str, Any]]:
-        return [
-            figures.chart(one.id, one.title, figures.lines(one.series, runs=runs, **one.options), wide=wide)
-            for one in group
-            if has & one.series.keys()
-        ]
-
-    accuracy, time, memory, samples = [], curves(SPEED, wide=True), curves(PEAK, wide=many), []
-    if has & {"val/accuracy", "rollout/accuracy"}:
-        accuracy.append(figures.chart("accuracy", "Right answers", figures.accuracy(runs=runs), wide=True))
+    charts: dict[str, list[dict[str, Any]]] = {section: [] for section in (*SECTIONS, "samples")}
     if not many and stages_of(first):
         stacked = figures.stacked_time(stages_of(first))
-        time.insert(0, figures.chart("time", "Seconds of a step, by stage", stacked, wide=True))
+        charts["time"].append(figures.chart("time", "Seconds of a step, by stage", stacked, wide=True))
     if not many and memory_rows(first):
-        memory.insert(0, figures.chart("memory", "Predicted memory of a rank, by part", figures.memory_parts()))
+        charts["memory"].append(figures.chart("memory", "Predicted memory of a rank, by part", figures.memory_parts()))
+    for figure in dict.fromkeys(metric.figure for metric in METRICS if metric.figure and metric.name in has):
+        metrics = [metric for metric in METRICS if metric.figure == figure]
+        draw = figures.accuracy if figure == ACCURACY else figures.lines
+        spec = draw(figure, metrics, runs=runs)
+        charts[figure.section].append(figures.chart(figure.id, figure.title, spec, wide=figure.wide))
     if any(history.sample_files for history in histories):
         positions = figures.by_position(runs=runs)
-        samples.append(figures.chart("positions", "KL by position in the answer", positions, wide=True))
-    return {
-        "grid": grid_charts(histories),
-        "accuracy": accuracy,
-        "kl": curves(DIVERGENCE),
-        "time": time,
-        "memory": memory,
-        "length": curves(LENGTHS),
-        "samples": samples,
-    }
+        charts["samples"].append(figures.chart("positions", "KL by position in the answer", positions, wide=True))
+    return {"grid": grid_charts(histories), **charts}
 
 
 def grid_charts(histories: Sequence[History]) -> list[dict[str, Any]]:
-    """A heat map of each measure, where the runs are a grid of two keys."""
+    """Return a heat map of each metric that has one, if the runs are a grid of two keys."""
     rows = grid_rows(histories)
     keys, num_rows = tuple(histories[0].result.settings), len({row["row"] for row in rows})
+    shown = [metric for metric in COMPARED if "heat map" in metric.compared_in]
     return [
         figures.chart(
-            f"grid-{figures.field(metric)}",
-            title,
-            figures.heat_map(
-                *keys, metric, title=title, percent=is_accuracy, higher_is_better=is_accuracy, num_rows=num_rows
-            ),
+            f"grid-{figures.field(metric.name)}",
+            f"{metric.label[0].upper()}{metric.label[1:]}, {metric.unit}",
+            figures.heat_map(*keys, metric, num_rows=num_rows),
         )
-        for metric, title, is_accuracy in GRID
-        if any(figures.field(metric) in row for row in rows)
+        for metric in shown
+        if any(figures.field(metric.name) in row for row in rows)
     ]
 
 

@@ -19,14 +19,10 @@ import yaml
 from distill_cli.errors import ConfigError
 from distill_cli.folders.metrics_file import damaged
 from distill_cli.folders.run_dir import RunDir, SweepDir
+from distill_cli.metrics import METRICS
 
-MEASURES = {
-    "KL forward": "train/kl_forward",
-    "KL reverse": "train/kl_reverse",
-    "loss": "train/loss",
-    "accuracy": "val/accuracy",
-}
-"""What runs are compared by. Higher is better for accuracy alone."""
+COMPARED = [metric for metric in METRICS if metric.compared_in]
+"""The metrics that runs are compared by."""
 TAIL_BYTES = 1 << 16
 
 
@@ -42,7 +38,7 @@ class RunResult:
     step: int
     """The last one that is recorded; 0 where none is."""
     final: dict[str, float]
-    """The last value of each metric of `MEASURES` that was recorded after training began."""
+    """The last value of each metric of `COMPARED` that was recorded after training began."""
 
     @property
     def name(self) -> str:
@@ -80,7 +76,7 @@ def read_sweep(sweep: SweepDir) -> list[RunResult]:
 
 def read_run(folder: Path, settings: dict[str, str]) -> RunResult:
     run = RunDir(folder)
-    final = last_values(run.metrics, MEASURES.values())
+    final = last_values(run.metrics, [metric.name for metric in COMPARED])
     step = last_values(run.metrics, ["step"]).get("step", 0)
     return RunResult(folder=folder, settings=settings, state=state_of(run), step=int(step), final=final)
 

@@ -7,28 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distill_cli.metrics import STAGES, find, gap_closed
 from distill_cli.report.comparison import two_key_grid
 from distill_cli.report.figures import field
 from distill_cli.report.history import History
+from distill_cli.report.read import COMPARED
 
 MAX_BARS = 120
 """Of the stacked seconds; neighbouring steps share a bar where there are more."""
-
-STAGES = {
-    "wake": "engine.student.sleep=false and engine.teacher.sleep=false where all fits in memory together",
-    "sync": "mesh.tensor and engine.student.tensor_parallel decide how much is gathered",
-    "sample": "rollout.max_new_tokens and rollout.generations_per_prompt say how much is written; more ranks, or a "
-    "larger engine.student.gpu_memory_utilization, write more at once",
-    "pack": "train.packing",
-    "score": "engine.teacher.gpu_memory_utilization gives the teacher room; engine.teacher.tensor_parallel splits it; "
-    "model.teacher.quantization makes it smaller",
-    "train": "train.micro_batch_tokens as large as memory allows; train.activation_checkpointing=selective or none "
-    "computes less twice; train.compile=true on GPUs",
-    "record": "eval.record_samples",
-    "eval": "eval.period, eval.max_samples and eval.max_new_tokens",
-    "checkpoint": "checkpoint.period; checkpoint.async_save=true",
-}
-"""Stages of a step as the stopwatch has them, in the order of a step, and the keys that change how long each takes."""
+PAGE_COLUMNS = [metric for metric in COMPARED if "page" in metric.compared_in]
 
 
 @dataclass(frozen=True)
@@ -63,13 +50,6 @@ def _headline(history: History) -> str:
         if gap is not None:
             said += f": {gap:.0%} of the gap closed"
     return said[0].upper() + said[1:] + ("." if state == "finished" else f". The run is {state}.")
-
-
-def gap_closed(before: float | None, after: float | None, teacher: float | None) -> float | None:
-    """The share of the way from the student's start to the teacher; None where there was no gap to close."""
-    if before is None or after is None or teacher is None or teacher <= before:
-        return None
-    return (after - before) / (teacher - before)
 
 
 def _facts(history: History) -> list[tuple[str, str]]:
@@ -107,15 +87,9 @@ def level_rows(histories: Sequence[History]) -> list[dict[str, Any]]:
 
 
 def stages_of(history: History) -> list[str]:
-    """The stages that take a thousandth of the time or more, in the order of a step; unknown ones come last."""
-    totals: dict[str, float] = {}
-    for row in history.steps:
-        for key, value in row.items():
-            if key.startswith("time/") and key != "time/step_s" and value:
-                stage = key.removeprefix("time/").removesuffix("_s")
-                totals[stage] = totals.get(stage, 0.0) + value
-    found = {stage for stage, seconds in totals.items() if seconds >= 1e-3 * sum(totals.values())}
-    return [stage for stage in STAGES if stage in found] + sorted(found - STAGES.keys())
+    """Return the stages that take a thousandth of the time or more, in the order of a step."""
+    totals = {stage: sum(row.get(f"time/{stage}_s") or 0.0 for row in history.steps) for stage in STAGES}
+    return [stage for stage, seconds in totals.items() if seconds > 0 and seconds >= 1e-3 * sum(totals.values())]
 
 
 def stage_rows(history: History) -> list[dict[str, Any]]:
@@ -153,7 +127,7 @@ def time_note(history: History) -> dict[str, str] | None:
         "stage": stage,
         "share": f"{totals[stage] / sum(totals.values()):.0%}",
         "seconds": f"{totals[stage] / len(steps):.3g}",
-        "keys": STAGES.get(stage, ""),
+        "keys": STAGES[stage].remedy,
     }
 
 
@@ -177,42 +151,36 @@ def memory_rows(history: History) -> list[dict[str, Any]]:
 
 
 def grid_rows(histories: Sequence[History]) -> list[dict[str, Any]]:
-    """The `grid` dataset: the last value of each measure, where the runs are a grid of two keys; else nothing."""
+    """Return the `grid` dataset: the last value of each compared metric, if the runs are a grid of two keys."""
     if two_key_grid([history.result for history in histories]) is None:
         return []
     rows = []
     for history in histories:
         row, column = history.result.settings.values()
-        final = {field(key): value for key, value in history.result.final.items()}
-        told = _shown(history.result.final.get("val/accuracy"), ".1%")  # the browser rounds halves the other way
-        rows.append({"run": history.name, "row": row, "column": column, "told": told, **final})
+        final = history.result.final
+        values = {field(key): value for key, value in final.items()}
+        told = {f"told_{field(key)}": find(key).shown(value) for key, value in final.items()}
+        rows.append({"run": history.name, "row": row, "column": column, **values, **told})
     return rows
 
 
 def comparison(histories: Sequence[History]) -> list[dict[str, Any]]:
-    """A row a run: how it ended and what came of it; the best of the finished ones is marked."""
+    """Return a row for each run: how it ended and what came of it; the best of the finished ones is marked."""
     rows = []
     for history in histories:
-        final = history.result.final
+        final, state = history.result.final, history.result.state
         accuracy = final.get("val/accuracy")
         gap = gap_closed(history.first("val/accuracy"), accuracy, history.first("val/teacher_accuracy"))
-        speed = history.last("perf/tokens_per_s")
+        cells = {metric.label: metric.shown(final.get(metric.name)) for metric in PAGE_COLUMNS}
         rows.append(
             {
-                "name": history.name, "folder": history.result.name, "state": history.result.state,
-                "step": history.result.step, "accuracy": _shown(accuracy, ".1%"), "gap": _shown(gap, ".0%"),
-                "kl_forward": _shown(final.get("train/kl_forward"), ".4g"),
-                "kl_reverse": _shown(final.get("train/kl_reverse"), ".4g"),
-                "loss": _shown(final.get("train/loss"), ".4g"),
-                "speed": _shown(speed, ",.0f"), "rank": accuracy if history.result.state == "finished" else None,
+                "name": history.name, "folder": history.result.name, "state": state, "step": history.result.step,
+                "cells": cells, "gap": "" if gap is None else f"{gap:.0%}",
+                "rank": accuracy if state == "finished" else None,
             }
         )  # fmt: skip
     best = max((row["rank"] for row in rows if row["rank"] is not None), default=None)
     return [row | {"is_best": best is not None and row["rank"] == best} for row in rows]
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def differing_settings(histories: Sequence[History]) -> list[tuple[str, list[str]]]:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from distill_cli.errors import ConfigError
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
 from distill_cli.machine.torch_versions import varlen_operator
 from distill_cli.parallel.mesh import Parallel

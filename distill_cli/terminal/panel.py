@@ -12,6 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from distill_cli.metrics import METRICS
+
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_STEPS = 40
 PACE_STEPS = 20
@@ -74,30 +76,15 @@ class Screen:
         return (self.num_steps - self.step) * (times[-1] - times[0]) / (len(times) - 1)
 
     def lines(self) -> list[tuple[str, str]]:
-        """Label and words of each line; what has no value yet is left out."""
-        values, first = self.last_seen, self.first_seen
-        accuracy = [
-            f"{values[key]:.1%} {name}"
-            for name, key in (("sampled", "rollout/accuracy"), ("held out", "val/accuracy"))
-            if key in values
-        ]
-        for name, key in (("at the start", "val/accuracy"), ("the teacher", "val/teacher_accuracy")):
-            if key in first:
-                accuracy.append(f"{first[key]:.1%} {name}")
-        rows = [("now", self.stage)]
-        if "train/loss" in values:
-            rows.append(("loss", f"{values['train/loss']:.4f}  {self.spark('train/loss')}"))
-        if "train/kl_forward" in values:
-            rows.append(
-                ("KL", f"{values['train/kl_forward']:.4f} forward, {values.get('train/kl_reverse', 0):.4f} reverse")
-            )
-        if accuracy:
-            rows.append(("accuracy", ", ".join(accuracy)))
-        if "perf/tokens_per_s" in values:
-            rows.append(("speed", f"{values['perf/tokens_per_s']:,.0f} tokens/s, {values['time/step_s']:.2f} s a step"))
-        if "perf/peak_mem_gib" in values:
-            rows.append(("memory", f"{values['perf/peak_mem_gib']:.2f} GiB of a rank at most"))
-        return rows
+        """Return label and text of each line: the stage, then the metrics that have a value."""
+        rows: dict[str, list[str]] = {"now": [self.stage]}
+        for metric in METRICS:
+            if metric.panel is not None and metric.name in self.last_seen:
+                label, text = metric.panel
+                value, first = self.last_seen[metric.name], self.first_seen[metric.name]
+                part = text.format(value=value, first=first, spark=self.spark(metric.name))
+                rows.setdefault(label, []).append(part)
+        return [(label, ", ".join(parts)) for label, parts in rows.items()]
 
     def spark(self, key: str) -> str:
         """The metric's last steps as a row of bars."""

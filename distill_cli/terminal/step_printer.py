@@ -15,20 +15,9 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
+from distill_cli.metrics import find
 from distill_cli.terminal.console import Console
 from distill_cli.terminal.panel import Screen
-
-COLUMNS = (  # what a step's line shows of its metrics, and how
-    ("loss", "train/loss", "{:.4f}"),
-    ("acc", "rollout/accuracy", "{:.3f}"),
-    ("len", "rollout/mean_length", "{:.0f}"),
-    ("gnorm", "train/grad_norm", "{:.2f}"),
-    ("mismatch", "rollout/engine_mismatch", "{:.1e}"),
-    ("packed", "perf/packing_efficiency", "{:.0%}"),
-    ("tok/s", "perf/tokens_per_s", "{:.0f}"),
-    ("s", "time/step_s", "{:.2f}"),
-    ("val", "val/accuracy", "{:.3f}"),
-)
 
 
 class StepPrinter:
@@ -72,7 +61,12 @@ class StepPrinter:
         self.console.print(shown)
 
     def step(self, step: int, metrics: Mapping[str, float], *, at: float | None = None) -> None:
-        """A step that is done, `at` seconds since 1970 (now). A terminal keeps the lines of validations."""
+        """Show a step that is done, `at` seconds since 1970 (now). A terminal keeps the lines of validations.
+
+        Step 0, before training, is shown if the student was validated.
+        """
+        if step == 0 and "val/accuracy" not in metrics:
+            return
         self.screen.add(step, metrics, at=at)
         validates, due = "val/accuracy" in metrics, step % self._every == 0 or step == self._num_steps
         if validates or (due and self._live is None):
@@ -84,8 +78,9 @@ class StepPrinter:
 
 
 def step_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:
-    """`step 12/80 loss=0.0312 ...`: what is there of the columns."""
-    shown = [f"{name}={form.format(metrics[key])}" for name, key, form in COLUMNS if metrics.get(key) is not None]
+    """Return `step 12/80 loss=0.0312 ...`: the metrics that are shown there, in the order of `metrics`."""
+    found = [(find(key), value) for key, value in metrics.items() if value is not None]
+    shown = [metric.step_line.format(value) for metric, value in found if metric and metric.step_line]
     return f"step {step}/{num_steps} " + " ".join(shown)
 
 

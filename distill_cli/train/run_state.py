@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
+from distill_cli.metrics import STAGES, gap_closed
 from distill_cli.train.validation import Score
 
 
@@ -39,10 +40,8 @@ class Result:
 
     @property
     def gap_closed(self) -> float | None:
-        """The share of the way from the student's start to the teacher; None where there was no gap to close."""
-        if not (self.before and self.after and self.teacher) or self.teacher.accuracy <= self.before.accuracy:
-            return None
-        return (self.after.accuracy - self.before.accuracy) / (self.teacher.accuracy - self.before.accuracy)
+        """See `metrics.gap_closed`."""
+        return gap_closed(*(score and score.accuracy for score in (self.before, self.after, self.teacher)))
 
 
 class StopRequested(Exception):
@@ -100,6 +99,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        assert stage in STAGES, stage
         self._on_stage(stage)
         begin = time.perf_counter()
         try:

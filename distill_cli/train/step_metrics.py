@@ -12,8 +12,9 @@ from statistics import fmean
 import torch
 
 from distill_cli.engines.vllm_patches import pooled_bytes
-from distill_cli.losses.divergence import token_statistics
+from distill_cli.losses.distill_loss import bucket_classes
 from distill_cli.losses.linear_topk import HeadOutput
+from distill_cli.metrics import METRICS, Tokens
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import BatchPlan, MicroBatch
 from distill_cli.student.flops import peak_flops, train_flops
@@ -21,14 +22,8 @@ from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult
 from distill_cli.types import Rollout
 
-TOKEN_METRICS = (
-    "train/kl_forward",
-    "train/kl_reverse",
-    "train/entropy",
-    "train/teacher_topk_mass",
-    "train/student_topk_mass",
-    "train/top1_agreement",
-)
+TOKEN_METRICS = [metric for metric in METRICS if metric.formula is not None]
+"""Those that are averaged over response tokens."""
 
 
 def train_metrics(
@@ -55,17 +50,21 @@ def train_metrics(
         "train/grad_norm": sum(result.grad_norm for _, result in results) / len(results),
         "train/response_tokens": num_tokens,
         "train/skipped_updates": sum(not result.is_finite for _, result in results),
-        **{name: total / max(num_tokens, 1) for name, total in zip(TOKEN_METRICS, totals, strict=True)},
+        **{metric.name: total / max(num_tokens, 1) for metric, total in zip(TOKEN_METRICS, totals, strict=True)},
         **({"rollout/engine_mismatch": mismatch_total / sampled_total} if sampled_total else {}),
     }
 
 
 def token_metrics_CN(batch: MicroBatch, output: HeadOutput) -> torch.Tensor:
-    """float [C, N]: what is averaged over response tokens, in the order of TOKEN_METRICS."""
-    statistics = token_statistics(batch.topk_logp, output.student_logp_NC)
-    agreement_N = (output.argmax_N == batch.topk_ids[:, 0]).float()
-    values = {**statistics, "entropy": output.entropy_N, "top1_agreement": agreement_N}
-    return torch.stack([values[name.removeprefix("train/")] for name in TOKEN_METRICS])
+    """Return each of TOKEN_METRICS at each response token: float [C, N]."""
+    tokens = tokens_of(batch, output)
+    return torch.stack([metric.formula(tokens) for metric in TOKEN_METRICS])
+
+
+def tokens_of(batch: MicroBatch, output: HeadOutput) -> Tokens:
+    """Return what both models say at the response tokens of a micro-batch."""
+    teacher_NC, student_NC = bucket_classes(batch.topk_logp, output.student_logp_NC)
+    return Tokens(teacher_NC, student_NC, batch.topk_ids, output.argmax_N, output.entropy_N, output.loss_N)
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

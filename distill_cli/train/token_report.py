@@ -15,7 +15,8 @@ from dataclasses import dataclass, fields
 import torch
 import torch.distributed as dist
 
-from distill_cli.losses.divergence import token_statistics
+from distill_cli.losses.distill_loss import bucket_classes
+from distill_cli.losses.divergence import forward, reverse
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.parallel.mesh import Parallel
@@ -83,13 +84,13 @@ def _views_here(
 
 def _token_values(batch: MicroBatch, output: HeadOutput, teacher_logp: list[float]) -> list[tuple]:
     """One tuple a token, in the order of TokenViews."""
-    statistics = token_statistics(batch.topk_logp, output.student_logp_NC)
+    teacher_NC, student_NC = bucket_classes(batch.topk_logp, output.student_logp_NC)
     teacher_ids = [[i for i in ids if i != PADDING_ID] for ids in batch.topk_ids[:, :NUM_TOP].tolist()]
     teacher_top_logp = batch.topk_logp[:, :NUM_TOP].tolist()
     columns = (
         output.loss_N.tolist(),
-        statistics["kl_forward"].tolist(),
-        statistics["kl_reverse"].tolist(),
+        forward(teacher_NC, student_NC).sum(-1).tolist(),
+        reverse(teacher_NC, student_NC).sum(-1).tolist(),
         output.entropy_N.tolist(),
         output.sampled_logp_N.tolist(),
         teacher_logp,

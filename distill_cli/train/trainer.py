@@ -293,7 +293,7 @@ class Trainer:
         """A checkpoint of the last step that the student has learned from. A collective."""
         settings, progress = self.config.checkpoint, self.progress
         ranked = {name: plain(value) for name, value in metrics.items() if name.startswith(("train", "rollout", "val"))}
-        progress.note(settings.metric, ranked.get(settings.metric), higher_is_better=settings.higher_is_better)
+        progress.note(settings.metric, ranked.get(settings.metric), higher_is_better=settings.keeps_highest)
         state = {**asdict(progress), "metrics": ranked, "data": self.prompts.fingerprint}
         with self.watch("checkpoint"):
             if self.metrics_file is not None:
@@ -354,8 +354,7 @@ class Trainer:
     def record(self, step: int, metrics: dict[str, float]) -> None:
         if self.metrics_file is not None:
             self.metrics_file.write(step, metrics)
-        if step > 0 or metrics.keys() & {"val/accuracy"}:
-            self.printer.step(step, metrics)
+        self.printer.step(step, metrics)
 
     def result(self, state: str, reason: str | None, *, seconds: float) -> Result:
         progress = self.progress

@@ -226,7 +226,7 @@ def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
             run.checkpoints,
             step or "last",
             metric=settings.metric,
-            higher_is_better=settings.higher_is_better,
+            higher_is_better=settings.keeps_highest,
             warn=lambda text: console.print(f"warning: {escape(text)}"),
         )
     except DistillError as error:

@@ -38,7 +38,7 @@ def export(argv: Sequence[str]) -> int:
             run.checkpoints,
             which,
             metric=settings.metric,
-            higher_is_better=settings.higher_is_better,
+            higher_is_better=settings.keeps_highest,
             warn=lambda text: console.print(f"warning: {escape(text)}"),
         )
     except DistillError as error:

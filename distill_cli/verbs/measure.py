@@ -25,12 +25,12 @@ from distill_cli.folders.run_dir import RunDir
 from distill_cli.launch.local import launch
 from distill_cli.launch.placement import placement
 from distill_cli.machine import hardware
+from distill_cli.metrics import STAGES
 from distill_cli.resolved import ResolvedRun
 
 STEPS = 4
 """The first warms up. After the third a checkpoint is written, and after the fourth the student is validated: what the
 two take beside a step is in the fourth one's row, and none of theirs is in the second's and third's."""
-STAGES = ("wake", "sync", "sample", "score", "pack", "train")
 Row = Mapping[str, float]
 
 
@@ -135,7 +135,7 @@ def pace(rows: Sequence[Row], *, began: float) -> Pace:
         raise DistillError("distill plan --measure: the run ended before its first step")
     alone = [row for row in steps if not {"time/eval_s", "time/checkpoint_s"} & row.keys()]
     plain = alone[1:] or alone or steps  # the first warms up
-    stages = {stage: _median(plain, f"time/{stage}_s") for stage in STAGES}
+    stages = {name: _median(plain, f"time/{name}_s") for name, stage in STAGES.items() if stage.within_step}
     step = _median(plain, "time/step_s")
     stages["other"] = max(0.0, step - sum(stages.values()))
     last, first = steps[-1], steps[0]

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from distill_cli.config.checks import inert_overrides
-from distill_cli.config.compose import Job, compose, known_losses
+from distill_cli.config.compose import Job, compose
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
 from distill_cli.config.schema import Config, EngineModelConfig, Launcher, LoraSync
 from distill_cli.folders.run_dir import RunDir
@@ -63,7 +63,7 @@ def print_plan(job: Job, found: ResolvedRun) -> None:
         run = RunDir(single_path(job))
         launch = shlex.join(command(run, num_ranks=found.ranks.per_node))
         console.print(_table("launch", {"folder": str(run.path), "command": launch}))
-    for warning in [*found.warnings, *inert_overrides(config, job.overrides, known_losses())]:
+    for warning in [*found.warnings, *inert_overrides(config, job.overrides)]:
         console.print(f"warning: {escape(warning)}")
 
 

@@ -69,8 +69,7 @@ def follow(run: RunDir, *, sleep: Callable[[float], None]) -> int:
                 if row["step"] > last:
                     last = int(row["step"])
                     metrics = {key: value for key, value in row.items() if key not in ("step", "time")}
-                    if last > 0 or "val/accuracy" in metrics:
-                        printer.step(last, metrics, at=row["time"])
+                    printer.step(last, metrics, at=row["time"])
                     printer.screen.began = min(printer.screen.began, rows[0]["time"])
             if state not in GOING_ON:
                 break

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from bench_loss import fused, make_inputs, materialised
 
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from gpu_stages.figures import Stage
 from gpu_stages.timing import alternating_seconds, most_expensive, peak_bytes
 

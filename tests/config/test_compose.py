@@ -6,7 +6,7 @@ import pytest
 
 from distill_cli.config.checks import config_problems, inert_overrides
 from distill_cli.config.choices import conf_dir, group_choices, groups
-from distill_cli.config.compose import compose, known_losses
+from distill_cli.config.compose import compose
 from distill_cli.config.derived import needs_sampler, validates
 from distill_cli.config.overrides import known_keys
 from distill_cli.config.schema import Config
@@ -123,11 +123,19 @@ def test_all_mistakes_are_named_at_once() -> None:
     assert len(problems_of("loss.topkk=3", "train.lr=abc", "loss=foo", "-m", "train.seed=1,x")) == 4
 
 
+def test_own_parameters_are_named_kwargs() -> None:
+    (problem,) = problems_of("+loss.alpha=0.3")
+    assert "loss.kwargs.alpha" in problem
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("loss.kl_weight=1.5", "loss.kl_weight=1.5: must lie in 0..1"),
-        ("loss.skew=-0.1", "loss.skew"),
+        ("loss=skew_reverse loss.skew=-0.1", "loss.skew"),
+        ("loss.kl_type=forwrad", "loss.kl_type=forwrad"),
+        ("loss.kwargs.alpha=1", "loss.kl_type=mixed has kl_weight"),
+        ("loss=forward loss.kwargs.alpha=1", "loss.kl_type=forward has no parameters"),
         ("loss.topk=0", "loss.topk=0: must be at least 1"),
         ("loss.temperature=0", "loss.temperature=0.0: must be above 0"),
         ("loss.temperature=nan", "loss.temperature"),
@@ -147,9 +155,9 @@ def test_all_mistakes_are_named_at_once() -> None:
         ("run.print_every=0", "run.print_every=0"),
         ("train.seed=4294967296", "below 2**32"),
         ("+engine.teacher.kwargs.enable_prefix_caching=true", "engine.teacher.kwargs.enable_prefix_caching"),
-        ("loss.tail=renormalize loss.topk=1", "makes the loss zero"),
-        ("loss=jsd loss.kl_weight=1", "makes the loss zero"),
-        ("loss=skew_forward loss.skew=1", "makes the loss zero"),
+        ("loss.tail=renormalize loss.topk=1", "always zero"),
+        ("loss=jsd loss.kl_weight=1", "loss.kl_weight=1.0: must lie in 0..1, 0 and 1 excluded"),
+        ("loss=skew_forward loss.skew=1", "loss.skew=1.0: must lie in 0..1, 1 excluded"),
         ("engine.student.kv_cache_gib=0", "engine.student.kv_cache_gib"),
         ("engine.student.gpu_memory_utilization=1.5", "gpu_memory_utilization"),
         ("mesh.tensor=0", "mesh.tensor=0: must be at least 1"),
@@ -163,11 +171,40 @@ def test_a_value_that_cannot_be_is_refused(override: str, said: str) -> None:
     assert any(said in problem for problem in found) or said == ""
 
 
-def test_a_key_that_the_loss_does_not_read_is_warned_of() -> None:
-    (job,) = compose(["loss=forward", "loss.kl_weight=0.3"])
-    assert "no effect with loss.kl_type=forward" in inert_overrides(job.config, job.overrides, known_losses())[0]
-    (job,) = compose(["loss=mixed", "loss.kl_weight=0.3"])
-    assert inert_overrides(job.config, job.overrides, known_losses()) == []
+def test_parameters_of_other_divergences_warn() -> None:
+    unread, read = compose(["-m", "loss=forward,mixed", "loss.kl_weight=0.3"])
+    (warning,) = inert_overrides(unread.config, unread.overrides)
+    assert warning == "loss.kl_weight has no effect with loss.kl_type=forward: it is a parameter of mixed and jsd"
+    assert inert_overrides(read.config, read.overrides) == []
+    assert (unread.config.loss.parameters, read.config.loss.parameters) == ({}, {"kl_weight": 0.3})
+
+
+def test_kl_type_alone_takes_its_defaults() -> None:
+    (job,) = compose(["loss.kl_type=skew_forward"])
+    assert config_problems(job.config) == []
+    assert job.config.loss.parameters == {}  # null: the function's own
+    assert override(job.config, ["loss.skew=0.4"]).loss.parameters == {"skew": 0.4}
+
+
+def test_own_divergence_takes_kwargs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_terms.py").write_text(
+        "from typing import Annotated\n"
+        "from distill_cli.losses.divergence import Range\n"
+        "def power(logp, logq, *, alpha: Annotated[float, Range(0, 2)], kl_weight=1.0): return alpha * logp\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = "loss.kl_type=own_terms:power"
+    (job,) = compose([own, "loss.kwargs.alpha=0.3", "loss.kl_weight=0.2"])
+    assert config_problems(job.config) == inert_overrides(job.config, job.overrides) == []
+    assert (job.config.loss.parameters, job.config.loss.kwargs) == ({"kl_weight": 0.2}, {"alpha": 0.3})
+    for typed, problem in (
+        ([], "loss.kwargs.alpha: a value is needed"),
+        (["loss.kwargs={alpha: 3}"], "loss.kwargs.alpha=3: must lie in 0..2"),
+        (["loss.kwargs={alpha: 1, beta: 1}"], f"loss.kwargs.beta: {own} has alpha, kl_weight"),
+        (["loss.kwargs={alpha: 1, kl_weight: 1}"], "loss.kwargs.kl_weight: set loss.kl_weight"),
+    ):
+        (found,) = config_problems(compose([own, *typed])[0].config)
+        assert found.startswith(problem)
 
 
 def test_a_config_survives_its_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from distill_cli.config.compose import compose
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import override
 from distill_cli.data.registry import load_examples
-from distill_cli.data.row_check import _hash, check_data
+from distill_cli.data.row_check import _check_ranked_dataset, _hash, check_data
 from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.preflight import preflight, preflight_evaluation
@@ -135,6 +135,14 @@ def test_several_datasets_are_validated_each(tmp_path: Path, parallel: Parallel)
     score = validator_of(config, parallel).run(Teller())
     assert score.num_samples == 8
     assert score.metrics().keys() >= {"val/a/accuracy", "val/b/accuracy"}
+
+
+def test_ranking_by_a_dataset_needs_it() -> None:
+    _check_ranked_dataset("val/a/accuracy", {"a", "b"})
+    with pytest.raises(ConfigError, match="val/c/accuracy: .*val/accuracy, val/a/accuracy, val/b/accuracy"):
+        _check_ranked_dataset("val/c/accuracy", {"a", "b"})
+    with pytest.raises(ConfigError, match="choose one of val/accuracy$"):
+        check_data(composed("checkpoint.metric=val/arithmetic/accuracy"))
 
 
 def test_the_teacher_is_validated_on_prompts_as_it_reads_them(parallel: Parallel) -> None:

@@ -10,6 +10,7 @@ import torch
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distill_cli.metrics import find
 from tests.end_to_end.conftest import SECRETS, SHORT, Finished, distill, files_with
 from tests.end_to_end.naive import check_numbers
 
@@ -162,6 +163,11 @@ def test_the_student_that_was_trained_loads(one_rank: Finished) -> None:
     assert student.config.tie_word_embeddings
     moved = [n for n, p in student.named_parameters() if not p.equal(before.get_parameter(n))]
     assert len(moved) == len(list(student.named_parameters()))
+
+
+def test_every_key_is_a_declared_metric(one_rank: Finished, two_ranks: Finished) -> None:
+    keys = {key for run in (one_rank, two_ranks) for row in run.metrics for key in row} - {"step", "time"}
+    assert {key for key in keys if find(key) is None} == set()
 
 
 def test_mlflow_has_what_the_file_has(one_rank: Finished) -> None:

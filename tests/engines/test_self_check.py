@@ -14,7 +14,7 @@ from distill_cli.engines.sampler import Sampler
 from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.ranks.check_rank import is_exact
 from distill_cli.ranks.self_check import MASSES, Limits, SelfCheck

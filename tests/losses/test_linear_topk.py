@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill_cli.losses.divergence import DIVERGENCES, PADDING_LOGP, TAILS, DistillLoss
+from distill_cli.losses.distill_loss import PADDING_LOGP, TAILS, DistillLoss
+from distill_cli.losses.divergence import DIVERGENCES
 from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
 
 from .reference import Case, reference_loss

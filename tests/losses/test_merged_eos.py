@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from distill_cli.losses.divergence import DIVERGENCES, TAILS, DistillLoss
+from distill_cli.losses.distill_loss import TAILS, DistillLoss
+from distill_cli.losses.divergence import DIVERGENCES
 from distill_cli.losses.linear_topk import linear_topk_loss
 from distill_cli.losses.merged_eos import merge_topk
 from distill_cli.types import TeacherScores

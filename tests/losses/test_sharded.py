@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from distill_cli.losses.divergence import DIVERGENCES, PADDING_LOGP, TAILS, DistillLoss
+from distill_cli.losses.distill_loss import PADDING_LOGP, TAILS, DistillLoss
+from distill_cli.losses.divergence import DIVERGENCES
 from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
 
 TOKENS, HIDDEN, VOCAB, TOPK, RANKS = 11, 8, 60, 5, 2

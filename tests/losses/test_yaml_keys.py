@@ -1,13 +1,14 @@
-"""conf/loss names every divergence, and sets exactly the keys that its function reads."""
+"""conf/loss names every divergence, and sets exactly the parameters that its function takes, to their defaults."""
 
-import inspect
+from omegaconf import OmegaConf
 
-from distill_cli.config.compose import known_losses
-from distill_cli.losses.divergence import DIVERGENCES
+from distill_cli.config.choices import conf_dir
+from distill_cli.losses.divergence import DIVERGENCES, parameters_of
 
 
-def test_every_divergence_has_a_yaml_that_sets_what_it_reads() -> None:
-    reads = {
-        name: set(inspect.signature(function).parameters) - {"logp", "logq"} for name, function in DIVERGENCES.items()
+def test_every_divergence_has_a_yaml() -> None:
+    files = {file.stem: OmegaConf.to_container(OmegaConf.load(file)) for file in (conf_dir() / "loss").glob("*.yaml")}
+    assert files == {
+        kl_type: {"kl_type": kl_type, **{name: taken.default for name, taken in parameters_of(kl_type).items()}}
+        for kl_type in DIVERGENCES
     }
-    assert known_losses() == reads

@@ -58,9 +58,9 @@ def test_a_grid_of_two_keys_is_a_matrix_of_each_measure(grid: Path) -> None:
         ["128", "0.07", "0.08", "0.09"],
     ]
     begin = lines.index(["accuracy", "(val/accuracy)"])
-    assert lines[begin + 3] == ["64", "0.930", "0.940", "0.950"]
+    assert lines[begin + 3] == ["64", "93.0%", "94.0%", "95.0%"]
     assert ["best", "KL", "forward", "0.01", "loss.topk=32", "loss.kl_weight=0.3"] in lines
-    assert ["best", "accuracy", "0.980", "loss.topk=128", "loss.kl_weight=0.7"] in lines
+    assert ["best", "accuracy", "98.0%", "loss.topk=128", "loss.kl_weight=0.7"] in lines
 
 
 def test_what_has_not_finished_is_told_from_what_has(grid: Path) -> None:
@@ -71,9 +71,9 @@ def test_what_has_not_finished_is_told_from_what_has(grid: Path) -> None:
     for file in folders[6].iterdir():
         file.unlink()
     text = printed(grid)
-    assert "0.980*" in text
-    assert "0.970*" in text
-    assert "best accuracy    0.950" in text
+    assert "98.0%*" in text
+    assert "97.0%*" in text
+    assert "best accuracy    95.0%" in text
     assert f"{folders[6].name} (waiting), {folders[7].name} (running), {folders[8].name} (failed)" in text
 
 

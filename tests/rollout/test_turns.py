@@ -17,7 +17,7 @@ from distill_cli.data.environments.guess import Guess
 from distill_cli.data.registry import names, resolve_environment
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.losses import linear_topk
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.models.model_files import ASSETS
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts
 from distill_cli.rollout.pack import micro_batches, plan_batch, trained_tokens

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from distill_cli.engines.weight_sync import Deferred
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.parallel.mesh import layout
 from distill_cli.student import attention
 from distill_cli.student.adapters import A, B, add_adapters, initial_value, is_adapter, merged_parameters, whole

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.rollout.pack import MicroBatch, micro_batches, plan_batch
 from distill_cli.student import attention

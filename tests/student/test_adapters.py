@@ -18,7 +18,7 @@ from distill_cli.engines.adapter_sync import check_adapter, whole_tensors
 from distill_cli.engines.settings import ADAPTER_RANKS
 from distill_cli.engines.weight_sync import Deferred
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.models.lora_names import shortened, targeted
 from distill_cli.models.model_files import fingerprint
 from distill_cli.student.adapters import A, B, add_adapters, exported_name, initial_value, is_adapter, merged_parameters

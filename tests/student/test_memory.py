@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.rollout.pack import MicroBatch, lay_out, plan_batch
 from distill_cli.student import attention
 from distill_cli.student.model import Student, checkpoint_activations

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.parallel.mesh import layout
 from distill_cli.rollout.pack import micro_batches, plan_batch
 from distill_cli.student import attention

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from distill_cli.losses.divergence import PADDING_LOGP
+from distill_cli.losses.distill_loss import PADDING_LOGP
 from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.train.token_report import _token_values
 

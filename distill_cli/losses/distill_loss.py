@@ -1,0 +1,139 @@
+"""The loss of each token: a divergence between the teacher's top-k and the student, with a rule for all other tokens.
+
+Left out: the divergences themselves (divergence.py), reductions and weights over tokens (the caller's), logits
+(linear_topk.py).
+
+Shape letters: N tokens, K the teacher's top-k, C = K + 1 classes: the top-k, then everything outside it (the rest).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from distill_cli.errors import ConfigError
+from distill_cli.losses.divergence import Divergence, resolve_divergence
+
+PADDING_LOGP = -1e4
+"""Log-probability of a class that is not there: its probability is exactly 0, and its gradients are finite."""
+ZERO_LOGP = -100.0
+"""Log-probability of what the `zero` tail takes to be impossible for the teacher (as NeMo RL has it)."""
+TAILS = ("bucket", "renormalize", "zero")
+
+
+class DistillLoss:
+    """The divergence of the student from the teacher at each token, given the teacher's top-k.
+
+    `bucket`: the rest is one more class. `renormalize`: both sides are renormalised on the top-k. `zero`: the teacher
+    is renormalised on its top-k and exp(-100) on every other token.
+
+    Args:
+        kl_type: one of DIVERGENCES, or `pkg.module:function`.
+        tail: one of TAILS.
+        parameters: the divergence's, as in `resolve_divergence`.
+
+    Raises:
+        ConfigError: no such divergence or tail, a parameter that the divergence does not take, or a divergence that
+            does not go with the tail.
+    """
+
+    def __init__(self, *, kl_type: str, tail: str = "bucket", **parameters: Any) -> None:
+        if tail not in TAILS:
+            raise ConfigError(f"loss.tail={tail}: must be one of {', '.join(TAILS)}")
+        self.divergence = resolve_divergence(kl_type, **parameters)
+        self.tail = tail
+        self.outside = _outside_coefficients(self.divergence, kl_type=kl_type) if tail == "zero" else (0.0, 0.0)
+
+    def __call__(
+        self, teacher_logp_NK: torch.Tensor, student_logp_NC: torch.Tensor, student_entropy_N: torch.Tensor
+    ) -> torch.Tensor:
+        """The divergence at each token.
+
+        A class that is missing on both sides (PADDING_LOGP or less in both) adds nothing, to value or gradient.
+
+        Args:
+            teacher_logp_NK: float [N, K], normalised over the whole vocabulary. -inf is taken as PADDING_LOGP.
+            student_logp_NC: float [N, K + 1], normalised over the whole vocabulary; the last column is the rest's.
+            student_entropy_N: float [N], over the whole vocabulary. Only the `zero` tail reads it.
+
+        Returns:
+            float32 [N] (float64 of float64 inputs), differentiable in the student's two.
+        """
+        dtype = torch.promote_types(student_logp_NC.dtype, torch.float32)
+        teacher_NK = _finite(teacher_logp_NK.to(dtype))
+        student_NC = student_logp_NC.to(dtype)
+        num_topk = teacher_NK.shape[-1]
+        assert student_NC.shape[-1] == num_topk + 1, "the student's last column is the rest's"
+        match self.tail:
+            case "bucket":
+                return self.divergence(with_rest(teacher_NK, student_NC[:, -1]), student_NC).sum(-1)
+            case "renormalize":
+                return self.divergence(_normalized(teacher_NK), _normalized(student_NC[:, :num_topk])).sum(-1)
+            case "zero":
+                topk_N = self.divergence(_normalized(teacher_NK), student_NC[:, :num_topk]).sum(-1)
+                return topk_N + self._outside(student_NC, student_entropy_N.to(dtype))
+
+    def _outside(self, student_NC: torch.Tensor, student_entropy_N: torch.Tensor) -> torch.Tensor:
+        """The sum of the terms of all tokens outside the top-k, where log p = ZERO_LOGP: a sum over [V - K] in [C]."""
+        per_log, per_mass = self.outside
+        topk_NK = student_NC[:, :-1]
+        sum_q_logq_N = -student_entropy_N - (topk_NK.exp() * topk_NK).sum(-1)
+        return per_log * sum_q_logq_N + per_mass * student_NC[:, -1].exp()
+
+
+def bucket_classes(teacher_logp_NK: torch.Tensor, student_logp_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probabilities of teacher and student on the `bucket` tail's classes, detached: [N, C] each.
+
+    Args and dtypes are those of `DistillLoss.__call__`.
+    """
+    student_NC = student_logp_NC.detach()
+    return with_rest(_finite(teacher_logp_NK.to(student_NC.dtype)), student_NC[:, -1]), student_NC
+
+
+def with_rest(logp_NK: torch.Tensor, student_rest_N: torch.Tensor) -> torch.Tensor:
+    """The teacher's log-probabilities with the rest's appended: [N, K] -> [N, K + 1].
+
+    1 - sum p is made in float64: the log-probabilities' own rounding is then all the error, a dozen eps at most. Where
+    no more than that is left, it is taken as no more than the student's rest. So a teacher that gave all its
+    probability (k = V) costs nothing in the forward term, where log q of an empty rest is about -70, and the reverse
+    term's log p stays above -17.
+
+    Args:
+        student_rest_N: [N], the student's log-probability of the rest.
+    """
+    eps = torch.finfo(logp_NK.dtype).eps
+    rest_N = 1 - logp_NK.double().exp().sum(-1)
+    rest_logp_N = rest_N.clamp_min(eps / 2).log().to(logp_NK.dtype)
+    in_doubt_N = torch.minimum(rest_logp_N, student_rest_N.detach())
+    return torch.cat([logp_NK, torch.where(rest_N < 16 * eps, in_doubt_N, rest_logp_N)[:, None]], dim=-1)
+
+
+def _normalized(logp: torch.Tensor) -> torch.Tensor:
+    return logp.log_softmax(-1)
+
+
+def _finite(logp: torch.Tensor) -> torch.Tensor:
+    return logp.masked_fill(logp == -math.inf, PADDING_LOGP)
+
+
+def _outside_coefficients(divergence: Divergence, *, kl_type: str) -> tuple[float, float]:
+    """(a, b) such that the divergence's term is q (a log q + b) where log p = ZERO_LOGP.
+
+    Every divergence here has that form (to within exp(-100)), so that the sum over a vocabulary needs only
+    sum q log q and sum q, which the student's entropy gives, and no division by a rest that may be 0.
+
+    Raises:
+        ConfigError: the term has another form.
+    """
+    logq = torch.tensor([-1.0, -2.0, -5.0], dtype=torch.float64)
+    first, second, third = (divergence(torch.full_like(logq, ZERO_LOGP), logq) / logq.exp()).tolist()
+    per_log, per_mass = first - second, 2 * first - second
+    # Loosely, since a skew of about exp(-100) bends the line a little.
+    if not math.isclose(third, per_mass - 5 * per_log, rel_tol=0.02, abs_tol=1e-9):
+        raise ConfigError(
+            f"loss.kl_type={kl_type}: cannot be used with loss.tail=zero, whose terms must tend to q (a log q + b) "
+            "as p tends to 0; use loss.tail=bucket"
+        )
+    return per_log, per_mass

@@ -1,0 +1,114 @@
+"""The declarations of metrics: complete, consistent, and what each part of the program makes of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distill_cli.config.checks import config_problems
+from distill_cli.config.compose import compose
+from distill_cli.metrics import METRICS, SECTIONS, STAGES, find
+from distill_cli.terminal.panel import Screen
+from distill_cli.terminal.step_printer import step_line
+
+RECORDED = Path(__file__).parent / "end_to_end/numbers.json"
+
+
+def test_every_metric_is_described() -> None:
+    names = [metric.name for metric in METRICS]
+    assert len(set(names)) == len(names)
+    for metric in METRICS:
+        assert metric.meaning, metric.name
+        assert metric.figure is None or (metric.figure.section in SECTIONS and (metric.series or metric.label))
+        assert not metric.compared_in or (metric.label and metric.better), metric.name
+
+
+def test_metrics_of_a_figure_share_a_unit() -> None:
+    units: dict[str, set[str]] = {}
+    for metric in METRICS:
+        if metric.figure:
+            units.setdefault(metric.figure.id, set()).add(metric.unit)
+    assert {figure: len(found) for figure, found in units.items()} == dict.fromkeys(units, 1)
+
+
+def test_every_recorded_key_is_declared() -> None:
+    """Those of the recorded runs: default, adapters, two ranks, resumed, replayed, swept."""
+    runs = [run for runs in json.loads(RECORDED.read_text())["runs"].values() for run in runs.values()]
+    keys = {key for run in runs for row in run["metrics"].values() for key in row}
+    assert {"train/loss", "val/accuracy", "rollout/drift"} <= keys
+    assert {key for key in keys if find(key) is None} == set()
+
+
+def test_families_cover_what_only_a_run_knows() -> None:
+    assert find("val/aime24/accuracy").name == "val/<dataset>/accuracy"
+    assert find("val/openai/gsm8k/accuracy").name == "val/<dataset>/accuracy"
+    assert find("val/accuracy").name == "val/accuracy"
+    assert find("val//accuracy") is None
+    assert all(find(f"time/{stage}_s") for stage in STAGES)
+
+
+def problems_with(*overrides: str) -> list[str]:
+    (job,) = compose(overrides)
+    return config_problems(job.config)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "val/aime24/accuracy",
+        "val/accuracy",
+        "rollout/verifier_errors",
+        "train/loss",
+        "rollout/drift checkpoint.higher_is_better=false",
+        "rollout/on_policy_fraction checkpoint.higher_is_better=true",
+        "train/entropy checkpoint.higher_is_better=true",
+    ],
+)
+def test_checkpoints_rank_by_recorded_metrics(typed: str) -> None:
+    assert problems_with(*f"checkpoint.metric={typed}".split()) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "problem"),
+    [
+        ("val/acuracy", "did you mean val/accuracy?"),
+        ("train/kl_foward", "did you mean train/kl_forward?"),
+        ("time/step_s", "time/step_s"),  # a checkpoint is written before the step's time is known
+        ("val/teacher_accuracy", "val/teacher_accuracy"),
+        ("nonsense", "docs/metrics.md"),
+        ("train/entropy", "checkpoint.higher_is_better=null"),
+    ],
+)
+def test_what_cannot_rank_is_refused(metric: str, problem: str) -> None:
+    (found,) = problems_with(f"checkpoint.metric={metric}")
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keeps_highest"),
+    [
+        ([], True),
+        (["checkpoint.metric=train/loss"], False),
+        (["checkpoint.metric=val/aime24/accuracy"], True),
+        (["checkpoint.metric=train/loss", "checkpoint.higher_is_better=true"], True),
+    ],
+)
+def test_direction_is_the_metrics_own(overrides: list[str], keeps_highest: bool) -> None:
+    (job,) = compose(overrides)
+    assert job.config.checkpoint.keeps_highest == keeps_highest
+
+
+def test_step_line_shows_declared_parts() -> None:
+    metrics = {"train/lr": 0.1, "train/loss": 0.25, "rollout/accuracy": None, "val/accuracy": 0.5}
+    assert step_line(3, 8, metrics) == "step 3/8 loss=0.2500 val=0.500"
+
+
+def test_panel_rows_hold_declared_parts() -> None:
+    screen = Screen("x", 10)
+    screen.add(0, {"val/accuracy": 0.25, "val/teacher_accuracy": 0.9})
+    screen.add(1, {"train/loss": 0.5, "val/accuracy": 0.5})
+    assert screen.lines() == [
+        ("now", "starting"),
+        ("accuracy", "50.0% held out, 25.0% at the start, 90.0% the teacher"),
+        ("loss", "0.5000  "),
+    ]
