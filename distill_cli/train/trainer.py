@@ -211,9 +211,11 @@ class Trainer:
             torch.cuda.empty_cache()  # an engine cannot take what torch keeps for the next training step
         with self.watch("wake"):
             engine.wake()
-        yield
-        with self.watch("wake"):
-            engine.sleep()
+        try:
+            yield
+        finally:  # a stop leaves it too, and the checkpoint that follows needs the memory
+            with self.watch("wake"):
+                engine.sleep()
 
     def plan(self, rollouts: Sequence[Rollout]) -> Plans:
         """The step's global batches, each the same sequences on any number of ranks, and how each is cut up."""

@@ -1,5 +1,6 @@
 """The engines take turns with the trainer: who holds the device's memory when, told by doubles that write it down."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from distill_cli.config.schema import Config
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.train.rollout_worker import EnginePair
+from distill_cli.train.run_state import StopRequested
 from distill_cli.train.trainer import Trainer
 from distill_cli.train.validation import Score
 from distill_cli.types import Example, Prompt, Sample, TeacherScores
@@ -111,3 +113,10 @@ def test_a_validation_wakes_whom_it_asks_with_the_weights_of_its_step(trainer: T
     trainer.measure_baseline()
     student = ["sampler wakes", "sync", "validate sampler", "sampler sleeps"]
     assert said == [*student, "scorer wakes", "validate scorer", "scorer sleeps"]
+
+
+def test_a_stop_puts_engines_to_sleep(trainer: Trainer, said: list[str]) -> None:
+    trainer.stop._on_signal(signal.SIGTERM, None)
+    with pytest.raises(StopRequested):
+        trainer.step(1)
+    assert said == ["sampler wakes", "sync", "sampler sleeps"]
