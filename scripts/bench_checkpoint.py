@@ -64,7 +64,7 @@ def main() -> None:
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).to(parallel.device)
     student = wrap(Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0), parallel, train)
     optimizer = build_optimizer(student, train)
-    schedule = build_schedule(optimizer, train, num_steps=100)
+    schedule = build_schedule(optimizer, train, num_updates=100)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Path(folder))
         save_config(Config(), run.config)

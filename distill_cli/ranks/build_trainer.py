@@ -222,7 +222,7 @@ def build_trainable(config: Config, student: Student, *, num_steps: int, device:
     offload = None
     if config.train.offload_optimizer and device.type == "cuda":
         offload = OptimizerOffload(optimizer, rest=torch.device("cpu"), work=device)
-    schedule = build_schedule(optimizer, config.train, num_steps=num_steps * updates_per_step(config))
+    schedule = build_schedule(optimizer, config.train, num_updates=num_steps * updates_per_step(config))
     base = fingerprint(folders(config)[0]) if config.model.student.lora.is_on else None
     trainable = Trainable(student.lm, optimizer, schedule, base)
     return replace(trainable, after_load=offload.to_rest) if offload else trainable

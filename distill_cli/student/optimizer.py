@@ -46,20 +46,24 @@ def build_optimizer(student: Student, train: TrainConfig) -> torch.optim.AdamW:
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, train: TrainConfig, *, num_steps: int
+    optimizer: torch.optim.Optimizer, train: TrainConfig, *, num_updates: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate over `num_steps` optimizer steps."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, train=train, num_steps=num_steps))
+    """The learning rate over `num_updates` optimizer updates."""
+
+    def factor(update: int) -> float:
+        return lr_factor(update, train=train, num_updates=num_updates)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def lr_factor(step: int, *, train: TrainConfig, num_steps: int) -> float:
-    """What `train.lr` is multiplied by at optimizer step `step`, counted from 0.
+def lr_factor(update: int, *, train: TrainConfig, num_updates: int) -> float:
+    """Return what `train.lr` is multiplied by at an optimizer update, counted from 0.
 
-    It rises linearly to 1 at step `warmup_steps`, and falls to 0 where the schedule does, at step `num_steps`.
+    It rises linearly to 1 at update `warmup_updates` and, if the schedule falls, reaches 0 at update `num_updates`.
     """
-    if step < train.warmup_steps:
-        return (step + 1) / (train.warmup_steps + 1)
-    progress = min(1.0, (step - train.warmup_steps) / max(1, num_steps - train.warmup_steps))
+    if update < train.warmup_updates:
+        return (update + 1) / (train.warmup_updates + 1)
+    progress = min(1.0, (update - train.warmup_updates) / max(1, num_updates - train.warmup_updates))
     match train.schedule:
         case Schedule.constant:
             return 1.0

@@ -337,7 +337,7 @@ class Trainer:
             return
         self.progress.bad_updates += 1
         what = f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite"
-        if self.progress.bad_updates < self.config.train.max_bad_steps:
+        if self.progress.bad_updates < self.config.train.max_bad_updates:
             log.warning("%s; the update is skipped", what)
             return
         file = self.rollouts_dir / f"bad_step_{step}.parquet"

@@ -39,7 +39,7 @@ SAFE = (
     *("mesh.", "cluster.", "engine.", "eval.", "checkpoint.", "tracker.", "run.print_every"),
     *("train.max_steps", "train.max_epochs", "train.micro_batch_tokens", "train.packing"),
     *("train.activation_checkpointing", "train.cpu_offload", "train.offload_optimizer", "train.compile"),
-    *("model.student.lora.sync", "train.max_bad_steps", "rollout.max_truncated_rate", "rollout.on_truncation"),
+    *("model.student.lora.sync", "train.max_bad_updates", "rollout.max_truncated_rate", "rollout.on_truncation"),
     "rollout.save_scores",
 )
 """Keys, or their beginnings, that a resumed run may change."""

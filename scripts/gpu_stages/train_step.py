@@ -102,7 +102,7 @@ def updater(
 ) -> Callable[[], None]:
     """Return a function that does one optimizer update over `batches`."""
     optimizer = build_optimizer(student, settings)
-    schedule = build_schedule(optimizer, settings, num_steps=100)
+    schedule = build_schedule(optimizer, settings, num_updates=100)
 
     def update() -> None:
         result = optimizer_step(student, optimizer, schedule, batches, max_grad_norm=1.0, parallel=parallel)

@@ -217,7 +217,7 @@ def with_rest(logp_RV: torch.Tensor, in_topk: torch.Tensor) -> torch.Tensor:
 
 def lr_factor(config: Config, update: int, updates_per_step: int) -> float:
     """Of `train.schedule=cosine`, at an update that is counted from 0."""
-    warmup, total = config.train.warmup_steps, config.train.max_steps * updates_per_step
+    warmup, total = config.train.warmup_updates, config.train.max_steps * updates_per_step
     if update < warmup:
         return (update + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))

@@ -99,7 +99,7 @@ def wrong(
         config.train.precision, config.train.activation_checkpointing = Precision.fp32, Checkpointing.none
         trained = build_student(student_settings.path, parallel, config, temperature=temperature, factor=factor)
         optimizer = build_optimizer(trained, config.train)
-        schedule = build_schedule(optimizer, config.train, num_steps=10)
+        schedule = build_schedule(optimizer, config.train, num_updates=10)
         trainable = Trainable(trained.lm, optimizer, schedule)
         folder = RunDir(tmp_path)
         folder.config.write_text("")

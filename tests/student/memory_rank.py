@@ -81,7 +81,7 @@ def run(case: dict, parallel: Parallel) -> int:
             module.set_custom_all_gather(Settled(dist.all_gather_single))
             module.set_custom_reduce_scatter(Settled(dist.reduce_scatter_single))
     optimizer = build_optimizer(student, settings)
-    schedule = build_schedule(optimizer, settings, num_steps=10)
+    schedule = build_schedule(optimizer, settings, num_updates=10)
     student.register_forward_pre_hook(lambda *_: mark("forward"))
     student.lm.base_model.register_forward_hook(lambda *_: mark("head"))
     student.register_forward_hook(lambda *_: mark("backward"))

@@ -77,7 +77,7 @@ def train(case: dict) -> tuple:
     mesh = MeshConfig(**{name: case[name] for name in ("tensor", "context", "replicate", "sequence_parallel")})
     parallel = layout(mesh, device=torch.device("cpu"))
     settings = TrainConfig(
-        lr=1e-2, warmup_steps=0, eps=1e-5, max_grad_norm=0.05, packing=case["packing"],
+        lr=1e-2, warmup_updates=0, eps=1e-5, max_grad_norm=0.05, packing=case["packing"],
         activation_checkpointing=Checkpointing[case["activation_checkpointing"]], compile=case["compile"],
         cpu_offload=case["cpu_offload"], precision=Precision[case["precision"]],
     )  # fmt: skip
@@ -87,7 +87,7 @@ def train(case: dict) -> tuple:
     student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
     wrap(student, parallel, settings)
     optimizer = build_optimizer(student, settings)
-    schedule = build_schedule(optimizer, settings, num_steps=NUM_STEPS)
+    schedule = build_schedule(optimizer, settings, num_updates=NUM_STEPS)
     trainable, results = Trainable(student.lm, optimizer, schedule), []
     if case["start_from"]:
         load(Path(case["start_from"]), trainable)
