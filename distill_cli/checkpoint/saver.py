@@ -114,7 +114,8 @@ class HostCopy:
 class Saver:
     """Writes checkpoints. Every rank has one and calls it at the same steps: a collective."""
 
-    def __init__(self, run: RunDir, settings: CheckpointConfig, trainable: Trainable) -> None:
+    def __init__(self, run: RunDir, settings: CheckpointConfig, trainable: Trainable, *, last_step: int = 0) -> None:
+        """`last_step` is the step of the checkpoint that the run goes on from."""
         self._run, self._settings, self._trainable = run, settings, trainable
         self._group = dist.new_group(backend="gloo")  # the thread's: the trainer's own is in use meanwhile
         self._host_copy = HostCopy()
@@ -123,7 +124,7 @@ class Saver:
         self._copied = threading.Event()
         self._copied.set()
         trainable.optimizer.register_step_pre_hook(self._wait_for_copy)
-        self.last_step = 0
+        self.last_step = last_step
         """The newest step that `save` was called for."""
         self.stopped_s = 0.0
         """How long training has stood still for checkpoints."""

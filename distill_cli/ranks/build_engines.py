@@ -1,63 +1,75 @@
-"""Builds a rank's engines from its config: the student's that samples, and the teacher's that scores."""
+"""Builds a rank's engines from its config: the student's sampler and the teacher."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from distill_cli.config.derived import engine_length, needs_sampler, needs_scorer
 from distill_cli.config.schema import Config, EngineModelConfig, LoraSync, StudentModel, TeacherModel
-from distill_cli.engines.companion import CompanionScorer, needs_companion
-from distill_cli.engines.sampler import Sampler
-from distill_cli.engines.scorer import Scorer
+from distill_cli.engines.base import Sampler, Teacher
+from distill_cli.engines.companion import CompanionTeacher, needs_companion
+from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.settings import Adapter, EngineSettings, SamplingSettings
+from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.models.model_files import locate
 from distill_cli.ranks.pair_facts import one_class, shared_vocabulary, vocabularies
 
 log = logging.getLogger(__name__)
 
-Engines = tuple[Sampler | None, Scorer | CompanionScorer | None]
+
+@dataclass(frozen=True)
+class Engines:
+    """A rank's engines; None for one that the run does not need."""
+
+    sampler: Sampler | None
+    teacher: Teacher | None
+
+    def close(self) -> None:
+        """Close both, in the reverse of the order in which they were built. A collective."""
+        for engine in (self.sampler, self.teacher):
+            if engine is not None:
+                engine.close()
 
 
 def build_engines(config: Config, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None) -> Engines:
-    """Both engines, asleep where they sleep at all; in a replay those that it asks. A collective.
+    """Build the engines that the run needs, asleep if they sleep at all. A collective.
 
     Args:
-        topk: words that the scorer gives at each token; None is `loss.topk`.
+        topk: tokens that the teacher gives at each position; None is `loss.topk`.
         should_stop: see `Engine`.
     """
     begin = time.perf_counter()
     # A companion loads on its own while the sampler is built here.
-    scorer = build_scorer(config, topk=topk, should_stop=should_stop) if needs_scorer(config) else None
+    teacher = build_teacher(config, topk=topk, should_stop=should_stop) if needs_scorer(config) else None
     sampler = None
     if needs_sampler(config):
         limit = shared_vocabulary(config)
         settings = engine_settings(config, config.model.student, config.engine.student, vocab_size=limit)
-        sampler = Sampler(settings, should_stop=should_stop)
+        sampler = VllmSampler(settings, should_stop=should_stop)
         sampler.sleep()
-    if isinstance(scorer, CompanionScorer):
-        scorer.wait_ready()
+    if teacher is not None:
+        teacher.wait_ready()
     log.info("engines ready in %.1f s", time.perf_counter() - begin)
-    return sampler, scorer
+    return Engines(sampler, teacher)
 
 
-def build_scorer(
-    config: Config, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
-) -> Scorer | CompanionScorer:
-    """The teacher's engine, asleep where it sleeps at all. A collective."""
+def build_teacher(config: Config, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None) -> Teacher:
+    """Build the teacher, asleep if it sleeps at all; it may load still (`wait_ready`). A collective."""
     limit = vocabularies(config).limit
     student = engine_settings(config, config.model.student, config.engine.student, vocab_size=limit)
     teacher = engine_settings(config, config.model.teacher, config.engine.teacher, vocab_size=limit)
     loss = {"topk": topk or config.loss.topk, "temperature": config.loss.temperature}
     if needs_companion(student, teacher, on_gpu=torch.cuda.is_available()):
-        scorer = CompanionScorer(teacher, **loss)
+        engine = CompanionTeacher(teacher, **loss)
     else:
-        scorer = Scorer(teacher, **loss, should_stop=should_stop)
-    scorer.sleep()
-    return scorer
+        engine = VllmTeacher(teacher, **loss, should_stop=should_stop)
+    engine.sleep()
+    return engine
 
 
 def engine_settings(

@@ -1,4 +1,4 @@
-"""Builds what a rank asks from its config: the tokenizer, the training prompts in their order, the validation."""
+"""Builds what a rank's engines are given, from its config: the tokenizer, prompts, turns and the validation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from distill_cli.config.derived import max_prompt_tokens, max_teacher_prompt_tokens, validates, validation_length
 from distill_cli.config.schema import Config
 from distill_cli.data.isolated import IsolatedEnvironments, IsolatedVerifier
-from distill_cli.data.order import PromptOrder, PromptStream
 from distill_cli.data.prompts import PromptMaker, load_template, load_tokenizer, make_prompts
-from distill_cli.data.recorded_run import Recording
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
 from distill_cli.engines.settings import SamplingSettings
@@ -19,14 +17,8 @@ from distill_cli.models.model_files import locate
 from distill_cli.models.model_pair import OWN_TEMPLATE, EndTokens, read_template
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.ranks.pair_facts import folders, one_class
-from distill_cli.rollout.score_files import Replay
 from distill_cli.rollout.turns import Turns, observation_encoder
-from distill_cli.train.token_report import Watched
 from distill_cli.train.validation import Validator, first_of_each
-
-Order = PromptOrder | PromptStream | Replay
-MAX_PROMPTS_AT_START = 50_000
-"""Training prompts that are all made before the first step: about 15 s. More are made when their turn comes."""
 
 
 def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -34,30 +26,6 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     if model.tokenizer is not None:
         return load_tokenizer(locate(model.tokenizer, key="model.tokenizer"), model)
     return load_tokenizer(locate(model.student.path, revision=model.student.revision, key="model.student.path"), model)
-
-
-def build_order(config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> Order:
-    """The training prompts in their order: all made at the start, or one after the other where there are too many.
-
-    In a replay what was recorded.
-    """
-    if config.rollout.replay is not None:
-        return Replay(Recording.of(config.rollout.replay), topk=config.loss.topk, parallel=parallel)
-    data, batch_size, seed = config.data, config.rollout.prompts_per_step, config.train.seed
-    examples = load_examples(data.train, key="data.train", context=data.teacher_context)
-    make = prompt_maker(config, tokenizer)
-    if isinstance(examples, Stream) or len(examples) > MAX_PROMPTS_AT_START:
-        return PromptStream(
-            examples,
-            make,
-            batch_size=batch_size,
-            seed=seed,
-            shuffle=data.shuffle,
-            buffer=data.shuffle_buffer,
-            left_out=make.warnings,
-        )
-    prompts = make_prompts(examples, make, key="data.train")
-    return PromptOrder(prompts, batch_size=batch_size, seed=seed, shuffle=data.shuffle)
 
 
 def prompt_maker(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptMaker:
@@ -106,19 +74,6 @@ def build_validator(
         batch_size=settings.batch_size,
         seed=config.train.seed,
         parallel=parallel,
-    )
-
-
-def build_watched(
-    config: Config, order: Order, validator: Validator | None, tokenizer: PreTrainedTokenizerBase
-) -> Watched | None:
-    """The first validation prompts; where nothing validates, the first of the training data."""
-    num = config.eval.record_samples
-    if num == 0 or (validator is None and isinstance(order, Replay)):
-        return None
-    return Watched(
-        prompts=validator.prompts[:num] if validator is not None else order.first(num),
-        token_text=lambda token: tokenizer.decode([token], skip_special_tokens=False),
     )
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -23,43 +21,47 @@ from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.compose import load_config
 from distill_cli.config.derived import parse_duration, updates_per_step
 from distill_cli.config.schema import Config, Precision
-from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.data.recorded_run import Facts, vocabulary_digest
 from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import launched
 from distill_cli.folders.metrics_file import MetricsFile
+from distill_cli.folders.rollouts_table import RolloutsFolder
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import fingerprint, locate
 from distill_cli.models.model_pair import end_tokens
 from distill_cli.parallel.mesh import Parallel, init_parallel
-from distill_cli.ranks.build_engines import Engines, build_engines, train_sampling
-from distill_cli.ranks.build_prompts import (
+from distill_cli.ranks.build_engines import Engines, build_engines
+from distill_cli.ranks.build_prompts import build_tokenizer, build_validator, make_decode
+from distill_cli.ranks.build_source import (
     Order,
     build_order,
-    build_tokenizer,
-    build_turns,
-    build_validator,
-    build_watched,
-    make_decode,
+    build_planner,
+    build_scoring,
+    build_source,
+    build_worker,
 )
 from distill_cli.ranks.pair_facts import folders, one_class, vocabularies
-from distill_cli.rollout.off_policy import response_encoder
 from distill_cli.rollout.score_files import Recorder
+from distill_cli.rollout.stages import Stages
+from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.student.adapters import add_adapters
 from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import OptimizerOffload, build_optimizer, build_schedule
 from distill_cli.student.synced_weights import save_student
 from distill_cli.terminal.step_printer import StepPrinter
-from distill_cli.train.rollout_worker import EnginePair
+from distill_cli.train.checkpoints import Checkpoints
+from distill_cli.train.run_log import RunLog
 from distill_cli.train.run_state import Progress
-from distill_cli.train.trainer import Trainer
+from distill_cli.train.token_report import ProbeReport
+from distill_cli.train.trainer import Trainer, TrainerSettings
+from distill_cli.train.validation import Validation, Validator
 
 
 def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -> None:
-    """The whole life of a rank. Every rank of the run calls it.
+    """Build a rank's trainer, run it and leave its outcome. Every rank of the run calls it.
 
     Args:
         checkpoint: where to go on from; None begins at the beginning.
@@ -68,24 +70,16 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     stop = StopFlag(deadline=deadline(config, run))
     parallel = init_parallel(device=pick_device(), mesh=config.mesh)
     tokenizer = build_tokenizer(config)
-    make_engines = partial(build_engines, should_stop=stop.is_set)
-    trainer, trainable = build_trainer(
-        run, console, config, parallel, tokenizer, make_engines=make_engines, checkpoint=checkpoint
-    )
-    if checkpoint:
-        trainer.progress = Progress.of(load(checkpoint, trainable))
-    if trainer.saver is not None:
-        trainer.saver.last_step = trainer.progress.step
-    trainer.stop = stop
+    trainer, engines = build_trainer(run, console, config, parallel, tokenizer, stop=stop, checkpoint=checkpoint)
     stop.listen(signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    with trainer.printer:
+    with trainer.log.printer:
         result = trainer.run()
-    if result.state == "finished" or trainer.saver is None:
+    if result.state == "finished" or trainer.checkpoints is None:
         save_student(trainer.student, tokenizer, run.student, dtype=getattr(torch, config.model.student.dtype.value))
+    trainer.log.close()
     if parallel.is_main:
-        trainer.metrics_file.close()
         write_json(run.outcome, {**asdict(result), "gap_closed": result.gap_closed})
-    close(trainer)
+    close(engines)
 
 
 def build_trainer(
@@ -95,62 +89,109 @@ def build_trainer(
     parallel: Parallel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    make_engines: Callable[[Config], Engines],
-    checkpoint: Path | None = None,
-) -> tuple[Trainer, Trainable]:
-    """Everything that a step works with, and what of it a checkpoint is made of. A collective.
-
-    Args:
-        checkpoint: what will be loaded; it must have seen the same data.
-    """
+    stop: StopFlag,
+    checkpoint: Path | None,
+) -> tuple[Trainer, Engines]:
+    """Everything that a step works with, as a run begins or as it is in a checkpoint. A collective."""
     # What the user may have got wrong comes first, before engines take their time.
     order, loss = build_order(config, tokenizer, parallel), build_loss(config)
     validator = build_validator(config, parallel, tokenizer, ends=one_class(config))
     if checkpoint is not None:
         check_data(checkpoint, order)
-    sampler, scorer = make_engines(config)
+    engines = build_engines(config, should_stop=stop.is_set)
     student = build_student(config, loss, parallel)
-    num_steps = int(min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch))
-    trainable = build_trainable(config, student, num_steps=num_steps, device=parallel.device)
-    engines = EnginePair(
-        config=config,
-        parallel=parallel,
-        student=student,
-        sampler=sampler,
-        scorer=scorer,
-        sampling=train_sampling(config),
-        verify=IsolatedVerifier(config.data.verifier) if config.data.verifier else None,
+    settings = trainer_settings(config, order)
+    trainable = build_trainable(config, student, num_steps=settings.num_steps, device=parallel.device)
+    progress = Progress.of(load(checkpoint, trainable)) if checkpoint is not None else Progress()
+    printer = StepPrinter(console, num_steps=settings.num_steps, every=config.run.print_every)
+
+    def on_stage(stage: str) -> None:
+        printer.stage(stage)
+        if parallel.is_main:
+            run.beat(f"{stage} {settings.num_steps}")
+
+    stages, planner = Stages(parallel, stop, on_stage=on_stage), build_planner(config, parallel)
+    worker = build_worker(config, tokenizer, parallel, sampler=engines.sampler, student=student)
+    scoring = build_scoring(planner, parallel, teacher=engines.teacher, student=student)
+    parts = {"worker": worker, "scoring": scoring, "stages": stages}
+    recorder = build_recorder(config, run, parallel) if config.rollout.save_scores else None
+    rollouts = RolloutsFolder(
+        run.rollouts,
         decode=make_decode(tokenizer),
-        encode_response=response_encoder(tokenizer, template_kwargs=config.model.chat_template_kwargs),
-        turns=build_turns(config, tokenizer, max_tokens=config.rollout.max_sequence_length),
+        token_text=lambda token: tokenizer.decode([token], skip_special_tokens=False),
+        is_written=parallel.is_main,
     )
     trainer = Trainer(
-        config=config,
-        parallel=parallel,
+        settings=settings,
+        source=build_source(config, tokenizer, order, planner=planner, recorder=recorder, **parts),
         student=student,
         optimizer=trainable.optimizer,
         schedule=trainable.schedule,
-        engines=engines,
-        prompts=order,
-        show=tokenizer.decode,
-        validator=validator,
-        metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,
-        printer=StepPrinter(console, num_steps=num_steps, every=config.run.print_every),
-        num_steps=num_steps,
-        saver=Saver(run, config.checkpoint, trainable) if config.checkpoint.enabled else None,
-        rollouts_dir=run.rollouts,
-        recorder=build_recorder(config, run, parallel) if config.rollout.save_scores else None,
-        watched=build_watched(config, order, validator, tokenizer),
-        heartbeat=run.beat if parallel.is_main else lambda stage: None,
+        parallel=parallel,
+        stages=stages,
+        progress=progress,
+        log=RunLog(printer, MetricsFile(run.metrics) if parallel.is_main else None, show=tokenizer.decode),
+        rollouts=rollouts,
+        validation=build_validation(config, validator, **parts),
+        probes=build_probes(config, order, validator, student, parallel, folder=rollouts, **parts),
+        checkpoints=build_checkpoints(config, run, trainable, order, last_step=progress.step),
     )
-    return trainer, trainable
+    return trainer, engines
 
 
-def close(trainer: Trainer) -> None:
+def close(engines: Engines) -> None:
     """Engines first, then the process group. A collective."""
-    trainer.engines.close()
+    engines.close()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def trainer_settings(config: Config, order: Order) -> TrainerSettings:
+    return TrainerSettings(
+        num_steps=count_steps(config, order),
+        max_grad_norm=config.train.max_grad_norm,
+        max_bad_updates=config.train.max_bad_updates,
+        max_truncated_rate=config.rollout.max_truncated_rate,
+        on_truncation=config.rollout.on_truncation.value,
+        eval_period=config.eval.period,
+        eval_at_start=config.eval.at_start,
+        eval_at_end=config.eval.at_end,
+    )
+
+
+def count_steps(config: Config, order: Order) -> int:
+    """Steps of the whole run."""
+    return int(min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch))
+
+
+def build_validation(
+    config: Config, validator: Validator | None, *, scoring: ScoringWorker | None, **parts: Any
+) -> Validation | None:
+    if validator is None:
+        return None
+    return Validation(validator, **parts, teacher=scoring.teacher if config.eval.teacher else None)
+
+
+def build_probes(
+    config: Config, order: Order, validator: Validator | None, student: Student, parallel: Parallel, **parts: Any
+) -> ProbeReport | None:
+    """The first validation prompts or, if nothing is validated, the first of the training data."""
+    number = config.eval.record_samples
+    if number == 0:
+        return None
+    prompts = order.first(number) if validator is None else validator.prompts[:number]
+    return ProbeReport(prompts, student=student, parallel=parallel, **parts)
+
+
+def build_checkpoints(
+    config: Config, run: RunDir, trainable: Trainable, order: Order, *, last_step: int
+) -> Checkpoints | None:
+    """`last_step` is the last one that is done, 0 at the beginning. A collective."""
+    settings = config.checkpoint
+    if not settings.enabled:
+        return None
+    saver = Saver(run, settings, trainable, last_step=last_step)
+    return Checkpoints(saver, settings.period, settings.metric, settings.higher_is_better, order.fingerprint)
 
 
 def deadline(config: Config, run: RunDir) -> float | None:

@@ -1,8 +1,7 @@
-"""Builds one rank's side of `distill check`, and runs it: the parts are those of a run, the questions `selfcheck`'s."""
+"""Builds one rank's side of `distill check` of the parts of a run, and runs it; `self_check` has the questions."""
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from dataclasses import asdict, replace
@@ -12,20 +11,27 @@ import psutil
 import torch
 from rich.markup import escape
 
+from distill_cli.checkpoint.saver import Saver
 from distill_cli.config.compose import load_config
 from distill_cli.config.schema import Config, Dtype, Precision, TeacherModel
-from distill_cli.engines.companion import CompanionScorer
-from distill_cli.engines.sampler import Sampler
-from distill_cli.engines.scorer import Scorer
 from distill_cli.errors import DistillError
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.models.model_files import locate, read_config, tensors
 from distill_cli.parallel.mesh import Parallel, init_parallel
-from distill_cli.ranks.build_engines import build_engines, build_scorer
+from distill_cli.ranks.build_engines import build_engines, build_teacher
 from distill_cli.ranks.build_prompts import build_tokenizer
-from distill_cli.ranks.build_trainer import build_loss, build_trainer, close, pick_device
+from distill_cli.ranks.build_source import build_order, build_planner, build_scoring, build_worker
+from distill_cli.ranks.build_trainer import (
+    build_loss,
+    build_student,
+    build_trainable,
+    close,
+    count_steps,
+    pick_device,
+)
 from distill_cli.ranks.pair_facts import one_class, vocabularies
 from distill_cli.ranks.self_check import MASSES, Finding, Limits, SelfCheck
+from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.terminal.console import Console
@@ -39,33 +45,51 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
     config = load_config(run.config)
     parallel = init_parallel(device=pick_device(), mesh=config.mesh)
     tokenizer = build_tokenizer(config)
-
-    def of_the_student(config: Config) -> tuple[Sampler, Scorer | CompanionScorer]:
-        config = copy.deepcopy(config)
-        student = config.model.student
-        config.model.teacher = TeacherModel(path=student.path, revision=student.revision, dtype=student.dtype)
-        return build_engines(config, topk=num_scored(config))
-
-    trainer, trainable = build_trainer(run, console, config, parallel, tokenizer, make_engines=of_the_student)
-    sampling = trainer.engines.sampling
-    trainer.engines.sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, CHECKED_TOKENS))
+    order, planner = build_order(config, tokenizer, parallel), build_planner(config, parallel)
+    engines = build_engines(of_the_student(config), topk=num_scored(config))
+    student = build_student(config, build_loss(config), parallel)
+    trainable = build_trainable(config, student, num_steps=count_steps(config, order), device=parallel.device)
+    worker = build_worker(config, tokenizer, parallel, sampler=engines.sampler, student=student)
+    sampling = replace(worker.sampling, max_new_tokens=min(worker.sampling.max_new_tokens, CHECKED_TOKENS))
     show = Console(file=console, highlight=False, soft_wrap=not console.isatty())
 
+    def make_scoring() -> ScoringWorker:
+        teacher = build_teacher(config, topk=num_scored(config))
+        return build_scoring(planner, parallel, teacher=teacher, student=student)
+
+    def report(finding: Finding) -> None:
+        show.print(finding_line(finding))
+        if parallel.is_main:
+            run.beat("check")
+
     check = SelfCheck(
-        trainer=trainer,
+        config=config,
+        parallel=parallel,
+        prompts=order.batch(0),
+        worker=replace(worker, sampling=sampling),
+        own_scoring=build_scoring(planner, parallel, teacher=engines.teacher, student=student),
+        make_scoring=make_scoring,
+        student=student,
         trainable=trainable,
         loss=build_loss(config),
-        make_teacher=lambda: build_scorer(config, topk=num_scored(config)),
         load_teacher=lambda: load_teacher(config, parallel),
+        saver=Saver(run, config.checkpoint, trainable),
         checkpoints=run.checkpoints,
         limits=Limits.of(exact=is_exact(config, parallel.device)),
-        report=lambda finding: show.print(finding_line(finding)),
+        report=report,
     )
     is_good = check.run()
     if parallel.is_main:
         findings = [asdict(finding) for finding in check.findings]
         write_json(run.outcome, {"state": "finished", "is_good": is_good, "findings": findings})
-    close(trainer)
+    close(engines)
+
+
+def of_the_student(config: Config) -> Config:
+    """Return the config with the student as its own teacher."""
+    student = config.model.student
+    teacher = TeacherModel(path=student.path, revision=student.revision, dtype=student.dtype)
+    return replace(config, model=replace(config.model, teacher=teacher))
 
 
 def finding_line(finding: Finding) -> str:
@@ -76,7 +100,7 @@ def finding_line(finding: Finding) -> str:
 
 
 def num_scored(config: Config) -> int:
-    """Words of the teacher that a check looks at: the masses' largest, or `loss.topk` where that is more."""
+    """Tokens of the teacher's distribution that a check looks at: the largest of MASSES, or `loss.topk` if larger."""
     pair = vocabularies(config)
     return max(config.loss.topk, min(MASSES[-1], pair.limit or pair.sizes[0]))
 

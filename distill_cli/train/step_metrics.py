@@ -32,9 +32,14 @@ TOKEN_METRICS = (
 
 
 def train_metrics(
-    results: Sequence[tuple[Sequence[MicroBatch], StepResult]], *, parallel: Parallel
+    results: Sequence[tuple[Sequence[MicroBatch], StepResult]], *, is_current: bool, parallel: Parallel
 ) -> dict[str, float]:
-    """Means over the response tokens of the step's updates, of all ranks. A collective."""
+    """Means over the response tokens of the step's updates, of all ranks. A collective.
+
+    Args:
+        is_current: the batch's. Log-probabilities of sampler and trainer differ by `rollout/engine_mismatch` if both
+            have the same weights, and by `rollout/drift` if not.
+    """
     device = parallel.device
     sums = torch.zeros(len(TOKEN_METRICS), device=device)
     mismatch, num_sampled = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -43,27 +48,27 @@ def train_metrics(
             batch = batch.to(device)
             sums += token_metrics_CN(batch, output).sum(-1)
             if update == 0:  # later ones see a student that has moved on from what was sampled
-                is_sampled_N = ~batch.sampler_logp.isnan()  # not so of what somebody else wrote
-                mismatch += (batch.sampler_logp - output.sampled_logp_N)[is_sampled_N].abs().sum()
-                num_sampled += is_sampled_N.sum()
+                mismatch += (batch.sampler_logp - output.sampled_logp_N)[batch.has_sampler_logp].abs().sum()
+                num_sampled += batch.has_sampler_logp.sum()
     sums = torch.cat([sums, torch.stack([mismatch, num_sampled])])
     *totals, mismatch_total, sampled_total = parallel.all_sum(sums).tolist()
     num_tokens = sum(result.num_response_tokens for _, result in results)
     loss = sum(result.loss * result.num_response_tokens for _, result in results)
+    difference = "rollout/engine_mismatch" if is_current else "rollout/drift"
     return {
         "train/loss": loss / max(num_tokens, 1),
         "train/grad_norm": sum(result.grad_norm for _, result in results) / len(results),
         "train/response_tokens": num_tokens,
         "train/skipped_updates": sum(not result.is_finite for _, result in results),
         **{name: total / max(num_tokens, 1) for name, total in zip(TOKEN_METRICS, totals, strict=True)},
-        **({"rollout/engine_mismatch": mismatch_total / sampled_total} if sampled_total else {}),
+        **({difference: mismatch_total / sampled_total} if sampled_total else {}),
     }
 
 
 def token_metrics_CN(batch: MicroBatch, output: HeadOutput) -> torch.Tensor:
     """float [C, N]: what is averaged over response tokens, in the order of TOKEN_METRICS."""
-    statistics = token_statistics(batch.topk_logp, output.student_logp_NC)
-    agreement_N = (output.argmax_N == batch.topk_ids[:, 0]).float()
+    statistics = token_statistics(batch.scores.topk_logp, output.student_logp_NC)
+    agreement_N = (output.argmax_N == batch.scores.topk_ids[:, 0]).float()
     values = {**statistics, "entropy": output.entropy_N, "top1_agreement": agreement_N}
     return torch.stack([values[name.removeprefix("train/")] for name in TOKEN_METRICS])
 

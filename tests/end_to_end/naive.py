@@ -24,7 +24,7 @@ from distill_cli.config.schema import Config
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.models.model_files import locate
 from distill_cli.rollout.score_files import read_scores, read_sequences
-from distill_cli.types import Rollout
+from distill_cli.types import Rollout, TeacherScores
 from tests.end_to_end.conftest import Finished
 
 ABSENT = -1e4
@@ -66,8 +66,8 @@ class Reference:
         """Of each step the metrics, and how far at most the recorded log-probabilities are from both models'."""
         size, step = self.config.train.global_batch_size, 1
         while (folder := self.run.scores / f"step_{step}").is_dir():
-            rollouts = recorded(folder)
-            differences = self.differences(rollouts)
+            rollouts, scores = recorded(folder)
+            differences = self.differences(rollouts, scores)
             sums, norms = Counter(), []
             for begin in range(0, len(rollouts), size):
                 lr = self.config.train.lr * lr_factor(self.config, self.updates, len(rollouts) // size)
@@ -86,11 +86,11 @@ class Reference:
             step += 1
 
     @torch.no_grad()
-    def differences(self, rollouts: list[Rollout]) -> dict[str, float]:
+    def differences(self, rollouts: list[Rollout], scores_of: list[TeacherScores]) -> dict[str, float]:
         """How far what the engines said is from what the models say, at the tokens that are trained on."""
         found: dict[str, float] = defaultdict(float)
-        for rollout in rollouts:
-            scores, mask = rollout.scores, trained(rollout)
+        for rollout, scores in zip(rollouts, scores_of, strict=True):
+            mask = trained(rollout)
             ids = torch.tensor(rollout.sample.token_ids)[:, None]
             ids_RK, here = scores.topk_ids.long(), (scores.topk_ids >= 0) & mask[:, None]
             logp_RV, in_topk = self.teacher_topk(rollout)
@@ -178,15 +178,14 @@ def load(path: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(locate(path, key="path"), dtype=torch.float64)
 
 
-def recorded(folder: Path) -> list[Rollout]:
-    """The sequences of a step with their scores, in its order."""
-    found = {}
+def recorded(folder: Path) -> tuple[list[Rollout], list[TeacherScores]]:
+    """The sequences of a step and their scores, in its order."""
+    sequences, scores = {}, {}
     for file in folder.glob("*.safetensors"):
-        sequences = read_sequences(file)
-        for place, scores in read_scores(file, set(sequences), topk=10**6).items():
-            sequences[place].scores = scores
-        found |= sequences
-    return [found[place] for place in range(len(found))]
+        mine = read_sequences(file)
+        sequences |= mine
+        scores |= read_scores(file, set(mine), topk=10**6)
+    return [sequences[place] for place in range(len(sequences))], [scores[place] for place in range(len(scores))]
 
 
 def trained(rollout: Rollout) -> torch.Tensor:
