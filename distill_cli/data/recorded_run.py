@@ -1,6 +1,6 @@
 """What a run recorded for a replay: which steps are there, and whether a config can train on them. No torch.
 
-RUN/scores/ holds (`rollout.recording` writes and reads the tensors):
+RUN/scores/ holds (`rollout.score_files` writes and reads the tensors):
 
 | file                          | holds                                                                       |
 |-------------------------------|-----------------------------------------------------------------------------|

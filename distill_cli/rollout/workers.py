@@ -16,7 +16,7 @@ from distill_cli.engines.base import Sampler, Teacher
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.weight_sync import Deferred
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.parallel.sharing import EngineShare, bring_together, share_out
+from distill_cli.parallel.sharing import EngineShare, gather_items, partition_by_cost
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts, sequence_seed
 from distill_cli.rollout.pack import Planner
 from distill_cli.rollout.source import ScoredBatch
@@ -59,7 +59,7 @@ class RolloutWorker:
                 and its place, so that any engine samples it alike.
         """
         places = range(len(prompts)) if places is None else places
-        shares = share_out([len(prompt.token_ids) for prompt in prompts], self.share.num_engines)
+        shares = partition_by_cost([len(prompt.token_ids) for prompt in prompts], self.share.num_engines)
         mine = shares[self.share.index]
         rollouts = sample_rollouts(
             [prompts[number] for number in mine],
@@ -70,7 +70,7 @@ class RolloutWorker:
         )
         if self.verify is not None:
             rollouts = judge_rollouts(rollouts, verify=self.verify, decode=self.decode)
-        sampled = bring_together([(rollout.sample, rollout.reward) for rollout in rollouts], shares)
+        sampled = gather_items([(rollout.sample, rollout.reward) for rollout in rollouts], shares)
         return [Rollout(prompt, *sampled[number]) for number, prompt in enumerate(prompts)]
 
     def failures(self) -> dict[str, float]:
@@ -107,22 +107,22 @@ class ScoringWorker:
         """
         plans = self.planner.plan(rollouts)
         places = [place for plan in plans for rank in self.share.data_ranks for place in plan.members_of(rank)]
-        shares = share_out([len(rollouts[place].ids_for_teacher) for place in places], self.share.num_engines)
+        shares = partition_by_cost([len(rollouts[place].ids_for_teacher) for place in places], self.share.num_engines)
         mine = [rollouts[places[index]] for index in shares[self.share.index]]
         scores = score_rollouts(mine, teacher=self.teacher, one_class=self.one_class)
-        scored = bring_together(scores, shares, group=self.share.group)
+        scored = gather_items(scores, shares, group=self.share.group)
         by_place = {places[index]: scores for index, scores in scored.items()}
         return ScoredBatch(rollouts, plans, {place: by_place[place] for place in self.planner.local_places(plans)})
 
     def sample(self, prompts: Sequence[Prompt], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
         """Return the teacher's own answer to each prompt as it reads it, on all ranks."""
         engines = EngineShare.of_all_ranks(self.teacher.num_ranks, self.parallel)
-        shares = share_out([len(prompt.ids_for_teacher) for prompt in prompts], engines.num_engines)
+        shares = partition_by_cost([len(prompt.ids_for_teacher) for prompt in prompts], engines.num_engines)
         mine = shares[engines.index]
         samples = self.teacher.sample(
             [prompts[index].ids_for_teacher for index in mine],
             seeds=[seeds[index] for index in mine],
             sampling=sampling,
         )
-        sampled = bring_together(samples, shares)
+        sampled = gather_items(samples, shares)
         return [sampled[index] for index in range(len(prompts))]

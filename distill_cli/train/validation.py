@@ -13,7 +13,7 @@ from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.engines.base import AnsweringEngine, Teacher
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.parallel.sharing import EngineShare, share_out
+from distill_cli.parallel.sharing import EngineShare, partition_by_cost
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, sequence_seed
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.turns import Turns
@@ -125,7 +125,7 @@ class Validator:
     def answers(self, engine: AnsweringEngine) -> Iterator[list[Answer]]:
         """Yield the share of this rank's engine, a batch at a time; one engine gives all answers to a problem."""
         engines = self.share(engine)
-        mine = share_out([len(prompt.token_ids) for prompt in self.prompts], engines.num_engines)[engines.index]
+        mine = partition_by_cost([len(prompt.token_ids) for prompt in self.prompts], engines.num_engines)[engines.index]
         asked = [(problem, number) for problem in mine for number in range(self.repeat)]
         for begin in range(0, len(asked), self.batch_size):
             batch = asked[begin : begin + self.batch_size]
