@@ -6,6 +6,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
+from distill_cli.checkpoint.saver import Trainable
 from distill_cli.config.schema import Config, OffPolicy
 from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.data.order import PromptOrder, PromptStream
@@ -13,7 +14,7 @@ from distill_cli.data.prompts import make_prompts
 from distill_cli.data.recorded_run import Recording
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
-from distill_cli.engines.base import Sampler, Teacher
+from distill_cli.engines.base import Sampler
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.ranks.build_engines import train_sampling
 from distill_cli.ranks.build_prompts import build_turns, make_decode, prompt_maker
@@ -61,11 +62,10 @@ def build_source(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     order: Order,
-    *,
-    worker: RolloutWorker | None,
-    scoring: ScoringWorker | None,
     planner: Planner,
     stages: Stages,
+    worker: RolloutWorker | None,
+    scoring: ScoringWorker | None,
     recorder: Recorder | None,
 ) -> RolloutSource:
     """The source of every step's scored sequences; a replay needs no workers."""
@@ -77,13 +77,12 @@ def build_source(
         generations_per_prompt=rollout.generations_per_prompt,
         worker=worker,
         scoring=scoring,
-        stages=stages,
         recorder=recorder,
     )
     if rollout.on_policy_fraction == 1:
         return student
     if rollout.off_policy is OffPolicy.teacher:
-        write = partial(teacher_samples, scoring=scoring, sampling=worker.sampling, stages=stages)
+        write = partial(teacher_samples, scoring=scoring, sampling=worker.sampling)
     else:
         encode = response_encoder(tokenizer, template_kwargs=config.model.chat_template_kwargs)
         write = partial(dataset_samples, encode=encode, max_new_tokens=rollout.max_new_tokens)
@@ -91,28 +90,26 @@ def build_source(
 
 
 def build_worker(
-    config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Parallel, *, sampler: Sampler | None, student: Student
-) -> RolloutWorker | None:
-    """What samples and judges the student's answers in training; None without a sampler."""
-    if sampler is None:
-        return None
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    stages: Stages,
+    *,
+    sampler: Sampler,
+    student: Student,
+    trainable: Trainable,
+) -> RolloutWorker:
+    """What samples and judges the student's answers in training."""
     return RolloutWorker(
         sampler=sampler,
         weights=partial(synced_parameters, student, config.model.student.lora),
+        version=lambda: trainable.num_updates,
         sampling=train_sampling(config),
         seed=config.train.seed,
-        parallel=parallel,
+        stages=stages,
         decode=make_decode(tokenizer),
         verify=IsolatedVerifier(config.data.verifier) if config.data.verifier else None,
         turns=build_turns(config, tokenizer, max_tokens=config.rollout.max_sequence_length),
     )
-
-
-def build_scoring(
-    planner: Planner, parallel: Parallel, *, teacher: Teacher | None, student: Student
-) -> ScoringWorker | None:
-    """What scores for this rank; None without a teacher. A collective."""
-    return None if teacher is None else ScoringWorker(teacher, planner, parallel, one_class=student.one_class)
 
 
 def build_planner(config: Config, parallel: Parallel) -> Planner:

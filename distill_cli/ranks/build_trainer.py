@@ -10,7 +10,7 @@ import os
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,6 @@ from distill_cli.config.schema import Config, Precision
 from distill_cli.data.recorded_run import Facts, vocabulary_digest
 from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import launched
-from distill_cli.folders.metrics_file import MetricsFile
 from distill_cli.folders.rollouts_table import RolloutsFolder
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.losses.divergence import DistillLoss
@@ -38,7 +37,6 @@ from distill_cli.ranks.build_source import (
     Order,
     build_order,
     build_planner,
-    build_scoring,
     build_source,
     build_worker,
 )
@@ -51,13 +49,12 @@ from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import OptimizerOffload, build_optimizer, build_schedule
 from distill_cli.student.synced_weights import save_student
-from distill_cli.terminal.step_printer import StepPrinter
 from distill_cli.train.checkpoints import Checkpoints
 from distill_cli.train.run_log import RunLog
 from distill_cli.train.run_state import Progress
 from distill_cli.train.token_report import ProbeReport
 from distill_cli.train.trainer import Trainer, TrainerSettings
-from distill_cli.train.validation import Validation, Validator
+from distill_cli.train.validation import Validation
 
 
 def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -> None:
@@ -103,17 +100,12 @@ def build_trainer(
     settings = trainer_settings(config, order)
     trainable = build_trainable(config, student, num_steps=settings.num_steps, device=parallel.device)
     progress = Progress.of(load(checkpoint, trainable)) if checkpoint is not None else Progress()
-    printer = StepPrinter(console, num_steps=settings.num_steps, every=config.run.print_every)
-
-    def on_stage(stage: str) -> None:
-        printer.stage(stage)
-        if parallel.is_main:
-            run.beat(f"{stage} {settings.num_steps}")
-
-    stages, planner = Stages(parallel, stop, on_stage=on_stage), build_planner(config, parallel)
-    worker = build_worker(config, tokenizer, parallel, sampler=engines.sampler, student=student)
-    scoring = build_scoring(planner, parallel, teacher=engines.teacher, student=student)
-    parts = {"worker": worker, "scoring": scoring, "stages": stages}
+    shown = {"is_main": parallel.is_main, "show": tokenizer.decode, "print_every": config.run.print_every}
+    log = RunLog(run, console, num_steps=settings.num_steps, **shown)
+    stages, planner = Stages(parallel, stop, on_stage=log.stage), build_planner(config, parallel)
+    trained = {"student": student, "trainable": trainable}
+    worker = build_worker(config, tokenizer, stages, sampler=engines.sampler, **trained) if engines.sampler else None
+    scoring = ScoringWorker(engines.teacher, planner, stages, student.one_class) if engines.teacher else None
     recorder = build_recorder(config, run, parallel) if config.rollout.save_scores else None
     rollouts = RolloutsFolder(
         run.rollouts,
@@ -121,19 +113,25 @@ def build_trainer(
         token_text=lambda token: tokenizer.decode([token], skip_special_tokens=False),
         is_written=parallel.is_main,
     )
+    validation = probes = None
+    if validator is not None:
+        validation = Validation(validator, worker, engines.teacher if config.eval.teacher else None)
+    if number := config.eval.record_samples:
+        prompts = order.first(number) if validator is None else validator.prompts[:number]
+        probes = ProbeReport(prompts, worker, scoring, student, rollouts)
     trainer = Trainer(
         settings=settings,
-        source=build_source(config, tokenizer, order, planner=planner, recorder=recorder, **parts),
+        source=build_source(config, tokenizer, order, planner, stages, worker, scoring, recorder),
         student=student,
         optimizer=trainable.optimizer,
         schedule=trainable.schedule,
         parallel=parallel,
         stages=stages,
         progress=progress,
-        log=RunLog(printer, MetricsFile(run.metrics) if parallel.is_main else None, show=tokenizer.decode),
+        log=log,
         rollouts=rollouts,
-        validation=build_validation(config, validator, **parts),
-        probes=build_probes(config, order, validator, student, parallel, folder=rollouts, **parts),
+        validation=validation,
+        probes=probes,
         checkpoints=build_checkpoints(config, run, trainable, order, last_step=progress.step),
     )
     return trainer, engines
@@ -162,25 +160,6 @@ def trainer_settings(config: Config, order: Order) -> TrainerSettings:
 def count_steps(config: Config, order: Order) -> int:
     """Steps of the whole run."""
     return int(min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch))
-
-
-def build_validation(
-    config: Config, validator: Validator | None, *, scoring: ScoringWorker | None, **parts: Any
-) -> Validation | None:
-    if validator is None:
-        return None
-    return Validation(validator, **parts, teacher=scoring.teacher if config.eval.teacher else None)
-
-
-def build_probes(
-    config: Config, order: Order, validator: Validator | None, student: Student, parallel: Parallel, **parts: Any
-) -> ProbeReport | None:
-    """The first validation prompts or, if nothing is validated, the first of the training data."""
-    number = config.eval.record_samples
-    if number == 0:
-        return None
-    prompts = order.first(number) if validator is None else validator.prompts[:number]
-    return ProbeReport(prompts, student=student, parallel=parallel, **parts)
 
 
 def build_checkpoints(

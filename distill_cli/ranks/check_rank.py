@@ -14,13 +14,15 @@ from rich.markup import escape
 from distill_cli.checkpoint.saver import Saver
 from distill_cli.config.compose import load_config
 from distill_cli.config.schema import Config, Dtype, Precision, TeacherModel
+from distill_cli.engines.base import Teacher
 from distill_cli.errors import DistillError
 from distill_cli.folders.run_dir import RunDir, write_json
+from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import locate, read_config, tensors
 from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.ranks.build_engines import build_engines, build_teacher
 from distill_cli.ranks.build_prompts import build_tokenizer
-from distill_cli.ranks.build_source import build_order, build_planner, build_scoring, build_worker
+from distill_cli.ranks.build_source import build_order, build_planner, build_worker
 from distill_cli.ranks.build_trainer import (
     build_loss,
     build_student,
@@ -31,6 +33,7 @@ from distill_cli.ranks.build_trainer import (
 )
 from distill_cli.ranks.pair_facts import one_class, vocabularies
 from distill_cli.ranks.self_check import MASSES, Finding, Limits, SelfCheck
+from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
@@ -49,13 +52,13 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
     engines = build_engines(of_the_student(config), topk=num_scored(config))
     student = build_student(config, build_loss(config), parallel)
     trainable = build_trainable(config, student, num_steps=count_steps(config, order), device=parallel.device)
-    worker = build_worker(config, tokenizer, parallel, sampler=engines.sampler, student=student)
+    stages = Stages(parallel, StopFlag())
+    worker = build_worker(config, tokenizer, stages, sampler=engines.sampler, student=student, trainable=trainable)
     sampling = replace(worker.sampling, max_new_tokens=min(worker.sampling.max_new_tokens, CHECKED_TOKENS))
     show = Console(file=console, highlight=False, soft_wrap=not console.isatty())
 
-    def make_scoring() -> ScoringWorker:
-        teacher = build_teacher(config, topk=num_scored(config))
-        return build_scoring(planner, parallel, teacher=teacher, student=student)
+    def scoring_by(teacher: Teacher) -> ScoringWorker:
+        return ScoringWorker(teacher, planner, stages, student.one_class)
 
     def report(finding: Finding) -> None:
         show.print(finding_line(finding))
@@ -67,8 +70,8 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
         parallel=parallel,
         prompts=order.batch(0),
         worker=replace(worker, sampling=sampling),
-        own_scoring=build_scoring(planner, parallel, teacher=engines.teacher, student=student),
-        make_scoring=make_scoring,
+        own_scoring=scoring_by(engines.teacher),
+        make_scoring=lambda: scoring_by(build_teacher(config, topk=num_scored(config))),
         student=student,
         trainable=trainable,
         loss=build_loss(config),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -86,10 +86,15 @@ class SelfCheck:
     report: Callable[[Finding], None]
     """Called on every rank, with the same findings."""
     findings: list[Finding] = field(default_factory=list)
+    num_changes: int = 0
+    """How often the student's weights were changed: their version, for the sampler."""
+
+    def __post_init__(self) -> None:
+        self.worker = replace(self.worker, version=lambda: self.num_changes)
 
     def run(self) -> bool:
         """Answer every question in turn, and return whether none was answered badly."""
-        rollouts = self.sample(version=0)
+        rollouts = self.sample()
         own, _ = self.score(rollouts, self.own_scoring)
         self.check_student_against_itself(own)
         self.own_scoring.teacher.close()
@@ -111,16 +116,14 @@ class SelfCheck:
 
     # what is compared
 
-    def sample(self, *, version: int) -> list[Rollout]:
+    def sample(self) -> list[Rollout]:
         """Sample with the student's weights as they are now. A collective."""
-        with self.worker.sampler.awake():
-            self.worker.sync(version)
+        with self.worker.ready():
             return self.worker.sample(self.prompts, step=1)
 
     def score(self, rollouts: Sequence[Rollout], scoring: ScoringWorker) -> tuple[list[MicroBatch], dict[int, float]]:
         """Return scored micro-batches, and the teacher's mass by size of its top-k. A collective."""
-        with scoring.teacher.awake():
-            scored = scoring.score(rollouts)
+        scored = scoring.score(rollouts)
         sums = torch.zeros(len(MASSES) + 1, device=self.parallel.device)
         for scores in scored.scores.values():
             mass = [scores.topk_logp[:, :k].exp().sum() for k in MASSES]
@@ -295,7 +298,8 @@ class SelfCheck:
             for name, param in self.trainable.parameters():
                 # An adapter's B begins at 0, where a factor would change nothing.
                 param.add_(SYNC_SHIFT / param.shape[1]) if name.endswith(B) else param.mul_(1 - SYNC_SHIFT)
-        batches, _ = self.score(self.sample(version=2), scoring)
+        self.num_changes += 1
+        batches, _ = self.score(self.sample(), scoring)
         _, new = self.outputs(self.student, batches)
         what, warnings = "a checkpoint brings everything back", list[str]()
         saved = store.newest_whole(self.checkpoints, warn=warnings.append)

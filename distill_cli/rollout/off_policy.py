@@ -16,7 +16,6 @@ from distill_cli.errors import ConfigError
 from distill_cli.rollout.collect import sequence_seed
 from distill_cli.rollout.on_policy import OnPolicy
 from distill_cli.rollout.source import RolloutSource, ScoredBatch
-from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.turns import SAID
 from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.types import Prompt, Rollout, Sample
@@ -40,7 +39,7 @@ class Mixture(RolloutSource):
     def step(self, step: int) -> ScoredBatch:
         prompts = self.student.prompts_of(step)
         off = off_policy_places(len(prompts), on_policy_fraction=self.on_policy_fraction, seed=self.seed, step=step)
-        on = [place for place in range(len(prompts)) if place not in off]
+        on = sorted(set(range(len(prompts))) - set(off))
         own = self.student.sample([prompts[place] for place in on], step=step, places=on)
         seeds = [sequence_seed(self.seed, step=step, sequence=place) for place in off]
         others = self.write_others([prompts[place] for place in off], seeds) if off else []
@@ -60,16 +59,10 @@ def off_policy_places(num_sequences: int, *, on_policy_fraction: float, seed: in
 
 
 def teacher_samples(
-    prompts: Sequence[Prompt],
-    seeds: Sequence[int],
-    *,
-    scoring: ScoringWorker,
-    sampling: SamplingSettings,
-    stages: Stages,
+    prompts: Sequence[Prompt], seeds: Sequence[int], *, scoring: ScoringWorker, sampling: SamplingSettings
 ) -> list[Sample]:
     """Sample the teacher's answers as the student's are sampled. A collective."""
-    with stages.awake(scoring.teacher), stages("sample"):
-        samples = scoring.sample(prompts, seeds=seeds, sampling=replace(sampling, logp=False))
+    samples = scoring.sample(prompts, seeds=seeds, sampling=replace(sampling, logp=False))
     return [replace(sample, source="teacher") for sample in samples]
 
 

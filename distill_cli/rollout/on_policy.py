@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from distill_cli.data.order import PromptOrder, PromptStream
 from distill_cli.rollout.score_files import Recorder
 from distill_cli.rollout.source import RolloutSource, ScoredBatch
-from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
 from distill_cli.types import Prompt, Rollout
 
@@ -21,7 +20,6 @@ class OnPolicy(RolloutSource):
     generations_per_prompt: int
     worker: RolloutWorker
     scoring: ScoringWorker
-    stages: Stages
     recorder: Recorder | None = None
     """Keeps each step's scores; None if they are not kept."""
 
@@ -37,21 +35,18 @@ class OnPolicy(RolloutSource):
         return [prompt for prompt in self.prompts.batch(step - 1) for _ in range(self.generations_per_prompt)]
 
     def sample(self, prompts: Sequence[Prompt], *, step: int, places: Sequence[int] | None = None) -> list[Rollout]:
-        """Sample with the weights that the student has before `step`; `places` as in `RolloutWorker.sample`."""
-        with self.stages.awake(self.worker.sampler):
-            with self.stages("sync"):
-                self.worker.sync(step - 1)
-            self.stages.check_stop(within_s=self.stages.longest_s)
-            with self.stages("sample"):
+        """Sample with the student's weights; `places` as in `RolloutWorker.sample`."""
+        stages = self.worker.stages
+        with self.worker.ready():
+            stages.check_stop(within_s=stages.longest_s)
+            with stages("sample"):
                 rollouts = self.worker.sample(prompts, step=step, places=places)
-        self.stages.check_stop()  # an engine that was interrupted has not answered all
         return rollouts
 
     def score(self, rollouts: Sequence[Rollout], *, step: int) -> ScoredBatch:
         """Score the step's sequences, and record them."""
-        with self.stages.awake(self.scoring.teacher), self.stages("score"):
-            batch = replace(self.scoring.score(rollouts), metrics=self.worker.failures())
-        if self.recorder is not None and not self.stages.is_stopping():  # an interrupted engine has not scored all
-            with self.stages("record"):
+        batch = self.scoring.score(rollouts)
+        if self.recorder is not None:
+            with self.worker.stages("record"):
                 self.recorder.write(step, batch)
-        return batch
+        return replace(batch, metrics=self.worker.failures())

@@ -27,9 +27,11 @@ class Stages:
         stages.check_stop()
     """
 
-    def __init__(self, parallel: Parallel, stop: StopFlag, *, on_stage: Callable[[str], object] = lambda stage: None):
+    def __init__(
+        self, parallel: Parallel, stop: StopFlag, *, on_stage: Callable[[str], object] = lambda stage: None
+    ) -> None:
         """`on_stage` is called with the name of each stage as it begins."""
-        self._parallel, self._stop, self._on_stage = parallel, stop, on_stage
+        self.parallel, self._stop, self._on_stage = parallel, stop, on_stage
         self.seconds: dict[str, float] = defaultdict(float)
         """By stage, since the last `lap`."""
         self.longest_s = 0.0
@@ -57,13 +59,9 @@ class Stages:
                 with self("wake"):
                     turn.close()
 
-    def is_stopping(self, *, within_s: float = 0.0) -> bool:
-        """Whether any rank was asked to stop, or must have stopped in `within_s` from now. A collective."""
-        return bool(self._parallel.all_max(float(self._stop.is_set(within_s=within_s))))
-
     def check_stop(self, *, within_s: float = 0.0) -> None:
-        """Raise StopRequested on all ranks if any was asked to stop, or must stop in `within_s`. A collective."""
-        if self.is_stopping(within_s=within_s):
+        """Raise StopRequested on all ranks if any was asked to stop, or must have in `within_s`. A collective."""
+        if self.parallel.all_max(float(self._stop.is_set(within_s=within_s))):
             raise StopRequested(self._stop.reason)
 
     def lap(self) -> dict[str, float]:

@@ -4,44 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import groupby
+from typing import IO
 
 from distill_cli.folders.metrics_file import MetricsFile
+from distill_cli.folders.run_dir import RunDir
 from distill_cli.terminal.step_printer import StepPrinter
 from distill_cli.types import Rollout
 
 
-@dataclass(frozen=True)
 class RunLog:
     """Every rank has one; only the main rank's reaches the user."""
 
-    printer: StepPrinter
-    metrics_file: MetricsFile | None
-    """The main rank's."""
-    show: Callable[[list[int]], str]
-    """Makes text of token ids, special tokens too."""
+    def __init__(
+        self,
+        run: RunDir,
+        console: IO[str],
+        *,
+        num_steps: int,
+        is_main: bool,
+        show: Callable[[list[int]], str],
+        print_every: int = 1,
+    ) -> None:
+        """`show` makes text of token ids, special tokens too."""
+        self.printer = StepPrinter(console, num_steps=num_steps, every=print_every)
+        self._run, self._num_steps, self._show = run, num_steps, show
+        self._file = MetricsFile(run.metrics) if is_main else None
+
+    def stage(self, stage: str) -> None:
+        """Note that a stage of a step begins: on a terminal, and as a sign of life."""
+        self.printer.stage(stage)
+        if self._file is not None:
+            self._run.beat(f"{stage} {self._num_steps}")
 
     def example(self, rollout: Rollout) -> None:
         """Print a sequence, with what the loss is on."""
-        self.printer.example(example_parts(rollout, self.show))
+        self.printer.example(example_parts(rollout, self._show))
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of a step; print them unless it is a baseline that measured nothing."""
-        if self.metrics_file is not None:
-            self.metrics_file.write(step, metrics)
+        if self._file is not None:
+            self._file.write(step, metrics)
         if step > 0 or "val/accuracy" in metrics:
             self.printer.step(step, metrics)
 
     def flush(self) -> None:
         """Write what waits for room on the disk, if there is some."""
-        if self.metrics_file is not None:
+        if self._file is not None:
             with suppress(OSError):  # warned of when its rows were written
-                self.metrics_file.flush()
+                self._file.flush()
 
     def close(self) -> None:
-        if self.metrics_file is not None:
-            self.metrics_file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def example_parts(rollout: Rollout, show: Callable[[list[int]], str]) -> list[tuple[str, bool]]:

@@ -21,7 +21,6 @@ from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import MicroBatch, micro_batches
-from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
 from distill_cli.student.model import Student
 from distill_cli.types import Prompt, Rollout, TokenViews
@@ -41,29 +40,20 @@ class ProbeReport:
     scoring: ScoringWorker
     student: Student
     folder: RolloutsFolder
-    stages: Stages
-    parallel: Parallel
 
     def write(self, step: int) -> None:
-        """Write step_<n>.parquet: answers of the student as it is after `step`, with both models' views. A collective.
-
-        Raises:
-            StopRequested: any rank was asked to stop.
-        """
-        with self.stages.awake(self.worker.sampler), self.stages("record"):
-            self.worker.sync(step)
+        """Write step_<n>.parquet: the student's answers after `step`, with both models' views. A collective."""
+        with self.worker.ready(), self.worker.stages("record"):
             rollouts = self.worker.sample(self.prompts, step=0)  # with the same seeds each time
-        self.stages.check_stop()
-        with self.stages.awake(self.scoring.teacher), self.stages("record"):
-            scored = self.scoring.score(rollouts)
-        self.stages.check_stop()
-        with self.stages("record"):
+        scored = self.scoring.score(rollouts, stage="record")
+        parallel = self.worker.stages.parallel
+        with self.worker.stages("record"):
             batches = [
                 batch
                 for plan in scored.plans
-                for batch in micro_batches(plan, rollouts, scored.scores, parallel=self.parallel)
+                for batch in micro_batches(plan, rollouts, scored.scores, parallel=parallel)
             ]
-            views = token_views(batches, rollouts, student=self.student, parallel=self.parallel)
+            views = token_views(batches, rollouts, student=self.student, parallel=parallel)
             self.folder.write(f"step_{step}.parquet", rollouts, views=views)
 
 

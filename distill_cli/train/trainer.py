@@ -155,10 +155,10 @@ class Trainer:
             )
 
     def validate(self, step: int) -> dict[str, float]:
-        """Validate the student as it is after `step`, and return its metrics. A collective."""
+        """Validate the student, which has learned from `step`, and return its metrics. A collective."""
         if self.validation is None:
             return {}
-        self.progress.latest, self.progress.latest_step = self.validation.score_student(step), step
+        self.progress.latest, self.progress.latest_step = self.validation.score_student(), step
         return self.progress.latest.metrics()
 
     def validates_at(self, step: int) -> bool:

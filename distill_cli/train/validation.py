@@ -15,7 +15,6 @@ from distill_cli.engines.settings import SamplingSettings
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.parallel.sharing import EngineShare, partition_by_cost
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, sequence_seed
-from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.turns import Turns
 from distill_cli.rollout.workers import RolloutWorker
 from distill_cli.types import Prompt, Rollout
@@ -150,22 +149,18 @@ class Validation:
 
     validator: Validator
     worker: RolloutWorker
-    stages: Stages
     teacher: Teacher | None = None
     """The teacher, if it is measured."""
 
-    def score_student(self, step: int) -> Score:
-        """Score the student as it is after `step`. A collective."""
-        with self.stages.awake(self.worker.sampler):
-            self.worker.sync(step)
-            with self.stages("eval"):
-                score = self.validator.run(self.worker.sampler)
-        self.stages.check_stop()  # an engine that was interrupted has not answered all
+    def score_student(self) -> Score:
+        """Score the student as it is. A collective."""
+        with self.worker.ready() as sampler, self.worker.stages("eval"):
+            score = self.validator.run(sampler)
         return score
 
     def score_teacher(self) -> Score:
         """Score the teacher. A collective."""
-        with self.stages.awake(self.teacher), self.stages("eval"):
+        with self.worker.stages.awake(self.teacher), self.worker.stages("eval"):
             score = self.validator.for_teacher().run(self.teacher)
-        self.stages.check_stop()
+        self.worker.stages.check_stop()
         return score

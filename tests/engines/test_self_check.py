@@ -25,10 +25,12 @@ from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.divergence import DistillLoss
+from distill_cli.machine.processes import StopFlag
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.ranks.check_rank import is_exact
 from distill_cli.ranks.self_check import MASSES, Limits, SelfCheck
 from distill_cli.rollout.pack import Planner, plan_batch
+from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
 from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
@@ -120,6 +122,7 @@ def wrong(
         trainable = Trainable(trained.lm, optimizer, schedule)
         folder = RunDir(tmp_path)
         folder.config.write_text("")
+        stages = Stages(parallel, StopFlag())
         planner = Planner(global_batch_size=8, rank=0, cut=partial(plan_batch, num_ranks=1, max_tokens=16384))
         check = SelfCheck(
             config=config,
@@ -128,13 +131,14 @@ def wrong(
             worker=RolloutWorker(
                 sampler=Kept(sampler),
                 weights=partial(synced_parameters, trained, config.model.student.lora),
+                version=lambda: 0,
                 sampling=SamplingSettings(max_new_tokens=24),
                 seed=config.train.seed,
-                parallel=parallel,
+                stages=stages,
                 decode=str,
             ),
-            own_scoring=ScoringWorker(Kept(own_scorer), planner, parallel),
-            make_scoring=lambda: ScoringWorker(Kept(teacher), planner, parallel),
+            own_scoring=ScoringWorker(Kept(own_scorer), planner, stages),
+            make_scoring=lambda: ScoringWorker(Kept(teacher), planner, stages),
             student=trained,
             trainable=trainable,
             loss=DistillLoss(kl_type="mixed"),

@@ -91,6 +91,7 @@ def make_source(parallel: Parallel, calls: list[str], *, num_prompts: int = 2, s
         kind(name, calls, stop, stop_in=stop_in)
         for kind, name in ((RecordingSampler, "sampler"), (RecordingTeacher, "teacher"))
     )
+    stages = Stages(parallel, stop)
     planner = Planner(global_batch_size=2, rank=0, cut=partial(plan_batch, num_ranks=1, max_tokens=16))
     return OnPolicy(
         prompts=Prompts(num_prompts),
@@ -98,11 +99,11 @@ def make_source(parallel: Parallel, calls: list[str], *, num_prompts: int = 2, s
         worker=RolloutWorker(
             sampler=sampler,
             weights=dict,
+            version=lambda: 0,
             sampling=SamplingSettings(max_new_tokens=4),
             seed=1,
-            parallel=parallel,
+            stages=stages,
             decode=str,
         ),
-        scoring=ScoringWorker(teacher, planner, parallel),
-        stages=Stages(parallel, stop),
+        scoring=ScoringWorker(teacher, planner, stages),
     )

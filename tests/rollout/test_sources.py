@@ -1,6 +1,7 @@
 """Sources of scored batches: which engine is awake when, who writes what, and where a stop ends a step."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -45,8 +46,9 @@ def test_one_engine_is_awake_at_a_time(make, calls: list[str]) -> None:
 def test_stages_are_timed(make) -> None:
     source = make()
     source.step(1)
-    assert source.stages.lap().keys() == {f"time/{stage}_s" for stage in ("wake", "sync", "sample", "score")}
-    assert source.stages.lap() == {}
+    stages = source.worker.stages
+    assert stages.lap().keys() == {f"time/{stage}_s" for stage in ("wake", "sync", "sample", "score")}
+    assert stages.lap() == {}
 
 
 @pytest.mark.parametrize(
@@ -58,23 +60,17 @@ def test_stages_are_timed(make) -> None:
     ],
 )
 def test_a_stop_puts_engines_to_sleep(make, calls: list[str], stop_in: str, last: str) -> None:
-    source = make(stop_in=stop_in)
-
-    def step() -> None:
-        source.step(1)
-        source.stages.check_stop()  # the trainer's
-
     with pytest.raises(StopRequested, match="SIGTERM"):
-        step()
+        make(stop_in=stop_in).step(1)
     assert calls[-2:] == [stop_in, last]
 
 
 def test_what_was_interrupted_is_not_recorded(make) -> None:
     written = []
-    for stop_in in ("", "teacher scores 2"):
-        source = make(stop_in=stop_in)
-        source.recorder = type("Written", (), {"write": lambda self, step, batch: written.append(step)})()
-        source.step(1)
+    recorder = type("Written", (), {"write": lambda self, step, batch: written.append(step)})()
+    replace(make(), recorder=recorder).step(1)
+    with pytest.raises(StopRequested):
+        replace(make(stop_in="teacher scores 2"), recorder=recorder).step(2)
     assert written == [1]
 
 
@@ -84,7 +80,7 @@ def mixture(student: OnPolicy, write_others: Callable, *, fraction: float = 0.5)
 
 def test_the_teacher_writes_its_share(make, calls: list[str]) -> None:
     student = make(num_prompts=4)
-    write = partial(teacher_samples, scoring=student.scoring, sampling=student.worker.sampling, stages=student.stages)
+    write = partial(teacher_samples, scoring=student.scoring, sampling=student.worker.sampling)
     batch = mixture(student, write).step(1)
     others = ["teacher wakes", "teacher samples 2", "teacher sleeps"]
     assert calls == [*AWAKE, *others, "teacher wakes", "teacher scores 4", "teacher sleeps"]

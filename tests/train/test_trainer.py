@@ -1,5 +1,6 @@
 """The loop on a made-up source and a small student: what is learned, recorded, validated and saved, in which order."""
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,8 +13,9 @@ import torch.distributed as dist
 
 from distill_cli.config.schema import Checkpointing, MeshConfig, Precision, TrainConfig
 from distill_cli.errors import Unrecoverable
-from distill_cli.folders.metrics_file import MetricsFile, read_metrics
+from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.rollouts_table import RolloutsFolder
+from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.divergence import DistillLoss
 from distill_cli.machine.processes import StopFlag
 from distill_cli.parallel.mesh import Parallel, layout
@@ -88,7 +90,6 @@ def make(parallel: Parallel, tmp_path: Path) -> Callable[..., Trainer]:
         student = Student(lm, loss=lambda *args: factor * exact(*args), temperature=1.0, parallel=parallel)
         wrap(student, parallel, TRAIN)
         optimizer = build_optimizer(student, TRAIN)
-        printer = SimpleNamespace(step=lambda *args: None, example=lambda parts: None)
         stop = StopFlag()
         parts = {
             "settings": SETTINGS,
@@ -99,7 +100,7 @@ def make(parallel: Parallel, tmp_path: Path) -> Callable[..., Trainer]:
             "parallel": parallel,
             "stages": Stages(parallel, stop),
             "progress": Progress(),
-            "log": RunLog(printer, MetricsFile(tmp_path / "metrics.jsonl"), show=str),
+            "log": RunLog(RunDir(tmp_path), io.StringIO(), num_steps=3, is_main=True, show=str),
             "rollouts": RolloutsFolder(tmp_path, decode=str, token_text=str),
             "validation": None,
             "probes": None,
@@ -120,10 +121,10 @@ class Measured:
     def __init__(self, scored: list[int], *, stop_at: int | None = None) -> None:
         self.scored, self.stop_at = scored, stop_at
 
-    def score_student(self, step: int) -> Score:
-        if step == self.stop_at:
+    def score_student(self) -> Score:
+        if len(self.scored) == self.stop_at:
             raise StopRequested("SIGTERM")
-        self.scored.append(step)
+        self.scored.append(len(self.scored))
         return Score(0.5, 2.0, 0.0, 4)
 
 
@@ -138,7 +139,7 @@ def test_a_run_takes_records_and_saves(make, tmp_path: Path) -> None:
     trainer.probes = SimpleNamespace(write=probed.append)
     before = parameters(trainer)
     result = trainer.run()
-    assert (result.state, result.num_steps, scored, probed) == ("finished", 3, [0, 2], [0, 2, 3])
+    assert (result.state, result.num_steps, len(scored), probed) == ("finished", 3, 2, [0, 2, 3])
     assert trainer.checkpoints.steps == [(2, None), (3, None)]
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
@@ -161,14 +162,14 @@ def test_a_stop_before_updates_changes_nothing(make, tmp_path: Path) -> None:
 
 
 def test_a_stop_in_validation_saves_the_step(make) -> None:
-    trainer = make(validation=Measured([], stop_at=2))
+    trainer = make(validation=Measured([], stop_at=1))
     result = trainer.run()
     ((step, unrecorded),) = trainer.checkpoints.steps
     assert (result.state, result.num_steps, step) == ("stopped", 2, 2)
     resumed = make(progress=replace(trainer.progress), validation=Measured(scored := []))
     assert resumed.run().state == "finished"
     assert unrecorded["train/loss"] > 0
-    assert scored == [2]  # before the third step is taken
+    assert len(scored) == 1  # before the third step is taken
 
 
 def test_updates_that_are_not_finite_end_the_run(make, tmp_path: Path) -> None:
@@ -212,8 +213,8 @@ def test_validation_wakes_what_it_measures(parallel: Parallel) -> None:
             calls.append(f"validate {engine.name}")
             return Score(1.0, 1.0, 0.0, 1)
 
-    validation = Validation(Validator(), source.worker, source.stages, source.scoring.teacher)
-    validation.score_student(0)
+    validation = Validation(Validator(), source.worker, source.scoring.teacher)
+    validation.score_student()
     validation.score_teacher()
     assert calls == [
         *("sampler wakes", "sync 0", "validate sampler", "sampler sleeps"),
