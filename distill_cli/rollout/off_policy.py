@@ -32,10 +32,6 @@ class Mixture(RolloutSource):
     write_others: Callable[[Sequence[Prompt], Sequence[int]], list[Sample]]
     """Prompts and a seed for each -> their answers, such as `dataset_samples` or `teacher_samples`. A collective."""
 
-    @property
-    def fingerprint(self) -> str | None:
-        return self.student.fingerprint
-
     def step(self, step: int) -> ScoredBatch:
         prompts = self.student.prompts_of(step)
         off = off_policy_places(len(prompts), on_policy_fraction=self.on_policy_fraction, seed=self.seed, step=step)

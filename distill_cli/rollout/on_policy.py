@@ -23,10 +23,6 @@ class OnPolicy(RolloutSource):
     recorder: Recorder | None = None
     """Keeps each step's scores; None if they are not kept."""
 
-    @property
-    def fingerprint(self) -> str | None:
-        return self.prompts.fingerprint
-
     def step(self, step: int) -> ScoredBatch:
         return self.score(self.sample(self.prompts_of(step), step=step), step=step)
 

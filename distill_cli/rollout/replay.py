@@ -63,10 +63,6 @@ class Replay(RolloutSource):
     planner: Planner
     stages: Stages
 
-    @property
-    def fingerprint(self) -> str:
-        return self.recorded.fingerprint
-
     def step(self, step: int) -> ScoredBatch:
         self.stages.check_stop(within_s=self.stages.longest_s)
         with self.stages("read"):

@@ -40,9 +40,6 @@ class ScoredBatch:
 class RolloutSource(Protocol):
     """Gives the trainer one batch a step. Every rank calls it at the same steps: a collective."""
 
-    fingerprint: str | None
-    """Identifies the data, whose order a resumed run relies on; None if that is not known."""
-
     @abstractmethod
     def step(self, step: int) -> ScoredBatch:
         """Return the batch of `step`, counted from 1, which follows from the step and the student's weights alone.

@@ -24,7 +24,7 @@ class Checkpoints:
     """The best value of this metric is noted with its step."""
     higher_is_better: bool
     fingerprint: str | None
-    """The data's; see `RolloutSource`."""
+    """Identifies the data, whose order a resumed run relies on; None if that is not known."""
 
     def is_due(self, step: int) -> bool:
         return step % self.period == 0

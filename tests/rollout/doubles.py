@@ -67,8 +67,6 @@ class RecordingTeacher(Recording, Teacher):
 class Prompts:
     """The same prompts each step."""
 
-    fingerprint, steps_per_epoch = "these", 1
-
     def __init__(self, number: int) -> None:
         self.prompts = [Prompt(i, [3, 4], Example("?", response="an answer")) for i in range(number)]
 

@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,16 @@ from distill_cli.config.schema import MeshConfig
 from distill_cli.data.recorded_run import Facts, Recording, remove_later, step_folder, vocabulary_digest
 from distill_cli.errors import ConfigError
 from distill_cli.jobs.preflight import preflight
+from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import ASSETS
 from distill_cli.parallel.mesh import Parallel, layout
-from distill_cli.rollout.pack import lay_out, plan_batch
-from distill_cli.rollout.replay import RecordedSteps
+from distill_cli.rollout.pack import Planner, lay_out, plan_batch
+from distill_cli.rollout.replay import RecordedSteps, Replay
 from distill_cli.rollout.score_files import Recorder, read_scores, read_sequences, write_sequences
 from distill_cli.rollout.source import ScoredBatch
+from distill_cli.rollout.stages import Stages, StopRequested
 from distill_cli.types import Rollout, TeacherScores
+from tests.rollout.doubles import ask_to_stop
 from tests.student.train_rank import TOPK, made_up_rollout
 
 STUDENT = ASSETS / "tiny_pair/student"
@@ -81,6 +85,21 @@ def test_what_is_read_is_what_was_written(recorded: Path, parallel: Parallel) ->
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
         for name in ("topk_ids", "topk_logp", "sampled_logp"):
             assert torch.equal(getattr(ours.scores, name), getattr(theirs.scores, name)), name
+
+
+def test_a_replay_gives_recorded_steps(recorded: Path, parallel: Parallel) -> None:
+    planner = Planner(global_batch_size=32, rank=1, cut=partial(plan_batch, num_ranks=2, max_tokens=64))
+    steps, stop = RecordedSteps(Recording.of(str(recorded)), topk=3, parallel=parallel), StopFlag()
+    source = Replay(steps, planner, Stages(parallel, stop))
+    batch = source.step(2)
+    assert [one.token_ids for one in batch.rollouts] == [one.token_ids for one in made_up(2)[0]]
+    assert [plan.members for plan in batch.plans] == [list(range(32)), list(range(32, 64))]
+    assert list(batch.scores) == planner.local_places(batch.plans) != []
+    assert {scores.topk_ids.shape[1] for scores in batch.scores.values()} == {3}
+    assert not batch.is_current
+    ask_to_stop(stop)
+    with pytest.raises(StopRequested):
+        source.step(1)
 
 
 def test_a_smaller_top_k_is_the_likeliest_of_those_recorded(recorded: Path) -> None:

@@ -50,8 +50,6 @@ def parallel() -> Iterator[Parallel]:
 class MadeUp(RolloutSource):
     """Eight sequences a step, in global batches of four."""
 
-    fingerprint = "made up"
-
     def __init__(self, *, change: Callable[[Rollout], Rollout] = lambda rollout: rollout) -> None:
         self.change, self.before = change, lambda step: None
 
