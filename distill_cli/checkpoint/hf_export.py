@@ -84,10 +84,10 @@ def name_ends(config: Config, base: Path, folder: Path) -> None:
     teacher, replay = config.model.teacher, config.rollout.replay
     try:
         if replay is not None:  # its teacher is not needed, and may be gone
-            ends = tuple(Facts.of(replay).one_class)
+            ends = tuple(Facts.of(replay).merged_eos_ids)
         else:
             located = locate(teacher.path, revision=teacher.revision, key="model.teacher.path")
-            ends = EndTokens.of(base, located).one_class(config)
+            ends = EndTokens.of(base, located).merged_eos_ids(config)
     except ConfigError as error:
         Console(stderr=True).print(f"warning: the teacher's end tokens are not in generation_config.json: {error}")
         return

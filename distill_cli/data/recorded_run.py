@@ -47,7 +47,7 @@ class Facts:
     """Tokens of the teacher's distribution at each position, by falling log-probability."""
     temperature: float
     """What the teacher's logits were divided by."""
-    one_class: list[int]
+    merged_eos_ids: list[int]
     """End tokens that the scores take for one (`model.eos_map`)."""
     end_tokens: list[int]
     """The student's own."""

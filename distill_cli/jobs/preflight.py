@@ -371,7 +371,7 @@ def _end_warnings(config: Config, ends: EndTokens) -> Iterator[str]:
     if ends.student == ends.teacher:
         return
     what = f"the student ends with tokens {sorted(ends.student)} and the teacher with {sorted(ends.teacher)}"
-    merged = ends.one_class(config)
+    merged = ends.merged_eos_ids(config)
     if merged:
         yield (
             f"{what}: model.eos_map=auto takes these for one: sampling stops at any of them, and the loss compares the "

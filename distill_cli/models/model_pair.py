@@ -30,7 +30,7 @@ class EndTokens:
     def of(cls, student: Path, teacher: Path) -> EndTokens:
         return cls(*(frozenset(end_tokens(folder)) for folder in (student, teacher)))
 
-    def one_class(self, config: Config) -> tuple[int, ...]:
+    def merged_eos_ids(self, config: Config) -> tuple[int, ...]:
         """The tokens that are taken for one, the student's first: empty where the models agree, or are not to.
 
         They end an answer, and the loss compares the probability of any of them.

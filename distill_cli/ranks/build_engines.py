@@ -17,7 +17,7 @@ from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.settings import Adapter, EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.models.model_files import locate
-from distill_cli.ranks.pair_facts import one_class, shared_vocabulary, vocabularies
+from distill_cli.ranks.pair_facts import merged_eos_ids, shared_vocabulary, vocabularies
 
 log = logging.getLogger(__name__)
 
@@ -111,5 +111,5 @@ def train_sampling(config: Config) -> SamplingSettings:
         top_p=rollout.top_p,
         top_k=max(rollout.top_k, 0),
         stop=tuple(rollout.stop),
-        stop_token_ids=(*rollout.stop_token_ids, *one_class(config)),
+        stop_token_ids=(*rollout.stop_token_ids, *merged_eos_ids(config)),
     )

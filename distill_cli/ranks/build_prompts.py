@@ -16,7 +16,7 @@ from distill_cli.engines.settings import SamplingSettings
 from distill_cli.models.model_files import locate
 from distill_cli.models.model_pair import OWN_TEMPLATE, EndTokens, read_template
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.ranks.pair_facts import folders, one_class
+from distill_cli.ranks.pair_facts import folders, merged_eos_ids
 from distill_cli.rollout.turns import Turns, observation_encoder
 from distill_cli.train.validation import Validator, first_of_each
 
@@ -80,7 +80,7 @@ def build_validator(
 def build_turns(config: Config, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> Turns | None:
     if config.rollout.environment is None:
         return None
-    ends = {tokenizer.eos_token_id, *config.rollout.stop_token_ids, *one_class(config)}
+    ends = {tokenizer.eos_token_id, *config.rollout.stop_token_ids, *merged_eos_ids(config)}
     if config.rollout.replay is None:
         of_models = EndTokens.of(*folders(config))
         ends |= of_models.student | of_models.teacher

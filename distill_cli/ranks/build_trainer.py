@@ -40,7 +40,7 @@ from distill_cli.ranks.build_source import (
     build_source,
     build_worker,
 )
-from distill_cli.ranks.pair_facts import folders, one_class, vocabularies
+from distill_cli.ranks.pair_facts import folders, merged_eos_ids, vocabularies
 from distill_cli.rollout.score_files import Recorder
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import ScoringWorker
@@ -92,7 +92,7 @@ def build_trainer(
     """Everything that a step works with, as a run begins or as it is in a checkpoint. A collective."""
     # What the user may have got wrong comes first, before engines take their time.
     order, loss = build_order(config, tokenizer, parallel), build_loss(config)
-    validator = build_validator(config, parallel, tokenizer, ends=one_class(config))
+    validator = build_validator(config, parallel, tokenizer, ends=merged_eos_ids(config))
     if checkpoint is not None:
         check_data(checkpoint, order)
     engines = build_engines(config, should_stop=stop.is_set)
@@ -105,7 +105,7 @@ def build_trainer(
     stages, planner = Stages(parallel, stop, on_stage=log.stage), build_planner(config, parallel)
     trained = {"student": student, "trainable": trainable}
     worker = build_worker(config, tokenizer, stages, sampler=engines.sampler, **trained) if engines.sampler else None
-    scoring = ScoringWorker(engines.teacher, planner, stages, student.one_class) if engines.teacher else None
+    scoring = ScoringWorker(engines.teacher, planner, stages, student.merged_eos_ids) if engines.teacher else None
     recorder = build_recorder(config, run, parallel) if config.rollout.save_scores else None
     rollouts = RolloutsFolder(
         run.rollouts,
@@ -211,7 +211,7 @@ def build_recorder(config: Config, run: RunDir, parallel: Parallel) -> Recorder:
     facts = Facts(
         topk=config.loss.topk,
         temperature=config.loss.temperature,
-        one_class=list(one_class(config)),
+        merged_eos_ids=list(merged_eos_ids(config)),
         end_tokens=sorted(end_tokens(folders(config)[0])),
         vocab_size=vocab_size,
         vocabulary=vocabulary_digest(tokenizer, vocab_size),
@@ -226,8 +226,8 @@ def build_student(config: Config, loss: DistillLoss, parallel: Parallel) -> Stud
     lm = build_lm(folder, trust_remote_code=model.trust_remote_code)
     if model.student.lora.is_on:
         add_adapters(lm, model.student.lora, bf16=config.train.precision is Precision.bf16)
-    ends = one_class(config)
-    student = Student(lm, loss=loss, temperature=config.loss.temperature, parallel=parallel, one_class=ends)
+    ends = merged_eos_ids(config)
+    student = Student(lm, loss=loss, temperature=config.loss.temperature, parallel=parallel, merged_eos_ids=ends)
     if ends and lm.generation_config is not None:
         lm.generation_config.eos_token_id = list(ends)  # whoever samples what is saved stops where training did
     wrap(student, parallel, config.train)

@@ -31,7 +31,7 @@ from distill_cli.ranks.build_trainer import (
     count_steps,
     pick_device,
 )
-from distill_cli.ranks.pair_facts import one_class, vocabularies
+from distill_cli.ranks.pair_facts import merged_eos_ids, vocabularies
 from distill_cli.ranks.self_check import MASSES, Finding, Limits, SelfCheck
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import ScoringWorker
@@ -58,7 +58,7 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
     show = Console(file=console, highlight=False, soft_wrap=not console.isatty())
 
     def scoring_by(teacher: Teacher) -> ScoringWorker:
-        return ScoringWorker(teacher, planner, stages, student.one_class)
+        return ScoringWorker(teacher, planner, stages, student.merged_eos_ids)
 
     def report(finding: Finding) -> None:
         show.print(finding_line(finding))
@@ -136,7 +136,7 @@ def load_teacher(config: Config, parallel: Parallel) -> Student:
         loss=build_loss(config),
         temperature=config.loss.temperature,
         parallel=parallel,
-        one_class=one_class(config),
+        merged_eos_ids=merged_eos_ids(config),
     )
     wrap(teacher, parallel, config.train)
     home = torch.device("cpu") if config.train.cpu_offload else parallel.device

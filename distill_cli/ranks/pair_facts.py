@@ -29,9 +29,9 @@ def shared_vocabulary(config: Config) -> int | None:
     return vocabularies(config).limit
 
 
-def one_class(config: Config) -> tuple[int, ...]:
+def merged_eos_ids(config: Config) -> tuple[int, ...]:
     """The tokens that end an answer and are taken for one (`model.eos_map`)."""
     if config.rollout.replay is not None:
-        return tuple(Facts.of(config.rollout.replay).one_class)
+        return tuple(Facts.of(config.rollout.replay).merged_eos_ids)
     limit = vocabularies(config).limit or sys.maxsize
-    return tuple(token for token in EndTokens.of(*folders(config)).one_class(config) if token < limit)
+    return tuple(token for token in EndTokens.of(*folders(config)).merged_eos_ids(config) if token < limit)

@@ -34,11 +34,11 @@ def sample_rollouts(
 
 
 def score_rollouts(
-    rollouts: Sequence[Rollout], *, teacher: Teacher, one_class: Sequence[int] = ()
+    rollouts: Sequence[Rollout], *, teacher: Teacher, merged_eos_ids: Sequence[int] = ()
 ) -> list[TeacherScores]:
     """Score answers with the teacher, which may read prompts of its own before them.
 
-    The tokens of `one_class` are taken for one (`model.eos_map`).
+    The tokens of `merged_eos_ids` are taken for one (`model.eos_map`).
     """
     samples = [rollout.sample for rollout in rollouts]
     assert all(one.logp is not None or one.source != "student" for one in samples), "sampled with logp=False"
@@ -47,7 +47,7 @@ def score_rollouts(
         response_starts=[len(rollout.prompt.ids_for_teacher) for rollout in rollouts],
     )
     return [
-        merge_topk(score, sampled_ids=sample.token_ids, one_class=one_class)
+        merge_topk(score, sampled_ids=sample.token_ids, merged_eos_ids=merged_eos_ids)
         for sample, score in zip(samples, scores, strict=True)
     ]
 

@@ -105,7 +105,7 @@ class ScoringWorker:
     teacher: Teacher
     planner: Planner
     stages: Stages
-    one_class: tuple[int, ...] = ()
+    merged_eos_ids: tuple[int, ...] = ()
     share: EngineShare = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class ScoringWorker:
         shares = partition_by_cost([len(rollouts[place].ids_for_teacher) for place in places], self.share.num_engines)
         mine = [rollouts[places[index]] for index in shares[self.share.index]]
         with self.stages.awake(self.teacher), self.stages(stage):
-            scores = score_rollouts(mine, teacher=self.teacher, one_class=self.one_class)
+            scores = score_rollouts(mine, teacher=self.teacher, merged_eos_ids=self.merged_eos_ids)
             scored = gather_items(scores, shares, group=self.share.group)
         self.stages.check_stop()
         by_place = {places[index]: scores for index, scores in scored.items()}

@@ -53,12 +53,12 @@ class Student(nn.Module):
         loss: DistillLoss,
         temperature: float,
         parallel: Parallel | None = None,
-        one_class: Sequence[int] = (),
+        merged_eos_ids: Sequence[int] = (),
     ) -> None:
         """
         Args:
             parallel: where `wrap` will lay it out; None is a student of one process, without a mesh.
-            one_class: tokens that count as one, as they do in the teacher's scores (`losses.one_class`).
+            merged_eos_ids: tokens that count as one, as they do in the teacher's scores (`losses.merged_eos`).
         """
         super().__init__()
         self.lm = lm
@@ -67,7 +67,7 @@ class Student(nn.Module):
         self.sequence_parallel = bool(parallel and parallel.sequence_parallel)
         self.loss = loss
         self.temperature = temperature
-        self.one_class = tuple(one_class)
+        self.merged_eos_ids = tuple(merged_eos_ids)
 
     def forward(
         self, batch: MicroBatch, *, num_loss_tokens: torch.Tensor, num_top: int = 0
@@ -106,7 +106,7 @@ class Student(nn.Module):
             sampled_ids_N=batch.sampled_ids,
             temperature=self.temperature,
             group=group,
-            one_class=self.one_class,
+            merged_eos_ids=self.merged_eos_ids,
             num_top=num_top,
         )
         return out.loss, out

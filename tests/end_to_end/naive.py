@@ -58,7 +58,7 @@ class Reference:
     def __init__(self, run: RunDir, read_by_teacher: Callable[[list[int]], list[int]]) -> None:
         self.run, self.config, self.read_by_teacher = run, load_config(run.config), read_by_teacher
         self.student, self.teacher = load(self.config.model.student.path), load(self.config.model.teacher.path)
-        self.ends = json.loads((run.scores / "recording.json").read_text())["one_class"]
+        self.ends = json.loads((run.scores / "recording.json").read_text())["merged_eos_ids"]
         self.moments = {name: (0.0, 0.0) for name, _ in self.student.named_parameters()}
         self.updates = 0
 
@@ -98,7 +98,7 @@ class Reference:
             found["teacher"] = max(found["teacher"], float(gap_RK[here].abs().max()))
             found["teacher's ids"] += int((here.sum(-1) != in_topk.sum(-1))[mask].sum())
             own = torch.where(torch.isin(ids, torch.tensor(self.ends)), (self.ends or [0])[0], ids)
-            logp_RV = one_class(self.teacher_logp(rollout), self.ends)
+            logp_RV = merge_ends(self.teacher_logp(rollout), self.ends)
             gap_R = (logp_RV.gather(1, own)[:, 0] - scores.sampled_logp.double())[mask]
             found["teacher's sampled"] = max(found["teacher's sampled"], float(gap_R.abs().max()))
             if rollout.sample.source == "student":
@@ -134,7 +134,7 @@ class Reference:
         """Of each token of the response that the loss is on."""
         loss, mask = self.config.loss, trained(rollout)
         logits_RV = response_logits(self.student, rollout.prompt.token_ids, rollout) / loss.temperature
-        logq_RV = one_class(logits_RV.log_softmax(-1), self.ends)[mask]
+        logq_RV = merge_ends(logits_RV.log_softmax(-1), self.ends)[mask]
         logp_RV, in_topk = self.teacher_topk(rollout)
         logp_RV, in_topk = logp_RV[mask], in_topk[mask]
         (p, q) = (with_rest(logp, in_topk) for logp in (logp_RV, logq_RV))
@@ -162,7 +162,7 @@ class Reference:
         in_topk = torch.zeros_like(logp_RV, dtype=torch.bool).scatter(1, logp_RV.topk(self.config.loss.topk).indices, 1)
         if self.ends:
             logp_RV[:, self.ends] = logp_RV[:, self.ends].masked_fill(~in_topk[:, self.ends], ABSENT)
-            logp_RV, any_end = one_class(logp_RV, self.ends), in_topk[:, self.ends].any(-1)
+            logp_RV, any_end = merge_ends(logp_RV, self.ends), in_topk[:, self.ends].any(-1)
             in_topk[:, self.ends] = False
             in_topk[:, self.ends[0]] = any_end
         return logp_RV, in_topk
@@ -198,7 +198,7 @@ def response_logits(model: PreTrainedModel, prompt: list[int], rollout: Rollout)
     return model(torch.tensor([prompt + rollout.sample.token_ids])).logits[0, len(prompt) - 1 : -1].double()
 
 
-def one_class(logp_RV: torch.Tensor, ids: list[int]) -> torch.Tensor:
+def merge_ends(logp_RV: torch.Tensor, ids: list[int]) -> torch.Tensor:
     """The tokens as one, under the first one's id."""
     if not ids:
         return logp_RV
