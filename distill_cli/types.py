@@ -1,11 +1,14 @@
 """What passes between the stages of a step: prompts, rollouts, the teacher's scores. No torch at import time.
 
+Everything is frozen: a stage returns something new instead of filling in what it was given.
+
 Shape letters: R response tokens of one sequence, K the teacher's top-k.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from itertools import compress
 from typing import TYPE_CHECKING
 
@@ -39,25 +42,30 @@ class Prompt:
     token_ids: list[int]
     example: Example
     teacher_token_ids: list[int] | None = None
-    """What the teacher reads in its place; None is the same."""
+    """What the teacher reads instead; None if it reads the same."""
+
+    @property
+    def ids_for_teacher(self) -> list[int]:
+        """The prompt as the teacher reads it."""
+        return self.token_ids if self.teacher_token_ids is None else self.teacher_token_ids
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the sampler wrote after a prompt."""
+    """What was written after a prompt."""
 
     token_ids: list[int]
-    logp: list[float]
-    """Log-probability of each token under the student at temperature 1, over the whole vocabulary; empty where the
-    sampler was not asked for it (`SamplingSettings.logp`)."""
+    logp: list[float] | None
+    """Log-probability of each token under the student at temperature 1, over the whole vocabulary, by the engine that
+    sampled it. None if unknown: not asked for (`SamplingSettings.logp`), or not written by the student."""
     finish_reason: str
     """`stop` (the last of `token_ids` is an end-of-sequence or stop token, or ends a stop string), `length`, or
-    `turn_limit` where the environment would have gone on."""
+    `turn_limit` if the environment would have gone on."""
     trained: list[bool] | None = None
-    """Which tokens the student wrote; the others are observations, whose `logp` says nothing. None is all of them."""
+    """Which tokens the student wrote; the others are observations, whose `logp` means nothing. None: all of them."""
     num_turns: int = 1
     source: str = "student"
-    """Who wrote it: `student`, `teacher` or `dataset`. What is not the student's has NaN for `logp`."""
+    """Who wrote it: `student`, `teacher` or `dataset`."""
 
     @property
     def written_ids(self) -> list[int]:
@@ -73,8 +81,27 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Rollout:
+    """A prompt with an answer to it, not scored yet."""
+
+    prompt: Prompt
+    sample: Sample
+    reward: float | None = None
+    """By the environment or the verifier; None if neither judges it."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.prompt.token_ids + self.sample.token_ids
+
+    @property
+    def ids_for_teacher(self) -> list[int]:
+        """What the teacher scores: the prompt as it reads it, and the answer."""
+        return self.prompt.ids_for_teacher + self.sample.token_ids
+
+
+@dataclass(frozen=True)
 class TeacherScores:
-    """The teacher's view of one sequence, at its response positions only.
+    """The teacher's view of response tokens: of one sequence, or of several end to end.
 
     Row r is the teacher's distribution for response token r, given all tokens before it.
     """
@@ -85,6 +112,32 @@ class TeacherScores:
     """float32 [R, K], of logits divided by `loss.temperature`, normalised over the whole vocabulary."""
     sampled_logp: torch.Tensor
     """float32 [R], of the response tokens themselves, normalised likewise."""
+
+    @classmethod
+    def empty(cls, topk: int = 1) -> TeacherScores:
+        """Return the scores of no token."""
+        import torch
+
+        return cls(torch.empty(0, topk, dtype=torch.int32), torch.empty(0, topk), torch.empty(0))
+
+    @classmethod
+    def cat(cls, parts: Sequence[TeacherScores]) -> TeacherScores:
+        """Join the rows of several."""
+        import torch
+
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    def take(self, rows: torch.Tensor | slice) -> TeacherScores:
+        """Return some of the rows."""
+        return TeacherScores(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def first(self, topk: int) -> TeacherScores:
+        """Return the scores with the `topk` likeliest tokens of each row."""
+        return TeacherScores(self.topk_ids[:, :topk], self.topk_logp[:, :topk], self.sampled_logp)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> TeacherScores:
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return TeacherScores(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
 
 
 @dataclass(frozen=True)
@@ -110,29 +163,3 @@ class TokenViews:
     student_top_logp: list[list[float]]
     teacher_top_ids: list[list[int]]
     teacher_top_logp: list[list[float]]
-
-
-@dataclass
-class Rollout:
-    """A prompt with the student's answer and, once scored, the teacher's scores."""
-
-    prompt: Prompt
-    sample: Sample
-    reward: float | None = None
-    scores: TeacherScores | None = None
-    views: TokenViews | None = None
-    """Where the sequence is recorded for a look at it; the main rank's."""
-
-    @property
-    def token_ids(self) -> list[int]:
-        return self.prompt.token_ids + self.sample.token_ids
-
-    @property
-    def teacher_prompt_ids(self) -> list[int]:
-        """The prompt as the teacher reads it."""
-        return self.prompt.token_ids if self.prompt.teacher_token_ids is None else self.prompt.teacher_token_ids
-
-    @property
-    def teacher_token_ids(self) -> list[int]:
-        """What the teacher scores: its own prompt, and the student's answer."""
-        return self.teacher_prompt_ids + self.sample.token_ids

@@ -69,12 +69,12 @@ def main() -> None:
         run = RunDir(Path(folder))
         save_config(Config(), run.config)
         saver = Saver(run, Trainable(student.lm, optimizer, schedule), keep_top_k=0)
-        rollouts = [rollout(given.tokens, given.vocab)]
+        scored = rollout(given.tokens, given.vocab)
         plan = plan_batch([given.tokens], num_ranks=1, max_tokens=given.tokens, packing=True, multiple=1)
 
         def train() -> float:
             begin = time.perf_counter()
-            batches = micro_batches(plan, rollouts, topk=TOPK, parallel=parallel)
+            batches = micro_batches(plan, [scored[0]], {0: scored[1]}, parallel=parallel)
             optimizer_step(student, optimizer, schedule, batches, max_grad_norm=1.0, parallel=parallel)
             return time.perf_counter() - begin
 
@@ -113,17 +113,14 @@ def measure_tiny() -> None:
         )
 
 
-def rollout(num_tokens: int, vocab_size: int) -> Rollout:
+def rollout(num_tokens: int, vocab_size: int) -> tuple[Rollout, TeacherScores]:
     num_prompt = num_tokens // 8
     num_response = num_tokens - num_prompt
     ids = torch.randint(0, vocab_size, (num_tokens,)).tolist()
     top = torch.stack([torch.randperm(vocab_size)[:TOPK] for _ in range(num_response)]).int()
     logp = (torch.randn(num_response, TOPK).log_softmax(-1) - 0.1).sort(-1, descending=True).values
-    return Rollout(
-        Prompt(0, ids[:num_prompt], Example("q")),
-        Sample(ids[num_prompt:], [-1.0] * num_response, "stop"),
-        scores=TeacherScores(top, logp, logp[:, 0]),
-    )
+    sample = Sample(ids[num_prompt:], [-1.0] * num_response, "stop")
+    return Rollout(Prompt(0, ids[:num_prompt], Example("q")), sample), TeacherScores(top, logp, logp[:, 0])
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM 
 
 from distill_cli.engines.engine import request_params  # noqa: E402
 from distill_cli.engines.sample_requests import sampling_params  # noqa: E402
-from distill_cli.engines.sampler import Sampler, SamplingSettings  # noqa: E402
-from distill_cli.engines.scorer import Scorer  # noqa: E402
-from distill_cli.engines.settings import EngineSettings  # noqa: E402
+from distill_cli.engines.sampler import VllmSampler  # noqa: E402
+from distill_cli.engines.settings import EngineSettings, SamplingSettings  # noqa: E402
+from distill_cli.engines.teacher import VllmTeacher  # noqa: E402
 
 VOCAB_SIZE = 1024
 SHAPES = ((32, 67), (16, 259))
@@ -77,7 +77,7 @@ def make_model(path: Path, *, hidden_size: int, num_layers: int) -> Qwen3ForCaus
 
 
 def bench_scorer(settings: EngineSettings, *, topk: int, rounds: int) -> None:
-    scorer = Scorer(settings, topk=topk)
+    scorer = VllmTeacher(settings, topk=topk)
     for num_sequences, length in SHAPES:
         sequences = torch.randint(3, VOCAB_SIZE, (num_sequences, length)).tolist()
         seconds = alternating_seconds(scoring_calls(scorer, sequences, topk=topk), device="cpu", rounds=rounds)
@@ -90,7 +90,7 @@ def bench_scorer(settings: EngineSettings, *, topk: int, rounds: int) -> None:
     scorer.close()
 
 
-def scoring_calls(scorer: Scorer, sequences: list[list[int]], *, topk: int) -> dict[str, Callable[[], object]]:
+def scoring_calls(scorer: VllmTeacher, sequences: list[list[int]], *, topk: int) -> dict[str, Callable[[], object]]:
     from vllm import SamplingParams
 
     num_sequences, generate = len(sequences), scorer._engine.generate
@@ -104,7 +104,7 @@ def scoring_calls(scorer: Scorer, sequences: list[list[int]], *, topk: int) -> d
 
 
 def bench_sampler(settings: EngineSettings, model: Qwen3ForCausalLM, *, rounds: int) -> None:
-    sampler = Sampler(settings)
+    sampler = VllmSampler(settings)
     sampling = SamplingSettings(max_new_tokens=64, ignore_eos=True)
     prompts = torch.randint(3, VOCAB_SIZE, (32, 8)).tolist()
     bare = [sampling_params(sampling, seed=seed, max_tokens=64) for seed in range(32)]

@@ -119,6 +119,7 @@ class Saver:
         run: RunDir,
         trainable: Trainable,
         *,
+        last_step: int = 0,
         keep_top_k: int = 3,
         metric: str = "val/accuracy",
         higher_is_better: bool = True,
@@ -127,6 +128,7 @@ class Saver:
     ) -> None:
         """
         Args:
+            last_step: the step of the checkpoint that the run goes on from.
             keep_top_k: with `metric` and `higher_is_better`: which older checkpoints to keep (`store.prune`).
             save_optimizer: save AdamW's moments too; a resumed run is exact only with them.
             async_save: return from `save` before the checkpoint is on disk.
@@ -143,8 +145,8 @@ class Saver:
         self._copied = threading.Event()
         self._copied.set()
         trainable.optimizer.register_step_pre_hook(self._wait_for_copy)
-        self.last_step = 0
-        """Step of the latest call of `save`."""
+        self.last_step = last_step
+        """The newest step that `save` was called for."""
         self.stopped_s = 0.0
         """Seconds that training has waited for checkpoints."""
 

@@ -171,11 +171,11 @@ def _rollout(config: Config) -> Iterator[str]:
 
 def _train(config: Config) -> Iterator[str]:
     train, rollout = config.train, config.rollout
-    for name in ("max_steps", "max_epochs", "global_batch_size", "max_bad_steps"):
+    for name in ("max_steps", "max_epochs", "global_batch_size", "max_bad_updates"):
         yield from _at_least(f"train.{name}", getattr(train, name), 1)
     for name in ("lr", "max_grad_norm", "eps"):
         yield from _above_zero(f"train.{name}", getattr(train, name))
-    for name in ("warmup_steps", "weight_decay", "seed"):
+    for name in ("warmup_updates", "weight_decay", "seed"):
         yield from _at_least(f"train.{name}", getattr(train, name), 0)
     if train.seed >= 2**32:
         yield f"train.seed={train.seed}: must be below 2**32, as the engines' seeds are"

@@ -19,6 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 from distill_cli.config.choices import group_choices, groups, nearest
 from distill_cli.config.schema import Config
 
+RENAMED = {
+    "train.max_bad_steps": "train.max_bad_updates",
+    "train.warmup_steps": "train.warmup_updates",
+}
+"""Former names of keys; an error that meets one names the new."""
+
 
 def override_problems(overrides: Sequence[str], *, conf_dirs: Sequence[Path]) -> list[str]:
     """One line for each override that names no key, no choice, or a value of another type."""
@@ -107,6 +113,8 @@ def _problems_of(override: Override, text: str, schema: DictConfig, conf_dirs: S
         ]
     if override.is_add() and key.startswith("loss.") and not _is_known(schema, key):
         return [f"{key}: unknown key; a parameter of a divergence of your own is loss.kwargs.{key[len('loss.') :]}"]
+    if key in RENAMED:
+        return [f"{key}: is now {RENAMED[key]}"]
     if not _is_known(schema, key):
         return [f"{key or text}: unknown key{nearest(key, [*known_keys(), *groups(conf_dirs)])}"]
     return [problem for value in values if (problem := _type_problem(schema, key, value))]

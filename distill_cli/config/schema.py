@@ -264,15 +264,15 @@ class TrainConfig:
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
-    warmup_steps: int = 10
-    """Optimizer steps over which the learning rate rises from 0."""
+    warmup_updates: int = 10
+    """Optimizer updates over which the learning rate rises from 0; a step has one for each global batch."""
     schedule: Schedule = Schedule.constant
     """After the warm-up: constant, or falling to 0 by the last optimizer step as a cosine or a line."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm where it is larger."""
-    max_bad_steps: int = key(3, resume=True)
-    """Optimizer steps in a row whose loss or gradient may be not finite: each is skipped, after that many the run
-    stops and leaves their rollouts in `rollouts/`."""
+    max_bad_updates: int = key(3, resume=True)
+    """Optimizer updates in a row whose loss or gradient is not finite: each is skipped, and after that many the run
+    stops and leaves the last one's rollouts in `rollouts/`."""
     precision: Precision = Precision.bf16
     """bf16: bfloat16 compute, float32 weights, reductions and loss. fp32: float32 throughout."""
     activation_checkpointing: Checkpointing = key(Checkpointing.full, resume=True)

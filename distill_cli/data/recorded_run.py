@@ -1,6 +1,6 @@
 """What a run recorded for a replay: which steps are there, and whether a config can train on them. No torch.
 
-RUN/scores/ holds (`rollout.recording` writes and reads the tensors):
+RUN/scores/ holds (`rollout.score_files` writes and reads the tensors):
 
 | file                          | holds                                                                       |
 |-------------------------------|-----------------------------------------------------------------------------|
@@ -34,7 +34,7 @@ class Facts:
     """Tokens of the teacher's distribution at each position, by falling log-probability."""
     temperature: float
     """What the teacher's logits were divided by."""
-    one_class: list[int]
+    merged_eos_ids: list[int]
     """End tokens that the scores take for one (`model.eos_map`)."""
     end_tokens: list[int]
     """The student's own."""

@@ -1,8 +1,8 @@
-"""A scorer in a process of its own beside each rank, on the rank's device, for what one process cannot hold.
+"""A teacher in a process of its own for each rank, on the rank's device, for what one process cannot hold.
 
 The companions of all ranks form a process group of their own, so that a teacher is cut over them as it would be over
 the ranks. Requests and answers go over a socket: shared memory would outlive a process that is killed.
-`CompanionScorer` is the rank's side of it, `serve` the companion's.
+`CompanionTeacher` is the rank's side of it, `serve` the companion's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,10 +21,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from distill_cli.engines.base import Teacher
 from distill_cli.engines.engine import check_settings, reason
 from distill_cli.engines.process_setup import is_prepared, prepare_process
-from distill_cli.engines.scorer import Scorer
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
+from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.errors import ConfigError, DistillError, Killed
 from distill_cli.machine.processes import describe_exit
 from distill_cli.types import Sample, TeacherScores
@@ -33,29 +34,28 @@ EXIT_S = 10.0
 """How long a companion that closed its socket may take to be gone."""
 
 
-def needs_companion(sampler: EngineSettings, scorer: EngineSettings, *, on_gpu: bool) -> bool:
+def needs_companion(sampler: EngineSettings, teacher: EngineSettings, *, on_gpu: bool) -> bool:
     """Whether the two engines cannot live in one process.
 
     vLLM cuts the models of a process over the same number of ranks. On CUDA it lets one engine of a process sleep, and
     engines of a process share what their models have in common (the rotary tables), which sleeps with the first.
     """
-    return sampler.tensor_parallel != scorer.tensor_parallel or (on_gpu and scorer.sleep_mode)
+    return sampler.tensor_parallel != teacher.tensor_parallel or (on_gpu and teacher.sleep_mode)
 
 
-class CompanionScorer:
-    """A `Scorer` in another process, used as if it were here. Every rank builds one at the same point: a collective.
+class CompanionTeacher(Teacher):
+    """A `VllmTeacher` in another process. Every rank builds one at the same point: a collective.
 
     It loads while the rank goes on; `wait_ready`, or the first use, waits for it. All methods raise DistillError, with
     the reason, as soon as the process fails or dies.
     """
 
     def __init__(self, settings: EngineSettings, *, topk: int, temperature: float = 1.0) -> None:
-        """Start the process; the arguments are `Scorer`'s."""
-        check_settings(settings, role="the scorer")
+        """Start the process; the arguments are `VllmTeacher`'s."""
+        check_settings(settings, role="the teacher")
         if not is_prepared():
             prepare_process()  # the process inherits it
-        self.tensor_parallel = settings.tensor_parallel
-        """Ranks that share this engine and call it together: see `EngineSettings`."""
+        self.num_ranks = settings.tensor_parallel
         self._settings = settings
         self._is_ready = False
         host = os.environ.get("MASTER_ADDR", "localhost")
@@ -75,7 +75,6 @@ class CompanionScorer:
             self.wait_ready()
 
     def wait_ready(self) -> None:
-        """Until the teacher is loaded; without effect afterwards. Raises what `Scorer` would have raised."""
         if not self._is_ready:
             try:
                 self._receive()
@@ -85,21 +84,17 @@ class CompanionScorer:
             self._is_ready = True
 
     def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:
-        """See `Scorer.score`."""
         packed = self._call("score", sequences=list(sequences), response_starts=list(response_starts))
         return packed.unpack()
 
     def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
-        """See `Scorer.sample`."""
         return self._call("sample", prompts=list(prompts), seeds=list(seeds), sampling=sampling)
 
     def sleep(self) -> None:
-        """See `Scorer.sleep`."""
         if self._settings.sleep_mode:
             self._call("sleep")
 
     def wake(self) -> None:
-        """See `Scorer.wake`."""
         if self._settings.sleep_mode:
             self._call("wake")
 
@@ -136,13 +131,13 @@ class CompanionScorer:
 
     def _death(self) -> DistillError:
         if self._connection.closed:
-            return DistillError("the scorer is closed")
+            return DistillError("the teacher is closed")
         try:
             status = self._process.wait(EXIT_S)
         except subprocess.TimeoutExpired:
-            return Killed(f"the process of the scorer ({self._settings.path}) does not answer")
+            return Killed(f"the process of the teacher ({self._settings.path}) does not answer")
         kind = Killed if status < 0 else DistillError
-        return kind(f"the process of the scorer ({self._settings.path}) {describe_exit(status)}")
+        return kind(f"the process of the teacher ({self._settings.path}) {describe_exit(status)}")
 
 
 @dataclass(frozen=True)
@@ -160,22 +155,19 @@ class PackedScores:
     """The scores of all sequences of a call end to end. Arrays, since a tensor would be sent as shared memory."""
 
     lengths: list[int]
-    topk_ids: np.ndarray
-    topk_logp: np.ndarray
-    sampled_logp: np.ndarray
+    arrays: tuple[np.ndarray, ...]
+    """In the order of TeacherScores' fields; none if nothing was scored."""
 
     @classmethod
     def pack(cls, scores: Sequence[TeacherScores]) -> PackedScores:
-        def joined(name: str) -> np.ndarray:
-            tensors = [getattr(score, name) for score in scores]
-            return torch.cat(tensors).numpy() if tensors else np.empty(0, np.float32)
-
-        lengths = [len(score.sampled_logp) for score in scores]
-        return cls(lengths, joined("topk_ids"), joined("topk_logp"), joined("sampled_logp"))
+        if not scores:
+            return cls([], ())
+        whole = TeacherScores.cat(scores)
+        arrays = tuple(getattr(whole, field.name).numpy() for field in fields(whole))
+        return cls([len(score.sampled_logp) for score in scores], arrays)
 
     def unpack(self) -> list[TeacherScores]:
-        arrays = (self.topk_ids, self.topk_logp, self.sampled_logp)
-        parts = zip(*(torch.from_numpy(array).split(self.lengths) for array in arrays), strict=True)
+        parts = zip(*(torch.from_numpy(array).split(self.lengths) for array in self.arrays), strict=True)
         return [TeacherScores(*tensors) for tensors in parts]
 
 
@@ -226,19 +218,19 @@ class Companion:
 
     def start(self, **arguments: Any) -> None:
         join_companions()  # collective
-        self._scorer = Scorer(**arguments)
+        self._teacher = VllmTeacher(**arguments)
 
     def score(self, **arguments: Any) -> PackedScores:
-        return PackedScores.pack(self._scorer.score(**arguments))
+        return PackedScores.pack(self._teacher.score(**arguments))
 
     def sample(self, **arguments: Any) -> list[Sample]:
-        return self._scorer.sample(**arguments)
+        return self._teacher.sample(**arguments)
 
     def sleep(self) -> None:
-        self._scorer.sleep()
+        self._teacher.sleep()
 
     def wake(self) -> None:
-        self._scorer.wake()
+        self._teacher.wake()
 
 
 def join_companions() -> None:
@@ -255,4 +247,4 @@ def join_companions() -> None:
 def to_failure(error: Exception) -> Failure:
     if isinstance(error, DistillError):
         return Failure(str(error), error.problems if isinstance(error, ConfigError) else ())
-    return Failure(f"the scorer failed: {reason(error)}")
+    return Failure(f"the teacher failed: {reason(error)}")

@@ -1,4 +1,4 @@
-"""What `CompanionScorer` starts: `python -m distill_cli.engines.companion_process SOCKET PARENT`."""
+"""What `CompanionTeacher` starts: `python -m distill_cli.engines.companion_process SOCKET PARENT`."""
 
 from __future__ import annotations
 

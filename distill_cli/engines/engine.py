@@ -1,4 +1,4 @@
-"""One vLLM engine in this process: built, run, put to sleep, closed. Sampler and Scorer are each made of one."""
+"""One vLLM engine in this process: built, run, put to sleep, closed. `VllmSampler` and `VllmTeacher` each have one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers from an engine, for whoever holds one: tokens in and tokens out."""
+"""Answers from a vLLM engine: tokens in and tokens out."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+from distill_cli.engines.base import AnsweringEngine
 from distill_cli.engines.engine import Engine, Interrupted, request_params
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.errors import DistillError
 from distill_cli.types import Sample
 
 
-class Answerer:
-    """A model that answers with the weights of its folder, and does nothing else."""
+class Answerer(AnsweringEngine):
+    """A model that answers with the weights of its folder, and does nothing else: for evaluations."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self._engine = Engine(settings, role="the engine")
-        self.tensor_parallel = settings.tensor_parallel
+        self.num_ranks = settings.tensor_parallel
 
     def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
         return sample(self._engine, prompts, seeds=seeds, sampling=sampling)
@@ -37,8 +38,8 @@ def sample(
             seed get correlated answers.
 
     Returns:
-        Samples whose `logp` is raw: at temperature 1 over the whole vocabulary, whatever `sampling` says, and empty
-        without `sampling.logp`. Where the engine was asked to stop, they are empty altogether.
+        Samples whose `logp` is raw: at temperature 1 over the whole vocabulary, whatever `sampling` says, and None
+        without `sampling.logp`. If the engine was interrupted, they have no tokens.
 
     Raises:
         DistillError: a bad request, or a failure in the engine, which stays usable.
@@ -54,9 +55,9 @@ def sample(
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     try:
-        return [to_sample(output) for output in engine.generate(prompts, params)]
+        return [to_sample(output, logp=sampling.logp) for output in engine.generate(prompts, params)]
     except Interrupted:
-        return [Sample([], [], "length") for _ in prompts]
+        return [Sample([], [] if sampling.logp else None, "length") for _ in prompts]
 
 
 def sampling_params(sampling: SamplingSettings, *, seed: int, max_tokens: int) -> Any:
@@ -81,8 +82,9 @@ def fold_seed(seed: int) -> int:
     return zlib.crc32(str(seed).encode())
 
 
-def to_sample(output: Any) -> Sample:
+def to_sample(output: Any, *, logp: bool) -> Sample:
     completion = output.outputs[0]
     if completion.finish_reason not in ("stop", "length"):
         raise DistillError(f"vLLM ended a response with {completion.finish_reason!r}")
-    return Sample(list(completion.token_ids), list(completion.logprobs), completion.finish_reason)
+    values = list(completion.logprobs) if logp else None
+    return Sample(list(completion.token_ids), values, completion.finish_reason)

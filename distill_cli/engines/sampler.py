@@ -1,4 +1,4 @@
-"""The student's engine: writes answers, and takes new weights from the trainer in the same process."""
+"""The student's vLLM engine in the trainer's process, where a sync of weights is a copy."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ import torch
 
 from distill_cli.engines import vllm_patches
 from distill_cli.engines.adapter_sync import adapter_request, check_adapter, whole_tensors
+from distill_cli.engines.base import Sampler
 from distill_cli.engines.engine import Engine, reason
 from distill_cli.engines.reach import check_names
 from distill_cli.engines.sample_requests import sample
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
-from distill_cli.engines.weight_sync import check_names_and_shapes, expected_shapes, full_tensors
+from distill_cli.engines.weight_sync import Deferred, check_names_and_shapes, expected_shapes, full_tensors
 from distill_cli.errors import DistillError
 from distill_cli.types import Sample
 
-__all__ = ["Sampler", "SamplingSettings"]
-
 NO_WEIGHTS = -1
-"""`Sampler.version` after sleep, which drops the weights."""
+"""`VllmSampler.version` after sleep, which drops the weights."""
 
 
-class Sampler:
-    """Samples the student.
+class VllmSampler(Sampler):
+    """Samples the student in this process.
 
     For example:
-        sampler = Sampler(settings)
+        sampler = VllmSampler(settings)
         samples = sampler.sample(prompts, seeds=seeds, sampling=SamplingSettings(max_new_tokens=256))
         sampler.sync(model.named_parameters(), version=step)
     """
@@ -35,13 +34,11 @@ class Sampler:
     def __init__(self, settings: EngineSettings, *, should_stop: Callable[[], bool] | None = None) -> None:
         """Load the student; `should_stop` is `Engine`'s."""
         self.version = 0
-        """Which weights the engine has: what `sync` was last told, 0 for those of `settings.path`, -1 for none."""
         self._is_broken = False
         self._engine = Engine(settings, role="the sampler", should_stop=should_stop)
         if settings.adapter:
             check_names(platform="adapter")
-        self.tensor_parallel = settings.tensor_parallel
-        """Ranks that share this engine and call it together: see `EngineSettings`."""
+        self.num_ranks = settings.tensor_parallel
         model_config = self._engine.llm.model_config
         self._dtype: torch.dtype = model_config.dtype
         self._expected, self._optional = expected_shapes(
@@ -55,7 +52,7 @@ class Sampler:
             raise DistillError("the sampler has no weights since it slept: sync() comes before its next use")
         return sample(self._engine, prompts, seeds=seeds, sampling=sampling)
 
-    def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
+    def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor | Deferred]], *, version: int) -> None:
         """Replace the engine's weights with the trainer's. A collective where they are DTensors.
 
         Names and shapes are compared with the model's before anything is copied. Pass DTensors as they are
@@ -114,9 +111,8 @@ class Sampler:
         self._engine.sleep(level=1 if keeps_weights else 2)
 
     def wake(self) -> None:
-        """Take the memory again. `sync` comes before the next `sample`."""
+        """Take the memory again; `sync` must come before the next `sample`."""
         self._engine.wake()
 
     def close(self) -> None:
-        """Free the engine: before `destroy_process_group`."""
         self._engine.close()

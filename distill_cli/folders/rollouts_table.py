@@ -1,8 +1,10 @@
-"""Rollouts as a parquet file, for a look at them."""
+"""Rollouts as parquet files, to look at."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,39 +14,57 @@ import pyarrow.parquet
 
 from distill_cli.types import Rollout, TokenViews
 
-
-def write_rollouts(
-    path: Path,
-    rollouts: Sequence[Rollout],
-    *,
-    decode: Callable[[list[int]], str],
-    token_text: Callable[[int], str] | None = None,
-) -> None:
-    """One row a sequence: the prompt's place in the data, both texts and token ids, how it ended, its reward.
-
-    `sampled_logp` is the student's log-probability of each response token, by the sampler. Rollouts with `views` have
-    these too, token by token, with the likeliest tokens' texts beside their ids; `token_text` is needed for them.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {
-        "prompt_index": [rollout.prompt.index for rollout in rollouts],
-        "prompt": [decode(rollout.prompt.token_ids) for rollout in rollouts],
-        "response": [decode(rollout.sample.token_ids) for rollout in rollouts],
-        "prompt_ids": [rollout.prompt.token_ids for rollout in rollouts],
-        "response_ids": [rollout.sample.token_ids for rollout in rollouts],
-        "sampled_logp": [rollout.sample.logp for rollout in rollouts],
-        "finish_reason": [rollout.sample.finish_reason for rollout in rollouts],
-        "reward": [rollout.reward for rollout in rollouts],
-    }
-    if token_text is not None:
-        columns |= _view_columns(rollouts, text=cache(token_text))
-    temporary = path.with_name(f".{path.name}.tmp")
-    pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")
-    temporary.replace(path)
+log = logging.getLogger(__name__)
 
 
-def _view_columns(rollouts: Sequence[Rollout], *, text: Callable[[int], str]) -> dict[str, list[Any]]:
-    views: list[TokenViews] = [rollout.views for rollout in rollouts]
+@dataclass(frozen=True)
+class RolloutsFolder:
+    """Where a run leaves rollouts to look at."""
+
+    path: Path
+    decode: Callable[[list[int]], str]
+    token_text: Callable[[int], str]
+    """Text of one token, special ones too."""
+    is_written: bool = True
+    """False on all ranks but the main one."""
+
+    def write(self, name: str, rollouts: Sequence[Rollout], *, views: Sequence[TokenViews] = ()) -> Path:
+        """Write one row a sequence and return the file's path; a full disk is a warning.
+
+        A row has the prompt's place in the data, both texts and token ids, how it ended and its reward; `sampled_logp`
+        is the student's log-probability of each response token, by the sampler, null if unknown.
+
+        Args:
+            views: one for each rollout, written token by token with the likeliest tokens' texts, or none.
+        """
+        file = self.path / name
+        if not self.is_written:
+            return file
+        columns = {
+            "prompt_index": [rollout.prompt.index for rollout in rollouts],
+            "prompt": [self.decode(rollout.prompt.token_ids) for rollout in rollouts],
+            "response": [self.decode(rollout.sample.token_ids) for rollout in rollouts],
+            "prompt_ids": [rollout.prompt.token_ids for rollout in rollouts],
+            "response_ids": [rollout.sample.token_ids for rollout in rollouts],
+            "sampled_logp": [rollout.sample.logp for rollout in rollouts],
+            "finish_reason": [rollout.sample.finish_reason for rollout in rollouts],
+            "reward": [rollout.reward for rollout in rollouts],
+        }
+        if views:
+            columns |= _view_columns(rollouts, views, text=cache(self.token_text))
+        temporary = file.with_name(f".{name}.tmp")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")
+            temporary.replace(file)
+        except OSError as error:
+            log.warning("%s is not written: %s", file, error.strerror or error)
+        return file
+
+
+def _view_columns(
+    rollouts: Sequence[Rollout], views: Sequence[TokenViews], *, text: Callable[[int], str]
+) -> dict[str, list[Any]]:
     scalars = ("loss", "kl_forward", "kl_reverse", "entropy", "student_logp", "teacher_logp")
     ranked = ("student_top_ids", "student_top_logp", "teacher_top_ids", "teacher_top_logp")
     columns = {name: [getattr(view, name) for view in views] for name in (*scalars, *ranked)}

@@ -120,7 +120,7 @@ def shared_vocabulary(facts: Facts) -> SharedVocabulary:
     """Return the ids that occur in the run: those of the pair, of a recording, or of the only model."""
     if facts.recording is not None:  # its teacher may be gone
         recorded = facts.recording.facts
-        return SharedVocabulary(recorded.vocab_size, recorded.vocab_size, tuple(recorded.one_class))
+        return SharedVocabulary(recorded.vocab_size, recorded.vocab_size, tuple(recorded.merged_eos_ids))
     if facts.pair is None:
         return SharedVocabulary(facts.student.vocab_size, None, ())
     limit = facts.pair.limit

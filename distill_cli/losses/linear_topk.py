@@ -83,7 +83,7 @@ def linear_topk_loss(
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
     num_top: int = 0,
-    one_class: Sequence[int] = (),
+    merged_eos_ids: Sequence[int] = (),
 ) -> HeadOutput:
     """The sum over tokens of `token_loss`, for the student whose logits are hidden_NH weight_VH^T / temperature.
 
@@ -103,8 +103,8 @@ def linear_topk_loss(
         group: the tensor-parallel ranks, all of which must call with the same tokens. Only [n, K + 4] and smaller
             cross ranks. Outputs are the same on all of them. Hidden's gradient is partial: sum it over `group`. The
             weight's is this shard's, and whole.
-        one_class: tokens that are one class, which goes by the first one's id: its probability is the sum of theirs.
-            The other ids must not be among the top-k. Costs two more collectives of [n] and [n, len(one_class)].
+        merged_eos_ids: tokens that are one class under the first one's id, whose probability is the sum of theirs.
+            The other ids must not be among the top-k. Costs two more collectives of [n] and [n, len(merged_eos_ids)].
         chunk_tokens: tokens at a time; changes results by rounding only. None: the two buffers [n, V] together take
             about as much as the weight's float32 gradient.
         num_top: the student's own likeliest tokens that are returned: one more pass over the logits, for a look at
@@ -125,7 +125,7 @@ def linear_topk_loss(
             logits_nV, scratch_nV = buffers[:, : hidden[rows].shape[0]]
             _multiply(hidden[rows], weight.t(), out=logits_nV)
             ids = (topk_ids_NK[rows], sampled_ids_N[rows])
-            merged = _merge(logits_nV, one_class, temperature=temperature, shard=shard) if one_class else None
+            merged = _merge(logits_nV, merged_eos_ids, temperature=temperature, shard=shard) if merged_eos_ids else None
             top_ids_nM, top_logits_nM = shard.likeliest(logits_nV, num_top)
             softmax = _softmax(logits_nV, scratch_nV, *ids, temperature=temperature, shard=shard, merged=merged)
             if needs_hidden or needs_weight:

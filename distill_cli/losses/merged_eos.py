@@ -20,8 +20,8 @@ from distill_cli.types import TeacherScores
 PADDING_ID = -1
 
 
-def merge_topk(scores: TeacherScores, *, sampled_ids: Sequence[int], one_class: Sequence[int]) -> TeacherScores:
-    """The scores with the tokens of `one_class` as one, under the id of the first.
+def merge_topk(scores: TeacherScores, *, sampled_ids: Sequence[int], merged_eos_ids: Sequence[int]) -> TeacherScores:
+    """The scores with the tokens of `merged_eos_ids` as one, under the id of the first.
 
     Where several are among the top-k, their probabilities add up and the places that become free are padding. What the
     teacher gives to one that is not among them stays in the rest: no more than its K-th token has.
@@ -29,14 +29,14 @@ def merge_topk(scores: TeacherScores, *, sampled_ids: Sequence[int], one_class: 
     Args:
         sampled_ids: the response's tokens. The log-probability of one in the class becomes the class's.
     """
-    if not one_class or len(scores.topk_ids) == 0:
+    if not merged_eos_ids or len(scores.topk_ids) == 0:
         return scores
-    ids_M = torch.tensor(one_class)
+    ids_M = torch.tensor(merged_eos_ids)
     ids_RK, logp_RK = scores.topk_ids, scores.topk_logp
     member_RK = torch.isin(ids_RK.long(), ids_M)
     class_R = logp_RK.masked_fill(~member_RK, -torch.inf).logsumexp(-1)
     first_RK = member_RK & (member_RK.cumsum(-1) == 1)
-    ids_RK = torch.where(member_RK, torch.where(first_RK, one_class[0], PADDING_ID), ids_RK)
+    ids_RK = torch.where(member_RK, torch.where(first_RK, merged_eos_ids[0], PADDING_ID), ids_RK)
     merged_RK = torch.where(first_RK, class_R[:, None], PADDING_LOGP)
     logp_RK = torch.where(member_RK, merged_RK, logp_RK)
     logp_RK, order_RK = logp_RK.sort(dim=-1, descending=True, stable=True)  # the class may have overtaken others

@@ -1,4 +1,4 @@
-"""Work shared out over ranks by its expected cost, and results brought together again."""
+"""Work partitioned over ranks by its expected cost, and results gathered again."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from distill_cli.parallel.mesh import Parallel
 Item = TypeVar("Item")
 
 
-def share_out(costs: Sequence[float], num_shares: int) -> list[list[int]]:
-    """Indices of `costs` in shares of about equal sum and number: the dearest first, each to the share with least.
+def partition_by_cost(costs: Sequence[float], num_shares: int) -> list[list[int]]:
+    """Return indices of `costs` in shares of about equal sum and number: the dearest first, each to the least share.
 
     The same on every rank that calls it with the same costs. Indices rise within a share.
     """
@@ -29,13 +29,13 @@ def share_out(costs: Sequence[float], num_shares: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def bring_together(
+def gather_items(
     mine: Sequence[Item], shares: Sequence[Sequence[int]], *, group: dist.ProcessGroup | None = None
 ) -> dict[int, Item]:
-    """Index -> result, of all shares, on every rank of `group` (None is all ranks). A collective.
+    """Return index -> result of all shares, on every rank of `group` (None is all ranks). A collective.
 
     Args:
-        mine: the results of this rank's share, in its order. The group's ranks hold the shares in turn, where there
+        mine: the results of this rank's share, in its order. The group's ranks hold the shares in turn, and if there
             are more ranks than shares in runs of equal length; then the first of each run sends its results.
     """
     if len(shares) == 1:
@@ -53,7 +53,7 @@ def bring_together(
 
 @dataclass(frozen=True)
 class EngineShare:
-    """Which engine a rank is part of, among those that share some work; each is `tensor_parallel` consecutive ranks.
+    """Which engine a rank is part of, among those that share some work; each is `num_ranks` consecutive ranks.
 
     The ranks of an engine call it with the same requests, and all of them get the results.
     """
@@ -64,38 +64,38 @@ class EngineShare:
     is_first: bool
     """Of the ranks of its engine: what an engine did is counted once."""
     group: dist.ProcessGroup | None
-    """The ranks of these engines, for `bring_together`; None is all ranks."""
+    """The ranks of these engines, for `gather_items`; None is all ranks."""
     data_ranks: range
     """Whose sequences these engines share."""
 
     @classmethod
-    def of_all_ranks(cls, tensor_parallel: int, parallel: Parallel) -> EngineShare:
+    def of_all_ranks(cls, num_ranks: int, parallel: Parallel) -> EngineShare:
         """Every engine shares in the work of all ranks."""
         return cls(
-            index=parallel.rank // tensor_parallel,
-            num_engines=parallel.size // tensor_parallel,
-            is_first=parallel.rank % tensor_parallel == 0,
+            index=parallel.rank // num_ranks,
+            num_engines=parallel.size // num_ranks,
+            is_first=parallel.rank % num_ranks == 0,
             group=None,
             data_ranks=range(parallel.data_size),
         )
 
     @classmethod
-    def near_training(cls, tensor_parallel: int, parallel: Parallel) -> EngineShare:
+    def near_training(cls, num_ranks: int, parallel: Parallel) -> EngineShare:
         """As few ranks as can be share in the work that they train on themselves: results do not travel further.
 
         The ranks that train on the same sequences are as many as context and tensor axis have; the smallest block of
         consecutive ranks that both whole such sets and whole engines fill is their least common multiple. A collective.
         """
         peers = parallel.context.size() * parallel.tensor.size()
-        block = math.lcm(tensor_parallel, peers)
-        num_engines = block // tensor_parallel
+        block = math.lcm(num_ranks, peers)
+        num_engines = block // num_ranks
         # One engine's ranks have its results without asking each other.
         group = dist.new_subgroups(block)[0] if num_engines > 1 else None
         first_rank = parallel.rank // block * block
         return cls(
-            index=parallel.rank % block // tensor_parallel,
+            index=parallel.rank % block // num_ranks,
             num_engines=num_engines,
-            is_first=parallel.rank % tensor_parallel == 0,
+            is_first=parallel.rank % num_ranks == 0,
             group=group,
             data_ranks=range(first_rank // peers, (first_rank + block) // peers),
         )

@@ -1,60 +1,74 @@
-"""Builds a rank's engines from its config: the student's that samples, and the teacher's that scores."""
+"""Builds a rank's engines from its config: the student's sampler and the teacher."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from distill_cli.config.derived import needs_sampler, needs_scorer
 from distill_cli.config.schema import StudentModel, TeacherModel
-from distill_cli.engines.companion import CompanionScorer, needs_companion
-from distill_cli.engines.sampler import Sampler
-from distill_cli.engines.scorer import Scorer
+from distill_cli.engines.base import Sampler, Teacher
+from distill_cli.engines.companion import CompanionTeacher, needs_companion
+from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.settings import Adapter, EngineSettings, SamplingSettings
+from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.resolved import ResolvedRun
 
 log = logging.getLogger(__name__)
 
-Engines = tuple[Sampler | None, Scorer | CompanionScorer | None]
+
+@dataclass(frozen=True)
+class Engines:
+    """A rank's engines; None for one that the run does not need."""
+
+    sampler: Sampler | None
+    teacher: Teacher | None
+
+    def close(self) -> None:
+        """Close both, in the reverse of the order in which they were built. A collective."""
+        for engine in (self.sampler, self.teacher):
+            if engine is not None:
+                engine.close()
 
 
 def build_engines(
     found: ResolvedRun, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
 ) -> Engines:
-    """Build both engines, asleep if they sleep at all; in a replay only those that it asks. A collective.
+    """Build the engines that the run needs, asleep if they sleep at all. A collective.
 
     Args:
-        topk: tokens that the scorer gives at each position; None is `loss.topk`.
+        topk: tokens that the teacher gives at each position; None is `loss.topk`.
         should_stop: see `Engine`.
     """
     begin, config = time.perf_counter(), found.config
     # A companion loads on its own while the sampler is built here.
-    scorer = build_scorer(found, topk=topk, should_stop=should_stop) if needs_scorer(config) else None
+    teacher = build_teacher(found, topk=topk, should_stop=should_stop) if needs_scorer(config) else None
     sampler = None
     if needs_sampler(config):
-        sampler = Sampler(engine_settings(found, "student"), should_stop=should_stop)
+        sampler = VllmSampler(engine_settings(found, "student"), should_stop=should_stop)
         sampler.sleep()
-    if isinstance(scorer, CompanionScorer):
-        scorer.wait_ready()
+    if teacher is not None:
+        teacher.wait_ready()
     log.info("engines ready in %.1f s", time.perf_counter() - begin)
-    return sampler, scorer
+    return Engines(sampler, teacher)
 
 
-def build_scorer(
+def build_teacher(
     found: ResolvedRun, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
-) -> Scorer | CompanionScorer:
-    """Build the teacher's engine, asleep if it sleeps at all. A collective."""
+) -> Teacher:
+    """Build the teacher, asleep if it sleeps at all; it may load still (`wait_ready`). A collective."""
     student, teacher, loss = engine_settings(found, "student"), engine_settings(found, "teacher"), found.config.loss
     scale = {"topk": topk or loss.topk, "temperature": loss.temperature}
     if needs_companion(student, teacher, on_gpu=torch.cuda.is_available()):
-        scorer = CompanionScorer(teacher, **scale)
+        engine = CompanionTeacher(teacher, **scale)
     else:
-        scorer = Scorer(teacher, **scale, should_stop=should_stop)
-    scorer.sleep()
-    return scorer
+        engine = VllmTeacher(teacher, **scale, should_stop=should_stop)
+    engine.sleep()
+    return engine
 
 
 def engine_settings(found: ResolvedRun, role: str) -> EngineSettings:

@@ -7,55 +7,21 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from distill_cli.config.derived import validates
-from distill_cli.config.schema import Config
 from distill_cli.data.isolated import IsolatedEnvironments, IsolatedVerifier
-from distill_cli.data.order import PromptOrder, PromptStream
 from distill_cli.data.prompts import PromptMaker, PromptSettings, load_template, load_tokenizer, make_prompts
-from distill_cli.data.recorded_run import Recording
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.models.model_pair import OWN_TEMPLATE, read_template
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.resolved import ResolvedRun
-from distill_cli.rollout.score_files import Replay
 from distill_cli.rollout.turns import Turns, observation_encoder
-from distill_cli.train.token_report import Watched
 from distill_cli.train.validation import Validator, first_of_each
-
-Order = PromptOrder | PromptStream | Replay
-MAX_PROMPTS_AT_START = 50_000
-"""Training prompts that are all made before the first step: about 15 s. More are made when their turn comes."""
 
 
 def build_tokenizer(found: ResolvedRun) -> PreTrainedTokenizerBase:
     model, folder = found.config.model, found.tokenizer.folder
     return load_tokenizer(folder, chat_template=model.chat_template, trust_remote_code=model.trust_remote_code)
-
-
-def build_order(found: ResolvedRun, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> Order:
-    """The training prompts in their order: all made at the start, or one after the other where there are too many.
-
-    In a replay what was recorded.
-    """
-    config = found.config
-    if config.rollout.replay is not None:
-        return Replay(Recording.of(config.rollout.replay), topk=config.loss.topk, parallel=parallel)
-    data, batch_size, seed = config.data, config.rollout.prompts_per_step, config.train.seed
-    examples = load_examples(data.train, key="data.train", context=data.teacher_context)
-    make = prompt_maker(found, tokenizer)
-    if isinstance(examples, Stream) or len(examples) > MAX_PROMPTS_AT_START:
-        return PromptStream(
-            examples,
-            make,
-            batch_size=batch_size,
-            seed=seed,
-            shuffle=data.shuffle,
-            buffer=data.shuffle_buffer,
-            left_out=make.warnings,
-        )
-    prompts = make_prompts(examples, make, key="data.train")
-    return PromptOrder(prompts, batch_size=batch_size, seed=seed, shuffle=data.shuffle)
 
 
 def prompt_maker(found: ResolvedRun, tokenizer: PreTrainedTokenizerBase) -> PromptMaker:
@@ -112,19 +78,6 @@ def build_validator(found: ResolvedRun, parallel: Parallel, tokenizer: PreTraine
         batch_size=settings.batch_size,
         seed=config.train.seed,
         parallel=parallel,
-    )
-
-
-def build_watched(
-    config: Config, order: Order, validator: Validator | None, tokenizer: PreTrainedTokenizerBase
-) -> Watched | None:
-    """The first validation prompts; where nothing validates, the first of the training data."""
-    num = config.eval.record_samples
-    if num == 0 or (validator is None and isinstance(order, Replay)):
-        return None
-    return Watched(
-        prompts=validator.prompts[:num] if validator is not None else order.first(num),
-        token_text=lambda token: tokenizer.decode([token], skip_special_tokens=False),
     )
 
 

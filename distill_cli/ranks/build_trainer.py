@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -22,42 +20,43 @@ from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.derived import parse_duration, updates_per_step
 from distill_cli.config.schema import Config, Precision
-from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.data.recorded_run import Facts, vocabulary_digest
 from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import launched
-from distill_cli.folders.metrics_file import MetricsFile
+from distill_cli.folders.rollouts_table import RolloutsFolder
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import fingerprint
 from distill_cli.parallel.mesh import Parallel, init_parallel
-from distill_cli.ranks.build_engines import Engines, build_engines, train_sampling
-from distill_cli.ranks.build_prompts import (
+from distill_cli.ranks.build_engines import Engines, build_engines
+from distill_cli.ranks.build_prompts import build_tokenizer, build_validator, make_decode
+from distill_cli.ranks.build_source import (
     Order,
     build_order,
-    build_tokenizer,
-    build_turns,
-    build_validator,
-    build_watched,
-    make_decode,
+    build_planner,
+    build_source,
+    build_worker,
 )
 from distill_cli.resolved import ResolvedRun
-from distill_cli.rollout.off_policy import response_encoder
 from distill_cli.rollout.score_files import Recorder
+from distill_cli.rollout.stages import Stages
+from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.student.adapters import add_adapters
 from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import OptimizerOffload, build_optimizer, build_schedule
 from distill_cli.student.synced_weights import save_student
-from distill_cli.terminal.step_printer import StepPrinter
-from distill_cli.train.rollout_worker import EnginePair
+from distill_cli.train.checkpoints import Checkpoints
+from distill_cli.train.run_log import RunLog
 from distill_cli.train.run_state import Progress
-from distill_cli.train.trainer import Trainer
+from distill_cli.train.token_report import ProbeReport
+from distill_cli.train.trainer import Trainer, TrainerSettings
+from distill_cli.train.validation import Validation
 
 
 def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -> None:
-    """The whole life of a rank. Every rank of the run calls it.
+    """Build a rank's trainer, run it and leave its outcome. Every rank of the run calls it.
 
     Args:
         checkpoint: where to go on from; None begins at the beginning.
@@ -67,24 +66,16 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     stop = StopFlag(deadline=deadline(config, run))
     parallel = init_parallel(device=pick_device(), **asdict(config.mesh))
     tokenizer = build_tokenizer(found)
-    make_engines = partial(build_engines, should_stop=stop.is_set)
-    trainer, trainable = build_trainer(
-        run, console, found, parallel, tokenizer, make_engines=make_engines, checkpoint=checkpoint
-    )
-    if checkpoint:
-        trainer.progress = Progress.of(load(checkpoint, trainable))
-    if trainer.saver is not None:
-        trainer.saver.last_step = trainer.progress.step
-    trainer.stop = stop
+    trainer, engines = build_trainer(run, console, found, parallel, tokenizer, stop=stop, checkpoint=checkpoint)
     stop.listen(signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    with trainer.printer:
+    with trainer.log.printer:
         result = trainer.run()
-    if result.state == "finished" or trainer.saver is None:
+    if result.state == "finished" or trainer.checkpoints is None:
         save_student(trainer.student, tokenizer, run.student, dtype=getattr(torch, config.model.student.dtype.value))
+    trainer.log.close()
     if parallel.is_main:
-        trainer.metrics_file.close()
         write_json(run.outcome, {**asdict(result), "gap_closed": result.gap_closed})
-    close(trainer)
+    close(engines)
 
 
 def build_trainer(
@@ -94,63 +85,106 @@ def build_trainer(
     parallel: Parallel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    make_engines: Callable[[ResolvedRun], Engines],
-    checkpoint: Path | None = None,
-) -> tuple[Trainer, Trainable]:
-    """Everything that a step works with, and what of it a checkpoint is made of. A collective.
-
-    Args:
-        checkpoint: what will be loaded; it must have seen the same data.
-    """
+    stop: StopFlag,
+    checkpoint: Path | None,
+) -> tuple[Trainer, Engines]:
+    """Everything that a step works with, as a run begins or as it is in a checkpoint. A collective."""
     # What the user may have got wrong comes first, before engines take their time.
     config = found.config
     order, loss = build_order(found, tokenizer, parallel), build_loss(config)
     validator = build_validator(found, parallel, tokenizer)
     if checkpoint is not None:
         check_data(checkpoint, order)
-    sampler, scorer = make_engines(found)
+    engines = build_engines(found, should_stop=stop.is_set)
     student = build_student(found, loss, parallel)
-    num_steps = int(min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch))
-    trainable = build_trainable(found, student, num_steps=num_steps, device=parallel.device)
-    engines = EnginePair(
-        config=config,
-        parallel=parallel,
-        student=student,
-        sampler=sampler,
-        scorer=scorer,
-        sampling=train_sampling(found),
-        verify=IsolatedVerifier(config.data.verifier) if config.data.verifier else None,
+    settings = trainer_settings(config, order)
+    trainable = build_trainable(found, student, num_steps=settings.num_steps, device=parallel.device)
+    progress = Progress.of(load(checkpoint, trainable)) if checkpoint is not None else Progress()
+    shown = {"is_main": parallel.is_main, "show": tokenizer.decode, "print_every": config.run.print_every}
+    log = RunLog(run, console, num_steps=settings.num_steps, **shown)
+    stages, planner = Stages(parallel, stop, on_stage=log.stage), build_planner(config, parallel)
+    trained = {"student": student, "trainable": trainable}
+    worker = build_worker(found, tokenizer, stages, sampler=engines.sampler, **trained) if engines.sampler else None
+    scoring = ScoringWorker(engines.teacher, planner, stages, student.merged_eos_ids) if engines.teacher else None
+    recorder = build_recorder(found, run, parallel) if config.rollout.save_scores else None
+    rollouts = RolloutsFolder(
+        run.rollouts,
         decode=make_decode(tokenizer),
-        encode_response=response_encoder(tokenizer, template_kwargs=config.model.chat_template_kwargs),
-        turns=build_turns(found, tokenizer, max_tokens=config.rollout.max_sequence_length),
+        token_text=lambda token: tokenizer.decode([token], skip_special_tokens=False),
+        is_written=parallel.is_main,
     )
+    validation = probes = None
+    if validator is not None:
+        validation = Validation(validator, worker, engines.teacher if config.eval.teacher else None)
+    if number := config.eval.record_samples:
+        prompts = order.first(number) if validator is None else validator.prompts[:number]
+        probes = ProbeReport(prompts, worker, scoring, student, rollouts)
     trainer = Trainer(
-        config=config,
-        parallel=parallel,
+        settings=settings,
+        source=build_source(config, tokenizer, order, planner, stages, worker, scoring, recorder),
         student=student,
         optimizer=trainable.optimizer,
         schedule=trainable.schedule,
-        engines=engines,
-        prompts=order,
-        show=tokenizer.decode,
-        validator=validator,
-        metrics_file=MetricsFile(run.metrics) if parallel.is_main else None,
-        printer=StepPrinter(console, num_steps=num_steps, every=config.run.print_every),
-        num_steps=num_steps,
-        saver=build_saver(config, run, trainable) if config.checkpoint.enabled else None,
-        rollouts_dir=run.rollouts,
-        recorder=build_recorder(found, run, parallel) if config.rollout.save_scores else None,
-        watched=build_watched(config, order, validator, tokenizer),
-        heartbeat=run.beat if parallel.is_main else lambda stage: None,
+        parallel=parallel,
+        stages=stages,
+        progress=progress,
+        log=log,
+        rollouts=rollouts,
+        validation=validation,
+        probes=probes,
+        checkpoints=build_checkpoints(config, run, trainable, order, last_step=progress.step),
     )
-    return trainer, trainable
+    return trainer, engines
 
 
-def close(trainer: Trainer) -> None:
+def close(engines: Engines) -> None:
     """Engines first, then the process group. A collective."""
-    trainer.engines.close()
+    engines.close()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def trainer_settings(config: Config, order: Order) -> TrainerSettings:
+    return TrainerSettings(
+        num_steps=count_steps(config, order),
+        max_grad_norm=config.train.max_grad_norm,
+        max_bad_updates=config.train.max_bad_updates,
+        max_truncated_rate=config.rollout.max_truncated_rate,
+        on_truncation=config.rollout.on_truncation.value,
+        eval_period=config.eval.period,
+        eval_at_start=config.eval.at_start,
+        eval_at_end=config.eval.at_end,
+    )
+
+
+def count_steps(config: Config, order: Order) -> int:
+    """Steps of the whole run."""
+    return int(min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch))
+
+
+def build_checkpoints(
+    config: Config, run: RunDir, trainable: Trainable, order: Order, *, last_step: int
+) -> Checkpoints | None:
+    """`last_step` is the last one that is done, 0 at the beginning. A collective."""
+    settings = config.checkpoint
+    if not settings.enabled:
+        return None
+    saver = build_saver(config, run, trainable, last_step=last_step)
+    return Checkpoints(saver, settings.period, settings.metric, settings.keeps_highest, order.fingerprint)
+
+
+def build_saver(config: Config, run: RunDir, trainable: Trainable, *, last_step: int = 0) -> Saver:
+    settings = config.checkpoint
+    return Saver(
+        run,
+        trainable,
+        last_step=last_step,
+        keep_top_k=settings.keep_top_k,
+        metric=settings.metric,
+        higher_is_better=settings.keeps_highest,
+        save_optimizer=settings.save_optimizer,
+        async_save=settings.async_save,
+    )
 
 
 def deadline(config: Config, run: RunDir) -> float | None:
@@ -189,25 +223,12 @@ def build_recorder(found: ResolvedRun, run: RunDir, parallel: Parallel) -> Recor
     facts = Facts(
         topk=loss.topk,
         temperature=loss.temperature,
-        one_class=list(vocabulary.merged_eos_ids),
+        merged_eos_ids=list(vocabulary.merged_eos_ids),
         end_tokens=list(found.student.eos_ids),
         vocab_size=vocabulary.size,
         vocabulary=vocabulary_digest(found.tokenizer.folder, vocabulary.size),
     )
     return Recorder(run.scores, facts, parallel)
-
-
-def build_saver(config: Config, run: RunDir, trainable: Trainable) -> Saver:
-    checkpoint = config.checkpoint
-    return Saver(
-        run,
-        trainable,
-        keep_top_k=checkpoint.keep_top_k,
-        metric=checkpoint.metric,
-        higher_is_better=checkpoint.keeps_highest,
-        save_optimizer=checkpoint.save_optimizer,
-        async_save=checkpoint.async_save,
-    )
 
 
 def build_student(found: ResolvedRun, loss: DistillLoss, parallel: Parallel) -> Student:
@@ -219,7 +240,7 @@ def build_student(found: ResolvedRun, loss: DistillLoss, parallel: Parallel) -> 
         bf16 = config.train.precision is Precision.bf16
         add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, bf16=bf16)
     ends = found.vocabulary.merged_eos_ids
-    student = Student(lm, loss=loss, temperature=config.loss.temperature, parallel=parallel, one_class=ends)
+    student = Student(lm, loss=loss, temperature=config.loss.temperature, parallel=parallel, merged_eos_ids=ends)
     if ends and lm.generation_config is not None:
         lm.generation_config.eos_token_id = list(ends)  # whoever samples what is saved stops where training did
     return wrap_and_load(student, folder, config, parallel)
@@ -254,7 +275,7 @@ def build_trainable(found: ResolvedRun, student: Student, *, num_steps: int, dev
     schedule = build_schedule(
         optimizer,
         kind=train.schedule.value,
-        warmup_updates=train.warmup_steps,
+        warmup_updates=train.warmup_updates,
         num_updates=num_steps * updates_per_step(config),
     )
     base = fingerprint(found.student.folder) if config.model.student.lora.is_on else None

@@ -1,4 +1,4 @@
-"""Builds one rank's side of `distill check`, and runs it: the parts are those of a run, the questions `selfcheck`'s."""
+"""Builds one rank's side of `distill check` of the parts of a run, and runs it; `self_check` has the questions."""
 
 from __future__ import annotations
 
@@ -13,18 +13,29 @@ from rich.markup import escape
 
 from distill_cli.config.schema import Config, Dtype, Precision, TeacherModel
 from distill_cli.config.variation import override
-from distill_cli.engines.companion import CompanionScorer
-from distill_cli.engines.sampler import Sampler
-from distill_cli.engines.scorer import Scorer
+from distill_cli.engines.base import Teacher
 from distill_cli.errors import DistillError
 from distill_cli.folders.run_dir import RunDir, write_json
+from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import read_config, tensors
 from distill_cli.parallel.mesh import Parallel, init_parallel
-from distill_cli.ranks.build_engines import build_engines, build_scorer
+from distill_cli.ranks.build_engines import build_engines, build_teacher
 from distill_cli.ranks.build_prompts import build_tokenizer
-from distill_cli.ranks.build_trainer import build_loss, build_trainer, close, pick_device, wrap_and_load
+from distill_cli.ranks.build_source import build_order, build_planner, build_worker
+from distill_cli.ranks.build_trainer import (
+    build_loss,
+    build_saver,
+    build_student,
+    build_trainable,
+    close,
+    count_steps,
+    pick_device,
+    wrap_and_load,
+)
 from distill_cli.ranks.self_check import MASSES, Finding, Limits, SelfCheck
 from distill_cli.resolved import ResolvedRun
+from distill_cli.rollout.stages import Stages
+from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.student.model import Student, build_lm
 from distill_cli.terminal.console import Console
 
@@ -38,33 +49,51 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
     config = found.config
     parallel = init_parallel(device=pick_device(), **asdict(config.mesh))
     tokenizer = build_tokenizer(found)
-
-    def of_the_student(found: ResolvedRun) -> tuple[Sampler, Scorer | CompanionScorer]:
-        student = found.config.model.student
-        model = TeacherModel(path=student.path, revision=student.revision, dtype=student.dtype)
-        as_teacher = replace(found, config=override(found.config, {"model.teacher": model}), teacher=found.student)
-        return build_engines(as_teacher, topk=num_scored(found))
-
-    trainer, trainable = build_trainer(run, console, found, parallel, tokenizer, make_engines=of_the_student)
-    sampling = trainer.engines.sampling
-    trainer.engines.sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, CHECKED_TOKENS))
+    order, planner = build_order(found, tokenizer, parallel), build_planner(config, parallel)
+    engines = build_engines(of_the_student(found), topk=num_scored(found))
+    student = build_student(found, build_loss(config), parallel)
+    trainable = build_trainable(found, student, num_steps=count_steps(config, order), device=parallel.device)
+    stages = Stages(parallel, StopFlag())
+    worker = build_worker(found, tokenizer, stages, sampler=engines.sampler, student=student, trainable=trainable)
+    sampling = replace(worker.sampling, max_new_tokens=min(worker.sampling.max_new_tokens, CHECKED_TOKENS))
     show = Console(file=console, highlight=False, soft_wrap=not console.isatty())
 
+    def scoring_by(teacher: Teacher) -> ScoringWorker:
+        return ScoringWorker(teacher, planner, stages, student.merged_eos_ids)
+
+    def report(finding: Finding) -> None:
+        show.print(finding_line(finding))
+        if parallel.is_main:
+            run.beat("check")
+
     check = SelfCheck(
-        trainer=trainer,
+        config=config,
+        parallel=parallel,
+        prompts=order.batch(0),
+        worker=replace(worker, sampling=sampling),
+        own_scoring=scoring_by(engines.teacher),
+        make_scoring=lambda: scoring_by(build_teacher(found, topk=num_scored(found))),
+        student=student,
         trainable=trainable,
         loss=build_loss(config),
-        make_teacher=lambda: build_scorer(found, topk=num_scored(found)),
         load_teacher=lambda: load_teacher(found, parallel),
+        saver=build_saver(config, run, trainable),
         checkpoints=run.checkpoints,
         limits=Limits.of(exact=is_exact(config, parallel.device)),
-        report=lambda finding: show.print(finding_line(finding)),
+        report=report,
     )
     is_good = check.run()
     if parallel.is_main:
         findings = [asdict(finding) for finding in check.findings]
         write_json(run.outcome, {"state": "finished", "is_good": is_good, "findings": findings})
-    close(trainer)
+    close(engines)
+
+
+def of_the_student(found: ResolvedRun) -> ResolvedRun:
+    """Return the run with the student as its own teacher."""
+    student = found.config.model.student
+    teacher = TeacherModel(path=student.path, revision=student.revision, dtype=student.dtype)
+    return replace(found, config=override(found.config, {"model.teacher": teacher}), teacher=found.student)
 
 
 def finding_line(finding: Finding) -> str:
@@ -75,7 +104,7 @@ def finding_line(finding: Finding) -> str:
 
 
 def num_scored(found: ResolvedRun) -> int:
-    """Tokens of the teacher that a check looks at: the largest of MASSES, or `loss.topk` if that is more."""
+    """Tokens of the teacher's distribution that a check looks at: the largest of MASSES, or `loss.topk` if larger."""
     return max(found.config.loss.topk, min(MASSES[-1], found.vocabulary.limit or found.student.vocab_size))
 
 
@@ -106,7 +135,7 @@ def load_teacher(found: ResolvedRun, parallel: Parallel) -> Student:
         loss=build_loss(config),
         temperature=config.loss.temperature,
         parallel=parallel,
-        one_class=found.vocabulary.merged_eos_ids,
+        merged_eos_ids=found.vocabulary.merged_eos_ids,
     )
     return wrap_and_load(teacher, folder, config, parallel)
 

@@ -1,7 +1,7 @@
 """`distill check`, on the ranks: is what is measured what is meant? Small, on the real models, mesh and engines.
 
-The first scorer holds the student itself, so that teacher and student are equal and every difference is a defect; then
-comes the teacher. Each question is answered by a number against a limit, and by a fix where it is not met. Limits are
+The first teacher is the student itself, so that teacher and student are equal and every difference is a defect; then
+comes the real one. Each question is answered by a number against a limit, and by a fix if it is not met. Limits are
 those of the arithmetic: float32 throughout, or anything with 16 bits in it.
 """
 
@@ -16,19 +16,18 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from distill_cli.checkpoint import store
-from distill_cli.checkpoint.saver import Trainable, load
-from distill_cli.config.schema import Precision
-from distill_cli.engines.companion import CompanionScorer
-from distill_cli.engines.scorer import Scorer
+from distill_cli.checkpoint.saver import Saver, Trainable, load
+from distill_cli.config.schema import Config, Precision
 from distill_cli.errors import DistillError
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.losses.linear_topk import HeadOutput
+from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import MicroBatch, micro_batches
+from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
 from distill_cli.student.adapters import B
 from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, accumulate_gradient, count_response_tokens, optimizer_step
-from distill_cli.train.trainer import Trainer
-from distill_cli.types import Rollout, TeacherScores
+from distill_cli.types import Prompt, Rollout
 
 MASSES = (16, 64, 128)
 """Sizes of the teacher's top-k whose probability is reported."""
@@ -65,36 +64,49 @@ class Limits:
 class SelfCheck:
     """One rank's side; every rank runs it. `run` enters the same collectives on all."""
 
-    trainer: Trainer
-    """Its scorer holds the student's own weights at first, for MASSES[-1] words where there are as many."""
+    config: Config
+    parallel: Parallel
+    prompts: Sequence[Prompt]
+    """One for each sequence of a global batch."""
+    worker: RolloutWorker
+    own_scoring: ScoringWorker
+    """By a teacher that holds the student's own weights, for MASSES[-1] tokens if there are as many."""
+    make_scoring: Callable[[], ScoringWorker]
+    """Builds the real teacher, once the first one is closed, to score as many. A collective."""
+    student: Student
     trainable: Trainable
     loss: DistillLoss
     """As the config says, apart from the student's."""
-    make_teacher: Callable[[], Scorer | CompanionScorer]
-    """Builds the teacher's scorer, once the first one is closed. A collective."""
     load_teacher: Callable[[], Student]
-    """The teacher in the trainer's own code. Raises DistillError with the reason where it cannot be. A collective."""
+    """Loads the teacher into the trainer's own code. Raises DistillError if it cannot be. A collective."""
+    saver: Saver
     checkpoints: Path
-    """Where the trainer's saver writes."""
+    """Where the saver writes."""
     limits: Limits
     report: Callable[[Finding], None]
     """Called on every rank, with the same findings."""
     findings: list[Finding] = field(default_factory=list)
+    num_changes: int = 0
+    """How often the student's weights were changed: their version, for the sampler."""
+
+    def __post_init__(self) -> None:
+        self.worker = replace(self.worker, version=lambda: self.num_changes)
 
     def run(self) -> bool:
-        """Every question in turn; whether none was answered badly."""
-        rollouts = self.sample(version=0)
-        own, _ = self.score(rollouts)
+        """Answer every question in turn, and return whether none was answered badly."""
+        rollouts = self.sample()
+        own, _ = self.score(rollouts, self.own_scoring)
         self.check_student_against_itself(own)
-        self.trainer.engines.scorer.close()
-        self.trainer.engines.scorer = self.make_teacher()
-        batches, masses = self.score(rollouts)
+        self.own_scoring.teacher.close()
+        scoring = self.make_scoring()
+        batches, masses = self.score(rollouts, scoring)
         self.say("top-k mass of the teacher", None, ", ".join(f"{mass:.4f} at {k}" for k, mass in masses.items()))
         differs = self.check_teacher(batches)
         self.check_teachers_scores(batches)
         self.check_gradient(batches, worth_it=differs)
         self.check_step(batches)
-        self.check_sync_and_checkpoint()
+        self.check_sync_and_checkpoint(scoring)
+        scoring.teacher.close()
         return all(finding.is_good is not False for finding in self.findings)
 
     def say(self, what: str, is_good: bool | None, found: str, fix: str = "") -> None:
@@ -104,47 +116,33 @@ class SelfCheck:
 
     # what is compared
 
-    def sample(self, *, version: int) -> list[Rollout]:
-        """Answers of the student's engine with the trainer's weights. A collective."""
-        trainer, engines = self.trainer, self.trainer.engines
-        with trainer.awake(engines.sampler):
-            engines.sync(version)
-            return engines.sample(trainer.prompts_of(1), step=1)
+    def sample(self) -> list[Rollout]:
+        """Sample with the student's weights as they are now. A collective."""
+        with self.worker.ready():
+            return self.worker.sample(self.prompts, step=1)
 
-    def score(self, rollouts: Sequence[Rollout]) -> tuple[list[MicroBatch], dict[int, float]]:
-        """Micro-batches with the scorer's scores, and the teacher's mass by size of its top-k. A collective."""
-        trainer = self.trainer
-        rollouts = [replace(rollout, scores=None) for rollout in rollouts]
-        plans = trainer.plan(rollouts)
-        with trainer.awake(trainer.engines.scorer):
-            trainer.engines.score(plans)
-        topk = trainer.config.loss.topk
-        sums = torch.zeros(len(MASSES) + 1, device=trainer.parallel.device)
-        for rollout in (rollout for rollout in rollouts if rollout.scores is not None):
-            scores = rollout.scores
+    def score(self, rollouts: Sequence[Rollout], scoring: ScoringWorker) -> tuple[list[MicroBatch], dict[int, float]]:
+        """Return scored micro-batches, and the teacher's mass by size of its top-k. A collective."""
+        scored = scoring.score(rollouts)
+        sums = torch.zeros(len(MASSES) + 1, device=self.parallel.device)
+        for scores in scored.scores.values():
             mass = [scores.topk_logp[:, :k].exp().sum() for k in MASSES]
             sums += torch.tensor([*mass, float(len(scores.sampled_logp))], device=sums.device)
-            rollout.scores = TeacherScores(scores.topk_ids[:, :topk], scores.topk_logp[:, :topk], scores.sampled_logp)
-        *masses, number = trainer.parallel.all_sum(sums).tolist()
+        *masses, number = self.parallel.all_sum(sums).tolist()
+        scores = {place: scores.first(self.config.loss.topk) for place, scores in scored.scores.items()}
         batches = [
-            batch
-            for members, plan in plans
-            for batch in micro_batches(plan, members, topk=topk, parallel=trainer.parallel)
+            batch for plan in scored.plans for batch in micro_batches(plan, rollouts, scores, parallel=self.parallel)
         ]
         return batches, {k: mass / max(number, 1) for k, mass in zip(MASSES, masses, strict=True)}
 
-    @torch.no_grad()
     def outputs(self, student: Student, batches: Sequence[MicroBatch]) -> tuple[float, list[HeadOutput]]:
-        """The loss of the global batch, and what the head says. A collective."""
-        parallel = self.trainer.parallel
-        total = count_response_tokens(batches, parallel=parallel)
-        loss, outputs = torch.zeros((), device=parallel.device), []
-        for batch in batches:
-            batch_loss, output = student(batch.to(parallel.device), num_loss_tokens=total.clamp(min=1))
-            loss += batch_loss
-            outputs.append(output)
-        student.reshard()  # else what was gathered would outlive a change of the weights
-        return float(parallel.all_sum(loss)), outputs
+        """Return the loss of the global batch, and what the head says. A collective."""
+        total = count_response_tokens(batches, parallel=self.parallel)
+        outputs = student.evaluate(batches, num_loss_tokens=total.clamp(min=1))
+        loss = torch.zeros((), device=self.parallel.device)
+        for output in outputs:
+            loss += output.loss
+        return float(self.parallel.all_sum(loss)), outputs
 
     def mean(
         self,
@@ -153,7 +151,7 @@ class SelfCheck:
         of_tokens: Callable[[MicroBatch, HeadOutput], torch.Tensor],
     ) -> float:
         """Over the response tokens of all ranks, in float64. A collective."""
-        parallel = self.trainer.parallel
+        parallel = self.parallel
         sums = torch.zeros(2, dtype=torch.float64, device=parallel.device)
         for batch, output in zip(batches, outputs, strict=True):
             values_N = of_tokens(batch.to(parallel.device), output)
@@ -168,15 +166,15 @@ class SelfCheck:
         """Of the top-k's log-probabilities, each weighted by its probability."""
 
         def of_tokens(batch: MicroBatch, output: HeadOutput) -> torch.Tensor:
-            difference_NK = (batch.topk_logp - output.student_logp_NC[:, :-1]).abs()
-            return (batch.topk_logp.exp() * difference_NK).sum(-1)
+            difference_NK = (batch.scores.topk_logp - output.student_logp_NC[:, :-1]).abs()
+            return (batch.scores.topk_logp.exp() * difference_NK).sum(-1)
 
         return self.mean(batches, outputs, of_tokens)
 
     # the questions
 
     def check_student_against_itself(self, batches: Sequence[MicroBatch]) -> None:
-        loss, outputs = self.outputs(self.trainer.student, batches)
+        loss, outputs = self.outputs(self.student, batches)
         self.within(
             "sampler and trainer agree",
             self.sampler_difference(batches, outputs),
@@ -189,7 +187,7 @@ class SelfCheck:
             self.scorer_difference(batches, outputs),
             self.limits.logp,
             f"the scorer's log-probabilities are not those of the same model: is loss.temperature="
-            f"{self.trainer.config.loss.temperature} applied on both sides? see engine.teacher.kwargs",
+            f"{self.config.loss.temperature} applied on both sides? see engine.teacher.kwargs",
         )
         self.within(
             "teacher = student: the loss is zero",
@@ -201,8 +199,8 @@ class SelfCheck:
 
     def check_teacher(self, batches: Sequence[MicroBatch]) -> bool:
         """Whether the teacher is another model."""
-        loss, _ = self.outputs(self.trainer.student, batches)
-        model, differs = self.trainer.config.model, loss > 10 * self.limits.loss
+        loss, _ = self.outputs(self.student, batches)
+        model, differs = self.config.model, loss > 10 * self.limits.loss
         expected = (model.teacher.path, model.teacher.revision) != (model.student.path, model.student.revision)
         self.say(
             "teacher != student: the loss is not zero" if expected else "the teacher is the student itself",
@@ -224,19 +222,18 @@ class SelfCheck:
             what,
             self.scorer_difference(batches, outputs),
             self.limits.logp,
-            f"the scorer has not the weights of model.teacher.path={self.trainer.config.model.teacher.path}, or "
+            f"the scorer has not the weights of model.teacher.path={self.config.model.teacher.path}, or "
             "computes them differently: see model.teacher.dtype and engine.teacher.kwargs",
         )
 
     def check_gradient(self, batches: Sequence[MicroBatch], *, worth_it: bool) -> None:
         """The loss is the mean over response tokens; its gradient is its slope, by central differences."""
-        trainer, device = self.trainer, self.trainer.parallel.device
-        result = accumulate_gradient(trainer.student, batches, max_grad_norm=float("inf"), parallel=trainer.parallel)
+        result = accumulate_gradient(self.student, batches, max_grad_norm=float("inf"), parallel=self.parallel)
 
         def of_tokens(batch: MicroBatch, output: HeadOutput) -> torch.Tensor:
-            return self.loss(batch.topk_logp, output.student_logp_NC, output.entropy_N)
+            return self.loss(batch.scores.topk_logp, output.student_logp_NC, output.entropy_N)
 
-        expected = self.mean([batch.to(device) for batch in batches], result.outputs, of_tokens)
+        expected = self.mean(batches, result.outputs, of_tokens)
         self.say(
             "the loss is the mean over all response tokens",
             abs(result.loss - expected) <= 1e-3 * abs(expected) + self.limits.loss,
@@ -246,20 +243,19 @@ class SelfCheck:
         if worth_it and result.is_finite and result.grad_norm > 0:
             slope = self.slope(batches, result)
             found = f"norm {result.grad_norm:.4g}, slope {slope:.4g}"
-            config = trainer.config
             # What a new adapter adds to a layer's bfloat16 output is in part less than that can show.
-            is_rounded = config.model.student.lora.is_on and config.train.precision is Precision.bf16
+            is_rounded = self.config.model.student.lora.is_on and self.config.train.precision is Precision.bf16
             self.say(
                 "the gradient is the loss's slope",
                 None if is_rounded else 0.7 <= slope / result.grad_norm <= 1.4,
                 f"{found}: small steps of adapters are rounded away in bf16" if is_rounded else found,
                 "gradients are summed or divided once too often over the mesh's ranks",
             )
-        trainer.optimizer.zero_grad(set_to_none=True)
+        self.trainable.optimizer.zero_grad(set_to_none=True)
 
     def slope(self, batches: Sequence[MicroBatch], result: StepResult) -> float:
         """How fast the loss falls along its gradient, in a step either way of about LOSS_SHIFT of itself."""
-        student, length = self.trainer.student, LOSS_SHIFT * result.loss / result.grad_norm
+        student, length = self.student, LOSS_SHIFT * result.loss / result.grad_norm
         losses = []
         for sign in (1.0, -1.0):
             with self.moved(student, sign * length / result.grad_norm):
@@ -278,14 +274,13 @@ class SelfCheck:
                 param.add_(param.grad, alpha=factor)
 
     def check_step(self, batches: Sequence[MicroBatch]) -> None:
-        trainer, train = self.trainer, self.trainer.config.train
         result = optimizer_step(
-            trainer.student,
-            trainer.optimizer,
-            trainer.schedule,
+            self.student,
+            self.trainable.optimizer,
+            self.trainable.schedule,
             batches,
-            max_grad_norm=train.max_grad_norm,
-            parallel=trainer.parallel,
+            max_grad_norm=self.config.train.max_grad_norm,
+            parallel=self.parallel,
         )
         self.say(
             "a step of the optimizer is finite",
@@ -294,18 +289,18 @@ class SelfCheck:
             "look at the weights of model.student.path, and at train.precision",
         )
 
-    def check_sync_and_checkpoint(self) -> None:
+    def check_sync_and_checkpoint(self, scoring: ScoringWorker) -> None:
         """The sampler follows when trained weights change; a checkpoint brings back, bit for bit, what they were."""
-        trainer = self.trainer
         before = [_local(tensor).clone() for tensor in self.trainable.tensors(with_optimizer=True).values()]
-        trainer.saver.save(1, {"metrics": {}})
-        trainer.saver.finish()
+        self.saver.save(1, {"metrics": {}})
+        self.saver.finish()
         with torch.no_grad():
             for name, param in self.trainable.parameters():
                 # An adapter's B begins at 0, where a factor would change nothing.
                 param.add_(SYNC_SHIFT / param.shape[1]) if name.endswith(B) else param.mul_(1 - SYNC_SHIFT)
-        batches, _ = self.score(self.sample(version=2))
-        _, new = self.outputs(trainer.student, batches)
+        self.num_changes += 1
+        batches, _ = self.score(self.sample(), scoring)
+        _, new = self.outputs(self.student, batches)
         what, warnings = "a checkpoint brings everything back", list[str]()
         saved = store.newest_whole(self.checkpoints, warn=warnings.append)
         if saved is None:
@@ -314,10 +309,10 @@ class SelfCheck:
         load(saved.path, self.trainable)
         after = [_local(tensor) for tensor in self.trainable.tensors(with_optimizer=True).values()]
         equal = [x.equal(y) for x, y in zip(before, after, strict=True)]
-        differing = trainer.parallel.all_max(float(equal.count(False)))
+        differing = self.parallel.all_max(float(equal.count(False)))
         found = f"{len(equal)} tensors, {differing:.0f} of them differ"
         self.say(what, differing == 0, found, "the run could not go on where it was: report this")
-        _, old = self.outputs(trainer.student, batches)
+        _, old = self.outputs(self.student, batches)
         self.check_sync(batches, new, old)
 
     def check_sync(self, batches: Sequence[MicroBatch], new: Sequence[HeadOutput], old: Sequence[HeadOutput]) -> None:

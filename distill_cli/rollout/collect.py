@@ -1,16 +1,16 @@
-"""Prompts become rollouts: the student samples, the teacher scores, the verifier judges."""
+"""Sample, judge and score sequences on one rank's engine. `workers` shares them out over the engines of all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from distill_cli.data.isolated import IsolatedVerifier
-from distill_cli.engines.sampler import Sampler
-from distill_cli.engines.scorer import Scorer
+from distill_cli.engines.base import AnsweringEngine, Teacher
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.losses.merged_eos import merge_topk
 from distill_cli.rollout.turns import Turns, sample_turns
-from distill_cli.types import Prompt, Rollout
+from distill_cli.types import Prompt, Rollout, TeacherScores
 
 
 def sequence_seed(seed: int, *, step: int, sequence: int) -> int:
@@ -22,37 +22,52 @@ def sample_rollouts(
     prompts: Sequence[Prompt],
     *,
     seeds: Sequence[int],
-    sampler: Sampler,
+    engine: AnsweringEngine,
     sampling: SamplingSettings,
     turns: Turns | None = None,
 ) -> list[Rollout]:
-    """One answer to each prompt, in several turns where there is an environment."""
+    """Sample one answer to each prompt, in several turns if there is an environment."""
     if turns is not None:
-        return sample_turns(prompts, seeds=seeds, sampler=sampler, sampling=sampling, turns=turns)
-    samples = sampler.sample([prompt.token_ids for prompt in prompts], seeds=seeds, sampling=sampling)
+        return sample_turns(prompts, seeds=seeds, engine=engine, sampling=sampling, turns=turns)
+    samples = engine.sample([prompt.token_ids for prompt in prompts], seeds=seeds, sampling=sampling)
     return [Rollout(prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
 
 
-def score_rollouts(rollouts: Sequence[Rollout], *, scorer: Scorer, one_class: Sequence[int] = ()) -> None:
-    """Fills in the teacher's scores of the student's answers; the prompts before them may be the teacher's own.
+def score_rollouts(
+    rollouts: Sequence[Rollout], *, teacher: Teacher, merged_eos_ids: Sequence[int] = ()
+) -> list[TeacherScores]:
+    """Score answers with the teacher, which may read prompts of its own before them.
 
-    The tokens of `one_class` are taken for one (`model.eos_map`).
+    The tokens of `merged_eos_ids` are taken for one (`model.eos_map`).
     """
-    assert all(len(one.sample.logp) == len(one.sample.token_ids) for one in rollouts), "sampled with logp=False"
-    scores = scorer.score(
-        [rollout.teacher_token_ids for rollout in rollouts],
-        response_starts=[len(rollout.teacher_prompt_ids) for rollout in rollouts],
+    samples = [rollout.sample for rollout in rollouts]
+    assert all(one.logp is not None or one.source != "student" for one in samples), "sampled with logp=False"
+    scores = teacher.score(
+        [rollout.ids_for_teacher for rollout in rollouts],
+        response_starts=[len(rollout.prompt.ids_for_teacher) for rollout in rollouts],
     )
-    for rollout, score in zip(rollouts, scores, strict=True):
-        rollout.scores = merge_topk(score, sampled_ids=rollout.sample.token_ids, one_class=one_class)
+    return [
+        merge_topk(score, sampled_ids=sample.token_ids, merged_eos_ids=merged_eos_ids)
+        for sample, score in zip(samples, scores, strict=True)
+    ]
 
 
-def judge_rollouts(rollouts: Sequence[Rollout], *, verify: IsolatedVerifier, decode) -> None:
-    """Fills in the reward where the example has an answer and no environment gave one; `decode` makes text of ids.
+def judge_rollouts(
+    rollouts: Sequence[Rollout], *, verify: IsolatedVerifier, decode: Callable[[list[int]], str]
+) -> list[Rollout]:
+    """Reward those whose example has an answer and that no environment rewarded; of several turns judge the last.
 
-    Of several turns the last is what is judged.
+    Args:
+        decode: makes text of token ids.
     """
-    open_ones = [one for one in rollouts if one.prompt.example.answer is not None and one.reward is None]
-    scores = verify([(decode(one.sample.last_turn_ids), one.prompt.example.answer) for one in open_ones])
-    for rollout, score in zip(open_ones, scores, strict=True):
-        rollout.reward = score
+    unjudged = [
+        index
+        for index, rollout in enumerate(rollouts)
+        if rollout.prompt.example.answer is not None and rollout.reward is None
+    ]
+    pairs = [(decode(rollouts[i].sample.last_turn_ids), rollouts[i].prompt.example.answer) for i in unjudged]
+    rewards = dict(zip(unjudged, verify(pairs), strict=True))
+    return [
+        replace(rollout, reward=rewards[index]) if index in rewards else rollout
+        for index, rollout in enumerate(rollouts)
+    ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from distill_cli.data.environments import Environment, Observation
 from distill_cli.data.isolated import Failures
+from distill_cli.engines.base import AnsweringEngine
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.types import Prompt, Rollout, Sample
 
@@ -43,14 +44,16 @@ class Growing:
     """None where it failed before the first turn, which is then the last."""
     token_ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
+    """Of no meaning if the sampler is not asked for it."""
     trained: list[bool] = field(default_factory=list)
     num_turns: int = 0
     reward: float | None = None
     finish_reason: str = ""
     """Empty as long as it goes on."""
 
-    def rollout(self) -> Rollout:
-        sample = Sample(self.token_ids, self.logp, self.finish_reason, trained=self.trained, num_turns=self.num_turns)
+    def rollout(self, *, has_logp: bool) -> Rollout:
+        logp = self.logp if has_logp else None
+        sample = Sample(self.token_ids, logp, self.finish_reason, trained=self.trained, num_turns=self.num_turns)
         return Rollout(self.prompt, sample, reward=self.reward)
 
 
@@ -60,12 +63,17 @@ def turn_seed(seed: int, turn: int) -> int:
 
 
 def sample_turns(
-    prompts: Sequence[Prompt], *, seeds: Sequence[int], sampler, sampling: SamplingSettings, turns: Turns
+    prompts: Sequence[Prompt],
+    *,
+    seeds: Sequence[int],
+    engine: AnsweringEngine,
+    sampling: SamplingSettings,
+    turns: Turns,
 ) -> list[Rollout]:
-    """One sequence to each prompt, of up to `turns.max_turns` turns; rewards are those that the environment gave.
+    """Sample a sequence of up to `turns.max_turns` turns for each prompt, rewarded by the environment.
 
     Args:
-        sampling: `max_new_tokens` is of each turn.
+        sampling: `max_new_tokens` limits each turn.
     """
     sequences = [Growing(prompt, seed, turns.make()) for prompt, seed in zip(prompts, seeds, strict=True)]
     for sequence in sequences:
@@ -78,23 +86,24 @@ def sample_turns(
         going = [sequence for sequence in sequences if not sequence.finish_reason]
         if not going:
             break
-        samples = sampler.sample(
+        samples = engine.sample(
             [sequence.prompt.token_ids + sequence.token_ids for sequence in going],
             seeds=[turn_seed(sequence.seed, turn) for sequence in going],
             sampling=sampling,
         )
         for sequence, sample in zip(going, samples, strict=True):
             take_turn(sequence, sample, turns)
-    return [sequence.rollout() for sequence in sequences]
+    return [sequence.rollout(has_logp=sampling.logp) for sequence in sequences]
 
 
 def take_turn(sequence: Growing, sample: Sample, turns: Turns) -> None:
     """Appends what the student wrote, and what it reads next unless the sequence has ended."""
     room = turns.max_tokens - len(sequence.prompt.token_ids) - len(sequence.token_ids)
     if len(sample.token_ids) > room:
-        sample = replace(sample, token_ids=sample.token_ids[:room], logp=sample.logp[:room], finish_reason="length")
+        logp = (sample.logp or [])[:room]
+        sample = replace(sample, token_ids=sample.token_ids[:room], logp=logp, finish_reason="length")
     sequence.token_ids += sample.token_ids
-    sequence.logp += sample.logp
+    sequence.logp += sample.logp or []
     sequence.trained += [True] * len(sample.token_ids)
     sequence.num_turns += 1
     seen = step(sequence.environment, turns.decode(sample.token_ids), failures=turns.failures)
@@ -111,7 +120,7 @@ def take_turn(sequence: Growing, sample: Sample, turns: Turns) -> None:
             sequence.finish_reason = "length"
             return
         sequence.token_ids += observed
-        sequence.logp += [0.0] * len(observed) if sequence.logp else []
+        sequence.logp += [0.0] * len(observed)
         sequence.trained += [False] * len(observed)
 
 

@@ -55,20 +55,21 @@ class Student(nn.Module):
         loss: DistillLoss,
         temperature: float,
         parallel: Parallel | None = None,
-        one_class: Sequence[int] = (),
+        merged_eos_ids: Sequence[int] = (),
     ) -> None:
         """
         Args:
             parallel: the mesh that `wrap` will lay it out over; None is a student of one process, without a mesh.
-            one_class: tokens that count as one, as they do in the teacher's scores (`losses.one_class`).
+            merged_eos_ids: tokens that count as one, as they do in the teacher's scores (`losses.merged_eos`).
         """
         super().__init__()
         self.lm = lm
+        self.device = parallel.device if parallel else torch.device("cpu")
         self.tensor = parallel.tensor if parallel and parallel.tensor.size() > 1 else None
         self.sequence_parallel = bool(parallel and parallel.sequence_parallel)
         self.loss = loss
         self.temperature = temperature
-        self.one_class = tuple(one_class)
+        self.merged_eos_ids = tuple(merged_eos_ids)
 
     def forward(
         self, batch: MicroBatch, *, num_loss_tokens: torch.Tensor, num_top: int = 0
@@ -92,7 +93,7 @@ class Student(nn.Module):
         ).last_hidden_state
 
         def token_loss(student_logp_nC: torch.Tensor, entropy_n: torch.Tensor, rows: slice) -> torch.Tensor:
-            return self.loss(batch.topk_logp[rows], student_logp_nC, entropy_n) / num_loss_tokens
+            return self.loss(batch.scores.topk_logp[rows], student_logp_nC, entropy_n) / num_loss_tokens
 
         weight, group = self.lm.get_output_embeddings().weight, None
         if self.tensor is not None:
@@ -102,15 +103,31 @@ class Student(nn.Module):
         out = linear_topk_loss(
             hidden_1TH[0, batch.rows],
             weight,
-            batch.topk_ids,
+            batch.scores.topk_ids,
             token_loss,
             sampled_ids_N=batch.sampled_ids,
             temperature=self.temperature,
             group=group,
-            one_class=self.one_class,
+            merged_eos_ids=self.merged_eos_ids,
             num_top=num_top,
         )
         return out.loss, out
+
+    @torch.no_grad()
+    def evaluate(
+        self, batches: Sequence[MicroBatch], *, num_loss_tokens: torch.Tensor, num_top: int = 0
+    ) -> list[HeadOutput]:
+        """Return what the head says of each micro-batch, its share of the loss included, without gradient.
+
+        The arguments are `forward`'s. Every rank has as many micro-batches: a collective.
+        """
+        outputs = []
+        for batch in batches:
+            _, output = self(batch.to(self.device), num_loss_tokens=num_loss_tokens, num_top=num_top)
+            outputs.append(output)
+        if isinstance(self, FSDPModule):
+            self.reshard()  # no backward pass does; gathered parameters would outlive a change of the weights
+        return outputs
 
 
 def build_lm(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:

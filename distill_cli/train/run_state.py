@@ -1,14 +1,10 @@
-"""How far a run has come: what a checkpoint remembers of it, what it came to, and where a step's time goes."""
+"""How far a run has come: what a checkpoint remembers of it, and what it comes to in the end."""
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
-from distill_cli.metrics import STAGES, gap_closed
+from distill_cli.metrics import gap_closed
 from distill_cli.train.validation import Score
 
 
@@ -44,13 +40,9 @@ class Result:
         return gap_closed(*(score and score.accuracy for score in (self.before, self.after, self.teacher)))
 
 
-class StopRequested(Exception):
-    """The run is to end after the last step that is done; all ranks raise it together."""
-
-
 @dataclass
 class Progress:
-    """How far a run has come: with the weights and the optimizer, all that its next step depends on."""
+    """How far a run has come: with weights and optimizer, all that its next step depends on."""
 
     step: int = 0
     """The last one that is done."""
@@ -66,8 +58,8 @@ class Progress:
     latest_step: int = -1
     best: Best | None = None
     unrecorded: dict[str, float] | None = None
-    """Metrics of the step after `step`, where the run was asked to stop in that step's validation: the student has
-    learned from it, and it is validated again and recorded first."""
+    """Metrics of the step after `step`, if the run was stopped in that step's validation: the student has learned from
+    it, so a resumed run validates and records it first."""
 
     @property
     def trained_step(self) -> int:
@@ -82,33 +74,14 @@ class Progress:
         if self.best is None or self.best.metric != metric or sign * value >= sign * self.best.value:
             self.best = Best(metric, value, self.step)
 
+    def result(self, state: str, reason: str | None, *, seconds: float) -> Result:
+        """What the run comes to if it ends here."""
+        after = self.latest if self.latest_step == self.step > 0 else None
+        return Result(state, reason, self.trained_step, seconds, self.before, after, self.teacher, self.best)
+
     @classmethod
     def of(cls, state: dict) -> Progress:
-        """From a checkpoint's state."""
+        """Read a checkpoint's state."""
         kinds = {"before": Score, "teacher": Score, "latest": Score, "best": Best}
         values = {field.name: state[field.name] for field in fields(cls)}
         return cls(**{name: kinds[name](**v) if name in kinds and v else v for name, v in values.items()})
-
-
-class Stopwatch:
-    """Seconds by stage of the current step."""
-
-    def __init__(self, on_stage: Callable[[str], None]) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._on_stage = on_stage
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        assert stage in STAGES, stage
-        self._on_stage(stage)
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - begin
-
-    def lap(self) -> dict[str, float]:
-        """`time/<stage>_s` since the last lap."""
-        metrics = {f"time/{stage}_s": seconds for stage, seconds in self.seconds.items()}
-        self.seconds.clear()
-        return metrics

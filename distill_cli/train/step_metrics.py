@@ -27,9 +27,14 @@ TOKEN_METRICS = [metric for metric in METRICS if metric.formula is not None]
 
 
 def train_metrics(
-    results: Sequence[tuple[Sequence[MicroBatch], StepResult]], *, parallel: Parallel
+    results: Sequence[tuple[Sequence[MicroBatch], StepResult]], *, is_current: bool, parallel: Parallel
 ) -> dict[str, float]:
-    """Means over the response tokens of the step's updates, of all ranks. A collective."""
+    """Means over the response tokens of the step's updates, of all ranks. A collective.
+
+    Args:
+        is_current: the batch's. Log-probabilities of sampler and trainer differ by `rollout/engine_mismatch` if both
+            have the same weights, and by `rollout/drift` if not.
+    """
     device = parallel.device
     sums = torch.zeros(len(TOKEN_METRICS), device=device)
     mismatch, num_sampled = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -38,20 +43,20 @@ def train_metrics(
             batch = batch.to(device)
             sums += token_metrics_CN(batch, output).sum(-1)
             if update == 0:  # later ones see a student that has moved on from what was sampled
-                is_sampled_N = ~batch.sampler_logp.isnan()  # not so of what somebody else wrote
-                mismatch += (batch.sampler_logp - output.sampled_logp_N)[is_sampled_N].abs().sum()
-                num_sampled += is_sampled_N.sum()
+                mismatch += (batch.sampler_logp - output.sampled_logp_N)[batch.has_sampler_logp].abs().sum()
+                num_sampled += batch.has_sampler_logp.sum()
     sums = torch.cat([sums, torch.stack([mismatch, num_sampled])])
     *totals, mismatch_total, sampled_total = parallel.all_sum(sums).tolist()
     num_tokens = sum(result.num_response_tokens for _, result in results)
     loss = sum(result.loss * result.num_response_tokens for _, result in results)
+    difference = "rollout/engine_mismatch" if is_current else "rollout/drift"
     return {
         "train/loss": loss / max(num_tokens, 1),
         "train/grad_norm": sum(result.grad_norm for _, result in results) / len(results),
         "train/response_tokens": num_tokens,
         "train/skipped_updates": sum(not result.is_finite for _, result in results),
         **{metric.name: total / max(num_tokens, 1) for metric, total in zip(TOKEN_METRICS, totals, strict=True)},
-        **({"rollout/engine_mismatch": mismatch_total / sampled_total} if sampled_total else {}),
+        **({difference: mismatch_total / sampled_total} if sampled_total else {}),
     }
 
 
@@ -63,8 +68,9 @@ def token_metrics_CN(batch: MicroBatch, output: HeadOutput) -> torch.Tensor:
 
 def tokens_of(batch: MicroBatch, output: HeadOutput) -> Tokens:
     """Return what both models say at the response tokens of a micro-batch."""
-    teacher_NC, student_NC = bucket_classes(batch.topk_logp, output.student_logp_NC)
-    return Tokens(teacher_NC, student_NC, batch.topk_ids, output.argmax_N, output.entropy_N, output.loss_N)
+    scores = batch.scores
+    teacher_NC, student_NC = bucket_classes(scores.topk_logp, output.student_logp_NC)
+    return Tokens(teacher_NC, student_NC, scores.topk_ids, output.argmax_N, output.entropy_N, output.loss_N)
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from distill_cli.data.isolated import IsolatedVerifier
+from distill_cli.engines.base import AnsweringEngine, Teacher
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.parallel.sharing import EngineShare, share_out
+from distill_cli.parallel.sharing import EngineShare, partition_by_cost
 from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, sequence_seed
 from distill_cli.rollout.turns import Turns
+from distill_cli.rollout.workers import RolloutWorker
 from distill_cli.types import Prompt, Rollout
 
 
@@ -80,11 +82,6 @@ def first_of_each(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
     return chosen
 
 
-def as_read_by_teacher(prompt: Prompt) -> Prompt:
-    ids = prompt.teacher_token_ids
-    return prompt if ids is None else replace(prompt, token_ids=ids)
-
-
 @dataclass(frozen=True)
 class Validator:
     """The problems, and how they are answered and judged."""
@@ -102,14 +99,12 @@ class Validator:
     turns: Turns | None = None
     """How an answer goes on after its first turn; None where it does not."""
 
-    def run(self, engine, *, as_teacher: bool = False) -> Score:
-        """The score of whoever `engine.sample` speaks for. A collective: each engine answers its share.
+    def for_teacher(self) -> Validator:
+        """Return the same problems as the teacher reads them."""
+        return replace(self, prompts=[replace(prompt, token_ids=prompt.ids_for_teacher) for prompt in self.prompts])
 
-        Args:
-            as_teacher: it reads the prompts that are the teacher's own, where there are any.
-        """
-        if as_teacher:
-            return replace(self, prompts=[as_read_by_teacher(prompt) for prompt in self.prompts]).run(engine)
+    def run(self, engine: AnsweringEngine) -> Score:
+        """Score the engine's answers. A collective: each engine answers its share."""
         names = sorted({prompt.example.dataset for prompt in self.prompts})
         totals = torch.zeros(len(names), 4, dtype=torch.float64, device=self.parallel.device)
         for answer in (answer for batch in self.answers(engine) for answer in batch):
@@ -126,10 +121,10 @@ class Validator:
             right / number, length / number, truncated / number, int(number), by_dataset if len(names) > 1 else {}
         )
 
-    def answers(self, engine) -> Iterator[list[Answer]]:
-        """This rank's engine's share, a batch at a time: all answers to a problem come of the same engine."""
+    def answers(self, engine: AnsweringEngine) -> Iterator[list[Answer]]:
+        """Yield the share of this rank's engine, a batch at a time; one engine gives all answers to a problem."""
         engines = self.share(engine)
-        mine = share_out([len(prompt.token_ids) for prompt in self.prompts], engines.num_engines)[engines.index]
+        mine = partition_by_cost([len(prompt.token_ids) for prompt in self.prompts], engines.num_engines)[engines.index]
         asked = [(problem, number) for problem in mine for number in range(self.repeat)]
         for begin in range(0, len(asked), self.batch_size):
             batch = asked[begin : begin + self.batch_size]
@@ -137,12 +132,35 @@ class Validator:
                 [self.prompts[problem] for problem, _ in batch],
                 # The same at every validation, and none of training's: what differs is the model.
                 seeds=[sequence_seed(self.seed, step=-number, sequence=problem) for problem, number in batch],
-                sampler=engine,
+                engine=engine,
                 sampling=self.sampling,
                 turns=self.turns,
             )
-            judge_rollouts(rollouts, verify=self.verify, decode=self.decode)
-            yield [Answer(number, rollout) for (_, number), rollout in zip(batch, rollouts, strict=True)]
+            judged = judge_rollouts(rollouts, verify=self.verify, decode=self.decode)
+            yield [Answer(number, rollout) for (_, number), rollout in zip(batch, judged, strict=True)]
 
-    def share(self, engine) -> EngineShare:
-        return EngineShare.of_all_ranks(engine.tensor_parallel, self.parallel)
+    def share(self, engine: AnsweringEngine) -> EngineShare:
+        return EngineShare.of_all_ranks(engine.num_ranks, self.parallel)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validations of a run, in which engines take their turn with the device's memory."""
+
+    validator: Validator
+    worker: RolloutWorker
+    teacher: Teacher | None = None
+    """The teacher, if it is measured."""
+
+    def score_student(self) -> Score:
+        """Score the student as it is. A collective."""
+        with self.worker.ready() as sampler, self.worker.stages("eval"):
+            score = self.validator.run(sampler)
+        return score
+
+    def score_teacher(self) -> Score:
+        """Score the teacher. A collective."""
+        with self.worker.stages.awake(self.teacher), self.worker.stages("eval"):
+            score = self.validator.for_teacher().run(self.teacher)
+        self.worker.stages.check_stop()
+        return score

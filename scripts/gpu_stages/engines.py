@@ -14,8 +14,9 @@ from gpu_stages.in_process import free_gib, one_rank  # before torch
 import torch  # isort: skip
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distill_cli.engines.companion import CompanionScorer
-from distill_cli.engines.sampler import Sampler
+from distill_cli.engines.base import AnsweringEngine
+from distill_cli.engines.companion import CompanionTeacher
+from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.models.model_files import ASSETS
 from gpu_stages.command import BF16, finish, start
@@ -80,10 +81,10 @@ def sleep_and_sync(stage: Stage, dtype: str) -> None:
     )
     sequences, starts = [list(range(3, 3 + length)) for length in (60, 90)], [20, 30]
     free = [free_gib()]
-    sampler = Sampler(settings)
+    sampler = VllmSampler(settings)
     sampler.sleep()
     free.append(free_gib())
-    scorer = CompanionScorer(replace(settings, path=str(ASSETS / "tiny_pair" / "teacher")), topk=TOPK)
+    scorer = CompanionTeacher(replace(settings, path=str(ASSETS / "tiny_pair" / "teacher")), topk=TOPK)
     first = scorer.score(sequences, response_starts=starts)
     others = scorer.score([ids[::-1] for ids in sequences], response_starts=starts)
     scorer.sleep()
@@ -118,14 +119,14 @@ def sleep_and_sync(stage: Stage, dtype: str) -> None:
     sampler.close()
 
 
-def seconds_to_wake(engine: Sampler | CompanionScorer) -> float:
+def seconds_to_wake(engine: AnsweringEngine) -> float:
     begin = time.perf_counter()
     engine.wake()
     return time.perf_counter() - begin
 
 
 def sampler_mismatches(
-    sampler: Sampler, students: Sequence[torch.nn.Module], prompts: Sequence[list[int]]
+    sampler: VllmSampler, students: Sequence[torch.nn.Module], prompts: Sequence[list[int]]
 ) -> list[float]:
     """Return mean |log q(sampler) - log q(transformers)| over newly sampled tokens, for each student."""
     samples = sampler.sample(prompts, seeds=range(len(prompts)), sampling=SamplingSettings(max_new_tokens=24))

@@ -17,11 +17,12 @@ import torch  # isort: skip
 from safetensors import safe_open
 from vllm import SamplingParams
 
-from distill_cli.engines.companion import CompanionScorer
+from distill_cli.engines.base import AnsweringEngine
+from distill_cli.engines.companion import CompanionTeacher
 from distill_cli.engines.engine import request_params
-from distill_cli.engines.sampler import Sampler
-from distill_cli.engines.scorer import Scorer
+from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
+from distill_cli.engines.teacher import VllmTeacher
 from gpu_stages.figures import Stage
 from gpu_stages.shapes import make_pair
 from gpu_stages.timing import alternating_seconds, median_seconds, most_expensive
@@ -43,7 +44,7 @@ def run(stage: Stage) -> None:
 
 def sampling(stage: Stage, settings: EngineSettings, folder: Path) -> None:
     prompts, new_tokens = words(4, 16) if stage.rehearse else words(64, 128), 16 if stage.rehearse else 512
-    sampler = Sampler(settings)
+    sampler = VllmSampler(settings)
     wanted = SamplingSettings(max_new_tokens=new_tokens, ignore_eos=True)
     plain = SamplingParams(max_tokens=new_tokens, temperature=1.0, ignore_eos=True, detokenize=False)
     inputs = [{"prompt_token_ids": ids} for ids in prompts]
@@ -74,7 +75,7 @@ def scoring(stage: Stage, settings: EngineSettings, path: str) -> None:
     starts, topk = [len(sequences[0]) // 5] * len(sequences), 16 if stage.rehearse else 64
     number = sum(len(ids) for ids in sequences)
     teacher = replace(settings, path=path, enforce_eager=True)
-    local = Scorer(replace(teacher, sleep_mode=False), topk=topk)
+    local = VllmTeacher(replace(teacher, sleep_mode=False), topk=topk)
     params = [request_params(max_tokens=1, temperature=0.0, detokenize=False)] * len(sequences)
 
     def local_score() -> None:
@@ -93,7 +94,7 @@ def scoring(stage: Stage, settings: EngineSettings, path: str) -> None:
     stage.record("scoring in this process, 4B", number / seconds["ours"], "tokens/s")
     stage.record("bare prefill", number / seconds["bare"], "tokens/s")
     stage.record("scoring, of bare prefill", seconds["bare"] / seconds["ours"] * 100, "%", at_least=95)
-    companion = CompanionScorer(teacher, topk=topk)
+    companion = CompanionTeacher(teacher, topk=topk)
     apart = median_seconds(
         lambda: companion.score(sequences, response_starts=starts), device=stage.device, rounds=3, warmup=1
     )
@@ -102,7 +103,7 @@ def scoring(stage: Stage, settings: EngineSettings, path: str) -> None:
     companion.close()
 
 
-def sleep_and_wake(stage: Stage, who: str, engine: Sampler | CompanionScorer) -> None:
+def sleep_and_wake(stage: Stage, who: str, engine: AnsweringEngine) -> None:
     for number in range(2):  # the first round pins host memory
         begin = time.perf_counter()
         engine.sleep()

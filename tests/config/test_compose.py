@@ -8,7 +8,7 @@ from distill_cli.config.checks import config_problems, inert_overrides
 from distill_cli.config.choices import conf_dir, group_choices, groups
 from distill_cli.config.compose import compose
 from distill_cli.config.derived import needs_sampler, validates
-from distill_cli.config.overrides import known_keys
+from distill_cli.config.overrides import RENAMED, known_keys
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import load_config, override, save_config
 from distill_cli.errors import ConfigError
@@ -84,6 +84,8 @@ def test_hydra_shows_one_config_and_no_sweep_s() -> None:
     [
         ("loss.topkk=3", "loss.topkk: unknown key; did you mean loss.topk?"),
         ("+loss.zz=1", "loss.zz: unknown key"),
+        ("train.warmup_steps=5", "train.warmup_steps: is now train.warmup_updates"),
+        ("+train.max_bad_steps=5", "train.max_bad_steps: is now train.max_bad_updates"),
         ("topk=3", "did you mean loss.topk?"),
         ("train.lr=abc", "could not be converted to Float"),
         ("loss.topk=3.5", "could not be converted to Integer"),
@@ -215,3 +217,9 @@ def test_a_config_survives_its_file(tmp_path: Path) -> None:
 
 def test_every_key_says_what_it_is_or_names_itself() -> None:
     assert len(list(known_keys(Config))) > 60
+
+
+def test_renamed_keys_name_known_ones() -> None:
+    known = set(known_keys())
+    assert not RENAMED.keys() & known
+    assert set(RENAMED.values()) <= known

@@ -79,7 +79,7 @@ def one_thread() -> Iterator[None]:
 SHORT = (
     *("train.max_steps=3", "rollout.prompts_per_step=8", "train.global_batch_size=4", "train.micro_batch_tokens=128"),
     *("loss.temperature=1.5", "loss.kl_weight=0.3", "loss.topk=16", "train.weight_decay=0.3", "train.eps=1e-5"),
-    *("train.warmup_steps=3", "train.max_grad_norm=0.7", "rollout.max_new_tokens=30", "eval.max_new_tokens=64"),
+    *("train.warmup_updates=3", "train.max_grad_norm=0.7", "rollout.max_new_tokens=30", "eval.max_new_tokens=64"),
 )
 """Three steps of two updates each, of several micro-batches; some answers are cut off.
 

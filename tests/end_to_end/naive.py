@@ -24,7 +24,7 @@ from distill_cli.config.variation import load_config
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.models.model_files import locate
 from distill_cli.rollout.score_files import read_scores, read_sequences
-from distill_cli.types import Rollout
+from distill_cli.types import Rollout, TeacherScores
 from tests.end_to_end.conftest import Finished
 
 ABSENT = -1e4
@@ -58,7 +58,7 @@ class Reference:
     def __init__(self, run: RunDir, read_by_teacher: Callable[[list[int]], list[int]]) -> None:
         self.run, self.config, self.read_by_teacher = run, load_config(run.config), read_by_teacher
         self.student, self.teacher = load(self.config.model.student.path), load(self.config.model.teacher.path)
-        self.ends = json.loads((run.scores / "recording.json").read_text())["one_class"]
+        self.ends = json.loads((run.scores / "recording.json").read_text())["merged_eos_ids"]
         self.moments = {name: (0.0, 0.0) for name, _ in self.student.named_parameters()}
         self.updates = 0
 
@@ -66,8 +66,8 @@ class Reference:
         """Of each step the metrics, and how far at most the recorded log-probabilities are from both models'."""
         size, step = self.config.train.global_batch_size, 1
         while (folder := self.run.scores / f"step_{step}").is_dir():
-            rollouts = recorded(folder)
-            differences = self.differences(rollouts)
+            rollouts, scores = recorded(folder)
+            differences = self.differences(rollouts, scores)
             sums, norms = Counter(), []
             for begin in range(0, len(rollouts), size):
                 lr = self.config.train.lr * lr_factor(self.config, self.updates, len(rollouts) // size)
@@ -86,11 +86,11 @@ class Reference:
             step += 1
 
     @torch.no_grad()
-    def differences(self, rollouts: list[Rollout]) -> dict[str, float]:
+    def differences(self, rollouts: list[Rollout], scores_of: list[TeacherScores]) -> dict[str, float]:
         """How far what the engines said is from what the models say, at the tokens that are trained on."""
         found: dict[str, float] = defaultdict(float)
-        for rollout in rollouts:
-            scores, mask = rollout.scores, trained(rollout)
+        for rollout, scores in zip(rollouts, scores_of, strict=True):
+            mask = trained(rollout)
             ids = torch.tensor(rollout.sample.token_ids)[:, None]
             ids_RK, here = scores.topk_ids.long(), (scores.topk_ids >= 0) & mask[:, None]
             logp_RV, in_topk = self.teacher_topk(rollout)
@@ -98,7 +98,7 @@ class Reference:
             found["teacher"] = max(found["teacher"], float(gap_RK[here].abs().max()))
             found["teacher's ids"] += int((here.sum(-1) != in_topk.sum(-1))[mask].sum())
             own = torch.where(torch.isin(ids, torch.tensor(self.ends)), (self.ends or [0])[0], ids)
-            logp_RV = one_class(self.teacher_logp(rollout), self.ends)
+            logp_RV = merge_ends(self.teacher_logp(rollout), self.ends)
             gap_R = (logp_RV.gather(1, own)[:, 0] - scores.sampled_logp.double())[mask]
             found["teacher's sampled"] = max(found["teacher's sampled"], float(gap_R.abs().max()))
             if rollout.sample.source == "student":
@@ -134,7 +134,7 @@ class Reference:
         """Of each token of the response that the loss is on."""
         loss, mask = self.config.loss, trained(rollout)
         logits_RV = response_logits(self.student, rollout.prompt.token_ids, rollout) / loss.temperature
-        logq_RV = one_class(logits_RV.log_softmax(-1), self.ends)[mask]
+        logq_RV = merge_ends(logits_RV.log_softmax(-1), self.ends)[mask]
         logp_RV, in_topk = self.teacher_topk(rollout)
         logp_RV, in_topk = logp_RV[mask], in_topk[mask]
         (p, q) = (with_rest(logp, in_topk) for logp in (logp_RV, logq_RV))
@@ -162,7 +162,7 @@ class Reference:
         in_topk = torch.zeros_like(logp_RV, dtype=torch.bool).scatter(1, logp_RV.topk(self.config.loss.topk).indices, 1)
         if self.ends:
             logp_RV[:, self.ends] = logp_RV[:, self.ends].masked_fill(~in_topk[:, self.ends], ABSENT)
-            logp_RV, any_end = one_class(logp_RV, self.ends), in_topk[:, self.ends].any(-1)
+            logp_RV, any_end = merge_ends(logp_RV, self.ends), in_topk[:, self.ends].any(-1)
             in_topk[:, self.ends] = False
             in_topk[:, self.ends[0]] = any_end
         return logp_RV, in_topk
@@ -178,15 +178,14 @@ def load(path: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(locate(path, key="path"), dtype=torch.float64)
 
 
-def recorded(folder: Path) -> list[Rollout]:
-    """The sequences of a step with their scores, in its order."""
-    found = {}
+def recorded(folder: Path) -> tuple[list[Rollout], list[TeacherScores]]:
+    """The sequences of a step and their scores, in its order."""
+    sequences, scores = {}, {}
     for file in folder.glob("*.safetensors"):
-        sequences = read_sequences(file)
-        for place, scores in read_scores(file, set(sequences), topk=10**6).items():
-            sequences[place].scores = scores
-        found |= sequences
-    return [found[place] for place in range(len(found))]
+        mine = read_sequences(file)
+        sequences |= mine
+        scores |= read_scores(file, set(mine), topk=10**6)
+    return [sequences[place] for place in range(len(sequences))], [scores[place] for place in range(len(scores))]
 
 
 def trained(rollout: Rollout) -> torch.Tensor:
@@ -199,7 +198,7 @@ def response_logits(model: PreTrainedModel, prompt: list[int], rollout: Rollout)
     return model(torch.tensor([prompt + rollout.sample.token_ids])).logits[0, len(prompt) - 1 : -1].double()
 
 
-def one_class(logp_RV: torch.Tensor, ids: list[int]) -> torch.Tensor:
+def merge_ends(logp_RV: torch.Tensor, ids: list[int]) -> torch.Tensor:
     """The tokens as one, under the first one's id."""
     if not ids:
         return logp_RV
@@ -217,7 +216,7 @@ def with_rest(logp_RV: torch.Tensor, in_topk: torch.Tensor) -> torch.Tensor:
 
 def lr_factor(config: Config, update: int, updates_per_step: int) -> float:
     """Of `train.schedule=cosine`, at an update that is counted from 0."""
-    warmup, total = config.train.warmup_steps, config.train.max_steps * updates_per_step
+    warmup, total = config.train.warmup_updates, config.train.max_steps * updates_per_step
     if update < warmup:
         return (update + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))

@@ -175,7 +175,7 @@ def test_an_export_is_the_student_that_was_trained(one_rank: Finished, two_ranks
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_rollouts(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def kl(logp, logq):\n    return (logp - logq) * float('nan')\n")
-    done = distill(tmp_path, *SHORT, *NO_EVAL, "loss.kl_type=broken:kl", "run.name=r", "train.max_bad_steps=2")
+    done = distill(tmp_path, *SHORT, *NO_EVAL, "loss.kl_type=broken:kl", "run.name=r", "train.max_bad_updates=2")
     assert done.status == 1
     assert "the update is skipped" in done.stdout
     assert "not finite, 2 updates in a row" in done.stderr

@@ -11,9 +11,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from distill_cli.engines.sampler import Sampler  # noqa: E402
-from distill_cli.engines.scorer import Scorer  # noqa: E402
+from distill_cli.engines.sampler import VllmSampler  # noqa: E402
 from distill_cli.engines.settings import EngineSettings  # noqa: E402
+from distill_cli.engines.teacher import VllmTeacher  # noqa: E402
 
 from .reference import MAX_LEN, make_model  # noqa: E402
 
@@ -63,14 +63,14 @@ def teacher(teacher_settings):
 
 @pytest.fixture(scope="package")
 def sampler(process_group, student, student_settings):
-    sampler = Sampler(student_settings)
+    sampler = VllmSampler(student_settings)
     yield sampler
     sampler.close()
 
 
 @pytest.fixture(scope="package")
 def scorer(process_group, teacher, teacher_settings):
-    scorer = Scorer(teacher_settings, topk=16)
+    scorer = VllmTeacher(teacher_settings, topk=16)
     yield scorer
     scorer.close()
 

@@ -10,9 +10,9 @@ import psutil
 import pytest
 import torch
 
-from distill_cli.engines.companion import CompanionScorer, needs_companion
-from distill_cli.engines.sampler import SamplingSettings
-from distill_cli.engines.scorer import Scorer
+from distill_cli.engines.companion import CompanionTeacher, needs_companion
+from distill_cli.engines.settings import SamplingSettings
+from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.errors import ConfigError, DistillError
 from tests.conftest import shared_memory_left
 
@@ -21,7 +21,7 @@ from .reference import random_sequences
 
 def test_a_companion_answers_as_a_scorer_until_it_dies(scorer, teacher_settings):
     left_before = shared_memory_left()
-    companion = CompanionScorer(teacher_settings, topk=16)
+    companion = CompanionTeacher(teacher_settings, topk=16)
     sequences, starts = random_sequences([9, 60, 300, 17]), [3, 20, 100, 17]
     for ours, theirs in zip(
         companion.score(sequences, response_starts=starts),
@@ -38,7 +38,7 @@ def test_a_companion_answers_as_a_scorer_until_it_dies(scorer, teacher_settings)
         companion.score(sequences[:1], response_starts=[0])
 
     os.kill(companion._process.pid, signal.SIGKILL)
-    with pytest.raises(DistillError, match=rf"process of the scorer \({teacher_settings.path}\) was killed by SIGKILL"):
+    with pytest.raises(DistillError, match=rf"the teacher \({teacher_settings.path}\) was killed by SIGKILL"):
         companion.score(sequences, response_starts=starts)
     companion.close()
     companion.close()
@@ -49,7 +49,7 @@ def test_a_companion_answers_as_a_scorer_until_it_dies(scorer, teacher_settings)
 def test_a_teacher_that_cannot_be_loaded_is_said_as_in_this_process(process_group, settings):
     absent = replace(settings, path="/nowhere/at/all")
     said = []
-    for make in (Scorer, lambda *args, **kwargs: CompanionScorer(*args, **kwargs).wait_ready()):
+    for make in (VllmTeacher, lambda *args, **kwargs: CompanionTeacher(*args, **kwargs).wait_ready()):
         with pytest.raises(DistillError) as caught:
             make(absent, topk=4)
         said.append((type(caught.value), str(caught.value)))
@@ -57,12 +57,12 @@ def test_a_teacher_that_cannot_be_loaded_is_said_as_in_this_process(process_grou
 
 
 def test_the_users_mistakes_stay_the_users(process_group, teacher, teacher_settings):
-    companion = CompanionScorer(teacher_settings, topk=0)
+    companion = CompanionTeacher(teacher_settings, topk=0)
     with pytest.raises(ConfigError, match="topk is 0"):
         companion.wait_ready()
     assert not psutil.pid_exists(companion._process.pid)
-    with pytest.raises(ConfigError, match="tensor_parallel of the scorer is 2"):
-        CompanionScorer(replace(teacher_settings, tensor_parallel=2), topk=4)
+    with pytest.raises(ConfigError, match="tensor_parallel of the teacher is 2"):
+        CompanionTeacher(replace(teacher_settings, tensor_parallel=2), topk=4)
 
 
 RANK = """

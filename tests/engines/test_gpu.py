@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill_cli.engines.companion import CompanionScorer
-from distill_cli.engines.sampler import Sampler, SamplingSettings
+from distill_cli.engines.companion import CompanionTeacher
+from distill_cli.engines.sampler import VllmSampler
+from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.vllm_patches import pooled_bytes
 from distill_cli.errors import DistillError
 
@@ -18,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def test_a_sleeping_sampler_gives_memory_back_and_a_sync_brings_its_weights(process_group, student, student_settings):
     settings = replace(student_settings, sleep_mode=True, kv_cache_bytes=1 << 30)  # with CUDA graphs, as runs have it
-    sampler, trained = Sampler(settings), copy.deepcopy(student)
+    sampler, trained = VllmSampler(settings), copy.deepcopy(student)
     prompts = random_sequences([5, 200])
     for version in (1, 2):
         free_awake, _ = torch.cuda.mem_get_info()
@@ -40,7 +41,7 @@ def test_a_sleeping_sampler_gives_memory_back_and_a_sync_brings_its_weights(proc
 
 def test_a_sleeping_companion_gives_memory_back_and_scores_the_same_afterwards(process_group, teacher_settings):
     settings = replace(teacher_settings, sleep_mode=True, kv_cache_bytes=1 << 30, enforce_eager=True)
-    scorer = CompanionScorer(settings, topk=8)
+    scorer = CompanionTeacher(settings, topk=8)
     sequences = random_sequences([60, 200])
     before = scorer.score(sequences, response_starts=[20, 100])
     free_awake, _ = torch.cuda.mem_get_info()

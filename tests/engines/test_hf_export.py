@@ -10,7 +10,7 @@ from distill_cli.checkpoint.hf_export import trained, write_weights
 from distill_cli.checkpoint.saver import Saver, Trainable
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import save_config
-from distill_cli.engines.sampler import Sampler
+from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.folders.run_dir import RunDir
 
@@ -34,7 +34,7 @@ def test_vllm_loads_an_export(changed_student, sampler, student_settings, tmp_pa
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     sampler.sync(changed_student.named_parameters(), version=1)
     asked = ([[1, 2, 3], [4, 5, 6, 7]], {"seeds": [1, 2], "sampling": SamplingSettings(max_new_tokens=12)})
-    exported = Sampler(replace(student_settings, path=str(folder)))
+    exported = VllmSampler(replace(student_settings, path=str(folder)))
     try:
         theirs, ours = (engine.sample(asked[0], **asked[1]) for engine in (sampler, exported))
     finally:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.engines.process_setup import hide_broken_packages, keep_process_state, num_threads_per_rank
-from distill_cli.engines.scorer import Scorer
+from distill_cli.engines.teacher import VllmTeacher
 
 from .reference import random_sequences
 
@@ -38,7 +38,7 @@ def test_threads_are_shared_by_the_ranks_of_a_node(monkeypatch):
 def test_building_and_closing_an_engine_leaves_the_rest_alone(scorer, teacher_settings, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     random_state, num_threads = torch.get_rng_state(), torch.get_num_threads()
-    other = Scorer(teacher_settings, topk=4)
+    other = VllmTeacher(teacher_settings, topk=4)
     assert os.environ["LOCAL_WORLD_SIZE"] == "3"
     assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.get_num_threads() == num_threads

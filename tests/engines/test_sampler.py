@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill_cli.engines.sampler import Sampler, SamplingSettings
+from distill_cli.engines.sampler import VllmSampler
+from distill_cli.engines.settings import SamplingSettings
 from distill_cli.errors import DistillError
 
 from .reference import (
@@ -53,7 +54,7 @@ def test_without_logp_the_answers_are_the_same(sampler):
     sampling = SamplingSettings(max_new_tokens=40)
     samples = sampler.sample(prompts, seeds=seeds, sampling=sampling)
     bare = sampler.sample(prompts, seeds=seeds, sampling=replace(sampling, logp=False))
-    assert bare == [replace(sample, logp=[]) for sample in samples]
+    assert bare == [replace(sample, logp=None) for sample in samples]
 
 
 def test_greedy_equals_transformers_argmax(sampler, student):
@@ -114,7 +115,7 @@ def test_stop_tokens_end_a_response_and_stay_in_it(sampler, student):
 def test_a_stop_string_ends_a_response(process_group, tmp_path, settings):
     model = make_model(tmp_path, hidden_size=64, seed=5)
     make_tokenizer(tmp_path)
-    sampler = Sampler(replace(settings, path=str(tmp_path), kwargs={}))
+    sampler = VllmSampler(replace(settings, path=str(tmp_path), kwargs={}))
     (prompt,) = random_sequences([6])
     response = greedy_reference(model, prompt, num_tokens=24)
     stop = SamplingSettings(max_new_tokens=24, temperature=0.0, ignore_eos=True, stop=(f"<{response[5]}>",))
@@ -195,7 +196,7 @@ def test_a_failure_inside_a_step_leaves_the_engine_usable(sampler, student, monk
 
 def test_a_model_that_cannot_be_loaded_is_named(process_group, tmp_path, settings):
     with pytest.raises(DistillError, match=f"the sampler could not load {tmp_path}/absent: there is no such folder"):
-        Sampler(replace(settings, path=str(tmp_path / "absent")))
+        VllmSampler(replace(settings, path=str(tmp_path / "absent")))
     with pytest.raises(DistillError, match=f"the sampler could not load {tmp_path}: .*config.json") as info:
-        Sampler(replace(settings, path=str(tmp_path)))
+        VllmSampler(replace(settings, path=str(tmp_path)))
     assert "\n" not in str(info.value)

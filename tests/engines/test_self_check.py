@@ -1,28 +1,41 @@
 """`distill check` is green where all is right, and names each defect that is planted."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from distill_cli.checkpoint.saver import Saver, Trainable
-from distill_cli.config.schema import Config, Dtype, Precision
-from distill_cli.config.variation import override
-from distill_cli.engines.sampler import Sampler
-from distill_cli.engines.scorer import Scorer
+from distill_cli.config.schema import (
+    Checkpointing,
+    Config,
+    Dtype,
+    LossConfig,
+    ModelConfig,
+    Precision,
+    StudentModel,
+    TeacherModel,
+    TrainConfig,
+)
+from distill_cli.engines.base import AnsweringEngine
 from distill_cli.engines.settings import SamplingSettings
+from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.machine.processes import StopFlag
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.ranks.check_rank import is_exact
 from distill_cli.ranks.self_check import MASSES, Limits, SelfCheck
+from distill_cli.rollout.pack import Planner, plan_batch
+from distill_cli.rollout.stages import Stages
+from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
 from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule
-from distill_cli.train.rollout_worker import EnginePair
-from distill_cli.train.trainer import Trainer
+from distill_cli.student.synced_weights import synced_parameters
 from distill_cli.types import Example, Prompt
 
 from .reference import random_sequences
@@ -38,7 +51,7 @@ MEAN = "the loss is the mean over all response tokens"
 class Kept:
     """An engine that outlives the check, for the next test."""
 
-    def __init__(self, engine: Sampler | Scorer) -> None:
+    def __init__(self, engine: AnsweringEngine) -> None:
         self._engine = engine
 
     def __getattr__(self, name: str) -> object:
@@ -60,14 +73,14 @@ def parallel(process_group) -> Parallel:
 
 @pytest.fixture(scope="module")
 def own_scorer(process_group, student, student_settings):
-    scorer = Scorer(student_settings, topk=MASSES[-1])
+    scorer = VllmTeacher(student_settings, topk=MASSES[-1])
     yield scorer
     scorer.close()
 
 
 @pytest.fixture(scope="module")
 def teachers_scorer(process_group, teacher, teacher_settings):
-    scorer = Scorer(teacher_settings, topk=MASSES[-1])
+    scorer = VllmTeacher(teacher_settings, topk=MASSES[-1])
     yield scorer
     scorer.close()
 
@@ -84,6 +97,15 @@ def build_student(folder: str, parallel: Parallel, *, temperature: float, factor
     return made
 
 
+def of(student: str, teacher: str) -> Config:
+    """A config of these two folders, all of it in float32."""
+    models = ModelConfig(
+        StudentModel(path=student, dtype=Dtype.float32), TeacherModel(path=teacher, dtype=Dtype.float32)
+    )
+    train = TrainConfig(precision=Precision.fp32, activation_checkpointing=Checkpointing.none)
+    return Config(model=models, train=train, loss=LossConfig(topk=16))
+
+
 @pytest.fixture
 def wrong(
     parallel, sampler, student, own_scorer, teachers_scorer, student_settings, teacher_settings, tmp_path
@@ -93,56 +115,35 @@ def wrong(
     def run(
         *, sampler: object = sampler, teacher: object = teachers_scorer, temperature: float = 1.0, factor: float = 1.0
     ) -> list[str]:
-        config = override(
-            Config(),
-            {
-                "model.student.path": student_settings.path,
-                "model.teacher.path": teacher_settings.path,
-                "model.student.dtype": Dtype.float32,
-                "model.teacher.dtype": Dtype.float32,
-                "rollout.generations_per_prompt": 1,
-                "train.global_batch_size": 8,
-                "loss.topk": 16,
-                "train.precision": Precision.fp32,
-            },
-        )
+        config = of(student_settings.path, teacher_settings.path)
         trained = build_student(student_settings.path, parallel, temperature=temperature, factor=factor)
         optimizer = build_optimizer(trained, lr=2e-5)
         schedule = build_schedule(optimizer, num_updates=10)
         trainable = Trainable(trained.lm, optimizer, schedule)
         folder = RunDir(tmp_path)
         folder.config.write_text("")
-        prompts = [Prompt(i, ids, Example("?")) for i, ids in enumerate(random_sequences([5] * 8))]
-        trainer = Trainer(
+        stages = Stages(parallel, StopFlag())
+        planner = Planner(global_batch_size=8, rank=0, cut=partial(plan_batch, num_ranks=1, max_tokens=16384))
+        check = SelfCheck(
             config=config,
             parallel=parallel,
-            student=trained,
-            optimizer=optimizer,
-            schedule=schedule,
-            engines=EnginePair(
-                config=config,
-                parallel=parallel,
-                student=trained,
+            prompts=[Prompt(i, ids, Example("?")) for i, ids in enumerate(random_sequences([5] * 8))],
+            worker=RolloutWorker(
                 sampler=Kept(sampler),
-                scorer=Kept(own_scorer),
+                weights=partial(synced_parameters, trained, config.model.student.lora),
+                version=lambda: 0,
                 sampling=SamplingSettings(max_new_tokens=24),
-                verify=None,
+                seed=config.train.seed,
+                stages=stages,
                 decode=str,
             ),
-            prompts=SimpleNamespace(batch=lambda step: prompts),
-            validator=None,
-            metrics_file=None,
-            printer=SimpleNamespace(stage=lambda stage: None),
-            num_steps=10,
-            saver=Saver(folder, trainable),
-            rollouts_dir=tmp_path,
-        )
-        check = SelfCheck(
-            trainer=trainer,
+            own_scoring=ScoringWorker(Kept(own_scorer), planner, stages),
+            make_scoring=lambda: ScoringWorker(Kept(teacher), planner, stages),
+            student=trained,
             trainable=trainable,
             loss=DistillLoss(kl_type="mixed"),
-            make_teacher=lambda: Kept(teacher),
             load_teacher=lambda: build_student(teacher_settings.path, parallel, temperature=temperature, factor=1.0),
+            saver=Saver(folder, trainable),
             checkpoints=folder.checkpoints,
             limits=Limits.of(exact=True),
             report=lambda finding: None,
@@ -178,9 +179,8 @@ def test_a_loss_scaled_by_the_number_of_ranks(wrong) -> None:
 
 
 def test_limits_are_those_of_float32_where_all_of_it_is() -> None:
-    dtypes = {"model.student.dtype": Dtype.float32, "model.teacher.dtype": Dtype.float32}
-    config = override(Config(), {"train.precision": Precision.fp32, **dtypes})
+    config = of("student", "teacher")
     assert is_exact(config, torch.device("cpu"))
     assert not is_exact(config, torch.device("cuda"))
-    config = override(config, {"model.teacher.dtype": Dtype.bfloat16})
-    assert not is_exact(config, torch.device("cpu"))
+    low = replace(config.model, teacher=TeacherModel(path="teacher", dtype=Dtype.bfloat16))
+    assert not is_exact(replace(config, model=low), torch.device("cpu"))

@@ -6,7 +6,8 @@ import psutil
 import pytest
 import torch
 
-from distill_cli.engines.sampler import Sampler, SamplingSettings
+from distill_cli.engines.sampler import VllmSampler
+from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.weight_sync import check_names_and_shapes, expected_shapes
 from distill_cli.errors import DistillError
 
@@ -37,7 +38,7 @@ def test_sync_brings_new_weights_and_forgets_old_prefixes(sampler, student, chan
 
 def test_a_sampler_of_16_bits_follows_a_trainer_of_32(process_group, tmp_path, settings):
     model = make_model(tmp_path, hidden_size=64, seed=4, tied=False)
-    sampler = Sampler(replace(settings, path=str(tmp_path), dtype="bfloat16"))
+    sampler = VllmSampler(replace(settings, path=str(tmp_path), dtype="bfloat16"))
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape) * 0.05)
     prompts = random_sequences([40, 4])
@@ -108,7 +109,7 @@ def test_twenty_syncs_hold_no_memory(sampler, student):
 
 
 def test_a_sampler_that_sleeps_wants_waking_and_weights(process_group, student, student_settings):
-    sampler = Sampler(replace(student_settings, sleep_mode=True))
+    sampler = VllmSampler(replace(student_settings, sleep_mode=True))
     prompts = random_sequences([5])
     sampler.sleep()
     sampler.sleep()
@@ -132,7 +133,7 @@ def test_a_sync_that_fails_half_way_ends_the_engine(process_group, student, stud
         def detach(self):
             raise RuntimeError("connection closed by peer")
 
-    sampler = Sampler(student_settings)
+    sampler = VllmSampler(student_settings)
     weights = dict(student.named_parameters())
     weights[QUERY] = weights[QUERY].as_subclass(Lost)
     with pytest.raises(DistillError, match=r"sync of version 1 .*connection closed by peer"):

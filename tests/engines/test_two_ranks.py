@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill_cli.engines.sampler import Sampler
+from distill_cli.engines.sampler import VllmSampler
 from tests.conftest import shared_memory_left
 
 from .reference import ask, make_model
@@ -23,7 +23,7 @@ def test_engines_over_two_ranks_answer_as_those_of_one(scorer, sampler, student_
     if not tied:
         path = str(tmp_path / "student")
         make_model(path, hidden_size=128, seed=1, tied=False)
-        sampler = Sampler(replace(student_settings, path=path))
+        sampler = VllmSampler(replace(student_settings, path=path))
     torch.save(ask(sampler, scorer), tmp_path / "expected")
     if not tied:
         sampler.close()

@@ -19,10 +19,10 @@ from torch.distributed.fsdp import fully_shard  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from distill_cli.engines import sampler as sampler_module  # noqa: E402
-from distill_cli.engines.companion import CompanionScorer, needs_companion  # noqa: E402
-from distill_cli.engines.sampler import Sampler, SamplingSettings  # noqa: E402
-from distill_cli.engines.scorer import Scorer  # noqa: E402
-from distill_cli.engines.settings import EngineSettings  # noqa: E402
+from distill_cli.engines.companion import CompanionTeacher, needs_companion  # noqa: E402
+from distill_cli.engines.sampler import VllmSampler  # noqa: E402
+from distill_cli.engines.settings import EngineSettings, SamplingSettings  # noqa: E402
+from distill_cli.engines.teacher import VllmTeacher  # noqa: E402
 from distill_cli.engines.weight_sync import full_tensors  # noqa: E402
 from distill_cli.errors import DistillError  # noqa: E402
 from tests.engines.reference import ask, assert_answers_equal  # noqa: E402
@@ -54,10 +54,10 @@ def main(student_path: str, teacher_path: str, expected_path: str, sampler_ranks
     common["kwargs"] = {"skip_tokenizer_init": True}
     student = EngineSettings(student_path, tensor_parallel=int(sampler_ranks), **common)
     teacher = EngineSettings(teacher_path, tensor_parallel=int(scorer_ranks), **common)
-    scorer = (CompanionScorer if needs_companion(student, teacher, on_gpu=False) else Scorer)(teacher, topk=16)
-    sampler = Sampler(student)
+    scorer = (CompanionTeacher if needs_companion(student, teacher, on_gpu=False) else VllmTeacher)(teacher, topk=16)
+    sampler = VllmSampler(student)
     assert os.environ["LOCAL_WORLD_SIZE"] == "2"
-    if scorer.tensor_parallel == 1 and rank == 0:  # uneven work: an engine of one rank is its own
+    if scorer.num_ranks == 1 and rank == 0:  # uneven work: an engine of one rank is its own
         scorer.score([[9, 8, 7]], response_starts=[1])
     assert_answers_equal(ask(sampler, scorer), expected)
 
@@ -71,7 +71,7 @@ def main(student_path: str, teacher_path: str, expected_path: str, sampler_ranks
     sampler_module.full_tensors = gathered.watch
 
     for version in (1, 2):
-        prompt, seed = ([3, 4, 5], 7) if sampler.tensor_parallel == 2 else ([3 + rank, 4, 5], rank)
+        prompt, seed = ([3, 4, 5], 7) if sampler.num_ranks == 2 else ([3 + rank, 4, 5], rank)
         (sample,) = sampler.sample(
             [prompt], seeds=[seed], sampling=SamplingSettings(max_new_tokens=20, ignore_eos=True)
         )

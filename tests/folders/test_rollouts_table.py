@@ -1,11 +1,13 @@
 """Recorded rollouts: what stands beside a token is of that token, also where an environment spoke in between."""
 
+import logging
 from dataclasses import fields
 from pathlib import Path
 
 import pyarrow.parquet
+import pytest
 
-from distill_cli.folders.rollouts_table import write_rollouts
+from distill_cli.folders.rollouts_table import RolloutsFolder
 from distill_cli.types import Example, Prompt, Rollout, Sample, TokenViews
 
 
@@ -20,10 +22,22 @@ def test_what_is_listed_by_token_is_as_long_as_the_response_with_its_observation
             for field in fields(TokenViews)
         }
     )
-    rollout = Rollout(Prompt(0, [1, 2], Example("?")), sample, views=views)
-    file = tmp_path / "step_0.parquet"
-    write_rollouts(file, [rollout], decode=lambda ids: " ".join(map(str, ids)), token_text=str)
+    rollout = Rollout(Prompt(0, [1, 2], Example("?")), sample)
+    folder = RolloutsFolder(tmp_path, decode=lambda ids: " ".join(map(str, ids)), token_text=str)
+    file = folder.write("step_0.parquet", [rollout], views=[views])
     (row,) = pyarrow.parquet.read_table(file).to_pylist()
     assert row["tokens"] == ["5", "6", "7", "8"]
     assert row["kl_forward"] == [0.5, None, None, 0.5]
     assert {len(value) for name, value in row.items() if isinstance(value, list) and name != "prompt_ids"} == {4}
+
+
+def test_unwritable_rollouts_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rollouts = [Rollout(Prompt(0, [1], Example("?")), Sample([2], None, "stop", source="dataset"))]
+    (tmp_path / "file").write_text("no folder can be made here")
+    for is_written, warnings in ((False, 0), (True, 1)):
+        folder = RolloutsFolder(tmp_path / "file", decode=str, token_text=str, is_written=is_written)
+        with caplog.at_level(logging.WARNING):
+            assert folder.write("a.parquet", rollouts) == tmp_path / "file/a.parquet"
+        assert len(caplog.records) == warnings
+    file = RolloutsFolder(tmp_path, decode=str, token_text=str).write("b.parquet", rollouts)
+    assert pyarrow.parquet.read_table(file).to_pylist()[0]["sampled_logp"] is None

@@ -49,7 +49,7 @@ def run(scores: TeacherScores, hidden: torch.Tensor, weight: torch.Tensor, loss:
         sampled_ids_N=torch.full((TOKENS,), ENDS[1]),
         temperature=temperature,
         chunk_tokens=4,
-        one_class=ENDS,
+        merged_eos_ids=ENDS,
     )
 
 
@@ -58,7 +58,7 @@ def run(scores: TeacherScores, hidden: torch.Tensor, weight: torch.Tensor, loss:
 def test_on_the_full_support_it_is_the_divergence_of_the_added_up_distributions(kl_type, temperature) -> None:
     hidden, weight, teacher_NV = make_pair()
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    scores = merge_topk(topk_scores(teacher_NV / temperature, VOCAB), sampled_ids=[0] * TOKENS, one_class=ENDS)
+    scores = merge_topk(topk_scores(teacher_NV / temperature, VOCAB), sampled_ids=[0] * TOKENS, merged_eos_ids=ENDS)
     out = run(scores, hidden, weight, DistillLoss(kl_type=kl_type), temperature)
     found = torch.autograd.grad(out.loss, (hidden, weight))
     q_NV = add_up((hidden @ weight.T / temperature).softmax(-1))
@@ -81,7 +81,7 @@ def test_it_is_zero_where_the_models_end_alike_with_different_tokens(tail: str) 
     student_NV = hidden @ weight.T
     teacher_NV = student_NV.clone()
     teacher_NV[:, ENDS[0]], teacher_NV[:, ENDS[1]] = student_NV[:, ENDS[1]], student_NV[:, ENDS[0]]
-    scores = merge_topk(topk_scores(teacher_NV, VOCAB), sampled_ids=[0] * TOKENS, one_class=ENDS)
+    scores = merge_topk(topk_scores(teacher_NV, VOCAB), sampled_ids=[0] * TOKENS, merged_eos_ids=ENDS)
     loss = DistillLoss(kl_type="mixed", tail=tail)
     merged = run(scores, hidden, weight, loss).loss_N
     if tail == "zero":  # the places that became free are outside the top-k, where it has a price of its own
@@ -92,7 +92,7 @@ def test_it_is_zero_where_the_models_end_alike_with_different_tokens(tail: str) 
 
 def test_ends_outside_the_top_k_stay_in_the_rest_of_both() -> None:
     hidden, weight, teacher_NV = make_pair()
-    scores = merge_topk(topk_scores(teacher_NV, TOPK), sampled_ids=[ENDS[1]] * TOKENS, one_class=ENDS)
+    scores = merge_topk(topk_scores(teacher_NV, TOPK), sampled_ids=[ENDS[1]] * TOKENS, merged_eos_ids=ENDS)
     p_NV = add_up(teacher_NV.softmax(-1))
     assert (scores.topk_ids[:3] == ENDS[0]).sum() == 3
     assert (scores.topk_ids[:3] < 0).sum() == 6  # two places of each became free
@@ -110,4 +110,4 @@ def test_ends_outside_the_top_k_stay_in_the_rest_of_both() -> None:
 
 def test_nothing_changes_without_a_class() -> None:
     scores = topk_scores(make_pair()[2], TOPK)
-    assert merge_topk(scores, sampled_ids=[0] * TOKENS, one_class=()) is scores
+    assert merge_topk(scores, sampled_ids=[0] * TOKENS, merged_eos_ids=()) is scores

@@ -12,7 +12,7 @@ from distill_cli.losses.divergence import DIVERGENCES
 from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
 
 TOKENS, HIDDEN, VOCAB, TOPK, RANKS = 11, 8, 60, 5, 2
-ONE_CLASS = {"bucket": (), "renormalize": (59, 3), "zero": (2, 40, 41)}
+MERGED_EOS_IDS = {"bucket": (), "renormalize": (59, 3), "zero": (2, 40, 41)}
 """On both shards, the first on either."""
 
 
@@ -44,7 +44,7 @@ def run_head(
         temperature=0.8 if tail == "zero" else 1.0,
         group=group,
         chunk_tokens=4,
-        one_class=ONE_CLASS[tail],
+        merged_eos_ids=MERGED_EOS_IDS[tail],
     )
     output.loss.backward()
     return output, hidden.grad, weight.grad

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill_cli.parallel.context import Documents
-from distill_cli.parallel.sharing import share_out
+from distill_cli.parallel.sharing import partition_by_cost
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 4))
@@ -45,7 +45,7 @@ def test_the_order_puts_the_ranks_parts_back() -> None:
 
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 6))
 def test_work_is_shared_out_once_and_evenly(costs: list[int], num_shares: int) -> None:
-    shares = share_out(costs, num_shares)
+    shares = partition_by_cost(costs, num_shares)
     assert sorted(index for share in shares for index in share) == list(range(len(costs)))
     sums = [sum(costs[index] for index in share) for share in shares]
     assert max(sums) - min(sums) <= max(costs, default=0)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from distill_cli.folders.rollouts_table import write_rollouts
+from distill_cli.folders.rollouts_table import RolloutsFolder
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.types import Example, Prompt, Rollout, Sample, TokenViews
 
@@ -47,9 +47,10 @@ def make_run(
             make_answer(number, noise, words=words, num_tokens=num_tokens, sharpness=1 + step / 10)
             for number in range(num_prompts)
         ]
-        file = run.rollouts / f"step_{step}.parquet"
         decode = partial(text, words=words)
-        write_rollouts(file, answers, decode=decode, token_text=lambda token: decode([token]))  # noqa: B023
+        rollouts, views = zip(*answers, strict=True)
+        folder = RolloutsFolder(run.rollouts, decode, token_text=lambda token: decode([token]))  # noqa: B023
+        folder.write(f"step_{step}.parquet", rollouts, views=views)
     return run
 
 
@@ -83,7 +84,7 @@ def metrics(step: int, noise: random.Random, *, slowness: float, num_steps: int)
 
 def make_answer(
     number: int, noise: random.Random, *, words: Sequence[str], num_tokens: int, sharpness: float
-) -> Rollout:
+) -> tuple[Rollout, TokenViews]:
     tokens = [noise.randrange(200) for _ in range(num_tokens)]
     ids = [
         [noise.randrange(len(words) if noise.random() < 0.5 else 5000) for _ in range(5)] for _ in range(2 * num_tokens)
@@ -109,4 +110,4 @@ def make_answer(
         getattr(views, name)[5] = [] if "_top_" in name else None
     prompt = Prompt(index=number, token_ids=[number, 1, 2], example=Example("?", "7"))
     sample = Sample(token_ids=tokens, logp=[-1.0] * num_tokens, finish_reason="length" if number == 1 else "stop")
-    return Rollout(prompt, sample, reward=float(number % 2), views=views)
+    return Rollout(prompt, sample, reward=float(number % 2)), views

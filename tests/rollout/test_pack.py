@@ -1,34 +1,33 @@
 """Packing: every token once, each row the hidden state that predicts a response token, rounds of about equal size."""
 
 import random
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill_cli.rollout.pack import BatchPlan, MicroBatch, bucket, lay_out, plan_batch
+from distill_cli.rollout.pack import BatchPlan, MicroBatch, Planner, lay_out, padded_length, plan_batch
 from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
 
 
-def rollout(prompt: list[int], response: list[int], topk: int = 2) -> Rollout:
-    marks = torch.tensor(response, dtype=torch.float32)
-    return Rollout(
-        Prompt(0, prompt, Example("q")),
-        Sample(response, [-0.5 * token for token in response], "stop"),
-        scores=TeacherScores(
-            topk_ids=torch.tensor(response, dtype=torch.int32)[:, None].repeat(1, topk),
-            topk_logp=-marks[:, None].repeat(1, topk),
-            sampled_logp=-marks,
-        ),
-    )
+def rollout(prompt: list[int], response: list[int]) -> Rollout:
+    return Rollout(Prompt(0, prompt, Example("q")), Sample(response, [-0.5 * token for token in response], "stop"))
+
+
+def scores_of(rollout: Rollout, topk: int = 2) -> TeacherScores:
+    marks = torch.tensor(rollout.sample.token_ids, dtype=torch.float32)
+    top = marks[:, None].repeat(1, topk)
+    return TeacherScores(topk_ids=top.int(), topk_logp=-top, sampled_logp=-marks)
 
 
 def one_row(rollouts: list[Rollout], *, multiple: int = 1, packing: bool = True) -> MicroBatch:
     lengths = [len(r.token_ids) for r in rollouts]
     plan = plan_batch(lengths, num_ranks=1, max_tokens=100, multiple=multiple, packing=packing)
     ((row,),) = plan.rows
-    return lay_out(row, rollouts, topk=2)
+    return lay_out(row, rollouts, dict(enumerate(map(scores_of, rollouts))))
 
 
 def test_rows_are_the_positions_before_the_response_tokens() -> None:
@@ -38,13 +37,33 @@ def test_rows_are_the_positions_before_the_response_tokens() -> None:
     assert batch.documents.bounds == (0, 5, 9, 12)
     assert batch.rows.tolist() == [2, 3, 5, 6, 7]
     assert batch.sampled_ids.tolist() == [4, 5, 7, 8, 9]
-    assert batch.topk_ids[:, 0].tolist() == batch.sampled_ids.tolist()
+    assert batch.scores.topk_ids[:, 0].tolist() == batch.sampled_ids.tolist()
+    assert batch.scores.sampled_logp.tolist() == (-batch.sampled_ids).tolist()
     assert batch.sampler_logp.tolist() == [-2.0, -2.5, -3.5, -4.0, -4.5]
+    assert batch.has_sampler_logp.all()
+    assert batch.origins.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [1, 2]]
+
+
+def test_other_writers_have_no_logp() -> None:
+    own, other = rollout([1], [2, 3]), rollout([1], [4, 5, 6])
+    batch = one_row([own, replace(other, sample=replace(other.sample, logp=None, source="teacher"))])
+    assert batch.sampler_logp[batch.has_sampler_logp].tolist() == [-1.0, -1.5]
+    assert batch.has_sampler_logp.tolist() == [token < 4 for token in batch.sampled_ids.tolist()]
+
+
+def test_members_are_places_in_the_step() -> None:
+    rollouts = [rollout([1], [2] * length) for length in (5, 3, 4, 1, 7, 2)]
+    planner = Planner(global_batch_size=4, rank=1, cut=partial(plan_batch, num_ranks=2, max_tokens=8))
+    plans = planner.plan(rollouts)
+    assert [plan.members for plan in plans] == [[0, 1, 2, 3], [4, 5]]
+    assert planner.local_places(plans) == [*plans[0].members_of(1), *plans[1].members_of(1)]
+    alone = plan_batch([len(one.token_ids) for one in rollouts[4:]], num_ranks=2, max_tokens=8)
+    assert [row.length for rows in plans[1].rows for row in rows] == [row.length for rows in alone.rows for row in rows]
 
 
 def test_without_packing_each_sequence_is_padded_to_the_same_length() -> None:
     batch = one_row([rollout([1, 2], [3, 4, 5, 6, 7, 8, 9]), rollout([1], [2, 3, 4, 5, 6])], packing=False)
-    assert bucket(9) == 10
+    assert padded_length(9) == 10
     assert batch.documents.bounds == (0, 10, 20)
     assert batch.input_ids[0, 10:].tolist() == [1, 2, 3, 4, 5, 6, 0, 0, 0, 0]
     assert batch.rows.tolist() == [1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14]
@@ -80,14 +99,14 @@ def test_long_tailed_lengths_fill_eight_micro_batches_a_rank(seed: int) -> None:
 
 
 @given(st.integers(1, 100_000))
-def test_buckets_are_few_and_waste_at_most_a_quarter(length: int) -> None:
-    assert length <= bucket(length) <= max(length * 1.25, length + 1)
-    assert bucket(bucket(length)) == bucket(length)
+def test_padded_lengths_are_few_and_waste_at_most_a_quarter(length: int) -> None:
+    assert length <= padded_length(length) <= max(length * 1.25, length + 1)
+    assert padded_length(padded_length(length)) == padded_length(length)
 
 
 def test_a_row_without_members_carries_no_loss() -> None:
     plan = plan_batch([5], num_ranks=2, max_tokens=10, multiple=4)
-    batch = lay_out(plan.rows[1][0], [], topk=5)
+    batch = lay_out(plan.rows[1][0], [], {})
     assert batch.num_response_tokens == 0
-    assert batch.topk_ids.shape == (0, 5)
+    assert len(batch.scores.topk_ids) == len(batch.scores.sampled_logp) == 0
     assert batch.documents.bounds == (0, 4)

@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,16 @@ from distill_cli.config.variation import override, save_config
 from distill_cli.data.recorded_run import Facts, Recording, remove_later, step_folder, vocabulary_digest
 from distill_cli.errors import ConfigError
 from distill_cli.jobs.preflight import preflight
+from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import ASSETS
 from distill_cli.parallel.mesh import Parallel, layout
-from distill_cli.rollout.pack import lay_out, plan_batch
-from distill_cli.rollout.score_files import Recorder, Replay, read_scores, read_sequences, write_sequences
-from distill_cli.types import Rollout
+from distill_cli.rollout.pack import Planner, lay_out, plan_batch
+from distill_cli.rollout.replay import RecordedSteps, Replay
+from distill_cli.rollout.score_files import Recorder, read_scores, read_sequences, write_sequences
+from distill_cli.rollout.source import ScoredBatch
+from distill_cli.rollout.stages import Stages, StopRequested
+from distill_cli.types import Rollout, TeacherScores
+from tests.rollout.doubles import ask_to_stop
 from tests.student.train_rank import TOPK, made_up_rollout
 
 STUDENT = ASSETS / "tiny_pair/student"
@@ -42,41 +48,58 @@ def recorded(tmp_path: Path, parallel: Parallel) -> Path:
     facts = Facts(8, 1.0, [], end_tokens=[2], vocab_size=512, vocabulary=vocabulary_digest(STUDENT, 512))
     recorder = Recorder(run / "scores", facts, parallel)
     for step in (1, 2):
-        recorder.keep(step, made_up(step), range(64))
+        recorder.write(step, ScoredBatch(*made_up(step)))
     return run
 
 
-def made_up(seed: int, number: int = 64) -> list[Rollout]:
+def made_up(seed: int, number: int = 64) -> tuple[list[Rollout], list, dict[int, TeacherScores]]:
+    """Sequences of every kind, no plans, and the scores of all."""
     generator = torch.Generator().manual_seed(seed)
-    rollouts = [made_up_rollout(index, 3 + index % 5, 2 + index % 7, generator) for index in range(number)]
-    masked = rollouts[3].sample
+    made = [made_up_rollout(index, 3 + index % 5, 2 + index % 7, generator) for index in range(number)]
+    rollouts, scores = [rollout for rollout, _ in made], dict(enumerate(scores for _, scores in made))
+    masked, other = rollouts[3].sample, rollouts[4].sample
     trained = [place % 2 == 0 for place in range(len(masked.token_ids))]
-    rollouts[3].sample = replace(masked, trained=trained, num_turns=2, finish_reason="turn_limit")
-    foreign = rollouts[4].sample
-    rollouts[4].sample = replace(foreign, logp=[float("nan")] * len(foreign.token_ids), source="teacher")
+    masked = replace(masked, trained=trained, num_turns=2, finish_reason="turn_limit")
+    rollouts[3] = replace(rollouts[3], sample=masked)
+    rollouts[4] = replace(rollouts[4], sample=replace(other, logp=None, source="teacher"))
     for index in (5, 6):
-        rollouts[index].reward = float(index == 5)
-    return rollouts
+        rollouts[index] = replace(rollouts[index], reward=float(index == 5))
+    return rollouts, [], scores
 
 
 def test_what_is_read_is_what_was_written(recorded: Path, parallel: Parallel) -> None:
-    replay = Replay(Recording.of(str(recorded)), topk=TOPK, parallel=parallel)
-    assert replay.steps_per_epoch == 2
-    for step in range(3):  # the third is the first again
-        expected, found = made_up(step % 2 + 1), replay.rollouts(step)
-        mine = list(range(0, 64, 3))
-        replay.fill_in(step, found, mine)
-        assert [r.scores is not None for r in found] == [place in mine for place in range(64)]
-        assert [(r.token_ids, r.reward, r.prompt.index) for r in found] == [
-            (r.token_ids, r.reward, r.prompt.index) for r in expected
+    steps = RecordedSteps(Recording.of(str(recorded)), topk=TOPK, parallel=parallel)
+    assert steps.steps_per_epoch == 2
+    for step in (1, 2, 3):  # the third is the first again
+        (expected, _, all_scores), found = made_up((step - 1) % 2 + 1), steps.rollouts(step)
+        mine = list(range(63, 0, -3))
+        scores = steps.scores(step, mine)
+        assert list(scores) == mine
+        assert [(r.token_ids, r.reward, r.prompt.index, r.sample) for r in found] == [
+            (r.token_ids, r.reward, r.prompt.index, r.sample) for r in expected
         ]
-        for ours, theirs in zip(found, expected, strict=True):
-            assert repr(replace(ours.sample, trained=None)) == repr(replace(theirs.sample, trained=None))  # NaN is NaN
-            assert ours.sample.trained == theirs.sample.trained
-        plan = plan_batch([len(found[place].token_ids) for place in mine], num_ranks=1, max_tokens=10_000)
-        ours, theirs = (lay_out(plan.rows[0][0], [of[place] for place in mine], topk=TOPK) for of in (found, expected))
-        for name in ("input_ids", "rows", "sampled_ids", "topk_ids", "topk_logp", "sampler_logp"):
-            assert torch.equal(getattr(ours, name).nan_to_num(7), getattr(theirs, name).nan_to_num(7)), name
+        ((row,),) = plan_batch([len(one.token_ids) for one in found], num_ranks=1, max_tokens=10_000).rows
+        row = replace(row, members=tuple(mine), places=tuple(len(found[place].token_ids) for place in mine))
+        ours, theirs = (lay_out(row, *of) for of in ((found, scores), (expected, all_scores)))
+        for name in ("input_ids", "rows", "sampled_ids", "sampler_logp", "has_sampler_logp"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        for name in ("topk_ids", "topk_logp", "sampled_logp"):
+            assert torch.equal(getattr(ours.scores, name), getattr(theirs.scores, name)), name
+
+
+def test_a_replay_gives_recorded_steps(recorded: Path, parallel: Parallel) -> None:
+    planner = Planner(global_batch_size=32, rank=1, cut=partial(plan_batch, num_ranks=2, max_tokens=64))
+    steps, stop = RecordedSteps(Recording.of(str(recorded)), topk=3, parallel=parallel), StopFlag()
+    source = Replay(steps, planner, Stages(parallel, stop))
+    batch = source.step(2)
+    assert [one.token_ids for one in batch.rollouts] == [one.token_ids for one in made_up(2)[0]]
+    assert [plan.members for plan in batch.plans] == [list(range(32)), list(range(32, 64))]
+    assert list(batch.scores) == planner.local_places(batch.plans) != []
+    assert {scores.topk_ids.shape[1] for scores in batch.scores.values()} == {3}
+    assert not batch.is_current
+    ask_to_stop(stop)
+    with pytest.raises(StopRequested):
+        source.step(1)
 
 
 def test_a_smaller_top_k_is_the_likeliest_of_those_recorded(recorded: Path) -> None:
@@ -89,10 +112,10 @@ def test_a_smaller_top_k_is_the_likeliest_of_those_recorded(recorded: Path) -> N
 
 
 def test_several_ranks_files_make_one_step(tmp_path: Path) -> None:
-    rollouts = made_up(5, number=9)
+    rollouts, _, scores = made_up(5, number=9)
     for rank in range(2):
-        places = list(range(rank, 9, 2))
-        write_sequences(tmp_path / f"rank_{rank}.safetensors", [rollouts[place] for place in places], places)
+        mine = {place: scores[place] for place in range(rank, 9, 2)}
+        write_sequences(tmp_path / f"rank_{rank}.safetensors", rollouts, mine)
     files = [read_sequences(file) for file in sorted(tmp_path.glob("*.safetensors"))]
     together = files[0] | files[1]
     assert [together[place].token_ids for place in range(9)] == [rollout.token_ids for rollout in rollouts]
@@ -104,7 +127,7 @@ def test_a_step_that_cannot_be_written_is_a_warning_and_not_there(
     recorder = Recorder(recorded / "scores", Recording.of(str(recorded)).facts, parallel)
     (recorded / "scores/.step_3.tmp").write_text("no folder can be made here")
     with caplog.at_level(logging.WARNING):
-        recorder.keep(3, made_up(3), range(64))
+        recorder.write(3, ScoredBatch(*made_up(3)))
     assert "the scores of step 3 could not be kept" in caplog.text
     assert Recording.of(str(recorded)).num_steps == 2
 
@@ -121,10 +144,10 @@ def test_a_damaged_file_is_named(recorded: Path, parallel: Parallel) -> None:
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    replay = Replay(Recording.of(str(recorded)), topk=TOPK, parallel=parallel)
-    replay.rollouts(0)
+    steps = RecordedSteps(Recording.of(str(recorded)), topk=TOPK, parallel=parallel)
+    steps.rollouts(1)
     with pytest.raises(ConfigError, match="step_2: damaged: rank_0.safetensors has changed"):
-        replay.rollouts(1)
+        steps.rollouts(2)
     file.write_bytes(content[:-5])
     with pytest.raises(ConfigError, match="rank_0.safetensors has .* instead of .*; train.max_steps=1 ends before it"):
         Recording.of(str(recorded))

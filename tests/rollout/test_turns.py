@@ -40,9 +40,9 @@ class Parrot:
 
     def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
         self.asked += prompts
-        logp = [-1.0, -2.0, -3.0] if sampling.logp else []
+        logp = [-1.0, -2.0, -3.0] if sampling.logp else None
         return [
-            Sample([len(ids), seed % 97 + 100], logp[:2], "length")
+            Sample([len(ids), seed % 97 + 100], logp and logp[:2], "length")
             if len(ids) >= self.cut_from
             else Sample([len(ids), seed % 97 + 100, END], logp, "stop")
             for ids, seed in zip(prompts, seeds, strict=True)
@@ -68,7 +68,7 @@ def sample(
     return sample_rollouts(
         prompts,
         seeds=seeds or range(len(answers)),
-        sampler=sampler or Parrot(),
+        engine=sampler or Parrot(),
         sampling=SamplingSettings(max_new_tokens=4, logp=logp),
         turns=Turns(make, max_turns, max_tokens, decode=str, observation_ids=lambda text, last: [90, last, 91]),
     )
@@ -113,9 +113,9 @@ def test_limits_are_of_each_turn_and_of_all_of_them() -> None:
 
 def test_what_was_sampled_without_logp_is_not_trained_on() -> None:
     whole, bare = sample(["3"])[0], sample(["3"], logp=False)[0]
-    assert bare.sample == replace(whole.sample, logp=[])
+    assert bare.sample == replace(whole.sample, logp=None)
     with pytest.raises(AssertionError, match="logp=False"):
-        score_rollouts([whole, bare], scorer=None)
+        score_rollouts([whole, bare], teacher=None)
 
 
 def test_a_sequence_is_the_same_whatever_else_is_sampled() -> None:
@@ -144,20 +144,24 @@ def test_the_verifier_judges_the_last_turn_where_the_environment_does_not() -> N
         def step(self, response: str) -> Observation:
             return Observation("go on", done=super().step(response).done)
 
-    rollouts = sample(["2"], make=Silent)
-    judge_rollouts(
-        rollouts, verify=lambda pairs: [float(text == "9") for text, _ in pairs], decode=lambda ids: str(ids[0])
+    (judged,) = judge_rollouts(
+        sample(["2"], make=Silent),
+        verify=lambda pairs: [float(text == "9") for text, _ in pairs],
+        decode=lambda ids: str(ids[0]),
     )
-    assert rollouts[0].reward == 1.0
+    assert judged.reward == 1.0
 
 
 def test_a_masked_loss_and_its_gradient_are_those_of_a_dense_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_topk, "_chunk_size", lambda *_, **__: 5)  # several to a micro-batch, as in a large one
     generator = torch.Generator().manual_seed(3)
-    rollouts = [made_up_rollout(i, *lengths, generator) for i, lengths in enumerate([(4, 9), (7, 12), (2, 5)])]
-    masks = [torch.rand(len(r.sample.token_ids), generator=generator) < 0.6 for r in rollouts]
-    for rollout, mask in zip(rollouts, masks, strict=True):
-        rollout.sample = replace(rollout.sample, trained=mask.tolist(), num_turns=2)
+    made = [made_up_rollout(i, *lengths, generator) for i, lengths in enumerate([(4, 9), (7, 12), (2, 5)])]
+    masks = [torch.rand(len(r.sample.token_ids), generator=generator) < 0.6 for r, _ in made]
+    rollouts = [
+        replace(rollout, sample=replace(rollout.sample, trained=mask.tolist(), num_turns=2))
+        for (rollout, _), mask in zip(made, masks, strict=True)
+    ]
+    scores = {place: scores for place, (_, scores) in enumerate(made)}
     attention.register()
     loss = DistillLoss(kl_type="mixed", kl_weight=0.3)
     student = Student(made_up_model("qwen3", tied=True), loss=loss, temperature=1.0)
@@ -169,16 +173,16 @@ def test_a_masked_loss_and_its_gradient_are_those_of_a_dense_reference(monkeypat
     context = type("One", (), {"size": lambda self: 1, "get_local_rank": lambda self: 0})()
     parallel = type("Alone", (), {"data_rank": 0, "context": context})()
     ours = 0.0
-    for batch in micro_batches(plan, rollouts, topk=8, parallel=parallel):
+    for batch in micro_batches(plan, rollouts, scores, parallel=parallel):
         loss, _ = student(batch, num_loss_tokens=number)
         loss.backward()
         ours += float(loss.detach())
 
     theirs = torch.zeros(())
-    for rollout, mask in zip(rollouts, masks, strict=True):
+    for place, (rollout, mask) in enumerate(zip(rollouts, masks, strict=True)):
         start = len(rollout.prompt.token_ids)
         logp = dense(torch.tensor([rollout.token_ids])).logits[0, start - 1 : -1].log_softmax(-1)
-        p, q = rollout.scores.topk_logp.exp(), logp.gather(1, rollout.scores.topk_ids.long()).exp()
+        p, q = scores[place].topk_logp.exp(), logp.gather(1, scores[place].topk_ids.long()).exp()
         p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))
         per_token = 0.3 * (p * (p / q).log()).sum(-1) + 0.7 * (q * (q / p).log()).sum(-1)
         theirs = theirs + per_token[mask].sum() / number

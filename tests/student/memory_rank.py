@@ -129,18 +129,18 @@ def made_up_batches(
     *, vocab: int, topk: int, length: int, number: int, max_tokens: int, parallel: Parallel
 ) -> list[MicroBatch]:
     """This rank's micro-batches of `number` sequences of random tokens, all of them response but for the first."""
-    rollouts = []
+    rollouts, scores = [], {}
     for index in range(number):
         ids = torch.randint(0, vocab, (length,)).tolist()
         first = torch.randint(0, vocab, (length - 1, 1))
         top = ((first + torch.arange(topk) * (vocab // topk)) % vocab).int()
-        scores = TeacherScores(top, torch.full(top.shape, -5.0), torch.full((length - 1,), -5.0))
+        scores[index] = TeacherScores(top, torch.full(top.shape, -5.0), torch.full((length - 1,), -5.0))
         sample = Sample(ids[1:], [-1.0] * (length - 1), "stop")
-        rollouts.append(Rollout(Prompt(index, ids[:1], Example("q")), sample, scores=scores))
+        rollouts.append(Rollout(Prompt(index, ids[:1], Example("q")), sample))
     plan = plan_batch(
         [length] * number, num_ranks=parallel.data_size, max_tokens=max_tokens, multiple=parallel.length_multiple
     )
-    return micro_batches(plan, rollouts, topk=topk, parallel=parallel)
+    return micro_batches(plan, rollouts, scores, parallel=parallel)
 
 
 def timeline(events: Sequence[object]) -> list[tuple[str, int, int]]:

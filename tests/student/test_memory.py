@@ -71,9 +71,9 @@ def one_sequence(length: int) -> MicroBatch:
         torch.full((num_response, TOPK), -3.0),
         torch.full((num_response,), -3.0),
     )
-    rollout = Rollout(Prompt(0, ids[:1], Example("q")), Sample(ids[1:], [-1.0] * num_response, "stop"), scores=scores)
+    rollout = Rollout(Prompt(0, ids[:1], Example("q")), Sample(ids[1:], [-1.0] * num_response, "stop"))
     ((row,),) = plan_batch([length], num_ranks=1, max_tokens=length).rows
-    return lay_out(row, [rollout], topk=TOPK)
+    return lay_out(row, [rollout], {0: scores})
 
 
 def watch_step(student: Student, length: int) -> Watch:

@@ -31,14 +31,15 @@ def lengths_of(kind: str, generator: torch.Generator) -> list[tuple[int, int]]:
     return [(5, 200), *lengths[1:]] if kind == "long" else lengths
 
 
-def made_up_rollout(index: int, num_prompt: int, num_response: int, generator: torch.Generator) -> Rollout:
+def made_up_rollout(
+    index: int, num_prompt: int, num_response: int, generator: torch.Generator
+) -> tuple[Rollout, TeacherScores]:
     ids = torch.randint(0, VOCAB, (num_prompt + num_response,), generator=generator).tolist()
     logp, top = torch.randn(num_response, VOCAB, generator=generator).mul(2).log_softmax(-1).topk(TOPK)
-    return Rollout(
-        Prompt(index, ids[:num_prompt], Example("q")),
-        Sample(ids[num_prompt:], [-1.0] * num_response, "stop"),
-        scores=TeacherScores(top.int(), logp, logp[:, 0]),
+    rollout = Rollout(
+        Prompt(index, ids[:num_prompt], Example("q")), Sample(ids[num_prompt:], [-1.0] * num_response, "stop")
     )
+    return rollout, TeacherScores(top.int(), logp, logp[:, 0])
 
 
 def made_up_model(family: str, *, tied: bool) -> PreTrainedModel:
@@ -89,12 +90,12 @@ def train(case: dict) -> tuple:
     for step in range(trainable.num_updates, NUM_STEPS):
         generator = torch.Generator().manual_seed(step)
         lengths = lengths_of(case["lengths"], generator)
-        rollouts = [made_up_rollout(index, *pair, generator) for index, pair in enumerate(lengths)]
+        rollouts, scores = zip(*(made_up_rollout(i, *pair, generator) for i, pair in enumerate(lengths)), strict=True)
         plan = plan_batch(
             [sum(pair) for pair in lengths], num_ranks=parallel.data_size, max_tokens=case["micro_batch_tokens"],
             packing=case["packing"], multiple=parallel.length_multiple,
         )  # fmt: skip
-        batches = micro_batches(plan, rollouts, topk=TOPK, parallel=parallel)
+        batches = micro_batches(plan, rollouts, dict(enumerate(scores)), parallel=parallel)
         results.append(optimizer_step(student, optimizer, schedule, batches, max_grad_norm=0.05, parallel=parallel))
         if case["save_to"] and step + 1 == case["save_at"]:
             saver = Saver(RunDir(Path(case["save_to"])), trainable)

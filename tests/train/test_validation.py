@@ -12,6 +12,7 @@ from distill_cli.config.schema import Config
 from distill_cli.config.variation import override
 from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.data.registry import resolve_extract, resolve_verifier
+from distill_cli.engines.base import AnsweringEngine
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.folders.answers_table import AnswersFile, join_answers
 from distill_cli.parallel.mesh import Parallel, layout
@@ -22,10 +23,10 @@ from distill_cli.types import Example, Prompt, Sample
 EXACT = IsolatedVerifier("exact")
 
 
-class Oracle:
+class Oracle(AnsweringEngine):
     """Answers `#### <first token>`; every answer but a problem's first is wrong where the first token is odd."""
 
-    tensor_parallel = 1
+    num_ranks = 1
 
     def __init__(self) -> None:
         self.seeds: list[int] = []

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill_cli.engines.sampler import SamplingSettings
-from distill_cli.engines.scorer import Scorer
+from distill_cli.engines.settings import SamplingSettings
+from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.errors import ConfigError, DistillError
 
 from .reference import MAX_LEN, VOCAB_SIZE, random_sequences, reference_logp, sampled_reference_logp
@@ -43,7 +43,7 @@ def test_candidates_fall_and_differ(scorer):
 
 @pytest.mark.parametrize(("topk", "temperature"), [(1, 0.5), (VOCAB_SIZE, 1.7)])
 def test_topk_and_temperature(process_group, teacher, teacher_settings, topk, temperature):
-    scorer = Scorer(teacher_settings, topk=topk, temperature=temperature)
+    scorer = VllmTeacher(teacher_settings, topk=topk, temperature=temperature)
     sequences = random_sequences([40, 90])
     # Its own answers know nothing of the temperature that it scores at.
     greedy = SamplingSettings(max_new_tokens=10, temperature=0.0, ignore_eos=True)
@@ -61,7 +61,7 @@ def test_topk_and_temperature(process_group, teacher, teacher_settings, topk, te
 def test_ids_that_only_the_teacher_has_are_never_scored(process_group, teacher, teacher_settings):
     """Its vocabulary is padded beyond the student's: what is left is a distribution by itself."""
     shared = 200
-    scorer = Scorer(replace(teacher_settings, vocab_size=shared), topk=shared)
+    scorer = VllmTeacher(replace(teacher_settings, vocab_size=shared), topk=shared)
     sequence = [token % shared for token in random_sequences([60])[0]]
     (scores,) = scorer.score([sequence], response_starts=[10])
     assert scores.topk_ids.max() < shared
@@ -79,7 +79,7 @@ def test_ids_that_only_the_teacher_has_are_never_scored(process_group, teacher, 
 def test_prefill_in_chunks_changes_nothing(process_group, teacher, teacher_settings):
     pieces = {"enable_chunked_prefill": True, "max_num_batched_tokens": 48, "max_num_seqs": 4}
     chunked = replace(teacher_settings, kwargs={**teacher_settings.kwargs, **pieces})
-    scorer = Scorer(chunked, topk=16)
+    scorer = VllmTeacher(chunked, topk=16)
     sequences = random_sequences([MAX_LEN, 47, 48, 49, 200])
     for sequence, scores in zip(sequences, scorer.score(sequences, response_starts=[1, 2, 3, 4, 100]), strict=True):
         start = len(sequence) - len(scores.sampled_logp)
@@ -132,7 +132,7 @@ def test_a_failure_inside_a_step_leaves_the_engine_usable(scorer, teacher, monke
     sequences = random_sequences([30, 31, 32])
     with monkeypatch.context() as patch:
         scorer._engine.call_worker(lambda worker: patch.setattr(worker.get_model(), "compute_logits", fail))
-        with pytest.raises(DistillError, match=r"the scorer failed .*out of memory, say"):
+        with pytest.raises(DistillError, match=r"the teacher failed .*out of memory, say"):
             scorer.score(sequences, response_starts=[1, 1, 1])
     (scores,) = scorer.score(sequences[:1], response_starts=[10])
     assert_scores_equal_reference(scores, teacher, sequences[0], start=10, topk=16)
@@ -143,13 +143,13 @@ def test_a_failure_inside_a_step_leaves_the_engine_usable(scorer, teacher, monke
     [
         (VOCAB_SIZE + 1, 1.0, {}, "topk is 301"),
         (0, 1.0, {}, "topk is 0"),
-        (8, 0.0, {}, "temperature of the scorer is 0"),
+        (8, 0.0, {}, "temperature of the teacher is 0"),
         (8, 1.0, {"max_model_len": MAX_LEN + 1}, "has 320 positions"),
-        (8, 1.0, {"tensor_parallel": 2}, "tensor_parallel of the scorer is 2"),
+        (8, 1.0, {"tensor_parallel": 2}, "tensor_parallel of the teacher is 2"),
     ],
 )
 def test_impossible_settings_are_the_users_mistake(
     process_group, teacher, teacher_settings, topk, temperature, changes, message
 ):
     with pytest.raises(ConfigError, match=message):
-        Scorer(replace(teacher_settings, **changes), topk=topk, temperature=temperature)
+        VllmTeacher(replace(teacher_settings, **changes), topk=topk, temperature=temperature)

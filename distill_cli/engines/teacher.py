@@ -1,4 +1,4 @@
-"""The teacher's engine: one prefill over each sequence, the top-k at its response positions.
+"""The teacher's vLLM engine in the rank's process: one prefill over each sequence, the top-k at response positions.
 
 Shape letters: R response tokens of one sequence, K the teacher's top-k.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from distill_cli.engines import vllm_patches
+from distill_cli.engines.base import Teacher
 from distill_cli.engines.engine import Engine, Interrupted, request_params
 from distill_cli.engines.sample_requests import sample
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
@@ -19,12 +20,12 @@ from distill_cli.errors import ConfigError, DistillError
 from distill_cli.types import Sample, TeacherScores
 
 
-class Scorer:
-    """Scores sequences with the teacher.
+class VllmTeacher(Teacher):
+    """Scores sequences with the teacher in this process.
 
     For example:
-        scorer = Scorer(settings, topk=64, temperature=1.0)
-        scores = scorer.score(sequences, response_starts=[len(prompt) for prompt in prompts])
+        teacher = VllmTeacher(settings, topk=64, temperature=1.0)
+        scores = teacher.score(sequences, response_starts=[len(prompt) for prompt in prompts])
     """
 
     def __init__(
@@ -44,16 +45,15 @@ class Scorer:
             should_stop: `Engine`'s.
         """
         if temperature <= 0:
-            raise ConfigError(f"temperature of the scorer is {temperature}: it must be above 0")
+            raise ConfigError(f"temperature of the teacher is {temperature}: it must be above 0")
         if topk < 1:
             raise ConfigError(f"topk is {topk}: it must be at least 1")
-        self.tensor_parallel = settings.tensor_parallel
-        """Ranks that share this engine and call it together: see `EngineSettings`."""
+        self.num_ranks = settings.tensor_parallel
         self._topk = topk
         # vLLM wants room for the one token that every request samples, although that token never enters the model.
         self._engine = Engine(
             settings,
-            role="the scorer",
+            role="the teacher",
             should_stop=should_stop,
             max_model_len=settings.max_model_len + 1,
             max_logprobs=topk,
@@ -71,15 +71,7 @@ class Scorer:
             raise ConfigError(f"loss.temperature is {temperature}: {settings.path} allows only 1 in vLLM")
 
     def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:
-        """The teacher's view of each sequence, in their order; empty ones where the engine was asked to stop.
-
-        Args:
-            sequences: token ids of prompt and response.
-            response_starts: where each response starts, at least 1: a first token has no distribution before it.
-
-        Raises:
-            DistillError: a bad request, or a failure in the engine, which stays usable.
-        """
+        """Score with one prefill each; the engine stays usable after a bad request or a failure. See `Teacher`."""
         self._check(sequences, response_starts)
         scored = [index for index, start in enumerate(response_starts) if start < len(sequences[index])]
         # Every request of vLLM samples a token; this one is not looked at.
@@ -88,24 +80,24 @@ class Scorer:
             with self._divided_logits():
                 outputs = self._engine.generate([sequences[index] for index in scored], [params] * len(scored))
         except Interrupted:
-            return [empty_scores(self._topk) for _ in sequences]
+            return [TeacherScores.empty(self._topk) for _ in sequences]
         scores = {
             index: to_scores(output, start=response_starts[index])
             for index, output in zip(scored, outputs, strict=True)
         }
-        return [scores.get(index) or empty_scores(self._topk) for index in range(len(sequences))]
+        return [scores.get(index) or TeacherScores.empty(self._topk) for index in range(len(sequences))]
 
     def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
-        """The teacher's own answers, to measure it by; see `distill_cli.engines.sample_requests.sample`."""
+        """Sample the teacher's own answers; see `distill_cli.engines.sample_requests.sample`."""
         return sample(self._engine, prompts, seeds=seeds, sampling=sampling)
 
     def _check(self, sequences: Sequence[list[int]], response_starts: Sequence[int]) -> None:
         if len(sequences) != len(response_starts):
-            raise DistillError(f"the scorer got {len(sequences)} sequences and {len(response_starts)} response starts")
+            raise DistillError(f"the teacher got {len(sequences)} sequences and {len(response_starts)} response starts")
         for index, (ids, start) in enumerate(zip(sequences, response_starts, strict=True)):
             if not 1 <= start <= len(ids):
                 raise DistillError(
-                    f"the scorer: response {index} starts at {start} in a sequence of {len(ids)} tokens, "
+                    f"the teacher: response {index} starts at {start} in a sequence of {len(ids)} tokens, "
                     f"allowed are 1 to {len(ids)}"
                 )
         self._engine.check_token_ids(sequences, max_len=self._engine.settings.max_model_len)
@@ -133,7 +125,6 @@ class Scorer:
         self._engine.wake()
 
     def close(self) -> None:
-        """Free the engine: before `destroy_process_group`."""
         self._engine.close()
 
 
@@ -145,14 +136,6 @@ def to_scores(output: Any, *, start: int) -> TeacherScores:
         topk_ids=ids_RK1[:, 1:].contiguous(),
         topk_logp=logp_RK1[:, 1:].contiguous(),
         sampled_logp=logp_RK1[:, 0].contiguous(),
-    )
-
-
-def empty_scores(topk: int) -> TeacherScores:
-    return TeacherScores(
-        topk_ids=torch.empty(0, topk, dtype=torch.int32),
-        topk_logp=torch.empty(0, topk),
-        sampled_logp=torch.empty(0),
     )
 
 

@@ -1,0 +1,92 @@
+"""What training expects of the models' engines: a `Sampler` writes as the student, a `Teacher` scores what was written.
+
+| where it runs                      | Sampler               | Teacher                      |
+|------------------------------------|-----------------------|------------------------------|
+| in the rank's process              | `sampler.VllmSampler` | `teacher.VllmTeacher`        |
+| in a process beside each rank      |                       | `companion.CompanionTeacher` |
+
+An implementation subclasses its protocol, which gives it `awake`. It stands in a file of its own here and is chosen in
+`ranks.build_engines`; nothing else knows which one it talks to.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from distill_cli.engines.settings import SamplingSettings
+from distill_cli.engines.weight_sync import Deferred
+from distill_cli.types import Sample, TeacherScores
+
+
+class AnsweringEngine(Protocol):
+    """A model that answers prompts, shared by `num_ranks` consecutive ranks.
+
+    All of these call it at the same points with the same requests, and all get the results. Every method raises
+    DistillError, with the reason, if the engine fails.
+    """
+
+    num_ranks: int
+    """Ranks that share it; rank r belongs to engine r // num_ranks."""
+
+    @abstractmethod
+    def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
+        """Return one answer to each prompt, in their order: a prompt, a seed and the weights decide it.
+
+        Answers are empty if the engine was interrupted, since the run is to stop.
+        """
+
+    def wake(self) -> None:
+        """Take the device's memory; does nothing if the engine holds it or needs none."""
+
+    def sleep(self) -> None:
+        """Give the device's memory back; does nothing for an engine that keeps it (`engine.<role>.sleep=false`)."""
+
+    def close(self) -> None:
+        """Free the engine, before `destroy_process_group`; closing again does nothing."""
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Hold the device's memory within, and give it back however the block is left."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # an engine cannot take what torch keeps for the next training step
+        self.wake()
+        try:
+            yield
+        finally:
+            self.sleep()
+
+
+class Sampler(AnsweringEngine, Protocol):
+    """The student's engine, whose weights follow the trainer's."""
+
+    version: int
+    """Which weights it has: what `sync` was last given, 0 for those it was built with, -1 for none."""
+
+    @abstractmethod
+    def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor | Deferred]], *, version: int) -> None:
+        """Replace the weights with the trainer's, and forget cached prefixes. A collective if they are DTensors."""
+
+    @abstractmethod
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes: the next answers are those of an engine that was just built."""
+
+
+class Teacher(AnsweringEngine, Protocol):
+    """What scores sequences with the teacher's distribution; its own answers are sampled to measure it."""
+
+    def wait_ready(self) -> None:
+        """Block until the teacher can score; raises what building it would have raised."""
+
+    @abstractmethod
+    def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:
+        """Return the scores of each sequence from its response's start on; empty ones if the engine was interrupted.
+
+        Args:
+            sequences: token ids of prompt and response.
+            response_starts: index of the response's first token, at least 1.
+        """

@@ -1,0 +1,104 @@
+"""Sources of scored batches: which engine is awake when, who writes what, and where a stop ends a step."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distill_cli.config.schema import MeshConfig
+from distill_cli.parallel.mesh import Parallel, layout
+from distill_cli.rollout.off_policy import Mixture, dataset_samples, teacher_samples
+from distill_cli.rollout.on_policy import OnPolicy
+from distill_cli.rollout.stages import StopRequested
+from tests.rollout.doubles import make_source
+
+AWAKE = ["sampler wakes", "sync 0", "sampler samples 2", "sampler sleeps"]
+SCORED = ["teacher wakes", "teacher scores 2", "teacher sleeps"]
+
+
+@pytest.fixture(scope="module")
+def parallel() -> Iterator[Parallel]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield layout(MeshConfig(), device=torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def calls() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def make(parallel: Parallel, calls: list[str]) -> Callable[..., OnPolicy]:
+    return partial(make_source, parallel, calls)
+
+
+def test_one_engine_is_awake_at_a_time(make, calls: list[str]) -> None:
+    batch = make().step(1)
+    assert calls == [*AWAKE, *SCORED]
+    assert batch.is_current
+    assert list(batch.scores) == [place for plan in batch.plans for place in plan.members] == [0, 1]
+
+
+def test_stages_are_timed(make) -> None:
+    source = make()
+    source.step(1)
+    stages = source.worker.stages
+    assert stages.lap().keys() == {f"time/{stage}_s" for stage in ("wake", "sync", "sample", "score")}
+    assert stages.lap() == {}
+
+
+@pytest.mark.parametrize(
+    ("stop_in", "last"),
+    [
+        ("sync 0", "sampler sleeps"),
+        ("sampler samples 2", "sampler sleeps"),
+        ("teacher scores 2", "teacher sleeps"),
+    ],
+)
+def test_a_stop_puts_engines_to_sleep(make, calls: list[str], stop_in: str, last: str) -> None:
+    with pytest.raises(StopRequested, match="SIGTERM"):
+        make(stop_in=stop_in).step(1)
+    assert calls[-2:] == [stop_in, last]
+
+
+def test_what_was_interrupted_is_not_recorded(make) -> None:
+    written = []
+    recorder = type("Written", (), {"write": lambda self, step, batch: written.append(step)})()
+    replace(make(), recorder=recorder).step(1)
+    with pytest.raises(StopRequested):
+        replace(make(stop_in="teacher scores 2"), recorder=recorder).step(2)
+    assert written == [1]
+
+
+def mixture(student: OnPolicy, write_others: Callable, *, fraction: float = 0.5) -> Mixture:
+    return Mixture(student, fraction, seed=3, write_others=write_others)
+
+
+def test_the_teacher_writes_its_share(make, calls: list[str]) -> None:
+    student = make(num_prompts=4)
+    write = partial(teacher_samples, scoring=student.scoring, sampling=student.worker.sampling)
+    batch = mixture(student, write).step(1)
+    others = ["teacher wakes", "teacher samples 2", "teacher sleeps"]
+    assert calls == [*AWAKE, *others, "teacher wakes", "teacher scores 4", "teacher sleeps"]
+    assert sorted(rollout.sample.source for rollout in batch.rollouts) == ["student"] * 2 + ["teacher"] * 2
+    assert all((one.sample.logp is None) == (one.sample.source == "teacher") for one in batch.rollouts)
+    assert [one.prompt.index for one in batch.rollouts] == [0, 1, 2, 3]
+
+
+def test_the_dataset_writes_all(make, calls: list[str]) -> None:
+    student = make(num_prompts=2)
+    write = partial(dataset_samples, encode=lambda text: [len(text), 2], max_new_tokens=8)
+    batch = mixture(student, write, fraction=0.0).step(1)
+    assert "sampler samples 0" in calls
+    assert [one.sample.token_ids for one in batch.rollouts] == [[9, 2], [9, 2]]
+    assert {one.sample.source for one in batch.rollouts} == {"dataset"}
+
+
+def test_a_share_that_rounds_to_none_wakes_nobody(make, calls: list[str]) -> None:
+    batch = mixture(make(), lambda prompts, seeds: pytest.fail("asked"), fraction=0.9).step(1)
+    assert calls == [*AWAKE, *SCORED]
+    assert {one.sample.source for one in batch.rollouts} == {"student"}

@@ -1,0 +1,220 @@
+"""The loop on a made-up source and a small student: what is learned, recorded, validated and saved, in which order."""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distill_cli.config.schema import Checkpointing, MeshConfig, Precision, TrainConfig
+from distill_cli.errors import Unrecoverable
+from distill_cli.folders.metrics_file import read_metrics
+from distill_cli.folders.rollouts_table import RolloutsFolder
+from distill_cli.folders.run_dir import RunDir
+from distill_cli.losses.divergence import DistillLoss
+from distill_cli.machine.processes import StopFlag
+from distill_cli.parallel.mesh import Parallel, layout
+from distill_cli.rollout.pack import Planner, plan_batch
+from distill_cli.rollout.source import RolloutSource, ScoredBatch
+from distill_cli.rollout.stages import Stages, StopRequested
+from distill_cli.student import attention
+from distill_cli.student.model import Student, wrap
+from distill_cli.student.optimizer import build_optimizer, build_schedule
+from distill_cli.train.run_log import RunLog
+from distill_cli.train.run_state import Progress
+from distill_cli.train.trainer import TRUNCATED_STEPS, Trainer, TrainerSettings
+from distill_cli.train.validation import Score, Validation
+from distill_cli.types import Rollout
+from tests.rollout.doubles import RecordingSampler, RecordingTeacher, ask_to_stop, make_source
+from tests.student.train_rank import made_up_model, made_up_rollout
+
+TRAIN = TrainConfig(precision=Precision.fp32, activation_checkpointing=Checkpointing.none, lr=1e-2, warmup_updates=0)
+SETTINGS = TrainerSettings(
+    num_steps=3, max_grad_norm=1.0, max_bad_updates=2, max_truncated_rate=0.9, on_truncation="warn",
+    eval_period=2, eval_at_start=True, eval_at_end=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parallel() -> Iterator[Parallel]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield layout(MeshConfig(), device=torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+class MadeUp(RolloutSource):
+    """Eight sequences a step, in global batches of four."""
+
+    def __init__(self, *, change: Callable[[Rollout], Rollout] = lambda rollout: rollout) -> None:
+        self.change, self.before = change, lambda step: None
+
+    def step(self, step: int) -> ScoredBatch:
+        self.before(step)
+        generator = torch.Generator().manual_seed(step)
+        made = [made_up_rollout(i, 3, 4 + i, generator) for i in range(8)]
+        rollouts = [self.change(rollout) for rollout, _ in made]
+        plans = Planner(global_batch_size=4, rank=0, cut=partial(plan_batch, num_ranks=1, max_tokens=32)).plan(rollouts)
+        return ScoredBatch(rollouts, plans, dict(enumerate(scores for _, scores in made)), metrics={"rollout/ours": 1})
+
+
+@dataclass
+class Saved:
+    """Stands for `Checkpoints`."""
+
+    steps: list[tuple[int, dict | None]] = field(default_factory=list)
+    last_step: int = 0
+
+    def is_due(self, step: int) -> bool:
+        return step == 2
+
+    def save(self, progress: Progress, metrics: dict) -> None:
+        self.last_step = progress.trained_step
+        self.steps.append((progress.trained_step, progress.unrecorded))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def make(parallel: Parallel, tmp_path: Path) -> Callable[..., Trainer]:
+    def make(source: RolloutSource | None = None, *, factor: float = 1.0, **others: object) -> Trainer:
+        attention.register()
+        exact, lm = DistillLoss(kl_type="mixed"), made_up_model("qwen3", tied=True)
+        student = Student(lm, loss=lambda *args: factor * exact(*args), temperature=1.0, parallel=parallel)
+        wrap(student, parallel, TRAIN)
+        optimizer = build_optimizer(student, TRAIN)
+        stop = StopFlag()
+        parts = {
+            "settings": SETTINGS,
+            "source": source or MadeUp(),
+            "student": student,
+            "optimizer": optimizer,
+            "schedule": build_schedule(optimizer, TRAIN, num_updates=6),
+            "parallel": parallel,
+            "stages": Stages(parallel, stop),
+            "progress": Progress(),
+            "log": RunLog(RunDir(tmp_path), io.StringIO(), num_steps=3, is_main=True, show=str),
+            "rollouts": RolloutsFolder(tmp_path, decode=str, token_text=str),
+            "validation": None,
+            "probes": None,
+            "checkpoints": Saved(),
+        }
+        trainer = Trainer(**{**parts, **others})
+        trainer.ask_to_stop = lambda: ask_to_stop(stop)
+        return trainer
+
+    return make
+
+
+class Measured:
+    """Stands for `Validation`."""
+
+    teacher = None
+
+    def __init__(self, scored: list[int], *, stop_at: int | None = None) -> None:
+        self.scored, self.stop_at = scored, stop_at
+
+    def score_student(self) -> Score:
+        if len(self.scored) == self.stop_at:
+            raise StopRequested("SIGTERM")
+        self.scored.append(len(self.scored))
+        return Score(0.5, 2.0, 0.0, 4)
+
+
+def parameters(trainer: Trainer) -> list[torch.Tensor]:
+    return [param.full_tensor().detach().clone() for param in trainer.student.parameters()]
+
+
+def test_a_run_takes_records_and_saves(make, tmp_path: Path) -> None:
+    trainer, scored = make(), []
+    trainer.validation = Measured(scored)
+    probed = []
+    trainer.probes = SimpleNamespace(write=probed.append)
+    before = parameters(trainer)
+    result = trainer.run()
+    assert (result.state, result.num_steps, len(scored), probed) == ("finished", 3, 2, [0, 2, 3])
+    assert trainer.checkpoints.steps == [(2, None), (3, None)]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert all(row["train/loss"] > 0 and row["rollout/ours"] == 1 for row in rows[1:])
+    assert rows[1]["train/response_tokens"] == sum(range(4, 12))
+    assert all({"time/pack_s", "time/train_s", "time/record_s", "time/step_s"} <= row.keys() for row in rows[1:])
+    assert [("val/accuracy" in row) for row in rows] == [True, False, True, False]
+    assert any(not x.equal(y) for x, y in zip(before, parameters(trainer), strict=True))
+
+
+def test_a_stop_before_updates_changes_nothing(make, tmp_path: Path) -> None:
+    source = MadeUp()
+    trainer = make(source)
+    source.before = lambda step: trainer.ask_to_stop()
+    before = parameters(trainer)
+    result = trainer.run()
+    assert (result.state, result.reason, result.num_steps) == ("stopped", "SIGTERM", 0)
+    assert trainer.checkpoints.steps == []
+    assert all(x.equal(y) for x, y in zip(before, parameters(trainer), strict=True))
+
+
+def test_a_stop_in_validation_saves_the_step(make) -> None:
+    trainer = make(validation=Measured([], stop_at=1))
+    result = trainer.run()
+    ((step, unrecorded),) = trainer.checkpoints.steps
+    assert (result.state, result.num_steps, step) == ("stopped", 2, 2)
+    resumed = make(progress=replace(trainer.progress), validation=Measured(scored := []))
+    assert resumed.run().state == "finished"
+    assert unrecorded["train/loss"] > 0
+    assert len(scored) == 1  # before the third step is taken
+
+
+def test_updates_that_are_not_finite_end_the_run(make, tmp_path: Path) -> None:
+    trainer = make(factor=float("nan"))
+    before = parameters(trainer)
+    with pytest.raises(Unrecoverable, match=r"2 updates in a row.*bad_step_1.parquet"):
+        trainer.run()
+    assert (tmp_path / "bad_step_1.parquet").is_file()
+    assert all(x.equal(y) for x, y in zip(before, parameters(trainer), strict=True))
+
+
+@pytest.mark.parametrize("on_truncation", ["warn", "stop"])
+def test_answers_without_end_are_noticed(make, on_truncation: str, caplog: pytest.LogCaptureFixture) -> None:
+    source = MadeUp(change=lambda one: replace(one, sample=replace(one.sample, finish_reason="length")))
+    trainer = make(source, settings=replace(SETTINGS, num_steps=TRUNCATED_STEPS + 1, on_truncation=on_truncation))
+    result = trainer.run()
+    assert result.num_steps == TRUNCATED_STEPS + (on_truncation == "warn")
+    assert ("max_truncated_rate=0.9" in (result.reason or "")) == (on_truncation == "stop")
+    assert ("end-of-sequence" in caplog.text) == (on_truncation == "warn")
+
+
+def test_logp_of_older_weights_is_drift(make, tmp_path: Path) -> None:
+    source = MadeUp()
+    make(source).step(1)
+    now = source.step(1)
+    source.step = lambda step: replace(now, is_current=False)
+    metrics = make(source).step(1)
+    assert "rollout/drift" in metrics
+    assert "rollout/engine_mismatch" not in metrics
+
+
+def test_validation_wakes_what_it_measures(parallel: Parallel) -> None:
+    source = make_source(parallel, calls := [])
+
+    class Validator:
+        def for_teacher(self) -> "Validator":
+            calls.append("as the teacher reads")
+            return self
+
+        def run(self, engine: RecordingSampler | RecordingTeacher) -> Score:
+            calls.append(f"validate {engine.name}")
+            return Score(1.0, 1.0, 0.0, 1)
+
+    validation = Validation(Validator(), source.worker, source.scoring.teacher)
+    validation.score_student()
+    validation.score_teacher()
+    assert calls == [
+        *("sampler wakes", "sync 0", "validate sampler", "sampler sleeps"),
+        *("teacher wakes", "as the teacher reads", "validate teacher", "teacher sleeps"),
+    ]
