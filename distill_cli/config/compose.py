@@ -27,7 +27,7 @@ from yaml import YAMLError
 from distill_cli.config.choices import conf_dir
 from distill_cli.config.credentials import hide_credentials, without_credentials
 from distill_cli.config.flags import conf_dirs, flag_problems, split_flags
-from distill_cli.config.overrides import into_dictionaries, override_problems, sweep_keys, unknown_keys
+from distill_cli.config.overrides import current_key, into_dictionaries, override_problems, sweep_keys, unknown_keys
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
 
@@ -255,8 +255,9 @@ def composed_job(config: DictConfig) -> Job:
 
 
 def _one_line(error: Exception) -> str:
-    cause = error.__cause__
-    text = str(error).strip().splitlines()[0]
+    cause = error.__cause__ or error.__context__
+    text = str(error).strip().splitlines()[0].removesuffix(":")
     if isinstance(cause, OmegaConfBaseException):
         text += ": " + str(cause).splitlines()[0]
-    return text
+    now = current_key(str(getattr(cause or error, "full_key", "")))
+    return text + (f"; it is now {now}" if now else "")

@@ -19,6 +19,16 @@ from omegaconf.errors import OmegaConfBaseException
 from distill_cli.config.choices import group_choices, groups, nearest
 from distill_cli.config.schema import Config
 
+SLURM_KEYS = (
+    *("partition", "account", "qos", "time", "cpus_per_node", "mem", "constraint", "exclude", "setup", "container"),
+    *("python", "extra", "max_requeues", "signal_s", "shared_folders"),
+)
+RENAMED: dict[str, str] = {
+    **{f"cluster.{name}": f"cluster.slurm.{name}" for name in SLURM_KEYS},
+    "cluster.array_parallelism": "cluster.parallel_jobs",
+}
+"""Keys of earlier versions, and what they are called now."""
+
 
 def override_problems(overrides: Sequence[str], *, conf_dirs: Sequence[Path]) -> list[str]:
     """One line for each override that names no key, no choice, or a value of another type."""
@@ -77,6 +87,14 @@ def unknown_keys(node: Any, at: str = "") -> list[str]:
     return found
 
 
+def current_key(key: str) -> str | None:
+    """Return what a renamed key, or one inside it, is called now; None if it was never known."""
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return None
+
+
 def known_keys(kind: type = Config, at: str = "") -> Iterator[str]:
     """Every dotted key of the schema; a dictionary's own keys are its user's."""
     for field in dataclasses.fields(kind):
@@ -106,6 +124,8 @@ def _problems_of(override: Override, text: str, schema: DictConfig, conf_dirs: S
             if value not in choices and not (value is None and key == "experiment")
         ]
     if not _is_known(schema, key):
+        if (now := current_key(key)) is not None:
+            return [f"{key}: is now {now}"]
         return [f"{key or text}: unknown key{nearest(key, [*known_keys(), *groups(conf_dirs)])}"]
     return [problem for value in values if (problem := _type_problem(schema, key, value))]
 

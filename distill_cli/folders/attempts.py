@@ -25,7 +25,7 @@ class Attempt:
     """When the command was typed: several attempts may follow one another."""
     began: float
     from_step: int
-    """The step of the checkpoint that it began from; 0 is the beginning."""
+    """Step of the checkpoint from which it began; 0 is the beginning."""
     ended: float | None = None
     step: int | None = None
     """The last step that it recorded."""
@@ -39,8 +39,8 @@ class Attempt:
 
 
 @contextmanager
-def recorded(run: RunDir, *, launched: float, from_step: int) -> Iterator[None]:
-    """Keeps the record of the attempt that happens within."""
+def record_attempt(run: RunDir, *, launched: float, from_step: int) -> Iterator[None]:
+    """Keep the record of the attempt that happens inside."""
     attempt = Attempt(run.attempt, launched, time.time(), from_step)
     write_json(run.attempt_record, asdict(attempt))
     try:
@@ -59,7 +59,7 @@ def recorded(run: RunDir, *, launched: float, from_step: int) -> Iterator[None]:
 
 
 def attempts_of(run: RunDir) -> list[Attempt]:
-    """All attempts that were begun, oldest first."""
+    """Return all attempts that began, oldest first."""
     found = []
     for file in run.path.glob("logs/attempt_*/attempt.json"):
         with suppress(ValueError, TypeError):
@@ -68,11 +68,11 @@ def attempts_of(run: RunDir) -> list[Attempt]:
 
 
 def launched(run: RunDir) -> float:
-    """When the command was typed that this attempt is of."""
+    """Return the launch time of the command this attempt belongs to."""
     return json.loads(run.attempt_record.read_text())["launched"]
 
 
-def told(attempts: list[Attempt]) -> list[str]:
-    """A line for each of the last few, and how many there were before."""
+def attempt_lines(attempts: list[Attempt]) -> list[str]:
+    """Return a line for each of the last few, and how many there were before."""
     lines = [str(attempt) for attempt in attempts[-SHOWN:]]
     return [f"({len(attempts) - SHOWN} before)", *lines] if len(attempts) > SHOWN else lines

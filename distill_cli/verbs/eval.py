@@ -29,11 +29,13 @@ from distill_cli.data.registry import resolve_environment, resolve_extract, reso
 from distill_cli.data.row_check import check_data
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.answers_table import join_answers
+from distill_cli.folders.outcome import read_outcome
 from distill_cli.folders.run_dir import RunDir, free_name, write_json
 from distill_cli.jobs.preflight import check_devices, engine_problems
-from distill_cli.jobs.run import exit_status, read_outcome
-from distill_cli.launch.local import launch
-from distill_cli.machine import hardware
+from distill_cli.jobs.run_attempts import exit_status
+from distill_cli.launch.base import launcher_of
+from distill_cli.launch.local import start_ranks
+from distill_cli.launch.node_paths import use_hub_cache
 from distill_cli.models import model_files
 from distill_cli.report.eval_results import make_scoreboard, print_scoreboard, read_problems
 from distill_cli.terminal.console import Console
@@ -88,9 +90,13 @@ def run_eval(argv: Sequence[str]) -> int:
     width = None if sys.stdout.isatty() else 160
     console = Console(highlight=False, width=width, soft_wrap=width is not None, stderr=arguments.as_json)
     config, run = base_config(arguments)
-    problems = evaluation_problems(config)
+    launcher = launcher_of(config.cluster.launcher)
+    problems = [*evaluation_problems(config), *launcher.problems(config)]
+    if not launcher.runs_here:
+        problems = [f"cluster.launcher={launcher.name}: an evaluation runs where it is typed; choose cluster=local"]
     if problems:
         raise ConfigError(*problems)
+    use_hub_cache(config.cluster)
     words = [arguments.subject, *arguments.against]
     contenders = []
     for word in words:
@@ -210,7 +216,7 @@ def find(word: str, config: Config, *, run: RunDir | None, step: str | None, con
 def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
     """A run's student as a Hugging Face folder: the finished one, or an export of a checkpoint, made if need be."""
     outcome = read_outcome(run)
-    if step is None and outcome and outcome["state"] == "finished" and (run.student / "config.json").is_file():
+    if step is None and outcome and outcome.is_finished and (run.student / "config.json").is_file():
         return run.student
     settings = load_config(run.config).checkpoint
     try:
@@ -306,12 +312,7 @@ def ask(contender: Contender, folder: Path) -> Path:
     run.logs.mkdir(parents=True)
     save_config(replace(config, mesh=MeshConfig()), run.config)
     write_json(run.evaluation, {"name": contender.name, "role": contender.role})
-    launch(
-        run,
-        num_ranks=hardware.ranks_per_node(config),
-        use_gpus=hardware.gpus_per_node(config) > 0,
-        hang_timeout_s=config.cluster.hang_timeout_s,
-    )
+    start_ranks(config, run)
     return join_answers(run.path)
 
 

@@ -23,15 +23,19 @@ from distill_cli.config.choices import conf_dir
 from distill_cli.config.compose import flatten, load_config, save_config
 from distill_cli.config.credentials import hide_credentials
 from distill_cli.config.overrides import override_problems
-from distill_cli.config.schema import Config, Launcher, Schedule
+from distill_cli.config.schema import Config, Schedule
 from distill_cli.data.row_check import DataFacts
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.folders.attempts import attempts_of, told
+from distill_cli.folders.attempts import attempt_lines, attempts_of
+from distill_cli.folders.outcome import read_outcome
 from distill_cli.folders.run_dir import RunDir, SweepDir
-from distill_cli.jobs import submit
 from distill_cli.jobs.preflight import Preflight, preflight
-from distill_cli.jobs.run import carry_out, exit_status, job_of, read_outcome, start_panel
+from distill_cli.jobs.run_attempts import exit_status, run_to_completion
+from distill_cli.jobs.run_folder import job_of
+from distill_cli.jobs.run_panels import start_panel
+from distill_cli.jobs.submit import in_queue, submit, wait_for_run
 from distill_cli.jobs.sweep import carry_out_sweep
+from distill_cli.launch.base import launcher_of
 from distill_cli.models.model_files import fingerprint, locate
 from distill_cli.terminal.console import Console
 
@@ -66,17 +70,19 @@ def resume(argv: Sequence[str]) -> int:
 
 def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, console: Console) -> int:
     """One run, here or as a job; the exit status."""
-    job_id = None
+    submitted = []
     with run.lock(), exit_status() as status:
-        for job in submit.in_queue([run]).values():
-            raise ConfigError(f"{run.path}: Slurm has it as {job}; wait for it to end, or scancel it")
+        for queued in in_queue([run]).values():
+            raise ConfigError(f"{run.path}: in the queue as {queued}; wait for it to end, or cancel it")
         old = load_config(run.config)
         config = with_overrides(old, overrides)
+        launcher = launcher_of(config.cluster.launcher)
+        config = launcher.resolve(config)
         start = start_of(run, step, config=config, console=console)
         found = preflight(config)
         if step is None and is_done(run, config, found):
             raise ConfigError(
-                f"{run.path}: finished after {read_outcome(run)['num_steps']} steps; give train.max_steps=N to go on, "
+                f"{run.path}: finished after {read_outcome(run).num_steps} steps; give train.max_steps=N to go on, "
                 "or --step N to go on from an earlier checkpoint"
             )
         save_config(config, run.config)
@@ -91,16 +97,15 @@ def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, conso
             )
         for warning in warnings:
             console.print(f"warning: {escape(warning)}")
-        job = job_of(run)
-        for line in told(attempts_of(run)):
+        for line in attempt_lines(attempts_of(run)):
             console.print(escape(line))
-        console.print(start_panel(job, found, attempt))
-        if config.cluster.launcher is Launcher.slurm:
-            job_id = submit.submit_run(config, run, console=console)
+        console.print(start_panel(config, found, attempt))
+        if launcher.runs_here:
+            run_to_completion(job_of(run), attempt, console=console)
         else:
-            carry_out(job, attempt, console=console)
-    if job_id is not None and config.cluster.wait:
-        return submit.wait_for_run(run, job_id, console=console)
+            submitted = submit(config, [run], folder=run.path, console=console)
+    if submitted and config.cluster.wait:
+        return wait_for_run(run, submitted[0], console=console)
     return status.value
 
 
@@ -113,9 +118,9 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
     elements = sweep.elements()
     runs = {element.index: RunDir(sweep.path / element.folder) for element in elements}
     open_elements = [element for element in elements if overrides or not has_finished(runs[element.index])]
-    queued = submit.in_queue([runs[element.index] for element in open_elements])
+    queued = in_queue([runs[element.index] for element in open_elements])
     for path, job in queued.items():
-        console.print(f"left     {escape(path.name)}: Slurm has it as {job}")
+        console.print(f"left     {escape(path.name)}: in the queue as {job}")
     configs: dict[int, Config] = {}
     problems: dict[str, None] = {}
     known_data: dict[str, DataFacts] = {}
@@ -125,6 +130,7 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
             continue
         try:
             config = with_overrides(load_config(open_run(run.path).config), overrides)
+            config = launcher_of(config.cluster.launcher).resolve(config)
             start_of(run, None, config=config, console=console)
             found = preflight(config, known_data)
         except ConfigError as error:
@@ -146,12 +152,12 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
 
 def has_finished(run: RunDir) -> bool:
     outcome = read_outcome(run)
-    return outcome is not None and outcome["state"] == "finished"
+    return outcome is not None and outcome.is_finished
 
 
 def is_done(run: RunDir, config: Config, found: Preflight) -> bool:
     """Whether the run has finished all the steps that the config asks for."""
-    return has_finished(run) and read_outcome(run)["num_steps"] >= found.num_steps(config)
+    return has_finished(run) and read_outcome(run).num_steps >= found.num_steps(config)
 
 
 def _arguments(argv: Sequence[str]) -> tuple[Path, int | None, list[str]]:

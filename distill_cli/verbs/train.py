@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill_cli.config.compose import Job, compose, hydra_plugins
-from distill_cli.config.schema import Launcher
 from distill_cli.errors import ConfigError
 from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.jobs import submit
+from distill_cli.jobs.job_checks import check_jobs, print_warnings, resolve_jobs
 from distill_cli.jobs.preflight import Preflight
-from distill_cli.jobs.run import carry_out, check_jobs, exit_status, introduce, prepare, print_warnings, single_path
+from distill_cli.jobs.run_attempts import exit_status, run_to_completion
+from distill_cli.jobs.run_folder import prepare, single_path
+from distill_cli.jobs.run_panels import start_panel
+from distill_cli.jobs.submit import submit, wait_for_run
 from distill_cli.jobs.sweep import carry_out_sweep, discard, prepare_sweep
+from distill_cli.launch.base import launcher_of
 from distill_cli.terminal.console import Console
 
 
@@ -50,7 +53,7 @@ def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
         ConfigError: some job is wrong; nothing was started.
         DistillError: the only job failed.
     """
-    console = new_console()
+    console, jobs = new_console(), resolve_jobs(jobs)
     checked = check_jobs(jobs)
     with exit_status() as status:
         if any(job.swept for job in jobs):
@@ -60,33 +63,35 @@ def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
     return status.value
 
 
-def run_single(job: Job, found: Preflight, *, command: Sequence[str], console: Console) -> int:
-    """One run in its own folder, here or as a job; the exit status."""
-    path = single_path(job)
-    run = prepare(job, path, command=command)
-    introduce(job, found, run, console=console)
-    if job.config.cluster.launcher is Launcher.local:
-        run_dir.point_latest(Path(job.config.run.root), os.path.relpath(path, job.config.run.root))
+def run_single(job: Job, checked: Preflight, *, command: Sequence[str], console: Console) -> int:
+    """Carry out one run in its own folder, here or as a job; return the exit status."""
+    root, path = Path(job.config.run.root), single_path(job)
+    run = prepare(job, checked, path, command=command)
+    print_warnings([job], [checked], console=console, printed=set())
+    console.print(start_panel(job.config, checked, run))
+    if launcher_of(job.config.cluster.launcher).runs_here:
+        run_dir.point_latest(root, os.path.relpath(path, root))
         with run.lock():
-            carry_out(job, run, console=console)
+            run_to_completion(job, run, console=console)
         return 0
     try:
-        job_id = submit.submit_run(job.config, run, console=console)
+        (submitted,) = submit(job.config, [run], folder=run.path, console=console)
     except ConfigError:
         shutil.rmtree(run.path)  # nothing was started
         raise
-    run_dir.point_latest(Path(job.config.run.root), os.path.relpath(path, job.config.run.root))
-    return submit.wait_for_run(run, job_id, console=console) if job.config.cluster.wait else 0
+    run_dir.point_latest(root, os.path.relpath(path, root))
+    return wait_for_run(run, submitted, console=console) if job.config.cluster.wait else 0
 
 
 def run_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Sequence[str], console: Console) -> int:
-    """One folder for the sweep, one in it for each run; the exit status."""
+    """Carry out several runs, each in its folder inside the sweep's; return the exit status."""
     config, sweep = jobs[0].config, prepare_sweep(jobs, checked, command=command)
-    print_warnings(jobs, checked, console=console, told=set())
+    print_warnings(jobs, checked, console=console, printed=set())
     elements = sweep.elements()
     try:
         return carry_out_sweep(sweep, elements, config, console=console)
     except ConfigError:
-        if config.cluster.launcher is Launcher.slurm and not RunDir(sweep.path / elements[-1].folder).slurm.exists():
-            discard(sweep)  # Slurm has refused it
+        was_submitted = RunDir(sweep.path / elements[-1].folder).job.exists()
+        if not launcher_of(config.cluster.launcher).runs_here and not was_submitted:
+            discard(sweep)
         raise

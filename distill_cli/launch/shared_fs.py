@@ -33,7 +33,7 @@ def unshared(
         if any(path.is_relative_to(Path(os.path.expandvars(shared)).resolve()) for shared in shared_folders):
             return None
         return (
-            f"run.root={folder}: not in a folder that all nodes see (cluster.shared_folders: "
+            f"run.root={folder}: not in a folder that all nodes see (cluster.slurm.shared_folders: "
             f"{', '.join(shared_folders) or 'none'}); choose another run.root"
         )
     kind = file_system(path, Path("/proc/self/mountinfo").read_text() if mounts is None else mounts)
@@ -41,7 +41,7 @@ def unshared(
         return None
     return (
         f"run.root={folder}: on a {kind} file system of this machine, which other nodes do not see; choose a shared "
-        "one, or name it in cluster.shared_folders if they do"
+        "one, or name it in cluster.slurm.shared_folders if they do"
     )
 
 
