@@ -20,7 +20,7 @@ from rich.console import Console
 
 from distill_cli.config.compose import compose
 from distill_cli.folders.run_dir import Element, JobEnd, RunDir, SweepDir, create, environment, write_json
-from distill_cli.jobs.job_checks import check_jobs, resolve_jobs
+from distill_cli.jobs.prepare import check_jobs, resolve_jobs
 from distill_cli.jobs.sweep import wait_for_sweep
 from distill_cli.launch.slurm import Slurm
 

@@ -17,14 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill_cli.config.choices import group_choices, groups, nearest
-from distill_cli.config.schema import Config
+from distill_cli.config.schema import Config, SlurmConfig
 
-SLURM_KEYS = (
-    *("partition", "account", "qos", "time", "cpus_per_node", "mem", "constraint", "exclude", "setup", "container"),
-    *("python", "extra", "max_requeues", "signal_s", "shared_folders"),
-)
 RENAMED: dict[str, str] = {
-    **{f"cluster.{name}": f"cluster.slurm.{name}" for name in SLURM_KEYS},
+    **{f"cluster.{field.name}": f"cluster.slurm.{field.name}" for field in dataclasses.fields(SlurmConfig)},
     "cluster.array_parallelism": "cluster.parallel_jobs",
 }
 """Keys of earlier versions, and what they are called now."""

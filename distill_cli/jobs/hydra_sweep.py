@@ -37,9 +37,9 @@ from distill_cli.config.credentials import hide_typed_credentials
 from distill_cli.config.derived import validates
 from distill_cli.config.schema import ClusterConfig, Config
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.folders.outcome import read_outcome
+from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir, write_json
-from distill_cli.jobs.job_checks import check_jobs, print_warnings, resolve_jobs
+from distill_cli.jobs.prepare import check_jobs, print_warnings, resolve_jobs
 from distill_cli.jobs.prepared_run import carry_out
 from distill_cli.jobs.sweep import add_runs, carry_out_runs, check_sweep, conclude, discard, new_sweep
 from distill_cli.launch import slurm

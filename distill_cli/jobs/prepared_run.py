@@ -17,8 +17,8 @@ from distill_cli.config.derived import needs_scorer
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.run_dir import JobEnd, RunDir, write_json
+from distill_cli.jobs.prepare import job_of
 from distill_cli.jobs.run_attempts import run_to_completion
-from distill_cli.jobs.run_folder import job_of
 from distill_cli.launch.base import launcher_of
 from distill_cli.launch.local import STOP_SIGNALS, Stopped, follow, stop_signals
 from distill_cli.launch.node_paths import node_variables

@@ -19,9 +19,8 @@ from distill_cli.config.compose import Job
 from distill_cli.config.schema import Config
 from distill_cli.data.recorded_run import remove_later
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
-from distill_cli.folders.attempts import record_attempt
+from distill_cli.folders.attempts import Outcome, record_attempt, write_outcome
 from distill_cli.folders.metrics_file import cut_back, read_metrics
-from distill_cli.folders.outcome import Outcome, add_attempts
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.run_panels import end_panel, relative
 from distill_cli.launch.local import Stopped, start_ranks
@@ -70,13 +69,13 @@ def run_to_completion(job: Job, run: RunDir, *, console: Console, leader: Leader
                 raise
             leave_report([run.path], run.report, console=console)
     except Stopped:
-        outcome = add_attempts(run)
+        outcome = write_outcome(run)
         saved = "the last checkpoint is what is left"
         if outcome is not None:
             saved = f"saved after step {outcome.num_steps}" if outcome.num_steps else "no step is done yet"
         console.print(f"stopped: {saved}; distill resume {relative(run.path)} goes on")
         raise
-    outcome = add_attempts(run)
+    outcome = write_outcome(run)
     if outcome.is_finished:
         console.print(end_panel(job, outcome, run))
     else:

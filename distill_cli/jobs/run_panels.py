@@ -12,8 +12,7 @@ from rich.table import Table
 
 from distill_cli.config.compose import Job
 from distill_cli.config.schema import Config
-from distill_cli.folders.attempts import attempt_lines, attempts_of
-from distill_cli.folders.outcome import Outcome
+from distill_cli.folders.attempts import Outcome, attempt_lines, attempts_of
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.preflight import Preflight
 from distill_cli.machine import hardware

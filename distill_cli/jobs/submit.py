@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rich.markup import escape
 
 from distill_cli.config.schema import Config
 from distill_cli.errors import DistillError
-from distill_cli.folders.outcome import read_outcome
+from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.run_dir import RunDir, SubmittedJob, write_json
 from distill_cli.jobs.run_panels import relative
 from distill_cli.launch.base import launcher_of
@@ -50,25 +51,21 @@ def submit(config: Config, runs: Sequence[RunDir], *, folder: Path, console: Con
 def in_queue(runs: Sequence[RunDir]) -> dict[Path, str]:
     """Return, of those runs whose job has not ended, the job and its state by the run's folder."""
     jobs = {run.path: job for run in runs if (job := run.open_job())}
-    queued = {}
-    for name in {job.launcher for job in jobs.values()}:
-        launcher = launcher_of(name)
-        ids = {path: job.job_id for path, job in jobs.items() if job.launcher == name}
-        states = launcher.status(list(ids.values())) if launcher.is_installed() else {}
-        queued |= {path: f"job {job_id} ({states[job_id]})" for path, job_id in ids.items() if job_id in states}
-    return queued
+    states: dict[SubmittedJob, str] = {}
+    for launcher in map(launcher_of, {job.launcher for job in jobs.values()}):
+        ours = {job.job_id: job for job in jobs.values() if job.launcher == launcher.name}
+        if launcher.is_installed():
+            states |= {ours[job_id]: state for job_id, state in launcher.status(list(ours)).items()}
+    return {path: f"job {job.job_id} ({states[job]})" for path, job in jobs.items() if job in states}
 
 
 def lost_job_reason(run: RunDir) -> str | None:
     """Return what became of the run's job if it ended without having written that down; else None."""
-    if (job := run.open_job()) is None or not (launcher := launcher_of(job.launcher)).is_installed():
-        return None
-    try:
-        if launcher.status([job.job_id]) or run.open_job() is None:
-            return None
-    except DistillError:  # the cluster does not answer
-        return None
-    return f"job {job.job_id}: {launcher.end_state(job.job_id) or 'is gone'}"
+    job = run.open_job()
+    with suppress(DistillError):  # the cluster does not answer
+        if job and launcher_of(job.launcher).is_installed() and not in_queue([run]) and run.open_job():
+            return f"job {job.job_id}: {launcher_of(job.launcher).end_state(job.job_id) or 'is gone'}"
+    return None
 
 
 def watch_jobs(jobs: Sequence[SubmittedJob]) -> Iterator[dict[str, str]]:

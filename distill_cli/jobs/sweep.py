@@ -11,8 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
@@ -23,8 +22,8 @@ from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import Element, RunDir, SubmittedJob, SweepDir
 from distill_cli.jobs.preflight import Preflight
+from distill_cli.jobs.prepare import job_of, prepare
 from distill_cli.jobs.run_attempts import leave_report, run_to_completion
-from distill_cli.jobs.run_folder import job_of, prepare
 from distill_cli.jobs.submit import job_outcome, submit, watch_jobs
 from distill_cli.launch.base import NODE_PROGRAM, launcher_of
 from distill_cli.launch.local import Stopped, stop_signals
@@ -85,6 +84,12 @@ def discard(sweep: SweepDir) -> None:
     latest = sweep.path.parent / "latest"
     if latest.is_symlink() and not latest.exists():
         latest.unlink()
+
+
+def discard_if_refused(sweep: SweepDir, elements: Sequence[Element], config: Config) -> None:
+    """`discard` a sweep whose jobs the cluster has refused."""
+    if not launcher_of(config.cluster.launcher).runs_here and not runs_of(sweep, elements)[-1].job.exists():
+        discard(sweep)
 
 
 def check_sweep(jobs: Sequence[Job]) -> None:
@@ -154,38 +159,31 @@ def run_in_turn(sweep: SweepDir, elements: Sequence[Element], *, console: Consol
 def run_side_by_side(sweep: SweepDir, elements: Sequence[Element], config: Config, *, console: Console) -> int:
     """Carry out cluster.parallel_jobs at a time, in processes that write output.txt; return how many failed."""
     waiting, failed = list(elements), 0
-    free = list(range(config.cluster.parallel_jobs))
     running: dict[int, tuple[Element, subprocess.Popen]] = {}
-    with stop_signals(), ending(running):
-        while waiting or running:
-            while waiting and free:
-                element, slot = waiting.pop(0), free.pop(0)
-                running[slot] = (element, start_process(sweep.path / element.folder, config, slot=slot))
-                console.print(f"starts   {escape(element.folder)}")
-            time.sleep(0.2)
-            for slot, (element, process) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[slot]
-                free.append(slot)
-                failed += process.returncode != 0
-                how = "finished" if process.returncode == 0 else f"status {process.returncode}: output.txt says why"
-                done = len(elements) - len(waiting) - len(running)
-                console.print(f"{done}/{len(elements)}  {escape(element.folder)}: {how}")
+    with stop_signals():
+        try:
+            while waiting or running:
+                for slot in set(range(config.cluster.parallel_jobs)) - running.keys():
+                    if waiting:
+                        element = waiting.pop(0)
+                        running[slot] = (element, start_process(sweep.path / element.folder, config, slot=slot))
+                        console.print(f"starts   {escape(element.folder)}")
+                time.sleep(0.2)
+                for slot, (element, process) in list(running.items()):
+                    if (status := process.poll()) is None:
+                        continue
+                    del running[slot]
+                    failed += status != 0
+                    how = "finished" if status == 0 else f"status {status}: output.txt says why"
+                    done = len(elements) - len(waiting) - len(running)
+                    console.print(f"{done}/{len(elements)}  {escape(element.folder)}: {how}")
+        except Stopped:  # lets them save and end
+            for _, process in running.values():
+                process.terminate()
+            for _, process in running.values():
+                process.wait()
+            raise
     return failed
-
-
-@contextmanager
-def ending(running: dict[int, tuple[Element, subprocess.Popen]]) -> Iterator[None]:
-    """Let the processes save and end if the sweep is stopped."""
-    try:
-        yield
-    except Stopped:
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.wait()
-        raise
 
 
 def start_process(folder: Path, config: Config, *, slot: int) -> subprocess.Popen:

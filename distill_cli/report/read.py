@@ -17,8 +17,8 @@ import psutil
 import yaml
 
 from distill_cli.errors import ConfigError
+from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.metrics_file import damaged
-from distill_cli.folders.outcome import read_outcome
 from distill_cli.folders.run_dir import RunDir, SweepDir
 
 MEASURES = {

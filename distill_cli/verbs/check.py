@@ -21,8 +21,8 @@ from distill_cli.config.compose import compose, save_config
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.jobs.job_checks import require_here
 from distill_cli.jobs.preflight import preflight
+from distill_cli.jobs.prepare import require_here
 from distill_cli.jobs.run_attempts import exit_status
 from distill_cli.launch.local import start_ranks
 from distill_cli.machine import hardware

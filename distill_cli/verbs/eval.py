@@ -29,10 +29,11 @@ from distill_cli.data.registry import resolve_environment, resolve_extract, reso
 from distill_cli.data.row_check import check_data
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.answers_table import join_answers
-from distill_cli.folders.outcome import read_outcome
+from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.run_dir import RunDir, free_name, write_json
 from distill_cli.jobs.preflight import check_devices, engine_problems
 from distill_cli.jobs.run_attempts import exit_status
+from distill_cli.jobs.run_panels import relative
 from distill_cli.launch.base import launcher_of
 from distill_cli.launch.local import start_ranks
 from distill_cli.launch.node_paths import use_hub_cache
@@ -122,7 +123,7 @@ def run_eval(argv: Sequence[str]) -> int:
         print(json.dumps(result, indent=2))
     else:
         print_scoreboard(console, board)
-        console.print(f"answers  {escape(_shown(folder))}")
+        console.print(f"answers  {escape(relative(folder))}")
     return 0
 
 
@@ -231,7 +232,7 @@ def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
         raise ConfigError(str(error)) from error
     folder = run.path / "export" / checkpoint.path.name
     if not folder.exists():
-        console.print(f"exporting the student of step {checkpoint.step}: {escape(_shown(folder))}")
+        console.print(f"exporting the student of step {checkpoint.step}: {escape(relative(folder))}")
         command = [
             sys.executable,
             "-m",
@@ -337,8 +338,3 @@ def _unused(name: str, taken: set[str]) -> str:
         number += 1
         candidate = f"{plain}_{number}"
     return candidate
-
-
-def _shown(path: Path) -> str:
-    """Relative to the current folder where it lies inside."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

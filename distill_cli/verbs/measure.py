@@ -22,8 +22,8 @@ from distill_cli.config.schema import Config, OnTruncation
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.jobs.job_checks import require_here
 from distill_cli.jobs.preflight import Preflight
+from distill_cli.jobs.prepare import require_here
 from distill_cli.launch.local import start_ranks
 
 STEPS = 4

@@ -17,10 +17,9 @@ from distill_cli import memory
 from distill_cli.config.compose import Job, compose
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
 from distill_cli.config.schema import Config, EngineModelConfig, LoraSync
-from distill_cli.jobs.job_checks import check_jobs, job_warnings, resolve_jobs
 from distill_cli.jobs.preflight import Preflight
+from distill_cli.jobs.prepare import check_jobs, job_warnings, resolve_jobs, single_path
 from distill_cli.jobs.run_attempts import exit_status
-from distill_cli.jobs.run_folder import single_path
 from distill_cli.jobs.run_panels import training_rows, validation_rows
 from distill_cli.launch.base import launcher_of
 from distill_cli.machine import hardware

@@ -26,12 +26,11 @@ from distill_cli.config.overrides import override_problems
 from distill_cli.config.schema import Config, Schedule
 from distill_cli.data.row_check import DataFacts
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.folders.attempts import attempt_lines, attempts_of
-from distill_cli.folders.outcome import read_outcome
+from distill_cli.folders.attempts import attempt_lines, attempts_of, read_outcome
 from distill_cli.folders.run_dir import RunDir, SweepDir
 from distill_cli.jobs.preflight import Preflight, preflight
+from distill_cli.jobs.prepare import job_of
 from distill_cli.jobs.run_attempts import exit_status, run_to_completion
-from distill_cli.jobs.run_folder import job_of
 from distill_cli.jobs.run_panels import start_panel
 from distill_cli.jobs.submit import in_queue, submit, wait_for_run
 from distill_cli.jobs.sweep import carry_out_sweep

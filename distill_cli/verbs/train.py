@@ -11,14 +11,12 @@ from pathlib import Path
 from distill_cli.config.compose import Job, compose, hydra_plugins
 from distill_cli.errors import ConfigError
 from distill_cli.folders import run_dir
-from distill_cli.folders.run_dir import RunDir
-from distill_cli.jobs.job_checks import check_jobs, print_warnings, resolve_jobs
 from distill_cli.jobs.preflight import Preflight
+from distill_cli.jobs.prepare import check_jobs, prepare, print_warnings, resolve_jobs, single_path
 from distill_cli.jobs.run_attempts import exit_status, run_to_completion
-from distill_cli.jobs.run_folder import prepare, single_path
 from distill_cli.jobs.run_panels import start_panel
 from distill_cli.jobs.submit import submit, wait_for_run
-from distill_cli.jobs.sweep import carry_out_sweep, discard, prepare_sweep
+from distill_cli.jobs.sweep import carry_out_sweep, discard_if_refused, prepare_sweep
 from distill_cli.launch.base import launcher_of
 from distill_cli.terminal.console import Console
 
@@ -91,7 +89,5 @@ def run_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Seq
     try:
         return carry_out_sweep(sweep, elements, config, console=console)
     except ConfigError:
-        was_submitted = RunDir(sweep.path / elements[-1].folder).job.exists()
-        if not launcher_of(config.cluster.launcher).runs_here and not was_submitted:
-            discard(sweep)
+        discard_if_refused(sweep, elements, config)
         raise

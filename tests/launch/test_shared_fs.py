@@ -6,11 +6,7 @@ import pytest
 
 from distill_cli.launch.shared_fs import file_system, unshared
 
-MOUNTS = """\
-21 1 8:1 / / rw - ext4 /dev/sda1 rw
-22 21 0:40 / /home rw - nfs4 server:/home rw
-23 21 0:41 / /tmp rw - tmpfs tmpfs rw
-"""
+MOUNTS = {"/": "ext4", "/home": "nfs4", "/tmp": "tmpfs"}
 
 
 @pytest.mark.parametrize(("path", "kind"), [("/home/me/runs", "nfs4"), ("/tmp/runs", "tmpfs"), ("/srv", "ext4")])
@@ -25,3 +21,7 @@ def test_local_disk_is_refused_for_other_nodes() -> None:
     assert unshared(Path("/srv/x"), shared_folders=None, node_hosts=here, mounts=MOUNTS) is None
     assert unshared(Path("/srv/x"), shared_folders=["/srv"], node_hosts=others, mounts=MOUNTS) is None
     assert "/scratch" in unshared(Path("/srv/x"), shared_folders=["/scratch"], node_hosts=here, mounts=MOUNTS)
+
+
+def test_this_machine_has_a_root() -> None:
+    assert file_system(Path("/proc/self")) == "proc"

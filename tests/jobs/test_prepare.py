@@ -4,7 +4,7 @@ import pytest
 
 from distill_cli.config.compose import compose
 from distill_cli.errors import ConfigError
-from distill_cli.jobs.job_checks import require_here, resolve_jobs, unread_keys
+from distill_cli.jobs.prepare import require_here, resolve_jobs, unread_keys
 
 
 @pytest.mark.parametrize(
