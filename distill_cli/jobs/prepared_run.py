@@ -15,12 +15,12 @@ from pathlib import Path
 from distill_cli.config.compose import load_config
 from distill_cli.config.derived import needs_scorer
 from distill_cli.config.schema import Config
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.errors import ConfigError, DistillError, Stopped
 from distill_cli.folders.run_dir import JobEnd, RunDir, write_json
 from distill_cli.jobs.prepare import job_of
 from distill_cli.jobs.run_attempts import run_to_completion
 from distill_cli.launch.base import launcher_of
-from distill_cli.launch.local import STOP_SIGNALS, Stopped, follow, stop_signals
+from distill_cli.launch.local import STOP_SIGNALS, follow, stop_signals
 from distill_cli.launch.node_paths import node_variables
 from distill_cli.launch.nodes import Leader
 from distill_cli.models import model_files

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
@@ -18,32 +15,16 @@ from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.compose import Job
 from distill_cli.config.schema import Config
 from distill_cli.data.recorded_run import remove_later
-from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
+from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, Unrecoverable
 from distill_cli.folders.attempts import Outcome, record_attempt, write_outcome
 from distill_cli.folders.metrics_file import cut_back, read_metrics
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.run_panels import end_panel, relative
-from distill_cli.launch.local import Stopped, start_ranks
+from distill_cli.launch.local import start_ranks
 from distill_cli.launch.nodes import ALONE, Leader
 from distill_cli.report.read import read_results
 from distill_cli.terminal.console import Console
 from distill_cli.track.run_tracking import tracking
-
-
-@dataclass
-class Status:
-    value: int = 0
-
-
-@contextmanager
-def exit_status() -> Iterator[Status]:
-    """0, or what a signal that stopped the run makes of it."""
-    status = Status()
-    try:
-        yield status
-    except Stopped as stopped:
-        print(f"stopped by {stopped}; no process was left behind", file=sys.stderr)
-        status.value = 128 + stopped.signum
 
 
 def run_to_completion(job: Job, run: RunDir, *, console: Console, leader: Leader | None = None) -> Outcome:

@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from distill_cli.config.compose import Job
 from distill_cli.config.schema import Config
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.errors import ConfigError, DistillError, Stopped
 from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import Element, RunDir, SubmittedJob, SweepDir
 from distill_cli.jobs.preflight import Preflight
@@ -26,7 +26,7 @@ from distill_cli.jobs.prepare import job_of, prepare
 from distill_cli.jobs.run_attempts import leave_report, run_to_completion
 from distill_cli.jobs.submit import job_outcome, submit, watch_jobs
 from distill_cli.launch.base import NODE_PROGRAM, launcher_of
-from distill_cli.launch.local import Stopped, stop_signals
+from distill_cli.launch.local import stop_signals
 from distill_cli.machine import hardware
 from distill_cli.machine.processes import die_with_parent
 from distill_cli.report.comparison import print_comparison

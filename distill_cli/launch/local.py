@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from distill_cli.config.schema import Config
-from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
+from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, Unrecoverable
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.launch.base import Launcher
 from distill_cli.launch.node_paths import node_variables
@@ -57,14 +57,6 @@ class Local(Launcher):
 
 
 LAUNCHER = Local()
-
-
-class Stopped(BaseException):
-    """The user or the system asked the run to stop."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 def command(

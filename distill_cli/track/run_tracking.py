@@ -21,10 +21,9 @@ from distill_cli.config.compose import flatten, load_config
 from distill_cli.config.credentials import uri_problem, whole_uri
 from distill_cli.config.schema import Config, MeshConfig
 from distill_cli.data.registry import load_examples
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.errors import ConfigError, DistillError, Stopped
 from distill_cli.folders.run_dir import RunDir, SweepDir, write_json
 from distill_cli.launch.base import LAUNCHERS, launcher_of
-from distill_cli.launch.local import Stopped
 from distill_cli.machine import hardware
 from distill_cli.report.read import state_of
 from distill_cli.terminal.console import Console

@@ -23,7 +23,6 @@ from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.preflight import preflight
 from distill_cli.jobs.prepare import require_here
-from distill_cli.jobs.run_attempts import exit_status
 from distill_cli.launch.local import start_ranks
 from distill_cli.machine import hardware
 from distill_cli.terminal.console import Console
@@ -54,18 +53,16 @@ def check(argv: Sequence[str]) -> int:
     run = RunDir(folder)
     run.logs.mkdir(parents=True)
     save_config(config, run.config)
-    with exit_status() as status:
-        try:
-            start_ranks(config, run, check=True)
-        finally:
-            outcome = json.loads(run.outcome.read_text()) if run.outcome.exists() else {}
-            if outcome.get("is_good"):
-                shutil.rmtree(folder)
-        bad = [finding["what"] for finding in outcome["findings"] if finding["is_good"] is False]
-        seconds = f"{time.monotonic() - begin:.0f} s"
-        console.print(f"{len(bad)} wrong, {seconds}; logs: {run.logs}" if bad else f"all is as it should be, {seconds}")
-        status.value = 1 if bad else 0
-    return status.value
+    try:
+        start_ranks(config, run, check=True)
+    finally:
+        outcome = json.loads(run.outcome.read_text()) if run.outcome.exists() else {}
+        if outcome.get("is_good"):
+            shutil.rmtree(folder)
+    bad = [finding["what"] for finding in outcome["findings"] if finding["is_good"] is False]
+    seconds = f"{time.monotonic() - begin:.0f} s"
+    console.print(f"{len(bad)} wrong, {seconds}; logs: {run.logs}" if bad else f"all is as it should be, {seconds}")
+    return 1 if bad else 0
 
 
 def small(config: Config) -> Config:

@@ -32,7 +32,6 @@ from distill_cli.folders.answers_table import join_answers
 from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.run_dir import RunDir, free_name, write_json
 from distill_cli.jobs.preflight import check_devices, engine_problems
-from distill_cli.jobs.run_attempts import exit_status
 from distill_cli.jobs.run_panels import relative
 from distill_cli.launch.base import launcher_of
 from distill_cli.launch.local import start_ranks
@@ -107,10 +106,8 @@ def run_eval(argv: Sequence[str]) -> int:
     folder = evaluation_folder(arguments.subject, run)
     command = shlex.join(["distill", "eval", *argv])
     (folder / "command.txt").write_text(command + "\n")
-    with exit_status() as status, stdout_to_stderr() if arguments.as_json else nullcontext():
+    with stdout_to_stderr() if arguments.as_json else nullcontext():
         files = {contender.name: ask(contender, folder) for contender in contenders}
-    if status.value:
-        return status.value
     has_votes = resolve_extract(resolve_verifier(config.data.verifier)) is not None
     source = str(config.data.validation["source"])
     answers = {name: read_problems(file, unnamed=source) for name, file in files.items()}

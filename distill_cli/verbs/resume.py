@@ -30,7 +30,7 @@ from distill_cli.folders.attempts import attempt_lines, attempts_of, read_outcom
 from distill_cli.folders.run_dir import RunDir, SweepDir
 from distill_cli.jobs.preflight import Preflight, preflight
 from distill_cli.jobs.prepare import job_of
-from distill_cli.jobs.run_attempts import exit_status, run_to_completion
+from distill_cli.jobs.run_attempts import run_to_completion
 from distill_cli.jobs.run_panels import start_panel
 from distill_cli.jobs.submit import in_queue, submit, wait_for_run
 from distill_cli.jobs.sweep import carry_out_sweep
@@ -61,16 +61,14 @@ def resume(argv: Sequence[str]) -> int:
     if sweep.file.is_file():
         if step is not None:
             raise ConfigError(f"--step {step}: goes back in one run; give a run's folder of {path}")
-        with exit_status() as status:
-            status.value = resume_sweep(sweep, overrides, console=console)
-        return status.value
+        return resume_sweep(sweep, overrides, console=console)
     return resume_run(open_run(path), step, overrides, console=console)
 
 
 def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, console: Console) -> int:
     """One run, here or as a job; the exit status."""
     submitted = []
-    with run.lock(), exit_status() as status:
+    with run.lock():
         for queued in in_queue([run]).values():
             raise ConfigError(f"{run.path}: in the queue as {queued}; wait for it to end, or cancel it")
         old = load_config(run.config)
@@ -105,7 +103,7 @@ def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, conso
             submitted = submit(config, [run], folder=run.path, console=console)
     if submitted and config.cluster.wait:
         return wait_for_run(run, submitted[0], console=console)
-    return status.value
+    return 0
 
 
 def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> int:

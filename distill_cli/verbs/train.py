@@ -13,7 +13,7 @@ from distill_cli.errors import ConfigError
 from distill_cli.folders import run_dir
 from distill_cli.jobs.preflight import Preflight
 from distill_cli.jobs.prepare import check_jobs, prepare, print_warnings, resolve_jobs, single_path
-from distill_cli.jobs.run_attempts import exit_status, run_to_completion
+from distill_cli.jobs.run_attempts import run_to_completion
 from distill_cli.jobs.run_panels import start_panel
 from distill_cli.jobs.submit import submit, wait_for_run
 from distill_cli.jobs.sweep import carry_out_sweep, discard_if_refused, prepare_sweep
@@ -31,9 +31,7 @@ def train(argv: Sequence[str], *, command: Sequence[str]) -> int:
     if plugins := hydra_plugins(argv):
         from distill_cli.jobs.hydra_sweep import run_through_hydra
 
-        with exit_status() as status:
-            status.value = run_through_hydra(argv, plugins, command=command, console=new_console())
-        return status.value
+        return run_through_hydra(argv, plugins, command=command, console=new_console())
     jobs = compose(argv)
     return run_jobs(jobs, command=command) if jobs else 0
 
@@ -53,12 +51,9 @@ def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
     """
     console, jobs = new_console(), resolve_jobs(jobs)
     checked = check_jobs(jobs)
-    with exit_status() as status:
-        if any(job.swept for job in jobs):
-            status.value = run_sweep(jobs, checked, command=command, console=console)
-        else:
-            status.value = run_single(jobs[0], checked[0], command=command, console=console)
-    return status.value
+    if any(job.swept for job in jobs):
+        return run_sweep(jobs, checked, command=command, console=console)
+    return run_single(jobs[0], checked[0], command=command, console=console)
 
 
 def run_single(job: Job, checked: Preflight, *, command: Sequence[str], console: Console) -> int:

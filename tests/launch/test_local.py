@@ -84,6 +84,7 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
         import sys
         from pathlib import Path
         from distill_cli.config.compose import compose
+        from distill_cli.errors import Stopped
         from distill_cli.launch import local
         from distill_cli.folders.run_dir import create
         agent = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -91,7 +92,7 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
         try:
             config = compose(["cluster.ranks_per_node=2"])[0].config
             local.start_ranks(config, create(Path("{tmp_path}/run"), command=[]))
-        except local.Stopped as stopped:
+        except Stopped as stopped:
             sys.exit(128 + stopped.signum)
         """)
     )
