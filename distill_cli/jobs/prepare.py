@@ -55,9 +55,9 @@ def check_jobs(jobs: Sequence[Job], *, is_new: bool = True) -> list[Preflight]:
     return checked
 
 
-def require_here(job: Job, command: str) -> None:
+def require_here(config: Config, command: str) -> None:
     """Raise ConfigError if a command that starts ranks on this machine is given a cluster."""
-    launcher = job.config.cluster.launcher
+    launcher = config.cluster.launcher
     if not launcher_of(launcher).runs_here:
         raise ConfigError(
             f"cluster.launcher={launcher}: {command} runs where it is typed; inside an allocation of one node, type "

@@ -2,8 +2,8 @@
 
 torchrun's agent starts every rank in a session of its own, so a signal to the agent's group does not reach them: its
 descendants are ended by process id. Each rank also dies with its agent, and the agent with us (`die_with_parent`).
-The agent ignores what asks a run to stop, which a scheduler sends to every process: it would end its ranks at once,
-and they are to save first.
+The agent ignores the signals that ask a run to stop, which a scheduler sends to every process: it would end its ranks
+before they have saved.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GRACE_S = 3.0
 """Between asking the ranks to end and killing them."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-"""Ctrl-C; what a system or scheduler ends a process with; a scheduler's warnings; a terminal that is gone."""
+"""Ctrl-C; how a system or scheduler ends a process; a scheduler's warnings; a closed terminal."""
 
 
 class Local(Launcher):
@@ -139,7 +139,7 @@ def follow(config: Config, run: RunDir, place: Place) -> None:
 
 
 def start(argv: Sequence[str], log_file: Path, *, env: Mapping[str, str]) -> subprocess.Popen:
-    """This node's torchrun."""
+    """Start this node's torchrun."""
     with log_file.open("wb") as log:
         return subprocess.Popen(
             argv,
@@ -158,7 +158,7 @@ def _prepare_agent(*, launcher: int) -> None:
 
 
 def wait(process: subprocess.Popen, run: RunDir, *, hang_timeout_s: float, leader: Leader) -> int:
-    """The agent's exit status; raises Killed where the main rank has been in one stage for too long."""
+    """Return the agent's exit status; raise Killed if the main rank has been in one stage for too long."""
     begin = time.time()
     while True:
         with suppress(subprocess.TimeoutExpired):
@@ -176,7 +176,7 @@ def wait(process: subprocess.Popen, run: RunDir, *, hang_timeout_s: float, leade
 
 
 def ask_to_stop(process: subprocess.Popen, run: RunDir, *, grace_s: float) -> None:
-    """Lets the ranks save a checkpoint and end; a second signal, or the end of the grace, ends the wait.
+    """Let the ranks save a checkpoint and end; a second signal, or the end of the grace, ends the wait.
 
     The ranks are the agent's children. Before the first heartbeat there is nothing to save.
     """
@@ -209,7 +209,7 @@ def environment(config: Config) -> dict[str, str]:
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """`STOP_SIGNALS` raise `Stopped` inside; a second one does nothing more. Those that nohup has ignored stay so."""
+    """Raise `Stopped` inside at the first of `STOP_SIGNALS`, except those that nohup ignores; later ones do nothing."""
     raised = False
 
     def stop(signum: int, _frame: object) -> None:
@@ -218,8 +218,8 @@ def stop_signals() -> Iterator[None]:
             raised = True
             raise Stopped(signum)
 
-    heeded = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
-    before = {signum: signal.signal(signum, stop) for signum in heeded}
+    handled = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    before = {signum: signal.signal(signum, stop) for signum in handled}
     try:
         yield
     finally:
@@ -228,7 +228,7 @@ def stop_signals() -> Iterator[None]:
 
 
 def end_tree(process: subprocess.Popen) -> None:
-    """Ends the agent and everything that came of it: first asked, then killed."""
+    """End the agent and all its descendants: ask first, then kill."""
     try:
         agent = psutil.Process(process.pid)
         tree = [*agent.children(recursive=True), agent]

@@ -44,7 +44,7 @@ def check(argv: Sequence[str]) -> int:
         return 0
     if len(jobs) > 1:
         raise ConfigError("distill check: takes one configuration; leave -m out")
-    require_here(jobs[0], "distill check")
+    require_here(jobs[0].config, "distill check")
     console, begin = Console(highlight=False, soft_wrap=True), time.monotonic()
     config = small(jobs[0].config)
     for warning in preflight(jobs[0].config).warnings:

@@ -32,6 +32,7 @@ from distill_cli.folders.answers_table import join_answers
 from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.run_dir import RunDir, free_name, write_json
 from distill_cli.jobs.preflight import check_devices, engine_problems
+from distill_cli.jobs.prepare import require_here
 from distill_cli.jobs.run_panels import relative
 from distill_cli.launch.base import launcher_of
 from distill_cli.launch.local import start_ranks
@@ -90,10 +91,8 @@ def run_eval(argv: Sequence[str]) -> int:
     width = None if sys.stdout.isatty() else 160
     console = Console(highlight=False, width=width, soft_wrap=width is not None, stderr=arguments.as_json)
     config, run = base_config(arguments)
-    launcher = launcher_of(config.cluster.launcher)
-    problems = [*evaluation_problems(config), *launcher.problems(config)]
-    if not launcher.runs_here:
-        problems = [f"cluster.launcher={launcher.name}: an evaluation runs where it is typed; choose cluster=local"]
+    require_here(config, "distill eval")
+    problems = [*evaluation_problems(config), *launcher_of(config.cluster.launcher).problems(config)]
     if problems:
         raise ConfigError(*problems)
     use_hub_cache(config.cluster)

@@ -61,7 +61,7 @@ def check_measurable(jobs: Sequence[Job]) -> None:
     if len(jobs) > 1:
         raise ConfigError("distill plan --measure: takes one configuration; leave -m out")
     for job in jobs:
-        require_here(job, "distill plan --measure")
+        require_here(job.config, "distill plan --measure")
 
 
 def measure(job: Job, found: Preflight) -> Pace:

@@ -24,9 +24,9 @@ def test_keys_of_other_launchers_are_warned_of(overrides: str, unread: list[str]
 
 
 def test_a_check_runs_where_it_is_typed() -> None:
-    require_here(compose([])[0], "distill check")
+    require_here(compose([])[0].config, "distill check")
     with pytest.raises(ConfigError, match="cluster.launcher=slurm: distill check .* cluster=local"):
-        require_here(compose(["cluster=slurm"])[0], "distill check")
+        require_here(compose(["cluster=slurm"])[0].config, "distill check")
 
 
 def test_an_unknown_launcher_is_refused() -> None:
