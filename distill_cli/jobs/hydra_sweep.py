@@ -64,10 +64,10 @@ OTHER_NAMES = {
     "array_parallelism": "parallel_jobs",
 }
 SBATCH = ("comment", "gres", "cpus_per_gpu", "gpus_per_task", "mem_per_gpu", "mem_per_cpu")
-"""Keys of hydra.launcher that are cluster.extra's."""
+"""Keys of hydra.launcher that are cluster.slurm.extra's."""
 
 OURS = {
-    "max_num_timeout": "set cluster.max_requeues",
+    "max_num_timeout": "set cluster.slurm.max_requeues",
     "tasks_per_node": "set cluster.ranks_per_node",
     "submitit_folder": "it is slurm/ in the sweep's folder",
 }
