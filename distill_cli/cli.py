@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.errors import ConfigError, DistillError, Stopped
 from distill_cli.verbs import completion, help
 
 HYDRA_ANSWERS = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
@@ -70,6 +70,9 @@ def run(argv: Sequence[str]) -> int:
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: the disk is full{where}; free some: `distill resume RUN` goes on", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"stopped by {stopped}; no process was left behind", file=sys.stderr)
+        return 128 + stopped.signum
     except KeyboardInterrupt:
         return 130
 

@@ -1,4 +1,9 @@
-"""Failures: the user's input is wrong (exit status 2), or something failed in a run (exit status 1)."""
+"""Failures: the user's input is wrong (exit status 2), or something failed in a run (exit status 1).
+
+Being stopped is none of them (exit status 128 and the signal's number).
+"""
+
+import signal
 
 
 class DistillError(Exception):
@@ -22,3 +27,11 @@ class Unrecoverable(DistillError):
 
 class Killed(DistillError):
     """A process was ended from outside, or hung: nothing says that it would happen again."""
+
+
+class Stopped(BaseException):
+    """A signal asked the run to stop; no process was left behind."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum

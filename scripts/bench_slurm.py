@@ -13,33 +13,29 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 from distill_cli.config.compose import compose
 from distill_cli.config.variation import override
-from distill_cli.folders.run_dir import Element, RunDir, SweepDir, create, environment, write_json
-from distill_cli.jobs.run import check_jobs
-from distill_cli.jobs.submit import note_job
+from distill_cli.folders.run_dir import Element, JobEnd, RunDir, SweepDir, create, environment, write_json
+from distill_cli.jobs.prepare import resolve_jobs
 from distill_cli.jobs.sweep import wait_for_sweep
-from distill_cli.launch import slurm
-from distill_cli.launch.slurm import settle
+from distill_cli.launch.slurm import Slurm
 
 
-@dataclass(frozen=True)
-class Nothing:
+def do_nothing(run: str) -> None:
     """A task that ends as a run does, without having done anything."""
+    import submitit
 
-    run: str
+    end = JobEnd(submitit.JobEnvironment().job_id, 0, None)
+    write_json(RunDir(Path(run)).job_end, asdict(end))
+    write_json(RunDir(Path(run)).outcome, {"state": "finished"})
 
-    def __call__(self) -> None:
-        import submitit
 
-        end = {"job_id": submitit.JobEnvironment().job_id, "status": 0, "error": None}
-        write_json(RunDir(Path(self.run)).slurm_end, end)
-        write_json(RunDir(Path(self.run)).outcome, {"state": "finished"})
+slurm = Slurm(task=do_nothing)
 
 
 def main() -> None:
@@ -47,42 +43,41 @@ def main() -> None:
     parser.add_argument("sizes", nargs="*", type=int, default=[100, 300, 1000])
     parser.add_argument("--run-to-the-end", type=int, default=0, help="let the sweep of this size run")
     arguments = parser.parse_args()
-    config = compose(["cluster=slurm", "cluster.cpus_per_node=1"])[0].config
-    settle(config)
+    (job,), _ = resolve_jobs(compose(["cluster=slurm", "cluster.slurm.cpus_per_node=1"]))
     begin = time.perf_counter()
     jobs = compose(["-m", f"train.seed={','.join(map(str, range(20)))}"])
     composed = time.perf_counter()
-    check_jobs(jobs)
+    resolve_jobs(jobs)
     checked = time.perf_counter()
     print(
         f"compose {(composed - begin) / 20 * 1000:.1f} ms a run, check {(checked - composed) / 20 * 1000:.1f} ms a run"
     )
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            measure(config, Path(folder), size, hold=size != arguments.run_to_the_end)
+            measure(job.config, Path(folder), size, hold=size != arguments.run_to_the_end)
 
 
 def measure(config, folder: Path, size: int, *, hold: bool) -> None:
-    config = override(config, {"cluster.extra": {"hold": True} if hold else {}})
+    config = override(config, {"cluster.slurm.extra": {"hold": True} if hold else {}})
     sweep, begin = SweepDir(folder / "sweep"), time.perf_counter()
     elements = [Element(index, f"{index}_seed={index}", [f"train.seed={index}"]) for index in range(size)]
     env = environment()
     runs = [create(sweep.path / element.folder, command=["distill"], env=env) for element in elements]
     sweep.write(command=["distill"], elements=elements)
     made = time.perf_counter()
-    job_ids = slurm.submit(config, sweep.path / "slurm", [Nothing(str(run.path)) for run in runs], name="bench")
-    for run, job_id in zip(runs, job_ids, strict=True):
-        note_job(run, job_id, sweep.path / "slurm")
+    jobs = slurm.submit(config, runs, folder=sweep.path)
+    for run, job in zip(runs, jobs, strict=True):
+        write_json(run.job, asdict(job))
     submitted = time.perf_counter()
-    states = slurm.active(*job_ids)
+    states = slurm.status([job.job_id for job in jobs])
     asked = time.perf_counter()
     assert len(states) == size or not hold
     told = ""
     if hold:
-        slurm.ask("scancel", job_ids[0].partition("_")[0])
+        slurm.cluster.ask("scancel", jobs[0].job_id.partition("_")[0])
     else:
         counting.clear()
-        cpu, failed = time.process_time(), wait_for_sweep(sweep, elements, job_ids, console=Console(file=io.StringIO()))
+        cpu, failed = time.process_time(), wait_for_sweep(sweep, elements, jobs, console=Console(file=io.StringIO()))
         assert not failed
         opened = Counter(Path(path).relative_to(sweep.path).parts[0] for path in counting if str(sweep.path) in path)
         told = (

@@ -28,10 +28,11 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 NO_TORCH = [
     "distill_cli.cli",
-    "distill_cli.jobs.run",
+    "distill_cli.jobs.run_attempts",
     "distill_cli.verbs.train",
     "distill_cli.jobs.sweep",
-    "distill_cli.jobs.slurm_job",
+    "distill_cli.jobs.prepared_run",
+    "distill_cli.launch.slurm",
     "distill_cli.verbs.plan",
     "distill_cli.verbs.resume",
     "distill_cli.verbs.replay",

@@ -12,11 +12,10 @@ from distill_cli.config.credentials import secret_problems, uri_problem
 from distill_cli.config.derived import (
     needed_length,
     parse_duration,
-    parse_time_limit,
     scored_length,
     validates,
 )
-from distill_cli.config.schema import ClusterConfig, Config, Launcher
+from distill_cli.config.schema import Config
 from distill_cli.losses.divergence import DIVERGENCES, PARAMETERS, parameter_problems, parameters_of
 from distill_cli.metrics import METRICS, find
 
@@ -28,18 +27,6 @@ RESERVED_ENGINE_KWARGS = {
     *("enable_lora", "max_loras", "max_lora_rank"),
 }
 """Arguments of `vllm.LLM` that another key sets, or that the right numbers rest on."""
-
-RESERVED_SBATCH = {
-    *("job-name", "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "partition", "time", "array", "signal"),
-    *("output", "error", "open-mode", "requeue", "no-requeue", "account", "qos", "constraint", "exclude", "mem"),
-}
-"""Parameters of sbatch that another key sets, or that following and requeueing a job rest on."""
-
-SLURM_ONLY = {
-    *("partition", "account", "qos", "time", "cpus_per_node", "mem", "constraint", "exclude", "setup", "container"),
-    *("python", "extra", "wait", "array_parallelism", "max_requeues", "signal_s", "shared_folders"),
-}
-"""Keys of cluster that launcher=local does not read."""
 
 MAX_ENGINE_RANK = 512
 """Of an adapter in vLLM."""
@@ -67,8 +54,6 @@ def config_problems(config: Config) -> list[str]:
 def evaluation_problems(config: Config) -> list[str]:
     """What `config_problems` is for an evaluation, which trains nothing."""
     problems = [*_eval(config), *_engine(config), *_cluster(config)]
-    if config.cluster.launcher is not Launcher.local:
-        problems.append(f"cluster.launcher={config.cluster.launcher.value}: an evaluation runs on this machine: local")
     if not config.data.validation:
         problems.append("data.validation: a source is needed; choose data=... (distill ls data)")
     if config.data.verifier is None:
@@ -84,9 +69,6 @@ def inert_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
         if f"loss.{name}" in typed and name not in parameters_of(kind):
             readers = " and ".join(known for known in DIVERGENCES if name in parameters_of(known))
             warnings.append(f"loss.{name} has no effect with loss.kl_type={kind}: it is a parameter of {readers}")
-    if config.cluster.launcher is Launcher.local:
-        for key in sorted(typed & {f"cluster.{name}" for name in SLURM_ONLY}):
-            warnings.append(f"{key} has no effect with cluster.launcher=local: only cluster=slurm reads it")
     if "data.teacher_prompt_template" in typed and config.data.teacher_context is None:
         warnings.append("data.teacher_prompt_template has no effect without data.teacher_context")
     if config.data.train.get("streaming"):
@@ -306,35 +288,14 @@ def _checkpoint(config: Config) -> Iterator[str]:
 
 def _cluster(config: Config) -> Iterator[str]:
     cluster = config.cluster
-    for name in ("max_restarts", "hang_timeout_s", "grace_s", "max_requeues"):
+    for name in ("max_restarts", "hang_timeout_s", "grace_s"):
         yield from _at_least(f"cluster.{name}", getattr(cluster, name), 0)
-    for name in ("nodes", "parallel_jobs"):
-        yield from _at_least(f"cluster.{name}", getattr(cluster, name), 1)
-    for name in ("ranks_per_node", "cpus_per_node", "array_parallelism"):
+    yield from _at_least("cluster.nodes", cluster.nodes, 1)
+    for name in ("ranks_per_node", "parallel_jobs"):
         if getattr(cluster, name) is not None:
             yield from _at_least(f"cluster.{name}", getattr(cluster, name), 1)
     if cluster.gpus_per_node is not None:
         yield from _at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0)
-    if cluster.launcher is Launcher.slurm:
-        yield from _slurm(cluster)
-    elif cluster.nodes != 1:
-        yield f"cluster.nodes={cluster.nodes}: cluster.launcher=local is this one machine; choose cluster=slurm"
-
-
-def _slurm(cluster: ClusterConfig) -> Iterator[str]:
-    if cluster.time is not None and parse_time_limit(cluster.time) is None:
-        yield f"cluster.time={cluster.time}: must be minutes, HH:MM:SS or D-HH:MM:SS"
-    if cluster.parallel_jobs != 1:
-        yield f"cluster.parallel_jobs={cluster.parallel_jobs}: is for this machine; set cluster.array_parallelism"
-    if cluster.signal_s < cluster.grace_s:
-        yield (
-            f"cluster.signal_s={cluster.signal_s}: less than the cluster.grace_s={cluster.grace_s:g} that saving may "
-            "take; raise it"
-        )
-    for name in sorted(RESERVED_SBATCH & {str(key).replace("_", "-") for key in cluster.extra}):
-        yield f"cluster.extra.{name}: is set by distill, which relies on it; leave it out"
-    if any("\n" in line for line in cluster.setup):
-        yield "cluster.setup: an element is one line; give several"
 
 
 def _tracker(config: Config) -> Iterator[str]:

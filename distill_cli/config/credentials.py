@@ -1,7 +1,7 @@
 """Passwords and tokens, which have no place in what is written down: a run's folder, MLflow, logs.
 
 A config that holds one is refused. Credentials in the tracking server's address are left in the environment: whoever is
-started from here inherits MLFLOW_TRACKING_URI, as MLflow itself would read it, a job of Slurm's too.
+started from here inherits MLFLOW_TRACKING_URI, as MLflow itself would read it, a cluster's job too.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 from distill_cli.config.schema import Config
 
@@ -72,24 +71,6 @@ def parse_duration(text: str) -> float | None:
     if hours >= 24 or minutes >= 60 or seconds >= 60:
         return None
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
-
-
-def parse_time_limit(text: str) -> float | None:
-    """Seconds of a time limit as Slurm writes it (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S); infinite where it has none.
-
-    None where it is no time limit.
-    """
-    if text.lower() in ("infinite", "unlimited"):
-        return math.inf
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if found is None:
-        return None
-    days, *fields = (int(field) if field is not None else None for field in found.groups())
-    if days is not None or None not in fields:
-        hours, minutes, seconds = (field or 0 for field in fields)
-    else:
-        hours, minutes, seconds = 0, fields[0], fields[1] or 0
-    return float((((days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds) or None
 
 
 def micro_batches_per_update(config: Config, *, num_ranks: int) -> int:

@@ -17,13 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill_cli.config.choices import group_choices, groups, nearest
-from distill_cli.config.schema import Config
+from distill_cli.config.schema import Config, SlurmConfig
 
-RENAMED = {
+RENAMED: dict[str, str] = {
+    **{f"cluster.{field.name}": f"cluster.slurm.{field.name}" for field in dataclasses.fields(SlurmConfig)},
+    "cluster.array_parallelism": "cluster.parallel_jobs",
     "train.max_bad_steps": "train.max_bad_updates",
     "train.warmup_steps": "train.warmup_updates",
 }
-"""Former names of keys; an error that meets one names the new."""
+"""Keys of earlier versions, and what they are called now."""
 
 
 def override_problems(overrides: Sequence[str], *, conf_dirs: Sequence[Path]) -> list[str]:
@@ -83,6 +85,14 @@ def unknown_keys(node: Any, at: str = "") -> list[str]:
     return found
 
 
+def current_key(key: str) -> str | None:
+    """Return what a renamed key, or one inside it, is called now; None if it was never known."""
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return None
+
+
 def known_keys(kind: type = Config, at: str = "") -> Iterator[str]:
     """Every dotted key of the schema; a dictionary's own keys are its user's."""
     for field in dataclasses.fields(kind):
@@ -113,9 +123,9 @@ def _problems_of(override: Override, text: str, schema: DictConfig, conf_dirs: S
         ]
     if override.is_add() and key.startswith("loss.") and not _is_known(schema, key):
         return [f"{key}: unknown key; a parameter of a divergence of your own is loss.kwargs.{key[len('loss.') :]}"]
-    if key in RENAMED:
-        return [f"{key}: is now {RENAMED[key]}"]
     if not _is_known(schema, key):
+        if (now := current_key(key)) is not None:
+            return [f"{key}: is now {now}"]
         return [f"{key or text}: unknown key{nearest(key, [*known_keys(), *groups(conf_dirs)])}"]
     return [problem for value in values if (problem := _type_problem(schema, key, value))]
 

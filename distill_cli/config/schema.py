@@ -71,11 +71,6 @@ class OffPolicy(Enum):
     teacher = "teacher"
 
 
-class Launcher(Enum):
-    local = "local"
-    slurm = "slurm"
-
-
 @section
 class LoraConfig:
     rank: int | None = None
@@ -386,15 +381,51 @@ class CheckpointConfig:
         return metric is not None and metric.better == "higher"
 
 
+class SlurmConfig:
+    partition: str | None = None
+    """Where to queue; null is the cluster's default."""
+    account: str | None = None
+    """The account that is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    time: str | None = None
+    """Time limit, such as 04:00:00, 2-12:00:00, or minutes; null is the partition's default."""
+    cpus_per_node: int | None = None
+    """CPUs of each node; null is a node's CPUs in the share of its GPUs that is used, or one a rank on CPUs."""
+    mem: str | None = None
+    """Memory of each node, such as 200G; 0 is all of it; null is the cluster's default."""
+    constraint: str | None = None
+    """Features that nodes must have."""
+    exclude: str | None = None
+    """Nodes to leave out."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell before the ranks start, such as `module load cuda`."""
+    container: dict[str, Any] = field(default_factory=dict)
+    """With pyxis: `image`, `mounts`, `workdir` and so on, each an argument --container-<name> of srun."""
+    python: str | None = None
+    """The interpreter on the nodes, or in the container; null is the one that submits."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Any other parameter of sbatch, without its dashes: {reservation: mine, exclusive: true}."""
+    max_requeues: int = 10
+    """How often a job starts again after a preemption, its time limit or the loss of a node."""
+    signal_s: int = 120
+    """Seconds before the time limit at which the run saves and is queued again; at least cluster.grace_s."""
+    shared_folders: list[str] | None = None
+    """Folders that every node sees, such as [/home, /scratch]; a run elsewhere is refused. null goes by the file
+    system: a disk of this machine is refused if the nodes are other machines."""
+
+
 @section
 class ClusterConfig:
-    """Where runs run. What is marked Slurm is read by launcher=slurm alone."""
+    """Where runs run. A launcher's own keys are in the section of its name: `cluster.slurm.*` has no effect with
+    another launcher."""
 
-    launcher: Launcher = key(Launcher.local, evaluation=True)
+    launcher: str = key("local", evaluation=True)
+    """local (this machine) or slurm; `cluster=slurm` chooses it."""
     nodes: int = 1
-    """Machines of a run; more than one needs Slurm."""
+    """Machines of a run; more than one needs a launcher that submits jobs."""
     gpus_per_node: int | None = key(None, evaluation=True)
-    """null is what is visible, or under Slurm what a node of the partition has; 0 runs on CPUs."""
+    """null is what is visible, or what a node of the cluster has; 0 runs on CPUs."""
     ranks_per_node: int | None = key(None, evaluation=True)
     """Processes of a node; null is one a GPU, or one on CPUs. On GPUs it is the number of GPUs."""
     max_restarts: int = 3
@@ -403,44 +434,13 @@ class ClusterConfig:
     hang_timeout_s: float = key(1800, evaluation=True)
     """Seconds that a stage of a step may take before the ranks are taken for hung and ended; 0 waits for ever."""
     grace_s: float = 60
-    """Seconds that the ranks have for a checkpoint when the run is asked to stop (Ctrl-C, SIGTERM, Slurm's warning)."""
-    parallel_jobs: int = 1
-    """Runs of a sweep at a time, on this machine; on GPUs each takes gpus_per_node of its own."""
-    partition: str | None = None
-    """Slurm: where to queue; null is the cluster's default."""
-    account: str | None = None
-    """Slurm: who pays."""
-    qos: str | None = None
-    """Slurm: quality of service."""
-    time: str | None = None
-    """Slurm: time limit, such as 04:00:00, 2-12:00:00, or minutes; null is the partition's default."""
-    cpus_per_node: int | None = None
-    """Slurm: CPUs of each node; null is a node's CPUs in the share of its GPUs that is used, or one a rank on CPUs."""
-    mem: str | None = None
-    """Slurm: memory of each node, such as 200G; 0 is all of it; null is the cluster's default."""
-    constraint: str | None = None
-    """Slurm: features that nodes must have."""
-    exclude: str | None = None
-    """Slurm: nodes to leave out."""
-    setup: list[str] = field(default_factory=list)
-    """Slurm: lines of shell before the ranks start, such as `module load cuda`."""
-    container: dict[str, Any] = field(default_factory=dict)
-    """Slurm with pyxis: `image`, `mounts`, `workdir` and so on, each an argument --container-<name> of srun."""
-    python: str | None = None
-    """Slurm: the interpreter on the nodes, or in the container; null is the one that submits."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Slurm: any other parameter of sbatch, without its dashes: {reservation: mine, exclusive: true}."""
+    """Seconds that the ranks have for a checkpoint when the run is asked to stop (Ctrl-C, SIGTERM, a scheduler's
+    warning)."""
+    parallel_jobs: int | None = None
+    """Runs of a sweep at a time; null is one on this machine, and as many as it gives on a cluster. On this machine's
+    GPUs each run takes gpus_per_node of its own."""
     wait: bool = False
-    """Slurm: follow the job to its end and exit with its status; `--wait` is the same."""
-    array_parallelism: int | None = None
-    """Slurm: runs of a sweep at a time; null leaves it to the cluster."""
-    max_requeues: int = 10
-    """Slurm: how often a job starts again after a preemption, its time limit or the loss of a node."""
-    signal_s: int = 120
-    """Slurm: seconds before the time limit at which the run saves and is queued again; at least grace_s."""
-    shared_folders: list[str] | None = None
-    """Slurm: folders that every node sees, such as [/home, /scratch]; a run elsewhere is refused. null takes the
-    file system for a sign: a disk of this machine is refused where the nodes are other machines."""
+    """Follow a submitted job to its end and exit with its status; `--wait` is the same."""
     env: dict[str, str] = key(factory=dict, evaluation=True)
     """Environment variables of the ranks. Not for passwords and tokens: those are inherited from your shell."""
     hf_home: str | None = key(None, evaluation=True)
@@ -449,6 +449,7 @@ class ClusterConfig:
     """Folder of what torch, Triton and vLLM compile; null is each one's default. Best on a node's own disk."""
     tmp_dir: str | None = key(None, evaluation=True)
     """Folder of temporary files; null is the environment's TMPDIR. In all three, $NAMES are a node's own variables."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @section

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from distill_cli.config.choices import conf_dir
 from distill_cli.config.fields import has_property
-from distill_cli.config.overrides import into_dictionaries, override_problems
+from distill_cli.config.overrides import current_key, into_dictionaries, override_problems
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
 
@@ -138,8 +138,9 @@ def config_text(config: Config) -> str:
 
 def one_line(error: Exception) -> str:
     """Return an error's first line, with that of an OmegaConf error that caused it."""
-    cause = error.__cause__
-    text = str(error).strip().splitlines()[0]
+    cause = error.__cause__ or error.__context__
+    text = str(error).strip().splitlines()[0].removesuffix(":")
     if isinstance(cause, OmegaConfBaseException):
         text += ": " + str(cause).splitlines()[0]
-    return text
+    now = current_key(str(getattr(cause or error, "full_key", "")))
+    return text + (f"; it is now {now}" if now else "")

@@ -1,16 +1,19 @@
-"""How each attempt of a run began and ended: `logs/attempt_<n>/attempt.json`, written by its launcher."""
+"""How each attempt of a run began and ended, and what the run came to.
+
+`logs/attempt_<n>/attempt.json` is written by the process that starts the ranks, `outcome.json` by the main rank.
+"""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from distill_cli.errors import DistillError
 from distill_cli.folders.metrics_file import read_metrics
-from distill_cli.folders.run_dir import RunDir, write_json
+from distill_cli.folders.run_dir import RunDir, read_json, write_json
 
 SHOWN = 5
 """How many of a run's attempts a summary tells of."""
@@ -25,7 +28,7 @@ class Attempt:
     """When the command was typed: several attempts may follow one another."""
     began: float
     from_step: int
-    """The step of the checkpoint that it began from; 0 is the beginning."""
+    """Step of the checkpoint from which it began; 0 is the beginning."""
     ended: float | None = None
     step: int | None = None
     """The last step that it recorded."""
@@ -39,14 +42,14 @@ class Attempt:
 
 
 @contextmanager
-def recorded(run: RunDir, *, launched: float, from_step: int) -> Iterator[None]:
-    """Keeps the record of the attempt that happens within."""
+def record_attempt(run: RunDir, *, launched: float, from_step: int) -> Iterator[None]:
+    """Keep the record of the attempt that happens inside."""
     attempt = Attempt(run.attempt, launched, time.time(), from_step)
     write_json(run.attempt_record, asdict(attempt))
     try:
         yield
-        outcome = json.loads(run.outcome.read_text())
-        attempt.reason = f"stopped by {outcome['reason']}" if outcome["reason"] else "finished"
+        reason = read_json(run.outcome)["reason"]
+        attempt.reason = f"stopped by {reason}" if reason else "finished"
     except BaseException as error:
         what = str(error) or type(error).__name__
         attempt.reason = what if isinstance(error, DistillError) else f"stopped by {what}"
@@ -59,20 +62,57 @@ def recorded(run: RunDir, *, launched: float, from_step: int) -> Iterator[None]:
 
 
 def attempts_of(run: RunDir) -> list[Attempt]:
-    """All attempts that were begun, oldest first."""
+    """Return all attempts that began, oldest first."""
     found = []
     for file in run.path.glob("logs/attempt_*/attempt.json"):
         with suppress(ValueError, TypeError):
-            found.append(Attempt(**json.loads(file.read_text())))
+            found.append(Attempt(**read_json(file)))
     return sorted(found, key=lambda attempt: attempt.number)
 
 
 def launched(run: RunDir) -> float:
-    """When the command was typed that this attempt is of."""
-    return json.loads(run.attempt_record.read_text())["launched"]
+    """Return the launch time of the command this attempt belongs to."""
+    return read_json(run.attempt_record)["launched"]
 
 
-def told(attempts: list[Attempt]) -> list[str]:
-    """A line for each of the last few, and how many there were before."""
+def attempt_lines(attempts: list[Attempt]) -> list[str]:
+    """Return a line for each of the last few, and how many there were before."""
     lines = [str(attempt) for attempt in attempts[-SHOWN:]]
     return [f"({len(attempts) - SHOWN} before)", *lines] if len(attempts) > SHOWN else lines
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the ranks write down when they end, a `train.run_state.Result`, read without torch."""
+
+    state: str
+    """`finished`, or `stopped` if the run was asked to stop and can go on."""
+    reason: str | None = None
+    """Why it stopped."""
+    num_steps: int = 0
+    seconds: float = 0.0
+    before: dict[str, Any] | None = None
+    """Scores: the student's before and after training, and the teacher's."""
+    after: dict[str, Any] | None = None
+    teacher: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
+    gap_closed: float | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state == "finished"
+
+
+def read_outcome(run: RunDir) -> Outcome | None:
+    """Return what the ranks wrote; None if they did not come to it."""
+    if not run.outcome.is_file():
+        return None
+    content = read_json(run.outcome)
+    return Outcome(**{field.name: content[field.name] for field in fields(Outcome) if field.name in content})
+
+
+def write_outcome(run: RunDir) -> Outcome | None:
+    """Add how each attempt ended to `outcome.json`; return what it says."""
+    if run.outcome.is_file():
+        write_json(run.outcome, read_json(run.outcome) | {"attempts": [asdict(one) for one in attempts_of(run)]})
+    return read_outcome(run)

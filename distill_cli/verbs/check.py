@@ -17,15 +17,13 @@ from pathlib import Path
 from rich.markup import escape
 
 from distill_cli.config.compose import compose
-from distill_cli.config.schema import Config, Launcher
+from distill_cli.config.schema import Config
 from distill_cli.config.variation import override, save_config
 from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.preflight import preflight
-from distill_cli.jobs.run import exit_status
-from distill_cli.launch.local import launch
-from distill_cli.launch.placement import placement
-from distill_cli.machine import hardware
+from distill_cli.jobs.prepare import require_here
+from distill_cli.launch.local import start_ranks
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 
@@ -38,7 +36,7 @@ def check(argv: Sequence[str]) -> int:
     """The verb; 0 where all is as it should be, 1 where something is not.
 
     Raises:
-        ConfigError: the config is wrong, or describes several jobs or one for Slurm.
+        ConfigError: the config is wrong, or describes several jobs or one for a cluster.
         DistillError: the ranks failed.
     """
     jobs = compose(argv)
@@ -46,9 +44,8 @@ def check(argv: Sequence[str]) -> int:
         return 0
     if len(jobs) > 1:
         raise ConfigError("distill check: takes one configuration; leave -m out")
+    require_here(jobs[0].config, "distill check")
     console, begin = Console(highlight=False, soft_wrap=True), time.monotonic()
-    if jobs[0].config.cluster.launcher is not Launcher.local:
-        raise ConfigError("distill check: runs where it is typed; inside an allocation, type it with cluster=local")
     found = preflight(jobs[0].config)
     for warning in found.warnings:
         console.print(f"[yellow]warn[/yellow] {escape(warning)}")
@@ -58,25 +55,16 @@ def check(argv: Sequence[str]) -> int:
     run.logs.mkdir(parents=True)
     save_config(config, run.config)
     found.write(run)
-    with exit_status() as status:
-        try:
-            launch(
-                run,
-                num_ranks=hardware.ranks_per_node(config),
-                use_gpus=hardware.gpus_per_node(config) > 0,
-                check=True,
-                hang_timeout_s=TIMEOUT_S,
-                env=placement(config.cluster),
-            )
-        finally:
-            outcome = json.loads(run.outcome.read_text()) if run.outcome.exists() else {}
-            if outcome.get("is_good"):
-                shutil.rmtree(folder)
-        bad = [finding["what"] for finding in outcome["findings"] if finding["is_good"] is False]
-        seconds = f"{time.monotonic() - begin:.0f} s"
-        console.print(f"{len(bad)} wrong, {seconds}; logs: {run.logs}" if bad else f"all is as it should be, {seconds}")
-        status.value = 1 if bad else 0
-    return status.value
+    try:
+        start_ranks(config, run, check=True)
+    finally:
+        outcome = json.loads(run.outcome.read_text()) if run.outcome.exists() else {}
+        if outcome.get("is_good"):
+            shutil.rmtree(folder)
+    bad = [finding["what"] for finding in outcome["findings"] if finding["is_good"] is False]
+    seconds = f"{time.monotonic() - begin:.0f} s"
+    console.print(f"{len(bad)} wrong, {seconds}; logs: {run.logs}" if bad else f"everything is right, {seconds}")
+    return 1 if bad else 0
 
 
 def small(found: ResolvedRun) -> Config:
@@ -93,5 +81,6 @@ def small(found: ResolvedRun) -> Config:
             *("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker=none"),
             *("checkpoint.enabled=true", "checkpoint.save_optimizer=true", "checkpoint.async_save=false"),
             *("engine.student.enforce_eager=true", "engine.teacher.enforce_eager=true"),
+            f"cluster.hang_timeout_s={TIMEOUT_S}",
         ],
     )

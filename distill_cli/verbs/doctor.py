@@ -20,8 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from distill_cli.config.credentials import VARIABLE, uri_problem, without_credentials
-from distill_cli.errors import ConfigError
-from distill_cli.launch import slurm
+from distill_cli.launch.base import LAUNCHERS, launcher_of
 from distill_cli.machine import hardware
 from distill_cli.models.model_files import ASSETS
 
@@ -212,21 +211,8 @@ def check_mlflow() -> list[Finding]:
     return [version, Finding("mlflow server", reason is None, f"{where} {reason or 'answers'}", fix, needed=False)]
 
 
-def check_slurm() -> list[Finding]:
-    """A machine without Slurm is none the worse."""
-    if shutil.which("sbatch") is None:
-        return [Finding("slurm", True, "no sbatch here: runs stay on this machine")]
-    try:
-        partitions = slurm.partitions().values()
-    except ConfigError as error:
-        return [Finding("slurm", False, str(error), "start slurmctld, or ask who runs the cluster", needed=False)]
-    found = []
-    for partition in partitions:
-        gpus = f" of {partition.gpus} GPUs" if partition.gpus else f" of {partition.cpus} CPUs"
-        detail = f"{partition.num_nodes} nodes{gpus}{', the default' if partition.is_default else ''}"
-        name, fix = f"slurm {partition.name}", "choose another cluster.partition"
-        found.append(Finding(name, partition.is_up, detail + ("" if partition.is_up else ", down"), fix, needed=False))
-    return found
+def check_launchers() -> list[Finding]:
+    return [Finding(*finding, needed=False) for name in LAUNCHERS for finding in launcher_of(name).findings()]
 
 
 def check_tiny_pair() -> list[Finding]:
@@ -261,6 +247,6 @@ CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     check_ports,
     check_hub,
     check_mlflow,
-    check_slurm,
+    check_launchers,
     check_tiny_pair,
 )

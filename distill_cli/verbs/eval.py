@@ -29,11 +29,12 @@ from distill_cli.config.variation import load_config, override, save_config
 from distill_cli.data.registry import resolve_extract, resolve_verifier
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.answers_table import join_answers
+from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.run_dir import RunDir, free_name, write_json
 from distill_cli.jobs.preflight import preflight_evaluation
-from distill_cli.jobs.run import exit_status, read_outcome
-from distill_cli.launch.local import launch
-from distill_cli.launch.placement import placement
+from distill_cli.jobs.prepare import require_here
+from distill_cli.jobs.run_panels import relative
+from distill_cli.launch.local import start_ranks
 from distill_cli.report.eval_results import make_scoreboard, print_scoreboard, read_problems
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
@@ -85,6 +86,7 @@ def run_eval(argv: Sequence[str]) -> int:
     width = None if sys.stdout.isatty() else 160
     console = Console(highlight=False, width=width, soft_wrap=width is not None, stderr=arguments.as_json)
     config, run = base_config(arguments)
+    require_here(config, "distill eval")
     words = [arguments.subject, *arguments.against]
     contenders = []
     for word in words:
@@ -94,10 +96,8 @@ def run_eval(argv: Sequence[str]) -> int:
     folder = evaluation_folder(arguments.subject, run)
     command = shlex.join(["distill", "eval", *argv])
     (folder / "command.txt").write_text(command + "\n")
-    with exit_status() as status, stdout_to_stderr() if arguments.as_json else nullcontext():
+    with stdout_to_stderr() if arguments.as_json else nullcontext():
         files = {one.name: answer(one, found, folder) for one, found in zip(contenders, resolved, strict=True)}
-    if status.value:
-        return status.value
     has_votes = resolve_extract(resolve_verifier(config.data.verifier)) is not None
     source = str(config.data.validation["source"])
     answers = {name: read_problems(file, unnamed=source) for name, file in files.items()}
@@ -110,7 +110,7 @@ def run_eval(argv: Sequence[str]) -> int:
         print(json.dumps(result, indent=2))
     else:
         print_scoreboard(console, board)
-        console.print(f"answers  {escape(_shown(folder))}")
+        console.print(f"answers  {escape(relative(folder))}")
     return 0
 
 
@@ -218,7 +218,7 @@ def find(word: str, config: Config, *, run: RunDir | None, step: str | None, con
 def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
     """A run's student as a Hugging Face folder: the finished one, or an export of a checkpoint, made if need be."""
     outcome = read_outcome(run)
-    if step is None and outcome and outcome["state"] == "finished" and (run.student / "config.json").is_file():
+    if step is None and outcome and outcome.is_finished and (run.student / "config.json").is_file():
         return run.student
     settings = load_config(run.config).checkpoint
     try:
@@ -233,7 +233,7 @@ def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
         raise ConfigError(str(error)) from error
     folder = run.path / "export" / checkpoint.path.name
     if not folder.exists():
-        console.print(f"exporting the student of step {checkpoint.step}: {escape(_shown(folder))}")
+        console.print(f"exporting the student of step {checkpoint.step}: {escape(relative(folder))}")
         command = [
             sys.executable,
             "-m",
@@ -285,13 +285,7 @@ def answer(contender: Contender, found: ResolvedRun, folder: Path) -> Path:
     save_config(config, run.config)
     found.write(run)
     write_json(run.evaluation, {"name": contender.name, "role": contender.role})
-    launch(
-        run,
-        num_ranks=found.ranks.per_node,
-        use_gpus=found.ranks.on_gpus,
-        hang_timeout_s=config.cluster.hang_timeout_s,
-        env=placement(config.cluster),
-    )
+    start_ranks(config, run)
     return join_answers(run.path)
 
 
@@ -316,8 +310,3 @@ def _unused(name: str, taken: set[str]) -> str:
         number += 1
         candidate = f"{plain}_{number}"
     return candidate
-
-
-def _shown(path: Path) -> str:
-    """Relative to the current folder where it lies inside."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -22,7 +22,7 @@ examples
   distill                                              the embedded pair, on this machine's CPU
   distill model=qwen3_1.7b_4b loss=mixed data.train.path=train.jsonl data.validation.path=test.jsonl
   distill -m loss.topk=32,64 loss.kl_weight=0.3,0.5    a sweep
-  distill cluster=slurm cluster.nodes=2 cluster.partition=gpu model=qwen3_1.7b_4b ...
+  distill cluster=slurm cluster.nodes=2 cluster.slurm.partition=gpu model=qwen3_1.7b_4b ...
 
 `distill VERB --help` says more. Overrides are Hydra's: group=choice, key=value; -m, --cfg, --info and
 `eval "$(distill -sc install=bash)"` for tab completion work as in any Hydra application.
@@ -46,7 +46,7 @@ examples
   distill experiment=quick                             ten steps of it
   distill loss=reverse loss.topk=32 train.lr=1e-3      a choice of a group, and keys
   distill -m loss.topk=32,64 loss.kl_weight=0.3,0.5    a sweep of four runs
-  distill cluster=slurm cluster.partition=gpu          the same as a job
+  distill cluster=slurm cluster.slurm.partition=gpu    the same as a job
 """,
     "plan": """\
 distill plan [OVERRIDES] [--measure] - compose and check everything, print what would run, start nothing

@@ -17,14 +17,13 @@ from statistics import fmean, median
 
 from distill_cli.config.compose import Job
 from distill_cli.config.derived import validates
-from distill_cli.config.schema import Config, Launcher
+from distill_cli.config.schema import Config
 from distill_cli.config.variation import override, save_config
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.launch.local import launch
-from distill_cli.launch.placement import placement
-from distill_cli.machine import hardware
+from distill_cli.jobs.prepare import require_here
+from distill_cli.launch.local import start_ranks
 from distill_cli.metrics import STAGES
 from distill_cli.resolved import ResolvedRun
 
@@ -61,11 +60,8 @@ def check_measurable(jobs: Sequence[Job]) -> None:
     """Raises ConfigError where there is nothing that could be measured here."""
     if len(jobs) > 1:
         raise ConfigError("distill plan --measure: takes one configuration; leave -m out")
-    if jobs and jobs[0].config.cluster.launcher is not Launcher.local:
-        raise ConfigError(
-            "distill plan --measure: measures on the machine where it is typed, and cluster.launcher=slurm runs "
-            "elsewhere; inside an allocation of one node (salloc, or srun --pty bash), type it with cluster=local"
-        )
+    for job in jobs:
+        require_here(job.config, "distill plan --measure")
 
 
 def measure(job: Job, found: ResolvedRun) -> Pace:
@@ -89,13 +85,7 @@ def measure(job: Job, found: ResolvedRun) -> Pace:
         save_config(config, run.config)
         found.write(run)
         began = time.time()
-        launch(
-            run,
-            num_ranks=hardware.ranks_per_node(config),
-            use_gpus=hardware.gpus_per_node(config) > 0,
-            hang_timeout_s=config.cluster.hang_timeout_s,
-            env=placement(config.cluster),
-        )
+        start_ranks(config, run)
         return pace(read_metrics(run.metrics), began=began)
     except DistillError:
         keeps_logs = True

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import math
 import platform
-import shlex
 import textwrap
 from collections.abc import Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
-from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, compose
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
-from distill_cli.config.schema import Config, EngineModelConfig, Launcher, LoraSync
-from distill_cli.folders.run_dir import RunDir
-from distill_cli.jobs.run import check_jobs, exit_status, single_path, training_rows, validation_rows
-from distill_cli.launch import slurm
-from distill_cli.launch.local import command
+from distill_cli.config.schema import Config, EngineModelConfig, LoraSync
+from distill_cli.jobs.prepare import job_warnings, resolve_jobs, single_path
+from distill_cli.jobs.run_panels import training_rows, validation_rows
+from distill_cli.launch.base import launcher_of
 from distill_cli.machine import hardware
 from distill_cli.models import model_files
 from distill_cli.models.lora_names import targeted
@@ -38,20 +35,19 @@ def plan(argv: Sequence[str]) -> int:
     measures = MEASURE in argv
     if measures:
         check_measurable(jobs)
-    for job, found in zip(jobs, check_jobs(jobs), strict=True):
+    jobs, resolved = resolve_jobs(jobs)
+    for job, found in zip(jobs, resolved, strict=True):
         print_plan(job, found)
         if measures:
-            with exit_status() as status:
-                print_pace(job, found, measure(job, found))
-            return status.value
-    if jobs and jobs[0].config.cluster.launcher is Launcher.slurm:
-        print_script(jobs)
+            print_pace(job, found, measure(job, found))
+            return 0
+    if jobs:
+        print_launch(jobs)
     return 0
 
 
 def print_plan(job: Job, found: ResolvedRun) -> None:
     """Prints what a checked job would do; starts nothing."""
-    config = found.config
     console = Console(highlight=False)
     console.print(_table("mesh", mesh_rows(found)))
     for line in mesh_drawing(found):
@@ -59,19 +55,16 @@ def print_plan(job: Job, found: ResolvedRun) -> None:
     console.print(_table("a step", step_rows(found)))
     console.print(_table("the run", run_rows(found)))
     console.print(_table("memory of a rank, GiB", memory_rows(found)))
-    if config.cluster.launcher is Launcher.local:
-        run = RunDir(single_path(job))
-        launch = shlex.join(command(run, num_ranks=found.ranks.per_node))
-        console.print(_table("launch", {"folder": str(run.path), "command": launch}))
-    for warning in [*found.warnings, *inert_overrides(config, job.overrides)]:
+    for warning in job_warnings(job, found):
         console.print(f"warning: {escape(warning)}")
 
 
-def print_script(jobs: Sequence[Job]) -> None:
-    """Prints what sbatch would get of these jobs: one script, of an array where they are several."""
-    path = single_path(jobs[0]).absolute()
-    text = slurm.script(jobs[0].config, path / "slurm", name=path.name, num_jobs=len(jobs))
-    print("sbatch\n" + textwrap.indent(text.strip(), "  "))
+def print_launch(jobs: Sequence[Job]) -> None:
+    """Print the folder, and the command or script that would start these jobs: one for all that are one array."""
+    config, folder = jobs[0].config, single_path(jobs[0]).absolute()
+    text = launcher_of(config.cluster.launcher).script(config, folder=folder, num_jobs=len(jobs))
+    Console(highlight=False).print(_table("launch", {"folder": str(folder)}))
+    print(textwrap.indent(text.strip(), "  "))
 
 
 def mesh_rows(found: ResolvedRun) -> dict[str, str]:

@@ -16,16 +16,19 @@ from rich.markup import escape
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.credentials import hide_credentials
-from distill_cli.config.schema import Config, Launcher, Schedule
+from distill_cli.config.schema import Config, Schedule
 from distill_cli.config.variation import forbidden_changes, load_config, override, save_config
 from distill_cli.data.row_check import DataFacts
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.folders.attempts import attempts_of, told
+from distill_cli.folders.attempts import attempt_lines, attempts_of, read_outcome
 from distill_cli.folders.run_dir import RunDir, SweepDir
-from distill_cli.jobs import submit
 from distill_cli.jobs.preflight import preflight
-from distill_cli.jobs.run import carry_out, exit_status, job_of, read_outcome, start_panel
+from distill_cli.jobs.prepare import job_of
+from distill_cli.jobs.run_attempts import run_to_completion
+from distill_cli.jobs.run_panels import start_panel
+from distill_cli.jobs.submit import in_queue, submit, wait_for_run
 from distill_cli.jobs.sweep import carry_out_sweep
+from distill_cli.launch.base import launcher_of
 from distill_cli.models.model_files import ModelFiles, fingerprint
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
@@ -44,30 +47,29 @@ def resume(argv: Sequence[str]) -> int:
     if sweep.file.is_file():
         if step is not None:
             raise ConfigError(f"--step {step}: goes back in one run; give a run's folder of {path}")
-        with exit_status() as status:
-            status.value = resume_sweep(sweep, overrides, console=console)
-        return status.value
+        return resume_sweep(sweep, overrides, console=console)
     return resume_run(open_run(path), step, overrides, console=console)
 
 
 def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, console: Console) -> int:
     """One run, here or as a job; the exit status."""
-    job_id = None
-    with run.lock(), exit_status() as status:
-        for job in submit.in_queue([run]).values():
-            raise ConfigError(f"{run.path}: Slurm has it as {job}; wait for it to end, or scancel it")
+    submitted = []
+    with run.lock():
+        for queued in in_queue([run]).values():
+            raise ConfigError(f"{run.path}: in the queue as {queued}; wait for it to end, or cancel it")
         old = load_config(run.config)
         config = varied(old, overrides)
+        launcher = launcher_of(config.cluster.launcher)
         start = start_of(run, step, config=config, console=console)
         found = preflight(config)
         if start is not None:
             check_base(start, found.student)
         if step is None and is_done(run, config, found):
             raise ConfigError(
-                f"{run.path}: finished after {read_outcome(run)['num_steps']} steps; give train.max_steps=N to go on, "
+                f"{run.path}: finished after {read_outcome(run).num_steps} steps; give train.max_steps=N to go on, "
                 "or --step N to go on from an earlier checkpoint"
             )
-        before = ResolvedRun.read(run).num_steps if run.resolved.exists() else found.num_steps
+        before = steps_before(run) or found.num_steps
         save_config(found.config, run.config)
         found.write(run)
         if step is not None and start is not None:
@@ -81,17 +83,16 @@ def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, conso
             )
         for warning in warnings:
             console.print(f"warning: {escape(warning)}")
-        job = job_of(run)
-        for line in told(attempts_of(run)):
+        for line in attempt_lines(attempts_of(run)):
             console.print(escape(line))
         console.print(start_panel(found, attempt))
-        if config.cluster.launcher is Launcher.slurm:
-            job_id = submit.submit_run(found.config, run, console=console)
+        if launcher.runs_here:
+            run_to_completion(job_of(run), attempt, console=console)
         else:
-            carry_out(job, attempt, console=console)
-    if job_id is not None and config.cluster.wait:
-        return submit.wait_for_run(run, job_id, console=console)
-    return status.value
+            submitted = submit(found.config, [run], folder=run.path, console=console)
+    if submitted and config.cluster.wait:
+        return wait_for_run(run, submitted[0], console=console)
+    return 0
 
 
 def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> int:
@@ -103,9 +104,9 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
     elements = sweep.elements()
     runs = {element.index: RunDir(sweep.path / element.folder) for element in elements}
     open_elements = [element for element in elements if overrides or not has_finished(runs[element.index])]
-    queued = submit.in_queue([runs[element.index] for element in open_elements])
+    queued = in_queue([runs[element.index] for element in open_elements])
     for path, job in queued.items():
-        console.print(f"left     {escape(path.name)}: Slurm has it as {job}")
+        console.print(f"left     {escape(path.name)}: in the queue as {job}")
     resolved: dict[int, ResolvedRun] = {}
     problems: dict[str, None] = {}
     known_data: dict[str, DataFacts] = {}
@@ -137,14 +138,22 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
     return carry_out_sweep(sweep, rest, next(iter(resolved.values())).config, console=console)
 
 
+def steps_before(run: RunDir) -> int | None:
+    """Return how many steps the run was to have; None if that cannot be read any more."""
+    try:
+        return ResolvedRun.read(run, needs_teacher=False).num_steps
+    except ConfigError:
+        return None
+
+
 def has_finished(run: RunDir) -> bool:
     outcome = read_outcome(run)
-    return outcome is not None and outcome["state"] == "finished"
+    return outcome is not None and outcome.is_finished
 
 
 def is_done(run: RunDir, config: Config, found: ResolvedRun) -> bool:
     """Whether the run has finished all the steps that the config asks for."""
-    return has_finished(run) and read_outcome(run)["num_steps"] >= found.num_steps
+    return has_finished(run) and read_outcome(run).num_steps >= found.num_steps
 
 
 def _arguments(argv: Sequence[str]) -> tuple[Path, int | None, list[str]]:

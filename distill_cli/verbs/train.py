@@ -6,17 +6,17 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from distill_cli.config.compose import Job, compose, hydra_plugins
-from distill_cli.config.schema import Launcher
 from distill_cli.errors import ConfigError
 from distill_cli.folders import run_dir
-from distill_cli.folders.run_dir import RunDir
-from distill_cli.jobs import submit
-from distill_cli.jobs.run import carry_out, check_jobs, exit_status, introduce, prepare, print_warnings, single_path
-from distill_cli.jobs.sweep import carry_out_sweep, discard, prepare_sweep
+from distill_cli.jobs.prepare import prepare, print_warnings, resolve_jobs, single_path
+from distill_cli.jobs.run_attempts import run_to_completion
+from distill_cli.jobs.run_panels import start_panel
+from distill_cli.jobs.submit import submit, wait_for_run
+from distill_cli.jobs.sweep import carry_out_sweep, discard_if_refused, prepare_sweep
+from distill_cli.launch.base import launcher_of
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 
@@ -31,9 +31,7 @@ def train(argv: Sequence[str], *, command: Sequence[str]) -> int:
     if plugins := hydra_plugins(argv):
         from distill_cli.jobs.hydra_sweep import run_through_hydra
 
-        with exit_status() as status:
-            status.value = run_through_hydra(argv, plugins, command=command, console=new_console())
-        return status.value
+        return run_through_hydra(argv, plugins, command=command, console=new_console())
     jobs = compose(argv)
     return run_jobs(jobs, command=command) if jobs else 0
 
@@ -52,43 +50,39 @@ def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
         DistillError: the only job failed.
     """
     console = new_console()
-    checked = check_jobs(jobs)
-    jobs = [replace(job, config=found.config) for job, found in zip(jobs, checked, strict=True)]
-    with exit_status() as status:
-        if any(job.swept for job in jobs):
-            status.value = run_sweep(jobs, checked, command=command, console=console)
-        else:
-            status.value = run_single(jobs[0], checked[0], command=command, console=console)
-    return status.value
+    jobs, resolved = resolve_jobs(jobs)
+    if any(job.swept for job in jobs):
+        return run_sweep(jobs, resolved, command=command, console=console)
+    return run_single(jobs[0], resolved[0], command=command, console=console)
 
 
 def run_single(job: Job, found: ResolvedRun, *, command: Sequence[str], console: Console) -> int:
-    """One run in its own folder, here or as a job; the exit status."""
-    path = single_path(job)
+    """Carry out one run in its own folder, here or as a job; return the exit status."""
+    root, path = Path(job.config.run.root), single_path(job)
     run = prepare(found, path, command=command)
-    introduce(job, found, run, console=console)
-    if job.config.cluster.launcher is Launcher.local:
-        run_dir.point_latest(Path(job.config.run.root), os.path.relpath(path, job.config.run.root))
+    print_warnings([job], [found], console=console, printed=set())
+    console.print(start_panel(found, run))
+    if launcher_of(job.config.cluster.launcher).runs_here:
+        run_dir.point_latest(root, os.path.relpath(path, root))
         with run.lock():
-            carry_out(job, run, console=console)
+            run_to_completion(job, run, console=console)
         return 0
     try:
-        job_id = submit.submit_run(job.config, run, console=console)
+        (submitted,) = submit(job.config, [run], folder=run.path, console=console)
     except ConfigError:
         shutil.rmtree(run.path)  # nothing was started
         raise
-    run_dir.point_latest(Path(job.config.run.root), os.path.relpath(path, job.config.run.root))
-    return submit.wait_for_run(run, job_id, console=console) if job.config.cluster.wait else 0
+    run_dir.point_latest(root, os.path.relpath(path, root))
+    return wait_for_run(run, submitted, console=console) if job.config.cluster.wait else 0
 
 
-def run_sweep(jobs: Sequence[Job], checked: Sequence[ResolvedRun], *, command: Sequence[str], console: Console) -> int:
-    """One folder for the sweep, one in it for each run; the exit status."""
-    config, sweep = jobs[0].config, prepare_sweep(jobs, checked, command=command)
-    print_warnings(jobs, checked, console=console, told=set())
+def run_sweep(jobs: Sequence[Job], resolved: Sequence[ResolvedRun], *, command: Sequence[str], console: Console) -> int:
+    """Carry out several runs, each in its folder inside the sweep's; return the exit status."""
+    config, sweep = jobs[0].config, prepare_sweep(jobs, resolved, command=command)
+    print_warnings(jobs, resolved, console=console, printed=set())
     elements = sweep.elements()
     try:
         return carry_out_sweep(sweep, elements, config, console=console)
     except ConfigError:
-        if config.cluster.launcher is Launcher.slurm and not RunDir(sweep.path / elements[-1].folder).slurm.exists():
-            discard(sweep)  # Slurm has refused it
+        discard_if_refused(sweep, elements, config)
         raise

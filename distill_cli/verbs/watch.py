@@ -1,6 +1,6 @@
 """`distill watch RUN`: a run in progress, seen from its files, wherever it runs. Ends when the run ends.
 
-Of a run that was submitted, the queue is looked at now and then: a job that Slurm killed leaves nothing in the files.
+The queue is asked now and then about a run that was submitted: a job that was killed leaves nothing in the files.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from distill_cli.config.variation import load_config
 from distill_cli.errors import ConfigError
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.jobs import submit
+from distill_cli.jobs.submit import POLL_S as QUEUE_POLL_S
+from distill_cli.jobs.submit import lost_job_reason
 from distill_cli.report.read import state_of
 from distill_cli.terminal.step_printer import StepPrinter
 
 POLL_S = 0.5
-QUEUE_POLL_S = submit.POLL_S[1]
 GOING_ON = ("waiting", "running")
 
 
@@ -47,14 +47,14 @@ def follow(run: RunDir, *, sleep: Callable[[float], None]) -> int:
     """Shows what is there and what comes, until the run has ended."""
     num_steps = load_config(run.config).train.max_steps
     with StepPrinter(sys.stdout, num_steps=num_steps, title=f"distill watch  {run.path.name}") as printer:
-        last, asked, gone = -1, -math.inf, None
+        last, asked, lost = -1, -math.inf, None
         while True:
-            if time.monotonic() >= asked + QUEUE_POLL_S:
-                asked, gone = time.monotonic(), submit.gone(run)
+            if time.monotonic() >= asked + QUEUE_POLL_S[1]:
+                asked, lost = time.monotonic(), lost_job_reason(run)
             state = state_of(run)  # before the rows: what a run wrote before its end is all seen
-            if state == "stopped" and run.slurm.is_file() and run.job_end() is None and not gone:
-                state = "waiting"  # the job has not said that it is over: Slurm is to start it again
-            elif state in GOING_ON and gone:
+            if state == "stopped" and run.open_job() and not lost:
+                state = "waiting"  # the job has not written that it is over: the cluster will start it again
+            elif state in GOING_ON and lost:
                 state = "failed"
             now = run.newest_attempt().now()
             if now is not None:
@@ -74,8 +74,8 @@ def follow(run: RunDir, *, sleep: Callable[[float], None]) -> int:
             if state not in GOING_ON:
                 break
             sleep(POLL_S)
-    if gone:
-        print(gone)
+    if lost:
+        print(lost)
     print(ending(run, state, last))
     return 1 if state == "failed" else 0
 

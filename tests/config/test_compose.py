@@ -121,6 +121,20 @@ def test_a_dictionary_takes_keys_that_the_file_does_not_set() -> None:
     assert override(job.config, ["model.chat_template_kwargs={a: 1}"]).model.chat_template_kwargs["a"] == 1
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_key_names_the_new(old: str, new: str) -> None:
+    assert problems_of(f"{old}=1") == [f"{old}: is now {new}"]
+    assert new in known_keys()
+
+
+def test_an_old_key_in_a_file_too(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster/mine.yaml").write_text("launcher: slurm\npartition: gpu\n")
+    (problem,) = problems_of("--config-dir", str(tmp_path), "cluster=mine")
+    assert problem.endswith("it is now cluster.slurm.partition")
+    assert problems_of("+cluster.extra.comment=x") == ["cluster.extra.comment: is now cluster.slurm.extra.comment"]
+
+
 def test_all_mistakes_are_named_at_once() -> None:
     assert len(problems_of("loss.topkk=3", "train.lr=abc", "loss=foo", "-m", "train.seed=1,x")) == 4
 
@@ -152,7 +166,7 @@ def test_own_parameters_are_named_kwargs() -> None:
         ("data.prompt_template=hello", "must contain {question}"),
         ("data.verifier=null", "data.verifier=null"),
         ("data.validation.source=null", ""),
-        ("cluster.nodes=2", "cluster.nodes=2"),
+        ("cluster.nodes=0", "cluster.nodes=0"),
         ("engine.teacher.max_model_len=100", "sequences of up to 128 tokens"),
         ("run.print_every=0", "run.print_every=0"),
         ("train.seed=4294967296", "below 2**32"),

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from distill_cli.config.compose import compose, hydra_plugins
-from distill_cli.config.schema import Launcher
 from distill_cli.errors import ConfigError
 from distill_cli.jobs import hydra_sweep
 from distill_cli.jobs.hydra_sweep import check_plugins, direction, launcher_parameters, lay_over
@@ -69,12 +68,12 @@ PARAMS = {
 
 
 def test_what_was_typed_for_the_launcher_becomes_the_run_s_cluster_and_goes_back_to_it() -> None:
-    (job,) = compose(["cluster.nodes=2", "cluster.array_parallelism=3", "cluster.qos=long"])
-    cluster = job.config.cluster
+    (job,) = compose(["cluster.nodes=2", "cluster.parallel_jobs=3", "cluster.slurm.qos=long"])
+    cluster, slurm = job.config.cluster, job.config.cluster.slurm
     typed = set(PARAMS) - {"array_parallelism", "nodes", "tasks_per_node", "max_num_timeout", "timeout_min"}
     lay_over(cluster, PARAMS, typed=typed)
-    assert (cluster.launcher, cluster.partition, cluster.time) == (Launcher.slurm, "gpu", "60")
-    assert (cluster.mem, cluster.extra) == ("20G", {"reservation": "mine", "gres": "gpu:a:2"})
+    assert (cluster.launcher, slurm.partition, slurm.time) == ("slurm", "gpu", "60")
+    assert (slurm.mem, slurm.extra) == ("20G", {"reservation": "mine", "gres": "gpu:a:2"})
     given = launcher_parameters(job.config, name="s", max_jobs=4)
     assert given.items() >= {
         "partition": "gpu", "qos": "long", "nodes": 2, "array_parallelism": 3, "cpus_per_task": 6, "timeout_min": 60,

@@ -13,8 +13,8 @@ from distill_cli.config.compose import compose
         "+cluster.env.AWS_SECRET_ACCESS_KEY=hush-hush",
         "+cluster.env.STORE=https://me:hush-hush@host/x",
         "+data.train.token=hush-hush",
-        "+cluster.extra.comment=hf_hushhushhushhushhush",
-        '+cluster.setup=["export A=hf_hushhushhushhushhush"]',
+        "+cluster.slurm.extra.comment=hf_hushhushhushhushhush",
+        '+cluster.slurm.setup=["export A=hf_hushhushhushhushhush"]',
     ],
 )
 def test_a_secret_is_refused_and_not_repeated(override: str) -> None:

@@ -69,7 +69,7 @@ def test_whatever_ends_a_job_the_run_ends_with_the_same_parameters(
     (tmp_path / "slow.py").write_text(SLOW_VERIFIER)
     done = cluster.distill(
         tmp_path, *SHORT, *NO_EVAL[:3], "data.verifier=slow:verify", "checkpoint.period=1", "run.name=r",
-        "cluster=slurm", "cluster.time=30", "cluster.grace_s=50", "cluster.signal_s=50",
+        "cluster=slurm", "cluster.slurm.time=30", "cluster.grace_s=50", "cluster.slurm.signal_s=50",
     )  # fmt: skip
     assert done.status == 0, done.stderr
     run = RunDir(tmp_path / "runs/r")
@@ -136,7 +136,7 @@ def test_a_sweep_is_one_array_and_goes_on_with_what_failed(cluster: Cluster, tmp
     (tmp_path / "mine.py").write_text(BROKEN_LOSS)
     done = cluster.distill(
         tmp_path, "-m", "loss.kl_type=forward,mine:kl", *SHORT, *NO_EVAL, "train.max_steps=1", "run.name=s",
-        "cluster=slurm", "cluster.array_parallelism=2", "--wait",
+        "cluster=slurm", "cluster.parallel_jobs=2", "--wait",
     )  # fmt: skip
     assert done.status == 1, done.stdout + done.stderr
     array = re.search(r"^job +(\d+), an array of 2$", done.stdout, re.M)[1]
@@ -173,7 +173,7 @@ def test_grid_in_one_array_and_through_hydras_launcher(cluster: Cluster, tmp_pat
     uri = f"tracker.mlflow.uri=http://me:planted-uri-3@{address}"
     try:
         ours = cluster.distill(
-            tmp_path, "-m", *GRID, *ONE_STEP, uri, "run.name=s", "cluster=slurm", "cluster.array_parallelism=2",
+            tmp_path, "-m", *GRID, *ONE_STEP, uri, "run.name=s", "cluster=slurm", "cluster.parallel_jobs=2",
             "--wait", timeout_s=580, **SECRETS,
         )  # fmt: skip
         assert ours.status == 0, ours.stdout + ours.stderr
@@ -223,20 +223,20 @@ def elements(folder: Path, sweep: str = "s") -> list[str]:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["cluster.partition=mian"], "cluster.partition=mian: no such partition; did you mean main?"),
+        (["cluster.slurm.partition=mian"], "cluster.slurm.partition=mian: no such partition; did you mean main?"),
         (["cluster.nodes=9"], "cluster.nodes=9: partition main gives a job at most 4"),
         (
-            ["cluster.partition=short", "cluster.time=01:00:00"],
-            "cluster.time=01:00:00: partition short allows 5 minutes at most",
+            ["cluster.slurm.partition=short", "cluster.slurm.time=01:00:00"],
+            "cluster.slurm.time=01:00:00: partition short allows 5 minutes at most",
         ),
         (["cluster.gpus_per_node=3"], "cluster.gpus_per_node=3: a node of partition main has 2"),
-        (["cluster.shared_folders=[/home]"], "run.root=runs: not in a folder that all nodes see"),
-        (["cluster.time=1x"], "cluster.time=1x: must be minutes, HH:MM:SS or D-HH:MM:SS"),
-        (["+cluster.extra.output=x"], "cluster.extra.output: is set by distill"),
-        (["cluster.constraint=no_such"], "Slurm refuses the job: Invalid feature specification"),
+        (["cluster.slurm.shared_folders=[/home]"], "run.root=runs: not in a folder that all nodes see"),
+        (["cluster.slurm.time=1x"], "cluster.slurm.time=1x: must be minutes, HH:MM:SS or D-HH:MM:SS"),
+        (["+cluster.slurm.extra.output=x"], "cluster.slurm.extra.output: is set by distill"),
+        (["cluster.slurm.constraint=no_such"], "Slurm refuses the job: Invalid feature specification"),
         (
             ["-m", "loss.topk=4,8", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=mian"],
-            "cluster.partition=mian: no such partition",
+            "cluster.slurm.partition=mian: no such partition",
         ),
         (
             ["-m", "loss.topk=4,8", "hydra/launcher=submitit_slurm", "hydra.launcher.constraint=no_such"],
@@ -255,7 +255,7 @@ def test_what_the_cluster_cannot_run_is_refused(cluster: Cluster, tmp_path: Path
 
 @pytest.mark.slow
 def test_watching_a_job_that_is_cancelled_ends_and_the_run_goes_on_without_it(cluster: Cluster, tmp_path: Path) -> None:
-    later = ("cluster=slurm", "+cluster.extra.begin=now+1hour", "run.name=r", "train.max_steps=1")
+    later = ("cluster=slurm", "+cluster.slurm.extra.begin=now+1hour", "run.name=r", "train.max_steps=1")
     done = cluster.distill(tmp_path, *SHORT[1:], *NO_EVAL, *later)
     assert done.status == 0, done.stderr
     job = re.search(r"^job +(\d+)$", done.stdout, re.M)[1]
@@ -266,16 +266,16 @@ def test_watching_a_job_that_is_cancelled_ends_and_the_run_goes_on_without_it(cl
     assert "failed after step 0; distill resume" in watched.stdout
     here = cluster.distill(tmp_path, "resume", "runs/r", "cluster.launcher=local")
     assert here.status == 0, here.stderr
-    assert not RunDir(tmp_path / "runs/r").slurm.exists()
+    assert not RunDir(tmp_path / "runs/r").job.exists()
     watched = cluster.distill(tmp_path, "watch", "runs/r")
     assert (watched.status, watched.stdout.count("CANCELLED")) == (0, 0)
 
 
 def test_plan_prints_the_script_and_submits_nothing(cluster: Cluster, tmp_path: Path) -> None:
     done = cluster.distill(
-        tmp_path, "plan", "cluster=slurm", "cluster.partition=short", "cluster.time=4", "cluster.nodes=2",
-        'cluster.setup=["module load x"]', "+cluster.container.image=a.sqsh", "+cluster.extra.reservation=mine",
-        "cluster.mem=2G",
+        tmp_path, "plan", "cluster=slurm", "cluster.slurm.partition=short", "cluster.slurm.time=4", "cluster.nodes=2",
+        'cluster.slurm.setup=["module load x"]', "+cluster.slurm.container.image=a.sqsh", "cluster.slurm.mem=2G",
+        "+cluster.slurm.extra.reservation=mine",
     )  # fmt: skip
     assert done.status == 0, done.stderr
     for line in (

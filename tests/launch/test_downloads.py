@@ -25,6 +25,7 @@ os.write(1, f"{locate('org/model', key='model.student.path')}\\n".encode())  # a
 NODE = """
 import sys
 from pathlib import Path
+from distill_cli.config.compose import compose
 from distill_cli.launch import local
 from distill_cli.models.model_files import locate
 from distill_cli.folders.run_dir import create
@@ -34,7 +35,7 @@ locate("org/model", key="model.student.path")  # as whoever starts the ranks doe
 print("launch", flush=True)
 agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", rank]
 local.command = lambda run, **_: agent
-local.launch(create(folder, command=[]), num_ranks=3, use_gpus=False)
+local.start_ranks(compose(["cluster.ranks_per_node=3"])[0].config, create(folder, command=[]))
 """
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from distill_cli.config.compose import compose
+from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.folders.run_dir import RunDir, create
 from distill_cli.launch import local
@@ -21,6 +23,10 @@ from tests.conftest import heed_interrupts
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     return create(tmp_path / "run", command=["distill"])
+
+
+def config_of(*overrides: str) -> Config:
+    return compose(overrides)[0].config
 
 
 def script_command(tmp_path: Path, body: str):
@@ -40,7 +46,7 @@ def test_a_killed_rank_is_named_with_its_signal(run: RunDir, tmp_path: Path, mon
     monkeypatch.setattr(local, "command", script_command(tmp_path, body))
     begin = time.monotonic()
     with pytest.raises(DistillError, match=r"rank 1 was killed by SIGKILL \(out of memory\?\); log: .*rank_1.log"):
-        local.launch(run, num_ranks=2, use_gpus=False)
+        local.start_ranks(config_of("cluster.ranks_per_node=2"), run)
     assert time.monotonic() - begin < 50
 
 
@@ -53,8 +59,8 @@ def test_the_first_rank_to_fail_is_the_one_that_is_named(run: RunDir) -> None:
 
 def test_ranks_see_no_gpu_where_none_is_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert local.environment(num_ranks=1, use_gpus=False, extra={})["CUDA_VISIBLE_DEVICES"] == ""
-    assert local.environment(num_ranks=1, use_gpus=True, extra={})["CUDA_VISIBLE_DEVICES"] == "0,1"
+    for gpus, devices in ((0, ""), (2, "0,1")):
+        assert local.environment(config_of(f"cluster.gpus_per_node={gpus}"))["CUDA_VISIBLE_DEVICES"] == devices
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
@@ -77,13 +83,16 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
         textwrap.dedent(f"""
         import sys
         from pathlib import Path
+        from distill_cli.config.compose import compose
+        from distill_cli.errors import Stopped
         from distill_cli.launch import local
         from distill_cli.folders.run_dir import create
         agent = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         local.command = lambda run, **_: [*agent, "--nproc-per-node=2", "{tmp_path / "rank.py"}"]
         try:
-            local.launch(create(Path("{tmp_path}/run"), command=[]), num_ranks=2, use_gpus=False)
-        except local.Stopped as stopped:
+            config = compose(["cluster.ranks_per_node=2"])[0].config
+            local.start_ranks(config, create(Path("{tmp_path}/run"), command=[]))
+        except Stopped as stopped:
             sys.exit(128 + stopped.signum)
         """)
     )
@@ -118,7 +127,7 @@ def test_a_process_whose_parent_died_while_it_started_ends() -> None:
 def test_ranks_that_hang_are_ended(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "command", script_command(tmp_path, "time.sleep(120)"))
     with pytest.raises(Killed, match=r"hang_timeout_s=3 s and are taken for hung; log: .*rank_0.log"):
-        local.launch(run, num_ranks=1, use_gpus=False, hang_timeout_s=3)
+        local.start_ranks(config_of("cluster.hang_timeout_s=3"), run)
 
 
 def test_a_rank_that_was_killed_comes_before_those_that_waited_for_it(run: RunDir) -> None:

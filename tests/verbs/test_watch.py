@@ -73,15 +73,15 @@ def test_it_says_that_a_run_has_failed_or_gone_back(run: RunDir, capsys: pytest.
     assert f"failed after step 1; distill resume {run.path} goes on" in said
 
 
-def test_a_job_that_slurm_starts_again_is_waited_for(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    write_json(run.slurm, {"job_id": "7", "log": ""})
+def test_a_requeued_job_is_waited_for(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(run.job, {"launcher": "slurm", "job_id": "7", "log": ""})
     write_json(run.outcome, {"state": "stopped"})  # preempted
     moments = iter(
         (
             lambda: run.outcome.unlink(),  # its next attempt has begun
             lambda: run.metrics.write_text(row(0) + row(1) + row(2)),
             lambda: write_json(run.outcome, {"state": "stopped"}),
-            lambda: write_json(run.slurm_end, {"job_id": "7", "status": 143, "error": None}),  # for good
+            lambda: write_json(run.job_end, {"job_id": "7", "status": 143, "error": None}),  # for good
         )
     )
     with run.lock():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
-from distill_cli.config.schema import ClusterConfig, Launcher
+from distill_cli.config.schema import ClusterConfig
 from distill_cli.errors import ConfigError
+from distill_cli.launch.base import launcher_of
 
 
-def placement(cluster: ClusterConfig) -> dict[str, str]:
-    """The variables that a run's processes get, on the node where this is called; folders are made.
+def node_variables(cluster: ClusterConfig) -> dict[str, str]:
+    """Return the environment variables that cluster.* sets for a run's processes; make the folders on this node.
 
     Raises:
         ConfigError: a folder names a variable that the node does not have, or cannot be made.
@@ -29,14 +31,16 @@ def placement(cluster: ClusterConfig) -> dict[str, str]:
     return env
 
 
-def hub_cache(cluster: ClusterConfig) -> dict[str, str]:
-    """HF_HOME as this machine sees it, for what is looked at before ranks start; {} where only the nodes have it."""
-    try:
-        return {"HF_HOME": _folder(cluster.hf_home, "hf_home")} if cluster.hf_home is not None else {}
-    except ConfigError:
-        if cluster.launcher is Launcher.local:
-            raise
-        return {}
+def use_hub_cache(cluster: ClusterConfig) -> None:
+    """Look for models in cluster.hf_home from now on; call before huggingface_hub is imported.
+
+    Raises:
+        ConfigError: ranks will start here, and the folder cannot be made. It may be one that only nodes have otherwise.
+    """
+    if cluster.hf_home is None:
+        return
+    with suppress(*(() if launcher_of(cluster.launcher).runs_here else (ConfigError,))):
+        os.environ["HF_HOME"] = _folder(cluster.hf_home, "hf_home")
 
 
 def _folder(text: str, key: str) -> str:

@@ -1,0 +1,115 @@
+"""A prepared run, to its end: one attempt after another, each from the newest checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.markup import escape
+
+from distill_cli.checkpoint import store
+from distill_cli.checkpoint.store import Checkpoint
+from distill_cli.config.compose import Job
+from distill_cli.config.schema import Config
+from distill_cli.data.recorded_run import remove_later
+from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, Unrecoverable
+from distill_cli.folders.attempts import Outcome, record_attempt, write_outcome
+from distill_cli.folders.metrics_file import cut_back, read_metrics
+from distill_cli.folders.run_dir import RunDir
+from distill_cli.jobs.run_panels import end_panel, relative
+from distill_cli.launch.local import start_ranks
+from distill_cli.launch.nodes import ALONE, Leader
+from distill_cli.report.read import read_results
+from distill_cli.terminal.console import Console
+from distill_cli.track.run_tracking import tracking
+
+
+def run_to_completion(job: Job, run: RunDir, *, console: Console, leader: Leader | None = None) -> Outcome:
+    """Start the ranks until the run has ended; return what they wrote down. The folder is locked.
+
+    Args:
+        leader: commands the other nodes of the job that this is part of; None outside a job.
+
+    Raises:
+        DistillError: an attempt failed, and no other may follow or would fare better.
+        Stopped: the user or the system stopped it.
+    """
+    leader = leader or Leader(run, ALONE)
+    if leader.place.job_id is None:
+        run.job.unlink(missing_ok=True)  # of a job that the run once was
+    try:
+        with tracking(job.config, run):
+            try:
+                run_attempts(job.config, run, console=console, leader=leader)
+            except DistillError:
+                if run.metrics.exists():  # how far it came
+                    leave_report([run.path], run.report, console=console)
+                raise
+            leave_report([run.path], run.report, console=console)
+    except Stopped:
+        outcome = write_outcome(run)
+        saved = "the last checkpoint is what is left"
+        if outcome is not None:
+            saved = f"saved after step {outcome.num_steps}" if outcome.num_steps else "no step is done yet"
+        console.print(f"stopped: {saved}; distill resume {relative(run.path)} goes on")
+        raise
+    outcome = write_outcome(run)
+    if outcome.is_finished:
+        console.print(end_panel(job, outcome, run))
+    else:
+        console.print(f"stopped by {escape(outcome.reason)} after step {outcome.num_steps}")
+        console.print(f"go on    distill resume {relative(run.path)}")
+    return outcome
+
+
+def run_attempts(config: Config, run: RunDir, *, console: Console, leader: Leader) -> None:
+    """Start the ranks, and start them again from the newest checkpoint if they failed and that may help."""
+    launched = time.time()
+    for number in itertools.count():
+        start = begin_attempt(run, console=console)
+        first_step = start.recorded_step if start else 0
+        try:
+            with record_attempt(run, launched=launched, from_step=start.step if start else 0):
+                start_ranks(config, run, checkpoint=start.path if start else None, leader=leader)
+            return
+        except (ConfigError, Unrecoverable):
+            raise
+        except DistillError as error:
+            got_on = bool(run.metrics.exists() and read_metrics(run.metrics, after_step=first_step))
+            if number == config.cluster.max_restarts or not (got_on or isinstance(error, Killed)):
+                raise
+            console.print(f"warning: attempt {run.attempt} failed: {escape(str(error))}")
+            run = run.next_attempt()
+
+
+def begin_attempt(run: RunDir, *, console: Console) -> Checkpoint | None:
+    """Bring the folder back to its newest whole checkpoint, and return that; None begins at the beginning."""
+    store.remove_unfinished(run.checkpoints)
+    start = store.newest_whole(run.checkpoints, warn=lambda text: console.print(f"warning: {escape(text)}"))
+    run.outcome.unlink(missing_ok=True)
+    remove_later(run.scores, step=start.step if start else 0)
+    cut_back(
+        run.metrics,
+        last_step=start.recorded_step if start else -1,
+        removed_to=run.path / f"metrics.cut_{run.attempt}.jsonl",
+    )
+    if start is not None:
+        console.print(f"attempt {run.attempt} goes on from the checkpoint of step {start.step}")
+    elif run.attempt > 1:
+        console.print(f"attempt {run.attempt} begins at the beginning: there is no checkpoint yet")
+    return start
+
+
+def leave_report(paths: Sequence[Path], file: Path, *, console: Console) -> None:
+    """Write the page about these runs. If it cannot be made, warn: what it would show is all there."""
+    from distill_cli.report.html import write_report  # its libraries take a while to import
+
+    try:
+        write_report(read_results(paths), file)
+    except Exception as error:
+        if os.environ.get("DISTILL_DEBUG"):
+            raise
+        console.print(f"warning: no {file.name} could be made: {escape(f'{type(error).__name__}: {error}')}")

@@ -1,0 +1,91 @@
+"""Where the ranks of runs are started: on this machine, or on the nodes of a cluster, as jobs.
+
+A launcher is a file of this folder with an object `LAUNCHER`; its own keys are the section `cluster.<name>`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from distill_cli.config.choices import nearest
+from distill_cli.config.schema import Config
+from distill_cli.errors import ConfigError
+from distill_cli.folders.run_dir import RunDir, SubmittedJob
+from distill_cli.launch.nodes import ALONE, Place
+
+LAUNCHERS = ("local", "slurm")
+NODE_PROGRAM = "distill_cli.jobs.prepared_run"
+"""A job executes `python -m NODE_PROGRAM RUN` on each of its nodes."""
+
+
+class Launcher(Protocol):
+    """What has a default here suits a launcher that submits nothing."""
+
+    name: ClassVar[str]
+    runs_here: ClassVar[bool] = False
+    """Whether the command that was typed starts the ranks itself, instead of submitting jobs."""
+    unread: ClassVar[frozenset[str]] = frozenset()
+    """Keys of cluster, outside of sections, that have no effect."""
+
+    def resolve(self, config: Config) -> Config:
+        """Fill in what the cluster decides, such as the GPUs of a node; nothing if the cluster does not answer."""
+        return config
+
+    def problems(self, config: Config, *, num_jobs: int = 1) -> Iterator[str]:
+        """Yield what keeps it from taking so many jobs of a resolved config."""
+
+    def script(self, config: Config, *, folder: Path, num_jobs: int = 1) -> str:
+        """Return what `submit` would give to the cluster, or the command that would run here."""
+
+    def submit(self, config: Config, runs: Sequence[RunDir], *, folder: Path) -> list[SubmittedJob]:
+        """Queue a job for each prepared run, named after the run's or sweep's `folder`, in which output goes.
+
+        Raises:
+            ConfigError: the cluster refuses them.
+        """
+
+    def hints(self, job_ids: Sequence[str]) -> dict[str, str]:
+        """Return what to print about submitted jobs: `job`, and as `queue` and `cancel` commands to type."""
+
+    def is_installed(self) -> bool:
+        """Return whether this machine can ask the cluster about jobs."""
+
+    def status(self, job_ids: Sequence[str]) -> dict[str, str]:
+        """Return the state of each of these jobs that has not ended, in the cluster's terms."""
+
+    def end_state(self, job_id: str) -> str:
+        """Return what became of a job that has ended; "" if the cluster cannot tell."""
+
+    def place(self) -> Place:
+        """Return this process's place among the nodes of its job."""
+        return ALONE
+
+    def check_restarts(self, config: Config, place: Place) -> None:
+        """Raise DistillError if the cluster has started this job too often."""
+
+    def requeue(self, config: Config, place: Place, *, reason: str) -> None:
+        """Queue this process's own job again, and do not return, if the cluster and not the user has stopped it.
+
+        Args:
+            reason: why the run stopped: the name of a signal, or of the key that set a limit.
+        """
+
+    def tags(self) -> dict[str, str]:
+        """Return what trackers record about the job that this process is part of."""
+        return {}
+
+    def findings(self) -> list[tuple[str, bool, str, str]]:
+        """Return lines of `distill doctor`: name, whether it is fine, detail, fix."""
+        return []
+
+
+def launcher_of(name: str) -> Launcher:
+    """Return the launcher that cluster.launcher names. Raises ConfigError if there is none."""
+    if name not in LAUNCHERS:
+        raise ConfigError(
+            f"cluster.launcher={name}: no such launcher{nearest(name, LAUNCHERS)} (there are: {', '.join(LAUNCHERS)})"
+        )
+    return importlib.import_module(f"distill_cli.launch.{name}").LAUNCHER

@@ -1,0 +1,36 @@
+"""Caches and temporary files go where cluster.* says."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from distill_cli.config.compose import compose
+from distill_cli.config.schema import ClusterConfig
+from distill_cli.errors import ConfigError
+from distill_cli.launch.local import environment
+from distill_cli.launch.node_paths import node_variables, use_hub_cache
+
+
+def test_ranks_get_the_cluster_s_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE_DISK", str(tmp_path))
+    folders = {"hf_home": "hf", "compile_cache": "c", "tmp_dir": "t"}
+    overrides = [f"cluster.{key}=$NODE_DISK/{folder}" for key, folder in folders.items()]
+    env = environment(compose([*overrides, "+cluster.env.A=1"])[0].config)
+    assert env["HF_HOME"] == f"{tmp_path}/hf"
+    assert env["TMPDIR"] == f"{tmp_path}/t"
+    assert env["A"] == "1"
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT"):
+        assert env[name].startswith(f"{tmp_path}/c/")
+    with pytest.raises(ConfigError, match=r"\$NO_SUCH is not set here"):
+        node_variables(ClusterConfig(tmp_dir="${NO_SUCH}/x"))
+
+
+def test_hub_cache_may_be_the_nodes_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", "before")
+    use_hub_cache(ClusterConfig(hf_home="$NO_SUCH/hf", launcher="slurm"))
+    assert os.environ["HF_HOME"] == "before"
+    with pytest.raises(ConfigError, match="NO_SUCH"):
+        use_hub_cache(ClusterConfig(hf_home="$NO_SUCH/hf"))
+    use_hub_cache(ClusterConfig(hf_home=f"{tmp_path}/hf"))
+    assert os.environ["HF_HOME"] == f"{tmp_path}/hf"
