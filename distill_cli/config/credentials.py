@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,15 +38,6 @@ def hide_credentials(config: Config) -> None:
     if uri and without_credentials(uri) != uri:
         os.environ[VARIABLE] = uri
         config.tracker.mlflow.uri = without_credentials(uri)
-
-
-def hide_typed_credentials(words: Sequence[str]) -> list[str]:
-    """As `hide_credentials`, of overrides that are not composed yet."""
-    for word in words:
-        key, _, uri = word.lstrip("+").partition("=")
-        if key == "tracker.mlflow.uri" and without_credentials(uri) != uri:
-            os.environ[VARIABLE] = uri.strip("'\"")
-    return [without_credentials(word) for word in words]
 
 
 def whole_uri(uri: str | None) -> str | None:

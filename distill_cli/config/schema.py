@@ -67,6 +67,11 @@ class OffPolicy(Enum):
     teacher = "teacher"
 
 
+class SearchSampler(Enum):
+    tpe = "tpe"
+    random = "random"
+
+
 class Launcher(Enum):
     local = "local"
     slurm = "slurm"
@@ -374,7 +379,8 @@ class ClusterConfig:
     grace_s: float = 60
     """Seconds that the ranks have for a checkpoint when the run is asked to stop (Ctrl-C, SIGTERM, Slurm's warning)."""
     parallel_jobs: int = 1
-    """Runs of a sweep at a time, on this machine; on GPUs each takes gpus_per_node of its own."""
+    """Runs of a sweep at a time, on this machine; on GPUs each takes gpus_per_node of its own. A search draws as many
+    at a time."""
     partition: str | None = None
     """Slurm: where to queue; null is the cluster's default."""
     account: str | None = None
@@ -402,7 +408,7 @@ class ClusterConfig:
     wait: bool = False
     """Slurm: follow the job to its end and exit with its status; `--wait` is the same."""
     array_parallelism: int | None = None
-    """Slurm: runs of a sweep at a time; null leaves it to the cluster."""
+    """Slurm: runs of a sweep at a time; null leaves it to the cluster. A search draws as many at a time, null is 1."""
     max_requeues: int = 10
     """Slurm: how often a job starts again after a preemption, its time limit or the loss of a node."""
     signal_s: int = 120
@@ -439,6 +445,18 @@ class TrackerConfig:
 
 
 @dataclass
+class SearchConfig:
+    """A search (`distill -m` with a range or several values): each run draws its values from them."""
+
+    trials: int | None = None
+    """Number of runs; null runs every combination of the values instead. Typed on the command line."""
+    sampler: SearchSampler = SearchSampler.tpe
+    """tpe draws near the best trials so far, after ten random ones (Bergstra et al. 2011); random ignores them."""
+    seed: int = 0
+    """Seed of the sampler: the same command makes the same trials."""
+
+
+@dataclass
 class RunConfig:
     root: str = "runs"
     """Where runs are kept."""
@@ -461,4 +479,5 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     run: RunConfig = field(default_factory=RunConfig)

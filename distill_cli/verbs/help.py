@@ -37,7 +37,7 @@ Checks the whole configuration, writes the run's folder, starts the ranks, and p
 said before anything starts, all of it at once (status 2).
 
   -m             a sweep: every combination of the values that are separated by commas, each in a folder of its own;
-                 hydra/sweeper=optuna chooses instead, hydra/launcher=submitit_slurm submits (docs/clusters.md)
+                 with search.trials=N a search of N runs, whose values are drawn from ranges (docs/clusters.md)
   --cfg job      print the composed configuration instead
   --wait         with cluster=slurm: follow the job, and end with its status
 

@@ -27,7 +27,7 @@ from distill_cli.config.schema import Config, Launcher, Schedule
 from distill_cli.data.row_check import DataFacts
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.attempts import attempts_of, told
-from distill_cli.folders.run_dir import RunDir, SweepDir
+from distill_cli.folders.run_dir import Element, RunDir, SweepDir
 from distill_cli.jobs import submit
 from distill_cli.jobs.preflight import Preflight, preflight
 from distill_cli.jobs.run import carry_out, exit_status, job_of, read_outcome, start_panel
@@ -59,7 +59,8 @@ def resume(argv: Sequence[str]) -> int:
         if step is not None:
             raise ConfigError(f"--step {step}: goes back in one run; give a run's folder of {path}")
         with exit_status() as status:
-            status.value = resume_sweep(sweep, overrides, console=console)
+            take_up = resume_search if sweep.space() else resume_sweep
+            status.value = take_up(sweep, overrides, console=console)
         return status.value
     return resume_run(open_run(path), step, overrides, console=console)
 
@@ -110,6 +111,43 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
     Raises:
         ConfigError: nothing is left to do, or some run cannot go on; nothing was started.
     """
+    elements = reopen(sweep, overrides, console=console)
+    if not elements:
+        raise ConfigError(
+            f"{sweep.path}: every run has finished or is in the queue; give train.max_steps=N to go on with the former"
+        )
+    config = load_config(RunDir(sweep.path / elements[0].folder).config)
+    return carry_out_sweep(sweep, elements, config, console=console)
+
+
+def resume_search(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> int:
+    """Resume the trials that did not finish, then draw the remaining ones; return the exit status.
+
+    `search.*` overrides are for the trials that remain, the others for all.
+
+    Raises:
+        ConfigError: all trials have finished, Slurm still has some, or some trial cannot go on; nothing was started.
+    """
+    from distill_cli.jobs.search import carry_out_search, read_search  # Optuna takes a while to import
+
+    words = {word.partition("=")[0]: word for word in [*sweep.command()[1:], *overrides]}
+    asked, elements = read_search(list(words.values())), sweep.elements()
+    with RunDir(sweep.path).lock():
+        for job in submit.in_queue([RunDir(sweep.path / element.folder) for element in elements]).values():
+            raise ConfigError(f"{sweep.path}: Slurm has a trial as {job}; wait for it to end, or scancel it")
+        others = [word for word in overrides if not word.startswith("search.")]
+        unfinished = reopen(sweep, others, console=console)
+        if not unfinished and len(elements) >= asked.config.search.trials:
+            raise ConfigError(f"{sweep.path}: all {len(elements)} trials have finished; give search.trials=N for more")
+        return carry_out_search(asked, sweep, unfinished, console=console)
+
+
+def reopen(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> list[Element]:
+    """Write the overrides into the config of each run that goes on; return these, without those that Slurm has.
+
+    Raises:
+        ConfigError: some run cannot go on; nothing was written.
+    """
     elements = sweep.elements()
     runs = {element.index: RunDir(sweep.path / element.folder) for element in elements}
     open_elements = [element for element in elements if overrides or not has_finished(runs[element.index])]
@@ -134,14 +172,11 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
             configs[element.index] = config
     if problems:
         raise ConfigError(*problems)
-    if not configs:
-        done = "has finished" if not queued else "has finished or is in the queue"
-        raise ConfigError(f"{sweep.path}: every run {done}; give train.max_steps=N to go on with finished ones")
     for index, config in configs.items():
         save_config(config, runs[index].config)
-    console.print(f"{len(configs)} of {len(elements)} runs go on")
-    rest = [element for element in elements if element.index in configs]
-    return carry_out_sweep(sweep, rest, next(iter(configs.values())), console=console)
+    if configs:
+        console.print(f"{len(configs)} of {len(elements)} runs go on")
+    return [element for element in elements if element.index in configs]
 
 
 def has_finished(run: RunDir) -> bool:
