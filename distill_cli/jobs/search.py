@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 from rich.markup import escape
 
-from distill_cli.config.compose import Job, check_overrides, compose
+from distill_cli.config.compose import Job, check_overrides, compose, load_config
 from distill_cli.config.derived import validates
 from distill_cli.config.flags import split_flags
 from distill_cli.config.overrides import sweeps, takes_fractions
@@ -72,7 +72,8 @@ def carry_out_search(asked: Search, sweep: SweepDir, elements: Sequence[Element]
     """
     failed, best = 0, None
     while elements := elements or next_batch(asked, sweep, console=console):
-        failed += carry_out_runs(sweep, elements, asked.config, console=console)
+        config = load_config(RunDir(sweep.path / elements[0].folder).config)  # as the checks have settled it
+        failed += carry_out_runs(sweep, elements, config, console=console)
         best, elements = write_results(asked, sweep), []
     found = f"{best['value']:.4g} with {' '.join(best['overrides'])}" if best else "none: no trial reached a value"
     console.print(f"best     {escape(found)}")
