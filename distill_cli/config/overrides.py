@@ -20,7 +20,7 @@ from distill_cli.config.choices import group_choices, groups, nearest
 from distill_cli.config.schema import Config
 
 INSTEAD = {"hydra/launcher": "cluster=slurm", "hydra/sweeper": "search.trials=N"}
-"""What does here what Hydra has plugins for."""
+"""What to type in place of a plugin of Hydra's."""
 
 
 def override_problems(overrides: Sequence[str], *, conf_dirs: Sequence[Path]) -> list[str]:

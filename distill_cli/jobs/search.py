@@ -228,7 +228,7 @@ def reached(run: RunDir, metric: str) -> float | None:
 
 
 def _with_values(argv: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    """What was typed as a single run, with these values in place of ranges."""
+    """Return what was typed without -m, with these values in place of ranges."""
     keys = [word.partition("=")[0] for word in argv]
     words = [f"{key}={values[key]}" if key in values else word for key, word in zip(keys, argv, strict=True)]
     return [word for word in words if word not in ("-m", "--multirun")]

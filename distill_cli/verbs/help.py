@@ -78,8 +78,9 @@ examples
     "resume": """\
 distill resume RUN|SWEEP [OVERRIDES] [--step N] [--wait] - go on where it left off, in the same folder
 
-From the newest checkpoint that is whole, on any number of ranks and any mesh. Of a sweep, what did not finish. Keys
-that have shaped the weights cannot be changed; the README lists those that can.
+From the newest checkpoint that is whole, on any number of ranks and any mesh. Of a sweep, what did not finish; of a
+search also the trials that remain (search.trials=N for more). Keys that have shaped the weights cannot be changed; the
+README lists those that can.
 
   --step N       from an earlier checkpoint; later ones are set aside
 
