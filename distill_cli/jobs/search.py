@@ -10,7 +10,7 @@ import math
 import random
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optuna
@@ -44,6 +44,8 @@ class Search:
     """What each key with a range or several values is drawn from; a key as typed, with its + if it has one."""
     config: Config
     """Composed with the first value of each; the sections in `FIXED` are those of every trial."""
+    warned: set[str] = field(default_factory=set)
+    """Warnings that were printed: each is printed once."""
 
 
 def search(argv: Sequence[str], *, console: Console) -> int:
@@ -153,7 +155,7 @@ def next_batch(asked: Search, sweep: SweepDir, *, console: Console) -> list[Elem
         return []
     checked = check_jobs(jobs, is_new=not known)
     check_sweep(jobs)
-    print_warnings(jobs, checked, console=console, told=set())
+    print_warnings(jobs, checked, console=console, told=asked.warned)
     console.print(f"trials   {known + 1} to {known + len(jobs)} of {asked.config.search.trials}")
     words = [word.partition("=") for word in asked.argv]
     space = {key.lstrip("+"): text for key, _, text in words if key in asked.space}
