@@ -99,7 +99,7 @@ def split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 def train(argv: Sequence[str]) -> int:
     typed = wait_as_override(argv)
-    if hydra_answers(argv) and not any(word.startswith("hydra/") for word in typed):
+    if hydra_answers(argv):
         from distill_cli.config.compose import compose  # without what only a run needs
 
         compose(typed)

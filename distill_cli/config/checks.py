@@ -47,6 +47,7 @@ def config_problems(config: Config) -> list[str]:
         *_cluster(config),
         *_tracker(config),
         *secret_problems(asdict(config)),
+        *_search(config),
         *_run(config),
     ]
 
@@ -76,10 +77,20 @@ def inert_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
             warnings.append("train.max_epochs has no effect on a source that is streamed: train.max_steps ends the run")
     elif "data.shuffle_buffer" in typed:
         warnings.append("data.shuffle_buffer has no effect on a source that is not streamed: it is shuffled whole")
+    for key in sorted(typed & {"search.sampler", "search.seed"}):
+        warnings.append(f"{key} has no effect without search.trials")
     if not config.model.student.lora.is_on:
         for key in sorted(typed & {"model.student.lora.alpha", "model.student.lora.sync"}):
             warnings.append(f"{key} has no effect: no adapters are trained (model.student.lora.rank)")
     return warnings
+
+
+def _search(config: Config) -> Iterator[str]:
+    if config.search.trials is not None:
+        yield (
+            f"search.trials={config.search.trials}: nothing is searched here; type it with `distill train -m` and a "
+            "range or several values, or leave it out"
+        )
 
 
 def _run(config: Config) -> Iterator[str]:

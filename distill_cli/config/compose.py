@@ -25,7 +25,7 @@ from yaml import YAMLError
 from distill_cli.config.choices import conf_dir
 from distill_cli.config.credentials import hide_credentials, without_credentials
 from distill_cli.config.flags import conf_dirs, flag_problems, split_flags
-from distill_cli.config.overrides import into_dictionaries, override_problems, sweep_keys, unknown_keys
+from distill_cli.config.overrides import into_dictionaries, override_problems, sweep_keys, sweeps, unknown_keys
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import one_line
 from distill_cli.errors import ConfigError
@@ -56,9 +56,10 @@ def compose(argv: Sequence[str], *, unread: Sequence[str] = ()) -> list[Job]:
         ConfigError: a key, a type, a choice or an override is wrong; all problems of what was typed at once.
     """
     check_overrides(argv)
-    for override in hydra_plugins(argv).values():
-        raise ConfigError(f"{override}: `distill train -m` takes it, no other verb; leave it out")
     overrides, flags = split_flags(argv)
+    if ranges := [override.input_line for override in sweeps(overrides) if override.is_interval_sweep()]:
+        what = "is a range, which `distill train -m` searches with search.trials=N; add that, or give values"
+        raise ConfigError(*(f"{line}: {what}" for line in ranges))
     if not {"-m", "--multirun"} & set(flags) and (several := sweep_keys(overrides)):
         what = "several values are a sweep: add -m, or quote a value with commas"
         raise ConfigError(*(f"{key}: {what}" for key in sorted(several)))
@@ -66,8 +67,6 @@ def compose(argv: Sequence[str], *, unread: Sequence[str] = ()) -> list[Job]:
     wrong: dict[str, None] = {}
 
     def collect(config: DictConfig) -> None:
-        if (sweeper := HydraConfig.get().runtime.choices.get("hydra/sweeper", "basic")) != "basic":
-            raise ConfigError(f"hydra/sweeper={sweeper}: a file of the config names it; type it on the command line")
         for key in unread:
             OmegaConf.update(config, key, {}, merge=False, force_add=True)
         try:
@@ -89,37 +88,6 @@ def check_overrides(argv: Sequence[str]) -> None:
         problems += override_problems(overrides, conf_dirs=conf_dirs(flags))
     if problems:
         raise ConfigError(*problems)
-
-
-def hydra_plugins(argv: Sequence[str]) -> dict[str, str]:
-    """Hydra's own launcher and sweeper, where one was typed: `launcher`, `sweeper` and the override that names it."""
-    found = {}
-    for override in split_flags(argv)[0]:
-        group, _, choice = override.lstrip("+").partition("=")
-        if group in ("hydra/launcher", "hydra/sweeper") and choice != "basic":
-            found[group.removeprefix("hydra/")] = override
-    return found
-
-
-def search_space(argv: Sequence[str]) -> dict[str, str]:
-    """Each key that was given several values or a range, with those."""
-    words = [override.lstrip("+").partition("=") for override in split_flags(argv)[0]]
-    keys = sweep_keys(split_flags(argv)[0])
-    return {key: value for key, _, value in words if key in keys}
-
-
-def compose_unsearched(argv: Sequence[str]) -> DictConfig:
-    """The config of a search, without what is searched."""
-    searched = search_space(argv)
-    plain = [override for override in split_flags(argv)[0] if override.lstrip("+").partition("=")[0] not in searched]
-    plain = [override for override in plain if not override.lstrip("+").startswith("hydra")]
-    ConfigStore.instance().store("base_config", Config)
-    try:
-        with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-            told = into_dictionaries(plain)
-            return hydra.compose("config", overrides=[told.get(word, word) for word in plain])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(one_line(error)) from error
 
 
 def run_hydra(argv: Sequence[str], task: Callable[[DictConfig], Any]) -> None:

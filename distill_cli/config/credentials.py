@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -41,15 +41,6 @@ def hide_credentials(config: Config) -> Config:
         mlflow = dataclasses.replace(config.tracker.mlflow, uri=without_credentials(uri))
         return dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, mlflow=mlflow))
     return config
-
-
-def hide_typed_credentials(words: Sequence[str]) -> list[str]:
-    """As `hide_credentials`, of overrides that are not composed yet."""
-    for word in words:
-        key, _, uri = word.lstrip("+").partition("=")
-        if key == "tracker.mlflow.uri" and without_credentials(uri) != uri:
-            os.environ[VARIABLE] = uri.strip("'\"")
-    return [without_credentials(word) for word in words]
 
 
 def whole_uri(uri: str | None) -> str | None:

@@ -27,6 +27,9 @@ RENAMED: dict[str, str] = {
 }
 """Keys of earlier versions, and what they are called now."""
 
+INSTEAD = {"hydra/launcher": "cluster=slurm", "hydra/sweeper": "search.trials=N"}
+"""What to type in place of a plugin of Hydra's."""
+
 
 def override_problems(overrides: Sequence[str], *, conf_dirs: Sequence[Path]) -> list[str]:
     """One line for each override that names no key, no choice, or a value of another type."""
@@ -63,10 +66,20 @@ def into_dictionaries(overrides: Sequence[str]) -> dict[str, str]:
     return {text: f"++{text}" for text, key in keys.items() if _is_of_dictionary(schema, key)}
 
 
+def sweeps(overrides: Sequence[str]) -> list[Override]:
+    """The overrides that give several values or a range."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [override for override in parsed if override.is_sweep_override()]
+
+
 def sweep_keys(overrides: Sequence[str]) -> set[str]:
     """The keys and groups that were given several values."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return {override.key_or_group for override in parsed if override.is_sweep_override()}
+    return {override.key_or_group for override in sweeps(overrides)}
+
+
+def takes_fractions(key: str) -> bool:
+    """Whether 0.5 is a value of the key's type."""
+    return _type_problem(OmegaConf.structured(Config), key, 0.5) is None
 
 
 def unknown_keys(node: Any, at: str = "") -> list[str]:
@@ -106,6 +119,8 @@ def known_keys(kind: type = Config, at: str = "") -> Iterator[str]:
 
 def _problems_of(override: Override, text: str, schema: DictConfig, conf_dirs: Sequence[Path]) -> list[str]:
     key = override.key_or_group
+    if key in INSTEAD and override.value() != "basic":
+        return [f"{text}: distill loads no plugins of Hydra's; type {INSTEAD[key]}"]
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         return []
     if override.is_delete():
@@ -131,7 +146,10 @@ def _problems_of(override: Override, text: str, schema: DictConfig, conf_dirs: S
 
 
 def _values(override: Override) -> list[Any]:
-    if not override.is_sweep_override() or override.is_range_sweep() or override.is_interval_sweep():
+    if override.is_interval_sweep():
+        bounds = override.value().start, override.value().end
+        return [int(bound) if float(bound).is_integer() else bound for bound in bounds]
+    if not override.is_sweep_override() or override.is_range_sweep():
         return [] if override.is_sweep_override() else [override.value()]
     return list(override.sweep_iterator())
 

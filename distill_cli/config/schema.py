@@ -71,6 +71,11 @@ class OffPolicy(Enum):
     teacher = "teacher"
 
 
+class SearchSampler(Enum):
+    tpe = "tpe"
+    random = "random"
+
+
 @section
 class LoraConfig:
     rank: int | None = None
@@ -438,7 +443,7 @@ class ClusterConfig:
     warning)."""
     parallel_jobs: int | None = None
     """Runs of a sweep at a time; null is one on this machine, and as many as it gives on a cluster. On this machine's
-    GPUs each run takes gpus_per_node of its own."""
+    GPUs each run takes gpus_per_node of its own. A search draws as many trials at a time; null is one."""
     wait: bool = False
     """Follow a submitted job to its end and exit with its status; `--wait` is the same."""
     env: dict[str, str] = key(factory=dict, evaluation=True)
@@ -471,6 +476,18 @@ class TrackerConfig:
 
 
 @section
+class SearchConfig:
+    """A search (`distill -m` with a range or several values): each run draws its values from them."""
+
+    trials: int | None = None
+    """Number of runs; null runs every combination of the values instead. Typed on the command line."""
+    sampler: SearchSampler = SearchSampler.tpe
+    """tpe draws near the best trials so far, after ten random ones (Bergstra et al. 2011); random ignores them."""
+    seed: int = 0
+    """Seed of the sampler: the same command makes the same trials."""
+
+
+@section
 class RunConfig:
     root: str = "runs"
     """Where runs are kept."""
@@ -493,4 +510,5 @@ class Config:
     checkpoint: CheckpointConfig = key(factory=CheckpointConfig, resume=True, replay=True)
     cluster: ClusterConfig = key(factory=ClusterConfig, resume=True, replay=True)
     tracker: TrackerConfig = key(factory=TrackerConfig, resume=True, replay=True)
+    search: SearchConfig = field(default_factory=SearchConfig)
     run: RunConfig = key(factory=RunConfig, replay=True)

@@ -189,6 +189,10 @@ class SweepDir:
         content = {"command": shown, "elements": [asdict(element) for element in elements]}
         write_json(self.file, content | ({"space": space} if space else {}))
 
+    def command(self) -> list[str]:
+        """What was typed, without credentials."""
+        return read_json(self.file)["command"]
+
     def elements(self) -> list[Element]:
         return [Element(**element) for element in read_json(self.file)["elements"]]
 

@@ -37,7 +37,7 @@ Checks the whole configuration, writes the run's folder, starts the ranks, and p
 said before anything starts, all of it at once (status 2).
 
   -m             a sweep: every combination of the values that are separated by commas, each in a folder of its own;
-                 hydra/sweeper=optuna chooses instead, hydra/launcher=submitit_slurm submits (docs/clusters.md)
+                 with search.trials=N a search of N runs, whose values are drawn from ranges (docs/clusters.md)
   --cfg job      print the composed configuration instead
   --wait         with cluster=slurm: follow the job, and end with its status
 
@@ -78,8 +78,9 @@ examples
     "resume": """\
 distill resume RUN|SWEEP [OVERRIDES] [--step N] [--wait] - go on where it left off, in the same folder
 
-From the newest checkpoint that is whole, on any number of ranks and any mesh. Of a sweep, what did not finish. Keys
-that have shaped the weights cannot be changed; the README lists those that can.
+From the newest checkpoint that is whole, on any number of ranks and any mesh. Of a sweep, what did not finish; of a
+search also the trials that remain (search.trials=N for more). Keys that have shaped the weights cannot be changed; the
+README lists those that can.
 
   --step N       from an earlier checkpoint; later ones are set aside
 

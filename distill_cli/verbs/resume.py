@@ -21,7 +21,7 @@ from distill_cli.config.variation import forbidden_changes, load_config, overrid
 from distill_cli.data.row_check import DataFacts
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.attempts import attempt_lines, attempts_of, read_outcome
-from distill_cli.folders.run_dir import RunDir, SweepDir
+from distill_cli.folders.run_dir import Element, RunDir, SweepDir
 from distill_cli.jobs.preflight import preflight
 from distill_cli.jobs.prepare import job_of
 from distill_cli.jobs.run_attempts import run_to_completion
@@ -47,7 +47,8 @@ def resume(argv: Sequence[str]) -> int:
     if sweep.file.is_file():
         if step is not None:
             raise ConfigError(f"--step {step}: goes back in one run; give a run's folder of {path}")
-        return resume_sweep(sweep, overrides, console=console)
+        take_up = resume_search if sweep.space() else resume_sweep
+        return take_up(sweep, overrides, console=console)
     return resume_run(open_run(path), step, overrides, console=console)
 
 
@@ -101,6 +102,43 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
     Raises:
         ConfigError: nothing is left to do, or some run cannot go on; nothing was started.
     """
+    elements = reopen(sweep, overrides, console=console)
+    if not elements:
+        raise ConfigError(
+            f"{sweep.path}: every run has finished or is in the queue; give train.max_steps=N to go on with the former"
+        )
+    config = load_config(RunDir(sweep.path / elements[0].folder).config)
+    return carry_out_sweep(sweep, elements, config, console=console)
+
+
+def resume_search(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> int:
+    """Resume the trials that did not finish, then draw the remaining ones; return the exit status.
+
+    `search.*` overrides are for the trials that remain, the others for all.
+
+    Raises:
+        ConfigError: all trials have finished, some are in the queue, or some trial cannot go on; nothing was started.
+    """
+    from distill_cli.jobs.search import carry_out_search, read_search  # Optuna takes a while to import
+
+    words = {word.partition("=")[0]: word for word in [*sweep.command()[1:], *overrides]}
+    asked, elements = read_search(list(words.values())), sweep.elements()
+    with RunDir(sweep.path).lock():
+        for job in in_queue([RunDir(sweep.path / element.folder) for element in elements]).values():
+            raise ConfigError(f"{sweep.path}: a trial is in the queue as {job}; wait for it to end, or cancel it")
+        others = [word for word in overrides if not word.startswith("search.")]
+        unfinished = reopen(sweep, others, console=console)
+        if not unfinished and len(elements) >= asked.config.search.trials:
+            raise ConfigError(f"{sweep.path}: all {len(elements)} trials have finished; give search.trials=N for more")
+        return carry_out_search(asked, sweep, unfinished, console=console)
+
+
+def reopen(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> list[Element]:
+    """Write the overrides into the config of each run that goes on; return these, without those that Slurm has.
+
+    Raises:
+        ConfigError: some run cannot go on; nothing was written.
+    """
     elements = sweep.elements()
     runs = {element.index: RunDir(sweep.path / element.folder) for element in elements}
     open_elements = [element for element in elements if overrides or not has_finished(runs[element.index])]
@@ -127,15 +165,12 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
             resolved[element.index] = found
     if problems:
         raise ConfigError(*problems)
-    if not resolved:
-        done = "has finished" if not queued else "has finished or is in the queue"
-        raise ConfigError(f"{sweep.path}: every run {done}; give train.max_steps=N to go on with finished ones")
     for index, found in resolved.items():
         save_config(found.config, runs[index].config)
         found.write(runs[index])
-    console.print(f"{len(resolved)} of {len(elements)} runs go on")
-    rest = [element for element in elements if element.index in resolved]
-    return carry_out_sweep(sweep, rest, next(iter(resolved.values())).config, console=console)
+    if resolved:
+        console.print(f"{len(resolved)} of {len(elements)} runs go on")
+    return [element for element in elements if element.index in resolved]
 
 
 def steps_before(run: RunDir) -> int | None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill_cli.config.compose import Job, compose, hydra_plugins
+from distill_cli.config.compose import Job, compose
 from distill_cli.errors import ConfigError
 from distill_cli.folders import run_dir
 from distill_cli.jobs.prepare import prepare, print_warnings, resolve_jobs, single_path
@@ -28,10 +28,10 @@ def train(argv: Sequence[str], *, command: Sequence[str]) -> int:
         ConfigError: some job is wrong; nothing was started.
         DistillError: the only job failed.
     """
-    if plugins := hydra_plugins(argv):
-        from distill_cli.jobs.hydra_sweep import run_through_hydra
+    if any(word.lstrip("+").startswith("search.trials=") and not word.endswith("=null") for word in argv):
+        from distill_cli.jobs.search import search  # Optuna takes a while to import
 
-        return run_through_hydra(argv, plugins, command=command, console=new_console())
+        return search(argv, console=new_console())
     jobs = compose(argv)
     return run_jobs(jobs, command=command) if jobs else 0
 

@@ -166,23 +166,17 @@ ONE_STEP = (
 
 
 @pytest.mark.slow
-def test_grid_in_one_array_and_through_hydras_launcher(cluster: Cluster, tmp_path: Path) -> None:
-    """With a real MLflow server that has a password; Hydra's launcher gives two of the four the same numbers."""
+def test_a_grid_is_one_array(cluster: Cluster, tmp_path: Path) -> None:
+    """With a real MLflow server that has a password."""
     address = f"127.0.0.1:{free_port()}"
     server = start_server(tmp_path, f"http://{address}")
     uri = f"tracker.mlflow.uri=http://me:planted-uri-3@{address}"
     try:
-        ours = cluster.distill(
+        done = cluster.distill(
             tmp_path, "-m", *GRID, *ONE_STEP, uri, "run.name=s", "cluster=slurm", "cluster.parallel_jobs=2",
             "--wait", timeout_s=580, **SECRETS,
         )  # fmt: skip
-        assert ours.status == 0, ours.stdout + ours.stderr
-        theirs = cluster.distill(
-            tmp_path, "-m", "loss.topk=4,8", "loss.kl_weight=0.3", *ONE_STEP, uri, "run.name=h",
-            "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5", "hydra.launcher.array_parallelism=2",
-            **SECRETS,
-        )  # fmt: skip
-        assert theirs.status == 0, theirs.stdout + theirs.stderr
+        assert done.status == 0, done.stdout + done.stderr
         client = MlflowClient(tracking_uri=f"http://{address}")
         stored = client.search_runs(experiments(client))
     finally:
@@ -195,25 +189,31 @@ def test_grid_in_one_array_and_through_hydras_launcher(cluster: Cluster, tmp_pat
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
     assert len({run.data.tags["slurm.array_job_id"] for run in children}) == 1
     for title in (r"^KL forward \(", r"^accuracy \("):
-        table = re.search(title + r".*\n.*0\.3 +0\.5 *\n4 .*\n8 .*\n", ours.stdout, re.M)
-        assert table, ours.stdout
+        table = re.search(title + r".*\n.*0\.3 +0\.5 *\n4 .*\n8 .*\n", done.stdout, re.M)
+        assert table, done.stdout
         assert len(re.findall(r"\d\.\d+", table[0])) == 2 + 4
 
-    assert elements(tmp_path, "h") == ["0_topk=4", "1_topk=8"]
-    for mine, hydras in (("0_topk=4,kl_weight=0.3", "0_topk=4"), ("2_topk=8,kl_weight=0.3", "1_topk=8")):
-        folders = [RunDir(tmp_path / "runs/s" / mine), RunDir(tmp_path / "runs/h" / hydras)]
-        first, second = ([names.name for names in sorted(folder.path.iterdir())] for folder in folders)
-        assert first == second
-        one, other = (learned(folder) for folder in folders)
-        assert one == other
     kept = {*SECRETS.values(), "planted-uri-3"}
     assert files_with(kept, tmp_path) == []
-    assert not any(secret in done.stdout + done.stderr for done in (ours, theirs) for secret in kept)
+    assert not any(secret in done.stdout + done.stderr for secret in kept)
 
 
-def learned(run: RunDir) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time", "perf"))} for row in rows]
+@pytest.mark.slow
+def test_a_search_is_an_array_per_batch(cluster: Cluster, tmp_path: Path) -> None:
+    done = cluster.distill(
+        tmp_path, "-m", "loss.kl_weight=interval(0.1,0.9)", "loss.topk=4,8", *ONE_STEP, "tracker=none", "run.name=s",
+        "search.trials=3", "cluster=slurm", "cluster.parallel_jobs=2", timeout_s=580,
+    )  # fmt: skip
+    assert done.status == 0, done.stdout + done.stderr
+    assert re.findall(r"^job +\d+(.*)$", done.stdout, re.M) == [", an array of 2", ""]
+    results = json.loads((tmp_path / "runs/s/search.json").read_text())
+    assert [trial["run"] for trial in results["trials"]] == elements(tmp_path)
+    assert len({trial["overrides"][0] for trial in results["trials"]}) == 3
+    best = max(results["trials"], key=lambda trial: trial["value"])
+    assert (results["best"], results["metric"]) == (best, "val/accuracy")
+    assert f"best     {best['value']:.4g} with {' '.join(best['overrides'])}" in done.stdout
+    done = cluster.distill(tmp_path, "resume", "runs/s")
+    assert (done.status, "search.trials=N" in done.stderr) == (2, True)
 
 
 def elements(folder: Path, sweep: str = "s") -> list[str]:
@@ -235,12 +235,12 @@ def elements(folder: Path, sweep: str = "s") -> list[str]:
         (["+cluster.slurm.extra.output=x"], "cluster.slurm.extra.output: is set by distill"),
         (["cluster.slurm.constraint=no_such"], "Slurm refuses the job: Invalid feature specification"),
         (
-            ["-m", "loss.topk=4,8", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=mian"],
-            "cluster.slurm.partition=mian: no such partition",
+            ["-m", "loss.topk=4,8", "search.trials=2", "cluster.slurm.partition=mian"],
+            "cluster.slurm.partition=mian: no such",
         ),
         (
-            ["-m", "loss.topk=4,8", "hydra/launcher=submitit_slurm", "hydra.launcher.constraint=no_such"],
-            "Slurm refuses the job: Invalid feature specification",
+            ["-m", "loss.topk=4,8", "search.trials=2", "cluster.slurm.constraint=no_such"],
+            "Slurm refuses the job: Invalid",
         ),
     ],
 )
