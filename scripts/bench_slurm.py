@@ -49,7 +49,7 @@ def main() -> None:
     config = compose(["cluster=slurm", "cluster.cpus_per_node=1"])[0].config
     settle(config)
     begin = time.perf_counter()
-    jobs = compose(["-m", f"train.seed={','.join(map(str, range(20)))}"])
+    jobs = compose([f"train.seed={','.join(map(str, range(20)))}"], ["--multirun"])
     composed = time.perf_counter()
     check_jobs(jobs)
     checked = time.perf_counter()

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from distill_cli.cli import VERBS, split_verb
+from distill_cli.cli import split_verb
 from distill_cli.config.compose import check_overrides, compose, hydra_plugins
 from distill_cli.config.schema import Config
 from distill_cli.jobs.hydra_sweep import check_plugins
-from distill_cli.verbs.plan import MEASURE
+from distill_cli.verbs.command_line import parser_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,12 +45,14 @@ def keys_of(node: object, at: str = "") -> set[str]:
 @pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: value if isinstance(value, str) else None)
 def test_a_documented_command_is_one(page: str, words: list[str], capsys: pytest.CaptureFixture) -> None:
     verb, rest = split_verb(words)
-    assert verb in VERBS
-    if plugins := hydra_plugins(rest):
-        check_overrides(rest)
-        check_plugins(rest, plugins)
-    elif verb in ("train", "plan"):
-        compose([word for word in rest if word != MEASURE])
+    arguments = parser_of(verb).parse(rest)
+    if verb not in ("train", "plan", "check") or "--shell-completion" in arguments.flags:
+        return
+    if plugins := hydra_plugins(arguments.overrides):
+        check_overrides(arguments.overrides, arguments.flags)
+        check_plugins(arguments.overrides, arguments.flags, plugins)
+    else:
+        compose(arguments.overrides, arguments.flags)
 
 
 def test_every_key_beside_nemo_rl_exists() -> None:

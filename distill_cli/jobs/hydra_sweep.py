@@ -187,29 +187,39 @@ class HydraSweep:
         return failed
 
 
-def run_through_hydra(argv: Sequence[str], plugins: dict[str, str], *, command: Sequence[str], console: Console) -> int:
+def run_through_hydra(
+    overrides: Sequence[str],
+    flags: Sequence[str],
+    plugins: dict[str, str],
+    *,
+    command: Sequence[str],
+    console: Console,
+) -> int:
     """A sweep with the plugins that were typed; the exit status.
 
     Raises:
         ConfigError: a plugin is unknown or not there, or a run is wrong.
     """
-    check_overrides(argv)
-    check_plugins(argv, plugins)
-    argv = hide_typed_credentials(argv)  # Hydra's launcher pickles what was typed
+    check_overrides(overrides, flags)
+    check_plugins(overrides, flags, plugins)
+    overrides = hide_typed_credentials(overrides)  # Hydra's launcher pickles what was typed
     keys = {
         word.lstrip("+").removeprefix("hydra.launcher.").partition("=")[0].partition(".")[0]
-        for word in argv
+        for word in overrides
         if word.lstrip("+").startswith("hydra.launcher.")
     }
-    space = search_space(argv) if "sweeper" in plugins else {}
+    space = search_space(overrides) if "sweeper" in plugins else {}
     sweep = Batches.sweep = HydraSweep(command, console, plugins, keys, space)
     Plugins.instance().class_name_to_class[TARGET] = Batches
     extra = [f"hydra.launcher._target_={TARGET}"]
     if "sweeper" in plugins:
-        extra.append(f"hydra.sweeper.direction={direction(argv)}")
-    place = 1 + max(argv.index(override) for override in plugins.values())  # overrides stand together
+        extra.append(f"hydra.sweeper.direction={direction(overrides)}")
+
+    def job(config: DictConfig) -> Job:
+        return composed_job(config, overrides)
+
     try:
-        run_hydra([*argv[:place], *extra, *argv[place:]], composed_job)
+        run_hydra([*overrides, *extra], flags, job)
     except ConfigError:
         raise
     except DistillError as error:  # of a run: the sweeper goes no further
@@ -224,7 +234,7 @@ def run_through_hydra(argv: Sequence[str], plugins: dict[str, str], *, command: 
     return conclude(sweep.folder, sweep.failed, console=console)
 
 
-def check_plugins(argv: Sequence[str], plugins: dict[str, str]) -> None:
+def check_plugins(overrides: Sequence[str], flags: Sequence[str], plugins: dict[str, str]) -> None:
     """Raises ConfigError where a plugin does not work here, or is not installed."""
     for kind, override in plugins.items():
         if override.lstrip("+") not in KNOWN:
@@ -238,9 +248,9 @@ def check_plugins(argv: Sequence[str], plugins: dict[str, str]) -> None:
         module, package = KNOWN[override.lstrip("+")]
         if importlib.util.find_spec("hydra_plugins") is None or importlib.util.find_spec(module) is None:
             raise ConfigError(f"{override}: needs {package}, which is not installed; pip install {package}")
-        if not {"-m", "--multirun"} & set(argv):
+        if "--multirun" not in flags:
             raise ConfigError(f"{override}: is for sweeps; add -m" + (", or type cluster=slurm" * (kind == "launcher")))
-    for word in argv:
+    for word in overrides:
         if word.lstrip("+").startswith("hydra.sweeper.storage=") and not word.endswith("=null"):
             raise ConfigError(
                 "hydra.sweeper.storage: the plugin's Optuna 2 keeps no database with the SQLAlchemy 2 of MLflow; "
@@ -248,11 +258,12 @@ def check_plugins(argv: Sequence[str], plugins: dict[str, str]) -> None:
             )
 
 
-def direction(argv: Sequence[str]) -> str:
+def direction(overrides: Sequence[str]) -> str:
     """Whether more of checkpoint.metric is better. Raises ConfigError where no run would have it."""
-    config = compose_unsearched(argv)
+    config = compose_unsearched(overrides)
     found = "maximize" if config.checkpoint.higher_is_better else "minimize"
-    metric, typed = config.checkpoint.metric, [word for word in argv if word.startswith("hydra.sweeper.direction=")]
+    metric = config.checkpoint.metric
+    typed = [word for word in overrides if word.startswith("hydra.sweeper.direction=")]
     if metric.startswith("val/") and not (validates(config) and (config.eval.at_end or config.eval.period)):
         raise ConfigError(
             f"checkpoint.metric={metric}: is what the search goes by, and nothing validates; set eval.at_end=true, or "

@@ -1,10 +1,18 @@
-"""`distill plan`: what a run would do, before it does anything.
+"""Compose and check everything, print what would run, start nothing.
 
-Memory is by part and by arithmetic (`distill_cli.memory`); seconds are measured where that is asked for.
+Prints the mesh and who holds what, the arithmetic of a step, memory by part, the command or the sbatch script, and
+whatever a run would refuse or warn of.
+
+examples
+  distill plan
+  distill plan --measure
+  distill plan model=qwen3_1.7b_4b data.train.path=train.jsonl data.validation.path=test.jsonl
+  distill plan cluster.ranks_per_node=2 mesh.tensor=2
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import platform
 import shlex
@@ -18,6 +26,7 @@ from distill_cli import memory
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, compose, known_losses
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
+from distill_cli.config.flags import add_hydra_flags
 from distill_cli.config.schema import Config, EngineModelConfig, Launcher, LoraSync
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.preflight import Preflight
@@ -28,20 +37,29 @@ from distill_cli.machine import hardware
 from distill_cli.models import model_files
 from distill_cli.models.lora_names import targeted
 from distill_cli.terminal.console import Console
+from distill_cli.verbs.command_line import Parser
 from distill_cli.verbs.measure import Pace, check_measurable, measure
 
-MEASURE = "--measure"
+
+def declare(parser: Parser) -> None:
+    parser.takes_overrides()
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="run the first steps here, and print seconds by stage, over an epoch and the run; leaves nothing behind",
+    )
+    parser.takes_wait()
+    add_hydra_flags(parser)
 
 
-def plan(argv: Sequence[str]) -> int:
-    """The verb: checks and prints each job; with `--measure` runs the only one's first steps as well."""
-    jobs = compose([word for word in argv if word != MEASURE])
-    measures = MEASURE in argv
-    if measures:
+def main(arguments: argparse.Namespace) -> int:
+    """Check and print each job; with `--measure` also run the first steps of the only one."""
+    jobs = compose(arguments.overrides, arguments.flags)
+    if arguments.measure:
         check_measurable(jobs)
     for job, found in zip(jobs, check_jobs(jobs), strict=True):
         print_plan(job, found)
-        if measures:
+        if arguments.measure:
             with exit_status() as status:
                 print_pace(job, found, measure(job, found))
             return status.value

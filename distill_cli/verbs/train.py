@@ -1,14 +1,28 @@
-"""`distill train`: composed jobs become runs, here or on a cluster, alone or as a sweep."""
+"""Train a student on its own answers, scored by a teacher (the default verb).
+
+The whole configuration is checked first: everything wrong with it is reported at once (status 2), before anything
+starts. Then the run's folder is written, the ranks start, and each step prints a line.
+
+examples
+  distill                                              the embedded pair, on this machine's CPU
+  distill experiment=quick                             ten steps of it
+  distill loss=reverse loss.topk=32 train.lr=1e-3      a choice of a group, and keys
+  distill -m loss.topk=32,64 loss.kl_weight=0.3,0.5    a sweep of four runs; hydra/sweeper=optuna searches instead
+  distill cluster=slurm cluster.partition=gpu          the same as a job
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from distill_cli.config.compose import Job, compose, hydra_plugins
+from distill_cli.config.flags import add_hydra_flags
 from distill_cli.config.schema import Launcher
 from distill_cli.errors import ConfigError
 from distill_cli.folders import run_dir
@@ -18,22 +32,34 @@ from distill_cli.jobs.preflight import Preflight
 from distill_cli.jobs.run import carry_out, check_jobs, exit_status, introduce, prepare, print_warnings, single_path
 from distill_cli.jobs.sweep import carry_out_sweep, discard, prepare_sweep
 from distill_cli.terminal.console import Console
+from distill_cli.verbs.command_line import Parser
 
 
-def train(argv: Sequence[str], *, command: Sequence[str]) -> int:
-    """What was typed, to its end or into the queue; the exit status.
+def declare(parser: Parser) -> None:
+    parser.takes_overrides()
+    parser.takes_wait()
+    parser.add_argument("--version", action="store_true", help="print distill's version")
+    add_hydra_flags(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Train what was typed to its end, or submit it; return the exit status.
 
     Raises:
         ConfigError: some job is wrong; nothing was started.
         DistillError: the only job failed.
     """
-    if plugins := hydra_plugins(argv):
+    if arguments.version:
+        print(f"distill {metadata.version('distill-cli')}")
+        return 0
+    overrides, flags, command = arguments.overrides, arguments.flags, arguments.command
+    if plugins := hydra_plugins(overrides):
         from distill_cli.jobs.hydra_sweep import run_through_hydra
 
         with exit_status() as status:
-            status.value = run_through_hydra(argv, plugins, command=command, console=new_console())
+            status.value = run_through_hydra(overrides, flags, plugins, command=command, console=new_console())
         return status.value
-    jobs = compose(argv)
+    jobs = compose(overrides, flags)
     return run_jobs(jobs, command=command) if jobs else 0
 
 

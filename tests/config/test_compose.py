@@ -59,7 +59,7 @@ def test_what_is_typed_beats_the_choice_of_the_model() -> None:
 
 
 def test_a_sweep_is_a_list_of_jobs_with_what_tells_them_apart() -> None:
-    jobs = compose(["-m", "loss.topk=8,16", "loss.kl_weight=0.3,0.5", "train.seed=7"])
+    jobs = compose(["loss.topk=8,16", "loss.kl_weight=0.3,0.5", "train.seed=7"], ["--multirun"])
     assert [job.swept for job in jobs] == [
         [f"loss.topk={topk}", f"loss.kl_weight={weight}"] for topk in (8, 16) for weight in (0.3, 0.5)
     ]
@@ -69,13 +69,8 @@ def test_a_sweep_is_a_list_of_jobs_with_what_tells_them_apart() -> None:
 def test_composing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     compose([])
-    compose(["-m", "train.seed=1,2"])
+    compose(["train.seed=1,2"], ["--multirun"])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_hydra_shows_one_config_and_no_sweep_s() -> None:
-    with pytest.raises(ConfigError, match="--cfg and -m: exclude each other; drop one"):
-        compose(["-m", "loss.topk=4,8", "--cfg", "job"])
 
 
 @pytest.mark.parametrize(
