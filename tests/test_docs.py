@@ -44,7 +44,7 @@ def keys_of(node: object, at: str = "") -> set[str]:
 
 @pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: value if isinstance(value, str) else None)
 def test_a_documented_command_is_one(page: str, words: list[str], capsys: pytest.CaptureFixture) -> None:
-    verb, rest = split_verb(words)
+    verb, rest = split_verb(words[: words.index(">")] if ">" in words else words)
     arguments = parser_of(verb).parse(rest)
     if verb not in ("train", "plan", "check") or "--shell-completion" in arguments.flags:
         return

@@ -61,8 +61,9 @@ class Parser(argparse.ArgumentParser):
     def takes_overrides(self) -> None:
         self.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help="key=value or group=choice")
 
-    def takes_wait(self) -> None:
-        self.add_argument("--wait", action="store_true", help="follow the Slurm job, exit with its status")
+    def takes_wait(self, *, help: str = "follow the Slurm job, exit with its status") -> None:
+        """Declare `--wait`, which is the override cluster.wait=true."""
+        self.add_argument("--wait", action="store_true", help=help)
 
     def takes_step(self, *, default: str | None) -> None:
         step = self.add_argument(

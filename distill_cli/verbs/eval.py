@@ -96,8 +96,11 @@ def main(arguments: argparse.Namespace) -> int:
         ConfigError: no such run or model, an override that cannot be taken, a benchmark that cannot be read.
         DistillError: a model could not be asked.
     """
-    arguments.overrides += [word for word in arguments.against if is_override(word)]
-    arguments.against = [word for word in arguments.against if not is_override(word)]
+    after_against = arguments.against  # overrides may follow the models
+    arguments.overrides += [word for word in after_against if is_override(word)]
+    arguments.against = [word for word in after_against if not is_override(word)]
+    if after_against and not arguments.against:
+        raise ConfigError(f"--against {after_against[0]}: is an override; give a run, a model, before or teacher")
     width = None if sys.stdout.isatty() else 160
     console = Console(highlight=False, width=width, soft_wrap=width is not None, stderr=arguments.json)
     config, run = base_config(arguments)

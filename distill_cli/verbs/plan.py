@@ -48,7 +48,7 @@ def declare(parser: Parser) -> None:
         action="store_true",
         help="run the first steps here, and print seconds by stage, over an epoch and the run; leaves nothing behind",
     )
-    parser.takes_wait()
+    parser.takes_wait(help="as in `distill train`, to plan the same line")
     add_hydra_flags(parser)
 
 

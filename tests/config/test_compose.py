@@ -114,7 +114,7 @@ def test_a_dictionary_takes_keys_that_the_file_does_not_set() -> None:
 
 
 def test_all_mistakes_are_named_at_once() -> None:
-    assert len(problems_of("loss.topkk=3", "train.lr=abc", "loss=foo", "-m", "train.seed=1,x")) == 4
+    assert len(problems_of("loss.topkk=3", "train.lr=abc", "loss=foo", "train.seed=1,x")) == 4
 
 
 @pytest.mark.parametrize(

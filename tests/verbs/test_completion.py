@@ -48,7 +48,7 @@ def test_what_is_offered(line: str, found: list[str], overrides: list[str] | Non
 
 
 def test_hydra_sees_overrides_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    env = {"COMP_LINE": "distill resume runs/x --step 3 a=1 lo and more", "COMP_POINT": "40"}
+    env = {"COMP_LINE": "distill resume runs/x --step 3 a=1 lo and more", "COMP_POINT": "37"}
     assert complete(env)
     assert env == {"COMP_LINE": "distill a=1 lo", "COMP_POINT": "14"}
     assert capsys.readouterr().out == ""
