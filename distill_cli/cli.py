@@ -10,18 +10,18 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from distill_cli.config.choices import nearest
+from distill_cli.config.flags import ANSWERED
 from distill_cli.errors import ConfigError, DistillError, Stopped
-from distill_cli.verbs import completion, help
-
-HYDRA_ANSWERS = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
-"""Flags that Hydra answers, and nothing else happens."""
+from distill_cli.verbs import completion
+from distill_cli.verbs.command_line import VERBS, general_help, module_of, parser_of
 
 
 def main() -> None:
-    """The console script."""
-    if hydra_answers(sys.argv[1:]):
+    """Run the console script."""
+    if any(word.split("=")[0] in ANSWERED for word in sys.argv[1:]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Hydra logs them, and logging would tell of a reader who left
     try:
         status = run(sys.argv[1:])
@@ -34,25 +34,12 @@ def main() -> None:
     sys.exit(status)
 
 
-def hydra_answers(argv: Sequence[str]) -> bool:
-    return any(word.split("=")[0] in HYDRA_ANSWERS for word in argv)
-
-
 def run(argv: Sequence[str]) -> int:
-    """Runs one command line; its exit status."""
-    if completion.is_asked(argv, os.environ) and not completion.complete(list(VERBS)):
-        return 0
-    verb, rest = split_verb(argv)
-    if "--help" in rest or "-h" in rest:
-        print(help.VERBS[verb] if argv[0] == verb else help.GENERAL, end="")
-        return 0
-    if "--version" in rest:
-        from importlib import metadata
-
-        print(f"distill {metadata.version('distill-cli')}")
+    """Run one command line; return its exit status."""
+    if completion.is_asked(argv, os.environ) and not completion.complete():
         return 0
     try:
-        return VERBS[verb](rest)
+        return run_verb(argv)
     except ConfigError as error:
         if os.environ.get("DISTILL_DEBUG"):
             raise
@@ -77,145 +64,36 @@ def run(argv: Sequence[str]) -> int:
         return 130
 
 
+def run_verb(argv: Sequence[str]) -> int:
+    """Parse a command line and run its verb; return the exit status."""
+    verb, words = split_verb(argv)
+    wants_help = not {"--help", "-h"}.isdisjoint(words)
+    if wants_help and len(words) == len(argv):  # no verb
+        print(general_help(), end="")
+        return 0
+    parser = parser_of(verb)
+    if wants_help:
+        print(parser.format_help(), end="")
+        return 0
+    arguments = parser.parse(words)
+    arguments.command = ["distill", *argv]
+    return module_of(verb).main(arguments)
+
+
 def split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The verb and what follows; `train` where none is given.
+    """Return the verb, `train` if none was typed, and the words after it.
 
     Raises:
-        SystemExit: the first word is neither a verb nor an override (status 2, with the verbs).
+        ConfigError: the first word is neither a verb nor an override.
     """
     if not argv or argv[0].startswith(("-", "+", "~")) or "=" in argv[0]:
         return "train", list(argv)
     if argv[0] not in VERBS:
-        from distill_cli.config.choices import nearest
-
-        print(
-            f"error: {argv[0]}: no such verb{nearest(argv[0], VERBS)} (there are: {', '.join(VERBS)}; "
-            "an override is key=value)",
-            file=sys.stderr,
+        raise ConfigError(
+            f"{argv[0]}: no such verb{nearest(argv[0], VERBS)} (there are: {', '.join(VERBS)}; "
+            "an override is key=value)"
         )
-        raise SystemExit(2)
     return argv[0], list(argv[1:])
-
-
-def train(argv: Sequence[str]) -> int:
-    typed = wait_as_override(argv)
-    if hydra_answers(argv):
-        from distill_cli.config.compose import compose  # without what only a run needs
-
-        compose(typed)
-        return 0
-    from distill_cli.verbs.train import train
-
-    return train(typed, command=["distill", *argv])
-
-
-def wait_as_override(argv: Sequence[str]) -> list[str]:
-    """`--wait` is cluster.wait=true."""
-    return ["cluster.wait=true" if word == "--wait" else word for word in argv]
-
-
-def plan(argv: Sequence[str]) -> int:
-    from distill_cli.verbs.plan import plan
-
-    return plan(wait_as_override(argv))
-
-
-def check(argv: Sequence[str]) -> int:
-    from distill_cli.verbs.check import check
-
-    return check(argv)
-
-
-def resume(argv: Sequence[str]) -> int:
-    from distill_cli.verbs.resume import resume
-
-    return resume(wait_as_override(argv))
-
-
-def replay(argv: Sequence[str]) -> int:
-    from distill_cli.verbs.replay import replay
-
-    return replay(wait_as_override(argv))
-
-
-def export(argv: Sequence[str]) -> int:
-    from distill_cli.verbs.export import export
-
-    return export(argv)
-
-
-def evaluate(argv: Sequence[str]) -> int:
-    from distill_cli.verbs.eval import run_eval
-
-    return run_eval(argv)
-
-
-def report(argv: Sequence[str]) -> int:
-    from pathlib import Path
-
-    from distill_cli.report.comparison import print_comparison
-    from distill_cli.report.html import report_file, write_report
-    from distill_cli.report.read import read_results
-    from distill_cli.terminal.console import Console
-
-    paths, out = [Path(word) for word in argv], None
-    if "--out" in argv:
-        at = argv.index("--out")
-        if at + 1 == len(argv):
-            raise ConfigError("distill report: --out takes the file that is to be written")
-        out, paths = Path(argv[at + 1]), paths[:at] + paths[at + 2 :]
-    if not paths or any(str(path).startswith("-") for path in paths):
-        raise ConfigError("distill report: give the folders of runs or of a sweep, such as runs/latest [--out FILE]")
-    results = read_results(paths)
-    print_comparison(Console(highlight=False), results)
-    print(f"report   {write_report(results, out or report_file(paths))}")
-    return 0
-
-
-def watch(argv: Sequence[str]) -> int:
-    from distill_cli.verbs.watch import watch
-
-    return watch(argv)
-
-
-def track(argv: Sequence[str]) -> int:
-    from distill_cli.track.run_tracking import track
-
-    return track(argv)
-
-
-def ls(argv: Sequence[str]) -> int:
-    from distill_cli.config.choices import conf_dir
-    from distill_cli.verbs.ls import print_choices
-
-    if len(argv) > 1:
-        raise ConfigError(f"{' '.join(argv)}: `distill ls` takes one group")
-    print_choices(conf_dir(), argv[0] if argv else None)
-    return 0
-
-
-def doctor(argv: Sequence[str]) -> int:
-    from distill_cli.verbs.doctor import run_doctor
-
-    if any(argument != "--json" for argument in argv):
-        raise ConfigError(f"{' '.join(argv)}: `distill doctor` takes --json alone")
-    return run_doctor(as_json="--json" in argv)
-
-
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": train,
-    "plan": plan,
-    "check": check,
-    "resume": resume,
-    "replay": replay,
-    "eval": evaluate,
-    "export": export,
-    "report": report,
-    "watch": watch,
-    "track": track,
-    "ls": ls,
-    "doctor": doctor,
-}
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     (job,), _ = resolve_jobs(compose(["cluster=slurm", "cluster.slurm.cpus_per_node=1"]))
     begin = time.perf_counter()
-    jobs = compose(["-m", f"train.seed={','.join(map(str, range(20)))}"])
+    jobs = compose([f"train.seed={','.join(map(str, range(20)))}"], ["--multirun"])
     composed = time.perf_counter()
     resolve_jobs(jobs)
     checked = time.perf_counter()

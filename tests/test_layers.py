@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from distill_cli.verbs.command_line import VERBS
+
 PACKAGE = Path(__file__).parent.parent / "distill_cli"
 LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"errors", "types"},
@@ -29,17 +31,10 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 NO_TORCH = [
     "distill_cli.cli",
     "distill_cli.jobs.run_attempts",
-    "distill_cli.verbs.train",
     "distill_cli.jobs.sweep",
     "distill_cli.jobs.prepared_run",
     "distill_cli.launch.slurm",
-    "distill_cli.verbs.plan",
-    "distill_cli.verbs.resume",
-    "distill_cli.verbs.replay",
-    "distill_cli.verbs.check",
-    "distill_cli.verbs.eval",
-    "distill_cli.verbs.export",
-    "distill_cli.verbs.doctor",
+    *(f"distill_cli.verbs.{verb}" for verb in VERBS),
     "distill_cli.ranks.worker",
     "distill_cli.metrics",
     "distill_cli.report.comparison",

@@ -11,6 +11,7 @@ from distill_cli.cli import run
 from distill_cli.config.compose import compose
 from distill_cli.config.variation import config_text
 from distill_cli.terminal.console import READER_GONE
+from distill_cli.verbs.command_line import VERBS
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +29,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("typed", "said"),
     [
         ("plan check", "a verb comes first, and there is one"),
-        ("plan --foo", "unrecognized arguments: --foo"),
-        ("check --foo", "unrecognized arguments: --foo"),
         ("--cfg nosuch", "choose from 'job', 'hydra', 'all'"),
-        ("--cfg job --info", "exclude each other"),
+        ("--cfg job --info", "--info/-i: not allowed with argument --cfg"),
         ("--resolve", "is for --cfg"),
+        ("trian", "did you mean train?"),
         ("=3", "unknown key"),
         ("lss=mixed", "did you mean loss?"),
         ("train.lr=1e-3,1e-4", "add -m"),
@@ -58,8 +58,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         *((f"{verb} nothing", "no such folder") for verb in ("watch", "report", "resume", "export", "track sync")),
         *((verb, "distill") for verb in ("watch", "report", "resume", "export", "eval", "track")),
         ("ls nosuch", "there are: checkpoint"),
-        ("doctor --jsn", "takes --json alone"),
-        ("eval --foo", "takes a run or model"),
+        *((f"{verb} --foo", f"--foo: distill {verb} has no such flag") for verb in VERBS),
+        *((f"{verb} runs/x --step -1", "-1: distill") for verb in ("resume", "eval", "export")),
+        *((f"{verb} runs/x --step", "--step: expected one argument") for verb in ("resume", "eval", "export")),
+        *((f"{verb} loss.topk=4", "give one RUN") for verb in ("resume", "replay", "eval")),
+        *((f"{verb} nothing s/0_topk=4", "give one RUN") for verb in ("resume", "replay", "eval")),
+        ("resume s/0_topk=4", "s/0_topk=4: no such folder"),
+        ("eval empty --against", "--against: expected at least one argument"),
+        ("eval empty --against eval.repeat=4", "--against eval.repeat=4: is an override"),
+        ("export empty out another", "another: one word too many"),
+        ("export empty --push=", "--push: a value is needed"),
+        ("export empty --max-shard-size 5XB", "--max-shard-size 5XB: must be a size"),
+        ("report empty --out", "--out: expected one argument"),
+        ("track send empty", "'send' (choose from 'sync')"),
+        ("track sync empty --uri ftp://x", "--uri: must be an address"),
+        ("watch empty torn", "torn: one word too many"),
+        ("ls loss data", "data: one word too many"),
+        ("doctor --jsn", "did you mean --json?"),
+        ("doctor now", "now: one word too many"),
     ],
 )
 def test_a_mistake_is_told_in_a_line(typed: str, said: str, folder: Path, capsys: pytest.CaptureFixture) -> None:

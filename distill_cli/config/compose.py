@@ -24,7 +24,7 @@ from yaml import YAMLError
 
 from distill_cli.config.choices import conf_dir
 from distill_cli.config.credentials import hide_credentials, without_credentials
-from distill_cli.config.flags import conf_dirs, flag_problems, split_flags
+from distill_cli.config.flags import conf_dirs
 from distill_cli.config.overrides import into_dictionaries, override_problems, sweep_keys, sweeps, unknown_keys
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import one_line
@@ -44,23 +44,23 @@ class Job:
     """The overrides that tell this element of a sweep from the others; empty for a single run."""
 
 
-def compose(argv: Sequence[str], *, unread: Sequence[str] = ()) -> list[Job]:
-    """The jobs that `argv` (what follows the verb) describes: one, or with -m one for each element of the sweep.
+def compose(overrides: Sequence[str], flags: Sequence[str] = (), *, unread: Sequence[str] = ()) -> list[Job]:
+    """Return the jobs that the overrides describe: one, or with `--multirun` one for each element of the sweep.
 
-    Empty where a flag of Hydra's own (--help, --cfg, ...) was answered instead.
+    Empty if Hydra answered one of its flags (`--cfg`, ...) instead.
 
     Args:
+        flags: Hydra's, as `flags.add_hydra_flags` collects them.
         unread: dictionaries that the verb does not read: they come out empty, whatever is missing in them.
 
     Raises:
         ConfigError: a key, a type, a choice or an override is wrong; all problems of what was typed at once.
     """
-    check_overrides(argv)
-    overrides, flags = split_flags(argv)
+    check_overrides(overrides, flags)
     if ranges := [override.input_line for override in sweeps(overrides) if override.is_interval_sweep()]:
         what = "is a range, which `distill train -m` searches with search.trials=N; add that, or give values"
         raise ConfigError(*(f"{line}: {what}" for line in ranges))
-    if not {"-m", "--multirun"} & set(flags) and (several := sweep_keys(overrides)):
+    if "--multirun" not in flags and (several := sweep_keys(overrides)):
         what = "several values are a sweep: add -m, or quote a value with commas"
         raise ConfigError(*(f"{key}: {what}" for key in sorted(several)))
     jobs: list[Job] = []
@@ -70,28 +70,29 @@ def compose(argv: Sequence[str], *, unread: Sequence[str] = ()) -> list[Job]:
         for key in unread:
             OmegaConf.update(config, key, {}, merge=False, force_add=True)
         try:
-            jobs.append(composed_job(config))
+            jobs.append(composed_job(config, overrides))
         except ConfigError as error:  # of what is raised here Hydra tells in its own way
             wrong.update(dict.fromkeys(error.problems))
 
-    run_hydra(argv, collect)
+    run_hydra(overrides, flags, collect)
     if wrong:
         raise ConfigError(*wrong)
     return jobs
 
 
-def check_overrides(argv: Sequence[str]) -> None:
-    """Raises ConfigError where a flag or an override is none, all problems at once: Hydra stops at the first."""
-    overrides, flags = split_flags(argv)
-    problems = flag_problems(flags)
-    if not {"-sc", "--shell-completion"} & set(flags):  # what follows those are no overrides
+def check_overrides(overrides: Sequence[str], flags: Sequence[str] = ()) -> None:
+    """Raise ConfigError if overrides are wrong, with all problems at once: Hydra stops at the first."""
+    problems = []
+    if "--resolve" in flags and "--cfg" not in flags:
+        problems.append("--resolve: is for --cfg; add it, or leave this out")
+    if "--shell-completion" not in flags:  # the words after it are no overrides
         problems += override_problems(overrides, conf_dirs=conf_dirs(flags))
     if problems:
         raise ConfigError(*problems)
 
 
-def run_hydra(argv: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
-    """Composes, and calls `task` with each composed config.
+def run_hydra(overrides: Sequence[str], flags: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
+    """Compose, and call `task` with each composed config.
 
     Raises:
         ConfigError: a key, a type, a choice or an override is wrong.
@@ -101,9 +102,8 @@ def run_hydra(argv: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
         os.environ["DISTILL_SWEEP_DIR"] = sweep_dir  # Hydra writes its multirun.yaml here; our folders come later
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions
         argv_before = sys.argv
-        overrides, flags = split_flags(argv)
         told = into_dictionaries(overrides)
-        sys.argv = ["distill", *(told.get(word, word) for word in overrides), *flags]
+        sys.argv = ["distill", *(told.get(word, word) for word in overrides), *flags]  # Hydra takes no other order
         try:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -121,8 +121,11 @@ def hear_own_warnings() -> None:
             logger.disabled = False
 
 
-def composed_job(config: DictConfig) -> Job:
+def composed_job(config: DictConfig, overrides: Sequence[str]) -> Job:
     """What Hydra has composed, within a task that it calls.
+
+    Args:
+        overrides: what was typed, of a sweep for all its elements.
 
     Raises:
         ConfigError: a key is unknown, or has no value.
@@ -136,7 +139,7 @@ def composed_job(config: DictConfig) -> Job:
     task = list(runtime.overrides.task)
     swept = []
     if runtime.mode is not None and runtime.mode.name == "MULTIRUN":
-        keys = sweep_keys(split_flags(sys.argv[1:])[0]) | {str(key) for key in runtime.sweeper.get("params") or {}}
+        keys = sweep_keys(overrides) | {str(key) for key in runtime.sweeper.get("params") or {}}
         swept = [override for override in task if override.lstrip("+").split("=", 1)[0] in keys]
     return Job(
         config=hide_credentials(OmegaConf.to_object(config)),

@@ -1,64 +1,54 @@
-"""Hydra's flags told from overrides, and what is wrong with them in one line each, not in a page on usage."""
+"""Hydra's own flags, which `train`, `plan` and `check` take. Hydra declares them in a private parser alone."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
-
-from hydra._internal.utils import get_args_parser
+from typing import Any
 
 from distill_cli.config.choices import conf_dir
 
-TAKE_VALUE = {
-    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
-    "--experimental-rerun",
-}
-INFO = ("--info", "-i")
-INFO_VALUES = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-"""What may follow `--info`, and need not."""
+ANSWERED = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
+"""Flags that Hydra answers without running anything."""
 
 
-def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The overrides, and the flags with their values. In that order Hydra takes them, wherever a flag was typed."""
-    overrides, flags, before = [], [], ""
-    for word in argv:
-        is_value = before in TAKE_VALUE or (before in INFO and word in INFO_VALUES)
-        (flags if is_value or word.startswith("-") else overrides).append(word)
-        before = "" if is_value else word
-    return overrides, flags
+def add_hydra_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare Hydra's flags. What is typed becomes `flags`: long names with their values, as Hydra parses them."""
+    parser.usage = " ".join([*parser.format_usage().split()[1:], "[HYDRA'S FLAGS]"])
+    group = parser.add_argument_group("Hydra's flags")
+    one_of = group.add_mutually_exclusive_group()
+    one_of.add_argument("-m", "--multirun", action=_Collect, nargs=0, help="a sweep: every combination of the values")
+    one_of.add_argument(
+        *("--cfg", "-c"), action=_Collect, choices=("job", "hydra", "all"), metavar="WHAT",
+        help="print the composed configuration: job, hydra or all",
+    )  # fmt: skip
+    group.add_argument("--resolve", action=_Collect, nargs=0, help="with --cfg: resolve interpolations")
+    group.add_argument("--package", "-p", action=_Collect, metavar="KEY", help="with --cfg: print this part alone")
+    one_of.add_argument(
+        *("--info", "-i"), action=_Collect, nargs="?", const="all", metavar="WHAT",
+        choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+        help="print how the configuration is composed",
+    )  # fmt: skip
+    group.add_argument("--config-dir", "-cd", action=_Collect, metavar="DIR", help="a further folder of config groups")
+    group.add_argument("--hydra-help", action=_Collect, nargs=0, help="print all of Hydra's flags")
+    one_of.add_argument("--shell-completion", "-sc", action=_Collect, nargs=0, help=argparse.SUPPRESS)
+    group.add_argument("--run", "-r", action=_Collect, nargs=0, help=argparse.SUPPRESS)
+    for flag in (("--config-path", "-cp"), ("--config-name", "-cn"), ("--experimental-rerun",)):
+        group.add_argument(*flag, action=_Collect, help=argparse.SUPPRESS)
 
 
-def flag_problems(flags: Sequence[str]) -> list[str]:
-    """What Hydra would end the process for."""
-    parser = get_args_parser()
-    parser.error = _raise
-    try:
-        asked = parser.parse_args(list(flags))
-    except _Refused as refused:
-        return [f"{refused} (distill --help)"]
-    kinds = {"--cfg": asked.cfg, "--info": asked.info, "-m": asked.multirun, "-sc": asked.shell_completion}
-    given = [flag for flag, value in kinds.items() if value]
-    problems = [f"{' and '.join(given)}: exclude each other; drop one"] if len(given) > 1 else []
-    if asked.resolve and not asked.cfg:
-        problems.append("--resolve: is for --cfg; add it, or leave this out")
-    return problems
-
-
-def conf_dirs(argv: Sequence[str]) -> list[Path]:
-    """Where config files may lie: ours, and what `--config-dir` adds."""
-    folders = [conf_dir()]
-    for flag, value in zip(argv, [*argv[1:], ""], strict=False):
-        if flag in ("--config-dir", "-cd"):
-            folders.append(Path(value))
-        elif flag.startswith("--config-dir="):
-            folders.append(Path(flag.split("=", 1)[1]))
+def conf_dirs(flags: Sequence[str]) -> list[Path]:
+    """The folders of config groups: the package's own, and the one that `--config-dir` adds."""
+    folders = [conf_dir(), *(Path(value) for flag, value in pairwise(flags) if flag == "--config-dir")]
     return [folder for folder in folders if folder.is_dir()]
 
 
-class _Refused(Exception):
-    pass
+class _Collect(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, "flags", default=[], **kwargs)
 
-
-def _raise(message: str) -> NoReturn:
-    raise _Refused(message)
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        name = max(self.option_strings, key=len)
+        namespace.flags = [*namespace.flags, name, *([values] if isinstance(values, str) else [])]

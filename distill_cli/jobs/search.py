@@ -21,7 +21,6 @@ from rich.markup import escape
 
 from distill_cli.config.compose import Job, check_overrides, compose
 from distill_cli.config.derived import validates
-from distill_cli.config.flags import split_flags
 from distill_cli.config.overrides import sweeps, takes_fractions
 from distill_cli.config.schema import ClusterConfig, Config, SearchSampler
 from distill_cli.config.variation import load_config
@@ -41,7 +40,9 @@ FIXED = ("search", "checkpoint", "cluster", "run", "tracker")
 class Search:
     """A search as typed."""
 
-    argv: list[str]
+    overrides: list[str]
+    command: list[str]
+    """The whole command line; trials are recorded with it."""
     space: dict[str, BaseDistribution]
     """What each key with a range or several values is drawn from; a key as typed, with its + if it has one."""
     config: Config
@@ -50,13 +51,13 @@ class Search:
     """Warnings that were printed: each is printed once."""
 
 
-def search(argv: Sequence[str], *, console: Console) -> int:
+def search(overrides: Sequence[str], flags: Sequence[str], *, command: Sequence[str], console: Console) -> int:
     """Draw, check and carry out `search.trials` runs; return the exit status.
 
     Raises:
         ConfigError: the search or one of its first trials is wrong, and nothing was started; or a later trial is.
     """
-    asked = read_search(argv)
+    asked = read_search(overrides, flags, command=command)
     sweep = new_sweep(asked.config)
     elements = next_batch(asked, sweep, console=console)
     try:
@@ -82,16 +83,15 @@ def carry_out_search(asked: Search, sweep: SweepDir, elements: Sequence[Element]
     return conclude(sweep, failed, console=console)
 
 
-def read_search(argv: Sequence[str]) -> Search:
+def read_search(overrides: Sequence[str], flags: Sequence[str], *, command: Sequence[str] = ()) -> Search:
     """Parse what was typed, without drawing or checking any trial.
 
     Raises:
         ConfigError: an override is wrong, nothing is searched, a range cannot be drawn from, or trials would reach
             no value.
     """
-    check_overrides(argv)
-    overrides, flags = split_flags(argv)
-    if not {"-m", "--multirun"} & set(flags):
+    check_overrides(overrides, flags)
+    if "--multirun" not in flags:
         raise ConfigError("search.trials: a search is a sweep; add -m")
     searched = sweeps(overrides)
     if not searched:
@@ -103,7 +103,7 @@ def read_search(argv: Sequence[str]) -> Search:
     first = {
         key: kind.choices[0] if isinstance(kind, CategoricalDistribution) else kind.low for key, kind in space.items()
     }
-    (job,) = compose(_with_values(argv, first))
+    (job,) = compose(_with_values(overrides, first))
     config, metric = job.config, job.config.checkpoint.metric
     if config.search.trials < 1:
         raise ConfigError(f"search.trials={config.search.trials}: must be at least 1")
@@ -112,7 +112,7 @@ def read_search(argv: Sequence[str]) -> Search:
             f"checkpoint.metric={metric}: decides the search, and nothing validates; set eval.at_end=true, or choose "
             "another metric, such as train/kl_forward with checkpoint.higher_is_better=false"
         )
-    return Search(list(argv), space, config)
+    return Search(list(overrides), list(command), space, config)
 
 
 def distribution(override: Override) -> BaseDistribution:
@@ -157,9 +157,9 @@ def next_batch(asked: Search, sweep: SweepDir, *, console: Console) -> list[Elem
     check_sweep(jobs)
     print_warnings(jobs, resolved, console=console, printed=asked.warned)
     console.print(f"trials   {known + 1} to {known + len(jobs)} of {asked.config.search.trials}")
-    words = [word.partition("=") for word in asked.argv]
+    words = [word.partition("=") for word in asked.overrides]
     space = {key.lstrip("+"): text for key, _, text in words if key in asked.space}
-    return add_runs(sweep, jobs, resolved, command=["distill", *asked.argv], space=space)
+    return add_runs(sweep, jobs, resolved, command=asked.command, space=space)
 
 
 def draw(asked: Search, sweep: SweepDir) -> list[dict[str, Any]]:
@@ -198,7 +198,7 @@ def study_of(asked: Search, sweep: SweepDir) -> optuna.Study:
 
 def trial_job(asked: Search, drawn: Mapping[str, Any]) -> Job:
     """Compose a trial: a drawn value in place of each range, and without search.trials."""
-    words = [word for word in asked.argv if not word.lstrip("+").startswith("search.trials=")]
+    words = [word for word in asked.overrides if not word.lstrip("+").startswith("search.trials=")]
     (job,) = compose(_with_values(words, drawn))
     overrides = [override for override in job.overrides if not override.startswith("search.")]
     return replace(job, overrides=overrides, swept=[f"{key}={value}" for key, value in drawn.items()])
@@ -229,8 +229,7 @@ def reached(run: RunDir, metric: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _with_values(argv: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    """Return what was typed without -m, with these values in place of ranges."""
-    keys = [word.partition("=")[0] for word in argv]
-    words = [f"{key}={values[key]}" if key in values else word for key, word in zip(keys, argv, strict=True)]
-    return [word for word in words if word not in ("-m", "--multirun")]
+def _with_values(overrides: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    """Return the overrides with these values in place of ranges."""
+    keys = [word.partition("=")[0] for word in overrides]
+    return [f"{key}={values[key]}" if key in values else word for key, word in zip(keys, overrides, strict=True)]

@@ -1,4 +1,4 @@
-"""What MLflow is told about a run, and `distill track sync RUN|SWEEP...`, which sends what could not be sent before.
+"""What MLflow is told about a run, and what `distill track sync` does: it sends what could not be sent before.
 
 All of it is read from the run's folder, so that it can be told on another day and from another machine.
 """
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from rich.markup import escape
 
 from distill_cli.checkpoint import store
-from distill_cli.config.credentials import uri_problem, whole_uri
+from distill_cli.config.credentials import whole_uri
 from distill_cli.config.schema import Config, MeshConfig
 from distill_cli.config.variation import flatten, load_config
 from distill_cli.data.registry import load_examples
@@ -153,14 +153,13 @@ def mesh_text(mesh: MeshConfig, ranks: int) -> str:
     return f"{ranks} rank{'s' * (ranks > 1)}" + (": " + " x ".join(axes) if axes else "")
 
 
-def track(argv: Sequence[str]) -> int:
-    """The verb; its exit status.
+def track(paths: Sequence[Path], *, uri: str | None = None) -> int:
+    """What `distill track sync` does; the exit status.
 
     Raises:
         ConfigError: no such run or sweep.
         DistillError: MLflow does not take it.
     """
-    paths, uri = _arguments(argv)
     console = Console(highlight=False, soft_wrap=True)
     for run in find_runs(paths):
         config = load_config(run.config)
@@ -209,24 +208,3 @@ def find_runs(paths: Sequence[Path]) -> list[RunDir]:
             what = "no such folder" if not path.exists() else "neither a run (config.yaml) nor a sweep (sweep.json)"
             raise ConfigError(f"{path}: {what}; give the folder of a run or a sweep, such as runs/latest")
     return found
-
-
-def _arguments(argv: Sequence[str]) -> tuple[list[Path], str | None]:
-    if not argv or argv[0] != "sync":
-        raise ConfigError("distill track: say `distill track sync RUN...`, with folders of runs or of a sweep")
-    words, uri, rest = [], None, list(argv[1:])
-    while rest:
-        word = rest.pop(0)
-        name, is_joined, value = word.partition("=")
-        if name == "--uri":
-            uri = value if is_joined else (rest.pop(0) if rest else "")
-            problem = uri_problem(uri)
-            if problem:
-                raise ConfigError(f"--uri: {problem}")
-        elif word.startswith("-"):
-            raise ConfigError(f"{word}: `distill track sync` takes folders and --uri")
-        else:
-            words.append(Path(word))
-    if not words:
-        raise ConfigError("distill track sync: which run? give its folder, or a sweep's, such as runs/latest")
-    return words, uri

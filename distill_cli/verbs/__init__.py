@@ -1,1 +1,1 @@
-"""One file a verb: what `distill VERB` does. No torch."""
+"""One file a verb: the module's docstring is its help, `declare` declares its flags, `main` runs it."""

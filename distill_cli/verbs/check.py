@@ -1,22 +1,29 @@
-"""`distill check`: two minutes on the real models, mesh and engines, before hours are spent on them.
+"""Check loss, engines, sync and checkpoint on the real models, in two minutes.
 
-The ranks are started as for a run, on a few short answers (`selfcheck` asks the questions). Engines run without CUDA
-graphs, which would take longer to make than all the rest. Nothing is left behind unless something is wrong.
+Is the loss zero where teacher and student are the same model, and not zero otherwise? Do sampler, scorer and trainer
+agree on log-probabilities? Is the loss the mean over all tokens, and the gradient its slope? Do a step, a sync and a
+checkpoint do what they should? Each answer is a number against a limit, with a fix if it is not met (status 1).
+
+examples
+  distill check
+  distill check model=qwen3_1.7b_4b data.train.path=train.jsonl data.validation.path=test.jsonl
+  distill check cluster.ranks_per_node=2 mesh.context=2
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
 
 from distill_cli.config.compose import compose
+from distill_cli.config.flags import add_hydra_flags
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import override, save_config
 from distill_cli.errors import ConfigError
@@ -26,20 +33,29 @@ from distill_cli.jobs.prepare import require_here
 from distill_cli.launch.local import start_ranks
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
+from distill_cli.verbs.command_line import Parser
 
 SEQUENCES = 8
 """Answers that are looked at, or one for each share of the ranks where those are more."""
 TIMEOUT_S = 600.0
 
 
-def check(argv: Sequence[str]) -> int:
-    """The verb; 0 where all is as it should be, 1 where something is not.
+def declare(parser: Parser) -> None:
+    parser.takes_overrides()
+    add_hydra_flags(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Start the ranks on a few short answers (`ranks.self_check`); return 0 if every finding is good, else 1.
+
+    Engines run without CUDA graphs, which take longer to capture than everything else here. Nothing is left behind
+    unless something is wrong.
 
     Raises:
         ConfigError: the config is wrong, or describes several jobs or one for a cluster.
         DistillError: the ranks failed.
     """
-    jobs = compose(argv)
+    jobs = compose(arguments.overrides, arguments.flags)
     if not jobs:
         return 0
     if len(jobs) > 1:

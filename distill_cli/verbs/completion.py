@@ -1,68 +1,66 @@
-"""What Tab offers where Hydra, which knows groups, choices and keys, has nothing to say: verbs, flags, config groups.
+"""What Tab offers where Hydra, which knows groups, choices and keys, has nothing to say: verbs, flags, their values.
 
-Hydra's function in the shell asks `distill -sc query=bash` with the line in COMP_LINE. Where nothing is offered, the
-shell offers files: for the folder of `resume RUN` that is what is wanted.
+Hydra's function in the shell runs `distill -sc query=bash` with the line in COMP_LINE. If nothing is offered, the shell
+offers files: right for the folder of `resume RUN`.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
-from distill_cli.config.choices import conf_dir, groups
-
-FLAGS: Mapping[str, Sequence[str]] = {
-    "train": ("-m", "--cfg", "--wait"),
-    "plan": ("-m", "--measure"),
-    "resume": ("--step", "--wait"),
-    "eval": ("--against", "--step", "--json"),
-    "export": ("--step", "--max-shard-size", "--adapter", "--push"),
-    "report": ("--out",),
-    "doctor": ("--json",),
-}
-NUM_FOLDERS = {"resume": 1, "eval": 1}
-"""Words after the verb that are no overrides; overrides follow them."""
-NO_OVERRIDES = {"export", "report", "watch", "track", "ls", "doctor"}
+from distill_cli.verbs.command_line import VERBS, is_override, parser_of
 
 
 def is_asked(argv: Sequence[str], env: Mapping[str, str]) -> bool:
-    """Whether this is the shell that asks."""
+    """Return whether the shell runs this command for completion."""
     return bool({"-sc", "--shell-completion"} & set(argv)) and "COMP_LINE" in env
 
 
-def offered(line: str, verbs: Sequence[str]) -> tuple[list[str], bool]:
-    """What is offered for the last word of a line, and whether Hydra is to be asked for more."""
-    _, *words = line.split(" ")
-    word, before = words[-1] if words else "", [word for word in words[:-1] if word]
-    if not before:
-        flags = ["--help", "--version", *FLAGS["train"]] if word.startswith("-") else []
-        return [*(verb for verb in verbs if verb.startswith(word)), *flags], not word.startswith("-")
-    verb = before[0] if before[0] in verbs else "train"
-    if word.startswith("-"):
-        return ["--help", *FLAGS.get(verb, ())], False
-    if verb == "ls":
-        return groups([conf_dir()]), False
-    if verb == "track":
-        return ["sync"] if len(before) == 1 else [], False
-    return [], verb not in NO_OVERRIDES and len(before) > NUM_FOLDERS.get(verb, 0)
-
-
-def hide_verb(env: MutableMapping[str, str], verbs: Sequence[str]) -> None:
-    """Takes the verb, its folder and flags out of the line that Hydra reads: it knows overrides alone."""
-    command, *words = env["COMP_LINE"].split(" ")
-    before, last = [word for word in words[:-1] if word], words[-1] if words else ""
-    if before and before[0] in verbs:
-        before = before[1 + NUM_FOLDERS.get(before[0], 0) :]
-    env["COMP_LINE"] = " ".join([command, *(word for word in before if not word.startswith("-")), last])
-    env["COMP_POINT"] = str(len(env["COMP_LINE"]))
-
-
-def complete(verbs: Sequence[str], env: MutableMapping[str, str] = os.environ) -> bool:
-    """Prints what is offered; whether Hydra is to be asked for more, of the line without the verb."""
-    point = int(env.get("COMP_POINT") or len(env["COMP_LINE"]))
-    env["COMP_LINE"] = env["COMP_LINE"][:point]
-    found, asks_hydra = offered(env["COMP_LINE"], verbs)
+def complete(env: MutableMapping[str, str] = os.environ) -> bool:
+    """Print what is offered. Return whether Hydra has more to offer: then only overrides are left of the line."""
+    line = env["COMP_LINE"][: int(env.get("COMP_POINT") or len(env["COMP_LINE"]))]
+    command, *words = line.split(" ")
+    *before, word = words or [""]
+    found, overrides = offered([typed for typed in before if typed], word)
     if found:
         print(" ".join(found))
-    hide_verb(env, verbs)
-    return asks_hydra
+    if overrides is not None:
+        env["COMP_LINE"] = " ".join([command, *overrides, word])
+        env["COMP_POINT"] = str(len(env["COMP_LINE"]))
+    return overrides is not None
+
+
+def offered(before: Sequence[str], word: str) -> tuple[list[str], list[str] | None]:
+    """Return what is offered for a line's last word, and the overrides before it; None if no override can follow."""
+    verb, *typed = before if before and before[0] in VERBS else ("train", *before)
+    parser = parser_of(verb)
+    flags, words, open_flag = parser.flags(), [], None
+    for one in typed:
+        if one.startswith("-"):
+            flag = flags.get(one)
+            open_flag = flag if flag is not None and flag.nargs != 0 else None
+        elif open_flag is None:
+            words.append(one)
+        elif open_flag.nargs != "+":
+            open_flag = None
+    if word.startswith("-"):
+        return starting(word, flags), None
+    places = parser.positionals()
+    place = places[min(len(words), len(places) - 1)] if places else None
+    found = starting(word, values_of(open_flag or place))
+    needs_value = open_flag is not None and open_flag.nargs != "?" and typed[-1].startswith("-")
+    if needs_value or place is None or place.dest != "overrides":
+        return found, None
+    verbs = VERBS if not before else ()
+    return [*starting(word, verbs), *found], [one for one in words if is_override(one)]
+
+
+def values_of(place: argparse.Action | None) -> Iterable[str]:
+    """Return the known values of a flag or a word: its choices, or its `complete` if others are allowed."""
+    return getattr(place, "choices", None) or getattr(place, "complete", ())
+
+
+def starting(word: str, offers: Iterable[str]) -> list[str]:
+    return [offer for offer in offers if offer.startswith(word)]

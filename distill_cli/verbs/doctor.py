@@ -1,10 +1,13 @@
-"""`distill doctor`: what is installed, visible and reachable; each problem with its fix.
+"""Print what is installed, visible and reachable, and how to fix what is not.
 
-The checks run side by side, so that all of them take as long as the slowest: two processes that meet over gloo.
+examples
+  distill doctor
+  distill doctor --json
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -23,6 +26,7 @@ from distill_cli.config.credentials import VARIABLE, uri_problem, without_creden
 from distill_cli.launch.base import LAUNCHERS, launcher_of
 from distill_cli.machine import hardware
 from distill_cli.models.model_files import ASSETS
+from distill_cli.verbs.command_line import Parser
 
 TIMEOUT_S = 4.0
 """How long a server may take to answer."""
@@ -42,11 +46,18 @@ class Finding:
         return "ok  " if self.ok else "FAIL" if self.needed else "warn"
 
 
-def run_doctor(*, as_json: bool) -> int:
-    """Prints a line or more for each check; 0 where nothing that is needed is wrong, else 1."""
+def declare(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print a line or more for each check; return 0 if nothing that is needed is wrong, else 1.
+
+    The checks run side by side: all of them take as long as the slowest, two processes that meet over gloo.
+    """
     with ThreadPoolExecutor(len(CHECKS)) as pool:
         findings = [finding for found in pool.map(lambda check: check(), CHECKS) for finding in found]
-    if as_json:
+    if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         for finding in findings:

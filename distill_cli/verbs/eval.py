@@ -1,11 +1,17 @@
-"""Models on a benchmark: `distill eval RUN|MODEL [--against RUN|MODEL|before|teacher ...] [--step N] [--json] [K=V]`.
+"""Measure accuracy on a benchmark through vLLM, with intervals; --against compares models.
 
-One model after the other: each is asked by ranks of its own, with as many engines as there are GPUs, started as those
-of a run are. They leave answers.parquet; the numbers are made of those files here.
+Pass@1, pass@k, majority@k, length and truncated rate, with bootstrap 95% intervals over the problems; against other
+models also the paired difference and its p-value. The answers are kept as parquet.
+
+examples
+  distill eval runs/latest
+  distill eval runs/latest --against before teacher
+  distill eval runs/latest eval.repeat=4 eval.temperature=1.0 eval.max_samples=500
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -38,6 +44,7 @@ from distill_cli.launch.local import start_ranks
 from distill_cli.report.eval_results import make_scoreboard, print_scoreboard, read_problems
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
+from distill_cli.verbs.command_line import Parser, is_override
 from distill_cli.verbs.resume import open_run
 
 ALONE = (
@@ -53,17 +60,6 @@ ROLES = ("before", "teacher")
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """What was typed."""
-
-    subject: str
-    against: list[str]
-    step: str | None
-    as_json: bool
-    overrides: list[str]
-
-
-@dataclass(frozen=True)
 class Contender:
     """A model that is asked."""
 
@@ -75,16 +71,36 @@ class Contender:
     """`student` or `teacher`: whose engine settings it takes."""
 
 
-def run_eval(argv: Sequence[str]) -> int:
-    """The verb; its exit status.
+def declare(parser: Parser) -> None:
+    parser.takes_subject(
+        "RUN|MODEL", help="a run's folder such as runs/latest, a model's folder, or its name on the hub"
+    )
+    against = parser.add_argument(
+        "--against", nargs="+", action="extend", default=[], metavar="RUN|MODEL",
+        help="further models; `before` and `teacher` are the run's own student before training, and its teacher",
+    )  # fmt: skip
+    against.complete = ROLES
+    parser.takes_step(default=None)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Evaluate one model after the other; return the exit status.
+
+    Each is asked by ranks of its own, with as many engines as there are GPUs, started as those of a run are. They leave
+    answers.parquet; the numbers are computed from those files here.
 
     Raises:
         ConfigError: no such run or model, an override that cannot be taken, a benchmark that cannot be read.
         DistillError: a model could not be asked.
     """
-    arguments = parse(argv)
+    after_against = arguments.against  # overrides may follow the models
+    arguments.overrides += [word for word in after_against if is_override(word)]
+    arguments.against = [word for word in after_against if not is_override(word)]
+    if after_against and not arguments.against:
+        raise ConfigError(f"--against {after_against[0]}: is an override; give a run, a model, before or teacher")
     width = None if sys.stdout.isatty() else 160
-    console = Console(highlight=False, width=width, soft_wrap=width is not None, stderr=arguments.as_json)
+    console = Console(highlight=False, width=width, soft_wrap=width is not None, stderr=arguments.json)
     config, run = base_config(arguments)
     require_here(config, "distill eval")
     words = [arguments.subject, *arguments.against]
@@ -94,9 +110,8 @@ def run_eval(argv: Sequence[str]) -> int:
         contenders.append(replace(contender, name=_unused(contender.name, {other.name for other in contenders})))
     resolved = check(contenders)
     folder = evaluation_folder(arguments.subject, run)
-    command = shlex.join(["distill", "eval", *argv])
-    (folder / "command.txt").write_text(command + "\n")
-    with stdout_to_stderr() if arguments.as_json else nullcontext():
+    (folder / "command.txt").write_text(shlex.join(arguments.command) + "\n")
+    with stdout_to_stderr() if arguments.json else nullcontext():
         files = {one.name: answer(one, found, folder) for one, found in zip(contenders, resolved, strict=True)}
     has_votes = resolve_extract(resolve_verifier(config.data.verifier)) is not None
     source = str(config.data.validation["source"])
@@ -106,7 +121,7 @@ def run_eval(argv: Sequence[str]) -> int:
     settings = {"data": config.data.validation, "eval": asdict(config.eval)}
     result = {"models": models, **board.as_json(), "settings": settings, "folder": str(folder)}
     write_json(folder / "results.json", result)
-    if arguments.as_json:
+    if arguments.json:
         print(json.dumps(result, indent=2))
     else:
         print_scoreboard(console, board)
@@ -114,37 +129,7 @@ def run_eval(argv: Sequence[str]) -> int:
     return 0
 
 
-def parse(argv: Sequence[str]) -> Arguments:
-    words, against, overrides = [], [], []
-    step, as_json, target, rest = None, False, words, list(argv)
-    while rest:
-        word = rest.pop(0)
-        flag, is_joined, value = word.partition("=")
-        if flag == "--against":
-            target = against
-            against += [value] if is_joined else []
-        elif flag == "--step":
-            step = value if is_joined else (rest.pop(0) if rest else "")
-            if not (step.isdecimal() or step in ("best", "last")):
-                raise ConfigError(f"--step {step}: must be the number of a step, best or last")
-        elif word == "--json":
-            as_json = True
-        elif word.startswith("-"):
-            raise ConfigError(f"{word}: `distill eval` takes a run or model, --against, --step, --json and overrides")
-        elif is_joined and not Path(word).exists():  # a sweep's folders have = in their names
-            overrides.append(word)
-        else:
-            target.append(word)
-    if len(words) != 1:
-        raise ConfigError(
-            "distill eval: give one run or model, such as runs/latest; others to set it against follow --against"
-        )
-    if "--against" in argv and not against:
-        raise ConfigError("--against: give a run, a model, before (a run's student as it was) or teacher")
-    return Arguments(words[0], against, step, as_json, overrides)
-
-
-def base_config(arguments: Arguments) -> tuple[Config, RunDir | None]:
+def base_config(arguments: argparse.Namespace) -> tuple[Config, RunDir | None]:
     """What is asked, and how: a run's own config, or a composed one; and the run that the subject belongs to."""
     check_is_read(arguments.overrides)
     run = run_around(arguments.subject)

@@ -1,11 +1,18 @@
-"""`distill export RUN [DIR] [--step N|best|last] [--adapter] [--max-shard-size 5GB] [--push NAME]`: a checkpoint as a
-Hugging Face folder.
+"""Write a checkpoint as a Hugging Face folder.
+
+Sharded safetensors, config, generation config, tokenizer, chat template and a model card; transformers, vLLM and
+`distill eval` load it. One process, no GPU, no more memory than the largest tensor needs.
+
+examples
+  distill export runs/latest
+  distill export runs/latest student_40 --step 40
+  distill export runs/latest best --step best
 """
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
@@ -14,71 +21,62 @@ from distill_cli.checkpoint import store
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
+from distill_cli.verbs.command_line import Parser, given
 from distill_cli.verbs.resume import check_base, open_run
 
-MAX_SHARD_SIZE = "5GB"
-"""Of one safetensors file, as the hub likes them."""
-OPTIONS = ("--step", "--max-shard-size", "--push")
+
+def declare(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="its folder, such as runs/latest")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="written; by default in RUN/export")
+    parser.takes_step(default="last")
+    parser.add_argument(
+        "--max-shard-size",
+        type=parse_size,
+        default="5GB",
+        metavar="SIZE",
+        help="of one file, such as 500MB; 5GB if not given",
+    )
+    parser.add_argument("--adapter", action="store_true", help="of a LoRA student: the adapter alone, as peft has it")
+    parser.add_argument("--push", type=given, metavar="NAME", help="to the hub, under this name")
 
 
-def export(argv: Sequence[str]) -> int:
-    """The verb; its exit status.
+def main(arguments: argparse.Namespace) -> int:
+    """Export one checkpoint; return the exit status.
 
     Raises:
         ConfigError: no such run or checkpoint, the folder exists, or there are no adapters where they are asked for.
         DistillError: it could not be written, or not be pushed.
     """
-    words, options = _arguments(argv)
-    run = open_run(Path(words[0]))
-    found, which = ResolvedRun.read(run, needs_teacher=False), options.get("--step", "last")
-    max_file_bytes = parse_size(options.get("--max-shard-size", MAX_SHARD_SIZE))
-    settings, console = found.config.checkpoint, Console(highlight=False, soft_wrap=True)
+    run, as_adapter = open_run(Path(arguments.run)), arguments.adapter
+    found, console = ResolvedRun.read(run, needs_teacher=False), Console(highlight=False, soft_wrap=True)
+    settings = found.config.checkpoint
     try:
         checkpoint = store.choose(
             run.checkpoints,
-            which,
+            arguments.step,
             metric=settings.metric,
             higher_is_better=settings.keeps_highest,
             warn=lambda text: console.print(f"warning: {escape(text)}"),
         )
     except DistillError as error:
         raise ConfigError(str(error)) from error
-    as_adapter = "--adapter" in options
     if as_adapter and not found.config.model.student.lora.is_on:
-        raise ConfigError(f"--adapter: {words[0]} trained all weights (model.student.lora.rank=null); leave it out")
+        raise ConfigError(
+            f"--adapter: {arguments.run} trained all weights (model.student.lora.rank=null); leave it out"
+        )
     name = checkpoint.path.name + ("_adapter" if as_adapter else "")
-    folder = Path(words[1]) if len(words) > 1 else run.path / "export" / name
+    folder = arguments.folder or run.path / "export" / name
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; give another folder")
     check_base(checkpoint, found.student)
     from distill_cli.checkpoint.hf_export import write_folder  # imports torch
 
-    write_folder(checkpoint, found, folder, as_adapter=as_adapter, max_file_bytes=max_file_bytes)
+    write_folder(checkpoint, found, folder, as_adapter=as_adapter, max_file_bytes=arguments.max_shard_size)
     console.print(f"{'adapter' if as_adapter else 'student'} of step {checkpoint.step}: {folder}")
-    if "--push" in options:
-        push(folder, options["--push"])
-        console.print(f"pushed to {options['--push']}")
+    if arguments.push:
+        push(folder, arguments.push)
+        console.print(f"pushed to {arguments.push}")
     return 0
-
-
-def _arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    words, options, rest = [], {}, list(argv)
-    while rest:
-        word = rest.pop(0)
-        name, is_joined, value = word.partition("=")
-        if word == "--adapter":
-            options[word] = "true"
-        elif name in OPTIONS:
-            options[name] = value if is_joined else (rest.pop(0) if rest else "")
-            if not options[name]:
-                raise ConfigError(f"{name}: a value is needed")
-        elif word.startswith("-"):
-            raise ConfigError(f"{word}: `distill export` takes a run, a folder, --adapter, {', '.join(OPTIONS)}")
-        else:
-            words.append(word)
-    if not 1 <= len(words) <= 2:
-        raise ConfigError("distill export: give a run's folder, such as runs/latest, and perhaps a folder to write")
-    return words, options
 
 
 def parse_size(text: str) -> int:

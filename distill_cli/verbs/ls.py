@@ -1,11 +1,30 @@
-"""`distill ls`: the config groups and their choices, as the files themselves describe them."""
+"""List config groups, or one group's choices with what each is.
+
+examples
+  distill ls               the groups
+  distill ls loss
+  distill ls data
+"""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-from distill_cli.config.choices import group_choices, groups, nearest
+from distill_cli.config.choices import conf_dir, group_choices, groups, nearest
 from distill_cli.errors import ConfigError
+from distill_cli.verbs.command_line import Parser
+
+
+def declare(parser: Parser) -> None:
+    group = parser.add_argument("group", nargs="?", metavar="GROUP", help="one of the groups that `distill ls` lists")
+    group.complete = groups([conf_dir()])
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the groups or choices; return 0."""
+    print_choices(conf_dir(), arguments.group)
+    return 0
 
 
 def print_choices(conf_dir: Path, group: str | None) -> None:

@@ -1,10 +1,18 @@
-"""`distill plan`: what a run would do, before it does anything.
+"""Compose and check everything, print what would run, start nothing.
 
-Memory is by part and by arithmetic (`distill_cli.memory`); seconds are measured where that is asked for.
+Prints the mesh and who holds what, the arithmetic of a step, memory by part, the command or the sbatch script, and
+whatever a run would refuse or warn of.
+
+examples
+  distill plan
+  distill plan --measure
+  distill plan model=qwen3_1.7b_4b data.train.path=train.jsonl data.validation.path=test.jsonl
+  distill plan cluster.ranks_per_node=2 mesh.tensor=2
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import platform
 import textwrap
@@ -15,6 +23,7 @@ from rich.table import Table
 
 from distill_cli.config.compose import Job, compose
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
+from distill_cli.config.flags import add_hydra_flags
 from distill_cli.config.schema import Config, EngineModelConfig, LoraSync
 from distill_cli.jobs.prepare import job_warnings, resolve_jobs, single_path
 from distill_cli.jobs.run_panels import training_rows, validation_rows
@@ -24,21 +33,30 @@ from distill_cli.models import model_files
 from distill_cli.models.lora_names import targeted
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
+from distill_cli.verbs.command_line import Parser
 from distill_cli.verbs.measure import Pace, check_measurable, measure
 
-MEASURE = "--measure"
+
+def declare(parser: Parser) -> None:
+    parser.takes_overrides()
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="run the first steps here, and print seconds by stage, over an epoch and the run; leaves nothing behind",
+    )
+    parser.takes_wait(help="as in `distill train`, to plan the same line")
+    add_hydra_flags(parser)
 
 
-def plan(argv: Sequence[str]) -> int:
-    """The verb: checks and prints each job; with `--measure` runs the only one's first steps as well."""
-    jobs = compose([word for word in argv if word != MEASURE])
-    measures = MEASURE in argv
-    if measures:
+def main(arguments: argparse.Namespace) -> int:
+    """Check and print each job; with `--measure` also run the first steps of the only one."""
+    jobs = compose(arguments.overrides, arguments.flags)
+    if arguments.measure:
         check_measurable(jobs)
     jobs, resolved = resolve_jobs(jobs)
     for job, found in zip(jobs, resolved, strict=True):
         print_plan(job, found)
-        if measures:
+        if arguments.measure:
             print_pace(job, found, measure(job, found))
             return 0
     if jobs:

@@ -1,43 +1,49 @@
-"""`distill replay RUN [OVERRIDES]`: trains again on what a run recorded, with another loss or another student.
+"""Train again on what a run recorded (rollout.save_scores), without engines.
 
-The run's config is the base; what it recorded takes the place of prompts, answers and the teacher. It becomes a run of
-its own, with a folder of its own. Nothing is validated, and so no engine is started, unless that is asked for.
+The run's config is the base. Its recorded sequences, with the teacher's top-k, take the place of prompts, answers and
+the teacher, step by step: only a student is trained, as a run of its own, on any number of ranks. Loss, optimizer,
+student and mesh may differ from the recorded run's; what shaped the recording may not, and loss.topk may not grow.
+Nothing is validated unless eval.period, eval.at_start or eval.at_end ask for it: that starts the student's engine.
+
+examples
+  distill replay runs/latest loss=reverse
+  distill replay runs/latest loss.topk=16 train.lr=5e-4
+  distill replay runs/latest eval.at_end=true
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 from pathlib import Path
 from typing import Any
 
 from distill_cli.config.compose import Job
 from distill_cli.config.variation import load_config, override
 from distill_cli.data.recorded_run import Recording
-from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import RunDir
+from distill_cli.verbs.command_line import Parser
 from distill_cli.verbs.resume import open_run, varied
 from distill_cli.verbs.train import run_jobs
 
 
-def replay(argv: Sequence[str]) -> int:
-    """The verb; its exit status.
+def declare(parser: Parser) -> None:
+    parser.takes_subject("RUN", help="folder of a run that kept its scores, such as runs/latest")
+    parser.takes_wait()
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Train on a recorded run; return the exit status.
 
     Raises:
         ConfigError: no such run, or one without scores; an override that does not fit what was recorded.
         DistillError: the replay failed.
     """
-    words = list(argv)
-    if not words or words[0].startswith("-") or "=" in words[0]:
-        raise ConfigError("distill replay: which run? give the folder of one that kept its scores, such as runs/latest")
-    others = [word for word in words[1:] if word.startswith("-") or "=" not in word]
-    if others:
-        raise ConfigError(f"{' '.join(others)}: `distill replay` takes a run and overrides")
-    run, overrides = open_run(Path(words[0])), words[1:]
+    run, overrides = open_run(Path(arguments.subject)), arguments.overrides
     config = varied(override(load_config(run.config), base_overrides(run)), overrides)
     losses = [word.partition("=")[2] for word in overrides if word.startswith("loss=")]
     choices = {"model": "replay", "loss": (losses or [config.loss.kl_type.replace(":", "_")])[-1]}
     job = Job(config=config, choices=choices, overrides=overrides, swept=[])
-    return run_jobs([job], command=["distill", "replay", *argv])
+    return run_jobs([job], command=arguments.command)
 
 
 def base_overrides(run: RunDir) -> dict[str, Any]:

@@ -1,12 +1,18 @@
-"""`distill resume RUN|SWEEP [--step N] [OVERRIDES]`: a run goes on in its own folder, from a checkpoint.
+"""Resume a run, or what did not finish of a sweep, from its newest checkpoint.
 
-What may be changed on the way is what changes where and how the run computes, when it looks at itself and when it ends
-(`SAFE`). The rest has shaped the weights that are there: it is compared with the checkpoint's own config, and a
-difference is refused with both values.
+In the same folder, on any number of ranks and any mesh. Keys that have shaped the weights cannot be changed: they are
+compared with the checkpoint's own config, and a difference is refused. The README lists the keys that can.
+
+examples
+  distill resume runs/latest
+  distill resume runs/latest train.max_steps=2000      for longer
+  distill resume runs/latest mesh.tensor=2             on another mesh
+  distill resume runs/latest --step 40
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,16 +38,29 @@ from distill_cli.launch.base import launcher_of
 from distill_cli.models.model_files import ModelFiles, fingerprint
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
+from distill_cli.verbs.command_line import Parser, parser_of
 
 
-def resume(argv: Sequence[str]) -> int:
-    """The verb; its exit status.
+def declare(parser: Parser) -> None:
+    parser.takes_subject("RUN|SWEEP", help="its folder, such as runs/latest")
+    parser.add_argument("--step", type=_step, metavar="N", help="from an earlier checkpoint; later ones are set aside")
+    parser.takes_wait()
+
+
+def _step(word: str) -> int:
+    if not word.isdecimal():
+        raise ConfigError(f"--step {word}: must be the number of a step")
+    return int(word)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Resume a run, or a sweep's unfinished runs; return the exit status.
 
     Raises:
         ConfigError: there is no such run, it is in use, it is finished, or an override cannot be taken.
         DistillError: the run failed again.
     """
-    path, step, overrides = _arguments(argv)
+    path, step, overrides = Path(arguments.subject), arguments.step, arguments.overrides
     console = Console(highlight=False, soft_wrap=True)
     sweep = SweepDir(path.resolve())
     if sweep.file.is_file():
@@ -121,8 +140,10 @@ def resume_search(sweep: SweepDir, overrides: Sequence[str], *, console: Console
     """
     from distill_cli.jobs.search import carry_out_search, read_search  # Optuna takes a while to import
 
-    words = {word.partition("=")[0]: word for word in [*sweep.command()[1:], *overrides]}
-    asked, elements = read_search(list(words.values())), sweep.elements()
+    command = sweep.command()
+    typed = parser_of("train").parse([word for word in command[1:] if word != "train"])
+    words = {word.partition("=")[0]: word for word in [*typed.overrides, *overrides]}
+    asked, elements = read_search(list(words.values()), typed.flags, command=command), sweep.elements()
     with RunDir(sweep.path).lock():
         for job in in_queue([RunDir(sweep.path / element.folder) for element in elements]).values():
             raise ConfigError(f"{sweep.path}: a trial is in the queue as {job}; wait for it to end, or cancel it")
@@ -189,24 +210,6 @@ def has_finished(run: RunDir) -> bool:
 def is_done(run: RunDir, config: Config, found: ResolvedRun) -> bool:
     """Whether the run has finished all the steps that the config asks for."""
     return has_finished(run) and read_outcome(run).num_steps >= found.num_steps
-
-
-def _arguments(argv: Sequence[str]) -> tuple[Path, int | None, list[str]]:
-    words, step = list(argv), None
-    for index, word in enumerate(words):
-        if word == "--step" or word.startswith("--step="):
-            value = word.partition("=")[2] if "=" in word else "".join(words[index + 1 : index + 2])
-            if not value.isdecimal():
-                raise ConfigError(f"--step {value}: must be the number of a step")
-            step = int(value)
-            del words[index : index + (1 if "=" in word else 2)]
-            break
-    if not words or words[0].startswith("-") or "=" in words[0]:
-        raise ConfigError("distill resume: which run? give its folder, such as runs/latest")
-    flags = [word for word in words[1:] if word.startswith("-")]
-    if flags:
-        raise ConfigError(f"{' '.join(flags)}: `distill resume` takes a run, --step and overrides")
-    return Path(words[0]), step, words[1:]
 
 
 def open_run(path: Path) -> RunDir:

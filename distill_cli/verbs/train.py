@@ -1,14 +1,28 @@
-"""`distill train`: composed jobs become runs, here or on a cluster, alone or as a sweep."""
+"""Train a student on its own answers, scored by a teacher (the default verb).
+
+The whole configuration is checked first: everything wrong with it is reported at once (status 2), before anything
+starts. Then the run's folder is written, the ranks start, and each step prints a line.
+
+examples
+  distill                                              the embedded pair, on this machine's CPU
+  distill experiment=quick                             ten steps of it
+  distill loss=reverse loss.topk=32 train.lr=1e-3      a choice of a group, and keys
+  distill -m loss.topk=32,64 loss.kl_weight=0.3,0.5    a sweep of four runs; search.trials=20 draws runs instead
+  distill cluster=slurm cluster.partition=gpu          the same as a job
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from distill_cli.config.compose import Job, compose
+from distill_cli.config.flags import add_hydra_flags
 from distill_cli.errors import ConfigError
 from distill_cli.folders import run_dir
 from distill_cli.jobs.prepare import prepare, print_warnings, resolve_jobs, single_path
@@ -19,20 +33,32 @@ from distill_cli.jobs.sweep import carry_out_sweep, discard_if_refused, prepare_
 from distill_cli.launch.base import launcher_of
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
+from distill_cli.verbs.command_line import Parser
 
 
-def train(argv: Sequence[str], *, command: Sequence[str]) -> int:
-    """What was typed, to its end or into the queue; the exit status.
+def declare(parser: Parser) -> None:
+    parser.takes_overrides()
+    parser.takes_wait()
+    parser.add_argument("--version", action="store_true", help="print distill's version")
+    add_hydra_flags(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Train what was typed to its end, or submit it; return the exit status.
 
     Raises:
         ConfigError: some job is wrong; nothing was started.
         DistillError: the only job failed.
     """
-    if any(word.lstrip("+").startswith("search.trials=") and not word.endswith("=null") for word in argv):
+    if arguments.version:
+        print(f"distill {metadata.version('distill-cli')}")
+        return 0
+    overrides, flags, command = arguments.overrides, arguments.flags, arguments.command
+    if any(word.lstrip("+").startswith("search.trials=") and not word.endswith("=null") for word in overrides):
         from distill_cli.jobs.search import search  # Optuna takes a while to import
 
-        return search(argv, console=new_console())
-    jobs = compose(argv)
+        return search(overrides, flags, command=command, console=new_console())
+    jobs = compose(overrides, flags)
     return run_jobs(jobs, command=command) if jobs else 0
 
 

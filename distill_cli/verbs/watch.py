@@ -1,14 +1,19 @@
-"""`distill watch RUN`: a run in progress, seen from its files, wherever it runs. Ends when the run ends.
+"""Follow a run in progress, wherever it runs.
 
-The queue is asked now and then about a run that was submitted: a job that was killed leaves nothing in the files.
+Reads the run's own files, so a job on another machine can be followed if its folder is visible here. Ends when the run
+ends; Ctrl-C leaves the run alone.
+
+examples
+  distill watch runs/latest
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from distill_cli.config.variation import load_config
@@ -19,32 +24,38 @@ from distill_cli.jobs.submit import POLL_S as QUEUE_POLL_S
 from distill_cli.jobs.submit import lost_job_reason
 from distill_cli.report.read import state_of
 from distill_cli.terminal.step_printer import StepPrinter
+from distill_cli.verbs.command_line import Parser
 
 POLL_S = 0.5
 GOING_ON = ("waiting", "running")
 
 
-def watch(argv: Sequence[str], *, sleep: Callable[[float], None] = time.sleep) -> int:
-    """Follows the run that `argv` names; the exit status: 1 where it failed.
+def declare(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="its folder, such as runs/latest")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Follow a run until it ends; return the exit status, 1 if the run failed.
 
     Raises:
         ConfigError: there is no such run.
     """
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise ConfigError("distill watch: takes the folder of one run, such as runs/latest")
-    run = RunDir(Path(argv[0]).resolve())
+    run = RunDir(Path(arguments.run).resolve())
     if not run.config.is_file():
         what = "no such folder" if not run.path.exists() else "no run is there (config.yaml is missing)"
-        raise ConfigError(f"{argv[0]}: {what}; give the folder of a run, such as runs/latest")
+        raise ConfigError(f"{arguments.run}: {what}; give the folder of a run, such as runs/latest")
     try:
-        return follow(run, sleep=sleep)
+        return follow(run)
     except KeyboardInterrupt:
-        print(f"\nleft; the run is {state_of(run)}. distill watch {argv[0]} comes back to it", file=sys.stderr)
+        print(f"\nleft; the run is {state_of(run)}. distill watch {arguments.run} comes back to it", file=sys.stderr)
         return 130
 
 
-def follow(run: RunDir, *, sleep: Callable[[float], None]) -> int:
-    """Shows what is there and what comes, until the run has ended."""
+def follow(run: RunDir, *, sleep: Callable[[float], None] = time.sleep) -> int:
+    """Show what is there and what comes, until the run has ended; return 1 if it failed, else 0.
+
+    The queue of a submitted run is polled too: a job that Slurm killed leaves nothing in the files.
+    """
     num_steps = load_config(run.config).train.max_steps
     with StepPrinter(sys.stdout, num_steps=num_steps, title=f"distill watch  {run.path.name}") as printer:
         last, asked, lost = -1, -math.inf, None

@@ -60,7 +60,7 @@ def test_what_is_typed_beats_the_choice_of_the_model() -> None:
 
 
 def test_a_sweep_is_a_list_of_jobs_with_what_tells_them_apart() -> None:
-    jobs = compose(["-m", "loss.topk=8,16", "loss.kl_weight=0.3,0.5", "train.seed=7"])
+    jobs = compose(["loss.topk=8,16", "loss.kl_weight=0.3,0.5", "train.seed=7"], ["--multirun"])
     assert [job.swept for job in jobs] == [
         [f"loss.topk={topk}", f"loss.kl_weight={weight}"] for topk in (8, 16) for weight in (0.3, 0.5)
     ]
@@ -70,13 +70,8 @@ def test_a_sweep_is_a_list_of_jobs_with_what_tells_them_apart() -> None:
 def test_composing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     compose([])
-    compose(["-m", "train.seed=1,2"])
+    compose(["train.seed=1,2"], ["--multirun"])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_hydra_shows_one_config_and_no_sweep_s() -> None:
-    with pytest.raises(ConfigError, match="--cfg and -m: exclude each other; drop one"):
-        compose(["-m", "loss.topk=4,8", "--cfg", "job"])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +131,7 @@ def test_an_old_key_in_a_file_too(tmp_path: Path) -> None:
 
 
 def test_all_mistakes_are_named_at_once() -> None:
-    assert len(problems_of("loss.topkk=3", "train.lr=abc", "loss=foo", "-m", "train.seed=1,x")) == 4
+    assert len(problems_of("loss.topkk=3", "train.lr=abc", "loss=foo", "train.seed=1,x")) == 4
 
 
 def test_own_parameters_are_named_kwargs() -> None:

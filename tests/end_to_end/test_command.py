@@ -115,7 +115,7 @@ def test_plan_measures_the_run_itself_and_leaves_nothing(tmp_path: Path) -> None
 
 
 def test_help_ls_and_cfg(tmp_path: Path) -> None:
-    assert "distill plan" in distill(tmp_path, "--help").stdout
+    assert "\n  plan " in distill(tmp_path, "--help").stdout
     assert "loss=reverse" in distill(tmp_path, "ls", "loss").stdout
     assert "kl_type: reverse" in distill(tmp_path, "loss=reverse", "--cfg", "job").stdout
 
@@ -156,6 +156,9 @@ TYPED = {
     "distill resume runs/latest train.lr": ["train.lr="],
     "distill ls lo": ["loss"],
     "distill track ": ["sync"],
+    "distill track sync runs/x --u": ["--uri"],
+    "distill eval --step ": ["best", "last"],
+    "distill replay runs/s/0_topk=32 --wait train.lr": ["train.lr="],
     "distill watch ru": [],
 }
 """What Tab offers at the end of each line."""

@@ -57,7 +57,7 @@ def test_greedily_it_is_the_run_s_own_validation_also_of_an_export_and_on_two_ra
     ("argv", "said"),
     [
         ([], "give one run or model"),
-        (["runs/latest", "--against"], "--against: give a run"),
+        (["runs/latest", "--against"], "--against: expected at least one"),
         (["runs/latest", "--step", "x"], "must be the number of a step, best or last"),
         (["runs/latest", "train.lr=1"], "train.lr=1: an evaluation does not read it"),
         (["runs/latest", "eval.repeet=2"], "did you mean eval.repeat?"),

@@ -8,8 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from distill_cli import cli
 from distill_cli.models.model_files import ASSETS
-from distill_cli.verbs.export import export
 from tests.end_to_end.conftest import SHORT, Finished, distill
 
 LORA = ("model.student.lora.rank=4", "model.student.lora.targets=[q_proj,o_proj,down_proj]")
@@ -36,7 +36,8 @@ def test_the_sampler_has_the_trainer_s_adapter(two_ranks: Finished) -> None:
 @torch.no_grad()
 def test_an_export_is_the_student_either_way(two_ranks: Finished, tmp_path: Path) -> None:
     run = str(two_ranks.run.path)
-    assert export([run, str(tmp_path / "merged")]) == export([run, str(tmp_path / "adapter"), "--adapter"]) == 0
+    assert cli.run(["export", run, str(tmp_path / "merged")]) == 0
+    assert cli.run(["export", run, str(tmp_path / "adapter"), "--adapter"]) == 0
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", two_ranks.run.student))
     base = load_file(BASE / "model.safetensors")
     assert ours.keys() == theirs.keys() == base.keys()

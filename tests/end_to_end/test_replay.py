@@ -68,10 +68,10 @@ def test_what_cannot_be_replayed_is_said(
     one_rank: Finished, two_ranks: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for argv, said in (
-        ([], "which run? give the folder of one that kept its scores"),
-        (["loss=reverse"], "which run?"),
+        ([], "required: RUN"),
+        (["loss=reverse"], "loss=reverse: give one RUN"),
         (["runs/none"], "no such folder"),
-        (["runs/latest", "--step", "3"], "--step 3: `distill replay` takes a run and overrides"),
+        (["runs/latest", "--step", "3"], "--step: distill replay has no such flag"),
         ([str(two_ranks.run.path)], "the run kept no scores; record them with rollout.save_scores=true"),
         (["runs/latest", "loss.topk=65"], "loss.topk=65: 16 tokens of the teacher were recorded; lower it"),
         (["runs/latest", "rollout.temperature=2"], "rollout.temperature=2.0: the rollouts were recorded with 1.0"),

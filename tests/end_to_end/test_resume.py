@@ -116,7 +116,7 @@ def test_what_cannot_be_resumed_is_said(one_rank: Finished, tmp_path: Path) -> N
     for argv, said in (
         (["runs/none"], "no such folder"),
         (["runs"], "no run is there"),
-        ([], "which run?"),
+        ([], "required: RUN|SWEEP"),
         ([run], "finished after 3 steps; give train.max_steps=N"),
         ([run, "train.max_steps=9", "train.lr=3", "loss=reverse"], "train.lr=3.0: the run was made with 0.001"),
         ([run, "train.max_steps=9", "loss=reverse"], "loss.kl_type=reverse: the run was made with mixed"),
@@ -161,7 +161,7 @@ def test_an_export_is_the_student_that_was_trained(one_rank: Finished, two_ranks
     for argv, said in (
         (["runs/latest", str(tmp_path)], "exists already"),
         (["runs/latest", "--step", "7"], "no checkpoint 7"),
-        (["runs/latest", "--stepp", "7"], "takes a run, a folder"),
+        (["runs/latest", "--stepp", "7"], "did you mean --step?"),
     ):
         done = distill(one_rank.folder, "export", *argv)
         assert (done.status, said in done.stderr) == (2, True), done.stderr

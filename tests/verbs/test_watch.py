@@ -47,7 +47,7 @@ def test_it_follows_a_run_to_its_end(run: RunDir, capsys: pytest.CaptureFixture[
             file.write(row(have))
 
     with run.lock():
-        assert watch.watch([str(run.path)], sleep=next_moment) == 0
+        assert watch.follow(run, sleep=next_moment) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "step 0/1000 loss=1.0000 val=0.250"
     assert [line.split(" ")[1] for line in said[:-1]] == ["0/1000", "1/1000", "2/4", "3/4"]
@@ -66,7 +66,7 @@ def test_it_says_that_a_run_has_failed_or_gone_back(run: RunDir, capsys: pytest.
         else:
             moment()
 
-    assert watch.watch([str(run.path)], sleep=next_moment) == 1
+    assert watch.follow(run, sleep=next_moment) == 1
     said = capsys.readouterr().out
     assert "goes on from the checkpoint of step 0" in said
     assert said.count("step 1/1000") == 2
@@ -85,7 +85,7 @@ def test_a_requeued_job_is_waited_for(run: RunDir, capsys: pytest.CaptureFixture
         )
     )
     with run.lock():
-        assert watch.watch([str(run.path)], sleep=lambda _seconds: next(moments)()) == 0
+        assert watch.follow(run, sleep=lambda _seconds: next(moments)()) == 0
     said = capsys.readouterr().out
     assert "step 2/1000" in said
     assert said.splitlines()[-1].startswith("stopped after step 2")

@@ -1,0 +1,163 @@
+"""The verbs, each declared in its own file, and the parser that all of them use.
+
+A verb's module has a docstring (a summary in one line, what the verb does, `examples`), `declare(parser)` and
+`main(arguments)`. Parsing, `distill --help`, `distill VERB --help` and completion follow from these three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+from distill_cli.config.choices import nearest
+from distill_cli.errors import ConfigError
+
+VERBS = ("train", "plan", "check", "resume", "replay", "watch", "eval", "export", "report", "track", "ls", "doctor")
+
+GENERAL = """\
+distill - on-policy distillation of language models from one command
+
+usage: distill [VERB] [OVERRIDE ...]
+
+{verbs}
+
+examples
+  distill                                              the embedded pair, on this machine's CPU
+  distill model=qwen3_1.7b_4b loss=mixed data.train.path=train.jsonl data.validation.path=test.jsonl
+  distill -m loss.topk=32,64 loss.kl_weight=0.3,0.5    a sweep
+  distill cluster=slurm cluster.nodes=2 cluster.partition=gpu model=qwen3_1.7b_4b ...
+
+`distill VERB --help` lists a verb's flags, `distill --version` prints the version. Overrides are Hydra's:
+group=choice, key=value; -m, --cfg, --info and `eval "$(distill -sc install=bash)"` for tab completion work as in
+any Hydra application. Set DISTILL_DEBUG=1 for tracebacks.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser of one verb: errors are ConfigError, and flags and overrides may stand anywhere on the line."""
+
+    def __init__(self, verb: str) -> None:
+        body, _, examples = text(verb).partition("\nexamples\n")
+        super().__init__(
+            prog=f"distill {verb}",
+            description=body,
+            epilog=f"examples\n{examples}",
+            formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
+            allow_abbrev=False,
+        )
+        self._subject: argparse.Action | None = None
+
+    def takes_subject(self, metavar: str, *, help: str) -> None:
+        """Declare one run (or model) with overrides: `subject` is the word that is no override, wherever it stands."""
+        self._subject = self.add_argument("subject", metavar=metavar, help=help)
+        self.takes_overrides()
+
+    def takes_overrides(self) -> None:
+        self.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help="key=value or group=choice")
+
+    def takes_wait(self, *, help: str = "follow the Slurm job, exit with its status") -> None:
+        """Declare `--wait`, which is the override cluster.wait=true."""
+        self.add_argument("--wait", action="store_true", help=help)
+
+    def takes_step(self, *, default: str | None) -> None:
+        step = self.add_argument(
+            "--step", type=_checkpoint, default=default, metavar="N|best|last",
+            help="which checkpoint: a step, the best by checkpoint.metric, or the last",
+        )  # fmt: skip
+        step.complete = ("best", "last")
+
+    def error(self, message: str) -> NoReturn:
+        usage = " ".join(self.format_usage().split())
+        raise ConfigError(f"{self.prog}: {message} ({usage})")
+
+    def flags(self) -> dict[str, argparse.Action]:
+        """Return every flag that is not hidden, by each of its names."""
+        shown = [action for action in self._actions if action.help is not argparse.SUPPRESS]
+        return {name: action for action in shown for name in action.option_strings}
+
+    def positionals(self) -> list[argparse.Action]:
+        return [action for action in self._actions if not action.option_strings]
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Return what was typed after the verb.
+
+        Raises:
+            ConfigError: a flag is unknown or lacks its value, or a word is missing or one too many.
+        """
+        known = self._option_string_actions
+        names = [word.partition("=")[0] for word in words if word.startswith("-")]
+        if unknown := [name for name in names if name not in known]:
+            raise ConfigError(
+                *(
+                    f"{name}: {self.prog} has no such flag{nearest(name, self.flags())} ({self.prog} --help)"
+                    for name in unknown
+                )
+            )
+        arguments, rest = self.parse_known_intermixed_args(self._joined(words))
+        if rest:
+            self.error(f"{' '.join(rest)}: one word too many")
+        if self._subject:
+            typed = [arguments.subject, *arguments.overrides]
+            arguments.overrides = [word for word in typed if is_override(word)]
+            subjects = [word for word in typed if not is_override(word)]
+            if len(subjects) != 1:
+                self.error(f"{' '.join(subjects or typed)}: give one {self._subject.metavar}")
+            (arguments.subject,) = subjects
+        if getattr(arguments, "wait", False):
+            arguments.overrides = [*arguments.overrides, "cluster.wait=true"]
+        return arguments
+
+    def _joined(self, words: Sequence[str]) -> list[str]:
+        """Keep a flag whose value is optional from taking an override for it: `--info loss=mixed`."""
+        optional = {name: action for action in self._actions if action.nargs == "?" for name in action.option_strings}
+        joined = []
+        for word, following in pairwise([*words, ""]):
+            takes_none = word in optional and following not in optional[word].choices
+            joined.append(f"{word}={optional[word].const}" if takes_none else word)
+        return joined
+
+
+def is_override(word: str) -> bool:
+    """Return whether a word is an override and no path, such as a run of a sweep: `runs/s/0_topk=32`."""
+    key, has_value, _ = word.partition("=")
+    if word.startswith(("+", "~")):
+        return True
+    return bool(has_value) and not Path(word).exists() and ("/" not in key or key.startswith("hydra/"))
+
+
+def _checkpoint(word: str) -> str:
+    if not (word.isdecimal() or word in ("best", "last")):
+        raise ConfigError(f"--step {word}: must be the number of a step, best or last")
+    return word
+
+
+def given(word: str) -> str:
+    """The type of a flag whose value must not be empty."""
+    if not word:
+        raise argparse.ArgumentTypeError("a value is needed")
+    return word
+
+
+def text(verb: str) -> str:
+    """Return the docstring of a verb's module without importing it: all of them together would take half a second."""
+    return Path(__file__).with_name(f"{verb}.py").read_text().split('"""')[1]
+
+
+def module_of(verb: str) -> ModuleType:
+    return importlib.import_module(f"distill_cli.verbs.{verb}")
+
+
+def parser_of(verb: str) -> Parser:
+    parser = Parser(verb)
+    module_of(verb).declare(parser)
+    return parser
+
+
+def general_help() -> str:
+    return GENERAL.format(verbs="\n".join(f"  {verb:<9}{text(verb).splitlines()[0]}" for verb in VERBS))

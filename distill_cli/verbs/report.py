@@ -1,0 +1,39 @@
+"""Write one self-contained HTML page about a run, or several compared.
+
+The page is also written at the end of every run. Final KL, loss and accuracy over what was swept are printed here.
+
+examples
+  distill report runs/latest
+  distill report runs/first runs/second --out both.html
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from distill_cli.report.comparison import print_comparison
+from distill_cli.report.html import report_file, write_report
+from distill_cli.report.read import read_results
+from distill_cli.terminal.console import Console
+from distill_cli.verbs.command_line import Parser, given
+
+
+def declare(parser: Parser) -> None:
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN|SWEEP", help="folders, such as runs/latest")
+    parser.add_argument(
+        "--out", type=given, metavar="FILE", help="the page; by default report.html in the run's or sweep's folder"
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the comparison and write the page; return 0.
+
+    Raises:
+        ConfigError: a folder is neither a run's nor a sweep's.
+    """
+    results = read_results(arguments.paths)
+    print_comparison(Console(highlight=False), results)
+    file = Path(arguments.out) if arguments.out else report_file(arguments.paths)
+    print(f"report   {write_report(results, file)}")
+    return 0
