@@ -77,7 +77,7 @@ def test_checkpointing_sharding_and_fewer_tokens_need_less(bf16: bool) -> None:
 
 @pytest.mark.gpu
 def test_one_gpu_at_its_peak() -> None:
-    from .memory_rank import peak_on_gpu
+    from tests.student.memory_rank import peak_on_gpu
 
     case = Case(LARGE, activation_checkpointing="full", precision="bf16", tokens=4096)
     assert predict(case, on_gpu=True)["peak"] == pytest.approx(peak_on_gpu(vars(case)), rel=LIMIT)
