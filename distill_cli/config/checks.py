@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 
-from distill_cli.config.credentials import secret_problems, uri_problem
+from distill_cli.config.credentials import secret_problems
 from distill_cli.config.derived import least_engine_length, parse_duration, parse_time_limit, validates
 from distill_cli.config.schema import ClusterConfig, Config, Launcher, LoraSync
 
@@ -58,7 +58,6 @@ def config_problems(config: Config) -> list[str]:
         *_engine(config),
         *_checkpoint(config),
         *_cluster(config),
-        *_tracker(config),
         *secret_problems(asdict(config)),
         *_run(config),
     ]
@@ -335,15 +334,6 @@ def _slurm(cluster: ClusterConfig) -> Iterator[str]:
         yield f"cluster.extra.{name}: is set by distill, which relies on it; leave it out"
     if any("\n" in line for line in cluster.setup):
         yield "cluster.setup: an element is one line; give several"
-
-
-def _tracker(config: Config) -> Iterator[str]:
-    settings = config.tracker.mlflow
-    problem = uri_problem(settings.uri) if settings.uri is not None else None
-    if problem:
-        yield f"tracker.mlflow.uri: {problem}"
-    if not settings.experiment.strip():
-        yield "tracker.mlflow.experiment: must not be empty"
 
 
 def _sampling(group: str, temperature: float, top_p: float) -> Iterator[str]:

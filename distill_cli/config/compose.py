@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from distill_cli.config.choices import conf_dir
-from distill_cli.config.credentials import hide_credentials, without_credentials
+from distill_cli.config.credentials import credential_keys, without_credentials
 from distill_cli.config.flags import conf_dirs, flag_problems, split_flags
 from distill_cli.config.overrides import into_dictionaries, override_problems, sweep_keys, unknown_keys
 from distill_cli.config.schema import Config
@@ -213,8 +213,12 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def config_text(config: Config) -> str:
-    """What a run's config.yaml holds."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """What a run's config.yaml holds: everything but credentials."""
+    node = OmegaConf.structured(config)
+    for key in credential_keys():
+        if address := OmegaConf.select(node, key):
+            OmegaConf.update(node, key, without_credentials(address))
+    return OmegaConf.to_yaml(node)
 
 
 def flatten(node: Any, at: str = "") -> dict[str, Any]:
@@ -244,10 +248,8 @@ def composed_job(config: DictConfig) -> Job:
     if runtime.mode is not None and runtime.mode.name == "MULTIRUN":
         keys = sweep_keys(split_flags(sys.argv[1:])[0]) | {str(key) for key in runtime.sweeper.get("params") or {}}
         swept = [override for override in task if override.lstrip("+").split("=", 1)[0] in keys]
-    composed = OmegaConf.to_object(config)
-    hide_credentials(composed)
     return Job(
-        config=composed,
+        config=OmegaConf.to_object(config),
         choices={group: choice for group, choice in runtime.runtime.choices.items() if "/" not in group},
         overrides=[without_credentials(override.removeprefix("++")) for override in task],
         swept=[without_credentials(override.removeprefix("++")) for override in swept],

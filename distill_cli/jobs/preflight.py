@@ -36,6 +36,7 @@ from distill_cli.models.model_pair import (
     special_tokens,
     template_difference,
 )
+from distill_cli.track.base import tracker_problems
 from distill_cli.types import Example
 from distill_cli.user_code import load_function
 
@@ -76,7 +77,7 @@ def preflight(config: Config, known_data: dict[str, DataFacts] | None = None) ->
     Raises:
         ConfigError: with all problems.
     """
-    found, problems = Preflight(), config_problems(config)
+    found, problems = Preflight(), [*config_problems(config), *tracker_problems(config)]
 
     @contextlib.contextmanager
     def collecting() -> Iterator[None]:

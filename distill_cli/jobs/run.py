@@ -23,6 +23,7 @@ from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job, config_text, known_losses, load_config
+from distill_cli.config.credentials import credentials_environment
 from distill_cli.config.derived import needs_scorer
 from distill_cli.config.schema import Config
 from distill_cli.data.recorded_run import remove_later
@@ -39,7 +40,8 @@ from distill_cli.machine import hardware
 from distill_cli.models import model_files
 from distill_cli.report.read import read_results
 from distill_cli.terminal.console import Console
-from distill_cli.track.run_tracking import mlflow_target, tracking
+from distill_cli.track.base import trackers_of
+from distill_cli.track.run_tracking import tracking
 
 
 @dataclass
@@ -92,7 +94,11 @@ def single_path(job: Job) -> Path:
 
 
 def prepare(job: Job, path: Path, *, command: Sequence[str], env: dict[str, Any] | None = None) -> RunDir:
-    """Makes a run's folder, with the config that its ranks will read. See `run_dir.create` for `env`."""
+    """Makes a run's folder, with the config that its ranks will read. See `run_dir.create` for `env`.
+
+    Credentials, which are not written, are left in this process' environment, for what it starts or submits.
+    """
+    os.environ |= credentials_environment(job.config)
     return run_dir.create(path.absolute(), command=command, config=config_text(job.config), env=env)
 
 
@@ -301,9 +307,7 @@ def end_panel(job: Job, outcome: dict[str, Any], run: RunDir) -> Panel:
     rows["metrics"] = shown(run.metrics)
     if run.report.exists():
         rows["report"] = shown(run.report)
-    if job.config.tracker.mlflow.enabled:
-        uri = mlflow_target(job.config, run).shown_uri
-        rows["MLflow"] = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri
+    rows |= {tracker.label: tracker.page for tracker in trackers_of(job.config, run)}
     replay = job.config.rollout.replay
     begin = ["distill", *(["replay", shown(Path(replay))] if replay else [])]
     rows["next"] = shlex.join([*begin, *_repeatable(job.overrides), next_override(job)])

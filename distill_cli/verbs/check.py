@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from distill_cli.config.compose import compose, save_config
-from distill_cli.config.schema import Config, Launcher
+from distill_cli.config.schema import Config, Launcher, TrackerConfig
 from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.preflight import preflight
@@ -85,7 +85,7 @@ def small(config: Config) -> Config:
     config.rollout.generations_per_prompt = 1
     config.train.global_batch_size = num_sequences
     config.eval.period, config.eval.at_start, config.eval.at_end = 0, False, False
-    config.tracker.mlflow.enabled = False
+    config.tracker = TrackerConfig()
     config.checkpoint.enabled, config.checkpoint.save_optimizer, config.checkpoint.async_save = True, True, False
     config.engine.student.enforce_eager = config.engine.teacher.enforce_eager = True
     return config

@@ -14,7 +14,7 @@ distill - on-policy distillation of language models from one command
   distill eval RUN|MODEL          accuracy on a benchmark, with intervals; --against compares models
   distill export RUN [DIR]        a checkpoint as a Hugging Face folder
   distill report RUN|SWEEP...     one HTML page about a run, or several compared
-  distill track sync RUN...       send MLflow what it could not be sent before
+  distill track sync RUN...       send trackers what they could not be sent before
   distill ls [GROUP]              the choices of a config group, each with its first comment line
   distill doctor [--json]         what is installed, visible and reachable, and how to fix what is not
 
@@ -156,10 +156,12 @@ examples
   distill report runs/first runs/second --out both.html
 """,
     "track": """\
-distill track sync RUN|SWEEP... - send MLflow what it could not be sent before
+distill track sync RUN|SWEEP... [--uri ADDRESS] - send trackers what they could not be sent before
 
 A tracking server that was away delays no run. What it missed (metrics, parameters, tags, artifacts) follows by itself
 when it is back, or by this command afterwards; what is there already is not sent again.
+
+  --uri ADDRESS  send it to another server or database than the one that the run was tracked by
 
 examples
   distill track sync runs/latest

@@ -18,7 +18,7 @@ from statistics import fmean, median
 
 from distill_cli.config.compose import Job, save_config
 from distill_cli.config.derived import validates
-from distill_cli.config.schema import Config, Launcher, OnTruncation
+from distill_cli.config.schema import Config, Launcher, OnTruncation, TrackerConfig
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir
@@ -118,7 +118,7 @@ def short(config: Config, found: Preflight) -> Config:
     config.eval.period, config.eval.at_start, config.eval.at_end = 0, False, at_end
     config.checkpoint.period, config.checkpoint.must_save_by = STEPS - 1, None
     config.rollout.on_truncation = OnTruncation.warn
-    config.tracker.mlflow.enabled = False
+    config.tracker = TrackerConfig()
     return config
 
 

@@ -14,6 +14,7 @@ from distill_cli.config.schema import Config
 from distill_cli.data.recorded_run import Recording
 from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import RunDir
+from distill_cli.track.base import tracker_names
 from distill_cli.verbs.resume import open_run, with_overrides
 from distill_cli.verbs.train import run_jobs
 
@@ -46,5 +47,7 @@ def base_config(run: RunDir) -> Config:
     config.train.max_steps = Recording.of(str(run.path)).num_steps
     config.eval.period, config.eval.record_samples = 0, 0
     config.eval.at_start = config.eval.at_end = config.eval.teacher = False
-    config.run.name = config.tracker.mlflow.run_name = None
+    config.run.name = None
+    for name in tracker_names():
+        getattr(config.tracker, name).run_name = None
     return config

@@ -7,6 +7,7 @@ difference is refused with both values.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.choices import conf_dir
 from distill_cli.config.compose import flatten, load_config, save_config
-from distill_cli.config.credentials import hide_credentials
+from distill_cli.config.credentials import credentials_environment
 from distill_cli.config.overrides import override_problems
 from distill_cli.config.schema import Config, Launcher, Schedule
 from distill_cli.data.row_check import DataFacts
@@ -80,6 +81,7 @@ def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, conso
                 "or --step N to go on from an earlier checkpoint"
             )
         save_config(config, run.config)
+        os.environ |= credentials_environment(config)
         if step is not None and start is not None:
             set_aside(run, later_than=start.step)
         attempt = run.next_attempt()
@@ -139,6 +141,7 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
         raise ConfigError(f"{sweep.path}: every run {done}; give train.max_steps=N to go on with finished ones")
     for index, config in configs.items():
         save_config(config, runs[index].config)
+        os.environ |= credentials_environment(config)
     console.print(f"{len(configs)} of {len(elements)} runs go on")
     rest = [element for element in elements if element.index in configs]
     return carry_out_sweep(sweep, rest, next(iter(configs.values())), console=console)
@@ -202,9 +205,7 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
                 OmegaConf.update(merged, override.key_or_group, override.value())
         except OmegaConfBaseException as error:
             raise ConfigError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
-    config = OmegaConf.to_object(merged)
-    hide_credentials(config)
-    return config
+    return OmegaConf.to_object(merged)
 
 
 def start_of(run: RunDir, step: int | None, *, config: Config, console: Console) -> Checkpoint | None:
