@@ -244,7 +244,8 @@ def check_plugins(argv: Sequence[str], plugins: dict[str, str]) -> None:
     for word in argv:
         if word.lstrip("+").startswith("hydra.sweeper.storage=") and not word.endswith("=null"):
             raise ConfigError(
-                "hydra.sweeper.storage: the plugin's Optuna 2 keeps no database with SQLAlchemy 2; leave it out"
+                "hydra.sweeper.storage: the plugin's Optuna 2 keeps no database with the SQLAlchemy 2 that is there; "
+                "leave it out"
             )
 
 

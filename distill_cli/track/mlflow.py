@@ -65,7 +65,7 @@ class MlflowTracker(Tracker):
         is_database = self._uri.startswith("sqlite:")
         self.page = f"mlflow ui --backend-store-uri {self.place}" if is_database else self.place
         self.logs_model = settings.log_model
-        self._client: MlflowClient | None = None
+        self.client: MlflowClient | None = None
         self._run_id: str | None = None
 
     def identity(self, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,10 +74,9 @@ class MlflowTracker(Tracker):
         return {**place, "token": known.get("token") or uuid.uuid4().hex, "run_id": run_id}
 
     def open(self, identity: dict[str, Any], *, running: bool) -> None:
-        client = self._client = self._client or connect(self._uri)
-        parent = {}
+        client, parent = self.client or self._connect(), {}
         if self._sweep and (running or identity["run_id"] is None):
-            parent["mlflow.parentRunId"] = open_parent(self, client, self._sweep, running=running)
+            parent["mlflow.parentRunId"] = open_parent(self, self._sweep, running=running)
         if identity["run_id"] is None:
             name = self._settings.run_name or self._run.path.name
             identity["run_id"] = self.make_run(name, token=identity["token"], tags=parent)
@@ -89,32 +88,35 @@ class MlflowTracker(Tracker):
             log_inputs(client, stored, self._config)
             self._run_id = identity["run_id"]
 
+    def _connect(self) -> MlflowClient:
+        """Make the database and the experiment if they are not there. Takes seconds: imports, migrations."""
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it prints the address with its password
+        for variable, value in ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
+        from mlflow import MlflowClient
+
+        database = re.fullmatch(r"sqlite:///([^?]+).*", self._uri)
+        lock = Path(database[1] if database else self._root / "mlflow")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with hold(lock.with_name(f".{lock.name}.lock"), wait_s=inf):
+            client, name = MlflowClient(tracking_uri=self._uri), self._settings.experiment
+            is_server = re.match("https?:|databricks", self._uri)
+            artifacts = None if is_server else (self._root / "mlartifacts").as_uri()
+            found = client.get_experiment_by_name(name)
+            made = found.experiment_id if found else client.create_experiment(name, artifact_location=artifacts)
+        self.client, self._experiment_id = client, made
+        return client
+
     def make_run(self, name: str, *, token: str, tags: Mapping[str, str]) -> str:
         """Return the run with this token, made if it is not there."""
-        experiment = self._make_experiment()
-        found = self._client.search_runs([experiment], filter_string=f"tags.`{TOKEN}` = '{token}'", max_results=1)
-        run = found[0] if found else self._client.create_run(experiment, run_name=name, tags={TOKEN: token, **tags})
+        at = self._experiment_id
+        found = self.client.search_runs([at], filter_string=f"tags.`{TOKEN}` = '{token}'", max_results=1)
+        run = found[0] if found else self.client.create_run(at, run_name=name, tags={TOKEN: token, **tags})
         return run.info.run_id
 
-    def _make_experiment(self) -> str:
-        """Return the experiment, made if it is not there; a server decides where its artifacts go."""
-        from mlflow.exceptions import MlflowException
-
-        is_server = re.match("https?:|databricks", self._uri)
-        artifacts = None if is_server else (self._root / "mlartifacts").as_uri()
-        name = self._settings.experiment
-        for is_last in (False, True):
-            if found := self._client.get_experiment_by_name(name):
-                return found.experiment_id
-            try:
-                return self._client.create_experiment(name, artifact_location=artifacts)
-            except MlflowException:
-                if is_last:
-                    raise  # else another run has made it meanwhile
-
     def logged(self) -> set[tuple[str, int]]:
-        keys = self._client.get_run(self._run_id).data.metrics
-        return {(key, metric.step) for key in keys for metric in self._client.get_metric_history(self._run_id, key)}
+        keys = self.client.get_run(self._run_id).data.metrics
+        return {(key, metric.step) for key in keys for metric in self.client.get_metric_history(self._run_id, key)}
 
     def log(self, rows: Sequence[Mapping[str, float]]) -> None:
         from mlflow.entities import Metric
@@ -125,16 +127,16 @@ class MlflowTracker(Tracker):
             for key, value in row.items()
             if key not in ("step", "time")
         ]
-        self._client.log_batch(self._run_id, metrics=metrics)
+        self.client.log_batch(self._run_id, metrics=metrics)
 
     def artifact(self, file: Path, name: str) -> None:
         folder = Path(name).parent.as_posix()
-        self._client.log_artifact(self._run_id, str(file), None if folder == "." else folder)
+        self.client.log_artifact(self._run_id, str(file), None if folder == "." else folder)
 
     def close(self, status: str) -> None:
-        self._client.set_terminated(self._run_id, status=STATUS[status])
+        self.client.set_terminated(self._run_id, status=STATUS[status])
         if self._sweep:
-            close_parent(self, self._client, self._sweep)
+            close_parent(self, self._sweep)
 
     @classmethod
     def problems(cls, settings: MlflowConfig) -> Iterator[str]:
@@ -147,15 +149,11 @@ class MlflowTracker(Tracker):
     def doctor(cls) -> list[Finding]:
         found = [find_package("mlflow", "mlflow", fix="install it, or run with tracker=none")]
         if found[0].ok and (uri := os.environ.get(VARIABLE)):
-            problem, where = uri_problem(uri), without_credentials(uri)
-            if problem:
-                return [
-                    *found,
-                    Finding("mlflow server", False, f"{VARIABLE}: {problem}", f"correct or unset {VARIABLE}"),
-                ]
-            reason = unreachable(f"{uri.rstrip('/')}/health") if uri.startswith("http") else None
-            fix = "runs go on without it; distill track sync RUN sends what it missed"
-            found.append(Finding("mlflow server", reason is None, f"{where} {reason or 'answers'}", fix, needed=False))
+            problem = uri_problem(uri)
+            reason = problem or (unreachable(f"{uri.rstrip('/')}/health") if uri.startswith("http") else None)
+            fix = "correct or unset it" if problem else "runs go on without it; distill track sync RUN sends the rest"
+            detail = f"{VARIABLE}: {problem}" if problem else f"{without_credentials(uri)} {reason or 'is used'}"
+            found.append(Finding("mlflow server", reason is None, detail, fix, needed=problem is not None))
         return found
 
 
@@ -191,23 +189,6 @@ def uri_problem(uri: str) -> str | None:
     except ValueError:
         return "its port is no number; write a `/`, `@`, `:`, `#` or `?` in a password as %2F, %40, %3A, %23 or %3F"
     return None
-
-
-def connect(uri: str) -> MlflowClient:
-    """Return a client whose database exists. Takes seconds: imports, and migrations if the database is new."""
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it prints the address with its password
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
-    from mlflow import MlflowClient
-
-    if (found := re.fullmatch(r"sqlite:///([^?]+).*", uri)) is None:
-        return MlflowClient(tracking_uri=uri)
-    file = Path(found[1])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with hold(file.with_name(f".{file.name}.lock"), wait_s=inf):
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)  # makes the tables
-        return client
 
 
 def describe(client: MlflowClient, run: Run, *, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
@@ -264,24 +245,24 @@ def _model(client: MlflowClient, experiment: str, role: str, path: str) -> str:
     return made.model_id
 
 
-def open_parent(tracker: MlflowTracker, client: MlflowClient, sweep: SweepDir, *, running: bool) -> str:
+def open_parent(tracker: MlflowTracker, sweep: SweepDir, *, running: bool) -> str:
     """Return the sweep's run, made if it is not there; it goes on if one of its runs does."""
     with _locked_state(tracker, sweep) as state:
         if state.identity["run_id"] is None:
             state.save()
             made = tracker.make_run(sweep.path.name, token=state.identity["token"], tags={})
             tags = {"distill.sweep_dir": sweep.path, "distill.runs": len(sweep.elements())}
-            describe(client, client.get_run(made), params=grid(sweep), tags=tags)
-            client.log_artifact(made, str(sweep.file))
+            describe(tracker.client, tracker.client.get_run(made), params=grid(sweep), tags=tags)
+            tracker.client.log_artifact(made, str(sweep.file))
             state.identity["run_id"] = made
         elif running and state.end is not None:
-            client.update_run(state.identity["run_id"], status="RUNNING")
+            tracker.client.update_run(state.identity["run_id"], status="RUNNING")
             state.end = None
         state.save()
         return state.identity["run_id"]
 
 
-def close_parent(tracker: MlflowTracker, client: MlflowClient, sweep: SweepDir) -> None:
+def close_parent(tracker: MlflowTracker, sweep: SweepDir) -> None:
     """End the sweep's run if all its runs have ended."""
     with _locked_state(tracker, sweep) as state:
         if state.identity["run_id"] is None:
@@ -291,7 +272,7 @@ def close_parent(tracker: MlflowTracker, client: MlflowClient, sweep: SweepDir) 
         if None in ends:
             return
         state.end = next(end for end in ("failed", "stopped", "finished") if end in ends)
-        client.set_terminated(state.identity["run_id"], status=STATUS[state.end])
+        tracker.client.set_terminated(state.identity["run_id"], status=STATUS[state.end])
         state.save()
 
 

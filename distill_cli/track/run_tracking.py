@@ -139,12 +139,11 @@ def find_runs(paths: Sequence[Path]) -> list[RunDir]:
 def _arguments(argv: Sequence[str]) -> tuple[list[Path], str | None]:
     if not argv or argv[0] != "sync":
         raise ConfigError("distill track: say `distill track sync RUN...`, with folders of runs or of a sweep")
-    words, uri, rest = [], None, list(argv[1:])
-    while rest:
-        word = rest.pop(0)
+    words, uri, rest = [], None, iter(argv[1:])
+    for word in rest:
         name, is_joined, value = word.partition("=")
         if name == "--uri":
-            uri = value if is_joined else (rest.pop(0) if rest else "")
+            uri = value if is_joined else next(rest, "")
         elif word.startswith("-"):
             raise ConfigError(f"{word}: `distill track sync` takes folders and --uri")
         else:

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from distill_cli.config.compose import compose, load_config, save_config
 from distill_cli.config.schema import Config
 from distill_cli.folders.run_dir import RunDir, create, read_json
-from distill_cli.track.mlflow import MlflowTracker, connect
+from distill_cli.track.mlflow import MlflowTracker
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,7 @@ def run(tmp_path: Path, config: Config) -> RunDir:
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With its tables: they take seconds to make."""
     file = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    connect(f"sqlite:///{file}")
+    MlflowClient(tracking_uri=f"sqlite:///{file}").search_experiments()
     return file
 
 
