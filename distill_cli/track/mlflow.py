@@ -134,7 +134,7 @@ class MlflowTracker(Tracker):
         self.client.log_artifact(self._run_id, str(file), None if folder == "." else folder)
 
     def close(self, status: str) -> None:
-        self.client.set_terminated(self._run_id, status=STATUS[status])
+        self.client.set_terminated(self._run_id, status=STATUS.get(status, "FAILED"))
         if self._sweep:
             close_parent(self, self._sweep)
 
@@ -271,7 +271,7 @@ def close_parent(tracker: MlflowTracker, sweep: SweepDir) -> None:
         ends = {read_json(file)["end"] if file.exists() else None for file in files}
         if None in ends:
             return
-        state.end = next(end for end in ("failed", "stopped", "finished") if end in ends)
+        state.end = "finished" if ends == {"finished"} else "stopped" if "failed" not in ends else "failed"
         tracker.client.set_terminated(state.identity["run_id"], status=STATUS[state.end])
         state.save()
 

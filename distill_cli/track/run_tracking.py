@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,8 +21,6 @@ from distill_cli.track.base import Tracker, enabled, tracker_problems, trackers_
 from distill_cli.track.facts import attempt_tags
 from distill_cli.track.shipper import Shipped, Shipper, reason, recorded, ship
 from distill_cli.track.system import SystemSampler
-
-log = logging.getLogger(__name__)
 
 END_S = 30.0
 """How long the end of a run waits for a tracker that answers."""

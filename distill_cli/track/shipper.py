@@ -65,6 +65,7 @@ class State:
     end: str | None = None
     """The status that the run is to be closed with, or was."""
     written: str = ""
+    """What the file holds."""
 
     @classmethod
     def of(cls, run: RunDir, tracker: Tracker) -> State:

@@ -17,13 +17,14 @@ from distill_cli.config.checks import config_problems
 from distill_cli.config.compose import compose, config_text, load_config, save_config
 from distill_cli.config.credentials import credentials_environment, without_credentials
 from distill_cli.config.schema import Config, MlflowConfig, TrackerConfig
+from distill_cli.errors import ConfigError
 from distill_cli.folders.metrics_file import MetricsFile, cut_back, read_metrics
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir, create, element_name, write_json
 from distill_cli.report.read import read_config
 from distill_cli.track.base import tracker_problems
 from distill_cli.track.facts import models, run_tags
 from distill_cli.track.mlflow import mlflow_tags, whole_uri
-from distill_cli.track.run_tracking import tracking
+from distill_cli.track.run_tracking import track, tracking
 from distill_cli.track.shipper import ARTIFACTS, STREAMS, Shipped, Shipper, ship
 from distill_cli.track.system import SystemSampler, parse_gpus
 from tests.track.conftest import history, state_of, tracker
@@ -253,6 +254,19 @@ def test_another_server_gets_everything_and_a_known_one_nothing_twice(run: RunDi
     sent = [ship(run, tracker(run, uri)).metrics for uri in (uris[0], uris[1], uris[0])]
     assert sent == [1, 1, 0]
     assert history(uris[0], run, "train/loss") == [(0, 0.5)]
+
+
+def test_sync_takes_an_untracked_run(run: RunDir, uri: str, config: Config, capsys: pytest.CaptureFixture) -> None:
+    save_config(replace(config, tracker=TrackerConfig()), run.config)
+    with MetricsFile(run.metrics) as metrics:
+        metrics.write(0, {"train/loss": 0.5})
+    with pytest.raises(ConfigError, match="tracker.mlflow.uri: must be an address"):
+        track(["sync", str(run.path), "--uri", "localhost:5000"])
+    assert track(["sync", str(run.path), f"--uri={uri}"]) == 0
+    assert f"{run.path}: 1 metrics, 3 files sent to {uri}, run {state_of(run)['run_id']}" in capsys.readouterr().out
+    assert track(["sync", str(run.path)]) == 0  # where it was sent before
+    assert f"{run.path}: 0 metrics, 0 files sent to {uri}" in capsys.readouterr().out
+    assert history(uri, run, "train/loss") == [(0, 0.5)]
 
 
 def test_data_and_models_are_inputs(run: RunDir, uri: str, config: Config, tmp_path: Path) -> None:
