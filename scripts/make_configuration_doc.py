@@ -118,7 +118,9 @@ def default_of(statement: ast.AnnAssign) -> str:
     value = statement.value
     if isinstance(value, ast.Name) and value.id == "MISSING":
         return "needed"
-    if isinstance(value, ast.Call):  # field(default_factory=...)
+    if isinstance(value, ast.Call) and value.keywords[0].arg == "default":  # field(default=...)
+        value = value.keywords[0].value
+    elif isinstance(value, ast.Call):  # field(default_factory=...)
         factory = value.keywords[0].value
         text = ast.unparse(factory.body) if isinstance(factory, ast.Lambda) else f"{ast.unparse(factory)}()"
         return {"dict()": "{}", "list()": "[]"}.get(text, text)

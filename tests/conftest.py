@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import save_file
 
 from distill_cli.config.compose import hear_own_warnings
-from distill_cli.config.credentials import VARIABLE
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,13 +42,6 @@ def _records_reach_caplog() -> None:
     """A test that ran a rank's side, or Hydra alone, in this process has turned them away."""
     logging.getLogger("distill_cli").propagate = True
     hear_own_warnings()
-
-
-@pytest.fixture(autouse=True)
-def _no_address_is_left_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where composing has hidden a tracking server's credentials (`hide_credentials`), later tests would find it."""
-    monkeypatch.setenv(VARIABLE, "")  # so that it is put back as it was
-    monkeypatch.delenv(VARIABLE)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from distill_cli.checkpoint import store
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders import atomic_dir
-from distill_cli.folders.run_dir import RunDir, flush, write_json
+from distill_cli.folders.run_dir import RunDir, flush, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +240,8 @@ class Saver:
             write_json(temporary / f"rank_{rank}.json", randomness)
             mine = [temporary / f"rank_{rank}.json", *temporary.glob(f"shard-{rank + 1:05}-*")]
             if rank == 0:
-                write_json(temporary / store.STATE, {**state, "mlflow": mlflow_identity(self._run)})
+                trackers = read_json(self._run.trackers) if self._run.trackers.exists() else {}
+                write_json(temporary / store.STATE, {**state, "trackers": trackers})
                 shutil.copyfile(self._run.config, temporary / store.CONFIG)
                 mine += [temporary / store.STATE, temporary / store.CONFIG]
             return atomic_dir.describe(mine), None
@@ -270,13 +271,6 @@ class Saver:
                 "no checkpoint of step %d: %s; %s; training goes on",
                 *(step, error, f"{kept[-1].path.name} is kept" if kept else "there is no earlier one"),
             )
-
-
-def mlflow_identity(run: RunDir) -> dict[str, str] | None:
-    """What the run is found again by in MLflow; None where it is not recorded there."""
-    file = run.path / "mlflow.json"
-    known = json.loads(file.read_text()) if file.exists() else None
-    return known and {name: known[name] for name in ("uri", "experiment", "token")}
 
 
 def load(path: Path, trainable: Trainable) -> dict[str, Any]:

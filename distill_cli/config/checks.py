@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from distill_cli.config.choices import nearest
-from distill_cli.config.credentials import secret_problems, uri_problem
+from distill_cli.config.credentials import secret_problems
 from distill_cli.config.derived import (
     needed_length,
     parse_duration,
@@ -45,7 +45,6 @@ def config_problems(config: Config) -> list[str]:
         *_engine(config),
         *_checkpoint(config),
         *_cluster(config),
-        *_tracker(config),
         *secret_problems(asdict(config)),
         *_search(config),
         *_run(config),
@@ -307,15 +306,6 @@ def _cluster(config: Config) -> Iterator[str]:
             yield from _at_least(f"cluster.{name}", getattr(cluster, name), 1)
     if cluster.gpus_per_node is not None:
         yield from _at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0)
-
-
-def _tracker(config: Config) -> Iterator[str]:
-    settings = config.tracker.mlflow
-    problem = uri_problem(settings.uri) if settings.uri is not None else None
-    if problem:
-        yield f"tracker.mlflow.uri: {problem}"
-    if not settings.experiment.strip():
-        yield "tracker.mlflow.experiment: must not be empty"
 
 
 def _sampling(group: str, temperature: float, top_p: float) -> Iterator[str]:

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from distill_cli.config.choices import conf_dir
-from distill_cli.config.credentials import hide_credentials, without_credentials
+from distill_cli.config.credentials import without_credentials
 from distill_cli.config.flags import conf_dirs
 from distill_cli.config.overrides import into_dictionaries, override_problems, sweep_keys, sweeps, unknown_keys
 from distill_cli.config.schema import Config
@@ -142,7 +142,7 @@ def composed_job(config: DictConfig, overrides: Sequence[str]) -> Job:
         keys = sweep_keys(overrides) | {str(key) for key in runtime.sweeper.get("params") or {}}
         swept = [override for override in task if override.lstrip("+").split("=", 1)[0] in keys]
     return Job(
-        config=hide_credentials(OmegaConf.to_object(config)),
+        config=OmegaConf.to_object(config),
         choices={group: choice for group, choice in runtime.runtime.choices.items() if "/" not in group},
         overrides=[without_credentials(override.removeprefix("++")) for override in task],
         swept=[without_credentials(override.removeprefix("++")) for override in swept],

@@ -1,22 +1,19 @@
-"""Passwords and tokens, which have no place in what is written down: a run's folder, MLflow, logs.
+"""Passwords and tokens, which have no place in what is written down: a run's folder, trackers, logs.
 
-A config that holds one is refused. Credentials in the tracking server's address are left in the environment: whoever is
-started from here inherits MLFLOW_TRACKING_URI, as MLflow itself would read it, a cluster's job too.
+A config that holds one is refused. Exceptions are addresses of servers, the keys that the schema marks `credentials`:
+they are whole in memory, are written without their credentials, and reach what is started through its environment.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import re
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from operator import attrgetter
 from typing import Any
-from urllib.parse import urlsplit
 
 from distill_cli.config.schema import Config
 
-VARIABLE = "MLFLOW_TRACKING_URI"
-SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 _USER = re.compile(r"([A-Za-z][\w+.-]*://)[^\s/]*@")
 _SECRET = re.compile(r"([?&][^=&\s]*(?:password|passwd|pwd|token|secret|key)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 SECRET_KEY = re.compile(r"(^|[_.-])(token|password|passwd|secret|api_?key|access_?key|credentials?)$", re.I)
@@ -24,46 +21,27 @@ SECRET_KEY = re.compile(r"(^|[_.-])(token|password|passwd|secret|api_?key|access
 SECRET_VALUE = re.compile(r"//[^/@\s]*:[^/@\s]+@|\b(hf_|ghp_|sk-|glpat-)\w{16,}")
 """Addresses with a password, and tokens that can be told by how they begin."""
 
-IN_ENVIRONMENT = {"tracker.mlflow.uri"}
-"""Left in the environment by `hide_credentials`."""
-
 
 def without_credentials(text: str) -> str:
     """The text with `user:password@` and secret parameters taken out of every address in it."""
     return _SECRET.sub(r"\1***", _USER.sub(r"\1", text))
 
 
-def hide_credentials(config: Config) -> Config:
-    """Leaves the tracking server's address in the config without credentials, and whole in the environment."""
-    uri = config.tracker.mlflow.uri
-    if uri and without_credentials(uri) != uri:
-        os.environ[VARIABLE] = uri
-        mlflow = dataclasses.replace(config.tracker.mlflow, uri=without_credentials(uri))
-        return dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, mlflow=mlflow))
-    return config
+def credential_keys(kind: type = Config, at: str = "") -> dict[str, str]:
+    """Return the keys of addresses that may hold credentials, each with the environment variable that carries it."""
+    found = {}
+    for field in fields(kind):
+        if field.metadata.get("credentials"):
+            found[f"{at}{field.name}"] = field.metadata["credentials"]
+        elif is_dataclass(field.default_factory):
+            found |= credential_keys(field.default_factory, f"{at}{field.name}.")
+    return found
 
 
-def whole_uri(uri: str | None) -> str | None:
-    """An address that was written down, with the credentials that the environment has for it.
-
-    None where there is none in either.
-    """
-    inherited = os.environ.get(VARIABLE) or None
-    if uri is None or (inherited and without_credentials(inherited) == uri):
-        return inherited
-    return uri
-
-
-def uri_problem(uri: str) -> str | None:
-    """What is wrong with a tracking server's address, without quoting it: it may hold a password."""
-    scheme = uri.split(":", 1)[0].split("+", 1)[0]
-    if scheme not in SCHEMES or (scheme != "databricks" and "://" not in uri):
-        return "must be an address such as http://host:5000 or sqlite:///runs/mlflow.db (MLflow takes no folders)"
-    try:
-        urlsplit(uri).port  # noqa: B018
-    except ValueError:
-        return "its port is no number; write a `/`, `@`, `:`, `#` or `?` in a password as %2F, %40, %3A, %23 or %3F"
-    return None
+def credentials_environment(config: Config) -> dict[str, str]:
+    """Return the environment variables that carry what config.yaml leaves out."""
+    addresses = {variable: attrgetter(key)(config) for key, variable in credential_keys().items()}
+    return {name: uri for name, uri in addresses.items() if uri and without_credentials(uri) != uri}
 
 
 def is_secret(key: str, value: str) -> bool:
@@ -78,8 +56,8 @@ def secret_problems(node: Any, at: str = "") -> Iterator[str]:
     elif isinstance(node, list):
         for value in node:
             yield from secret_problems(value, at)
-    elif isinstance(node, str) and at not in IN_ENVIRONMENT and is_secret(at, node):
+    elif isinstance(node, str) and at not in credential_keys() and is_secret(at, node):
         yield (
-            f"{at}: holds a password or token, which would be written to the run's folder and to MLflow; leave it out "
-            "and set it in the environment that you start from, which the ranks inherit (such as HF_TOKEN)"
+            f"{at}: holds a password or token, which would be written to the run's folder and to trackers; leave it "
+            "out and set it in the environment that you start from, which the ranks inherit (such as HF_TOKEN)"
         )

@@ -51,12 +51,18 @@ def key(
     resume: bool | None = None,
     replay: bool | None = None,
     evaluation: bool | None = None,
+    credentials: str | None = None,
 ) -> Any:
-    """A field of a section with its properties (see `PROPERTIES`); None inherits the section's."""
-    properties = {"resume": resume, "replay": replay, "evaluation": evaluation}
+    """A field of a section with its properties (see `PROPERTIES`); None inherits the section's.
+
+    Args:
+        credentials: the environment variable that carries an address whole, if it may hold credentials: files have it
+            without them.
+    """
+    properties = {"resume": resume, "replay": replay, "evaluation": evaluation, "credentials": credentials}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=properties)
-    return dataclasses.field(default=default, metadata=properties)
+    return dataclasses.field(default=default, metadata=properties, repr=credentials is None)
 
 
 def has_property(root: type, dotted: str, name: str) -> bool:

@@ -459,8 +459,9 @@ class ClusterConfig:
 
 @section
 class MlflowConfig:
-    enabled: bool = True
-    uri: str | None = None
+    enabled: bool = False
+    """`tracker=mlflow`, which is the default, turns it on; `tracker=none` leaves all off."""
+    uri: str | None = key(None, credentials="MLFLOW_TRACKING_URI")
     """Address of a tracking server or a database; null is MLFLOW_TRACKING_URI, or else `mlflow.db` in run.root.
     Credentials in it are not written down: they stay in the environment of what is started."""
     experiment: str = "distill"
@@ -472,6 +473,8 @@ class MlflowConfig:
 
 @section
 class TrackerConfig:
+    """Where runs are shown besides their folders; several may be on. Each is a module of `track/`."""
+
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
 
 

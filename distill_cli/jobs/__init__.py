@@ -1,1 +1,1 @@
-"""A run or a sweep as its launcher sees it: folders, attempts, submitting, MLflow. No torch."""
+"""A run or a sweep as its launcher sees it: folders, attempts, submitting. No torch."""

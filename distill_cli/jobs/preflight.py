@@ -23,6 +23,7 @@ from distill_cli.models.model_pair import (
     Vocabularies,
 )
 from distill_cli.resolved import Lengths, PredictedMemory, Ranks, ResolvedRun, SharedVocabulary
+from distill_cli.track.base import tracker_problems
 
 
 @dataclass
@@ -61,7 +62,8 @@ def preflight(config: Config, known_data: dict[str, DataFacts] | None = None) ->
     """
     needed = {"student": derived.needs_sampler(config), "teacher": derived.needs_scorer(config)}
     roles = tuple(role for role, is_needed in needed.items() if is_needed)
-    facts = Facts(config, roles, {} if known_data is None else known_data, problems=config_problems(config))
+    problems = [*config_problems(config), *tracker_problems(config)]
+    facts = Facts(config, roles, {} if known_data is None else known_data, problems=problems)
     run_checks(facts, CHECKS)
     return resolve(facts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -12,6 +13,7 @@ from rich.markup import escape
 
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job
+from distill_cli.config.credentials import credentials_environment
 from distill_cli.config.schema import ClusterConfig, Config
 from distill_cli.config.variation import config_text, load_config
 from distill_cli.data.row_check import DataFacts
@@ -99,7 +101,11 @@ def single_path(job: Job) -> Path:
 
 
 def prepare(found: ResolvedRun, path: Path, *, command: Sequence[str], env: dict[str, Any] | None = None) -> RunDir:
-    """Make a run's folder, with what its ranks will read. See `run_dir.create` for `env`."""
+    """Make a run's folder, with what its ranks will read. See `run_dir.create` for `env`.
+
+    Credentials, which are not written, are left in this process's environment, for what it starts or submits.
+    """
+    os.environ |= credentials_environment(found.config)
     run = run_dir.create(path.absolute(), command=command, config=config_text(found.config), env=env)
     found.write(run)
     return run

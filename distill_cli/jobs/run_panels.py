@@ -15,7 +15,7 @@ from distill_cli.folders.attempts import Outcome, attempt_lines, attempts_of
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.divergence import PARAMETERS
 from distill_cli.resolved import ResolvedRun
-from distill_cli.track.run_tracking import mlflow_target
+from distill_cli.track.base import trackers_of
 
 
 def start_panel(found: ResolvedRun, run: RunDir) -> Panel:
@@ -63,9 +63,7 @@ def end_panel(job: Job, outcome: Outcome, run: RunDir) -> Panel:
     rows["metrics"] = relative(run.metrics)
     if run.report.exists():
         rows["report"] = relative(run.report)
-    if job.config.tracker.mlflow.enabled:
-        uri = mlflow_target(job.config, run).shown_uri
-        rows["MLflow"] = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri
+    rows |= {tracker.label: tracker.page for tracker in trackers_of(job.config, run)}
     rows["next"] = _next_command(job)
     return Panel(_table(rows), title="done", title_align="left", expand=False)
 

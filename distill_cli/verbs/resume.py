@@ -13,6 +13,7 @@ examples
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.markup import escape
 
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
-from distill_cli.config.credentials import hide_credentials
+from distill_cli.config.credentials import credentials_environment
 from distill_cli.config.schema import Config, Schedule
 from distill_cli.config.variation import forbidden_changes, load_config, override, save_config
 from distill_cli.data.row_check import DataFacts
@@ -78,7 +79,7 @@ def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, conso
         for queued in in_queue([run]).values():
             raise ConfigError(f"{run.path}: in the queue as {queued}; wait for it to end, or cancel it")
         old = load_config(run.config)
-        config = varied(old, overrides)
+        config = override(old, overrides)
         launcher = launcher_of(config.cluster.launcher)
         start = start_of(run, step, config=config, console=console)
         found = preflight(config)
@@ -92,6 +93,7 @@ def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, conso
         before = steps_before(run) or found.num_steps
         save_config(found.config, run.config)
         found.write(run)
+        os.environ |= credentials_environment(config)
         if step is not None and start is not None:
             set_aside(run, later_than=start.step)
         attempt = run.next_attempt()
@@ -174,7 +176,7 @@ def reopen(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> li
         if run.path in queued:
             continue
         try:
-            config = varied(load_config(open_run(run.path).config), overrides)
+            config = override(load_config(open_run(run.path).config), overrides)
             start = start_of(run, None, config=config, console=console)
             found = preflight(config, known_data)
             if start is not None:
@@ -189,6 +191,7 @@ def reopen(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> li
     for index, found in resolved.items():
         save_config(found.config, runs[index].config)
         found.write(runs[index])
+        os.environ |= credentials_environment(found.config)
     if resolved:
         console.print(f"{len(resolved)} of {len(elements)} runs go on")
     return [element for element in elements if element.index in resolved]
@@ -219,11 +222,6 @@ def open_run(path: Path) -> RunDir:
         what = "no such folder" if not path.exists() else "no run is there (it has no config.yaml)"
         raise ConfigError(f"{path}: {what}; give a run's folder, such as runs/latest")
     return run
-
-
-def varied(config: Config, overrides: Sequence[str]) -> Config:
-    """Return a run's config with the overrides that were typed. Raises ConfigError."""
-    return hide_credentials(override(config, overrides))
 
 
 def start_of(run: RunDir, step: int | None, *, config: Config, console: Console) -> Checkpoint | None:

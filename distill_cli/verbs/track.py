@@ -1,4 +1,4 @@
-"""Send MLflow what it could not be sent before (`track sync`).
+"""Send trackers what they could not be sent before (`track sync`).
 
 A tracking server that was away delays no run. What it missed (metrics, parameters, tags, artifacts) follows by itself
 when it is back, or by this command afterwards; what is there already is not sent again.
@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distill_cli.config.credentials import uri_problem
-from distill_cli.errors import ConfigError
 from distill_cli.track.run_tracking import track
 from distill_cli.verbs.command_line import Parser
 
@@ -22,13 +20,7 @@ from distill_cli.verbs.command_line import Parser
 def declare(parser: Parser) -> None:
     parser.add_argument("action", choices=("sync",), metavar="sync")
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN|SWEEP", help="folders, such as runs/latest")
-    parser.add_argument("--uri", type=_uri, help="another server than the one that the run was sent to")
-
-
-def _uri(word: str) -> str:
-    if problem := uri_problem(word):
-        raise ConfigError(f"--uri: {problem}")
-    return word
+    parser.add_argument("--uri", help="another server than the one that the run was sent to")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -36,6 +28,6 @@ def main(arguments: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: no such run or sweep.
-        DistillError: MLflow does not take it.
+        DistillError: a tracker does not take it.
     """
     return track(arguments.paths, uri=arguments.uri)

@@ -15,12 +15,11 @@ from distill_cli.config.variation import override
 from distill_cli.data.registry import load_examples
 from distill_cli.data.row_check import _check_ranked_dataset, _hash, check_data
 from distill_cli.errors import ConfigError
-from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.preflight import preflight, preflight_evaluation
 from distill_cli.models.model_files import ASSETS
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.ranks.build_prompts import build_validator
-from distill_cli.track.run_tracking import mlflow_target
+from distill_cli.track.facts import data_profile
 from distill_cli.train.validation import Validator
 from distill_cli.types import Example, Sample
 
@@ -122,8 +121,7 @@ def test_streams_validate_by_their_first_rows(tmp_path: Path, parallel: Parallel
     validator = validator_of(config, parallel)
     assert [prompt.index for prompt in validator.prompts] == list(range(7))
     assert validator.run(Teller()).num_samples == 7
-    (training, _) = mlflow_target(config, RunDir(tmp_path)).datasets
-    assert training.profile()[1] == {}  # nobody knows how many there are
+    assert data_profile(config.data.train, key="data.train")[1] == {}  # nobody knows how many there are
     load_examples(config.data.train, key="data.train")
 
 

@@ -67,6 +67,7 @@ def test_a_rank_that_is_killed_changes_nothing(one_rank: Finished, tmp_path: Pat
     # Back to an earlier step: what came after it is kept aside, and comes out the same again. The checkpoint knows
     # which of MLflow's runs this is.
     (run / "mlflow.json").unlink()
+    (run / "trackers.json").unlink()
     done = distill(tmp_path, "resume", "runs/r", "--step", "1")
     assert done.status == 0, done.stderr
     assert "goes on from the checkpoint of step 1" in done.stdout

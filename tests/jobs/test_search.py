@@ -13,12 +13,20 @@ from optuna.trial import TrialState
 
 from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir, write_json
-from distill_cli.jobs.search import Search, distribution, draw, next_batch, read_search, study_of, write_results
+from distill_cli.jobs import search as searches
+from distill_cli.jobs.search import Search, distribution, draw, next_batch, study_of, write_results
 from distill_cli.terminal.console import Console
-from distill_cli.verbs.train import train
+from distill_cli.verbs.command_line import parser_of
+from distill_cli.verbs.train import main
 
 LR = "train.lr=tag(log,interval(1e-5,1e-1))"
 TYPED = ("-m", LR, "loss.topk=4,8", "search.trials=6", "run.name=s")
+
+
+def read_search(words: Sequence[str]) -> Search:
+    """Return the search that `distill` with these words is."""
+    typed = parser_of("train").parse(words)
+    return searches.read_search(typed.overrides, typed.flags, command=["distill", *words])
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +84,7 @@ def test_a_range_becomes_a_distribution(typed: str, drawn_from: BaseDistribution
 )
 def test_what_cannot_be_searched_is_refused(folder: Path, argv: Sequence[str], said: str) -> None:
     with pytest.raises(ConfigError) as error:
-        train(["search.trials=2", *argv], command=[])
+        main(parser_of("train").parse(["search.trials=2", *argv]))
     assert said in " ".join(error.value.problems)
     assert list(folder.iterdir()) == []
 

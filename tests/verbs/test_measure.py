@@ -7,6 +7,7 @@ import pytest
 from distill_cli.config.compose import compose
 from distill_cli.errors import DistillError
 from distill_cli.jobs.preflight import preflight
+from distill_cli.track.base import enabled
 from distill_cli.verbs.measure import Pace, pace, short
 from distill_cli.verbs.plan import expected_rows, num_validations
 
@@ -52,5 +53,5 @@ def test_it_is_the_run_that_was_typed_but_for_its_length() -> None:
     config = compose(["loss.topk=8", "rollout.prompts_per_step=16", "train.global_batch_size=16"])[0].config
     cut = short(preflight(config))
     assert (cut.train.max_steps, cut.loss.topk, cut.rollout.prompts_per_step) == (4, 8, 16)
-    assert not cut.tracker.mlflow.enabled
+    assert not enabled(cut)
     assert config.train.max_steps == 100

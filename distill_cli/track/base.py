@@ -1,0 +1,97 @@
+"""What a tracker is, and which ones a run has.
+
+A tracker (MLflow; W&B and TensorBoard could be others) shows runs on pages of its own. It holds no truth: it follows
+what a run's folder says (metrics.jsonl, system.jsonl, files), and can follow again from nothing. Its methods run in
+a thread of the process that launched the ranks (`shipper`), one thread a tracker, which catches whatever they raise and
+calls again later. So no tracker can stop or slow training, or another tracker.
+
+A new one is `track/<name>.py` with a `TRACKER`, `conf/tracker/<name>.yaml`, and in config/schema.py a dataclass and a
+field `<name>` of TrackerConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from distill_cli.config.schema import Config, TrackerConfig
+from distill_cli.folders.run_dir import RunDir
+from distill_cli.machine.findings import Finding
+
+
+class Tracker(Protocol):
+    """One run at one tracker. `facts` has what it may show of the run. Only `open` and the methods after it connect."""
+
+    name: ClassVar[str]
+    """Its module, and its field of TrackerConfig."""
+    label: ClassVar[str]
+    """Its name in messages."""
+    place: str
+    """Its address, or what stands for one, without credentials."""
+    page: str
+    """Where the run can be looked at: an address, or the command that shows it."""
+    logs_model: bool = False
+    """Whether to ship the trained student's folder too."""
+
+    def __init__(self, settings: Any, config: Config, run: RunDir) -> None: ...
+
+    def identity(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the run is found again by, without asking a server: the `known` one if it is of the same place.
+
+        Checkpoints keep it. `run_id` is the tracker's own name for the run, None until `open` has made it.
+        """
+
+    def open(self, identity: dict[str, Any], *, running: bool) -> None:
+        """Connect, find the run or make it, describe it; set `identity["run_id"]`. Do nothing if that is done.
+
+        Args:
+            running: mark the run as running, whatever it was marked as before.
+        """
+
+    def logged(self) -> set[tuple[str, int]]:
+        """Return the metrics and steps that the tracker has; asked if a request may or may not have arrived."""
+
+    def log(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Send rows of metrics, each with its `step` and `time` (seconds since 1970)."""
+
+    def artifact(self, file: Path, name: str) -> None:
+        """Send a file; `name` is its path among the run's artifacts. A later version replaces it."""
+
+    def close(self, status: str) -> None:
+        """Mark the run as `finished`, `stopped` or `failed`. It may be opened again."""
+
+    @classmethod
+    def problems(cls, settings: Any) -> Iterator[str]:
+        """Yield what is wrong with the settings, each line beginning with the key below `tracker.<name>`."""
+        yield from ()
+
+    @classmethod
+    def doctor(cls) -> list[Finding]:
+        """Return what `distill doctor` says about it."""
+        return []
+
+
+def tracker_class(name: str) -> type[Tracker]:
+    return import_module(f"{__package__}.{name}").TRACKER
+
+
+def tracker_names() -> list[str]:
+    return [field.name for field in fields(TrackerConfig)]
+
+
+def enabled(config: Config) -> dict[str, Any]:
+    """Return the settings of each tracker that is enabled."""
+    return {name: one for name in tracker_names() if (one := getattr(config.tracker, name)).enabled}
+
+
+def trackers_of(config: Config, run: RunDir) -> list[Tracker]:
+    return [tracker_class(name)(settings, config, run) for name, settings in enabled(config).items()]
+
+
+def tracker_problems(config: Config) -> list[str]:
+    """Return one line for each setting of an enabled tracker that is wrong."""
+    found = {f"tracker.{name}": tracker_class(name).problems(one) for name, one in enabled(config).items()}
+    return [f"{at}.{problem}" for at, problems in found.items() for problem in problems]

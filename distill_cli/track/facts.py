@@ -1,0 +1,80 @@
+"""What trackers show of a run beside its metrics and files.
+
+All of it is read from the run's folder, so that it can be sent on another day and from another machine.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distill_cli.config.schema import Config, MeshConfig
+from distill_cli.data.registry import load_examples
+from distill_cli.folders.run_dir import RunDir, read_json
+from distill_cli.launch.base import LAUNCHERS, launcher_of
+from distill_cli.machine import hardware
+
+log = logging.getLogger(__name__)
+
+
+def models(config: Config) -> dict[str, str]:
+    """Return path and revision of each role's model."""
+    sides = {"student": config.model.student, "teacher": config.model.teacher}
+    return {role: side.path + (f"@{side.revision}" if side.revision else "") for role, side in sides.items()}
+
+
+def data_profile(spec: Mapping[str, Any], *, key: str) -> tuple[str, dict[str, int]]:
+    """Return a digest of a data source's rows, 36 characters, and their number; of its keys if they cannot be read."""
+    rows: Sequence[Any] = [dict(spec)]
+    profile: dict[str, int] = {}
+    try:
+        loaded = load_examples(dict(spec), key=key)
+        if hasattr(loaded, "__len__"):  # reading a stream to its end may take for ever
+            rows, profile = loaded, {"num_rows": len(loaded)}
+    except Exception as error:
+        log.warning("%s cannot be read, its digest is that of its keys: %s", key, error)
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()[:36], profile
+
+
+def run_tags(config: Config, run: RunDir) -> dict[str, str]:
+    """Return commits, versions, host, job and mesh, from env.json and what the newest attempt wrote."""
+    env = read_json(run.path / "env.json") if (run.path / "env.json").exists() else {}
+    found = {"distill.run_dir": str(run.path)} | {f"model.{role}": path for role, path in models(config).items()}
+    found |= {f"versions.{name}": version for name, version in env.get("packages", {}).items()}
+    if "python" in env:
+        found["versions.python"] = env["python"]
+    if git := env.get("git"):
+        found |= {"git.commit": git["commit"], "git.dirty": str(git["dirty"]).lower()}
+    if env.get("distill_git"):
+        found["distill.commit"] = env["distill_git"]["commit"]
+    newest = max(run.path.glob("logs/attempt_*/tags.json"), key=lambda path: path.stat().st_mtime, default=None)
+    return found | (read_json(newest) if newest else {})
+
+
+def attempt_tags(config: Config, run: RunDir) -> dict[str, str]:
+    """Return what may differ from attempt to attempt: host, job, mesh."""
+    ranks = hardware.ranks_per_node(config) * config.cluster.nodes
+    found = {
+        "host": platform.node(),
+        "user": getpass.getuser(),
+        "attempt": str(run.attempt),
+        "mesh": mesh_text(config.mesh, ranks),
+    }
+    for name in LAUNCHERS:
+        found |= launcher_of(name).tags()
+    return found
+
+
+def mesh_text(mesh: MeshConfig, ranks: int) -> str:
+    """`8 ranks: replicate 2 x shard 2 x tensor 2`"""
+    sizes = {"replicate": mesh.replicate, "shard": ranks // (mesh.replicate * mesh.context * mesh.tensor)}
+    sizes |= {"context": mesh.context, "tensor": mesh.tensor}
+    axes = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    return f"{ranks} rank{'s' * (ranks > 1)}" + (": " + " x ".join(axes) if axes else "")
