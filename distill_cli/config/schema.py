@@ -386,6 +386,7 @@ class CheckpointConfig:
         return metric is not None and metric.better == "higher"
 
 
+@section
 class SlurmConfig:
     partition: str | None = None
     """Where to queue; null is the cluster's default."""

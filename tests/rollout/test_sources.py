@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill_cli.config.schema import MeshConfig
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.rollout.off_policy import Mixture, dataset_samples, teacher_samples
 from distill_cli.rollout.on_policy import OnPolicy
@@ -22,7 +21,7 @@ SCORED = ["teacher wakes", "teacher scores 2", "teacher sleeps"]
 @pytest.fixture(scope="module")
 def parallel() -> Iterator[Parallel]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield layout(MeshConfig(), device=torch.device("cpu"))
+    yield layout(device=torch.device("cpu"))
     dist.destroy_process_group()
 
 

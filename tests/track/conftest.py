@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from distill_cli.config.compose import compose, load_config, save_config
+from distill_cli.config.compose import compose
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import load_config, save_config
 from distill_cli.folders.run_dir import RunDir, create, read_json
 from distill_cli.track.mlflow import MlflowTracker
 

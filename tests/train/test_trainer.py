@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill_cli.config.schema import Checkpointing, MeshConfig, Precision, TrainConfig
 from distill_cli.errors import Unrecoverable
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.rollouts_table import RolloutsFolder
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.losses.divergence import DistillLoss
+from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.machine.processes import StopFlag
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.rollout.pack import Planner, plan_batch
@@ -33,7 +32,6 @@ from distill_cli.types import Rollout
 from tests.rollout.doubles import RecordingSampler, RecordingTeacher, ask_to_stop, make_source
 from tests.student.train_rank import made_up_model, made_up_rollout
 
-TRAIN = TrainConfig(precision=Precision.fp32, activation_checkpointing=Checkpointing.none, lr=1e-2, warmup_updates=0)
 SETTINGS = TrainerSettings(
     num_steps=3, max_grad_norm=1.0, max_bad_updates=2, max_truncated_rate=0.9, on_truncation="warn",
     eval_period=2, eval_at_start=True, eval_at_end=False,
@@ -43,7 +41,7 @@ SETTINGS = TrainerSettings(
 @pytest.fixture(scope="module")
 def parallel() -> Iterator[Parallel]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield layout(MeshConfig(), device=torch.device("cpu"))
+    yield layout(device=torch.device("cpu"))
     dist.destroy_process_group()
 
 
@@ -86,15 +84,15 @@ def make(parallel: Parallel, tmp_path: Path) -> Callable[..., Trainer]:
         attention.register()
         exact, lm = DistillLoss(kl_type="mixed"), made_up_model("qwen3", tied=True)
         student = Student(lm, loss=lambda *args: factor * exact(*args), temperature=1.0, parallel=parallel)
-        wrap(student, parallel, TRAIN)
-        optimizer = build_optimizer(student, TRAIN)
+        wrap(student, parallel, bf16=False)
+        optimizer = build_optimizer(student, lr=1e-2)
         stop = StopFlag()
         parts = {
             "settings": SETTINGS,
             "source": source or MadeUp(),
             "student": student,
             "optimizer": optimizer,
-            "schedule": build_schedule(optimizer, TRAIN, num_updates=6),
+            "schedule": build_schedule(optimizer, warmup_updates=0, num_updates=6),
             "parallel": parallel,
             "stages": Stages(parallel, stop),
             "progress": Progress(),

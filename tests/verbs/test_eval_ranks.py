@@ -7,8 +7,9 @@ import pytest
 
 from distill_cli.config.compose import compose
 from distill_cli.errors import DistillError
+from distill_cli.jobs.preflight import preflight
 from distill_cli.launch import local
-from distill_cli.verbs.eval import Contender, ask
+from distill_cli.verbs.eval import Contender, answer
 
 RANK = "import os, sys; open(sys.argv[1], 'w').write(os.environ['TMPDIR'] + ' ' + os.environ['A']); sys.exit(1)"
 
@@ -17,6 +18,7 @@ def test_ranks_get_the_cluster_s_environment(tmp_path: Path, monkeypatch: pytest
     rank = [sys.executable, "-c", RANK, str(tmp_path / "environment")]
     monkeypatch.setattr(local, "command", lambda run, **_: rank)
     (job,) = compose([f"cluster.tmp_dir={tmp_path}/node", "+cluster.env.A=1"])
+    found = preflight(job.config)
     with pytest.raises(DistillError):
-        ask(Contender("student", job.config, "student"), tmp_path)
+        answer(Contender("student", job.config, "student"), found, tmp_path)
     assert (tmp_path / "environment").read_text() == f"{tmp_path}/node 1"
