@@ -71,7 +71,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("export empty --max-shard-size 5XB", "--max-shard-size 5XB: must be a size"),
         ("report empty --out", "--out: expected one argument"),
         ("track send empty", "'send' (choose from 'sync')"),
-        ("track sync empty --uri ftp://x", "--uri: must be an address"),
+        ("track sync empty --uri ftp://x", "neither a run"),
         ("watch empty torn", "torn: one word too many"),
         ("ls loss data", "data: one word too many"),
         ("doctor --jsn", "did you mean --json?"),

@@ -8,7 +8,7 @@ examples
   distill experiment=quick                             ten steps of it
   distill loss=reverse loss.topk=32 train.lr=1e-3      a choice of a group, and keys
   distill -m loss.topk=32,64 loss.kl_weight=0.3,0.5    a sweep of four runs; search.trials=20 draws runs instead
-  distill cluster=slurm cluster.partition=gpu          the same as a job
+  distill cluster=slurm cluster.slurm.partition=gpu          the same as a job
 """
 
 from __future__ import annotations

@@ -125,7 +125,9 @@ def test_an_old_key_names_the_new(old: str, new: str) -> None:
 def test_an_old_key_in_a_file_too(tmp_path: Path) -> None:
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster/mine.yaml").write_text("launcher: slurm\npartition: gpu\n")
-    (problem,) = problems_of("--config-dir", str(tmp_path), "cluster=mine")
+    with pytest.raises(ConfigError) as caught:
+        compose(["cluster=mine"], ["--config-dir", str(tmp_path)])
+    (problem,) = caught.value.problems
     assert problem.endswith("it is now cluster.slurm.partition")
     assert problems_of("+cluster.extra.comment=x") == ["cluster.extra.comment: is now cluster.slurm.extra.comment"]
 
@@ -183,7 +185,7 @@ def test_a_value_that_cannot_be_is_refused(override: str, said: str) -> None:
 
 
 def test_parameters_of_other_divergences_warn() -> None:
-    unread, read = compose(["-m", "loss=forward,mixed", "loss.kl_weight=0.3"])
+    unread, read = compose(["loss=forward,mixed", "loss.kl_weight=0.3"], ["--multirun"])
     (warning,) = inert_overrides(unread.config, unread.overrides)
     assert warning == "loss.kl_weight has no effect with loss.kl_type=forward: it is a parameter of mixed and jsd"
     assert inert_overrides(read.config, read.overrides) == []
