@@ -31,7 +31,7 @@ examples
   distill                                              the embedded pair, on this machine's CPU
   distill model=qwen3_1.7b_4b loss=mixed data.train.path=train.jsonl data.validation.path=test.jsonl
   distill -m loss.topk=32,64 loss.kl_weight=0.3,0.5    a sweep
-  distill cluster=slurm cluster.nodes=2 cluster.partition=gpu model=qwen3_1.7b_4b ...
+  distill cluster=slurm cluster.nodes=2 cluster.slurm.partition=gpu model=qwen3_1.7b_4b ...
 
 `distill VERB --help` lists a verb's flags, `distill --version` prints the version. Overrides are Hydra's:
 group=choice, key=value; -m, --cfg, --info and `eval "$(distill -sc install=bash)"` for tab completion work as in

@@ -83,9 +83,9 @@ def test_a_range_becomes_a_distribution(typed: str, drawn_from: BaseDistribution
     ],
 )
 def test_what_cannot_be_searched_is_refused(folder: Path, argv: Sequence[str], said: str) -> None:
+    arguments = parser_of("train").parse(["search.trials=2", *argv])
+    arguments.command = ["distill"]
     with pytest.raises(ConfigError) as error:
-        arguments = parser_of("train").parse(["search.trials=2", *argv])
-        arguments.command = ["distill"]
         main(arguments)
     assert said in " ".join(error.value.problems)
     assert list(folder.iterdir()) == []
