@@ -35,7 +35,7 @@ def make(parallel: Parallel, calls: list[str]) -> Callable[..., OnPolicy]:
     return partial(make_source, parallel, calls)
 
 
-def test_one_engine_is_awake_at_a_time(make, calls: list[str]) -> None:
+def test_engines_are_awake_in_turn(make, calls: list[str]) -> None:
     batch = make().step(1)
     assert calls == [*AWAKE, *SCORED]
     assert batch.is_current
@@ -97,7 +97,7 @@ def test_the_dataset_writes_all(make, calls: list[str]) -> None:
     assert {one.sample.source for one in batch.rollouts} == {"dataset"}
 
 
-def test_a_share_that_rounds_to_none_wakes_nobody(make, calls: list[str]) -> None:
+def test_an_empty_share_wakes_nobody(make, calls: list[str]) -> None:
     batch = mixture(make(), lambda prompts, seeds: pytest.fail("asked"), fraction=0.9).step(1)
     assert calls == [*AWAKE, *SCORED]
     assert {one.sample.source for one in batch.rollouts} == {"student"}

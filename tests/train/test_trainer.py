@@ -157,7 +157,7 @@ def test_a_stop_before_updates_changes_nothing(make, tmp_path: Path) -> None:
     assert all(x.equal(y) for x, y in zip(before, parameters(trainer), strict=True))
 
 
-def test_a_stop_in_validation_saves_the_step(make) -> None:
+def test_stop_in_validation_saves_step(make) -> None:
     trainer = make(validation=Measured([], stop_at=1))
     result = trainer.run()
     ((step, unrecorded),) = trainer.checkpoints.steps
@@ -168,7 +168,7 @@ def test_a_stop_in_validation_saves_the_step(make) -> None:
     assert len(scored) == 1  # before the third step is taken
 
 
-def test_updates_that_are_not_finite_end_the_run(make, tmp_path: Path) -> None:
+def test_bad_updates_end_the_run(make, tmp_path: Path) -> None:
     trainer = make(factor=float("nan"))
     before = parameters(trainer)
     with pytest.raises(Unrecoverable, match=r"2 updates in a row.*bad_step_1.parquet"):
