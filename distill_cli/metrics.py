@@ -79,6 +79,8 @@ class Metric:
     """What a figure with several metrics calls it; empty is the label."""
     compared_in: tuple[Literal["terminal", "page", "heat map"], ...] = ()
     """Where its last value tells runs apart."""
+    needs: str = ""
+    """The config key without which it is never recorded, unless a replayed run has recorded it."""
     before_training_only: bool = False
 
     @property
@@ -147,12 +149,14 @@ METRICS = (
         "share of answers", "higher", label="accuracy", step_line="val={:.3f}",
         panel=("accuracy", "{value:.1%} held out, {first:.1%} at the start"),
         figure=ACCURACY, series=HELD_OUT, compared_in=EVERYWHERE),
-    Metric("val/<dataset>/accuracy", "the same of one dataset, if there are several", "share of answers", "higher"),
+    Metric("val/<dataset>/accuracy", "the same of one dataset, if there are several", "share of answers", "higher",
+        needs="data.validation"),
     Metric("val/teacher_accuracy", "the teacher's, measured once before training (eval.teacher)",
         "share of answers", "higher", panel=("accuracy", "{value:.1%} the teacher"), before_training_only=True),
-    Metric("val/mean_length", "mean length of a held-out answer", "tokens", figure=LENGTH, series=HELD_OUT),
+    Metric("val/mean_length", "mean length of a held-out answer", "tokens", figure=LENGTH, series=HELD_OUT,
+        needs="data.validation"),
     Metric("val/truncated_rate", "held-out answers cut off at their length limit",
-        "share of answers", "lower", figure=TRUNCATED, series=HELD_OUT),
+        "share of answers", "lower", figure=TRUNCATED, series=HELD_OUT, needs="data.validation"),
 
     Metric("train/kl_forward", "KL(teacher || student) a token; all tokens outside the teacher's top-k are one class",
         "nats", "lower", formula=lambda tokens: forward(tokens.teacher_logp_NC, tokens.student_logp_NC).sum(-1),
@@ -187,7 +191,7 @@ METRICS = (
 
     Metric("rollout/accuracy", "the step's sampled answers that the verifier calls right",
         "share of answers", "higher", step_line="acc={:.3f}", panel=("accuracy", "{value:.1%} sampled"),
-        figure=ACCURACY, series=SAMPLED),
+        figure=ACCURACY, series=SAMPLED, needs="data.verifier"),
     Metric("rollout/mean_length", "mean length of a sampled answer",
         "tokens", step_line="len={:.0f}", figure=LENGTH, series=SAMPLED),
     Metric("rollout/truncated_rate", "sampled answers cut off at their length limit",
@@ -195,13 +199,17 @@ METRICS = (
     Metric("rollout/engine_mismatch", "mean difference between the sampler's and the trainer's log-probability of the "
         "sampled tokens: about 1e-7 in float32, 1e-3 in bfloat16. If it grows, the engine does not have the trainer's "
         "weights", "nats", "lower", step_line="mismatch={:.1e}"),
-    Metric("rollout/drift", "the same in a replay: how far the student is from the one that was recorded", "nats"),
+    Metric("rollout/drift", "the same in a replay: how far the student is from the one that was recorded", "nats",
+        needs="rollout.replay"),
     Metric("rollout/on_policy_fraction", "sequences that the student wrote, with rollout.on_policy_fraction below 1",
         "share of sequences"),
-    Metric("rollout/mean_turns", "mean number of the student's turns, with rollout.environment", "turns"),
-    Metric("rollout/turn_limit_rate", "sequences ended by rollout.max_turns", "share of sequences", "lower"),
-    Metric("rollout/verifier_errors", "answers that the verifier could not judge", "answers", "lower"),
-    Metric("rollout/environment_errors", "sequences whose environment failed", "sequences", "lower"),
+    Metric("rollout/mean_turns", "mean number of the student's turns", "turns", needs="rollout.environment"),
+    Metric("rollout/turn_limit_rate", "sequences ended by rollout.max_turns", "share of sequences", "lower",
+        needs="rollout.environment"),
+    Metric("rollout/verifier_errors", "answers that the verifier could not judge", "answers", "lower",
+        needs="data.verifier"),
+    Metric("rollout/environment_errors", "sequences whose environment failed", "sequences", "lower",
+        needs="rollout.environment"),
 
     Metric("perf/tokens_per_s", "response tokens a second",
         "tokens/s", "higher", label="tokens/s", number_format=",.0f",

@@ -23,8 +23,8 @@ it current.
 `checkpoint.metric` may be any train/, rollout/ or val/ metric that is measured during training. If neither high nor low
 is better by itself, `checkpoint.higher_is_better` must say which checkpoints are kept.
 
-| metric | is | unit | better | in a step's line |
-|---|---|---|---|---|
+| metric | is | unit | better | in a step's line | needs |
+|---|---|---|---|---|---|
 """
 
 
@@ -43,8 +43,12 @@ def main() -> int:
 
 def row(metric: Metric) -> str:
     name = metric.step_line.partition("=")[0]
-    cells = (f"`{metric.name}`", metric.meaning, metric.unit, metric.better or "", f"`{name}`" if name else "")
+    cells = (f"`{metric.name}`", metric.meaning, metric.unit, metric.better or "", _code(name), _code(metric.needs))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 
 from distill_cli.config.checks import config_problems
 from distill_cli.config.compose import compose
+from distill_cli.config.overrides import known_keys
 from distill_cli.metrics import METRICS, SECTIONS, STAGES, find
 from distill_cli.terminal.panel import Screen
 from distill_cli.terminal.step_printer import step_line
@@ -39,6 +40,10 @@ def test_every_recorded_key_is_declared() -> None:
     assert {key for key in keys if find(key) is None} == set()
 
 
+def test_needed_keys_are_keys() -> None:
+    assert {metric.needs for metric in METRICS} - {""} <= set(known_keys())
+
+
 def test_families_cover_what_only_a_run_knows() -> None:
     assert find("val/aime24/accuracy").name == "val/<dataset>/accuracy"
     assert find("val/openai/gsm8k/accuracy").name == "val/<dataset>/accuracy"
@@ -59,7 +64,7 @@ def problems_with(*overrides: str) -> list[str]:
         "val/accuracy",
         "rollout/verifier_errors",
         "train/loss",
-        "rollout/drift checkpoint.higher_is_better=false",
+        "rollout/drift checkpoint.higher_is_better=false rollout.replay=runs/x",
         "rollout/on_policy_fraction checkpoint.higher_is_better=true",
         "train/entropy checkpoint.higher_is_better=true",
     ],
@@ -77,6 +82,8 @@ def test_checkpoints_rank_by_recorded_metrics(typed: str) -> None:
         ("val/teacher_accuracy", "val/teacher_accuracy"),
         ("nonsense", "docs/metrics.md"),
         ("train/entropy", "checkpoint.higher_is_better=null"),
+        ("rollout/drift", "rollout.replay"),
+        ("rollout/mean_turns", "rollout.environment"),
     ],
 )
 def test_what_cannot_rank_is_refused(metric: str, problem: str) -> None:

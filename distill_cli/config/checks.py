@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import reduce
 
 from distill_cli.config.choices import nearest
 from distill_cli.config.credentials import secret_problems
@@ -284,9 +285,11 @@ def _checkpoint(config: Config) -> Iterator[str]:
     yield from _at_least("checkpoint.keep_top_k", checkpoint.keep_top_k, 0)
     metric, known = find(checkpoint.metric), [metric.name for metric in METRICS if metric.ranks_checkpoints]
     if metric is None or metric.name not in known:
-        what = "no such metric" if metric is None else f"not known when a checkpoint is written ({metric.meaning})"
+        what = "no such metric" if metric is None else "does not rank checkpoints"
         choice = nearest(checkpoint.metric, known) or "; choose a train/, rollout/ or val/ metric (docs/metrics.md)"
         yield f"checkpoint.metric={checkpoint.metric}: {what}{choice}"
+    elif metric.needs and config.rollout.replay is None and not reduce(getattr, metric.needs.split("."), config):
+        yield f"checkpoint.metric={checkpoint.metric}: never recorded without {metric.needs}; set it, or choose another"
     elif metric.better is None and checkpoint.higher_is_better is None:
         yield (
             f"checkpoint.higher_is_better=null: checkpoint.metric={checkpoint.metric} is not better high or low by "
