@@ -16,7 +16,7 @@ from distill_cli.jobs.prepare import check_jobs, prepare, print_warnings, resolv
 from distill_cli.jobs.run_attempts import run_to_completion
 from distill_cli.jobs.run_panels import start_panel
 from distill_cli.jobs.submit import submit, wait_for_run
-from distill_cli.jobs.sweep import carry_out_sweep, discard_if_refused, prepare_sweep
+from distill_cli.jobs.sweep import add_runs, carry_out_sweep, check_sweep, discard_if_refused, new_sweep
 from distill_cli.launch.base import launcher_of
 from distill_cli.terminal.console import Console
 
@@ -78,9 +78,10 @@ def run_single(job: Job, checked: Preflight, *, command: Sequence[str], console:
 
 def run_sweep(jobs: Sequence[Job], checked: Sequence[Preflight], *, command: Sequence[str], console: Console) -> int:
     """Carry out several runs, each in its folder inside the sweep's; return the exit status."""
-    config, sweep = jobs[0].config, prepare_sweep(jobs, checked, command=command)
+    check_sweep(jobs)
+    config, sweep = jobs[0].config, new_sweep(jobs[0].config)
+    elements = add_runs(sweep, jobs, checked, command=command)
     print_warnings(jobs, checked, console=console, printed=set())
-    elements = sweep.elements()
     try:
         return carry_out_sweep(sweep, elements, config, console=console)
     except ConfigError:
