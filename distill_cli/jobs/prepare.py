@@ -99,14 +99,13 @@ def single_path(job: Job) -> Path:
 def prepare(
     job: Job, checked: Preflight, path: Path, *, command: Sequence[str], env: dict[str, Any] | None = None
 ) -> RunDir:
-    """Make a run's folder, with the config that its ranks will read. See `run_dir.create` for `env`."""
-    run = run_dir.create(path.absolute(), command=command, config=config_text(job.config), env=env)
-    write_memory(job.config, checked, run)
-    return run
+    """Make a run's folder: the config that its ranks will read, and for the report a rank's predicted memory by part.
 
-
-def write_memory(config: Config, checked: Preflight, run: RunDir) -> None:
-    """Write a rank's predicted memory by part, for the report; no file if there is no prediction."""
+    Args:
+        env: see `run_dir.create`.
+    """
+    config = job.config
+    run = run_dir.create(path.absolute(), command=command, config=config_text(config), env=env)
     is_gpu = bool(hardware.gpus_per_node(config))
     ranks = hardware.ranks_per_node(config) * config.cluster.nodes
     gpu_bytes = (hardware.gpu_memory() or 0) if is_gpu else None
@@ -116,6 +115,7 @@ def write_memory(config: Config, checked: Preflight, run: RunDir) -> None:
         predicted = memory.predict(config, shape, *folders, num_ranks=ranks, gpu_bytes=gpu_bytes)
         parts = {**predicted.trainer.parts, **predicted.engines}
         run_dir.write_json(run.memory, {"peak": predicted.peak, "asleep": predicted.asleep, "parts": parts})
+    return run
 
 
 def job_of(run: RunDir) -> Job:
