@@ -35,7 +35,8 @@ def do_nothing(run: str) -> None:
     write_json(RunDir(Path(run)).outcome, {"state": "finished"})
 
 
-slurm = Slurm(task=do_nothing)
+slurm = Slurm()
+slurm.task = do_nothing
 
 
 def main() -> None:
@@ -74,7 +75,7 @@ def measure(config, folder: Path, size: int, *, hold: bool) -> None:
     assert len(states) == size or not hold
     told = ""
     if hold:
-        slurm.cluster.ask("scancel", jobs[0].job_id.partition("_")[0])
+        slurm.ask("scancel", jobs[0].job_id.partition("_")[0])
     else:
         counting.clear()
         cpu, failed = time.process_time(), wait_for_sweep(sweep, elements, jobs, console=Console(file=io.StringIO()))

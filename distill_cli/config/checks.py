@@ -300,15 +300,10 @@ def _checkpoint(config: Config) -> Iterator[str]:
 
 
 def _cluster(config: Config) -> Iterator[str]:
-    cluster = config.cluster
-    for name in ("max_restarts", "hang_timeout_s", "grace_s"):
-        yield from _at_least(f"cluster.{name}", getattr(cluster, name), 0)
-    yield from _at_least("cluster.nodes", cluster.nodes, 1)
-    for name in ("ranks_per_node", "parallel_jobs"):
-        if getattr(cluster, name) is not None:
-            yield from _at_least(f"cluster.{name}", getattr(cluster, name), 1)
-    if cluster.gpus_per_node is not None:
-        yield from _at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0)
+    least = {"max_restarts": 0, "hang_timeout_s": 0, "grace_s": 0, "gpus_per_node": 0}
+    for name, low in (least | {"nodes": 1, "ranks_per_node": 1, "parallel_jobs": 1}).items():
+        if (value := getattr(config.cluster, name)) is not None:
+            yield from _at_least(f"cluster.{name}", value, low)
 
 
 def _sampling(group: str, temperature: float, top_p: float) -> Iterator[str]:

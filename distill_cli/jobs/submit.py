@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -66,18 +66,6 @@ def lost_job_reason(run: RunDir) -> str | None:
         if job and launcher_of(job.launcher).is_installed() and not in_queue([run]) and run.open_job():
             return f"job {job.job_id}: {launcher_of(job.launcher).end_state(job.job_id) or 'is gone'}"
     return None
-
-
-def watch_jobs(jobs: Sequence[SubmittedJob]) -> Iterator[dict[str, str]]:
-    """Yield the states of those that have not ended, again and again until there is none: the last is empty."""
-    launcher, wait_s = launcher_of(jobs[0].launcher), POLL_S[0]
-    while True:
-        states = launcher.status([job.job_id for job in jobs])
-        yield states
-        if not states:
-            return
-        time.sleep(wait_s)
-        wait_s = min(wait_s * 1.3, POLL_S[1])
 
 
 def wait_for_run(run: RunDir, job: SubmittedJob, *, console: Console) -> int:

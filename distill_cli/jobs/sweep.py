@@ -23,7 +23,7 @@ from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import Element, RunDir, SubmittedJob, SweepDir
 from distill_cli.jobs.prepare import job_of, prepare
 from distill_cli.jobs.run_attempts import leave_report, run_to_completion
-from distill_cli.jobs.submit import job_outcome, submit, watch_jobs
+from distill_cli.jobs.submit import POLL_S, job_outcome, submit
 from distill_cli.launch.base import NODE_PROGRAM, launcher_of
 from distill_cli.launch.local import stop_signals
 from distill_cli.machine import hardware
@@ -32,18 +32,6 @@ from distill_cli.report.comparison import print_comparison
 from distill_cli.report.read import read_sweep
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
-
-
-def prepare_sweep(jobs: Sequence[Job], resolved: Sequence[ResolvedRun], *, command: Sequence[str]) -> SweepDir:
-    """Make the sweep's folder, with every run's in it.
-
-    Raises:
-        ConfigError: the jobs cannot be one sweep.
-    """
-    check_sweep(jobs)
-    sweep = new_sweep(jobs[0].config)
-    add_runs(sweep, jobs, resolved, command=command)
-    return sweep
 
 
 def new_sweep(config: Config) -> SweepDir:
@@ -210,11 +198,16 @@ def wait_for_sweep(
     sweep: SweepDir, elements: Sequence[Element], jobs: Sequence[SubmittedJob], *, console: Console
 ) -> int:
     """Print which runs have ended, until all have; return how many failed. Each run's folder is read once."""
+    launcher, wait_s = launcher_of(jobs[0].launcher), POLL_S[0]
     open_jobs, failed = dict(zip(jobs, elements, strict=True)), 0
-    for active in watch_jobs(jobs):
+    while True:
+        active = launcher.status([job.job_id for job in open_jobs])
         for job in [job for job in open_jobs if job.job_id not in active]:
             element = open_jobs.pop(job)
             status, text = job_outcome(RunDir(sweep.path / element.folder), job)
             failed += status != 0
             console.print(f"{len(elements) - len(open_jobs)}/{len(elements)}  {escape(element.folder)}: {escape(text)}")
-    return failed
+        if not open_jobs:
+            return failed
+        time.sleep(wait_s)
+        wait_s = min(wait_s * 1.3, POLL_S[1])

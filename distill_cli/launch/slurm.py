@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import io
 import os
-import shutil
 import signal
 import sys
 import time
@@ -45,17 +44,14 @@ def run_node_program(run: str) -> None:
         sys.exit(status)
 
 
-class Slurm(Launcher):
+class Slurm(SlurmCluster, Launcher):
     name = "slurm"
-
-    def __init__(self, cluster: SlurmCluster | None = None, *, task: Callable[[str], None] = run_node_program) -> None:
-        """`task` is what each node of a job does with the run's folder."""
-        self.cluster = cluster or SlurmCluster()
-        self.task = task
+    task: Callable[[str], None] = staticmethod(run_node_program)
+    """What each node of a job does with the run's folder."""
 
     def resolve(self, config: Config) -> Config:
         try:
-            partition = self.cluster.partition(config.cluster.slurm.partition)
+            partition = self.find_partition(config.cluster.slurm.partition)
         except ConfigError:  # which `problems` raises
             return config
         if config.cluster.gpus_per_node is None:
@@ -71,7 +67,7 @@ class Slurm(Launcher):
     def problems(self, config: Config, *, num_jobs: int = 1) -> Iterator[str]:
         yield from value_problems(config)
         cluster, settings = config.cluster, config.cluster.slurm
-        partition = self.cluster.partition(settings.partition)
+        partition = self.find_partition(settings.partition)
         where = f"partition {partition.name}"
         if not partition.is_up:
             yield f"cluster.slurm.partition={partition.name}: is down; choose another, or wait"
@@ -82,15 +78,12 @@ class Slurm(Launcher):
         if limit is not None and limit > partition.max_time_s:
             most = f"{partition.max_time_s / 60:g} minutes"
             yield f"cluster.slurm.time={settings.time}: {where} allows {most} at most; lower it, or choose another"
-        if (cluster.gpus_per_node or 0) > partition.gpus:
-            yield (
-                f"cluster.gpus_per_node={cluster.gpus_per_node}: a node of {where} has {partition.gpus}; lower it, or "
-                "choose another"
-            )
-        root, hosts = Path(config.run.root), lambda: self.cluster.node_hosts
+        if (gpus := cluster.gpus_per_node or 0) > partition.gpus:
+            yield f"cluster.gpus_per_node={gpus}: a node of {where} has {partition.gpus}; lower it, or choose another"
+        root, hosts = Path(config.run.root), lambda: self.node_hosts
         if problem := unshared(root, shared_folders=settings.shared_folders, node_hosts=hosts):
             yield problem
-        if num_jobs > 1 and num_jobs > (most := self.cluster.max_array_size):
+        if num_jobs > 1 and num_jobs > (most := self.max_array_size):
             yield f"a sweep of {num_jobs} runs: an array of this cluster holds {most}; make several sweeps"
 
     def script(self, config: Config, *, folder: Path, num_jobs: int = 1) -> str:
@@ -115,20 +108,11 @@ class Slurm(Launcher):
         several = f", an array of {len(job_ids)}" if len(job_ids) > 1 else ""
         return {"job": f"{job}{several}", "queue": f"squeue -r -j {job}", "cancel": f"scancel {job}"}
 
-    def is_installed(self) -> bool:
-        return shutil.which("squeue") is not None
-
-    def status(self, job_ids: Sequence[str]) -> dict[str, str]:
-        return self.cluster.active(job_ids)
-
-    def end_state(self, job_id: str) -> str:
-        return self.cluster.end_state(job_id)
-
     def place(self) -> Place:
         import submitit
 
         here = submitit.JobEnvironment()
-        address = self.cluster.address(here.hostnames[0]) if here.num_nodes > 1 else "localhost"
+        address = self.address(here.hostnames[0]) if here.num_nodes > 1 else "localhost"
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         return Place(here.job_id, restarts, here.node, here.num_nodes, address)
 
@@ -141,16 +125,15 @@ class Slurm(Launcher):
             )
 
     def requeue(self, config: Config, place: Place, *, reason: str) -> None:
-        is_preempted = reason == signal.SIGTERM.name and self.cluster.was_preempted(place.job_id)
+        is_preempted = reason == signal.SIGTERM.name and self.was_preempted(place.job_id)
         if reason != signal.SIGUSR2.name and not is_preempted:
             return
-        if place.num_restarts >= config.cluster.slurm.max_requeues:
-            most = config.cluster.slurm.max_requeues
+        if place.num_restarts >= (most := config.cluster.slurm.max_requeues):
             print(f"cluster.slurm.max_requeues={most}: the job is not queued again", flush=True)
             return
         print(f"job {place.job_id} is queued again", flush=True)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.cluster.ask("scontrol", "requeue", place.job_id)
+        self.ask("scontrol", "requeue", place.job_id)
         time.sleep(REQUEUE_S)  # Slurm ends this process
 
     def tags(self) -> dict[str, str]:
@@ -161,7 +144,7 @@ class Slurm(Launcher):
         if not self.is_installed():  # a machine without Slurm is none the worse
             return [("slurm", True, "no squeue here: runs stay on this machine", "")]
         try:
-            partitions = self.cluster.partitions.values()
+            partitions = self.partitions.values()
         except ConfigError as error:
             return [("slurm", False, str(error), "start slurmctld, or ask who runs the cluster")]
         rows = []
@@ -174,7 +157,7 @@ class Slurm(Launcher):
 
 def value_problems(config: Config) -> Iterator[str]:
     """Yield what is wrong with cluster.slurm.* whatever the cluster is."""
-    settings, grace_s = config.cluster.slurm, config.cluster.grace_s
+    settings, signal_s, grace_s = config.cluster.slurm, config.cluster.slurm.signal_s, config.cluster.grace_s
     for name, least in (("max_requeues", 0), ("cpus_per_node", 1)):
         value = getattr(settings, name)
         if value is not None and value < least:
@@ -182,16 +165,10 @@ def value_problems(config: Config) -> Iterator[str]:
     limit = parse_time_limit(settings.time) if settings.time is not None else None
     if settings.time is not None and limit is None:
         yield f"cluster.slurm.time={settings.time}: must be minutes, HH:MM:SS or D-HH:MM:SS"
-    if limit is not None and limit <= settings.signal_s:
-        yield (
-            f"cluster.slurm.time={settings.time}: not longer than the cluster.slurm.signal_s={settings.signal_s} "
-            "seconds before its end at which a run stops; raise it"
-        )
-    if settings.signal_s < grace_s:
-        yield (
-            f"cluster.slurm.signal_s={settings.signal_s}: less than the cluster.grace_s={grace_s:g} that saving may "
-            "take; raise it"
-        )
+    if limit is not None and limit <= signal_s:
+        yield f"cluster.slurm.time={settings.time}: must exceed cluster.slurm.signal_s={signal_s} seconds; raise it"
+    if signal_s < grace_s:
+        yield f"cluster.slurm.signal_s={signal_s}: saving may take cluster.grace_s={grace_s:g} seconds; raise it"
     for name in sorted(RESERVED_SBATCH & {str(key).replace("_", "-") for key in settings.extra}):
         yield f"cluster.slurm.extra.{name}: is set by distill, which relies on it; leave it out"
     if any("\n" in line for line in settings.setup):

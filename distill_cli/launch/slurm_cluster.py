@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
@@ -50,6 +51,8 @@ def ask(*command: str) -> str:
 
 
 class SlurmCluster:
+    """The part of a `Launcher` that asks."""
+
     def __init__(self, ask: Callable[..., str] = ask) -> None:
         """`ask` runs a command and returns its output."""
         self.ask = ask
@@ -77,7 +80,7 @@ class SlurmCluster:
         """Jobs of an array, at most."""
         return int(re.search(r"MaxArraySize\s*=\s*(\d+)", self.ask("scontrol", "show", "config"))[1])
 
-    def partition(self, names: str | None) -> Partition:
+    def find_partition(self, names: str | None) -> Partition:
         """Return the first of the partitions that are asked for, or the default one.
 
         Raises:
@@ -110,7 +113,10 @@ class SlurmCluster:
         except socket.gaierror:
             return re.search(r"NodeAddr=(\S+)", self.ask("scontrol", "show", "node", "-o", host))[1]
 
-    def active(self, job_ids: Sequence[str]) -> dict[str, str]:
+    def is_installed(self) -> bool:
+        return shutil.which("squeue") is not None
+
+    def status(self, job_ids: Sequence[str]) -> dict[str, str]:
         """Return the states of those jobs that have not ended, each element of an array by itself."""
         arrays = ",".join(sorted({job_id.partition("_")[0] for job_id in job_ids}))
         try:

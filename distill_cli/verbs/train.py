@@ -29,7 +29,7 @@ from distill_cli.jobs.prepare import prepare, print_warnings, resolve_jobs, sing
 from distill_cli.jobs.run_attempts import run_to_completion
 from distill_cli.jobs.run_panels import start_panel
 from distill_cli.jobs.submit import submit, wait_for_run
-from distill_cli.jobs.sweep import carry_out_sweep, discard_if_refused, prepare_sweep
+from distill_cli.jobs.sweep import add_runs, carry_out_sweep, check_sweep, discard_if_refused, new_sweep
 from distill_cli.launch.base import launcher_of
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
@@ -104,9 +104,10 @@ def run_single(job: Job, found: ResolvedRun, *, command: Sequence[str], console:
 
 def run_sweep(jobs: Sequence[Job], resolved: Sequence[ResolvedRun], *, command: Sequence[str], console: Console) -> int:
     """Carry out several runs, each in its folder inside the sweep's; return the exit status."""
-    config, sweep = jobs[0].config, prepare_sweep(jobs, resolved, command=command)
+    check_sweep(jobs)
+    config, sweep = jobs[0].config, new_sweep(jobs[0].config)
+    elements = add_runs(sweep, jobs, resolved, command=command)
     print_warnings(jobs, resolved, console=console, printed=set())
-    elements = sweep.elements()
     try:
         return carry_out_sweep(sweep, elements, config, console=console)
     except ConfigError:

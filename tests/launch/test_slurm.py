@@ -9,7 +9,7 @@ from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.launch.nodes import Place
 from distill_cli.launch.slurm import Slurm, parameters
-from distill_cli.launch.slurm_cluster import SlurmCluster, parse_time_limit
+from distill_cli.launch.slurm_cluster import parse_time_limit
 
 SINFO = """\
 main*|up|infinite|3|1-infinite|gpu:a100:2(S:0-1)|16
@@ -39,7 +39,7 @@ def slurm(**changed: str | Exception) -> Slurm:
         return answer
 
     asked: list[str] = []
-    launcher = Slurm(SlurmCluster(ask))
+    launcher = Slurm(ask)
     launcher.asked = asked
     return launcher
 
@@ -79,8 +79,8 @@ def test_resolve_leaves_errors_to_problems() -> None:
         ),
         ("cluster.gpus_per_node=5", "cluster.gpus_per_node=5: a node of partition main has 4"),
         ("cluster.slurm.time=1x", "cluster.slurm.time=1x: must be minutes"),
-        ("cluster.slurm.time=2", "cluster.slurm.time=2: not longer than the cluster.slurm.signal_s=120"),
-        ("cluster.slurm.signal_s=30", "cluster.slurm.signal_s=30: less than the cluster.grace_s=60"),
+        ("cluster.slurm.time=2", "cluster.slurm.time=2: must exceed cluster.slurm.signal_s=120"),
+        ("cluster.slurm.signal_s=30", "cluster.slurm.signal_s=30: saving may take cluster.grace_s=60"),
         ("+cluster.slurm.extra.open_mode=x", "cluster.slurm.extra.open-mode: is set by distill"),
         ("cluster.slurm.max_requeues=-1", "cluster.slurm.max_requeues=-1: must be at least 0"),
         ("cluster.slurm.shared_folders=[/no/such]", "run.root=runs: not in a folder that all nodes see"),
@@ -146,8 +146,8 @@ def test_too_many_restarts_end_a_job() -> None:
 
 
 def test_an_address_is_asked_if_unresolved(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert slurm().cluster.address("localhost") == "localhost"
-    assert slurm().cluster.address("no-such-host.invalid") == "10.0.0.1"
+    assert slurm().address("localhost") == "localhost"
+    assert slurm().address("no-such-host.invalid") == "10.0.0.1"
 
 
 def test_parameters_of_the_script() -> None:
