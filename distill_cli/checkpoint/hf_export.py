@@ -27,6 +27,7 @@ from distill_cli.config.schema import Config, LoraConfig
 from distill_cli.data.prompts import load_tokenizer
 from distill_cli.data.recorded_run import Facts
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.folders.atomic_dir import replacing
 from distill_cli.models.lora_names import shortened, targeted
 from distill_cli.models.model_files import locate, shapes
 from distill_cli.models.model_pair import EndTokens, write_end_tokens
@@ -51,31 +52,26 @@ def write_folder(
     model = config.model
     base = locate(model.student.path, revision=model.student.revision, key="model.student.path")
     tokenizer_folder = locate(model.tokenizer, key="model.tokenizer") if model.tokenizer else base
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     dtype = getattr(torch, model.student.dtype.value)
     weights = trained(checkpoint)
     try:
-        temporary.mkdir(parents=True)
-        if as_adapter:
-            write_adapter(weights, config, temporary, base=base)
-        else:
-            if model.student.lora.is_on:
-                weights = merged(weights, base, model.student.lora)
-            write_weights(weights, temporary, dtype=dtype, max_file_bytes=max_file_bytes)
-            hf_config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
-            hf_config.dtype = dtype
-            hf_config.save_pretrained(temporary)
-            if (base / "generation_config.json").is_file():
-                shutil.copyfile(base / "generation_config.json", temporary / "generation_config.json")
-            name_ends(config, base, temporary)
-        load_tokenizer(tokenizer_folder, model).save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(checkpoint, config, as_adapter=as_adapter))
-        temporary.rename(folder)
-    except (OSError, DistillError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, DistillError):
-            raise
+        with replacing(folder) as temporary:
+            temporary.mkdir(parents=True)
+            if as_adapter:
+                write_adapter(weights, config, temporary, base=base)
+            else:
+                if model.student.lora.is_on:
+                    weights = merged(weights, base, model.student.lora)
+                write_weights(weights, temporary, dtype=dtype, max_file_bytes=max_file_bytes)
+                hf_config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
+                hf_config.dtype = dtype
+                hf_config.save_pretrained(temporary)
+                if (base / "generation_config.json").is_file():
+                    shutil.copyfile(base / "generation_config.json", temporary / "generation_config.json")
+                name_ends(config, base, temporary)
+            load_tokenizer(tokenizer_folder, model).save_pretrained(temporary)
+            (temporary / "README.md").write_text(model_card(checkpoint, config, as_adapter=as_adapter))
+    except OSError as error:
         raise DistillError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from distill_cli.folders.atomic_dir import replacing
 from distill_cli.types import Rollout, TokenViews
 
 
@@ -38,9 +39,8 @@ def write_rollouts(
     }
     if token_text is not None:
         columns |= _view_columns(rollouts, text=cache(token_text))
-    temporary = path.with_name(f".{path.name}.tmp")
-    pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")
 
 
 def _view_columns(rollouts: Sequence[Rollout], *, text: Callable[[int], str]) -> dict[str, list[Any]]:
