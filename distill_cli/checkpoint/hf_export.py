@@ -7,6 +7,7 @@ they are added to the weights that the run began from, or are a folder of their 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
@@ -167,13 +169,11 @@ def write_weights(weights: Weights, folder: Path, *, dtype: torch.dtype, max_fil
             f"{folder.parent}: the student takes {total / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; give another "
             "folder, or make room"
         )
-    files, weight_map = split(num_bytes, max_file_bytes), {}
-    for number, names in enumerate(files, start=1):
-        file = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+    files = split(num_bytes, max_file_bytes)
+    for file, names in files.filename_to_tensors.items():
         write_safetensors(folder / file, names, weights, dtype=dtype)
-        weight_map |= dict.fromkeys(names, file)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if files.is_sharded:
+        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -184,14 +184,15 @@ def write_safetensors(file: Path, names: Sequence[str], weights: Weights, *, dty
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     num_bytes = {name: weights.sizes[name].numel() * dtype.itemsize for name in names}
-    for name in names:
+    parts = split(num_bytes, READ_BYTES).filename_to_tensors.values()
+    for name in itertools.chain(*parts):
         begin, end = end, end + num_bytes[name]
         header[name] = {"dtype": DTYPES[dtype], "shape": list(weights.sizes[name]), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for part in split(num_bytes, READ_BYTES):
+        for part in parts:
             tensors = weights.read(part)
             for name in part:
                 stream.write(tensors.pop(name).to(dtype).contiguous().view(-1).view(torch.uint8).numpy())
@@ -199,17 +200,11 @@ def write_safetensors(file: Path, names: Sequence[str], weights: Weights, *, dty
         os.fsync(stream.fileno())
 
 
-def split(num_bytes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in files of at most `limit` bytes, in their order; one that is larger has a file of its own."""
-    files: list[list[str]] = [[]]
-    filled = 0
-    for name, size in num_bytes.items():
-        if files[-1] and filled + size > limit:
-            files.append([])
-            filled = 0
-        files[-1].append(name)
-        filled += size
-    return files
+def split(num_bytes: dict[str, int], limit: int) -> StateDictSplit:
+    """Divide names into files of at most `limit` bytes; a tensor that is larger has a file of its own."""
+    return split_state_dict_into_shards_factory(
+        num_bytes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
+    )
 
 
 def model_card(checkpoint: Checkpoint, config: Config, *, as_adapter: bool = False) -> str:
