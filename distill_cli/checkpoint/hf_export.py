@@ -7,6 +7,7 @@ they are added to the weights that the run began from, or are a folder of their 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
@@ -26,6 +28,7 @@ from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.schema import Config
 from distill_cli.data.prompts import load_tokenizer
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.folders.atomic_dir import replacing
 from distill_cli.models.lora_names import shortened, targeted
 from distill_cli.models.model_files import shapes
 from distill_cli.models.model_pair import write_end_tokens
@@ -51,36 +54,31 @@ def write_folder(
         DistillError: it could not be written.
     """
     config, model, base = found.config, found.config.model, found.student.folder
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     dtype = getattr(torch, model.student.dtype.value)
     weights = trained(checkpoint)
     try:
-        temporary.mkdir(parents=True)
-        if as_adapter:
-            write_adapter(weights, config, temporary, base=base)
-        else:
-            lora = model.student.lora
-            if lora.rank:
-                weights = merged(weights, base, scale=lora.alpha / lora.rank)
-            write_weights(weights, temporary, dtype=dtype, max_file_bytes=max_file_bytes)
-            hf_config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
-            hf_config.dtype = dtype
-            hf_config.save_pretrained(temporary)
-            if (base / "generation_config.json").is_file():
-                shutil.copyfile(base / "generation_config.json", temporary / "generation_config.json")
-            if found.vocabulary.merged_eos_ids:
-                write_end_tokens(temporary, found.vocabulary.merged_eos_ids)
-        tokenizer = load_tokenizer(
-            found.tokenizer.folder, chat_template=model.chat_template, trust_remote_code=model.trust_remote_code
-        )
-        tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(checkpoint, config, as_adapter=as_adapter))
-        temporary.rename(folder)
-    except (OSError, DistillError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, DistillError):
-            raise
+        with replacing(folder) as temporary:
+            temporary.mkdir(parents=True)
+            if as_adapter:
+                write_adapter(weights, config, temporary, base=base)
+            else:
+                lora = model.student.lora
+                if lora.rank:
+                    weights = merged(weights, base, scale=lora.alpha / lora.rank)
+                write_weights(weights, temporary, dtype=dtype, max_file_bytes=max_file_bytes)
+                hf_config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
+                hf_config.dtype = dtype
+                hf_config.save_pretrained(temporary)
+                if (base / "generation_config.json").is_file():
+                    shutil.copyfile(base / "generation_config.json", temporary / "generation_config.json")
+                if found.vocabulary.merged_eos_ids:
+                    write_end_tokens(temporary, found.vocabulary.merged_eos_ids)
+            tokenizer = load_tokenizer(
+                found.tokenizer.folder, chat_template=model.chat_template, trust_remote_code=model.trust_remote_code
+            )
+            tokenizer.save_pretrained(temporary)
+            (temporary / "README.md").write_text(model_card(checkpoint, config, as_adapter=as_adapter))
+    except OSError as error:
         raise DistillError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
@@ -160,13 +158,11 @@ def write_weights(weights: Weights, folder: Path, *, dtype: torch.dtype, max_fil
             f"{folder.parent}: the student takes {total / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; give another "
             "folder, or make room"
         )
-    files, weight_map = split(num_bytes, max_file_bytes), {}
-    for number, names in enumerate(files, start=1):
-        file = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+    files = split(num_bytes, max_file_bytes)
+    for file, names in files.filename_to_tensors.items():
         write_safetensors(folder / file, names, weights, dtype=dtype)
-        weight_map |= dict.fromkeys(names, file)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if files.is_sharded:
+        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -177,14 +173,15 @@ def write_safetensors(file: Path, names: Sequence[str], weights: Weights, *, dty
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     num_bytes = {name: weights.sizes[name].numel() * dtype.itemsize for name in names}
-    for name in names:
+    parts = split(num_bytes, READ_BYTES).filename_to_tensors.values()
+    for name in itertools.chain(*parts):
         begin, end = end, end + num_bytes[name]
         header[name] = {"dtype": DTYPES[dtype], "shape": list(weights.sizes[name]), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for part in split(num_bytes, READ_BYTES):
+        for part in parts:
             tensors = weights.read(part)
             for name in part:
                 stream.write(tensors.pop(name).to(dtype).contiguous().view(-1).view(torch.uint8).numpy())
@@ -192,17 +189,11 @@ def write_safetensors(file: Path, names: Sequence[str], weights: Weights, *, dty
         os.fsync(stream.fileno())
 
 
-def split(num_bytes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in files of at most `limit` bytes, in their order; one that is larger has a file of its own."""
-    files: list[list[str]] = [[]]
-    filled = 0
-    for name, size in num_bytes.items():
-        if files[-1] and filled + size > limit:
-            files.append([])
-            filled = 0
-        files[-1].append(name)
-        filled += size
-    return files
+def split(num_bytes: dict[str, int], limit: int) -> StateDictSplit:
+    """Divide names into files of at most `limit` bytes; a tensor that is larger has a file of its own."""
+    return split_state_dict_into_shards_factory(
+        num_bytes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
+    )
 
 
 def model_card(checkpoint: Checkpoint, config: Config, *, as_adapter: bool = False) -> str:

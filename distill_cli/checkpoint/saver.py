@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from distill_cli.checkpoint import store
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders import atomic_dir
-from distill_cli.folders.run_dir import RunDir, flush, read_json, write_json
+from distill_cli.folders.run_dir import RunDir, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +259,7 @@ class Saver:
             # A machine that loses power must not keep the checkpoint and lose the steps that led to it.
             for path in (self._run.metrics, self._run.config, root, self._run.path):
                 if path.exists():
-                    flush(path)
+                    atomic_dir.flush(path)
             atomic_dir.seal(
                 temporary, store.final_path(root, step), {k: v for part, _ in everyone for k, v in part.items()}
             )

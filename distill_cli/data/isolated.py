@@ -1,7 +1,8 @@
 """Verifiers and environments in processes of their own: one that hangs, raises or dies costs a sequence its score.
 
-`python -m distill_cli.data.isolated KIND NAME LIMIT_S` is the process: it reads a request a line and writes an answer
-and an error, in the order of the requests.
+`python -m distill_cli.data.isolated KIND NAME LIMIT_S SOCKET` is the process: it reads a line of requests and writes a
+line with an answer and an error for each, in their order. pebble's pool is no replacement: it fails everything queued
+if a process dies before its acknowledgement was read, and for good if an idle one is killed.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import logging
 import math
 import os
 import resource
-import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import IO, Any
 
 from distill_cli.data.environments import Environment, Observation
 from distill_cli.data.registry import resolve_environment, resolve_verifier
@@ -33,7 +34,8 @@ GRACE_S = 1.0
 START_S = 60.0
 """Seconds for the process to import what it needs."""
 NUM_AHEAD = 64
-"""Requests that a process has at most: it goes on to the next while its answer is read. All are lost where it dies."""
+"""Requests that a process is sent at a time: it goes on to the next while its answer is read. A process that dies loses
+them, and the next one gets those without an answer."""
 MEMORY_BYTES = 4 << 30
 """Address space of the process: an answer such as 9**9**9 fails instead of taking the machine's memory."""
 
@@ -69,104 +71,86 @@ class Failures:
 
 
 class Worker:
-    """The process. It starts at the first use, and again where it died."""
+    """The process and the socket to it. It starts at the first use, and again after it died."""
 
     def __init__(self, kind: str, name: str, *, limit_s: float) -> None:
         self._argv, self._limit_s = [kind, name, str(limit_s)], limit_s
         self._process: subprocess.Popen | None = None
-        self._unsent, self._unread = memoryview(b""), b""
-        """What is left of the requests to be written, and the beginning of an answer whose end has not come."""
+        self._socket: socket.socket
+        self._answers: IO[bytes]
         self.num_starts = 0
-        """Whatever a process held is lost to the next one."""
+        """Each start loses whatever the process before it held."""
 
     def ask(self, request: Any) -> Any:
-        """The answer. Raises Failed where there is none in time."""
+        """Return the answer. Raises Failed if there is none in time."""
         (answer,) = self.ask_all([request])
         if isinstance(answer, Failed):
             raise answer
         return answer
 
     def ask_all(self, requests: Sequence[Any]) -> list[Any | Failed]:
-        """An answer to each, in their order, or why there is none.
+        """Return an answer to each request, in their order, or why there is none.
 
         A process that dies, or leaves a request unanswered for too long, costs that request alone: the next process
         gets those after it.
         """
         answers: list[Any | Failed] = []
-        while len(answers) < len(requests):
+        while (begin := len(answers)) < len(requests):
             try:
-                for answer, error in self._exchange(requests[len(answers) :]):
+                for answer, error in self._exchange(requests[begin : begin + NUM_AHEAD]):
                     answers.append(answer if error is None else Failed(error))
             except (OSError, EOFError, ValueError) as failure:
                 answers.append(Failed(f"{type(failure).__name__}: {failure}"))
         return answers
 
     def start(self) -> None:
-        if self._process is None:
-            command = [sys.executable, "-m", "distill_cli.data.isolated", *self._argv]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-            os.set_blocking(self._process.stdin.fileno(), False)
-            self._unsent, self._unread = memoryview(b""), b""
-            self.num_starts += 1
-            try:
-                while not self._transfer(START_S):  # ready
-                    pass
-            except BaseException:
-                self.close()
-                raise
+        if self._process is not None:
+            return
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "distill_cli.data.isolated", *self._argv, str(theirs.fileno())]
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        self._answers = self._socket.makefile("rb")
+        self.num_starts += 1
+        with self._closing_on_error():
+            self._read(START_S)  # ready
 
     def close(self) -> None:
         """End the process; another starts with the next use."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._process.stdin.close()
-            self._process.stdout.close()
+            self._answers.close()
+            self._socket.close()
             self._process = None
 
     def _exchange(self, requests: Sequence[Any]) -> Iterator[list]:
-        """Answer and error to each, as they come; the limit is the oldest request's, from the last answer on."""
-        num_sent = num_answered = 0
+        """Yield answer and error of each request; the limit of one begins with the answer to the one before it."""
+        message = json.dumps(requests).encode() + b"\n"
+        self.start()
+        with self._closing_on_error():
+            self._socket.sendall(message)  # read whole before the first answer: neither waits for the other
+            for _ in requests:
+                yield self._read(self._limit_s + GRACE_S)
+
+    def _read(self, limit_s: float) -> list:
+        self._socket.settimeout(limit_s)
         try:
-            self.start()
-            while num_answered < len(requests):
-                if not self._unsent and num_sent - num_answered <= NUM_AHEAD // 2:
-                    ahead = requests[num_sent : num_answered + NUM_AHEAD]
-                    num_sent += len(ahead)
-                    self._unsent = memoryview(b"".join(json.dumps(request).encode() + b"\n" for request in ahead))
-                for line in self._transfer(self._limit_s + GRACE_S):
-                    answered = json.loads(line)
-                    num_answered += 1
-                    yield answered
-        finally:
-            if num_answered < len(requests):  # what it may still say would be taken for the next one's answer
-                self.close()
-
-    def _transfer(self, limit_s: float) -> list[bytes]:
-        """Write what the pipe takes and read what it has, once one of them can be done: -> the lines that are whole.
-
-        Neither waits for the other, so that a process that hangs cannot keep a write from its end.
-        """
-        to, of = self._process.stdin.fileno(), self._process.stdout.fileno()
-        pipes = select.poll()
-        pipes.register(of, select.POLLIN)
-        if self._unsent:
-            pipes.register(to, select.POLLOUT)
-        ready = dict(pipes.poll(limit_s * 1000))
-        if not ready:
-            raise TimeoutError(f"no answer within {limit_s:g} s")
-        if to in ready:
-            try:
-                self._unsent = self._unsent[os.write(to, self._unsent) :]
-            except BrokenPipeError:  # it died, and may have answered some before
-                self._unsent = memoryview(b"")
-        if of not in ready:
-            return []
-        came = os.read(of, 1 << 16)
-        if not came:
+            line = self._answers.readline()
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {limit_s:g} s") from None
+        if not line:
             raise EOFError("its process died")
-        *lines, self._unread = (self._unread + came).split(b"\n")
-        return lines
+        return json.loads(line)
+
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        """End the process after an error: what it may still answer would be taken for the next request's answer."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
 
 class IsolatedVerifier:
@@ -251,19 +235,20 @@ def main() -> None:
     """The process."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    kind, name, limit_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what it prints is no answer
+    kind, name, limit_s, descriptor = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+    os.set_inheritable(descriptor, False)
+    rank = socket.socket(fileno=descriptor)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     answer = judge(name) if kind == "verifier" else play(name)
-    out.write("[]\n")
-    for line in sys.stdin:
-        try:
-            with time_limit(limit_s):
-                answered = [answer(json.loads(line)), None]
-        except (Exception, OutOfTime) as error:
-            answered = [None, f"{type(error).__name__}: {error}"[:300]]
-        out.write(json.dumps(answered) + "\n")
+    rank.sendall(b"[]\n")
+    for line in rank.makefile("rb"):
+        for request in json.loads(line):
+            try:
+                with time_limit(limit_s):
+                    answered = [answer(request), None]
+            except (Exception, OutOfTime) as error:
+                answered = [None, f"{type(error).__name__}: {error}"[:300]]
+            rank.sendall(json.dumps(answered).encode() + b"\n")
 
 
 def judge(name: str) -> Callable[[list[str]], float]:

@@ -1,23 +1,45 @@
-"""Folders that are whole or not there: checkpoints, recorded steps. No torch.
+"""Files and folders that are whole or not there: written under a hidden name, then renamed. No torch.
 
-A folder is written under a hidden name, made durable, and renamed. Its `manifest.json` is written last and has every
-other file's size and SHA-256, so that what was damaged later is found before it is used.
+Checkpoints and recorded steps are made durable before, too. Their `manifest.json` is written last and has every other
+file's size and SHA-256, so that what was damaged later is found before it is used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from distill_cli.folders.run_dir import flush, write_json
-
 MANIFEST = "manifest.json"
 HASHING_THREADS = 4
+
+
+@contextmanager
+def replacing(path: Path, *, unique: bool = False) -> Iterator[Path]:
+    """Give a hidden path in the folder of `path`; what was made there becomes `path`, or is removed after an error.
+
+    A file or link may be there already, and a folder with files may not.
+
+    Args:
+        unique: other processes may make the same path at the same time, so each takes a name of its own. Otherwise a
+            folder that a killed process left is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if unique else f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # no file, or gone
+            temporary.unlink()
+        raise
 
 
 def damage(path: Path, *, reads: bool = True) -> str | None:
@@ -63,7 +85,7 @@ def describe(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 def seal(temporary: Path, final: Path, entries: dict[str, dict[str, Any]]) -> None:
     """Makes `temporary`, whose files `entries` describes, the folder `final`: from now on it is found."""
-    write_json(temporary / MANIFEST, {"files": entries})
+    (temporary / MANIFEST).write_text(json.dumps({"files": entries}, indent=2) + "\n")
     flush(temporary / MANIFEST)
     flush(temporary)
     if final.exists():  # of an earlier attempt, and damaged or without its validation
@@ -93,3 +115,12 @@ def hidden(path: Path) -> Path:
 def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """A file's contents, or a folder's names, to permanent storage."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

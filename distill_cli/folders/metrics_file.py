@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from distill_cli.errors import DistillError
+from distill_cli.folders.atomic_dir import replacing
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +103,8 @@ def cut_back(path: Path, *, last_step: int, removed_to: Path) -> int:
         (kept if is_kept else removed).append(line)
     if removed:
         removed_to.write_text("".join(removed))
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept))
     return len(removed)
 
 

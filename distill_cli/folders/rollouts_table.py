@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from distill_cli.folders.atomic_dir import replacing
 from distill_cli.types import Rollout, TokenViews
 
 log = logging.getLogger(__name__)
@@ -52,11 +53,10 @@ class RolloutsFolder:
         }
         if views:
             columns |= _view_columns(rollouts, views, text=cache(self.token_text))
-        temporary = file.with_name(f".{name}.tmp")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")
-            temporary.replace(file)
+            with replacing(file) as temporary:
+                pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")
         except OSError as error:
             log.warning("%s is not written: %s", file, error.strerror or error)
         return file

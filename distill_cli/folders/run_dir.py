@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 from distill_cli.config.credentials import without_credentials
 from distill_cli.errors import ConfigError
+from distill_cli.folders.atomic_dir import replacing
 from distill_cli.folders.lock import InUse, hold, holder
 
 CHECKOUT = Path(__file__).parents[2]
@@ -213,18 +213,16 @@ def create(path: Path, *, command: Sequence[str], config: str = "", env: dict[st
     Raises:
         ConfigError: the folder exists: a run never writes into another's.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    run = RunDir(temporary)
     try:
         if path.exists():
             raise ConfigError(f"{path}: this run folder exists already; choose another run.name")
-        run.logs.mkdir(parents=True)
-        run.command.write_text(without_credentials(shlex.join(command)) + "\n")
-        run.config.write_text(config)
-        write_json(temporary / "env.json", env or environment())
-        temporary.rename(path)
+        with replacing(path, unique=True) as temporary:
+            run = RunDir(temporary)
+            run.logs.mkdir(parents=True)
+            run.command.write_text(without_credentials(shlex.join(command)) + "\n")
+            run.config.write_text(config)
+            write_json(temporary / "env.json", env or environment())
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise ConfigError(
             f"{path}: no run folder can be made here ({error.strerror}); choose another run.root"
         ) from error
@@ -254,30 +252,18 @@ def free_name(root: Path, name: str) -> str:
 
 def point_latest(root: Path, name: str) -> None:
     """Makes `root`/latest point to the newest run."""
-    link = root / "latest"
-    temporary = root / f".latest.{os.getpid()}"
-    temporary.symlink_to(name)
-    temporary.replace(link)
+    with replacing(root / "latest", unique=True) as link:
+        link.symlink_to(name)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: written beside and renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    """Write the file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
-
-
-def flush(path: Path) -> None:
-    """A file's contents, or a folder's names, to permanent storage."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -70,8 +69,9 @@ def command(
 ) -> list[str]:
     """Return what starts the ranks of a run on this machine."""
     return [
-        *(sys.executable, "-m", "torch.distributed.run", *place.torchrun_arguments(port)),
-        *(f"--nproc-per-node={num_ranks}", "--max-restarts=0", "--signals-to-handle=SIGINT"),
+        *(sys.executable, "-m", "distill_cli.launch.agent", str(run.path), str(run.attempt)),
+        *(*place.torchrun_arguments(port), f"--nproc-per-node={num_ranks}"),
+        *("--max-restarts=0", "--signals-to-handle=SIGINT"),
         # Without it torchrun waits 30 s for each rank that is asked to end; `end_tree` does not.
         *([f"--shutdown-timeout={GRACE_S:.0f}"] if torchrun_knows("--shutdown-timeout") else []),
         *("-m", "distill_cli.ranks.worker", str(run.path), f"--attempt={run.attempt}"),
@@ -250,9 +250,6 @@ def failure(run: RunDir, *, num_ranks: int, status: int, num_nodes: int = 1) -> 
 
     A rank that was killed comes before the errors of those that waited for it.
     """
-    for node in range(num_nodes):
-        for code, rank in _killed_ranks(run.torchrun_log(node), first_rank=node * num_ranks):
-            return Killed(f"rank {rank} {describe_exit(code)}; log: {run.rank_log(rank)}")
     errors = [_read_error(run.rank_error(rank), rank) for rank in range(num_nodes * num_ranks)]
     errors = sorted((error for error in errors if error), key=lambda error: error["time"])
     if not errors:
@@ -263,18 +260,8 @@ def failure(run: RunDir, *, num_ranks: int, status: int, num_nodes: int = 1) -> 
         return ConfigError(first["message"])
     kinds = {"Killed": Killed, "Unrecoverable": Unrecoverable}
     kind = kinds.get(first.get("kind"), DistillError)
-    return kind(f"rank {first['rank']}: {first['message']}; log: {run.rank_log(first['rank'])}")
-
-
-def _killed_ranks(torchrun_log: Path, *, first_rank: int) -> list[tuple[int, int]]:
-    """(exit status, rank) of those that a signal ended, except the one with which torchrun ends the others."""
-    text = torchrun_log.read_text(errors="replace") if torchrun_log.exists() else ""
-    exits = [
-        (int(code), first_rank + int(local))
-        for code, local in re.findall(r"failed \(exitcode: (-\d+)\) local_rank: (\d+)", text)
-    ]
-    exits += [(int(code), int(rank)) for rank, code in re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-\d+)", text)]
-    return [(code, rank) for code, rank in exits if code != -signal.SIGTERM]
+    what = f" {describe_exit(first['status'])}" if "status" in first else f": {first['message']}"
+    return kind(f"rank {first['rank']}{what}; log: {run.rank_log(first['rank'])}")
 
 
 def _read_error(file: Path, rank: int) -> dict | None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 from distill_cli.config.schema import Config
+from distill_cli.machine.gpus import NoDriver, query_gpus
 
 
 def visible_gpus() -> int:
-    """NVIDIA GPUs of this machine that CUDA_VISIBLE_DEVICES does not hide."""
+    """Count the NVIDIA GPUs that CUDA_VISIBLE_DEVICES does not hide.
+
+    /proc and /dev are read instead of NVML: it takes microseconds, and a container that has the devices but not the
+    driver's library still shows them, which `distill doctor` reports.
+    """
     devices = Path("/proc/driver/nvidia/gpus")
     present = len(list(devices.iterdir())) if devices.is_dir() else len(list(Path("/dev").glob("nvidia[0-9]*")))
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -50,16 +54,12 @@ def ranks_per_node(config: Config) -> int:
 
 
 def gpu_memory() -> int | None:
-    """Bytes of the smallest visible GPU, by nvidia-smi; None where it cannot tell."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    if listed is not None:
-        command.append(f"--id={listed}")
+    """Return the bytes of the smallest visible GPU; None without a driver or if one does not report its memory."""
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        return min(int(line) for line in said.split()) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError):
+        sizes = [gpu.memory_bytes for gpu in query_gpus()]
+    except NoDriver:
         return None
+    return min(sizes) if sizes and None not in sizes else None
 
 
 def host_memory() -> int:

@@ -22,6 +22,7 @@ import jinja2
 from markupsafe import Markup
 
 from distill_cli.errors import ConfigError
+from distill_cli.folders.atomic_dir import replacing
 from distill_cli.metrics import ACCURACY, METRICS, SECTIONS
 from distill_cli.report import figures
 from distill_cli.report.history import MAX_ROWS, MAX_ROWS_IN_ALL, History, read_histories, thinned
@@ -57,10 +58,9 @@ def write_report(results: Sequence[RunResult], path: Path) -> Path:
         ConfigError: it cannot be written there.
     """
     page = render(read_histories(results))
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(page)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(page)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another with --out") from error
     return path
@@ -182,7 +182,6 @@ def _vega() -> str:
     assert "</script" not in script.lower(), "the bundle would end its own script element"
     with suppress(OSError):  # a home that cannot be written costs the seconds again, nothing else
         kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_name(f"{kept.name}.{os.getpid()}")
-        temporary.write_text(script)
-        temporary.replace(kept)
+        with replacing(kept, unique=True) as temporary:
+            temporary.write_text(script)
     return script

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from distill_cli.engines.weight_sync import Deferred
+from distill_cli.folders.atomic_dir import replacing
 from distill_cli.student.adapters import exported_name, is_adapter, merged_parameters, whole
 from distill_cli.student.model import Student
 
@@ -36,10 +37,8 @@ def save_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder: P
             state[name] = param.to("cpu", dtype, copy=True)
     if not is_main:
         return
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     student.lm.config.dtype = dtype
-    student.lm.save_pretrained(temporary, state_dict=state)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)  # left by an earlier attempt
-    temporary.replace(folder)
+    with replacing(folder) as temporary:
+        student.lm.save_pretrained(temporary, state_dict=state)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that ended earlier

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 from distill_cli.folders.metrics_file import MetricsFile
+from distill_cli.machine.gpus import Gpu, NoDriver, query_gpus
 
 PERIOD_S = 10.0
-QUERY = "index,utilization.gpu,memory.used,memory.total,power.draw"
 
 
 class SystemSampler:
@@ -42,7 +42,7 @@ class SystemSampler:
             step, is_last = next_step(self._path), False
             while not is_last:
                 is_last = self._closing.wait(self._period_s)
-                file.write(step, sample(network) | (gpus() if self._use_gpus else {}))
+                file.write(step, sample(network) | (sample_gpus() if self._use_gpus else {}))
                 step += 1
 
 
@@ -65,30 +65,24 @@ def sample(network_before) -> dict[str, float]:
     }
 
 
-def gpus() -> dict[str, float]:
-    """Of each visible GPU, by nvidia-smi; empty where it does not answer."""
-    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
-    if os.environ.get("CUDA_VISIBLE_DEVICES"):
-        command.append(f"--id={os.environ['CUDA_VISIBLE_DEVICES']}")
+def sample_gpus() -> dict[str, float]:
+    """The visible GPUs'; empty without a driver."""
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+        return gpu_metrics(query_gpus())
+    except NoDriver:
         return {}
-    return parse_gpus(said)
 
 
-def parse_gpus(said: str) -> dict[str, float]:
-    """Metrics from nvidia-smi's lines; what a card does not tell (`[N/A]`) is left out."""
+def gpu_metrics(gpus: Sequence[Gpu]) -> dict[str, float]:
+    """Name each value as MLflow does; leave out what a card does not report."""
     found: dict[str, float] = {}
-    for line in said.splitlines():
-        index, *fields = (field.strip() for field in line.split(","))
-        numbers = [float(field) if field.replace(".", "", 1).isdigit() else None for field in fields]
-        utilization, used, total, power = numbers
+    for gpu in gpus:
+        used, total = gpu.used_bytes, gpu.memory_bytes
         values = {
-            "utilization_percentage": utilization,
-            "memory_usage_megabytes": used,
+            "utilization_percentage": gpu.utilization,
+            "memory_usage_megabytes": None if used is None else used / 1e6,
             "memory_usage_percentage": 100 * used / total if used is not None and total else None,
-            "power_usage_watts": power,
+            "power_usage_watts": gpu.power_w,
         }
-        found |= {f"system/gpu_{index}_{name}": value for name, value in values.items() if value is not None}
+        found |= {f"system/gpu_{gpu.index}_{name}": value for name, value in values.items() if value is not None}
     return found

