@@ -93,6 +93,8 @@ class ResolvedRun:
     num_validation_rows: int | None
     num_recorded_steps: int | None
     """Steps that a replay trains on; None if it is none."""
+    recorded_run: Path | None
+    """Folder of the run that a replay trains on; None if it is none."""
     memory: PredictedMemory | None
     no_memory: str | None
     """Why there is no prediction; None if there is one."""
