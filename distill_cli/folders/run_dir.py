@@ -196,7 +196,8 @@ class SweepDir:
         return read_json(self.file)["command"]
 
     def elements(self) -> list[Element]:
-        return [Element(**element) for element in read_json(self.file)["elements"]]
+        """Return the runs so far; none if the folder is not a sweep's."""
+        return [Element(**element) for element in read_json(self.file)["elements"]] if self.file.is_file() else []
 
     def space(self) -> dict[str, str]:
         """Each key that is searched, with its range; empty where every run was known from the start."""

@@ -1,4 +1,4 @@
-"""`python -m distill_cli.jobs.prepared_run RUN`: a run that was prepared, carried out in a process of its own.
+"""`python -m distill_cli.jobs.prepared_run RUN`: carry out a prepared run in a process of its own.
 
 On this machine that is one of several runs of a sweep at a time. In a job every node executes it: the first one leads,
 as `distill train` does on one machine, and the others follow it.
@@ -16,7 +16,6 @@ from distill_cli.config.schema import Config
 from distill_cli.config.variation import load_config
 from distill_cli.errors import ConfigError, DistillError, Stopped
 from distill_cli.folders.run_dir import JobEnd, RunDir, write_json
-from distill_cli.jobs.prepare import job_of
 from distill_cli.jobs.run_attempts import run_to_completion
 from distill_cli.launch.base import launcher_of
 from distill_cli.launch.local import STOP_SIGNALS, follow, stop_signals
@@ -36,8 +35,7 @@ def carry_out(path: Path) -> int:
     if place.node != 0:
         for signum in STOP_SIGNALS:
             signal.signal(signum, signal.SIG_IGN)  # the first node says when to stop
-        bring_models(run, config)
-        follow(config, run, place)
+        follow(read_resolved(run, config), run, place)
         return 0
     leader = Leader(run, place)
     try:
@@ -49,30 +47,28 @@ def carry_out(path: Path) -> int:
 def lead(run: RunDir, config: Config, leader: Leader) -> int:
     """Bring a run from where it stands to its end; return its exit status, and leave it in the folder of a job."""
     launcher, place = launcher_of(config.cluster.launcher), leader.place
-    stop_reason, error = None, None
+    status, reason, error = 0, None, None
     try:
         with stop_signals(), run.lock(wait_s=LOCK_TIMEOUT_S if place.job_id else 0.0):
             launcher.check_restarts(config, place)
-            bring_models(run, config)
-            console = Console(highlight=False, soft_wrap=True)
-            outcome = run_to_completion(job_of(run), run.unused_attempt(), console=console, leader=leader)
-        status, stop_reason = 0, outcome.reason
+            resolved, console = read_resolved(run, config), Console(highlight=False, soft_wrap=True)
+            reason = run_to_completion(resolved, run.unused_attempt(), console=console, leader=leader).reason
     except Stopped as stopped:
-        status, stop_reason, error = 128 + stopped.signum, str(stopped), f"stopped by {stopped}"
+        status, reason, error = 128 + stopped.signum, str(stopped), f"stopped by {stopped}"
     except DistillError as failure:
         status, error = (2 if isinstance(failure, ConfigError) else 1), str(failure)
         print(*(f"error: {line}" for line in error.splitlines()), sep="\n", flush=True)
-    if stop_reason is not None:
-        launcher.requeue(config, place, reason=stop_reason)
+    if reason is not None:
+        launcher.requeue(config, place, reason=reason)
     if place.job_id is not None:
         write_json(run.job_end, asdict(JobEnd(place.job_id, status, error)))
     return status
 
 
-def bring_models(run: RunDir, config: Config) -> None:
-    """Bring the models to this machine before its ranks start, which look in the cache alone."""
+def read_resolved(run: RunDir, config: Config) -> ResolvedRun:
+    """Return the run, with its models brought to this machine: its ranks will look in the cache alone."""
     os.environ |= node_variables(config.cluster)
-    ResolvedRun.read(run)
+    return ResolvedRun.read(run)
 
 
 if __name__ == "__main__":

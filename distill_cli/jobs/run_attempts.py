@@ -12,8 +12,6 @@ from rich.markup import escape
 
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
-from distill_cli.config.compose import Job
-from distill_cli.config.schema import Config
 from distill_cli.data.recorded_run import remove_later
 from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, Unrecoverable
 from distill_cli.folders.attempts import Outcome, record_attempt, write_outcome
@@ -23,63 +21,69 @@ from distill_cli.jobs.run_panels import end_panel, relative
 from distill_cli.launch.local import start_ranks
 from distill_cli.launch.nodes import ALONE, Leader
 from distill_cli.report.read import read_results
+from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 from distill_cli.track.run_tracking import tracking
 
 
-def run_to_completion(job: Job, run: RunDir, *, console: Console, leader: Leader | None = None) -> Outcome:
-    """Start the ranks until the run has ended; return what they wrote down. The folder is locked.
+def run_to_completion(
+    resolved: ResolvedRun, run: RunDir, *, console: Console, leader: Leader | None = None, sweep: Path | None = None
+) -> Outcome:
+    """Start the ranks until the run has ended; return the outcome that they wrote. The folder is locked.
 
     Args:
         leader: commands the other nodes of the job that this is part of; None outside a job.
+        sweep: folder of the sweep that is carried out, which `distill resume` takes if it is stopped.
 
     Raises:
         DistillError: an attempt failed, and no other may follow or would fare better.
         Stopped: the user or the system stopped it.
     """
-    leader = leader or Leader(run, ALONE)
+    leader, resume = leader or Leader(run, ALONE), f"distill resume {relative(sweep or run.path)}"
     if leader.place.job_id is None:
-        run.job.unlink(missing_ok=True)  # of a job that the run once was
+        run.job.unlink(missing_ok=True)  # the run may have been a job before
     try:
-        with tracking(job.config, run):
+        with tracking(resolved, run):
             try:
-                run_attempts(job.config, run, console=console, leader=leader)
+                run_attempts(resolved, run, console=console, leader=leader)
             except DistillError:
-                if run.metrics.exists():  # how far it came
+                if run.metrics.exists():  # the steps before the failure
                     leave_report([run.path], run.report, console=console)
                 raise
             leave_report([run.path], run.report, console=console)
     except Stopped:
-        outcome = write_outcome(run)
-        saved = "the last checkpoint is what is left"
+        saved, outcome = "the last checkpoint is what is left", write_outcome(run)
         if outcome is not None:
             saved = f"saved after step {outcome.num_steps}" if outcome.num_steps else "no step is done yet"
-        console.print(f"stopped: {saved}; distill resume {relative(run.path)} goes on")
+        console.print(f"stopped: {saved}; {escape(resume)} goes on")
         raise
     outcome = write_outcome(run)
+    assert outcome is not None, "ranks that end with status 0 write their outcome"
     if outcome.is_finished:
-        console.print(end_panel(job, outcome, run))
+        console.print(end_panel(resolved, outcome, run))
     else:
-        console.print(f"stopped by {escape(outcome.reason)} after step {outcome.num_steps}")
-        console.print(f"go on    distill resume {relative(run.path)}")
+        console.print(f"stopped by {escape(str(outcome.reason))} after step {outcome.num_steps}")
+        console.print(f"go on    {escape(resume)}")
     return outcome
 
 
-def run_attempts(config: Config, run: RunDir, *, console: Console, leader: Leader) -> None:
-    """Start the ranks, and start them again from the newest checkpoint if they failed and that may help."""
+def run_attempts(resolved: ResolvedRun, run: RunDir, *, console: Console, leader: Leader) -> None:
+    """Start the ranks; restart them from the newest checkpoint if they failed and that may help."""
     launched = time.time()
     for number in itertools.count():
         start = begin_attempt(run, console=console)
-        first_step = start.recorded_step if start else 0
+        options = [f"--checkpoint={start.path}"] if start else []
         try:
             with record_attempt(run, launched=launched, from_step=start.step if start else 0):
-                start_ranks(config, run, checkpoint=start.path if start else None, leader=leader)
+                start_ranks(resolved, run, options, leader=leader)
             return
         except (ConfigError, Unrecoverable):
             raise
         except DistillError as error:
-            got_on = bool(run.metrics.exists() and read_metrics(run.metrics, after_step=first_step))
-            if number == config.cluster.max_restarts or not (got_on or isinstance(error, Killed)):
+            before = start.recorded_step if start else 0
+            has_progressed = run.metrics.exists() and bool(read_metrics(run.metrics, after_step=before))
+            may_help = has_progressed or isinstance(error, Killed)
+            if number == resolved.config.cluster.max_restarts or not may_help:
                 raise
             console.print(f"warning: attempt {run.attempt} failed: {escape(str(error))}")
             run = run.next_attempt()
@@ -91,11 +95,8 @@ def begin_attempt(run: RunDir, *, console: Console) -> Checkpoint | None:
     start = store.newest_whole(run.checkpoints, warn=lambda text: console.print(f"warning: {escape(text)}"))
     run.outcome.unlink(missing_ok=True)
     remove_later(run.scores, step=start.step if start else 0)
-    cut_back(
-        run.metrics,
-        last_step=start.recorded_step if start else -1,
-        removed_to=run.path / f"metrics.cut_{run.attempt}.jsonl",
-    )
+    removed_to = run.path / f"metrics.cut_{run.attempt}.jsonl"
+    cut_back(run.metrics, last_step=start.recorded_step if start else -1, removed_to=removed_to)
     if start is not None:
         console.print(f"attempt {run.attempt} goes on from the checkpoint of step {start.step}")
     elif run.attempt > 1:
@@ -104,7 +105,7 @@ def begin_attempt(run: RunDir, *, console: Console) -> Checkpoint | None:
 
 
 def leave_report(paths: Sequence[Path], file: Path, *, console: Console) -> None:
-    """Write the page about these runs. If it cannot be made, warn: what it would show is all there."""
+    """Write the page about these runs; only warn if it fails, since it shows nothing that is not in their folders."""
     from distill_cli.report.html import write_report  # its libraries take a while to import
 
     try:

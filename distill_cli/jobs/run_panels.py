@@ -3,54 +3,52 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from distill_cli.config.compose import Job
 from distill_cli.folders.attempts import Outcome, attempt_lines, attempts_of
-from distill_cli.folders.run_dir import RunDir
+from distill_cli.folders.run_dir import RunDir, SweepDir
 from distill_cli.losses.divergence import PARAMETERS
 from distill_cli.resolved import ResolvedRun
 from distill_cli.track.base import trackers_of
 
 
-def start_panel(found: ResolvedRun, run: RunDir) -> Panel:
-    config, ranks = found.config, found.ranks
+def start_panel(resolved: ResolvedRun, run: RunDir) -> Panel:
+    """Show what is about to run: models, loss, data, steps, ranks, folder."""
+    config, loss, ranks = resolved.config, resolved.config.loss, resolved.ranks
+    nodes = f" of each of {ranks.num_nodes} nodes" if ranks.num_nodes > 1 else ""
     rows = {
         "student": config.model.student.path,
-        "teacher": config.model.teacher.path + (" (recorded)" if config.rollout.replay else ""),
-        "loss": f"{config.loss.kl_type}, top-{config.loss.topk}, tail {config.loss.tail.value}",
-        "data": f"{training_rows(found)}, {validation_rows(found)} for validation",
-        "steps": f"{found.num_steps} of {config.rollout.prompts_per_step} prompts",
-        "ranks": f"{ranks.per_node} on {'GPUs' if ranks.on_gpus else 'the CPU'}"
-        + (f" of each of {ranks.num_nodes} nodes" if ranks.num_nodes > 1 else ""),
+        "teacher": config.model.teacher.path + (" (recorded)" if resolved.recorded_run else ""),
+        "loss": f"{loss.kl_type}, top-{loss.topk}, tail {loss.tail.value}",
+        "data": f"{training_rows(resolved)}, {validation_rows(resolved)} for validation",
+        "steps": f"{resolved.num_steps} of {config.rollout.prompts_per_step} prompts",
+        "ranks": f"{ranks.per_node} on {'GPUs' if ranks.on_gpus else 'the CPU'}{nodes}",
         "folder": relative(run.path),
     }
-    return Panel(_table(rows), title="distill", title_align="left", expand=False)
+    return _panel("distill", rows)
 
 
-def training_rows(found: ResolvedRun) -> str:
-    if found.num_recorded_steps is not None:
-        return f"{found.num_recorded_steps:,} recorded steps of {relative(Path(found.config.rollout.replay))}"
-    return f"{_count(found.num_train_rows)} training rows"
+def training_rows(resolved: ResolvedRun) -> str:
+    if resolved.recorded_run is not None:
+        return f"{resolved.num_recorded_steps:,} recorded steps of {relative(resolved.recorded_run)}"
+    return f"{_count(resolved.num_train_rows)} training rows"
 
 
-def validation_rows(found: ResolvedRun) -> str:
-    return "none" if found.num_validation_rows == 0 else _count(found.num_validation_rows)
+def validation_rows(resolved: ResolvedRun) -> str:
+    return "none" if resolved.num_validation_rows == 0 else _count(resolved.num_validation_rows)
 
 
-def end_panel(job: Job, outcome: Outcome, run: RunDir) -> Panel:
-    """What came of a run, where it is, what to type next."""
-    rows = {}
+def end_panel(resolved: ResolvedRun, outcome: Outcome, run: RunDir) -> Panel:
+    """Show a run's results, where its files are, and what to type next."""
+    rows: dict[str, str] = {}
     if after := outcome.after:
         parts = [f"{outcome.before['accuracy']:.1%} before"] if outcome.before else []
         parts.append(f"{after['accuracy']:.1%} after")
-        if outcome.teacher:
-            parts.append(f"the teacher {outcome.teacher['accuracy']:.1%}")
+        parts += [f"the teacher {outcome.teacher['accuracy']:.1%}"] if outcome.teacher else []
         rows["accuracy"] = ", ".join(parts) + f" ({after['num_samples']} held-out prompts)"
     if outcome.gap_closed is not None:
         rows["gap closed"] = f"{outcome.gap_closed:.0%}"
@@ -59,13 +57,10 @@ def end_panel(job: Job, outcome: Outcome, run: RunDir) -> Panel:
     rows["time"] = f"{outcome.num_steps} steps in {outcome.seconds:.0f} s"
     if earlier := attempts_of(run)[:-1]:
         rows["earlier"] = "\n".join(attempt_lines(earlier))
-    rows["student"] = relative(run.student)
-    rows["metrics"] = relative(run.metrics)
-    if run.report.exists():
-        rows["report"] = relative(run.report)
-    rows |= {tracker.label: tracker.page for tracker in trackers_of(job.config, run)}
-    rows["next"] = _next_command(job)
-    return Panel(_table(rows), title="done", title_align="left", expand=False)
+    rows |= {"student": relative(run.student), "metrics": relative(run.metrics)}
+    rows |= {"report": relative(run.report)} if run.report.exists() else {}
+    rows |= {tracker.label: tracker.page for tracker in trackers_of(resolved.config, run)}
+    return _panel("done", rows | {"next": next_command(resolved, run)})
 
 
 def relative(path: Path) -> str:
@@ -73,28 +68,33 @@ def relative(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _next_command(job: Job) -> str:
-    """Return something worth trying after this run: another loss."""
-    replay, loss = job.config.rollout.replay, "forward" if job.choices.get("loss") == "reverse" else "reverse"
-    verb = ["replay", relative(Path(replay))] if replay else []
-    return shlex.join(["distill", *verb, *_repeatable(job.overrides), f"loss={loss}"])
+def next_command(resolved: ResolvedRun, run: RunDir) -> str:
+    """Return a command that repeats this run alone with another loss."""
+    verb = ["replay", relative(resolved.recorded_run)] if resolved.recorded_run else []
+    own_loss = tuple(f"loss.{name}=" for name in ("kl_type", *PARAMETERS))
+    changed = ("loss=", *own_loss, "loss.kwargs", "run.name=", "search.", "hydra/", "hydra.")
+    repeated = [word for word in typed_overrides(run) if not word.lstrip("+").startswith(changed)]
+    loss = "forward" if resolved.config.loss.kl_type == "reverse" else "reverse"
+    return shlex.join(["distill", *verb, *repeated, f"loss={loss}"])
 
 
-def _repeatable(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that the next command can repeat: not a run's name, and not what changes."""
-    own = [f"loss.{name}=" for name in ("kl_type", *PARAMETERS)]
-    others = ("loss=", *own, "loss.kwargs", "run.name=", "hydra/", "hydra.")
-    return [override for override in overrides if not override.lstrip("+").startswith(others)]
+def typed_overrides(run: RunDir) -> list[str]:
+    """Return the overrides of the command that made a run; of a sweep's command with the values of this run."""
+    keys = [(word.partition("=")[0], word) for word in shlex.split(run.command.read_text()) if "=" in word]
+    typed = {key.lstrip("+"): word for key, word in keys if "/" not in key and key[0] != "-"}  # no path, no flag
+    elements = [one for one in SweepDir(run.path.parent).elements() if one.folder == run.path.name]
+    swept = [word for element in elements for word in element.overrides]
+    return list((typed | {word.lstrip("+").partition("=")[0]: word for word in swept}).values())
 
 
 def _count(rows: int | None) -> str:
     return "streamed" if rows is None else f"{rows:,}"
 
 
-def _table(rows: dict[str, str]) -> Table:
+def _panel(title: str, rows: dict[str, str]) -> Panel:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, escape(str(value)))
-    return table
+        table.add_row(name, escape(value))
+    return Panel(table, title=title, title_align="left", expand=False)

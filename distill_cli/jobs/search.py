@@ -15,25 +15,33 @@ from typing import Any
 
 import optuna
 from hydra.core.override_parser.types import Glob, Override
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 from rich.markup import escape
 
 from distill_cli.config.compose import Job, check_overrides, compose
 from distill_cli.config.derived import validates
 from distill_cli.config.overrides import sweeps, takes_fractions
-from distill_cli.config.schema import ClusterConfig, Config, SearchSampler
-from distill_cli.config.variation import load_config
+from distill_cli.config.schema import Config, SearchSampler
 from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir, write_json
 from distill_cli.jobs.prepare import print_warnings, resolve_jobs
-from distill_cli.jobs.sweep import add_runs, carry_out_runs, check_sweep, conclude, discard_if_refused, new_sweep
+from distill_cli.jobs.sweep import (
+    add_runs,
+    carry_out_runs,
+    check_sweep,
+    conclude,
+    discard_if_refused,
+    new_sweep,
+    runs_of,
+)
 from distill_cli.report.read import last_values
 from distill_cli.terminal.console import Console
 
 FIXED = ("search", "checkpoint", "cluster", "run", "tracker")
 """Sections that all trials share: what they are compared by, where they run, and where they are recorded."""
+Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,16 @@ class Search:
     overrides: list[str]
     command: list[str]
     """The whole command line; trials are recorded with it."""
-    space: dict[str, BaseDistribution]
-    """What each key with a range or several values is drawn from; a key as typed, with its + if it has one."""
+    space: dict[str, Distribution]
+    """Distribution of each key with a range or several values; keys as typed, with their + if they have one."""
     config: Config
     """Composed with the first value of each; the sections in `FIXED` are those of every trial."""
     warned: set[str] = field(default_factory=set)
     """Warnings that were printed: each is printed once."""
+
+    @property
+    def num_trials(self) -> int:
+        return self.config.search.trials or 0
 
 
 def search(overrides: Sequence[str], flags: Sequence[str], *, command: Sequence[str], console: Console) -> int:
@@ -57,29 +69,28 @@ def search(overrides: Sequence[str], flags: Sequence[str], *, command: Sequence[
     Raises:
         ConfigError: the search or one of its first trials is wrong, and nothing was started; or a later trial is.
     """
-    asked = read_search(overrides, flags, command=command)
-    sweep = new_sweep(asked.config)
-    elements = next_batch(asked, sweep, console=console)
+    spec = read_search(overrides, flags, command=command)
+    sweep = new_sweep(spec.config)
+    elements = next_batch(spec, sweep, console=console)
     try:
         with RunDir(sweep.path).lock():
-            return carry_out_search(asked, sweep, elements, console=console)
+            return carry_out_search(spec, sweep, elements, console=console)
     except ConfigError:
-        discard_if_refused(sweep, elements, asked.config)
+        discard_if_refused(sweep, elements, spec.config)
         raise
 
 
-def carry_out_search(asked: Search, sweep: SweepDir, elements: Sequence[Element], *, console: Console) -> int:
+def carry_out_search(spec: Search, sweep: SweepDir, elements: Sequence[Element], *, console: Console) -> int:
     """Carry out prepared trials, then draw and carry out the remaining ones; return the exit status.
 
     The sweep's folder must be locked.
     """
     failed, best = 0, None
-    while elements := elements or next_batch(asked, sweep, console=console):
-        config = load_config(RunDir(sweep.path / elements[0].folder).config)  # as the checks have settled it
-        failed += carry_out_runs(sweep, elements, config, console=console)
-        best, elements = write_results(asked, sweep), []
-    found = f"{best['value']:.4g} with {' '.join(best['overrides'])}" if best else "none: no trial reached a value"
-    console.print(f"best     {escape(found)}")
+    while elements := elements or next_batch(spec, sweep, console=console):
+        failed += carry_out_runs(sweep, elements, console=console)
+        best, elements = write_results(spec, sweep), []
+    result = f"{best['value']:.4g} with {' '.join(best['overrides'])}" if best else "none: no trial reached a value"
+    console.print(f"best     {escape(result)}")
     return conclude(sweep, failed, console=console)
 
 
@@ -96,32 +107,31 @@ def read_search(overrides: Sequence[str], flags: Sequence[str], *, command: Sequ
     searched = sweeps(overrides)
     if not searched:
         raise ConfigError("search.trials: nothing is searched; add a range, such as 'train.lr=interval(1e-5,1e-3)'")
-    for override in searched:
-        if override.key_or_group.partition(".")[0] in FIXED:
-            raise ConfigError(f"{override.input_line}: trials of a search share this section; give one value")
-    space = {override.get_key_element(): distribution(override) for override in searched}
-    first = {
-        key: kind.choices[0] if isinstance(kind, CategoricalDistribution) else kind.low for key, kind in space.items()
-    }
+    for one in searched:
+        if one.key_or_group.partition(".")[0] in FIXED:
+            raise ConfigError(f"{one.input_line}: trials of a search share this section; give one value")
+    space = {one.get_key_element(): distribution(one) for one in searched}
+    first = {key: one.choices[0] if isinstance(one, CategoricalDistribution) else one.low for key, one in space.items()}
     (job,) = compose(_with_values(overrides, first))
-    config, metric = job.config, job.config.checkpoint.metric
-    if config.search.trials < 1:
-        raise ConfigError(f"search.trials={config.search.trials}: must be at least 1")
-    if metric.startswith("val/") and not (validates(config) and (config.eval.at_end or config.eval.period)):
-        raise ConfigError(
-            f"checkpoint.metric={metric}: decides the search, and nothing validates; set eval.at_end=true, or choose "
-            "another metric, such as train/kl_forward with checkpoint.higher_is_better=false"
-        )
-    return Search(list(overrides), list(command), space, config)
+    spec, evaluation = Search(list(overrides), list(command), space, job.config), job.config.eval
+    if spec.num_trials < 1:
+        raise ConfigError(f"search.trials={job.config.search.trials}: must be at least 1")
+    metric, has_end = job.config.checkpoint.metric, evaluation.at_end or evaluation.period
+    if metric.startswith("val/") and not (validates(job.config) and has_end):
+        other = "another metric, such as train/kl_forward with checkpoint.higher_is_better=false"
+        what = "decides the search, and nothing validates"
+        raise ConfigError(f"checkpoint.metric={metric}: {what}; set eval.at_end=true, or choose {other}")
+    return spec
 
 
-def distribution(override: Override) -> BaseDistribution:
-    """Return what Optuna draws a key's values from: whole numbers if its bounds are, or if the key takes no others.
+def distribution(override: Override) -> Distribution:
+    """Return the distribution of a key's values: over integers if its bounds are integers or the key takes no others.
 
     Raises:
         ConfigError: Optuna cannot draw from the range.
     """
-    values, step = override.value(), None
+    values: Any = override.value()
+    step = None
     try:
         if isinstance(values, Glob):
             raise ValueError("name the choices, separated by commas")
@@ -135,84 +145,80 @@ def distribution(override: Override) -> BaseDistribution:
             bounds = [values.start, values.end]
         if not bounds or not all(map(math.isfinite, bounds)):
             raise ValueError("the range is empty or has no end")
-        low, high = bounds[0], bounds[-1]
+        low, high, log = bounds[0], bounds[-1], "log" in values.tags
         if (isinstance(low, int) and isinstance(high, int)) or not takes_fractions(override.key_or_group):
-            return IntDistribution(int(low), int(high), log="log" in values.tags, step=step or 1)
-        return FloatDistribution(low, high, log="log" in values.tags, step=step)
+            return IntDistribution(int(low), int(high), log=log, step=step or 1)
+        return FloatDistribution(low, high, log=log, step=step)
     except ValueError as error:
         raise ConfigError(f"{override.input_line}: cannot be searched: {error}") from error
 
 
-def next_batch(asked: Search, sweep: SweepDir, *, console: Console) -> list[Element]:
+def next_batch(spec: Search, sweep: SweepDir, *, console: Console) -> list[Element]:
     """Draw the next trials and make their folders; return none once there are `search.trials`.
 
     Raises:
         ConfigError: a trial is wrong; no folder was made for the batch.
     """
-    known = len(sweep.elements()) if sweep.file.is_file() else 0
-    jobs = [trial_job(asked, drawn) for drawn in draw(asked, sweep)]
-    if not jobs:
+    drawn, known = draw(spec, sweep), len(sweep.elements())
+    if not drawn:
         return []
-    jobs, resolved = resolve_jobs(jobs, is_new=not known)
+    jobs, resolved = resolve_jobs([trial_job(spec, values) for values in drawn], is_new=not known)
     check_sweep(jobs)
-    print_warnings(jobs, resolved, console=console, printed=asked.warned)
-    console.print(f"trials   {known + 1} to {known + len(jobs)} of {asked.config.search.trials}")
-    words = [word.partition("=") for word in asked.overrides]
-    space = {key.lstrip("+"): text for key, _, text in words if key in asked.space}
-    return add_runs(sweep, jobs, resolved, command=asked.command, space=space)
+    print_warnings(jobs, resolved, console=console, printed=spec.warned)
+    console.print(f"trials   {known + 1} to {known + len(jobs)} of {spec.num_trials}")
+    words = [word.partition("=") for word in spec.overrides]
+    space = {key.lstrip("+"): text for key, _, text in words if key in spec.space}
+    return add_runs(sweep, jobs, resolved, command=spec.command, space=space)
 
 
-def draw(asked: Search, sweep: SweepDir) -> list[dict[str, Any]]:
+def draw(spec: Search, sweep: SweepDir) -> list[dict[str, Any]]:
     """Return the values of each trial of the next batch, by key; fractions have six digits."""
-    study = study_of(asked, sweep)
-    batch = min(trials_at_a_time(asked.config.cluster), asked.config.search.trials - len(study.trials))
-    drawn = [study.ask(asked.space).params for _ in range(batch)]
-    for key, kind in asked.space.items():
-        if isinstance(kind, FloatDistribution):
+    study = study_of(spec, sweep)
+    batch = min(spec.config.cluster.parallel_jobs or 1, spec.num_trials - len(study.trials))
+    drawn = [study.ask(dict(spec.space)).params for _ in range(batch)]
+    for key, one in spec.space.items():
+        if isinstance(one, FloatDistribution):
             for values in drawn:
-                values[key] = min(max(float(f"{values[key]:.6g}"), kind.low), kind.high)
+                values[key] = min(max(float(f"{values[key]:.6g}"), one.low), one.high)
     return drawn
 
 
-def study_of(asked: Search, sweep: SweepDir) -> optuna.Study:
-    """Return a study that was told the sweep's trials, in order; one that reached no value counts as failed."""
-    elements = sweep.elements() if sweep.file.is_file() else []
-    seed = random.Random(f"{asked.config.search.seed} {len(elements)}").getrandbits(32)
+def study_of(spec: Search, sweep: SweepDir) -> optuna.Study:
+    """Return a study of the sweep's trials, in order; a trial that reached no value counts as failed."""
+    elements, settings = sweep.elements(), spec.config.search
+    seed = random.Random(f"{settings.seed} {len(elements)}").getrandbits(32)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
-        samplers = {
-            SearchSampler.tpe: optuna.samplers.TPESampler(seed=seed, constant_liar=True),  # spreads a batch
-            SearchSampler.random: optuna.samplers.RandomSampler(seed=seed),
-        }
-    direction = "maximize" if asked.config.checkpoint.keeps_highest else "minimize"
-    study = optuna.create_study(sampler=samplers[asked.config.search.sampler], direction=direction)
-    numbers = {FloatDistribution: float, IntDistribution: int}
-    for element in elements:
+    sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
+    if settings.sampler is SearchSampler.tpe:
+        with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+            sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # spreads a batch
+    direction = "maximize" if spec.config.checkpoint.keeps_highest else "minimize"
+    study = optuna.create_study(sampler=sampler, direction=direction)
+    numbers: dict[type, type] = {FloatDistribution: float, IntDistribution: int}
+    for element, run in zip(elements, runs_of(sweep, elements), strict=True):
         drawn = dict(override.split("=", 1) for override in element.overrides)
-        params = {key: numbers.get(type(kind), str)(drawn[key]) for key, kind in asked.space.items()}
-        value = reached(RunDir(sweep.path / element.folder), asked.config.checkpoint.metric)
+        params = {key: numbers.get(type(one), str)(drawn[key]) for key, one in spec.space.items()}
+        value = final_value(run, spec.config.checkpoint.metric)
         state = TrialState.FAIL if value is None else TrialState.COMPLETE
-        study.add_trial(create_trial(state=state, value=value, params=params, distributions=asked.space))
+        study.add_trial(create_trial(state=state, value=value, params=params, distributions=dict(spec.space)))
     return study
 
 
-def trial_job(asked: Search, drawn: Mapping[str, Any]) -> Job:
+def trial_job(spec: Search, drawn: Mapping[str, Any]) -> Job:
     """Compose a trial: a drawn value in place of each range, and without search.trials."""
-    words = [word for word in asked.overrides if not word.lstrip("+").startswith("search.trials=")]
+    words = [word for word in spec.overrides if not word.lstrip("+").startswith("search.trials=")]
     (job,) = compose(_with_values(words, drawn))
     overrides = [override for override in job.overrides if not override.startswith("search.")]
     return replace(job, overrides=overrides, swept=[f"{key}={value}" for key, value in drawn.items()])
 
 
-def trials_at_a_time(cluster: ClusterConfig) -> int:
-    return cluster.parallel_jobs or 1
-
-
-def write_results(asked: Search, sweep: SweepDir) -> dict[str, Any] | None:
-    """Write search.json: the metric, each trial with the value that it reached, and the best, which is returned."""
-    pairs = zip(sweep.elements(), study_of(asked, sweep).trials, strict=True)
-    trials = [{"run": run.folder, "overrides": run.overrides, "value": trial.value} for run, trial in pairs]
-    metric, is_higher_better = asked.config.checkpoint.metric, asked.config.checkpoint.keeps_highest
+def write_results(spec: Search, sweep: SweepDir) -> dict[str, Any] | None:
+    """Write search.json: the metric, each trial with its value, and the best trial, which is returned."""
+    pairs = zip(sweep.elements(), study_of(spec, sweep).trials, strict=True)
+    trials: list[dict[str, Any]] = [
+        {"run": run.folder, "overrides": run.overrides, "value": trial.value} for run, trial in pairs
+    ]
+    metric, is_higher_better = spec.config.checkpoint.metric, spec.config.checkpoint.keeps_highest
     finished = [trial for trial in trials if trial["value"] is not None]
     best = (max if is_higher_better else min)(finished, key=lambda trial: trial["value"], default=None)
     content = {"metric": metric, "higher_is_better": is_higher_better, "best": best, "trials": trials}
@@ -220,7 +226,7 @@ def write_results(asked: Search, sweep: SweepDir) -> dict[str, Any] | None:
     return best
 
 
-def reached(run: RunDir, metric: str) -> float | None:
+def final_value(run: RunDir, metric: str) -> float | None:
     """Return the last value of a metric; None if the run has not finished, or the value is missing or not finite."""
     outcome = read_outcome(run)
     if outcome is None or not outcome.is_finished:
@@ -231,5 +237,4 @@ def reached(run: RunDir, metric: str) -> float | None:
 
 def _with_values(overrides: Sequence[str], values: Mapping[str, Any]) -> list[str]:
     """Return the overrides with these values in place of ranges."""
-    keys = [word.partition("=")[0] for word in overrides]
-    return [f"{key}={values[key]}" if key in values else word for key, word in zip(keys, overrides, strict=True)]
+    return [f"{key}={values[key]}" if (key := word.partition("=")[0]) in values else word for word in overrides]

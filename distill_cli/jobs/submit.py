@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,7 @@ from distill_cli.launch.base import launcher_of
 from distill_cli.terminal.console import Console
 
 POLL_S = (1.0, 15.0)
-"""Seconds between two looks at the queue: few at first, then sparing the controller."""
+"""Seconds between two looks at the queue: short at first, then sparing the controller."""
 
 
 def submit(config: Config, runs: Sequence[RunDir], *, folder: Path, console: Console) -> list[SubmittedJob]:
@@ -37,19 +37,18 @@ def submit(config: Config, runs: Sequence[RunDir], *, folder: Path, console: Con
     jobs = launcher.submit(config, runs, folder=folder)
     for run, job in zip(runs, jobs, strict=True):
         write_json(run.job, asdict(job))
-    path, is_run = shlex.quote(relative(folder)), runs[0].path == folder
-    output = f"tail -F {shlex.quote(relative(Path(jobs[0].log)))}" if is_run else None
-    follow = f"distill watch {path}" if is_run else f"distill report {path}"
-    hints = launcher.hints([job.job_id for job in jobs])
-    lines = {"job": hints.pop("job"), "folder": path, "follow": follow, "output": output, **hints}
-    for name, text in (lines | {"resume": f"distill resume {path}"}).items():
-        if text is not None:
-            console.print(f"{name:8} {escape(text)}")
+    path, hints = shlex.quote(relative(folder)), launcher.hints([job.job_id for job in jobs])
+    lines = {"job": hints.pop("job"), "folder": path, "follow": f"distill report {path}"}
+    if runs[0].path == folder:
+        output = f"tail -F {shlex.quote(relative(Path(jobs[0].log)))}"
+        lines |= {"follow": f"distill watch {path}", "output": output}
+    for name, text in {**lines, **hints, "resume": f"distill resume {path}"}.items():
+        console.print(f"{name:8} {escape(text)}")
     return jobs
 
 
 def in_queue(runs: Sequence[RunDir]) -> dict[Path, str]:
-    """Return, of those runs whose job has not ended, the job and its state by the run's folder."""
+    """Return job and state of each run whose job has not ended, by the run's folder."""
     jobs = {run.path: job for run in runs if (job := run.open_job())}
     states: dict[SubmittedJob, str] = {}
     for launcher in map(launcher_of, {job.launcher for job in jobs.values()}):
@@ -60,7 +59,7 @@ def in_queue(runs: Sequence[RunDir]) -> dict[Path, str]:
 
 
 def lost_job_reason(run: RunDir) -> str | None:
-    """Return what became of the run's job if it ended without having written that down; else None."""
+    """Return what became of the run's job if it ended without writing its outcome; else None."""
     job = run.open_job()
     with suppress(DistillError):  # the cluster does not answer
         if job and launcher_of(job.launcher).is_installed() and not in_queue([run]) and run.open_job():
@@ -68,16 +67,25 @@ def lost_job_reason(run: RunDir) -> str | None:
     return None
 
 
+def queue_waits() -> Iterator[float]:
+    """Yield the seconds from each look at the queue to the next."""
+    wait_s, most = POLL_S
+    while True:
+        yield wait_s
+        wait_s = min(wait_s * 1.3, most)
+
+
 def wait_for_run(run: RunDir, job: SubmittedJob, *, console: Console) -> int:
-    """Show a job's output as it comes, until it has ended; return its exit status."""
-    launcher, position, last_state, wait_s = launcher_of(job.launcher), 0, "", POLL_S[0]
+    """Show a job's output as it comes, until the job has ended; return its exit status."""
+    launcher, position, last_state = launcher_of(job.launcher), 0, ""
     try:
-        while state := launcher.status([job.job_id]).get(job.job_id):
+        for wait_s in queue_waits():
+            if (state := launcher.status([job.job_id]).get(job.job_id)) is None:
+                break
             if state != last_state:
                 console.print(f"job {job.job_id} is {state.lower()}")
                 last_state = state
             end = time.monotonic() + wait_s
-            wait_s = min(wait_s * 1.3, POLL_S[1])
             while time.monotonic() < end:
                 position = print_from(Path(job.log), position)
                 time.sleep(0.5)
@@ -92,19 +100,17 @@ def wait_for_run(run: RunDir, job: SubmittedJob, *, console: Console) -> int:
 
 
 def print_from(log: Path, position: int) -> int:
-    """Print what a file holds beyond `position`; return its end."""
-    if not log.exists():
-        return position
-    with log.open("rb") as stream:
+    """Print a file's content beyond `position`; return its end."""
+    with suppress(FileNotFoundError), log.open("rb") as stream:
         stream.seek(position)
-        new = stream.read()
-    sys.stdout.write(new.decode(errors="replace"))
-    sys.stdout.flush()
-    return position + len(new)
+        sys.stdout.write(stream.read().decode(errors="replace"))
+        sys.stdout.flush()
+        return stream.tell()
+    return position
 
 
 def job_outcome(run: RunDir, job: SubmittedJob) -> tuple[int, str]:
-    """Return the exit status of a job that has ended, and why: as its first node wrote down, or by the cluster."""
+    """Return the exit status of a job that has ended, and why: by its first node's record, or by the cluster."""
     if (end := run.end_of(job)) is not None:
         outcome = read_outcome(run)
         return end.status, outcome.state if outcome else f"{end.error}; output: {job.log}"

@@ -30,18 +30,18 @@ def main() -> None:
 
 
 def record_killed(failures: Mapping[int, Any], run: RunDir) -> None:
-    """Write an error file for each rank that something else than torchrun has killed.
+    """Write an error file for each rank that was killed, but not by torchrun.
 
     After the first failure torchrun sends SIGTERM to the other ranks, and SIGKILL 30 s later.
 
     Args:
-        failures: torch's `ProcessFailure` of each rank that ended with another status than 0.
+        failures: torch's `ProcessFailure` of each rank that did not exit with status 0.
     """
     first = min(failure.timestamp for failure in failures.values())
     for rank, failure in failures.items():
         by_torchrun = failure.exitcode == -signal.SIGTERM or failure.timestamp > first + GRACE_S
         if failure.exitcode < 0 and not by_torchrun:
-            # Time 0: it comes before the errors of those that waited for it.
+            # Time 0 sorts it before the errors of ranks that waited for it.
             write_json(run.rank_error(rank), {"time": 0.0, "kind": "Killed", "status": failure.exitcode})
 
 

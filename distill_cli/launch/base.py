@@ -15,6 +15,7 @@ from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import RunDir, SubmittedJob
 from distill_cli.launch.nodes import ALONE, Place
+from distill_cli.resolved import ResolvedRun
 
 LAUNCHERS = ("local", "slurm")
 NODE_PROGRAM = "distill_cli.jobs.prepared_run"
@@ -22,11 +23,11 @@ NODE_PROGRAM = "distill_cli.jobs.prepared_run"
 
 
 class Launcher(Protocol):
-    """What has a default here suits a launcher that submits nothing."""
+    """A place where runs are started. The defaults are those of a launcher that submits nothing."""
 
     name: ClassVar[str]
     runs_here: ClassVar[bool] = False
-    """Whether the command that was typed starts the ranks itself, instead of submitting jobs."""
+    """Whether the typed command starts the ranks itself instead of submitting jobs."""
     unread: ClassVar[frozenset[str]] = frozenset()
     """Keys of cluster, outside of sections, that have no effect."""
 
@@ -35,29 +36,36 @@ class Launcher(Protocol):
         return config
 
     def problems(self, config: Config, *, num_jobs: int = 1) -> Iterator[str]:
-        """Yield what keeps it from taking so many jobs of a resolved config."""
+        """Yield what keeps the launcher from taking so many jobs of a resolved config."""
+        yield from ()
 
-    def script(self, config: Config, *, folder: Path, num_jobs: int = 1) -> str:
+    def script(self, resolved: ResolvedRun, *, folder: Path, num_jobs: int = 1) -> str:
         """Return what `submit` would give to the cluster, or the command that would run here."""
+        raise NotImplementedError
 
     def submit(self, config: Config, runs: Sequence[RunDir], *, folder: Path) -> list[SubmittedJob]:
-        """Queue a job for each prepared run, named after the run's or sweep's `folder`, in which output goes.
+        """Queue a job for each prepared run, named after the run's or sweep's `folder`, which takes the output.
 
         Raises:
-            ConfigError: the cluster refuses them.
+            ConfigError: the cluster refuses the jobs.
         """
+        raise NotImplementedError
 
     def hints(self, job_ids: Sequence[str]) -> dict[str, str]:
-        """Return what to print about submitted jobs: `job`, and as `queue` and `cancel` commands to type."""
+        """Return what to print about submitted jobs: `job`, and the commands `queue` and `cancel`."""
+        return {}
 
     def is_installed(self) -> bool:
         """Return whether this machine can ask the cluster about jobs."""
+        return False
 
     def status(self, job_ids: Sequence[str]) -> dict[str, str]:
         """Return the state of each of these jobs that has not ended, in the cluster's terms."""
+        return {}
 
     def end_state(self, job_id: str) -> str:
-        """Return what became of a job that has ended; "" if the cluster cannot tell."""
+        """Return what became of a job that has ended; "" if the cluster does not know."""
+        return ""
 
     def place(self) -> Place:
         """Return this process's place among the nodes of its job."""
@@ -85,7 +93,7 @@ class Launcher(Protocol):
 def launcher_of(name: str) -> Launcher:
     """Return the launcher that cluster.launcher names. Raises ConfigError if there is none."""
     if name not in LAUNCHERS:
-        raise ConfigError(
-            f"cluster.launcher={name}: no such launcher{nearest(name, LAUNCHERS)} (there are: {', '.join(LAUNCHERS)})"
-        )
-    return importlib.import_module(f"distill_cli.launch.{name}").LAUNCHER
+        what = f"no such launcher{nearest(name, LAUNCHERS)} (there are: {', '.join(LAUNCHERS)})"
+        raise ConfigError(f"cluster.launcher={name}: {what}")
+    launcher: Launcher = importlib.import_module(f"distill_cli.launch.{name}").LAUNCHER
+    return launcher

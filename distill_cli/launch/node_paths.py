@@ -11,6 +11,10 @@ from distill_cli.config.schema import ClusterConfig
 from distill_cli.errors import ConfigError
 from distill_cli.launch.base import launcher_of
 
+COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "/inductor", "TRITON_CACHE_DIR": "/triton", "VLLM_CACHE_ROOT": "/vllm"}
+VARIABLES = {"hf_home": {"HF_HOME": ""}, "compile_cache": COMPILE_CACHES, "tmp_dir": {"TMPDIR": ""}}
+"""Environment variables that each key of cluster.* sets, with the path inside the key's folder."""
+
 
 def node_variables(cluster: ClusterConfig) -> dict[str, str]:
     """Return the environment variables that cluster.* sets for a run's processes; make the folders on this node.
@@ -19,15 +23,10 @@ def node_variables(cluster: ClusterConfig) -> dict[str, str]:
         ConfigError: a folder names a variable that the node does not have, or cannot be made.
     """
     env = {str(name): str(value) for name, value in cluster.env.items()}
-    if cluster.hf_home is not None:
-        env["HF_HOME"] = _folder(cluster.hf_home, "hf_home")
-    if cluster.compile_cache is not None:
-        folder = _folder(cluster.compile_cache, "compile_cache")
-        for name, part in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-            env[name] = f"{folder}/{part}"
-        env["VLLM_CACHE_ROOT"] = f"{folder}/vllm"
-    if cluster.tmp_dir is not None:
-        env["TMPDIR"] = _folder(cluster.tmp_dir, "tmp_dir")
+    for key, variables in VARIABLES.items():
+        if (text := getattr(cluster, key)) is not None:
+            folder = _make_folder(text, key)
+            env |= {name: folder + part for name, part in variables.items()}
     return env
 
 
@@ -35,24 +34,20 @@ def use_hub_cache(cluster: ClusterConfig) -> None:
     """Look for models in cluster.hf_home from now on; call before huggingface_hub is imported.
 
     Raises:
-        ConfigError: ranks will start here, and the folder cannot be made. It may be one that only nodes have otherwise.
+        ConfigError: ranks will start here, and the folder cannot be made. On a cluster only its nodes may have it.
     """
-    if cluster.hf_home is None:
-        return
-    with suppress(*(() if launcher_of(cluster.launcher).runs_here else (ConfigError,))):
-        os.environ["HF_HOME"] = _folder(cluster.hf_home, "hf_home")
+    if cluster.hf_home is not None:
+        with suppress(*(() if launcher_of(cluster.launcher).runs_here else (ConfigError,))):
+            os.environ["HF_HOME"] = _make_folder(cluster.hf_home, "hf_home")
 
 
-def _folder(text: str, key: str) -> str:
-    path = os.path.expanduser(os.path.expandvars(text))
-    if missing := re.search(r"\$\{?\w+", path):
-        raise ConfigError(
-            f"cluster.{key}={text}: {missing[0].replace('{', '')} is not set here; set it, or name a folder"
-        )
+def _make_folder(text: str, key: str) -> str:
+    path = Path(os.path.expandvars(text)).expanduser()
+    if missing := re.search(r"\$\{?(\w+)", str(path)):
+        raise ConfigError(f"cluster.{key}={text}: ${missing[1]} is not set here; set it, or name a folder")
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"cluster.{key}={text}: no folder can be made there ({error.strerror}); choose another"
-        ) from error
-    return str(Path(path).absolute())
+        what = f"no folder can be made there ({error.strerror})"
+        raise ConfigError(f"cluster.{key}={text}: {what}; choose another") from error
+    return str(path.absolute())

@@ -1,14 +1,15 @@
 """The nodes of a job, and how they act together: through one file, which the first writes and the others read.
 
 The first node's process leads: it begins and ends each attempt, ships metrics and prints. The others start and end
-their ranks when it tells them to, and write down how their ranks ended. The file is replaced whole each time; a network
-file system may show it some seconds late, which costs just that.
+their ranks at its commands, and write down how their ranks ended. The file is replaced whole each time; a network file
+system may show it some seconds late, which only delays the others.
 """
 
 from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ class Place:
     """Where this node reaches the first one."""
 
     def torchrun_arguments(self, port: int) -> list[str]:
-        """Return what lets the agents of all nodes meet on a port of the first."""
+        """Return the arguments with which the agents of all nodes meet on a port of the first."""
         if self.num_nodes == 1:
             return ["--standalone"]
         return [
@@ -50,15 +51,16 @@ ALONE = Place()
 
 @dataclass(frozen=True)
 class Command:
-    """What the first node wants of the others."""
+    """A command of the first node to the others."""
 
     attempt: int = 0
     port: int = 0
-    checkpoint: str | None = None
+    options: Sequence[str] = ()
+    """Arguments of the ranks."""
     is_over: bool = False
-    """End whatever still runs of the attempt."""
+    """End the attempt's ranks."""
     has_ended: bool = False
-    """The job has: leave."""
+    """The job is over: exit."""
 
 
 class Leader:
@@ -68,21 +70,21 @@ class Leader:
         self.place = place
         self._file, self._command = place.command_file(run), Command()
 
-    def begin(self, run: RunDir, *, checkpoint: Path | None) -> int:
+    def begin(self, run: RunDir, options: Sequence[str]) -> int:
         """Let the others start their ranks; return the port on which all ranks meet."""
         port = free_port() if self.place.num_nodes > 1 else 0
-        self._send(Command(run.attempt, port, str(checkpoint) if checkpoint else None))
+        self._send(Command(run.attempt, port, options))
         return port
 
     def end_attempt(self) -> None:
         self._send(replace(self._command, is_over=True))
 
     def end(self) -> None:
-        """Let the others leave."""
+        """Let the others exit."""
         self._send(replace(self._command, is_over=True, has_ended=True))
 
     def failed_node(self, run: RunDir) -> int | None:
-        """Return one whose ranks have ended badly, if any."""
+        """Return a node whose ranks have failed, if any."""
         for node in range(1, self.place.num_nodes):
             with suppress(FileNotFoundError):
                 if json.loads(run.node_status(node).read_text())["status"] != 0:
@@ -96,15 +98,15 @@ class Leader:
 
 
 def read_command(file: Path) -> Command:
-    """Return what the first node wrote last; attempt 0 if nothing yet."""
-    try:
+    """Return the first node's last command; attempt 0 if there is none yet."""
+    with suppress(FileNotFoundError):
         return Command(**json.loads(file.read_text()))
-    except FileNotFoundError:
-        return Command()
+    return Command()
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on, for long enough to start listening."""
+    """Return a port of this machine that is free now."""
     with socket.socket() as server:
         server.bind(("", 0))
-        return server.getsockname()[1]
+        port: int = server.getsockname()[1]
+        return port

@@ -1,4 +1,4 @@
-"""Whether the nodes of a cluster see a folder: a guess that the site can replace by its knowledge."""
+"""Whether the nodes of a cluster see a folder: a guess by file system, which cluster.slurm.shared_folders replaces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOCAL_FILE_SYSTEMS = {
     *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "bcachefs", "vfat"),
     *("tmpfs", "ramfs", "overlay", "squashfs"),
 }
-"""What one machine alone has, unless it exports it."""
+"""Visible on one machine alone, unless it exports them."""
 
 
 def unshared(
@@ -26,25 +26,21 @@ def unshared(
     """Return why the nodes will not see what is written under `folder`, as a problem of run.root; None if they should.
 
     Args:
-        shared_folders: what the site says all nodes see; None leaves it to the file system's type.
-        node_hosts: asks for the machines that the nodes are.
-        mounts: type by mount point; None asks this machine.
+        shared_folders: folders that all nodes see; None decides by the file system's type.
+        node_hosts: returns the host names of the nodes' machines.
+        mounts: type by mount point; None reads this machine's.
     """
     path = folder.absolute().resolve()
     if shared_folders is not None:
         if any(path.is_relative_to(Path(os.path.expandvars(shared)).resolve()) for shared in shared_folders):
             return None
-        return (
-            f"run.root={folder}: not in a folder that all nodes see (cluster.slurm.shared_folders: "
-            f"{', '.join(shared_folders) or 'none'}); choose another run.root"
-        )
+        listed = f"cluster.slurm.shared_folders: {', '.join(shared_folders) or 'none'}"
+        return f"run.root={folder}: not in a folder that all nodes see ({listed}); choose another run.root"
     kind = file_system(path, mounts)
     if kind not in LOCAL_FILE_SYSTEMS or node_hosts() <= {platform.node().split(".")[0], platform.node()}:
         return None
-    return (
-        f"run.root={folder}: on a {kind} file system of this machine, which other nodes do not see; choose a shared "
-        "one, or name it in cluster.slurm.shared_folders if they do"
-    )
+    what = f"on a {kind} file system of this machine, which other nodes do not see"
+    return f"run.root={folder}: {what}; choose a shared one, or name it in cluster.slurm.shared_folders if they do"
 
 
 def file_system(path: Path, mounts: Mapping[str, str] | None = None) -> str:

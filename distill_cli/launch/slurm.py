@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import override
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.run_dir import RunDir, SubmittedJob
 from distill_cli.launch.base import NODE_PROGRAM, Launcher
@@ -27,6 +27,7 @@ from distill_cli.launch.nodes import Place
 from distill_cli.launch.shared_fs import unshared
 from distill_cli.launch.slurm_cluster import SlurmCluster, last_line, parse_time_limit
 from distill_cli.machine import hardware
+from distill_cli.resolved import ResolvedRun
 
 RESERVED_SBATCH = {
     *("job-name", "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "partition", "time", "array", "signal"),
@@ -39,7 +40,7 @@ VARIABLES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM
 
 
 def run_node_program(run: str) -> None:
-    """Be the task of a node."""
+    """Do the task of a node."""
     if status := importlib.import_module(NODE_PROGRAM).carry_out(Path(run)):
         sys.exit(status)
 
@@ -55,42 +56,39 @@ class Slurm(SlurmCluster, Launcher):
         except ConfigError:  # which `problems` raises
             return config
         if config.cluster.gpus_per_node is None:
-            gpus = 0 if hardware.has_cpu_vllm() else partition.gpus
-            config = replace(config, cluster=replace(config.cluster, gpus_per_node=gpus))
+            config = override(config, {"cluster.gpus_per_node": 0 if hardware.has_cpu_vllm() else partition.gpus})
         if config.cluster.slurm.cpus_per_node is None:
-            share = config.cluster.gpus_per_node / partition.gpus if partition.gpus else 0
-            cpus = max(int(partition.cpus * min(share, 1)), hardware.ranks_per_node(config))
-            settings = replace(config.cluster.slurm, cpus_per_node=cpus)
-            config = replace(config, cluster=replace(config.cluster, slurm=settings))
+            share = min((config.cluster.gpus_per_node or 0) / partition.gpus, 1) if partition.gpus else 0
+            cpus = max(int(partition.cpus * share), hardware.ranks_per_node(config))
+            config = override(config, {"cluster.slurm.cpus_per_node": cpus})
         return config
 
     def problems(self, config: Config, *, num_jobs: int = 1) -> Iterator[str]:
         yield from value_problems(config)
         cluster, settings = config.cluster, config.cluster.slurm
         partition = self.find_partition(settings.partition)
-        where = f"partition {partition.name}"
+        where, fix = f"partition {partition.name}", "lower it, or choose another"
         if not partition.is_up:
             yield f"cluster.slurm.partition={partition.name}: is down; choose another, or wait"
-        most = min(partition.num_nodes, partition.max_nodes)
-        if cluster.nodes > most:
-            yield f"cluster.nodes={cluster.nodes}: {where} gives a job at most {most}; lower it, or choose another"
+        if cluster.nodes > (nodes := min(partition.num_nodes, partition.max_nodes)):
+            yield f"cluster.nodes={cluster.nodes}: {where} gives a job at most {nodes}; {fix}"
         limit = parse_time_limit(settings.time) if settings.time else None
         if limit is not None and limit > partition.max_time_s:
-            most = f"{partition.max_time_s / 60:g} minutes"
-            yield f"cluster.slurm.time={settings.time}: {where} allows {most} at most; lower it, or choose another"
+            most = f"{partition.max_time_s / 60:g} minutes at most"
+            yield f"cluster.slurm.time={settings.time}: {where} allows {most}; {fix}"
         if (gpus := cluster.gpus_per_node or 0) > partition.gpus:
-            yield f"cluster.gpus_per_node={gpus}: a node of {where} has {partition.gpus}; lower it, or choose another"
-        root, hosts = Path(config.run.root), lambda: self.node_hosts
-        if problem := unshared(root, shared_folders=settings.shared_folders, node_hosts=hosts):
+            yield f"cluster.gpus_per_node={gpus}: a node of {where} has {partition.gpus}; {fix}"
+        root, shared = Path(config.run.root), settings.shared_folders
+        if problem := unshared(root, shared_folders=shared, node_hosts=lambda: self.node_hosts):
             yield problem
-        if num_jobs > 1 and num_jobs > (most := self.max_array_size):
-            yield f"a sweep of {num_jobs} runs: an array of this cluster holds {most}; make several sweeps"
+        if num_jobs > 1 and num_jobs > (size := self.max_array_size):
+            yield f"a sweep of {num_jobs} runs: an array of this cluster holds {size}; make several sweeps"
 
-    def script(self, config: Config, *, folder: Path, num_jobs: int = 1) -> str:
-        executor = make_executor(config, folder, max_jobs=num_jobs)
+    def script(self, resolved: ResolvedRun, *, folder: Path, num_jobs: int = 1) -> str:
+        executor = make_executor(resolved.config, folder, max_jobs=num_jobs)
         if num_jobs > 1:
             executor.parameters["map_count"] = num_jobs
-        return executor._make_submission_file_text(executor._submitit_command_str, "")
+        return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
     def submit(self, config: Config, runs: Sequence[RunDir], *, folder: Path) -> list[SubmittedJob]:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -100,8 +98,11 @@ class Slurm(SlurmCluster, Launcher):
             with redirect_stderr(io.StringIO()):  # submitit prints what it raises
                 jobs = executor.map_array(self.task, paths) if runs[1:] else [executor.submit(self.task, *paths)]
         except (FailedJobError, FailedSubmissionError) as error:
-            raise ConfigError(refusal(error)) from error
-        return [submitted(job.job_id, folder / self.name) for job in jobs]
+            reason = last_line(str(error)).removeprefix("sbatch: error: ")
+            reason = reason.removeprefix("Batch job submission failed: ")
+            raise ConfigError(f"Slurm refuses the job: {reason}") from error
+        logs = folder / self.name  # the first node's output
+        return [SubmittedJob(self.name, job.job_id, str(logs / f"{job.job_id}_0_log.out")) for job in jobs]
 
     def hints(self, job_ids: Sequence[str]) -> dict[str, str]:
         job = job_ids[0].partition("_")[0]
@@ -120,9 +121,8 @@ class Slurm(SlurmCluster, Launcher):
         """Slurm counts starts after preemptions and lost nodes too, and has no limit of its own."""
         count, most = place.num_restarts, config.cluster.slurm.max_requeues
         if count > most:
-            raise DistillError(
-                f"started again {count} times, more than cluster.slurm.max_requeues={most}; distill resume goes on"
-            )
+            what = f"started again {count} times, more than cluster.slurm.max_requeues={most}"
+            raise DistillError(f"{what}; distill resume goes on")
 
     def requeue(self, config: Config, place: Place, *, reason: str) -> None:
         is_preempted = reason == signal.SIGTERM.name and self.was_preempted(place.job_id)
@@ -133,7 +133,7 @@ class Slurm(SlurmCluster, Launcher):
             return
         print(f"job {place.job_id} is queued again", flush=True)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.ask("scontrol", "requeue", place.job_id)
+        self.ask("scontrol", "requeue", str(place.job_id))
         time.sleep(REQUEUE_S)  # Slurm ends this process
 
     def tags(self) -> dict[str, str]:
@@ -141,7 +141,7 @@ class Slurm(SlurmCluster, Launcher):
         return {"slurm." + name.removeprefix("SLURM_").lower(): os.environ[name] for name in names}
 
     def findings(self) -> list[tuple[str, bool, str, str]]:
-        if not self.is_installed():  # a machine without Slurm is none the worse
+        if not self.is_installed():  # nothing is wrong with a machine without Slurm
             return [("slurm", True, "no squeue here: runs stay on this machine", "")]
         try:
             partitions = self.partitions.values()
@@ -156,17 +156,18 @@ class Slurm(SlurmCluster, Launcher):
 
 
 def value_problems(config: Config) -> Iterator[str]:
-    """Yield what is wrong with cluster.slurm.* whatever the cluster is."""
+    """Yield what is wrong with cluster.slurm.* on any cluster."""
     settings, signal_s, grace_s = config.cluster.slurm, config.cluster.slurm.signal_s, config.cluster.grace_s
-    for name, least in (("max_requeues", 0), ("cpus_per_node", 1)):
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            yield f"cluster.slurm.{name}={value}: must be at least {least}"
-    limit = parse_time_limit(settings.time) if settings.time is not None else None
-    if settings.time is not None and limit is None:
-        yield f"cluster.slurm.time={settings.time}: must be minutes, HH:MM:SS or D-HH:MM:SS"
-    if limit is not None and limit <= signal_s:
-        yield f"cluster.slurm.time={settings.time}: must exceed cluster.slurm.signal_s={signal_s} seconds; raise it"
+    if settings.max_requeues < 0:
+        yield f"cluster.slurm.max_requeues={settings.max_requeues}: must be at least 0"
+    if settings.cpus_per_node is not None and settings.cpus_per_node < 1:
+        yield f"cluster.slurm.cpus_per_node={settings.cpus_per_node}: must be at least 1"
+    if settings.time is not None:
+        limit = parse_time_limit(settings.time)
+        if limit is None:
+            yield f"cluster.slurm.time={settings.time}: must be minutes, HH:MM:SS or D-HH:MM:SS"
+        elif limit <= signal_s:
+            yield f"cluster.slurm.time={settings.time}: must exceed cluster.slurm.signal_s={signal_s} seconds; raise it"
     if signal_s < grace_s:
         yield f"cluster.slurm.signal_s={signal_s}: saving may take cluster.grace_s={grace_s:g} seconds; raise it"
     for name in sorted(RESERVED_SBATCH & {str(key).replace("_", "-") for key in settings.extra}):
@@ -176,12 +177,12 @@ def value_problems(config: Config) -> Iterator[str]:
 
 
 def parameters(config: Config, *, name: str, max_jobs: int) -> dict[str, Any]:
-    """Return what submitit's Slurm executor takes for a resolved config."""
+    """Return the parameters of submitit's Slurm executor for a resolved config."""
     cluster, settings = config.cluster, config.cluster.slurm
     extra = {str(key).replace("_", "-"): value for key, value in settings.extra.items()}
     # One start is one attempt in the same folder: log files go on, and Slurm may start the job again.
     extra |= {"requeue" if settings.max_requeues else "no-requeue": True}
-    asks_for_gpus = {"gres", "gpus", "gpus-per-task", "gpus-per-node"} & extra.keys()
+    has_own_gpus = {"gres", "gpus", "gpus-per-task", "gpus-per-node"} & extra.keys()
     cpus = f"--cpus-per-task={settings.cpus_per_node}"  # srun no longer takes it from sbatch
     container = [
         f"--container-{key}" + ("" if value is True else f"={value}") for key, value in settings.container.items()
@@ -192,7 +193,7 @@ def parameters(config: Config, *, name: str, max_jobs: int) -> dict[str, Any]:
         "nodes": cluster.nodes,
         "ntasks_per_node": 1,
         "cpus_per_task": settings.cpus_per_node,
-        "gpus_per_node": (cluster.gpus_per_node or None) if not asks_for_gpus else None,
+        "gpus_per_node": None if has_own_gpus else cluster.gpus_per_node or None,
         "signal_delay_s": settings.signal_s,
         "setup": list(settings.setup) or None,
         "srun_args": ["--kill-on-bad-exit=1", cpus, *container],
@@ -203,24 +204,13 @@ def parameters(config: Config, *, name: str, max_jobs: int) -> dict[str, Any]:
     }
 
 
-def make_executor(config: Config, folder: Path, *, max_jobs: int):
-    """Return submitit's, ready to submit jobs of this config; scripts, pickles and output go to `folder`/slurm."""
+def make_executor(config: Config, folder: Path, *, max_jobs: int) -> Any:
+    """Return submitit's executor for jobs of this config; scripts, pickles and output go to `folder`/slurm."""
     import submitit
 
     executor = submitit.SlurmExecutor(folder=folder / Slurm.name, python=config.cluster.slurm.python)
     executor.update_parameters(**parameters(config, name=folder.name, max_jobs=max_jobs))
     return executor
-
-
-def submitted(job_id: str, folder: Path) -> SubmittedJob:
-    """Return the note of a job whose first node writes its output to `folder`."""
-    return SubmittedJob(Slurm.name, job_id, str(folder / f"{job_id}_0_log.out"))
-
-
-def refusal(error: Exception) -> str:
-    """Return why sbatch did not take a job, from what submitit raises then."""
-    reason = last_line(str(error)).removeprefix("sbatch: error: ").removeprefix("Batch job submission failed: ")
-    return f"Slurm refuses the job: {reason}"
 
 
 LAUNCHER = Slurm()

@@ -1,6 +1,6 @@
 """What a Slurm cluster has and how its jobs stand, by Slurm's own commands.
 
-How a job stands is one question to squeue for a whole array; how a run ended is in the run's own folder.
+One question to squeue answers for a whole array; how a run ended is in the run's own folder.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from distill_cli.errors import ConfigError, DistillError
 
 @dataclass
 class Partition:
-    """One line, or several, of sinfo."""
+    """One line of sinfo, or several if its nodes differ."""
 
     name: str
     is_default: bool = False
     is_up: bool = True
     max_time_s: float = math.inf
     max_nodes: float = math.inf
-    """Of a job."""
+    """Nodes of one job, at most."""
     num_nodes: int = 0
     gpus: int = 0
-    """Of a node; the most if nodes differ."""
+    """GPUs of a node; the most if nodes differ."""
     cpus: int = 0
-    """Of a node; the fewest if nodes differ."""
+    """CPUs of a node; the fewest if nodes differ."""
 
 
 def ask(*command: str) -> str:
-    """Return what a command of Slurm's prints. Raises ConfigError if it fails, or there is no Slurm here."""
+    """Return the output of a Slurm command. Raises ConfigError if it fails, or there is no Slurm here."""
+    key, cause = "cluster.launcher=slurm", command[0]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"cluster.launcher=slurm: there is no {command[0]} here; run on a login node, or choose cluster=local"
-        ) from error
+        what = f"there is no {cause} here"
+        raise ConfigError(f"{key}: {what}; run on a login node, or choose cluster=local") from error
     except subprocess.CalledProcessError as error:
-        raise ConfigError(f"cluster.launcher=slurm: {command[0]} says: {last_line(error.stderr)}") from error
+        raise ConfigError(f"{key}: {cause} says: {last_line(error.stderr)}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"cluster.launcher=slurm: {command[0]} does not answer ({error}); is Slurm up?") from error
+        raise ConfigError(f"{key}: {cause} does not answer ({error}); is Slurm up?") from error
 
 
 class SlurmCluster:
-    """The part of a `Launcher` that asks."""
+    """The part of a `Launcher` that asks Slurm."""
 
     def __init__(self, ask: Callable[..., str] = ask) -> None:
         """`ask` runs a command and returns its output."""
@@ -62,13 +62,11 @@ class SlurmCluster:
         """Every partition by name. Raises ConfigError if Slurm does not answer."""
         partitions: dict[str, Partition] = {}
         for line in self.ask("sinfo", "-a", "-h", "-o", "%P|%a|%l|%D|%s|%G|%c").splitlines():
-            name, is_up, max_time, num_nodes, job_size, gres, cpus = line.strip().split("|")
-            is_default = name.endswith("*")
-            name = name.removesuffix("*")
-            partition = partitions.setdefault(name, Partition(name, is_default))
-            partition.is_up = is_up == "up"
+            star_name, state, max_time, num_nodes, job_size, gres, cpus = line.strip().split("|")
+            name, most = star_name.removesuffix("*"), job_size.rpartition("-")[2]
+            partition = partitions.setdefault(name, Partition(name, is_default=star_name.endswith("*")))
+            partition.is_up = state == "up"
             partition.max_time_s = parse_time_limit(max_time) or math.inf
-            most = job_size.rpartition("-")[2]
             partition.max_nodes = int(most) if most.isdigit() else math.inf
             partition.num_nodes += int(num_nodes)
             partition.gpus = max(partition.gpus, sum(map(int, re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))))
@@ -78,40 +76,37 @@ class SlurmCluster:
     @cached_property
     def max_array_size(self) -> int:
         """Jobs of an array, at most."""
-        return int(re.search(r"MaxArraySize\s*=\s*(\d+)", self.ask("scontrol", "show", "config"))[1])
+        return int(re.findall(r"MaxArraySize\s*=\s*(\d+)", self.ask("scontrol", "show", "config"))[0])
 
     def find_partition(self, names: str | None) -> Partition:
-        """Return the first of the partitions that are asked for, or the default one.
+        """Return the first of the named partitions (separated by commas), or the default one.
 
         Raises:
             ConfigError: one of them does not exist, or there is no default.
         """
         known = self.partitions
-        for name in names.split(",") if names is not None else ():
+        if names is None:
+            names = next((name for name, one in known.items() if one.is_default), None)
+        if names is None:
+            raise ConfigError(f"cluster.slurm.partition: this cluster has no default; choose one of {', '.join(known)}")
+        for name in names.split(","):
             if name not in known:
-                raise ConfigError(
-                    f"cluster.slurm.partition={name}: no such partition{nearest(name, known)} "
-                    f"(there are: {', '.join(known)})"
-                )
-        if names is not None:
-            return known[names.split(",")[0]]
-        for partition in known.values():
-            if partition.is_default:
-                return partition
-        raise ConfigError(f"cluster.slurm.partition: this cluster has no default; choose one of {', '.join(known)}")
+                what = f"no such partition{nearest(name, known)} (there are: {', '.join(known)})"
+                raise ConfigError(f"cluster.slurm.partition={name}: {what}")
+        return known[names.split(",")[0]]
 
     @cached_property
     def node_hosts(self) -> set[str]:
-        """The machines that the nodes are."""
+        """Host names of the nodes' machines."""
         return set(re.findall(r"NodeHostName=(\S+)", self.ask("scontrol", "show", "node", "-o")))
 
     def address(self, host: str) -> str:
-        """Return how a node is reached: by its name if that resolves, else by the address that Slurm knows."""
+        """Return how to reach a node: its name if that resolves, else the address that Slurm knows."""
         try:
             socket.getaddrinfo(host, None)
             return host
         except socket.gaierror:
-            return re.search(r"NodeAddr=(\S+)", self.ask("scontrol", "show", "node", "-o", host))[1]
+            return str(re.findall(r"NodeAddr=(\S+)", self.ask("scontrol", "show", "node", "-o", host))[0])
 
     def is_installed(self) -> bool:
         return shutil.which("squeue") is not None
@@ -122,21 +117,21 @@ class SlurmCluster:
         try:
             lines = self.ask("squeue", "-h", "-r", "-j", arrays, "-o", "%i|%T").split()
         except ConfigError as error:
-            if "Invalid job id" in str(error):  # so it answers about a single job that it has forgotten
+            if "Invalid job id" in str(error):  # the answer about a single job that Slurm has forgotten
                 return {}
             raise DistillError(str(error)) from error
         states = dict(line.split("|") for line in lines)
         return {job_id: states[job_id] for job_id in job_ids if job_id in states}
 
     def end_state(self, job_id: str) -> str:
-        """Return what the accounting says became of a job that is no longer active; "" if it cannot tell."""
+        """Return what the accounting says became of a job that is no longer active; "" if it has no answer."""
         with suppress(ConfigError, IndexError):
             return self.ask("sacct", "-X", "-n", "-P", "-D", "-j", job_id, "-o", "State").strip().splitlines()[-1]
         return ""
 
-    def was_preempted(self, job_id: str) -> bool:
-        """Return whether a job of higher priority is why this one was asked to end."""
-        return re.search(r"PreemptTime=\d", self.ask("scontrol", "show", "job", "-o", job_id)) is not None
+    def was_preempted(self, job_id: str | None) -> bool:
+        """Return whether a job of higher priority is why this one must end."""
+        return re.search(r"PreemptTime=\d", self.ask("scontrol", "show", "job", "-o", str(job_id))) is not None
 
 
 def parse_time_limit(text: str) -> float | None:
@@ -146,12 +141,10 @@ def parse_time_limit(text: str) -> float | None:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:
         return None
-    days, *fields = (int(field) if field is not None else None for field in match.groups())
-    if days is not None or None not in fields:
-        hours, minutes, seconds = (field or 0 for field in fields)
-    else:
-        hours, minutes, seconds = 0, fields[0], fields[1] or 0
-    return float((((days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds) or None
+    days, first, second, third = (int(field or 0) for field in match.groups())
+    is_hours = match[1] is not None or match[4] is not None  # else the first field is minutes
+    hours, minutes, seconds = (first, second, third) if is_hours else (0, first, second)
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds) or None
 
 
 def last_line(text: str) -> str:

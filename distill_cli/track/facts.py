@@ -16,7 +16,7 @@ from distill_cli.config.schema import Config, MeshConfig
 from distill_cli.data.registry import load_examples
 from distill_cli.folders.run_dir import RunDir, read_json
 from distill_cli.launch.base import LAUNCHERS, launcher_of
-from distill_cli.machine import hardware
+from distill_cli.resolved import ResolvedRun
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +58,13 @@ def run_tags(config: Config, run: RunDir) -> dict[str, str]:
     return found | (read_json(newest) if newest else {})
 
 
-def attempt_tags(config: Config, run: RunDir) -> dict[str, str]:
+def attempt_tags(resolved: ResolvedRun, run: RunDir) -> dict[str, str]:
     """Return what may differ from attempt to attempt: host, job, mesh."""
-    ranks = hardware.ranks_per_node(config) * config.cluster.nodes
     found = {
         "host": platform.node(),
         "user": getpass.getuser(),
         "attempt": str(run.attempt),
-        "mesh": mesh_text(config.mesh, ranks),
+        "mesh": mesh_text(resolved.config.mesh, resolved.ranks.total),
     }
     for name in LAUNCHERS:
         found |= launcher_of(name).tags()

@@ -14,8 +14,8 @@ from distill_cli.config.schema import Config
 from distill_cli.config.variation import load_config
 from distill_cli.errors import ConfigError, DistillError, Stopped
 from distill_cli.folders.run_dir import RunDir, read_json, write_json
-from distill_cli.machine import hardware
 from distill_cli.report.read import read_results, state_of
+from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 from distill_cli.track.base import Tracker, enabled, tracker_problems, trackers_of
 from distill_cli.track.facts import attempt_tags
@@ -31,13 +31,13 @@ STOPPED_S = 2.0
 
 
 @contextmanager
-def tracking(config: Config, run: RunDir) -> Iterator[None]:
+def tracking(resolved: ResolvedRun, run: RunDir) -> Iterator[None]:
     """Let the config's trackers follow the run's folder as long as the context lasts, and tell them how it ended."""
-    if not enabled(config):
+    if not enabled(resolved.config):
         yield
         return
-    write_json(run.logs / "tags.json", attempt_tags(config, run))
-    with following(run, trackers_of(config, run), use_gpus=hardware.gpus_per_node(config) > 0):
+    write_json(run.logs / "tags.json", attempt_tags(resolved, run))
+    with following(run, trackers_of(resolved.config, run), use_gpus=resolved.ranks.on_gpus):
         yield
 
 

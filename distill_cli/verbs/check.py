@@ -18,6 +18,7 @@ import math
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.markup import escape
@@ -72,7 +73,7 @@ def main(arguments: argparse.Namespace) -> int:
     save_config(config, run.config)
     found.write(run)
     try:
-        start_ranks(config, run, check=True)
+        start_ranks(replace(found, config=config), run, ["--check"])
     finally:
         outcome = json.loads(run.outcome.read_text()) if run.outcome.exists() else {}
         if outcome.get("is_good"):

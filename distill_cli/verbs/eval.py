@@ -265,12 +265,12 @@ def evaluation_folder(subject: str, run: RunDir | None) -> Path:
 
 def answer(contender: Contender, found: ResolvedRun, folder: Path) -> Path:
     """Start ranks that answer with a model, and return the file with its answers. Raises DistillError if they fail."""
-    config, run = found.config, RunDir(folder / contender.name)
+    run = RunDir(folder / contender.name)
     run.logs.mkdir(parents=True)
-    save_config(config, run.config)
+    save_config(found.config, run.config)
     found.write(run)
     write_json(run.evaluation, {"name": contender.name, "role": contender.role})
-    start_ranks(config, run)
+    start_ranks(found, run)
     return join_answers(run.path)
 
 

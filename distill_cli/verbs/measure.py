@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 
@@ -85,7 +85,7 @@ def measure(job: Job, found: ResolvedRun) -> Pace:
         save_config(config, run.config)
         found.write(run)
         began = time.time()
-        start_ranks(config, run)
+        start_ranks(replace(found, config=config), run)
         return pace(read_metrics(run.metrics), began=began)
     except DistillError:
         keeps_logs = True

@@ -60,7 +60,7 @@ def main(arguments: argparse.Namespace) -> int:
             print_pace(job, found, measure(job, found))
             return 0
     if jobs:
-        print_launch(jobs)
+        print_launch(jobs, resolved)
     return 0
 
 
@@ -77,10 +77,11 @@ def print_plan(job: Job, found: ResolvedRun) -> None:
         console.print(f"warning: {escape(warning)}")
 
 
-def print_launch(jobs: Sequence[Job]) -> None:
+def print_launch(jobs: Sequence[Job], resolved: Sequence[ResolvedRun]) -> None:
     """Print the folder, and the command or script that would start these jobs: one for all that are one array."""
-    config, folder = jobs[0].config, single_path(jobs[0]).absolute()
-    text = launcher_of(config.cluster.launcher).script(config, folder=folder, num_jobs=len(jobs))
+    folder = single_path(jobs[0]).absolute()
+    launcher = launcher_of(jobs[0].config.cluster.launcher)
+    text = launcher.script(resolved[0], folder=folder, num_jobs=len(jobs))
     Console(highlight=False).print(_table("launch", {"folder": str(folder)}))
     print(textwrap.indent(text.strip(), "  "))
 

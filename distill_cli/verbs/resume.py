@@ -30,7 +30,6 @@ from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.attempts import attempt_lines, attempts_of, read_outcome
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir
 from distill_cli.jobs.preflight import preflight
-from distill_cli.jobs.prepare import job_of
 from distill_cli.jobs.run_attempts import run_to_completion
 from distill_cli.jobs.run_panels import start_panel
 from distill_cli.jobs.submit import in_queue, submit, wait_for_run
@@ -109,7 +108,7 @@ def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, conso
             console.print(escape(line))
         console.print(start_panel(found, attempt))
         if launcher.runs_here:
-            run_to_completion(job_of(run), attempt, console=console)
+            run_to_completion(found, attempt, console=console)
         else:
             submitted = submit(found.config, [run], folder=run.path, console=console)
     if submitted and config.cluster.wait:
@@ -128,8 +127,7 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
         raise ConfigError(
             f"{sweep.path}: every run has finished or is in the queue; give train.max_steps=N to go on with the former"
         )
-    config = load_config(RunDir(sweep.path / elements[0].folder).config)
-    return carry_out_sweep(sweep, elements, config, console=console)
+    return carry_out_sweep(sweep, elements, console=console)
 
 
 def resume_search(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> int:

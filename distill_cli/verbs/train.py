@@ -91,7 +91,7 @@ def run_single(job: Job, found: ResolvedRun, *, command: Sequence[str], console:
     if launcher_of(job.config.cluster.launcher).runs_here:
         run_dir.point_latest(root, os.path.relpath(path, root))
         with run.lock():
-            run_to_completion(job, run, console=console)
+            run_to_completion(found, run, console=console)
         return 0
     try:
         (submitted,) = submit(job.config, [run], folder=run.path, console=console)
@@ -109,7 +109,7 @@ def run_sweep(jobs: Sequence[Job], resolved: Sequence[ResolvedRun], *, command: 
     elements = add_runs(sweep, jobs, resolved, command=command)
     print_warnings(jobs, resolved, console=console, printed=set())
     try:
-        return carry_out_sweep(sweep, elements, config, console=console)
+        return carry_out_sweep(sweep, elements, console=console)
     except ConfigError:
         discard_if_refused(sweep, elements, config)
         raise

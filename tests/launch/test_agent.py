@@ -20,7 +20,7 @@ def run(tmp_path: Path) -> RunDir:
 def failed(run: RunDir, *ends: tuple[int, int]) -> DistillError:
     """Return the launcher's error where the ranks ended with these statuses at these times."""
     record_killed({rank: SimpleNamespace(exitcode=code, timestamp=at) for rank, (code, at) in enumerate(ends)}, run)
-    return local.failure(run, num_ranks=len(ends), status=1)
+    return local.failure(run, status=1)
 
 
 def test_a_killed_rank_is_named(run: RunDir) -> None:

@@ -26,6 +26,7 @@ NODE = """
 import sys
 from pathlib import Path
 from distill_cli.config.compose import compose
+from distill_cli.jobs.preflight import preflight
 from distill_cli.launch import local
 from distill_cli.models.model_files import locate
 from distill_cli.folders.run_dir import create
@@ -34,8 +35,9 @@ folder, rank = Path(sys.argv[1]), sys.argv[2]
 locate("org/model", key="model.student.path")  # as whoever starts the ranks does
 print("launch", flush=True)
 agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", rank]
-local.command = lambda run, **_: agent
-local.start_ranks(compose(["cluster.ranks_per_node=3"])[0].config, create(folder, command=[]))
+local.command = lambda run, options, **_: agent
+resolved = preflight(compose(["cluster.ranks_per_node=3"])[0].config)
+local.start_ranks(resolved, create(folder, command=[]))
 """
 
 

@@ -7,16 +7,19 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from distill_cli.config.compose import compose
-from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.folders.run_dir import RunDir, create
+from distill_cli.jobs.preflight import preflight
 from distill_cli.launch import local
+from distill_cli.resolved import Ranks, ResolvedRun
 from tests.conftest import heed_interrupts
 
 
@@ -25,16 +28,16 @@ def run(tmp_path: Path) -> RunDir:
     return create(tmp_path / "run", command=["distill"])
 
 
-def config_of(*overrides: str) -> Config:
-    return compose(overrides)[0].config
+def resolved_of(*overrides: str) -> ResolvedRun:
+    return preflight(compose(overrides)[0].config)
 
 
-def script_command(tmp_path: Path, body: str):
+def script_command(tmp_path: Path, body: str) -> Callable[..., list[str]]:
     """torchrun on a script in place of the worker."""
     script = tmp_path / "rank.py"
     script.write_text("import os, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n" + body)
 
-    def command(run: RunDir, *, num_ranks: int, **_: object) -> list[str]:
+    def command(run: RunDir, _options: Sequence[str], *, num_ranks: int, **_: object) -> list[str]:
         return [sys.executable, "-m", "distill_cli.launch.agent", str(run.path), str(run.attempt), "--standalone",
                 f"--nproc-per-node={num_ranks}", str(script), str(run.path)]  # fmt: skip
 
@@ -46,20 +49,22 @@ def test_a_killed_rank_is_named_with_its_signal(run: RunDir, tmp_path: Path, mon
     monkeypatch.setattr(local, "command", script_command(tmp_path, body))
     begin = time.monotonic()
     with pytest.raises(DistillError, match=r"rank 1 was killed by SIGKILL \(out of memory\?\); log: .*rank_1.log"):
-        local.start_ranks(config_of("cluster.ranks_per_node=2"), run)
+        local.start_ranks(resolved_of("cluster.ranks_per_node=2"), run)
     assert time.monotonic() - begin < 50
 
 
 def test_the_first_rank_to_fail_is_the_one_that_is_named(run: RunDir) -> None:
     run.rank_error(0).write_text(json.dumps({"time": 2.0, "message": "connection closed by peer"}))
     run.rank_error(1).write_text(json.dumps({"time": 1.0, "message": "ValueError: bad"}))
-    assert str(local.failure(run, num_ranks=2, status=1)) == f"rank 1: ValueError: bad; log: {run.rank_log(1)}"
+    assert str(local.failure(run, status=1)) == f"rank 1: ValueError: bad; log: {run.rank_log(1)}"
 
 
 def test_ranks_see_no_gpu_where_none_is_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    for gpus, devices in ((0, ""), (2, "0,1")):
-        assert local.environment(config_of(f"cluster.gpus_per_node={gpus}"))["CUDA_VISIBLE_DEVICES"] == devices
+    resolved = resolved_of("cluster.gpus_per_node=0")
+    for on_gpus, devices in ((False, ""), (True, "0,1")):
+        env = local.environment(replace(resolved, ranks=Ranks(1, 2, on_gpus)))
+        assert env["CUDA_VISIBLE_DEVICES"] == devices
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
@@ -86,11 +91,12 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
         from distill_cli.errors import Stopped
         from distill_cli.launch import local
         from distill_cli.folders.run_dir import create
+        from distill_cli.jobs.preflight import preflight
         agent = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        local.command = lambda run, **_: [*agent, "--nproc-per-node=2", "{tmp_path / "rank.py"}"]
+        local.command = lambda run, options, **_: [*agent, "--nproc-per-node=2", "{tmp_path / "rank.py"}"]
         try:
-            config = compose(["cluster.ranks_per_node=2"])[0].config
-            local.start_ranks(config, create(Path("{tmp_path}/run"), command=[]))
+            resolved = preflight(compose(["cluster.ranks_per_node=2"])[0].config)
+            local.start_ranks(resolved, create(Path("{tmp_path}/run"), command=[]))
         except Stopped as stopped:
             sys.exit(128 + stopped.signum)
         """)
@@ -126,10 +132,10 @@ def test_a_process_whose_parent_died_while_it_started_ends() -> None:
 def test_ranks_that_hang_are_ended(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "command", script_command(tmp_path, "time.sleep(120)"))
     with pytest.raises(Killed, match=r"hang_timeout_s=3 s and are taken for hung; log: .*rank_0.log"):
-        local.start_ranks(config_of("cluster.hang_timeout_s=3"), run)
+        local.start_ranks(resolved_of("cluster.hang_timeout_s=3"), run)
 
 
 def test_what_would_come_again_is_told_from_what_may_not(run: RunDir) -> None:
     for kind in (ConfigError, Unrecoverable, Killed):
         run.rank_error(0).write_text(json.dumps({"time": 1.0, "message": "so", "kind": kind.__name__}))
-        assert type(local.failure(run, num_ranks=1, status=1)) is kind
+        assert type(local.failure(run, status=1)) is kind

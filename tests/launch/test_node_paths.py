@@ -8,6 +8,7 @@ import pytest
 from distill_cli.config.compose import compose
 from distill_cli.config.schema import ClusterConfig
 from distill_cli.errors import ConfigError
+from distill_cli.jobs.preflight import preflight
 from distill_cli.launch.local import environment
 from distill_cli.launch.node_paths import node_variables, use_hub_cache
 
@@ -16,7 +17,8 @@ def test_ranks_get_the_cluster_s_folders(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("NODE_DISK", str(tmp_path))
     folders = {"hf_home": "hf", "compile_cache": "c", "tmp_dir": "t"}
     overrides = [f"cluster.{key}=$NODE_DISK/{folder}" for key, folder in folders.items()]
-    env = environment(compose([*overrides, "+cluster.env.A=1"])[0].config)
+    monkeypatch.setenv("HF_HOME", "before")  # the checks set it
+    env = environment(preflight(compose([*overrides, "+cluster.env.A=1"])[0].config))
     assert env["HF_HOME"] == f"{tmp_path}/hf"
     assert env["TMPDIR"] == f"{tmp_path}/t"
     assert env["A"] == "1"

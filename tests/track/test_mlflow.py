@@ -21,6 +21,7 @@ from distill_cli.config.variation import config_text, load_config, save_config
 from distill_cli.errors import ConfigError
 from distill_cli.folders.metrics_file import MetricsFile, cut_back, read_metrics
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir, create, element_name, write_json
+from distill_cli.jobs.preflight import preflight
 from distill_cli.report.read import read_config
 from distill_cli.track.base import tracker_problems
 from distill_cli.track.facts import models, run_tags
@@ -296,7 +297,7 @@ def test_no_password_is_written_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
     assert "MLFLOW_TRACKING_URI" not in os.environ
     assert config_problems(job.config) == []
     run = create(tmp_path / "runs" / "a", command=["distill", *words], config=config_text(job.config))
-    with tracking(job.config, run):
+    with tracking(preflight(job.config), run):
         pass
     for path in (path for path in tmp_path.rglob("*") if path.is_file()):
         assert b"pa55w0rd" not in path.read_bytes(), path

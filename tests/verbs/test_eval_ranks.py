@@ -16,7 +16,7 @@ RANK = "import os, sys; open(sys.argv[1], 'w').write(os.environ['TMPDIR'] + ' ' 
 
 def test_ranks_get_the_cluster_s_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = [sys.executable, "-c", RANK, str(tmp_path / "environment")]
-    monkeypatch.setattr(local, "command", lambda run, **_: rank)
+    monkeypatch.setattr(local, "command", lambda run, options, **_: rank)
     (job,) = compose([f"cluster.tmp_dir={tmp_path}/node", "+cluster.env.A=1"])
     found = preflight(job.config)
     with pytest.raises(DistillError):

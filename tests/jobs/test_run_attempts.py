@@ -1,0 +1,92 @@
+"""What a run tells to type next, alone and as one of a sweep; its ranks are doubles."""
+
+import io
+import shlex
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distill_cli.config.compose import Job, compose
+from distill_cli.errors import Stopped
+from distill_cli.folders.run_dir import RunDir, write_json
+from distill_cli.jobs import run_attempts, sweep
+from distill_cli.jobs.prepare import prepare, resolve_jobs
+from distill_cli.resolved import ResolvedRun
+from distill_cli.terminal.console import Console
+
+FinishRanks = Callable[[str | None], None]
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FinishRanks:
+    """Let ranks finish at once, stop for a reason, or be stopped by a signal."""
+
+    def end(how: str | None) -> None:
+        def start_ranks(_resolved: ResolvedRun, run: RunDir, *_: object, **__: object) -> None:
+            if how == "SIGINT":
+                raise Stopped(signal.SIGINT)
+            write_json(run.outcome, {"state": "stopped" if how else "finished", "reason": how, "num_steps": 1})
+            run.metrics.touch()
+
+        monkeypatch.setattr(run_attempts, "start_ranks", start_ranks)
+
+    monkeypatch.chdir(tmp_path)
+    return end
+
+
+def checked(*overrides: str, flags: tuple[str, ...] = ()) -> tuple[list[Job], list[ResolvedRun]]:
+    return resolve_jobs(compose([*overrides, "run.name=r", "tracker=none"], flags))
+
+
+def carry_out(*overrides: str, console: Console) -> None:
+    """Carry out a sweep."""
+    jobs, resolved = checked(*overrides, flags=("--multirun",))
+    folder = sweep.new_sweep(jobs[0].config)
+    elements = sweep.add_runs(folder, jobs, resolved, command=["distill", "-m", *overrides, "tracker=none"])
+    sweep.carry_out_sweep(folder, elements, console=console)
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=300)
+
+
+def lines(console: Console, key: str) -> list[str]:
+    """Return what follows a word in the printed lines, up to a panel's edge."""
+    assert isinstance(console.file, io.StringIO)
+    found = [line.strip("│ ").partition(key) for line in console.file.getvalue().splitlines()]
+    return [after.strip() for before, word, after in found if word and not before]
+
+
+def test_the_next_command_tries_another_loss(ranks: FinishRanks, console: Console) -> None:
+    (job,), (resolved,) = checked("loss=reverse", "loss.topk=8", "train.lr=1e-3")
+    run = prepare(resolved, Path("runs/r"), command=["distill", *job.overrides])
+    ranks(None)
+    run_attempts.run_to_completion(resolved, run, console=console)
+    (command,) = lines(console, "next")
+    assert shlex.split(command) == ["distill", "loss.topk=8", "train.lr=1e-3", "tracker=none", "loss=forward"]
+
+
+def test_a_sweep_s_run_repeats_its_values(ranks: FinishRanks, console: Console) -> None:
+    ranks(None)
+    carry_out("loss.topk=4,8", "train.lr=1e-3", console=console)
+    commands = [shlex.split(command)[1:] for command in lines(console, "next")]
+    configs = [compose(command)[0].config for command in commands]
+    assert [(config.loss.topk, config.train.lr) for config in configs] == [(4, 1e-3), (8, 1e-3)]
+    assert {config.loss.kl_type for config in configs} == {"reverse"}
+
+
+def test_a_stopped_sweep_is_resumed_whole(ranks: FinishRanks, console: Console) -> None:
+    ranks("SIGINT")
+    with pytest.raises(Stopped):
+        carry_out("loss.topk=4,8", console=console)
+    (line,) = lines(console, "stopped:")
+    assert "distill resume runs/r goes on" in line
+
+
+def test_unfinished_runs_of_a_sweep_resume(ranks: FinishRanks, console: Console) -> None:
+    ranks("checkpoint.must_save_by")
+    carry_out("loss.topk=4,8", console=console)
+    assert set(lines(console, "go on")) == {"distill resume runs/r"}
