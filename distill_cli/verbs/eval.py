@@ -38,7 +38,7 @@ from distill_cli.folders.answers_table import join_answers
 from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.run_dir import RunDir, free_name, write_json
 from distill_cli.jobs.preflight import preflight_evaluation
-from distill_cli.jobs.prepare import require_here
+from distill_cli.jobs.prepare import job_of, require_here
 from distill_cli.jobs.run_panels import relative
 from distill_cli.launch.local import start_ranks
 from distill_cli.report.eval_results import make_scoreboard, print_scoreboard, read_problems
@@ -136,7 +136,8 @@ def base_config(arguments: argparse.Namespace) -> tuple[Config, RunDir | None]:
     if run is not None:
         config = override(load_config(run.config), {"mesh": MeshConfig(), "rollout.replay": None})
         config = override(config, {"cluster": ClusterConfig(**kept_cluster_keys(config.cluster))})
-        return override(config, [*ALONE, *arguments.overrides], unread=UNREAD), run
+        typed = job_of(run).overrides
+        return override(config, [*ALONE, *arguments.overrides], typed=typed, unread=UNREAD), run
     typed = {word.lstrip("+").split("=", 1)[0] for word in arguments.overrides}
     models = []
     if not arguments.subject.startswith("package://") and not typed & {"model", "experiment"}:

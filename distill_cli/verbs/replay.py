@@ -21,6 +21,7 @@ from distill_cli.config.compose import Job
 from distill_cli.config.variation import load_config, override
 from distill_cli.data.recorded_run import Recording
 from distill_cli.folders.run_dir import RunDir
+from distill_cli.jobs.prepare import job_of
 from distill_cli.track.base import tracker_names
 from distill_cli.verbs.command_line import Parser
 from distill_cli.verbs.resume import open_run
@@ -40,7 +41,8 @@ def main(arguments: argparse.Namespace) -> int:
         DistillError: the replay failed.
     """
     run, overrides = open_run(Path(arguments.subject)), arguments.overrides
-    config = override(override(load_config(run.config), base_overrides(run)), overrides)
+    config = override(load_config(run.config), base_overrides(run))
+    config = override(config, overrides, typed=job_of(run).overrides)
     losses = [word.partition("=")[2] for word in overrides if word.startswith("loss=")]
     choices = {"model": "replay", "loss": (losses or [config.loss.kl_type.replace(":", "_")])[-1]}
     job = Job(config=config, choices=choices, overrides=overrides, swept=[])

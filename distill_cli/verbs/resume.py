@@ -78,7 +78,7 @@ def resume_run(run: RunDir, step: int | None, overrides: Sequence[str], *, conso
         for queued in in_queue([run]).values():
             raise ConfigError(f"{run.path}: in the queue as {queued}; wait for it to end, or cancel it")
         old = load_config(run.config)
-        config = override(old, overrides)
+        config = override(old, overrides, typed=job_of(run).overrides)
         launcher = launcher_of(config.cluster.launcher)
         start = start_of(run, step, config=config, console=console)
         found = preflight(config)
@@ -174,7 +174,7 @@ def reopen(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> li
         if run.path in queued:
             continue
         try:
-            config = override(load_config(open_run(run.path).config), overrides)
+            config = override(load_config(open_run(run.path).config), overrides, typed=job_of(run).overrides)
             start = start_of(run, None, config=config, console=console)
             found = preflight(config, known_data)
             if start is not None:
