@@ -115,17 +115,18 @@ def fields_of(node: ast.ClassDef) -> list[Field]:
 
 
 def default_of(statement: ast.AnnAssign) -> str:
+    """Return the default of `name: type = value`, `= key(value, ...)` or `= field(default_factory=...)`."""
     value = statement.value
-    if isinstance(value, ast.Name) and value.id == "MISSING":
-        return "needed"
-    if isinstance(value, ast.Call) and value.keywords[0].arg == "default":  # field(default=...)
-        value = value.keywords[0].value
-    elif isinstance(value, ast.Call):  # field(default_factory=...)
-        factory = value.keywords[0].value
-        text = ast.unparse(factory.body) if isinstance(factory, ast.Lambda) else f"{ast.unparse(factory)}()"
+    factories = [k.value for k in getattr(value, "keywords", []) if k.arg in ("default_factory", "factory")]
+    if factories:
+        text = (
+            ast.unparse(factories[0].body) if isinstance(factories[0], ast.Lambda) else f"{ast.unparse(factories[0])}()"
+        )
         return {"dict()": "{}", "list()": "[]"}.get(text, text)
+    if isinstance(value, ast.Call):
+        value = value.args[0]
     text = ast.unparse(value)
-    return {"None": "null", "True": "true", "False": "false"}.get(text, text.strip("'"))
+    return {"MISSING": "needed", "None": "null", "True": "true", "False": "false"}.get(text, text.strip("'"))
 
 
 def enum_values(node: ast.ClassDef) -> list[str]:

@@ -64,7 +64,13 @@ PACKAGES = (
     *("prometheus-fastapi-instrumentator", "starlette==1.10.0"),
     # The project.
     *("antlr4-python3-runtime==4.9.3", "datasets==5.2.0", "dill==0.4.1", "hydra-core==1.3.8", "multiprocess==0.70.19"),
-    *("latex2sympy2-extended==1.11.0", "math-verify==0.9.0", "omegaconf==2.3.1", "submitit==1.5.4"),
+    *(
+        "latex2sympy2-extended==1.11.0",
+        "math-verify==0.9.0",
+        "nvidia-ml-py==13.615.71",
+        "omegaconf==2.3.1",
+        "submitit==1.5.4",
+    ),
 )
 """Downloaded without their dependencies, which are in this list, on the node already, or unused."""
 

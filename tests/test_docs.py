@@ -1,6 +1,7 @@
 """What the documents say is so: commands compose, keys exist, the generated page is current."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -70,3 +71,9 @@ def test_generated_page_is_current(script: str) -> None:
     script = ROOT / "scripts" / script
     done = subprocess.run([sys.executable, script, "--check"], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_readme_lists_every_file() -> None:
+    script = runpy.run_path(str(ROOT / "scripts/make_file_tree.py"))
+    readme = (ROOT / "README.md").read_text()
+    assert script["with_tree"](readme) == readme, "run scripts/make_file_tree.py"
