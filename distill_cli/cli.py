@@ -1,7 +1,21 @@
-"""`distill [VERB] [OVERRIDES]`: find the verb, run it, print errors in one line each.
+"""distill: on-policy distillation of language models from one command.
 
-Exit status: 0 done; 1 a failure while running; 2 the input is wrong; 130 and 143 stopped by Ctrl-C and SIGTERM;
-141 the reader of the output has closed it, as `head` does.
+usage: distill [VERB] [OVERRIDE ...]
+
+{verbs}
+
+examples
+  distill                                              the embedded pair, on this machine's CPU
+  distill model=qwen3_1.7b_4b loss=mixed data.train.path=train.jsonl data.validation.path=test.jsonl
+  distill -m loss.topk=32,64 loss.kl_weight=0.3,0.5    a sweep
+  distill cluster=slurm cluster.nodes=2 cluster.slurm.partition=gpu model=qwen3_1.7b_4b ...
+
+`distill VERB --help` lists a verb's flags, `distill --version` prints the version. Overrides are Hydra's:
+group=choice, key=value; -m, --cfg, --info and `eval "$(distill -sc install=bash)"` for tab completion work as in
+any Hydra application. Set DISTILL_DEBUG=1 for tracebacks.
+
+Exit status: 0 done; 1 a failure while running; 2 wrong input; 130 and 143 stopped by Ctrl-C and SIGTERM; 141 the
+reader of the output closed it, as `head` does.
 """
 
 from __future__ import annotations
@@ -16,7 +30,7 @@ from distill_cli.config.choices import nearest
 from distill_cli.config.flags import ANSWERED
 from distill_cli.errors import ConfigError, DistillError, Stopped
 from distill_cli.verbs import completion
-from distill_cli.verbs.command_line import VERBS, general_help, module_of, parser_of
+from distill_cli.verbs.command_line import VERBS, module_of, parser_of, text
 
 
 def main() -> None:
@@ -71,7 +85,9 @@ def run_verb(argv: Sequence[str]) -> int:
     verb, words = split_verb(argv)
     wants_help = not {"--help", "-h"}.isdisjoint(words)
     if wants_help and len(words) == len(argv):  # no verb
-        print(general_help(), end="")
+        summaries = {name: text(name).splitlines()[0] for name in VERBS}
+        verbs = "\n".join(f"  {name:<9}{summary}" for name, summary in summaries.items())
+        print((__doc__ or "").format(verbs=verbs), end="")
         return 0
     parser = parser_of(verb)
     if wants_help:

@@ -9,9 +9,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from rich.markup import escape
 
 from distill_cli.config.compose import compose
 from distill_cli.config.fields import has_property
-from distill_cli.config.schema import ClusterConfig, Config, MeshConfig, StudentModel
+from distill_cli.config.schema import Config, MeshConfig, StudentModel
 from distill_cli.config.variation import load_config, override, save_config
 from distill_cli.data.registry import resolve_extract, resolve_verifier
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.errors import ConfigError, DistillError, collect
 from distill_cli.folders.answers_table import join_answers
 from distill_cli.folders.run_dir import RunDir, free_name, write_json
 from distill_cli.jobs.existing_run import choose_checkpoint, finished_steps, open_run
@@ -74,12 +74,19 @@ def evaluate(
     for word in models:
         contender = find(word, config, step=step, console=console)
         contenders.append(replace(contender, name=_unused(contender.name, {other.name for other in contenders})))
-    resolved = check(contenders)
+    resolved = collect(partial(preflight_evaluation, one.config, role=one.role) for one in contenders)
     folder = evaluation_folder(models[0], run)
     (folder / "command.txt").write_text(shlex.join(command) + "\n")
-    with stdout_to_stderr() if as_json else nullcontext():
+    stdout = os.dup(1)
+    if as_json:
+        os.dup2(2, 1)  # what the ranks print: standard output is for the JSON alone
+    try:
         files = {one.name: answer(one, found, folder) for one, found in zip(contenders, resolved, strict=True)}
-    assert config.data.validation is not None
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+    assert config.data.validation  # refused by the checks otherwise, as the verifier
+    assert config.data.verifier
     source = str(config.data.validation["source"])
     answers = {name: read_problems(file, unnamed=source) for name, file in files.items()}
     has_votes = resolve_extract(resolve_verifier(config.data.verifier)) is not None
@@ -106,8 +113,10 @@ def base_config(models: Sequence[str], overrides: Sequence[str]) -> tuple[Config
     subject, run = models[0], run_around(models[0])
     if run is not None:
         config = load_config(run.config)
-        cluster = {name: getattr(config.cluster, name) for name in read_cluster_keys() if name != "launcher"}
-        config = override(config, {"mesh": MeshConfig(), "rollout.replay": None, "cluster": ClusterConfig(**cluster)})
+        names = [field.name for field in fields(config.cluster) if field.name != "launcher"]
+        read = [name for name in names if has_property(Config, f"cluster.{name}", "evaluation")]
+        cluster = type(config.cluster)(**{name: getattr(config.cluster, name) for name in read})
+        config = override(config, {"mesh": MeshConfig(), "rollout.replay": None, "cluster": cluster})
         return override(config, [*ALONE, *overrides], unread=UNREAD), run
     keys = {word.lstrip("+").split("=", 1)[0] for word in overrides}
     if subject.startswith("package://") or keys & {"model", "experiment"}:
@@ -138,11 +147,6 @@ def check_is_read(overrides: Sequence[str]) -> None:
         raise ConfigError(*problems)
 
 
-def read_cluster_keys() -> list[str]:
-    """Return the keys of `cluster` that an evaluation reads."""
-    return [field.name for field in fields(ClusterConfig) if has_property(ClusterConfig, field.name, "evaluation")]
-
-
 def run_around(word: str) -> RunDir | None:
     """Return the run that a folder is, or lies in: runs/latest, runs/latest/student, runs/latest/export/step_40."""
     if not Path(word).is_dir():
@@ -170,31 +174,15 @@ def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
     """Return a run's student as a Hugging Face folder: the finished one, or an export of a checkpoint."""
     if step is None and finished_steps(run) >= 0 and (run.student / "config.json").is_file():
         return run.student
-    checkpoint = choose_checkpoint(run, step or "last", load_config(run.config).checkpoint, console=console)
+    checkpoint = choose_checkpoint(run, step or "last", load_config(run.config), console=console)
     folder = run.path / "export" / checkpoint.path.name
     if not folder.exists():
         console.print(f"exporting the student of step {checkpoint.step}: {escape(relative(folder))}")
-        command = ["distill_cli", "export", str(run.path), str(folder), f"--step={checkpoint.step}"]
-        done = subprocess.run(
-            [sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-        )
+        command = ["-m", "distill_cli", "export", str(run.path), str(folder), f"--step={checkpoint.step}"]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
         if done.returncode:
             raise DistillError(done.stderr.strip().removeprefix("error: ") or f"{folder}: the export failed")
     return folder
-
-
-def check(contenders: Sequence[Contender]) -> list[ResolvedRun]:
-    """Check each model before an engine starts. Raises ConfigError with all problems."""
-    resolved: list[ResolvedRun] = []
-    problems: dict[str, None] = {}
-    for contender in contenders:
-        try:
-            resolved.append(preflight_evaluation(contender.config, role=contender.role))
-        except ConfigError as error:
-            problems |= dict.fromkeys(error.problems)
-    if problems:
-        raise ConfigError(*problems)
-    return resolved
 
 
 def evaluation_folder(subject: str, run: RunDir | None) -> Path:
@@ -219,19 +207,6 @@ def answer(contender: Contender, resolved: ResolvedRun, folder: Path) -> Path:
     write_json(run.evaluation, {"name": contender.name, "role": contender.role})
     start_ranks(config, run)
     return join_answers(run.path)
-
-
-@contextmanager
-def stdout_to_stderr() -> Iterator[None]:
-    """Send what the ranks print within to standard error: standard output is for the JSON alone."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _unused(name: str, taken: set[str]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
-from distill_cli.config.schema import CheckpointConfig
+from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.run_dir import RunDir
@@ -29,9 +29,9 @@ def finished_steps(run: RunDir) -> int:
     return outcome.num_steps if outcome and outcome.is_finished else -1
 
 
-def choose_checkpoint(run: RunDir, which: str, settings: CheckpointConfig, *, console: Console) -> Checkpoint:
+def choose_checkpoint(run: RunDir, which: str, config: Config, *, console: Console) -> Checkpoint:
     """Return the checkpoint of a step, `best` or `last`. Raises ConfigError if it is missing or damaged."""
-    metric, highest = settings.metric, settings.keeps_highest
+    metric, highest = config.checkpoint.metric, config.checkpoint.keeps_highest
     try:
         return store.choose(run.checkpoints, which, metric=metric, higher_is_better=highest, warn=console.warn)
     except DistillError as error:

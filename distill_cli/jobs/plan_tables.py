@@ -7,15 +7,12 @@ import platform
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from rich.markup import escape
-from rich.table import Table
-
-from distill_cli.config.compose import Job
+from distill_cli.config.compose import compose
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
 from distill_cli.config.schema import Config, EngineModelConfig, LoraSync
-from distill_cli.jobs.prepare import job_warnings, single_path
-from distill_cli.jobs.run_panels import training_rows, validation_rows
-from distill_cli.jobs.scratch_runs import Pace
+from distill_cli.jobs.prepare import job_warnings, resolve_jobs, single_path
+from distill_cli.jobs.run_panels import rows_table, training_rows, validation_rows
+from distill_cli.jobs.scratch_runs import Pace, check_only_job, measure
 from distill_cli.launch.base import launcher_of
 from distill_cli.machine import hardware
 from distill_cli.models import model_files
@@ -27,44 +24,45 @@ MOST_LINES = 16
 """Lines of the drawn mesh."""
 
 
-def print_plan(job: Job, resolved: ResolvedRun) -> None:
-    """Print what a checked job would do."""
+def plan(overrides: Sequence[str], flags: Sequence[str], *, measures: bool) -> int:
+    """Check and print each job that was typed; return 0.
+
+    Args:
+        measures: run the first steps of the only job instead of printing what would start it.
+    """
+    jobs = compose(overrides, flags)
+    if measures:
+        check_only_job(jobs, "distill plan --measure")
+    jobs, resolved = resolve_jobs(jobs)
     console = Console(highlight=False)
-    console.print(_table("mesh", mesh_rows(resolved)))
-    for line in mesh_drawing(resolved):
-        console.print(f"  {line}", markup=False)
-    console.print(_table("a step", step_rows(resolved)))
-    console.print(_table("the run", run_rows(resolved)))
-    console.print(_table("memory of a rank, GiB", memory_rows(resolved)))
-    for warning in job_warnings(job, resolved):
-        console.warn(warning)
-
-
-def print_launch(jobs: Sequence[Job]) -> None:
-    """Print the folder, and the command or script that would start these jobs: one for all that are one array."""
-    config, folder = jobs[0].config, single_path(jobs[0]).absolute()
-    script = launcher_of(config.cluster.launcher).script(config, folder=folder, num_jobs=len(jobs))
-    Console(highlight=False).print(_table("launch", {"folder": str(folder)}))
-    print(textwrap.indent(script.strip(), "  "))
-
-
-def print_pace(resolved: ResolvedRun, pace: Pace) -> None:
-    """Print what was measured, and how long an epoch and the run will take at that pace."""
-    console = Console(highlight=False)
-    console.print(_table("seconds, measured here", pace_rows(resolved, pace)))
-    console.print(_table("expected", expected_rows(resolved, pace)))
+    for job, found in zip(jobs, resolved, strict=True):
+        _print_tables(console, {"mesh": mesh_rows(found)})
+        for line in mesh_drawing(found):
+            console.print(f"  {line}", markup=False)
+        tables = {"a step": step_rows(found), "the run": run_rows(found)}
+        _print_tables(console, {**tables, "memory of a rank, GiB": memory_rows(found)})
+        for warning in job_warnings(job, found):
+            console.warn(warning)
+        if measures:
+            pace = measure(found)
+            measured, expected = pace_rows(found, pace), expected_rows(found, pace)
+            _print_tables(console, {"seconds, measured here": measured, "expected": expected})
+    if jobs and not measures:
+        config, folder = jobs[0].config, single_path(jobs[0]).absolute()
+        script = launcher_of(config.cluster.launcher).script(config, folder=folder, num_jobs=len(jobs))
+        _print_tables(console, {"launch": {"folder": str(folder)}})
+        print(textwrap.indent(script.strip(), "  "))
+    return 0
 
 
 def mesh_rows(resolved: ResolvedRun) -> dict[str, str]:
     config, mesh, ranks = resolved.config, resolved.config.mesh, resolved.ranks.total
     shards = ranks // (mesh.tensor * mesh.context * mesh.replicate)
+    between = ", and the tokens between them" if mesh.sequence_parallel else ""
     axes = {
         "replicate": (mesh.replicate, "copies of the sharded student"),
         "context": (mesh.context, "share each sequence"),
-        "tensor": (
-            mesh.tensor,
-            "share each layer's matrices" + (", and the tokens between them" if mesh.sequence_parallel else ""),
-        ),
+        "tensor": (mesh.tensor, f"share each layer's matrices{between}"),
     }
     return {
         "ranks": f"{ranks} on {_devices(resolved)}",
@@ -260,10 +258,6 @@ def _gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:9.3f}"
 
 
-def _table(title: str, rows: Mapping[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim", min_width=18)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, escape(value))
-    return table
+def _print_tables(console: Console, tables: Mapping[str, Mapping[str, str]]) -> None:
+    for title, rows in tables.items():
+        console.print(rows_table(rows, title=title, min_width=18))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 
 from rich.markup import escape
 
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.credentials import credentials_environment
-from distill_cli.config.schema import Config, Schedule
+from distill_cli.config.schema import Schedule
 from distill_cli.config.variation import forbidden_changes, load_config, override, save_config
 from distill_cli.data.row_check import DataFacts
-from distill_cli.errors import ConfigError
+from distill_cli.errors import ConfigError, collect
 from distill_cli.folders.attempts import attempt_lines, attempts_of
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir
 from distill_cli.jobs.existing_run import check_base, choose_checkpoint, finished_steps, open_run
@@ -92,7 +93,7 @@ def resume_search(
         check_not_queued(runs_of(sweep, elements))
         others = [word for word in overrides if not word.startswith("search.")]
         unfinished = reopen(sweep, others, console=console)
-        if not unfinished and len(elements) >= search.config.search.trials:
+        if not unfinished and len(elements) >= (search.config.search.trials or 0):
             raise ConfigError(f"{sweep.path}: all {len(elements)} trials have finished; give search.trials=N for more")
         return carry_out_search(search, sweep, unfinished, console=console)
 
@@ -109,22 +110,15 @@ def reopen(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> li
     queued = in_queue(candidates)
     for path, job in queued.items():
         console.print(f"left     {escape(path.name)}: in the queue as {job}")
-    going_on: list[tuple[RunDir, ResolvedRun]] = []
-    problems: dict[str, None] = {}
     known_data: dict[str, DataFacts] = {}
-    for run in candidates:
-        if run.path in queued:
-            continue
-        try:
-            resolved, _ = resolve_resumed(open_run(run.path), overrides, known_data=known_data, console=console)
-            if finished_steps(run) < resolved.num_steps:
-                going_on.append((run, resolved))
-        except ConfigError as error:
-            problems |= dict.fromkeys(error.problems)
-    if problems:
-        raise ConfigError(*problems)
-    for run, resolved in going_on:
-        write_resolved(run, resolved)
+
+    def resolve(run: RunDir) -> tuple[RunDir, ResolvedRun]:
+        return run, resolve_resumed(open_run(run.path), overrides, known_data=known_data, console=console)[0]
+
+    resolved = collect(partial(resolve, run) for run in candidates if run.path not in queued)
+    going_on = [(run, found) for run, found in resolved if finished_steps(run) < found.num_steps]
+    for run, found in going_on:
+        write_resolved(run, found)
     if going_on:
         console.print(f"{len(going_on)} of {len(elements)} runs go on")
     return [runs[run] for run, _ in going_on]
@@ -148,34 +142,21 @@ def resolve_resumed(
     """Check a run with overrides on top; return it, and the checkpoint to go on from (None: the beginning).
 
     Raises:
-        ConfigError: the config is wrong or does not fit the checkpoint, or `step` has none.
+        ConfigError: the config is wrong does not fit the checkpoint, or `step` has none.
     """
     config = override(load_config(run.config), overrides)
-    start = start_of(run, step, config=config, console=console)
+    if step is None:
+        start = store.newest_whole(run.checkpoints, warn=console.warn)
+    else:
+        start = choose_checkpoint(run, step, config, console=console)
+    made_with = load_config(start.path / store.CONFIG if start else run.config)
+    rule = "which has shaped its weights; leave it, or start a new run"
+    if changes := list(forbidden_changes(made_with, config, unless="resume")):
+        raise ConfigError(*(f"{key}={new}: the run was made with {old}, {rule}" for key, old, new in changes))
     resolved = preflight(config, known_data)
     if start is not None:
         check_base(start, resolved.student)
     return resolved, start
-
-
-def start_of(run: RunDir, step: str | None, *, config: Config, console: Console) -> Checkpoint | None:
-    """Return the checkpoint to go on from; None is the beginning.
-
-    Raises:
-        ConfigError: `step` has none, or the config differs from the checkpoint's in what shaped the weights.
-    """
-    if step is None:
-        start = store.newest_whole(run.checkpoints, warn=console.warn)
-    else:
-        start = choose_checkpoint(run, step, config.checkpoint, console=console)
-    made_with = load_config(start.path / store.CONFIG if start else run.config)
-    problems = [
-        f"{key}={after}: the run was made with {before}, which has shaped its weights; leave it, or start a new run"
-        for key, before, after in forbidden_changes(made_with, config, unless="resume")
-    ]
-    if problems:
-        raise ConfigError(*problems)
-    return start
 
 
 def write_resolved(run: RunDir, resolved: ResolvedRun) -> None:

@@ -18,7 +18,7 @@ from statistics import fmean, median
 
 from rich.markup import escape
 
-from distill_cli.config.compose import Job
+from distill_cli.config.compose import Job, compose
 from distill_cli.config.derived import validates
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import override, save_config
@@ -48,12 +48,12 @@ STEPS = 4
 Row = Mapping[str, float]
 
 
-def only_job(jobs: Sequence[Job], command: str) -> Job:
-    """Return the only job. Raises ConfigError if there are several, or if it does not run on this machine."""
+def check_only_job(jobs: Sequence[Job], command: str) -> None:
+    """Raise ConfigError if there are several jobs, or if the only one does not run on this machine."""
     if len(jobs) > 1:
         raise ConfigError(f"{command}: takes one configuration; leave -m out")
-    require_here(jobs[0].config, command)
-    return jobs[0]
+    for job in jobs:
+        require_here(job.config, command)
 
 
 def scratch_run(folder: Path, config: Config, resolved: ResolvedRun) -> RunDir:
@@ -65,13 +65,17 @@ def scratch_run(folder: Path, config: Config, resolved: ResolvedRun) -> RunDir:
     return run
 
 
-def self_check(job: Job) -> int:
+def self_check(overrides: Sequence[str], flags: Sequence[str]) -> int:
     """Start the ranks with `ranks.self_check`, which prints its findings; return 0 if all are good, else 1.
 
     Engines run without CUDA graphs, whose capture would take longer than everything else.
     """
     console, begin = Console(highlight=False, soft_wrap=True), time.monotonic()
-    resolved = preflight(job.config)
+    jobs = compose(overrides, flags)
+    if not jobs:
+        return 0
+    check_only_job(jobs, "distill check")
+    resolved = preflight(jobs[0].config)
     for warning in resolved.warnings:
         console.print(f"[yellow]warn[/yellow] {escape(warning)}")
     config, folder = small(resolved), Path(tempfile.mkdtemp(prefix="distill-check-"))
@@ -93,16 +97,14 @@ def small(resolved: ResolvedRun) -> Config:
     mesh = resolved.config.mesh
     shares = resolved.ranks.per_node // (mesh.tensor * mesh.context)
     num_sequences = math.ceil(SEQUENCES / shares) * shares
-    return override(
-        resolved.config,
-        [
-            *(f"rollout.prompts_per_step={num_sequences}", "rollout.generations_per_prompt=1"),
-            *(f"train.global_batch_size={num_sequences}", f"cluster.hang_timeout_s={TIMEOUT_S}"),
-            *("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker=none"),
-            *("checkpoint.enabled=true", "checkpoint.save_optimizer=true", "checkpoint.async_save=false"),
-            *("engine.student.enforce_eager=true", "engine.teacher.enforce_eager=true"),
-        ],
+    typed = (
+        f"rollout.prompts_per_step={num_sequences} rollout.generations_per_prompt=1 "
+        f"train.global_batch_size={num_sequences} cluster.hang_timeout_s={TIMEOUT_S} "
+        "eval.period=0 eval.at_start=false eval.at_end=false tracker=none "
+        "checkpoint.enabled=true checkpoint.save_optimizer=true checkpoint.async_save=false "
+        "engine.student.enforce_eager=true engine.teacher.enforce_eager=true"
     )
+    return override(resolved.config, typed.split())
 
 
 @dataclass(frozen=True)
@@ -164,15 +166,12 @@ def measure(resolved: ResolvedRun) -> Pace:
 
 def short(resolved: ResolvedRun) -> Config:
     """Return the run's config, cut down to STEPS steps: one validation, one checkpoint, no tracker."""
-    return override(
-        resolved.config,
-        [
-            f"train.max_steps={min(STEPS, resolved.num_steps)}",
-            *("eval.period=0", "eval.at_start=false", f"eval.at_end={str(validates(resolved.config)).lower()}"),
-            *(f"checkpoint.period={STEPS - 1}", "checkpoint.must_save_by=null"),
-            *("rollout.on_truncation=warn", "tracker=none"),
-        ],
+    typed = (
+        f"train.max_steps={min(STEPS, resolved.num_steps)} checkpoint.period={STEPS - 1} checkpoint.must_save_by=null "
+        f"eval.period=0 eval.at_start=false eval.at_end={str(validates(resolved.config)).lower()} "
+        "rollout.on_truncation=warn tracker=none"
     )
+    return override(resolved.config, typed.split())
 
 
 def pace(rows: Sequence[Row], *, began: float) -> Pace:

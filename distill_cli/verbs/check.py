@@ -30,11 +30,6 @@ def main(arguments: argparse.Namespace) -> int:
         ConfigError: the config is wrong, or describes several jobs or one for a cluster.
         DistillError: the ranks failed.
     """
-    from distill_cli.config.compose import compose
+    from distill_cli.jobs.scratch_runs import self_check
 
-    jobs = compose(arguments.overrides, arguments.flags)
-    if not jobs:  # Hydra answered one of its flags
-        return 0
-    from distill_cli.jobs.scratch_runs import only_job, self_check
-
-    return self_check(only_job(jobs, "distill check"))
+    return self_check(arguments.overrides, arguments.flags)

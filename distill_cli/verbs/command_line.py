@@ -21,24 +21,6 @@ from distill_cli.errors import ConfigError
 
 VERBS = ("train", "plan", "check", "resume", "replay", "watch", "eval", "export", "report", "track", "ls", "doctor")
 
-GENERAL = """\
-distill - on-policy distillation of language models from one command
-
-usage: distill [VERB] [OVERRIDE ...]
-
-{verbs}
-
-examples
-  distill                                              the embedded pair, on this machine's CPU
-  distill model=qwen3_1.7b_4b loss=mixed data.train.path=train.jsonl data.validation.path=test.jsonl
-  distill -m loss.topk=32,64 loss.kl_weight=0.3,0.5    a sweep
-  distill cluster=slurm cluster.nodes=2 cluster.slurm.partition=gpu model=qwen3_1.7b_4b ...
-
-`distill VERB --help` lists a verb's flags, `distill --version` prints the version. Overrides are Hydra's:
-group=choice, key=value; -m, --cfg, --info and `eval "$(distill -sc install=bash)"` for tab completion work as in
-any Hydra application. Set DISTILL_DEBUG=1 for tracebacks.
-"""
-
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser of one verb: errors are ConfigError, and flags and overrides may stand anywhere on the line."""
@@ -156,7 +138,3 @@ def parser_of(verb: str) -> Parser:
     parser = Parser(verb)
     module_of(verb).declare(parser)
     return parser
-
-
-def general_help() -> str:
-    return GENERAL.format(verbs="\n".join(f"  {verb:<9}{text(verb).splitlines()[0]}" for verb in VERBS))

@@ -59,7 +59,8 @@ def offered(before: Sequence[str], word: str) -> tuple[list[str], list[str] | No
 
 def values_of(place: argparse.Action | None) -> Iterable[str]:
     """Return the known values of a flag or a word: its choices, or its `complete` if others are allowed."""
-    return getattr(place, "choices", None) or getattr(place, "complete", ())
+    values: Iterable[str] = getattr(place, "choices", None) or getattr(place, "complete", ())
+    return values
 
 
 def starting(word: str, offers: Iterable[str]) -> list[str]:

@@ -42,7 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     run, as_adapter = open_run(Path(arguments.run)), arguments.adapter
     resolved, console = ResolvedRun.read(run, needs_teacher=False), Console(highlight=False, soft_wrap=True)
-    checkpoint = choose_checkpoint(run, arguments.step or "last", resolved.config.checkpoint, console=console)
+    checkpoint = choose_checkpoint(run, arguments.step or "last", resolved.config, console=console)
     if as_adapter and not resolved.config.model.student.lora.is_on:
         raise ConfigError(f"--adapter: {run.path} trained all weights (model.student.lora.rank=null); leave it out")
     folder = arguments.folder or run.path / "export" / (checkpoint.path.name + ("_adapter" if as_adapter else ""))

@@ -1,7 +1,7 @@
 """Compose and check everything, print what would run, start nothing.
 
-Prints the mesh and who holds what, the arithmetic of a step, memory by part, the command or the sbatch script, and
-whatever a run would refuse or warn of.
+Prints the mesh and who holds what, the arithmetic of a step, memory by part, the command or the job's script, and
+what a run would refuse or warn of.
 
 examples
   distill plan
@@ -31,22 +31,6 @@ def declare(parser: Parser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Check and print each job; with `--measure` also run the first steps of the only one."""
-    from distill_cli.config.compose import compose
+    from distill_cli.jobs.plan_tables import plan
 
-    jobs = compose(arguments.overrides, arguments.flags)
-    if not jobs:  # Hydra answered one of its flags
-        return 0
-    from distill_cli.jobs.plan_tables import print_launch, print_pace, print_plan
-    from distill_cli.jobs.prepare import resolve_jobs
-    from distill_cli.jobs.scratch_runs import measure, only_job
-
-    if arguments.measure:
-        only_job(jobs, "distill plan --measure")
-    jobs, resolved = resolve_jobs(jobs)
-    for job, found in zip(jobs, resolved, strict=True):
-        print_plan(job, found)
-    if arguments.measure:
-        print_pace(resolved[0], measure(resolved[0]))
-    else:
-        print_launch(jobs)
-    return 0
+    return plan(arguments.overrides, arguments.flags, measures=arguments.measure)

@@ -48,10 +48,10 @@ def test_a_run_is_followed(run: RunDir, capsys: pytest.CaptureFixture[str]) -> N
 
     with run.lock():
         assert follow(run, sleep=next_moment) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "step 0/1000 loss=1.0000 val=0.250"
-    assert [line.split(" ")[1] for line in said[:-1]] == ["0/1000", "1/1000", "2/4", "3/4"]
-    assert said[-1].startswith(f"finished after step 3; distill report {run.path}")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 0/1000 loss=1.0000 val=0.250"
+    assert [line.split(" ")[1] for line in lines[:-1]] == ["0/1000", "1/1000", "2/4", "3/4"]
+    assert lines[-1].startswith(f"finished after step 3; distill report {run.path}")
 
 
 def test_failures_and_restarts_are_shown(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,10 +67,10 @@ def test_failures_and_restarts_are_shown(run: RunDir, capsys: pytest.CaptureFixt
             moment()
 
     assert follow(run, sleep=next_moment) == 1
-    said = capsys.readouterr().out
-    assert "goes on from the checkpoint of step 0" in said
-    assert said.count("step 1/1000") == 2
-    assert f"failed after step 1; distill resume {run.path} goes on" in said
+    stdout = capsys.readouterr().out
+    assert "goes on from the checkpoint of step 0" in stdout
+    assert stdout.count("step 1/1000") == 2
+    assert f"failed after step 1; distill resume {run.path} goes on" in stdout
 
 
 def test_a_requeued_job_is_waited_for(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,9 +86,9 @@ def test_a_requeued_job_is_waited_for(run: RunDir, capsys: pytest.CaptureFixture
     )
     with run.lock():
         assert follow(run, sleep=lambda _seconds: next(moments)()) == 0
-    said = capsys.readouterr().out
-    assert "step 2/1000" in said
-    assert said.splitlines()[-1].startswith("stopped after step 2")
+    stdout = capsys.readouterr().out
+    assert "step 2/1000" in stdout
+    assert stdout.splitlines()[-1].startswith("stopped after step 2")
 
 
 def test_ctrl_c_leaves_the_run_alone(run: RunDir) -> None:

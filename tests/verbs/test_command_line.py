@@ -128,7 +128,7 @@ def test_folders_are_no_overrides(word: str, expected: bool, tmp_path: Path, mon
     assert is_override(word) == expected
 
 
-def test_words_of_one_problem_each() -> None:
+def test_each_unknown_flag_is_named() -> None:
     with pytest.raises(ConfigError) as error:
         parsed("resume --stp 3 --wait=1 --foo")
     assert [problem.split(":")[0] for problem in error.value.problems] == ["--stp", "--foo"]
