@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.markup import escape
@@ -10,7 +11,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from distill_cli.folders.attempts import Outcome, attempt_lines, attempts_of
-from distill_cli.folders.run_dir import RunDir, SweepDir
+from distill_cli.folders.run_dir import RunDir
+from distill_cli.jobs.existing_run import typed_overrides
 from distill_cli.losses.divergence import PARAMETERS
 from distill_cli.resolved import ResolvedRun
 from distill_cli.track.base import trackers_of
@@ -29,7 +31,7 @@ def start_panel(resolved: ResolvedRun, run: RunDir) -> Panel:
         "ranks": f"{ranks.per_node} on {'GPUs' if ranks.on_gpus else 'the CPU'}{nodes}",
         "folder": relative(run.path),
     }
-    return _panel("distill", rows)
+    return Panel(rows_table(rows), title="distill", title_align="left", expand=False)
 
 
 def training_rows(resolved: ResolvedRun) -> str:
@@ -60,7 +62,8 @@ def end_panel(resolved: ResolvedRun, outcome: Outcome, run: RunDir) -> Panel:
     rows |= {"student": relative(run.student), "metrics": relative(run.metrics)}
     rows |= {"report": relative(run.report)} if run.report.exists() else {}
     rows |= {tracker.label: tracker.page for tracker in trackers_of(resolved.config, run)}
-    return _panel("done", rows | {"next": next_command(resolved, run)})
+    rows["next"] = next_command(resolved, run)
+    return Panel(rows_table(rows), title="done", title_align="left", expand=False)
 
 
 def relative(path: Path) -> str:
@@ -78,23 +81,14 @@ def next_command(resolved: ResolvedRun, run: RunDir) -> str:
     return shlex.join(["distill", *verb, *repeated, f"loss={loss}"])
 
 
-def typed_overrides(run: RunDir) -> list[str]:
-    """Return the overrides of the command that made a run; of a sweep's command with the values of this run."""
-    keys = [(word.partition("=")[0], word) for word in shlex.split(run.command.read_text()) if "=" in word]
-    typed = {key.lstrip("+"): word for key, word in keys if "/" not in key and key[0] != "-"}  # no path, no flag
-    elements = [one for one in SweepDir(run.path.parent).elements() if one.folder == run.path.name]
-    swept = [word for element in elements for word in element.overrides]
-    return list((typed | {word.lstrip("+").partition("=")[0]: word for word in swept}).values())
-
-
 def _count(rows: int | None) -> str:
     return "streamed" if rows is None else f"{rows:,}"
 
 
-def _panel(title: str, rows: dict[str, str]) -> Panel:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim")
+def rows_table(rows: Mapping[str, str], *, title: str | None = None, min_width: int | None = None) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", min_width=min_width)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, escape(value))
-    return Panel(table, title=title, title_align="left", expand=False)
+    return table

@@ -8,6 +8,7 @@ import signal
 import sys
 
 import rich.console
+from rich.markup import escape
 
 READER_GONE = 128 + signal.SIGPIPE
 """The exit status of a command whose reader left, as a shell has it of any other."""
@@ -17,6 +18,9 @@ class Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
         """Rich would end the process with status 1; `cli.main` does it with READER_GONE."""
         raise BrokenPipeError
+
+    def warn(self, text: str) -> None:
+        self.print(f"warning: {escape(text)}")
 
 
 class RankOutput(io.FileIO):
