@@ -14,7 +14,6 @@ from distill_cli.config.checks import mesh_problems
 from distill_cli.config.schema import Config, Dtype
 from distill_cli.engines.settings import tensor_parallel_problem
 from distill_cli.launch.base import launcher_of
-from distill_cli.launch.node_paths import use_hub_cache
 from distill_cli.machine import hardware
 from distill_cli.models import model_files
 from distill_cli.models.model_files import ModelFiles
@@ -29,11 +28,6 @@ def cluster(facts: Facts, config: Config) -> Iterator[str]:
     launcher = launcher_of(config.cluster.launcher)
     facts.config = launcher.resolve(config)
     yield from launcher.problems(facts.config)
-
-
-def hub_cache(config: Config) -> None:
-    """Look for models and data in cluster.hf_home from now on. Raises ConfigError if the folder cannot be made."""
-    use_hub_cache(config.cluster)
 
 
 def ranks(facts: Facts, config: Config) -> Iterator[str]:

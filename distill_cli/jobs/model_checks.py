@@ -13,16 +13,9 @@ from distill_cli.config.schema import Config, EosMap
 from distill_cli.data.registry import resolve_environment, resolve_verifier
 from distill_cli.data.row_check import DataFacts
 from distill_cli.engines.process_setup import hide_broken_packages
-from distill_cli.models import lora_names, model_files
+from distill_cli.models import lora_names, model_files, model_pair
 from distill_cli.models.model_files import ModelFiles
-from distill_cli.models.model_pair import (
-    OWN_TEMPLATE,
-    Vocabularies,
-    read_template,
-    render,
-    special_tokens,
-    template_difference,
-)
+from distill_cli.models.model_pair import Vocabularies
 from distill_cli.resolved import SharedVocabulary
 from distill_cli.types import Example
 
@@ -44,9 +37,9 @@ def names(config: Config) -> Iterator[str]:
 def templates(config: Config, tokenizer: ModelFiles, data: DataFacts) -> None:
     """Render the first row with each template of the config; ranks render all rows. Raises ConfigError."""
     for key, template, kwargs in _given_templates(config):
-        if data.sample is not None and "{" in (text := read_template(template)):
-            messages = _sample_messages(config, data.sample)
-            render(f"{key}: it", text, messages, special_tokens(tokenizer.folder), kwargs)
+        if data.sample is not None and "{" in (text := model_pair.read_template(template)):
+            messages, tokens = _sample_messages(config, data.sample), model_pair.special_tokens(tokenizer.folder)
+            model_pair.render(f"{key}: it", text, messages, tokens, kwargs)
 
 
 def _given_templates(config: Config) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -54,7 +47,7 @@ def _given_templates(config: Config) -> Iterator[tuple[str, str, dict[str, Any]]
     model, teacher = config.model, config.model.teacher
     if model.chat_template is not None:
         yield "model.chat_template", model.chat_template, model.chat_template_kwargs
-    if teacher.chat_template is not None and teacher.chat_template != OWN_TEMPLATE:
+    if teacher.chat_template is not None and teacher.chat_template != model_pair.OWN_TEMPLATE:
         kwargs = {**model.chat_template_kwargs, **teacher.chat_template_kwargs}
         yield "model.teacher.chat_template", teacher.chat_template, kwargs
 
@@ -108,9 +101,9 @@ def _pair_warnings(
             yield f"{what}: with model.eos_map=off the student may learn not to stop; choose auto"
     if sample is not None and config.model.teacher.chat_template is config.model.chat_template is None:
         messages, folders = _sample_messages(config, sample), (tokenizer.folder, teacher.folder)
-        if difference := template_difference(*folders, messages, **config.model.chat_template_kwargs):
+        if text := model_pair.template_difference(*folders, messages, **config.model.chat_template_kwargs):
             fix = "both read the student's unless model.teacher.chat_template=own"
-            yield f"student and teacher have different chat templates, {difference}; {fix}"
+            yield f"student and teacher have different chat templates, {text}; {fix}"
 
 
 def shared_vocabulary(config: Config, both: Vocabularies, student: ModelFiles, teacher: ModelFiles) -> SharedVocabulary:
@@ -157,5 +150,5 @@ def adapters(config: Config, student: ModelFiles) -> Iterator[str]:
         return
     layers = lora_names.targeted(model_files.shapes(student.folder), settings.targets)
     most = max(min(shape) for shape in layers.values())
-    if settings.rank > most:
+    if (settings.rank or 0) > most:
         yield f"model.student.lora.rank={settings.rank}: no matrix that it is for has a rank above {most}; lower it"

@@ -18,7 +18,9 @@ from distill_cli.config.schema import Config
 from distill_cli.data.recorded_run import Recording
 from distill_cli.data.row_check import DataFacts, check_data
 from distill_cli.errors import ConfigError
-from distill_cli.jobs import machine_checks, model_checks, replay_checks
+from distill_cli.jobs import machine_checks, model_checks
+from distill_cli.jobs.replay_checks import check_recording
+from distill_cli.launch.node_paths import use_hub_cache
 from distill_cli.models.model_files import ModelFiles
 from distill_cli.resolved import Lengths, PredictedMemory, Ranks, ResolvedRun, SharedVocabulary
 from distill_cli.track.base import tracker_problems
@@ -120,19 +122,17 @@ def resolve(
 
 def num_steps(config: Config, data: DataFacts, recording: Recording | None) -> int:
     """Return the run's steps: max_steps, or fewer if max_epochs ends first."""
-    train = config.train
-    if recording is not None:
-        return min(train.max_steps, train.max_epochs * recording.num_steps)
-    if data.num_train is None:
-        return train.max_steps
-    return min(train.max_steps, train.max_epochs * (data.num_train // config.rollout.prompts_per_step))
+    train, epoch = config.train, recording.num_steps if recording else None
+    if epoch is None and data.num_train is not None:
+        epoch = data.num_train // config.rollout.prompts_per_step
+    return train.max_steps if epoch is None else min(train.max_steps, train.max_epochs * epoch)
 
 
 def find_student(facts: Facts, config: Config) -> None:
     model = config.model
     facts.student = ModelFiles.find(model.student.path, revision=model.student.revision, key="model.student.path")
-    own = model.tokenizer is None
-    facts.tokenizer = facts.student if own else ModelFiles.find(model.tokenizer, key="model.tokenizer")
+    other = model.tokenizer
+    facts.tokenizer = facts.student if other is None else ModelFiles.find(other, key="model.tokenizer")
 
 
 def find_teacher(facts: Facts, config: Config) -> None:
@@ -150,18 +150,16 @@ def read_data(facts: Facts, config: Config) -> Iterator[str]:
         yield f"rollout.prompts_per_step={prompts}: the training data has only {rows} rows; {fix}"
 
 
-def read_recording(facts: Facts, config: Config, student: ModelFiles, tokenizer: ModelFiles) -> Iterator[str]:
-    if config.rollout.replay is None:
-        return
-    facts.recording = recording = Recording.of(config.rollout.replay)
-    size, merged_eos_ids = recording.facts.vocab_size, tuple(recording.facts.merged_eos_ids)
-    facts.vocabulary = SharedVocabulary(size, size, merged_eos_ids)  # the recorded teacher may be gone
-    yield from replay_checks.recording_problems(recording, config, student=student, tokenizer=tokenizer)
+def read_recording(facts: Facts, config: Config) -> None:
+    if config.rollout.replay is not None:
+        facts.recording = recording = Recording.of(config.rollout.replay)
+        size, merged_eos_ids = recording.facts.vocab_size, tuple(recording.facts.merged_eos_ids)
+        facts.vocabulary = SharedVocabulary(size, size, merged_eos_ids)  # the recorded teacher may be gone
 
 
 COMMON_CHECKS: tuple[Check, ...] = (
     machine_checks.cluster,
-    machine_checks.hub_cache,
+    use_hub_cache,
     machine_checks.ranks,
     find_student,
     find_teacher,
@@ -173,6 +171,7 @@ EVALUATION_CHECKS: tuple[Check, ...] = (*COMMON_CHECKS, model_checks.positions)
 CHECKS: tuple[Check, ...] = (
     *COMMON_CHECKS,
     read_recording,
+    check_recording,
     model_checks.templates,
     model_checks.pair,
     model_checks.tensor_parallel,

@@ -8,8 +8,6 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job
 from distill_cli.config.credentials import credentials_environment
@@ -84,7 +82,7 @@ def print_warnings(
     for job, one in zip(jobs, resolved, strict=True):
         for warning in job_warnings(job, one):
             if warning not in printed:
-                console.print(f"warning: {escape(warning)}")
+                console.warn(warning)
                 printed.add(warning)
 
 

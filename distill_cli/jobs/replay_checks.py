@@ -10,10 +10,8 @@ from distill_cli.data.recorded_run import Recording, vocabulary_digest
 from distill_cli.models.model_files import ModelFiles
 
 
-def recording_problems(
-    recording: Recording, config: Config, *, student: ModelFiles, tokenizer: ModelFiles
-) -> Iterator[str]:
-    """Yield one line for each reason why `config` cannot train on `recording`."""
+def check_recording(recording: Recording, config: Config, student: ModelFiles, tokenizer: ModelFiles) -> Iterator[str]:
+    """Yield one line for each reason why the config cannot train on the recording."""
     recorded, facts = load_config(recording.folder.parent / "config.yaml"), recording.facts
     for key, before, after in forbidden_changes(recorded, config, unless="replay"):
         yield f"{key}={after}: the rollouts were recorded with {before}; leave it out, or start a new run"

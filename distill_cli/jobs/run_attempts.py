@@ -85,14 +85,14 @@ def run_attempts(resolved: ResolvedRun, run: RunDir, *, console: Console, leader
             may_help = has_progressed or isinstance(error, Killed)
             if number == resolved.config.cluster.max_restarts or not may_help:
                 raise
-            console.print(f"warning: attempt {run.attempt} failed: {escape(str(error))}")
+            console.warn(f"attempt {run.attempt} failed: {error}")
             run = run.next_attempt()
 
 
 def begin_attempt(run: RunDir, *, console: Console) -> Checkpoint | None:
     """Bring the folder back to its newest whole checkpoint, and return that; None begins at the beginning."""
     store.remove_unfinished(run.checkpoints)
-    start = store.newest_whole(run.checkpoints, warn=lambda text: console.print(f"warning: {escape(text)}"))
+    start = store.newest_whole(run.checkpoints, warn=console.warn)
     run.outcome.unlink(missing_ok=True)
     remove_later(run.scores, step=start.step if start else 0)
     removed_to = run.path / f"metrics.cut_{run.attempt}.jsonl"
@@ -113,4 +113,4 @@ def leave_report(paths: Sequence[Path], file: Path, *, console: Console) -> None
     except Exception as error:
         if os.environ.get("DISTILL_DEBUG"):
             raise
-        console.print(f"warning: no {file.name} could be made: {escape(f'{type(error).__name__}: {error}')}")
+        console.warn(f"no {file.name} could be made: {type(error).__name__}: {error}")

@@ -27,15 +27,7 @@ from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir, write_json
 from distill_cli.jobs.prepare import print_warnings, resolve_jobs
-from distill_cli.jobs.sweep import (
-    add_runs,
-    carry_out_runs,
-    check_sweep,
-    conclude,
-    discard_if_refused,
-    new_sweep,
-    runs_of,
-)
+from distill_cli.jobs.sweep import add_runs, carry_out_runs, check_sweep, conclude, discard_if_refused, new_sweep
 from distill_cli.report.read import last_values
 from distill_cli.terminal.console import Console
 
@@ -195,10 +187,10 @@ def study_of(spec: Search, sweep: SweepDir) -> optuna.Study:
     direction = "maximize" if spec.config.checkpoint.keeps_highest else "minimize"
     study = optuna.create_study(sampler=sampler, direction=direction)
     numbers: dict[type, type] = {FloatDistribution: float, IntDistribution: int}
-    for element, run in zip(elements, runs_of(sweep, elements), strict=True):
+    for element in elements:
         drawn = dict(override.split("=", 1) for override in element.overrides)
         params = {key: numbers.get(type(one), str)(drawn[key]) for key, one in spec.space.items()}
-        value = final_value(run, spec.config.checkpoint.metric)
+        value = final_value(RunDir(sweep.path / element.folder), spec.config.checkpoint.metric)
         state = TrialState.FAIL if value is None else TrialState.COMPLETE
         study.add_trial(create_trial(state=state, value=value, params=params, distributions=dict(spec.space)))
     return study
@@ -215,9 +207,7 @@ def trial_job(spec: Search, drawn: Mapping[str, Any]) -> Job:
 def write_results(spec: Search, sweep: SweepDir) -> dict[str, Any] | None:
     """Write search.json: the metric, each trial with its value, and the best trial, which is returned."""
     pairs = zip(sweep.elements(), study_of(spec, sweep).trials, strict=True)
-    trials: list[dict[str, Any]] = [
-        {"run": run.folder, "overrides": run.overrides, "value": trial.value} for run, trial in pairs
-    ]
+    trials = [dict[str, Any](run=one.folder, overrides=one.overrides, value=trial.value) for one, trial in pairs]
     metric, is_higher_better = spec.config.checkpoint.metric, spec.config.checkpoint.keeps_highest
     finished = [trial for trial in trials if trial["value"] is not None]
     best = (max if is_higher_better else min)(finished, key=lambda trial: trial["value"], default=None)

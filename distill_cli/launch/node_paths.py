@@ -7,7 +7,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from distill_cli.config.schema import ClusterConfig
+from distill_cli.config.schema import ClusterConfig, Config
 from distill_cli.errors import ConfigError
 from distill_cli.launch.base import launcher_of
 
@@ -30,15 +30,15 @@ def node_variables(cluster: ClusterConfig) -> dict[str, str]:
     return env
 
 
-def use_hub_cache(cluster: ClusterConfig) -> None:
-    """Look for models in cluster.hf_home from now on; call before huggingface_hub is imported.
+def use_hub_cache(config: Config) -> None:
+    """Look for models and data in cluster.hf_home from now on; call before huggingface_hub is imported.
 
     Raises:
         ConfigError: ranks will start here, and the folder cannot be made. On a cluster only its nodes may have it.
     """
-    if cluster.hf_home is not None:
-        with suppress(*(() if launcher_of(cluster.launcher).runs_here else (ConfigError,))):
-            os.environ["HF_HOME"] = _make_folder(cluster.hf_home, "hf_home")
+    if (folder := config.cluster.hf_home) is not None:
+        with suppress(*(() if launcher_of(config.cluster.launcher).runs_here else (ConfigError,))):
+            os.environ["HF_HOME"] = _make_folder(folder, "hf_home")
 
 
 def _make_folder(text: str, key: str) -> str:

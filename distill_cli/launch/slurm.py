@@ -99,8 +99,7 @@ class Slurm(SlurmCluster, Launcher):
                 jobs = executor.map_array(self.task, paths) if runs[1:] else [executor.submit(self.task, *paths)]
         except (FailedJobError, FailedSubmissionError) as error:
             reason = last_line(str(error)).removeprefix("sbatch: error: ")
-            reason = reason.removeprefix("Batch job submission failed: ")
-            raise ConfigError(f"Slurm refuses the job: {reason}") from error
+            raise ConfigError(f"Slurm refuses the job: {reason.rpartition(' failed: ')[2]}") from error
         logs = folder / self.name  # the first node's output
         return [SubmittedJob(self.name, job.job_id, str(logs / f"{job.job_id}_0_log.out")) for job in jobs]
 
@@ -121,8 +120,8 @@ class Slurm(SlurmCluster, Launcher):
         """Slurm counts starts after preemptions and lost nodes too, and has no limit of its own."""
         count, most = place.num_restarts, config.cluster.slurm.max_requeues
         if count > most:
-            what = f"started again {count} times, more than cluster.slurm.max_requeues={most}"
-            raise DistillError(f"{what}; distill resume goes on")
+            limit = f"cluster.slurm.max_requeues={most}"
+            raise DistillError(f"started again {count} times, more than {limit}; distill resume goes on")
 
     def requeue(self, config: Config, place: Place, *, reason: str) -> None:
         is_preempted = reason == signal.SIGTERM.name and self.was_preempted(place.job_id)
@@ -147,12 +146,8 @@ class Slurm(SlurmCluster, Launcher):
             partitions = self.partitions.values()
         except ConfigError as error:
             return [("slurm", False, str(error), "start slurmctld, or ask who runs the cluster")]
-        rows = []
-        for one in partitions:
-            size = f"{one.num_nodes} nodes of " + (f"{one.gpus} GPUs" if one.gpus else f"{one.cpus} CPUs")
-            detail = size + ", the default" * one.is_default + ", down" * (not one.is_up)
-            rows.append((f"slurm {one.name}", one.is_up, detail, "choose another cluster.slurm.partition"))
-        return rows
+        fix = "choose another cluster.slurm.partition"
+        return [(f"slurm {one.name}", one.is_up, str(one), fix) for one in partitions]
 
 
 def value_problems(config: Config) -> Iterator[str]:

@@ -35,6 +35,10 @@ class Partition:
     cpus: int = 0
     """CPUs of a node; the fewest if nodes differ."""
 
+    def __str__(self) -> str:
+        size = f"{self.gpus} GPUs" if self.gpus else f"{self.cpus} CPUs"
+        return f"{self.num_nodes} nodes of {size}" + ", the default" * self.is_default + ", down" * (not self.is_up)
+
 
 def ask(*command: str) -> str:
     """Return the output of a Slurm command. Raises ConfigError if it fails, or there is no Slurm here."""

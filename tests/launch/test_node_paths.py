@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distill_cli.config.compose import compose
-from distill_cli.config.schema import ClusterConfig
+from distill_cli.config.schema import ClusterConfig, Config
 from distill_cli.errors import ConfigError
 from distill_cli.jobs.preflight import preflight
 from distill_cli.launch.local import environment
@@ -30,9 +30,9 @@ def test_ranks_get_the_cluster_s_folders(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_hub_cache_may_be_the_nodes_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", "before")
-    use_hub_cache(ClusterConfig(hf_home="$NO_SUCH/hf", launcher="slurm"))
+    use_hub_cache(Config(cluster=ClusterConfig(hf_home="$NO_SUCH/hf", launcher="slurm")))
     assert os.environ["HF_HOME"] == "before"
     with pytest.raises(ConfigError, match="NO_SUCH"):
-        use_hub_cache(ClusterConfig(hf_home="$NO_SUCH/hf"))
-    use_hub_cache(ClusterConfig(hf_home=f"{tmp_path}/hf"))
+        use_hub_cache(Config(cluster=ClusterConfig(hf_home="$NO_SUCH/hf")))
+    use_hub_cache(Config(cluster=ClusterConfig(hf_home=f"{tmp_path}/hf")))
     assert os.environ["HF_HOME"] == f"{tmp_path}/hf"
