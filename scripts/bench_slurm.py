@@ -78,7 +78,7 @@ def measure(config, folder: Path, size: int, *, hold: bool) -> None:
         slurm.ask("scancel", jobs[0].job_id.partition("_")[0])
     else:
         counting.clear()
-        cpu, failed = time.process_time(), wait_for_sweep(sweep, elements, jobs, console=Console(file=io.StringIO()))
+        cpu, failed = time.process_time(), wait_for_sweep(runs, jobs, console=Console(file=io.StringIO()))
         assert not failed
         opened = Counter(Path(path).relative_to(sweep.path).parts[0] for path in counting if str(sweep.path) in path)
         told = (

@@ -39,7 +39,7 @@ def ranks(facts: Facts, config: Config) -> Iterator[str]:
     if launcher_of(config.cluster.launcher).runs_here:
         if given > visible:
             yield f"{key}: this machine has {visible} visible GPUs; set it to at most {visible} (0 runs on CPUs)"
-        if jobs * gpus > visible:
+        elif jobs * gpus > visible:
             what = f"{jobs} runs of {gpus} GPUs each, and {visible} are visible"
             yield f"cluster.parallel_jobs={jobs}: {what}; set cluster.gpus_per_node to the share of one run"
         if not gpus and hardware.has_gpu_vllm() and facts.roles:

@@ -1,8 +1,8 @@
-"""What can be found wrong before an engine starts, and what the config comes to. No torch.
+"""Check a config before an engine starts, and resolve it. No torch.
 
 Checks run in order. Each yields problems and may note facts and warnings for those after it. A check names the facts
-that it reads as parameters; it is left out if one of them is None, because another check found that fact wrong. All
-problems are raised at once.
+that it reads as parameters; it is skipped if one of them is None, which another check has reported. All problems are
+raised at once.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from distill_cli.track.base import tracker_problems
 
 @dataclass
 class Facts:
-    """What the checks have found so far; None if not known yet, or not needed."""
+    """Facts that the checks have established so far; None if not known yet, or not needed."""
 
     config: Config
     roles: tuple[str, ...]
     """The models that get an engine: `student`, `teacher`."""
     known_data: dict[str, DataFacts]
-    """What earlier calls found of their data (see `check_data`)."""
+    """Data facts of earlier calls (see `check_data`)."""
     student: ModelFiles | None = None
     teacher: ModelFiles | None = None
     tokenizer: ModelFiles | None = None
@@ -60,7 +60,7 @@ def preflight(config: Config, known_data: dict[str, DataFacts] | None = None) ->
     """Check a composed config against the machine, the models and the data.
 
     Args:
-        known_data: what earlier calls found of their data; the runs of a sweep mostly have the same.
+        known_data: data facts of earlier calls; the runs of a sweep mostly share their data.
 
     Raises:
         ConfigError: with all problems.
@@ -93,7 +93,7 @@ def run_checks(facts: Facts, checks: Sequence[Check]) -> ResolvedRun:
 def resolve(
     facts: Facts, config: Config, student: ModelFiles, tokenizer: ModelFiles, ranks: Ranks, data: DataFacts
 ) -> ResolvedRun:
-    """Return what the checks have found as one frozen record."""
+    """Return the facts as one frozen record."""
     recording = facts.recording
     return ResolvedRun(
         config=config,

@@ -1,4 +1,4 @@
-"""Jobs before they start: what their cluster decides, all that is wrong with them, warnings, and their folders."""
+"""Jobs before they start: resolving and checking them, warnings, and their folders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from distill_cli.terminal.console import Console
 
 
 def resolve_jobs(jobs: Sequence[Job], *, is_new: bool = True) -> tuple[list[Job], list[ResolvedRun]]:
-    """Put each job through `preflight`; return the jobs with what their cluster has filled in, and what they come to.
+    """Put each job through `preflight`; return the jobs as resolved by their cluster, and the resolved runs.
 
     Args:
         is_new: they have no folder yet.

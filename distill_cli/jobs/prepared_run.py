@@ -34,7 +34,7 @@ def carry_out(path: Path) -> int:
     place = launcher_of(config.cluster.launcher).place()
     if place.node != 0:
         for signum in STOP_SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)  # the first node says when to stop
+            signal.signal(signum, signal.SIG_IGN)  # the first node decides when to stop
         follow(read_resolved(run, config), run, place)
         return 0
     leader = Leader(run, place)
@@ -45,7 +45,7 @@ def carry_out(path: Path) -> int:
 
 
 def lead(run: RunDir, config: Config, leader: Leader) -> int:
-    """Bring a run from where it stands to its end; return its exit status, and leave it in the folder of a job."""
+    """Carry out a run to its end; return its exit status, which a job also leaves in the run's folder."""
     launcher, place = launcher_of(config.cluster.launcher), leader.place
     status, reason, error = 0, None, None
     try:

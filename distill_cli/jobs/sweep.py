@@ -1,6 +1,6 @@
 """The runs of a sweep, prepared at once and carried out here, some at a time, or as one job array.
 
-Every run has its folder and its config before the first one starts: `distill resume SWEEP` takes up whatever did not
+Every run has its folder and its config before the first one starts: `distill resume SWEEP` carries out what did not
 finish, for whatever reason. A run that fails does not stop the others.
 """
 
@@ -83,7 +83,7 @@ def check_sweep(jobs: Sequence[Job]) -> None:
     if launcher.runs_here:
         return
     if any(job.config.cluster != cluster for job in jobs):
-        raise ConfigError("cluster: the runs of an array get nodes alike; do not sweep its keys")
+        raise ConfigError("cluster: all runs of an array get the same nodes; do not sweep cluster keys")
     if problems := list(launcher.problems(jobs[0].config, num_jobs=len(jobs))):
         raise ConfigError(*problems)
 
@@ -99,13 +99,13 @@ def carry_out_sweep(sweep: SweepDir, elements: Sequence[Element], *, console: Co
 
 def carry_out_runs(sweep: SweepDir, elements: Sequence[Element], *, console: Console) -> int:
     """Carry out these runs of a sweep to their end; return how many failed."""
-    resolved = read_first(sweep, elements)
-    config = resolved.config
-    if not launcher_of(config.cluster.launcher).runs_here:
-        jobs = submit(config, runs_of(sweep, elements), folder=sweep.path, console=console)
-        return wait_for_sweep(sweep, elements, jobs, console=console)
-    if (num_slots := config.cluster.parallel_jobs or 1) > 1:
-        return run_side_by_side(sweep, elements, resolved, num_slots=num_slots, console=console)
+    resolved, runs = read_first(sweep, elements), runs_of(sweep, elements)
+    cluster = resolved.config.cluster
+    if not launcher_of(cluster.launcher).runs_here:
+        jobs = submit(resolved.config, runs, folder=sweep.path, console=console)
+        return wait_for_sweep(runs, jobs, console=console)
+    if (num_slots := cluster.parallel_jobs or 1) > 1:
+        return run_side_by_side(runs, resolved, num_slots=num_slots, console=console)
     return run_in_turn(sweep, elements, console=console)
 
 
@@ -143,34 +143,31 @@ def run_in_turn(sweep: SweepDir, elements: Sequence[Element], *, console: Consol
     return failed
 
 
-def run_side_by_side(
-    sweep: SweepDir, elements: Sequence[Element], resolved: ResolvedRun, *, num_slots: int, console: Console
-) -> int:
-    """Carry out `num_slots` runs at a time, in processes that write output.txt; return how many failed."""
-    waiting, failed = list(elements), 0
-    running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
+def run_side_by_side(runs: Sequence[RunDir], resolved: ResolvedRun, *, num_slots: int, console: Console) -> int:
+    """Carry out `num_slots` runs of a sweep at a time, in processes that write output.txt; return how many failed."""
+    waiting, failed = list(runs), 0
+    running: dict[int, tuple[RunDir, subprocess.Popen[bytes]]] = {}
     with stop_signals():
         try:
             while waiting or running:
                 for slot in [slot for slot in range(num_slots) if slot not in running][: len(waiting)]:
-                    name = waiting.pop(0).folder
-                    running[slot] = name, start_process(sweep.path / name, resolved, slot=slot, num_slots=num_slots)
-                    console.print(f"starts   {escape(name)}")
+                    run = waiting.pop(0)
+                    running[slot] = run, start_process(run.path, resolved, slot=slot, num_slots=num_slots)
+                    console.print(f"starts   {escape(run.path.name)}")
                 time.sleep(0.2)
-                for slot, (name, process) in list(running.items()):
-                    if (status := process.poll()) is None:
-                        continue
-                    del running[slot]
-                    failed += status != 0
-                    result = "finished" if status == 0 else f"status {status}: output.txt says why"
-                    done = len(elements) - len(waiting) - len(running)
-                    console.print(f"{done}/{len(elements)}  {escape(name)}: {result}")
+                for slot, (run, process) in list(running.items()):
+                    if (status := process.poll()) is not None:
+                        del running[slot]
+                        failed += status != 0
+                        result = "finished" if status == 0 else f"status {status}: output.txt says why"
+                        done = len(runs) - len(waiting) - len(running)
+                        console.print(f"{done}/{len(runs)}  {escape(run.path.name)}: {result}")
         except Stopped:  # lets the runs save and end
             for _, process in running.values():
                 process.terminate()
             for _, process in running.values():
                 process.wait()
-            console.print(f"stopped: distill resume {escape(relative(sweep.path))} goes on")
+            console.print(f"stopped: distill resume {escape(relative(runs[0].path.parent))} goes on")
             raise
     return failed
 
@@ -196,19 +193,17 @@ def start_process(folder: Path, resolved: ResolvedRun, *, slot: int, num_slots: 
         )
 
 
-def wait_for_sweep(
-    sweep: SweepDir, elements: Sequence[Element], jobs: Sequence[SubmittedJob], *, console: Console
-) -> int:
+def wait_for_sweep(runs: Sequence[RunDir], jobs: Sequence[SubmittedJob], *, console: Console) -> int:
     """Print which runs have ended, until all have; return how many failed. Each run's folder is read once."""
     launcher, failed = launcher_of(jobs[0].launcher), 0
-    open_jobs = dict(zip(jobs, elements, strict=True))
+    open_jobs = dict(zip(jobs, runs, strict=True))
     for wait_s in queue_waits():
         active = launcher.status([job.job_id for job in open_jobs])
         for job in [job for job in open_jobs if job.job_id not in active]:
-            element = open_jobs.pop(job)
-            status, text = job_outcome(RunDir(sweep.path / element.folder), job)
+            run = open_jobs.pop(job)
+            status, text = job_outcome(run, job)
             failed += status != 0
-            console.print(f"{len(elements) - len(open_jobs)}/{len(elements)}  {escape(element.folder)}: {escape(text)}")
+            console.print(f"{len(runs) - len(open_jobs)}/{len(runs)}  {escape(f'{run.path.name}: {text}')}")
         if not open_jobs:
             break
         time.sleep(wait_s)

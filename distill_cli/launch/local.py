@@ -83,7 +83,7 @@ def start_ranks(
         leader: commands the other nodes of the job; None outside a job.
 
     Raises:
-        ConfigError: a rank found the input wrong.
+        ConfigError: a rank refused the input.
         Killed: a rank was killed, or stayed in one stage for cluster.hang_timeout_s.
         DistillError: a rank failed; its own error in one line, and the path of its log.
         Stopped: one of `STOP_SIGNALS` came. The ranks had cluster.grace_s to save; every process is gone.
@@ -149,7 +149,7 @@ def wait(agent: subprocess.Popen[bytes], run: RunDir, *, hang_timeout_s: float, 
     while True:
         with suppress(subprocess.TimeoutExpired):
             return agent.wait(timeout=1.0)
-        if leader.failed_node(run) is not None:
+        if leader.has_failed_node(run):
             with suppress(subprocess.TimeoutExpired):
                 agent.wait(timeout=GRACE_S)  # lets its own ranks write their errors
             return agent.returncode or 1

@@ -7,14 +7,12 @@ system may show it some seconds late, which only delays the others.
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from distill_cli.folders.run_dir import RunDir, write_json
+from distill_cli.folders.run_dir import RunDir, read_json, write_json
 
 POLL_S = 0.5
 
@@ -36,10 +34,8 @@ class Place:
         """Return the arguments with which the agents of all nodes meet on a port of the first."""
         if self.num_nodes == 1:
             return ["--standalone"]
-        return [
-            *(f"--nnodes={self.num_nodes}", f"--node-rank={self.node}"),
-            *(f"--master-addr={self.address}", f"--master-port={port}"),
-        ]
+        where = [f"--master-addr={self.address}", f"--master-port={port}"]
+        return [f"--nnodes={self.num_nodes}", f"--node-rank={self.node}", *where]
 
     def command_file(self, run: RunDir) -> Path:
         """Return the file in which the first node commands the others."""
@@ -83,13 +79,10 @@ class Leader:
         """Let the others exit."""
         self._send(replace(self._command, is_over=True, has_ended=True))
 
-    def failed_node(self, run: RunDir) -> int | None:
-        """Return a node whose ranks have failed, if any."""
-        for node in range(1, self.place.num_nodes):
-            with suppress(FileNotFoundError):
-                if json.loads(run.node_status(node).read_text())["status"] != 0:
-                    return node
-        return None
+    def has_failed_node(self, run: RunDir) -> bool:
+        """Return whether the ranks of another node have failed."""
+        files = [run.node_status(node) for node in range(1, self.place.num_nodes)]
+        return any(read_json(file)["status"] != 0 for file in files if file.exists())
 
     def _send(self, command: Command) -> None:
         self._command = command
@@ -99,14 +92,11 @@ class Leader:
 
 def read_command(file: Path) -> Command:
     """Return the first node's last command; attempt 0 if there is none yet."""
-    with suppress(FileNotFoundError):
-        return Command(**json.loads(file.read_text()))
-    return Command()
+    return Command(**read_json(file)) if file.exists() else Command()
 
 
 def free_port() -> int:
     """Return a port of this machine that is free now."""
     with socket.socket() as server:
         server.bind(("", 0))
-        port: int = server.getsockname()[1]
-        return port
+        return int(server.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Runs as Slurm jobs: what a job's script says, submitting, starting again.
+"""Runs as Slurm jobs: their scripts, submitting, requeueing.
 
 submitit writes the script, gives it to sbatch and starts a task on each node, which is `run_node_program`. A warning
 (SIGUSR2, before the time limit) or a preemption lets the ranks save and queues the job again: the run goes on in the

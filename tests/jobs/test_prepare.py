@@ -16,14 +16,14 @@ from distill_cli.jobs.prepare import require_here, resolve_jobs, unread_keys
         ("cluster=slurm cluster.slurm.partition=gpu cluster.wait=true", []),
     ],
 )
-def test_keys_of_other_launchers_are_warned_of(overrides: str, unread: list[str]) -> None:
+def test_keys_of_other_launchers_warn(overrides: str, unread: list[str]) -> None:
     (job,) = compose(overrides.split())
     warnings = list(unread_keys(job.config.cluster, job.overrides))
     assert [warning.split(" ")[0] for warning in warnings] == unread
     assert all("no effect with cluster.launcher=local" in warning for warning in warnings)
 
 
-def test_a_check_runs_where_it_is_typed() -> None:
+def test_checks_run_on_this_machine() -> None:
     require_here(compose([])[0].config, "distill check")
     with pytest.raises(ConfigError, match="cluster.launcher=slurm: distill check .* cluster=local"):
         require_here(compose(["cluster=slurm"])[0].config, "distill check")

@@ -69,7 +69,7 @@ def test_the_next_command_tries_another_loss(ranks: FinishRanks, console: Consol
     assert shlex.split(command) == ["distill", "loss.topk=8", "train.lr=1e-3", "tracker=none", "loss=forward"]
 
 
-def test_a_sweep_s_run_repeats_its_values(ranks: FinishRanks, console: Console) -> None:
+def test_sweep_runs_repeat_their_values(ranks: FinishRanks, console: Console) -> None:
     ranks(None)
     carry_out("loss.topk=4,8", "train.lr=1e-3", console=console)
     commands = [shlex.split(command)[1:] for command in lines(console, "next")]

@@ -1,4 +1,4 @@
-"""What a search draws, what it is told, and which searches are refused."""
+"""What a search draws, how it learns, and which searches are refused."""
 
 import io
 import json
@@ -60,7 +60,7 @@ def test_a_range_becomes_a_distribution(typed: str, drawn_from: BaseDistribution
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "problem"),
     [
         ((LR,), "-m"),
         (("-m",), "nothing is searched"),
@@ -82,12 +82,12 @@ def test_a_range_becomes_a_distribution(typed: str, drawn_from: BaseDistribution
         (("-m", "loss.kl_weight=interval(2.0,3.0)"), "must lie in 0..1"),
     ],
 )
-def test_what_cannot_be_searched_is_refused(folder: Path, argv: Sequence[str], said: str) -> None:
+def test_what_cannot_be_searched_is_refused(folder: Path, argv: Sequence[str], problem: str) -> None:
     arguments = parser_of("train").parse(["search.trials=2", *argv])
     arguments.command = ["distill"]
     with pytest.raises(ConfigError) as error:
         main(arguments)
-    assert said in " ".join(error.value.problems)
+    assert problem in " ".join(error.value.problems)
     assert list(folder.iterdir()) == []
 
 
@@ -103,10 +103,10 @@ def by_lr(drawn: dict[str, Any]) -> float:
     return -abs(drawn["train.lr"] - 1e-3)
 
 
-def search(asked: Search, sweep: SweepDir, reach: Callable[[dict[str, Any]], float | None], batches: int = 99) -> None:
+def search(spec: Search, sweep: SweepDir, reach: Callable[[dict[str, Any]], float | None], batches: int = 99) -> None:
     """Draw batches and let each trial reach what `reach` makes of its values, without composing or training."""
     elements = sweep.elements() if sweep.file.is_file() else []
-    while batches and (drawn := draw(asked, sweep)):
+    while batches and (drawn := draw(spec, sweep)):
         for values in drawn:
             overrides = [f"{key}={value}" for key, value in values.items()]
             elements.append(Element(len(elements), f"trial_{len(elements)}", overrides))
@@ -116,10 +116,10 @@ def search(asked: Search, sweep: SweepDir, reach: Callable[[dict[str, Any]], flo
 
 
 def test_same_command_makes_same_trials(folder: Path) -> None:
-    asked, seeded = read_search(TYPED), read_search([*TYPED, "search.seed=1"])
+    spec, seeded = read_search(TYPED), read_search([*TYPED, "search.seed=1"])
     sweeps = {name: SweepDir(folder / name) for name in ("one", "other", "seeded")}
-    search(asked, sweeps["one"], by_lr)
-    search(asked, sweeps["other"], by_lr, batches=2)
+    search(spec, sweeps["one"], by_lr)
+    search(spec, sweeps["other"], by_lr, batches=2)
     search(read_search(TYPED), sweeps["other"], by_lr)  # as `resume` continues it
     search(seeded, sweeps["seeded"], by_lr)
     one, other, seeded = ([element.overrides for element in sweep.elements()] for sweep in sweeps.values())
@@ -129,9 +129,9 @@ def test_same_command_makes_same_trials(folder: Path) -> None:
 
 def test_a_trial_runs_its_values(folder: Path) -> None:
     sweep = SweepDir(folder / "s")
-    asked = read_search([*TYPED, "cluster.parallel_jobs=2", "search.sampler=random", "search.trials=3"])
-    assert len(next_batch(asked, sweep, console=Console(file=io.StringIO()))) == 2
-    assert len(draw(asked, sweep)) == 1
+    spec = read_search([*TYPED, "cluster.parallel_jobs=2", "search.sampler=random", "search.trials=3"])
+    assert len(next_batch(spec, sweep, console=Console(file=io.StringIO()))) == 2
+    assert len(draw(spec, sweep)) == 1
     for element in sweep.elements():
         drawn = dict(override.split("=") for override in element.overrides)
         config = RunDir(sweep.path / element.folder).config.read_text()
@@ -144,10 +144,10 @@ def test_a_trial_runs_its_values(folder: Path) -> None:
 
 
 def test_a_failed_trial_counts_as_failed(folder: Path) -> None:
-    sweep, asked = SweepDir(folder / "s"), read_search(TYPED)
-    search(asked, sweep, lambda drawn: None if drawn["loss.topk"] == "4" else by_lr(drawn))
+    sweep, spec = SweepDir(folder / "s"), read_search(TYPED)
+    search(spec, sweep, lambda drawn: None if drawn["loss.topk"] == "4" else by_lr(drawn))
     failed = [element.overrides[1] == "loss.topk=4" for element in sweep.elements()]
-    trials = study_of(asked, sweep).trials
+    trials = study_of(spec, sweep).trials
     assert [trial.state is TrialState.FAIL for trial in trials] == failed
     assert [trial.value is None for trial in trials] == failed
     assert 0 < sum(failed) < 6
@@ -155,11 +155,11 @@ def test_a_failed_trial_counts_as_failed(folder: Path) -> None:
 
 @pytest.mark.parametrize(("higher_is_better", "best"), [("true", max), ("false", min)])
 def test_results_name_the_best_trial(folder: Path, higher_is_better: str, best: Callable) -> None:
-    asked = read_search([*TYPED, f"checkpoint.higher_is_better={higher_is_better}"])
+    spec = read_search([*TYPED, f"checkpoint.higher_is_better={higher_is_better}"])
     sweep = SweepDir(folder / "s")
     values = iter([0.5, None, 0.75, 0.25, float("nan"), 0.5])
-    search(asked, sweep, lambda drawn: next(values))
-    found = write_results(asked, sweep)
+    search(spec, sweep, lambda drawn: next(values))
+    found = write_results(spec, sweep)
     written = json.loads((sweep.path / "search.json").read_text())
     assert [trial["value"] for trial in written["trials"]] == [0.5, None, 0.75, 0.25, None, 0.5]
     assert found == written["best"] == written["trials"][2 if best is max else 3]
@@ -167,7 +167,7 @@ def test_results_name_the_best_trial(folder: Path, higher_is_better: str, best: 
 
 
 def test_later_trials_come_near_the_best(folder: Path) -> None:
-    sweep, asked = SweepDir(folder / "s"), read_search([*TYPED, "search.trials=25", "cluster.parallel_jobs=5"])
-    search(asked, sweep, by_lr)
+    sweep, spec = SweepDir(folder / "s"), read_search([*TYPED, "search.trials=25", "cluster.parallel_jobs=5"])
+    search(spec, sweep, by_lr)
     distances = [abs(float(element.overrides[0].partition("=")[2]) - 1e-3) for element in sweep.elements()]
     assert sum(distances[-10:]) < sum(distances[:10])

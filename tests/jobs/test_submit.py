@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from distill_cli.config.compose import compose
-from distill_cli.folders.run_dir import Element, JobEnd, RunDir, SubmittedJob, SweepDir, create, write_json
+from distill_cli.folders.run_dir import JobEnd, RunDir, SubmittedJob, create, write_json
 from distill_cli.jobs.submit import in_queue, job_outcome, lost_job_reason, submit
 from distill_cli.jobs.sweep import wait_for_sweep
 from distill_cli.launch import base, slurm
@@ -77,7 +77,7 @@ def test_a_lost_job_is_explained(runs: list[RunDir], states: dict[str, str], tmp
     assert lost_job_reason(run) is None
 
 
-def test_an_outcome_is_the_run_s_or_the_cluster_s(runs: list[RunDir], states: dict[str, str], tmp_path: Path) -> None:
+def test_outcomes_come_from_run_or_cluster(runs: list[RunDir], states: dict[str, str], tmp_path: Path) -> None:
     run, job = runs[0], job_of(runs[0])
     status, reason = job_outcome(run, job)
     assert (status, reason.split(";")[0]) == (1, "NODE_FAIL")
@@ -90,13 +90,12 @@ def test_an_outcome_is_the_run_s_or_the_cluster_s(runs: list[RunDir], states: di
 
 
 def test_waiting_ends_with_the_last_job(
-    runs: list[RunDir], states: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: list[RunDir], states: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states["7_1"] = "RUNNING"
     monkeypatch.setattr("time.sleep", lambda _seconds: states.clear())
     write_json(runs[0].job_end, asdict(JobEnd("7_0", 0, None)))
     write_json(runs[0].outcome, {"state": "finished"})
-    console, elements = Console(file=io.StringIO(), width=200), [Element(index, str(index), []) for index in (0, 1)]
-    sweep = SweepDir(tmp_path / "s")
-    assert wait_for_sweep(sweep, elements, [job_of(run) for run in runs], console=console) == 1
+    console = Console(file=io.StringIO(), width=200)
+    assert wait_for_sweep(runs, [job_of(run) for run in runs], console=console) == 1
     assert [line[:11] for line in console.file.getvalue().splitlines()] == ["1/2  0: fin", "2/2  1: NOD"]

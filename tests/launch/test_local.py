@@ -1,4 +1,4 @@
-"""What the launcher says of ranks that failed, and that it leaves nothing behind; the ranks are small scripts."""
+"""The launcher names ranks that failed, and leaves nothing behind; the ranks are small scripts."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def script_command(tmp_path: Path, body: str) -> Callable[..., list[str]]:
     return command
 
 
-def test_a_killed_rank_is_named_with_its_signal(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_ranks_name_their_signal(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = "import signal\nos.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)"
     monkeypatch.setattr(local, "command", script_command(tmp_path, body))
     begin = time.monotonic()
@@ -53,13 +53,13 @@ def test_a_killed_rank_is_named_with_its_signal(run: RunDir, tmp_path: Path, mon
     assert time.monotonic() - begin < 50
 
 
-def test_the_first_rank_to_fail_is_the_one_that_is_named(run: RunDir) -> None:
+def test_the_first_failed_rank_is_named(run: RunDir) -> None:
     run.rank_error(0).write_text(json.dumps({"time": 2.0, "message": "connection closed by peer"}))
     run.rank_error(1).write_text(json.dumps({"time": 1.0, "message": "ValueError: bad"}))
     assert str(local.failure(run, status=1)) == f"rank 1: ValueError: bad; log: {run.rank_log(1)}"
 
 
-def test_ranks_see_no_gpu_where_none_is_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_ranks_see_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     resolved = resolved_of("cluster.gpus_per_node=0")
     for on_gpus, devices in ((False, ""), (True, "0,1")):
@@ -69,7 +69,7 @@ def test_ranks_see_no_gpu_where_none_is_to_be_used(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
 def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals) -> None:
-    """Also where a rank ignores SIGTERM, and where the launcher itself is killed."""
+    """Even if a rank ignores SIGTERM, or the launcher itself is killed."""
     mark = tmp_path / "started"
     (tmp_path / "rank.py").write_text(
         textwrap.dedent(f"""
@@ -122,11 +122,11 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
         time.sleep(0.1)
 
 
-def test_a_process_whose_parent_died_while_it_started_ends() -> None:
+def test_orphans_end_at_their_start() -> None:
     code = "from distill_cli.machine.processes import die_with_parent; die_with_parent(parent={}); print('lives')"
-    for parent, said in ((os.getpid(), "lives\n"), (os.getppid(), "")):
+    for parent, printed in ((os.getpid(), "lives\n"), (os.getppid(), "")):
         done = subprocess.run([sys.executable, "-c", code.format(parent)], capture_output=True, text=True)
-        assert (done.stdout, done.returncode) == (said, 0 if said else 1)
+        assert (done.stdout, done.returncode) == (printed, 0 if printed else 1)
 
 
 def test_ranks_that_hang_are_ended(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_ranks_that_hang_are_ended(run: RunDir, tmp_path: Path, monkeypatch: pyt
         local.start_ranks(resolved_of("cluster.hang_timeout_s=3"), run)
 
 
-def test_what_would_come_again_is_told_from_what_may_not(run: RunDir) -> None:
+def test_errors_keep_their_kind(run: RunDir) -> None:
     for kind in (ConfigError, Unrecoverable, Killed):
         run.rank_error(0).write_text(json.dumps({"time": 1.0, "message": "so", "kind": kind.__name__}))
         assert type(local.failure(run, status=1)) is kind

@@ -28,7 +28,7 @@ def test_ranks_get_the_cluster_s_folders(tmp_path: Path, monkeypatch: pytest.Mon
         node_variables(ClusterConfig(tmp_dir="${NO_SUCH}/x"))
 
 
-def test_hub_cache_may_be_the_nodes_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_may_have_another_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", "before")
     use_hub_cache(Config(cluster=ClusterConfig(hf_home="$NO_SUCH/hf", launcher="slurm")))
     assert os.environ["HF_HOME"] == "before"

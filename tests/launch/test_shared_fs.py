@@ -14,7 +14,7 @@ def test_longest_mount_point_holds_a_path(path: str, kind: str) -> None:
     assert file_system(Path(path), MOUNTS) == kind
 
 
-def test_local_disk_is_refused_for_other_nodes() -> None:
+def test_other_nodes_need_shared_disks() -> None:
     others, here = lambda: {"far", "away"}, lambda: set()
     assert "other nodes do not see" in unshared(Path("/srv/x"), shared_folders=None, node_hosts=others, mounts=MOUNTS)
     assert unshared(Path("/home/x"), shared_folders=None, node_hosts=others, mounts=MOUNTS) is None

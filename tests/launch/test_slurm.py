@@ -32,15 +32,15 @@ def slurm(**changed: str | Exception) -> Slurm:
     answers = ANSWERS | {name.replace("_", " "): answer for name, answer in changed.items()}
 
     def ask(*command: str) -> str:
-        asked.append(" ".join(command))
-        answer = next(answer for name, answer in answers.items() if asked[-1].startswith(name))
+        commands.append(" ".join(command))
+        answer = next(answer for name, answer in answers.items() if commands[-1].startswith(name))
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    asked: list[str] = []
+    commands: list[str] = []
     launcher = Slurm(ask)
-    launcher.asked = asked
+    launcher.commands = commands
     return launcher
 
 
@@ -104,7 +104,7 @@ def test_an_unknown_partition_names_the_nearest() -> None:
         list(slurm().problems(config_of("cluster.slurm.partition=mian")))
 
 
-def test_status_is_of_those_that_go_on() -> None:
+def test_status_leaves_out_ended_jobs() -> None:
     assert slurm().status(["7_0", "7_2", "9"]) == {"7_0": "RUNNING", "9": "RUNNING"}
     forgotten = ConfigError("squeue says: slurm_load_jobs error: Invalid job id specified")
     assert slurm(squeue=forgotten).status(["9"]) == {}
@@ -136,7 +136,7 @@ def test_only_the_cluster_s_stops_requeue(
     launcher, handler = slurm(scontrol_requeue="", **job), signal.getsignal(signal.SIGTERM)
     launcher.requeue(config_of(), Place("7", restarts), reason=reason)
     signal.signal(signal.SIGTERM, handler)
-    assert ("scontrol requeue 7" in launcher.asked) == requeues
+    assert ("scontrol requeue 7" in launcher.commands) == requeues
 
 
 def test_too_many_restarts_end_a_job() -> None:
@@ -145,7 +145,7 @@ def test_too_many_restarts_end_a_job() -> None:
         slurm().check_restarts(config_of(), Place("7", 11))
 
 
-def test_an_address_is_asked_if_unresolved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresolved_addresses_come_from_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slurm().address("localhost") == "localhost"
     assert slurm().address("no-such-host.invalid") == "10.0.0.1"
 
