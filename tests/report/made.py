@@ -41,7 +41,7 @@ def make_run(
     ended = {"state": "finished", "reason": None, "num_steps": num_steps, "seconds": 3723.0}
     write_json(run.outcome, {**ended, "before": before, "after": after, "teacher": teacher})
     parts = {"weights": 2**28, "gradients": 2**28, "optimizer": 2**29, "sampler": 2**27}
-    write_json(run.memory, {"peak": 3 * 2**29, "asleep": ["sampler"], "parts": parts})
+    write_json(run.resolved, {"memory": {"peak": 3 * 2**29, "asleep": ["sampler"], "parts": parts}})
     for step in recorded:
         answers = [
             make_answer(number, noise, words=words, num_tokens=num_tokens, sharpness=1 + step / 10)

@@ -161,7 +161,7 @@ def test_a_sweep_has_heat_maps_curves_and_the_keys_that_differ(chromium: Browser
 def test_a_run_that_has_only_begun_has_a_page_too(chromium: Browser, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", num_steps=1, recorded=())
     run.outcome.unlink()
-    run.memory.unlink()
+    run.resolved.unlink()
     run.metrics.write_text('{"step": 0, "time": 0, "val/accuracy": 0.5}\n')
     chromium.open(page_of(tmp_path, run.path))
     assert drawn(chromium) == {"accuracy"}
