@@ -68,7 +68,7 @@ def test_every_figure_of_a_run_is_drawn_and_the_hover_works(chromium: Browser, t
         assert words in told
     chromium.hover(
         ".answer .tokens .t:nth-child(6)",
-        until="document.getElementById('tip').innerText.startsWith(\"not the student's\")",
+        until="document.getElementById('tip').innerText.includes('observation')",
     )
     chromium.hover(
         ".answer .tokens .t:nth-child(2)",
