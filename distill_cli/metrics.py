@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SECTIONS = ("accuracy", "divergence", "time", "memory", "lengths")
 """Sections of the report's page with figures of metrics."""
+Place = Literal["terminal", "page", "heat map"]
+"""A comparison of runs."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Metric:
     figure: Figure | None = None
     series: str = ""
     """Its name in a figure with several metrics; empty means the label."""
-    compared_in: tuple[Literal["terminal", "page", "heat map"], ...] = ()
+    compared_in: tuple[Place, ...] = ()
     """Where its last values are compared between runs."""
     needs: str = ""
     """The config key that it needs to be recorded, unless a replayed run has recorded it."""
@@ -147,7 +149,7 @@ SPEED = Figure("speed", "time", "Response tokens per second", wide=True, height=
 PEAK = Figure("peak", "memory", "Measured peak of a rank", height=150)
 SAMPLED, HELD_OUT = "sampled in training", "held out"
 ANSWERS, TOKENS, SEQUENCES = "share of answers", "share of tokens", "share of sequences"
-EVERYWHERE = ("terminal", "page", "heat map")
+EVERYWHERE: tuple[Place, ...] = ("terminal", "page", "heat map")
 
 METRICS = (
     Metric("val/accuracy", "held-out answers that the verifier accepts, at the steps of eval.period",

@@ -51,22 +51,18 @@ def lines(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] = ()
             "tooltip": _tooltip(columns | {"step": "step", "value": "value"}, value=".1%" if is_share else ".4~g"),
         },
     }
-    return {
-        "data": {"name": "steps"},
-        "transform": [
-            {"fold": list(fields), "as": ["field", "value"]},
-            {"filter": "isValid(datum.value)" + (" && datum.value > 0" if figure.log else "")},
-            {"calculate": f"({{{labels}}})[datum.field]", "as": "series"},
-        ],
-        "height": figure.height,
-        "encoding": {
-            "x": _steps(),
-            "y": y,
-            **({"color": _by_run(runs)} if runs else {}),
-            **({"strokeDash" if runs else "color": by_series} if several else {}),
-        },
-        "layer": [{"mark": {"type": "line", "clip": True}, **_dimmed(runs)}, point],
-    }
+    transform = [
+        {"fold": list(fields), "as": ["field", "value"]},
+        {"filter": "isValid(datum.value)" + (" && datum.value > 0" if figure.log else "")},
+        {"calculate": f"({{{labels}}})[datum.field]", "as": "series"},
+    ]
+    encoding: Spec = {"x": _steps(), "y": y}
+    if runs:
+        encoding["color"] = _by_run(runs)
+    if several:
+        encoding["strokeDash" if runs else "color"] = by_series
+    layer = [{"mark": {"type": "line", "clip": True}, **_dimmed(runs)}, point]
+    return _spec("steps", figure.height, encoding, transform=transform, layer=layer)
 
 
 def accuracy(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] = ()) -> Spec:
@@ -105,89 +101,73 @@ def accuracy(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] =
 
 def stacked_time(stages: Sequence[str]) -> Spec:
     """Return the seconds of a step by stage, stacked."""
-    return {
-        "data": {"name": "stages"},
-        "height": 230,
-        "mark": {"type": "rect", "stroke": None},
-        "encoding": {
-            "x": {**_steps(), "field": "from", "scale": {"nice": False, "zero": False}},
-            "x2": {"field": "to"},
-            "y": _axis("low", "seconds per step", axis={"tickCount": 5}),
-            "y2": {"field": "high"},
-            "color": _groups("stage", scale={"domain": list(stages)}, legend={"symbolType": "square", "columns": 12}),
-            "tooltip": _tooltip(
-                {"label": "step", "stage": "stage", "seconds": "seconds", "share": "of the step"},
-                seconds=".3f",
-                share=".0%",
-            ),
-        },
+    titles = {"label": "step", "stage": "stage", "seconds": "seconds", "share": "of the step"}
+    legend = {"symbolType": "square", "columns": 12}
+    encoding = {
+        "x": {**_steps(), "field": "from", "scale": {"nice": False, "zero": False}},
+        "x2": {"field": "to"},
+        "y": _axis("low", "seconds per step", axis={"tickCount": 5}),
+        "y2": {"field": "high"},
+        "color": _groups("stage", scale={"domain": list(stages)}, legend=legend),
+        "tooltip": _tooltip(titles, seconds=".3f", share=".0%"),
     }
+    return _spec("stages", 230, encoding, mark={"type": "rect", "stroke": None})
 
 
 def memory_parts() -> Spec:
     """Return the predicted peak of a rank, by part, as one bar."""
-    return {
-        "data": {"name": "memory"},
-        "height": 74,
-        "mark": "bar",
-        "encoding": {
-            "x": _axis("gib", "GiB of a rank, predicted", stack=True),
-            "color": _groups("part", sort=None, legend={"symbolType": "square"}),
-            "order": {"field": "place"},
-            "tooltip": _tooltip({"part": "part", "gib": "GiB"}, gib=".3f"),
-        },
+    encoding = {
+        "x": _axis("gib", "GiB of a rank, predicted", stack=True),
+        "color": _groups("part", sort=None, legend={"symbolType": "square"}),
+        "order": {"field": "place"},
+        "tooltip": _tooltip({"part": "part", "gib": "GiB"}, gib=".3f"),
     }
+    return _spec("memory", 74, encoding, mark="bar")
 
 
 def by_position(*, runs: Sequence[str] = ()) -> Spec:
     """Return the mean KL of the recorded answers' tokens by position, before and after training."""
-    columns = {"when": "student", "label": "tokens", "kl": "mean KL", "count": "answers"}
+    titles = {"when": "student", "label": "tokens", "kl": "mean KL", "count": "answers"}
     by_step = _groups("when", sort=None)
-    return {
-        "data": {"name": "positions"},
-        "height": 230,
-        "encoding": {
-            "x": _axis("position", "position in the answer"),
-            "y": _axis("kl", "KL forward, nats", axis={"tickCount": 5}),
-            "tooltip": _tooltip(({"run": "run"} if runs else {}) | columns, kl=".4f"),
-            **({"color": _by_run(runs), "opacity": CHOSEN, "strokeDash": by_step} if runs else {"color": by_step}),
-        },
-        "layer": [{"mark": {"type": "line", "clip": True}}, {"mark": {"type": "point", "filled": True, "size": 24}}],
+    encoding = {
+        "x": _axis("position", "position in the answer"),
+        "y": _axis("kl", "KL forward, nats", axis={"tickCount": 5}),
+        "tooltip": _tooltip(({"run": "run"} if runs else {}) | titles, kl=".4f"),
+        **({"color": _by_run(runs), "opacity": CHOSEN, "strokeDash": by_step} if runs else {"color": by_step}),
     }
+    marks = [{"mark": {"type": "line", "clip": True}}, {"mark": {"type": "point", "filled": True, "size": 24}}]
+    return _spec("positions", 230, encoding, layer=marks)
 
 
 def heat_map(row_key: str, column_key: str, metric: Metric, *, num_rows: int) -> Spec:
     """Return a metric over a sweep's two keys. The bright end of the scale is the better one."""
     value, higher_is_better = field(metric.name), metric.better == "higher"
-    scale = {"scheme": "viridis", "reverse": not higher_is_better, "zero": False}
     share = f"(datum.{value} - datum.low) / max(datum.high - datum.low, 1e-12)"
     is_bright = f"{share} {'>' if higher_is_better else '<'} 0.5"
     ends = [{"op": op, "field": value, "as": name} for op, name in (("min", "low"), ("max", "high"))]
-    return {
-        "data": {"name": "grid"},
-        "transform": [{"filter": f"isValid(datum.{value})"}, {"joinaggregate": ends}],
-        "height": 46 * num_rows,
-        "encoding": {
-            "x": {"field": "column", "type": "ordinal", "title": column_key, "sort": None, "axis": {"labelAngle": 0}},
-            "y": {"field": "row", "type": "ordinal", "title": row_key, "sort": None},
-        },
-        "layer": [
-            {
-                "mark": {"type": "rect", "cornerRadius": 3},
-                "encoding": {
-                    "color": _axis(value, None, legend=None, scale=scale),
-                    "tooltip": _tooltip({"run": "run", f"shown_{value}": metric.label}),
-                },
-            },
-            {
-                "mark": {"type": "text", "fontSize": 13, "fontWeight": 600},
-                "encoding": {
-                    "text": {"field": f"shown_{value}", "type": "nominal"},  # numbers would be rounded by the browser
-                    "color": {"condition": {"test": is_bright, "value": "#111"}, "value": "#fff"},
-                },
-            },
-        ],
+    scale = {"scheme": "viridis", "reverse": not higher_is_better, "zero": False}
+    cells = {
+        "color": _axis(value, None, legend=None, scale=scale),
+        "tooltip": _tooltip({"run": "run", f"shown_{value}": metric.label}),
     }
+    numbers = {
+        "text": {"field": f"shown_{value}", "type": "nominal"},  # the browser would round the metric itself
+        "color": {"condition": {"test": is_bright, "value": "#111"}, "value": "#fff"},
+    }
+    encoding = {
+        "x": {"field": "column", "type": "ordinal", "title": column_key, "sort": None, "axis": {"labelAngle": 0}},
+        "y": {"field": "row", "type": "ordinal", "title": row_key, "sort": None},
+    }
+    layer = [
+        {"mark": {"type": "rect", "cornerRadius": 3}, "encoding": cells},
+        {"mark": {"type": "text", "fontSize": 13, "fontWeight": 600}, "encoding": numbers},
+    ]
+    transform = [{"filter": f"isValid(datum.{value})"}, {"joinaggregate": ends}]
+    return _spec("grid", 46 * num_rows, encoding, layer=layer, transform=transform)
+
+
+def _spec(data: str, height: int, encoding: Spec, **parts: Any) -> Spec:
+    return {"data": {"name": data}, "height": height, "encoding": encoding, **parts}
 
 
 def _axis(name: str, title: str | None, **looks: Any) -> Spec:

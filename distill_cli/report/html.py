@@ -72,17 +72,11 @@ def render(histories: Sequence[History]) -> str:
         own = {"title": first.name, "headline": sections.headline(first), "facts": sections.facts(first)}
         own |= {"memory_note": sections.memory_note(first), "time_note": sections.time_note(first)}
         own["config"] = sections.config_table(first)
-    return _template().render(
-        names=names,
-        many=many,
-        charts=charts,
-        has_samples=bool(answers),
-        data=_packed(data),
-        css=Markup(_part("page.css")),
-        script=Markup(_part("page.js")),
-        vega=Markup(_vega()),
-        **own,
-    )
+    strict = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=jinja2.StrictUndefined)
+    return strict.from_string(_part("page.html")).render(
+        **own, names=names, many=many, charts=charts, has_samples=bool(answers), data=_packed(data),
+        css=Markup(_part("page.css")), script=Markup(_part("page.js")), vega=Markup(_vega()),
+    )  # fmt: skip
 
 
 def _packed(data: Any) -> str:
@@ -116,9 +110,8 @@ def make_charts(histories: Sequence[History]) -> dict[str, list[figures.Spec]]:
     has = {key for history in histories for row in history.rows for key, value in row.items() if value is not None}
     charts: dict[str, list[figures.Spec]] = {section: [] for section in (*SECTIONS, "samples")}
     if single and (stages := sections.stages_of(single)):
-        charts["time"].append(
-            figures.chart("time", "Seconds per step, by stage", figures.stacked_time(stages), wide=True)
-        )
+        spec = figures.stacked_time(stages)
+        charts["time"].append(figures.chart("time", "Seconds per step, by stage", spec, wide=True))
     if single and sections.memory_rows(single):
         charts["memory"].append(figures.chart("memory", "Predicted memory of a rank, by part", figures.memory_parts()))
     for figure in dict.fromkeys(metric.figure for metric in METRICS if metric.figure and metric.name in has):
@@ -133,23 +126,18 @@ def make_charts(histories: Sequence[History]) -> dict[str, list[figures.Spec]]:
 
 def grid_charts(histories: Sequence[History]) -> list[figures.Spec]:
     """Return a heat map of each metric that has one, if the runs are a grid of two keys."""
-    rows, keys = sections.grid_rows(histories), tuple(histories[0].result.settings)
+    if not (rows := sections.grid_rows(histories)):
+        return []
+    row_key, column_key = histories[0].result.settings
     return [
         figures.chart(
             f"grid-{figures.field(metric.name)}",
             f"{metric.label[0].upper()}{metric.label[1:]}, {metric.unit}",
-            figures.heat_map(*keys, metric, num_rows=len({row["row"] for row in rows})),
+            figures.heat_map(row_key, column_key, metric, num_rows=len({row["row"] for row in rows})),
         )
         for metric in COMPARED
         if "heat map" in metric.compared_in and any(figures.field(metric.name) in row for row in rows)
     ]
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(_part("page.html"))
 
 
 def _part(name: str) -> str:
@@ -168,7 +156,7 @@ def _vega() -> str:
         return cached.read_text()
     import vl_convert
 
-    script = vl_convert.javascript_bundle()
+    script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub lacks the default
     assert "</script" not in script.lower(), "the bundle would end its own script element"
     with suppress(OSError):  # if the home is read-only, the next page bundles again
         cached.parent.mkdir(parents=True, exist_ok=True)

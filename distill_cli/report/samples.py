@@ -119,10 +119,7 @@ def _page_answer(answer: Answer, order: dict[int, int], tokens: dict[str, int]) 
         return [tokens.setdefault(text, len(tokens)) for text in texts]
 
     shown = {
-        "run": answer.run,
-        "step": answer.step,
-        "prompt": order[row["prompt_index"]],
-        "reward": row["reward"],
+        **{"run": answer.run, "step": answer.step, "prompt": order[row["prompt_index"]], "reward": row["reward"]},
         "finish": row["finish_reason"],
         "length": len(answer.kl),
         "mean": _rounded(fmean([kl for kl in answer.kl if _is_finite(kl)] or [0.0])),
@@ -154,11 +151,7 @@ def _worst_tokens(answers: Sequence[Answer], order: dict[int, int]) -> list[dict
         kls = sorted((token for token in kls if _is_finite(token[0])), key=lambda token: -token[0])
         worst += [
             {
-                "run": run,
-                "step": step,
-                "prompt": order[row["prompt_index"]],
-                "position": at,
-                "kl": _rounded(kl),
+                **{"run": run, "step": step, "prompt": order[row["prompt_index"]], "position": at, "kl": _rounded(kl)},
                 "before": "".join(row["tokens"][max(0, at - 12) : at]),
                 "token": row["tokens"][at],
                 **{
