@@ -83,18 +83,14 @@ class Scoreboard:
 
 def read_problems(file: Path, *, unnamed: str) -> dict[ProblemKey, Problem]:
     """Return a model's answers by problem; `unnamed` is the name of a dataset without one."""
-    rows_of = defaultdict(list)
+    problems: dict[ProblemKey, Problem] = {}
     for row in read_answers(file, COLUMNS):
-        rows_of[row["dataset"] or unnamed, row["problem"]].append(row)
-    return {
-        key: Problem(
-            rewards=[row["reward"] for row in rows],
-            votes=[row["final_answer"] for row in rows],
-            lengths=[row["num_tokens"] for row in rows],
-            truncated=[row["finish_reason"] == "length" for row in rows],
-        )
-        for key, rows in rows_of.items()
-    }
+        problem = problems.setdefault((row["dataset"] or unnamed, row["problem"]), Problem([], [], [], []))
+        problem.rewards.append(row["reward"])
+        problem.votes.append(row["final_answer"])
+        problem.lengths.append(row["num_tokens"])
+        problem.truncated.append(row["finish_reason"] == "length")
+    return problems
 
 
 def make_scoreboard(models: Mapping[str, dict[ProblemKey, Problem]], *, has_votes: bool) -> Scoreboard:
