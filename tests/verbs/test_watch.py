@@ -139,7 +139,7 @@ def test_what_is_no_run_is_the_user_s_mistake(argv: list[str]) -> None:
     assert cli.run(["watch", *argv]) == 2
 
 
-def test_the_time_left_is_told_from_the_pace() -> None:
+def test_time_left_follows_the_pace() -> None:
     screen = Screen("x", 10)
     assert screen.seconds_left() is None
     for step in range(3):
