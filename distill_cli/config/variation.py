@@ -28,12 +28,20 @@ GLOBAL = "# @package _global_"
 """First line of a choice that sets keys anywhere (`experiment=...`, `model=...`)."""
 
 
-def override(config: Config, overrides: Sequence[str] | Mapping[str, Any], *, unread: Sequence[str] = ()) -> Config:
+def override(
+    config: Config,
+    overrides: Sequence[str] | Mapping[str, Any],
+    *,
+    typed: Sequence[str] = (),
+    unread: Sequence[str] = (),
+) -> Config:
     """Return `config` with `key=value` and `group=choice` on top, as typed after a verb; or with values by dotted key.
 
     As in Hydra, choices come first, in whatever order they were typed. A choice replaces its whole group.
 
     Args:
+        typed: the overrides that the config was made with; a choice leaves the values of their keys alone, as it would
+            in one command with them.
         unread: dictionaries that come out empty, whatever is missing in them.
 
     Raises:
@@ -46,7 +54,8 @@ def override(config: Config, overrides: Sequence[str] | Mapping[str, Any], *, un
     problems = override_problems(overrides, conf_dirs=[conf_dir()])
     if problems:
         raise ConfigError(*problems)
-    merged = OmegaConf.structured(config)
+    merged, before = OmegaConf.structured(config), OmegaConf.structured(config)
+    kept = [key for key in (text.lstrip("+").partition("=")[0] for text in typed) if not (conf_dir() / key).is_dir()]
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     for one in sorted(parsed, key=lambda one: not (conf_dir() / one.key_or_group).is_dir()):
         key, line = one.key_or_group, one.input_line
@@ -55,6 +64,9 @@ def override(config: Config, overrides: Sequence[str] | Mapping[str, Any], *, un
         try:
             if (conf_dir() / key).is_dir():
                 _choose(merged, group=key, choice=str(one.value()))
+                for name in kept:
+                    if (value := OmegaConf.select(before, name)) is not None:
+                        OmegaConf.update(merged, name, value, merge=False, force_add=True)
             else:
                 OmegaConf.update(merged, key, one.value(), force_add=bool(into_dictionaries([line])))
         except (HydraException, OmegaConfBaseException) as error:

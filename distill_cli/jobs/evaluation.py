@@ -27,7 +27,7 @@ from distill_cli.folders.answers_table import join_answers
 from distill_cli.folders.run_dir import RunDir, free_name, write_json
 from distill_cli.jobs.existing_run import choose_checkpoint, finished_steps, open_run
 from distill_cli.jobs.preflight import preflight_evaluation
-from distill_cli.jobs.prepare import require_here
+from distill_cli.jobs.prepare import job_of, require_here
 from distill_cli.jobs.run_panels import relative
 from distill_cli.launch.local import start_ranks
 from distill_cli.report.eval_results import make_scoreboard, print_scoreboard, read_problems
@@ -117,7 +117,7 @@ def base_config(models: Sequence[str], overrides: Sequence[str]) -> tuple[Config
         read = [name for name in names if has_property(Config, f"cluster.{name}", "evaluation")]
         cluster = type(config.cluster)(**{name: getattr(config.cluster, name) for name in read})
         config = override(config, {"mesh": MeshConfig(), "rollout.replay": None, "cluster": cluster})
-        return override(config, [*ALONE, *overrides], unread=UNREAD), run
+        return override(config, [*ALONE, *overrides], typed=job_of(run).overrides, unread=UNREAD), run
     keys = {word.lstrip("+").split("=", 1)[0] for word in overrides}
     if subject.startswith("package://") or keys & {"model", "experiment"}:
         chosen = []

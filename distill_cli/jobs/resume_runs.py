@@ -144,7 +144,7 @@ def resolve_resumed(
     Raises:
         ConfigError: the config is wrong does not fit the checkpoint, or `step` has none.
     """
-    config = override(load_config(run.config), overrides)
+    config = override(load_config(run.config), overrides, typed=job_of(run).overrides)
     if step is None:
         start = store.newest_whole(run.checkpoints, warn=console.warn)
     else:

@@ -14,7 +14,7 @@ from distill_cli.data.recorded_run import Recording
 from distill_cli.errors import ConfigError
 from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.jobs.prepare import prepare, print_warnings, resolve_jobs, single_path
+from distill_cli.jobs.prepare import job_of, prepare, print_warnings, resolve_jobs, single_path
 from distill_cli.jobs.run_attempts import run_to_completion
 from distill_cli.jobs.run_panels import start_panel
 from distill_cli.jobs.submit import submit, wait_for_run
@@ -46,7 +46,7 @@ def replay_job(run: RunDir, overrides: Sequence[str]) -> Job:
             **{f"tracker.{name}.run_name": None for name in tracker_names()},
         },
     )
-    config = override(config, overrides)
+    config = override(config, overrides, typed=job_of(run).overrides)
     losses = [word.partition("=")[2] for word in overrides if word.startswith("loss=")]
     choices = {"model": "replay", "loss": (losses or [config.loss.kl_type.replace(":", "_")])[-1]}
     return Job(config=config, choices=choices, overrides=list(overrides), swept=[])

@@ -35,6 +35,14 @@ def test_override_takes_choices_first(tiny: Config) -> None:
     assert varied.train == tiny.train
 
 
+def test_a_choice_keeps_what_was_typed(tiny: Config) -> None:
+    chosen = override(
+        tiny, ["loss=reverse", "loss.tail=zero"], typed=["loss.topk=7", "-m", "train.lr=0.5,1", "loss=jsd"]
+    )
+    assert (chosen.loss.topk, chosen.loss.kl_type, chosen.loss.tail.value) == (7, "reverse", "zero")
+    assert override(tiny, ["loss=reverse"]).loss.topk == Config().loss.topk
+
+
 def test_override_takes_values_by_key(tiny: Config) -> None:
     varied = override(tiny, {"model.student.dtype": Dtype.bfloat16, "data.train": {}})
     assert (varied.model.student.dtype, varied.data.train) == (Dtype.bfloat16, {})
