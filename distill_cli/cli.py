@@ -1,7 +1,21 @@
-"""`distill [VERB] [OVERRIDES]`: verbs, and errors in one line each.
+"""distill: on-policy distillation of language models from one command.
 
-Exit status: 0 done; 1 a failure while running; 2 the input is wrong; 130 and 143 stopped by Ctrl-C and SIGTERM;
-141 whoever read the output has left.
+usage: distill [VERB] [OVERRIDE ...]
+
+{verbs}
+
+examples
+  distill                                              the embedded pair, on this machine's CPU
+  distill model=qwen3_1.7b_4b loss=mixed data.train.path=train.jsonl data.validation.path=test.jsonl
+  distill -m loss.topk=32,64 loss.kl_weight=0.3,0.5    a sweep
+  distill cluster=slurm cluster.nodes=2 cluster.slurm.partition=gpu model=qwen3_1.7b_4b ...
+
+`distill VERB --help` lists a verb's flags, `distill --version` prints the version. Overrides are Hydra's:
+group=choice, key=value; -m, --cfg, --info and `eval "$(distill -sc install=bash)"` for tab completion work as in
+any Hydra application. Set DISTILL_DEBUG=1 for tracebacks.
+
+Exit status: 0 done; 1 a failure while running; 2 wrong input; 130 and 143 stopped by Ctrl-C and SIGTERM; 141 the
+reader of the output closed it, as `head` does.
 """
 
 from __future__ import annotations
@@ -16,18 +30,18 @@ from distill_cli.config.choices import nearest
 from distill_cli.config.flags import ANSWERED
 from distill_cli.errors import ConfigError, DistillError, Stopped
 from distill_cli.verbs import completion
-from distill_cli.verbs.command_line import VERBS, general_help, module_of, parser_of
+from distill_cli.verbs.command_line import VERBS, module_of, parser_of, text
 
 
 def main() -> None:
     """Run the console script."""
     if any(word.split("=")[0] in ANSWERED for word in sys.argv[1:]):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Hydra logs them, and logging would tell of a reader who left
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Hydra answers these, and would log a broken pipe
     try:
         status = run(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # who read it has left, as `head` does
-        from distill_cli.terminal.console import READER_GONE, discard
+    except BrokenPipeError:
+        from distill_cli.terminal.console import READER_GONE, discard  # imports Rich
 
         discard()
         status = READER_GONE
@@ -36,32 +50,34 @@ def main() -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command line; return its exit status."""
-    if completion.is_asked(argv, os.environ) and not completion.complete():
-        return 0
     try:
+        if completion.is_requested(argv, os.environ) and not completion.complete():
+            return 0
         return run_verb(argv)
-    except ConfigError as error:
-        if os.environ.get("DISTILL_DEBUG"):
-            raise
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except DistillError as error:
-        if os.environ.get("DISTILL_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or os.environ.get("DISTILL_DEBUG"):
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: the disk is full{where}; free some: `distill resume RUN` goes on", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        return 130
     except Stopped as stopped:
         print(f"stopped by {stopped}; no process was left behind", file=sys.stderr)
         return 128 + stopped.signum
-    except KeyboardInterrupt:
-        return 130
+    except (DistillError, OSError) as error:
+        problems = problems_of(error)
+        if not problems or os.environ.get("DISTILL_DEBUG"):
+            raise
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def problems_of(error: DistillError | OSError) -> Sequence[str]:
+    """Return what to print of an error, a line each; nothing if it is a defect of distill."""
+    if isinstance(error, ConfigError):
+        return error.problems
+    if isinstance(error, DistillError):
+        return [str(error)]
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return []
+    where = f" ({error.filename})" if error.filename else ""
+    return [f"the disk is full{where}; free some space, then type `distill resume RUN`"]
 
 
 def run_verb(argv: Sequence[str]) -> int:
@@ -69,7 +85,9 @@ def run_verb(argv: Sequence[str]) -> int:
     verb, words = split_verb(argv)
     wants_help = not {"--help", "-h"}.isdisjoint(words)
     if wants_help and len(words) == len(argv):  # no verb
-        print(general_help(), end="")
+        summaries = {name: text(name).splitlines()[0] for name in VERBS}
+        verbs = "\n".join(f"  {name:<9}{summary}" for name, summary in summaries.items())
+        print((__doc__ or "").format(verbs=verbs), end="")
         return 0
     parser = parser_of(verb)
     if wants_help:
@@ -94,7 +112,3 @@ def split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
             "an override is key=value)"
         )
     return argv[0], list(argv[1:])
-
-
-if __name__ == "__main__":
-    main()

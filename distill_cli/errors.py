@@ -4,6 +4,10 @@ Being stopped is none of them (exit status 128 and the signal's number).
 """
 
 import signal
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 class DistillError(Exception):
@@ -19,6 +23,20 @@ class ConfigError(DistillError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+def collect(calls: Iterable[Callable[[], Result]]) -> list[Result]:
+    """Return what the calls return. Raises ConfigError with the problems of all calls that raise it, each once."""
+    results: list[Result] = []
+    problems: dict[str, None] = {}
+    for call in calls:
+        try:
+            results.append(call())
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise ConfigError(*problems)
+    return results
 
 
 class Unrecoverable(DistillError):

@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "expected"),
     [
         ("plan check", "a verb comes first, and there is one"),
         ("--cfg nosuch", "choose from 'job', 'hydra', 'all'"),
@@ -78,19 +78,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("doctor now", "now: one word too many"),
     ],
 )
-def test_a_mistake_is_told_in_a_line(typed: str, said: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_mistake_is_one_line(typed: str, expected: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
     before = files(folder)
     assert run(typed.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert said in err
+    assert expected in err
     assert 1 <= len(err.splitlines()) <= 2
     assert all(line.startswith("error: ") for line in err.splitlines())
     assert files(folder) == before
 
 
 def files(folder: Path) -> list[Path]:
-    """What is there, but for the lock that `resume` takes."""
+    """Return the files in a folder, except the lock that `resume` takes."""
     return sorted(path for path in folder.rglob("*") if path.name != ".lock")
 
 
@@ -103,8 +103,8 @@ def test_damaged_metrics_are_named(folder: Path, capsys: pytest.CaptureFixture) 
 
 
 @pytest.mark.parametrize("typed", ["ls", "plan", "--info"])
-def test_a_reader_who_leaves_ends_it_quietly(typed: str) -> None:
-    """As `| head` does, which is gone before there is anything to read."""
+def test_a_closed_pipe_ends_quietly(typed: str) -> None:
+    """As after `| head`, which closes the pipe before anything is written."""
     reads, writes = os.pipe()
     os.close(reads)
     command = [sys.executable, "-m", "distill_cli", *typed.split()]

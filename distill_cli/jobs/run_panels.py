@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.markup import escape
@@ -30,7 +30,7 @@ def start_panel(found: ResolvedRun, run: RunDir) -> Panel:
         + (f" of each of {ranks.num_nodes} nodes" if ranks.num_nodes > 1 else ""),
         "folder": relative(run.path),
     }
-    return Panel(_table(rows), title="distill", title_align="left", expand=False)
+    return Panel(rows_table(rows), title="distill", title_align="left", expand=False)
 
 
 def training_rows(found: ResolvedRun) -> str:
@@ -65,7 +65,7 @@ def end_panel(job: Job, outcome: Outcome, run: RunDir) -> Panel:
         rows["report"] = relative(run.report)
     rows |= {tracker.label: tracker.page for tracker in trackers_of(job.config, run)}
     rows["next"] = _next_command(job)
-    return Panel(_table(rows), title="done", title_align="left", expand=False)
+    return Panel(rows_table(rows), title="done", title_align="left", expand=False)
 
 
 def relative(path: Path) -> str:
@@ -91,9 +91,9 @@ def _count(rows: int | None) -> str:
     return "streamed" if rows is None else f"{rows:,}"
 
 
-def _table(rows: dict[str, str]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim")
+def rows_table(rows: Mapping[str, str], *, title: str | None = None, min_width: int | None = None) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", min_width=min_width)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, escape(str(value)))

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import rich.console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -21,6 +22,9 @@ class Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
         """Raise; `cli.main` then exits with READER_GONE. Rich would exit with status 1."""
         raise BrokenPipeError
+
+    def warn(self, text: str) -> None:
+        self.print(f"warning: {escape(text)}")
 
 
 class RankOutput(io.FileIO):

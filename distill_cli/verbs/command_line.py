@@ -1,7 +1,8 @@
 """The verbs, each declared in its own file, and the parser that all of them use.
 
 A verb's module has a docstring (a summary in one line, what the verb does, `examples`), `declare(parser)` and
-`main(arguments)`. Parsing, `distill --help`, `distill VERB --help` and completion follow from these three.
+`main(arguments)`. Parsing, `distill --help`, `distill VERB --help` and completion follow from these three. What does
+the work is imported inside `main`: help and completion answer without Hydra and Rich.
 """
 
 from __future__ import annotations
@@ -20,24 +21,6 @@ from distill_cli.errors import ConfigError
 
 VERBS = ("train", "plan", "check", "resume", "replay", "watch", "eval", "export", "report", "track", "ls", "doctor")
 
-GENERAL = """\
-distill - on-policy distillation of language models from one command
-
-usage: distill [VERB] [OVERRIDE ...]
-
-{verbs}
-
-examples
-  distill                                              the embedded pair, on this machine's CPU
-  distill model=qwen3_1.7b_4b loss=mixed data.train.path=train.jsonl data.validation.path=test.jsonl
-  distill -m loss.topk=32,64 loss.kl_weight=0.3,0.5    a sweep
-  distill cluster=slurm cluster.nodes=2 cluster.slurm.partition=gpu model=qwen3_1.7b_4b ...
-
-`distill VERB --help` lists a verb's flags, `distill --version` prints the version. Overrides are Hydra's:
-group=choice, key=value; -m, --cfg, --info and `eval "$(distill -sc install=bash)"` for tab completion work as in
-any Hydra application. Set DISTILL_DEBUG=1 for tracebacks.
-"""
-
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser of one verb: errors are ConfigError, and flags and overrides may stand anywhere on the line."""
@@ -53,28 +36,25 @@ class Parser(argparse.ArgumentParser):
         )
         self._subject: argparse.Action | None = None
 
-    def takes_subject(self, metavar: str, *, help: str) -> None:
+    def add_subject(self, metavar: str, *, help: str) -> None:
         """Declare one run (or model) with overrides: `subject` is the word that is no override, wherever it stands."""
         self._subject = self.add_argument("subject", metavar=metavar, help=help)
-        self.takes_overrides()
+        self.add_overrides()
 
-    def takes_overrides(self) -> None:
+    def add_overrides(self) -> None:
         self.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help="key=value or group=choice")
 
-    def takes_wait(self, *, help: str = "follow the Slurm job, exit with its status") -> None:
+    def add_wait(self, *, help: str = "follow the submitted job, exit with its status") -> None:
         """Declare `--wait`, which is the override cluster.wait=true."""
         self.add_argument("--wait", action="store_true", help=help)
 
-    def takes_step(self, *, default: str | None) -> None:
-        step = self.add_argument(
-            "--step", type=_checkpoint, default=default, metavar="N|best|last",
-            help="which checkpoint: a step, the best by checkpoint.metric, or the last",
-        )  # fmt: skip
-        step.complete = ("best", "last")
+    def add_step(self, *names: str, help: str) -> None:
+        """Declare `--step`, which takes the number of a step or one of `names`."""
+        step = self.add_argument("--step", type=partial(_step, names), metavar="|".join(("N", *names)), help=help)
+        complete_with(step, names)
 
     def error(self, message: str) -> NoReturn:
-        usage = " ".join(self.format_usage().split())
-        raise ConfigError(f"{self.prog}: {message} ({usage})")
+        raise ConfigError(f"{self.prog}: {message} ({' '.join(self.format_usage().split())})")
 
     def flags(self) -> dict[str, argparse.Action]:
         """Return every flag that is not hidden, by each of its names."""
@@ -85,20 +65,16 @@ class Parser(argparse.ArgumentParser):
         return [action for action in self._actions if not action.option_strings]
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """Return what was typed after the verb.
+        """Parse what was typed after the verb.
 
         Raises:
             ConfigError: a flag is unknown or lacks its value, or a word is missing or one too many.
         """
-        known = self._option_string_actions
         names = [word.partition("=")[0] for word in words if word.startswith("-")]
-        if unknown := [name for name in names if name not in known]:
-            raise ConfigError(
-                *(
-                    f"{name}: {self.prog} has no such flag{nearest(name, self.flags())} ({self.prog} --help)"
-                    for name in unknown
-                )
-            )
+        if unknown := [name for name in names if name not in self._option_string_actions]:
+            rule = f"{self.prog} has no such flag"
+            lines = [f"{name}: {rule}{nearest(name, self.flags())} ({self.prog} --help)" for name in unknown]
+            raise ConfigError(*lines)
         arguments, rest = self.parse_known_intermixed_args(self._joined(words))
         if rest:
             self.error(f"{' '.join(rest)}: one word too many")
@@ -118,34 +94,39 @@ class Parser(argparse.ArgumentParser):
         optional = {name: action for action in self._actions if action.nargs == "?" for name in action.option_strings}
         joined = []
         for word, following in pairwise([*words, ""]):
-            takes_none = word in optional and following not in optional[word].choices
+            takes_none = word in optional and following not in (optional[word].choices or ())
             joined.append(f"{word}={optional[word].const}" if takes_none else word)
         return joined
 
 
+def complete_with(action: argparse.Action, values: Sequence[str]) -> None:
+    """Let Tab offer these values of a flag or word that takes others too."""
+    action.complete = values  # type: ignore[attr-defined]  # as shtab has it
+
+
 def is_override(word: str) -> bool:
-    """Return whether a word is an override and no path, such as a run of a sweep: `runs/s/0_topk=32`."""
+    """Return whether a word is an override and not a path, such as a run of a sweep: `runs/s/0_topk=32`."""
     key, has_value, _ = word.partition("=")
     if word.startswith(("+", "~")):
         return True
     return bool(has_value) and not Path(word).exists() and ("/" not in key or key.startswith("hydra/"))
 
 
-def _checkpoint(word: str) -> str:
-    if not (word.isdecimal() or word in ("best", "last")):
-        raise ConfigError(f"--step {word}: must be the number of a step, best or last")
+def _step(names: Sequence[str], word: str) -> str:
+    if not word.isdecimal() and word not in names:
+        raise ConfigError(f"--step {word}: must be the number of a step{', ' if names else ''}{' or '.join(names)}")
     return word
 
 
 def given(word: str) -> str:
-    """The type of a flag whose value must not be empty."""
+    """Return a flag's value; the type of a flag whose value must not be empty."""
     if not word:
         raise argparse.ArgumentTypeError("a value is needed")
     return word
 
 
 def text(verb: str) -> str:
-    """Return the docstring of a verb's module without importing it: all of them together would take half a second."""
+    """Return the docstring of a verb's module, without importing it."""
     return Path(__file__).with_name(f"{verb}.py").read_text().split('"""')[1]
 
 
@@ -157,7 +138,3 @@ def parser_of(verb: str) -> Parser:
     parser = Parser(verb)
     module_of(verb).declare(parser)
     return parser
-
-
-def general_help() -> str:
-    return GENERAL.format(verbs="\n".join(f"  {verb:<9}{text(verb).splitlines()[0]}" for verb in VERBS))

@@ -1,4 +1,4 @@
-"""What Tab offers where Hydra, which knows groups, choices and keys, has nothing to say: verbs, flags, their values.
+"""What Tab offers where Hydra, which knows groups, choices and keys, offers nothing: verbs, flags, their values.
 
 Hydra's function in the shell runs `distill -sc query=bash` with the line in COMP_LINE. If nothing is offered, the shell
 offers files: right for the folder of `resume RUN`.
@@ -13,19 +13,19 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from distill_cli.verbs.command_line import VERBS, is_override, parser_of
 
 
-def is_asked(argv: Sequence[str], env: Mapping[str, str]) -> bool:
+def is_requested(argv: Sequence[str], env: Mapping[str, str]) -> bool:
     """Return whether the shell runs this command for completion."""
-    return bool({"-sc", "--shell-completion"} & set(argv)) and "COMP_LINE" in env
+    return not {"-sc", "--shell-completion"}.isdisjoint(argv) and "COMP_LINE" in env
 
 
 def complete(env: MutableMapping[str, str] = os.environ) -> bool:
-    """Print what is offered. Return whether Hydra has more to offer: then only overrides are left of the line."""
+    """Print what is offered. Return whether Hydra has more to offer; then only overrides are left of the line."""
     line = env["COMP_LINE"][: int(env.get("COMP_POINT") or len(env["COMP_LINE"]))]
     command, *words = line.split(" ")
     *before, word = words or [""]
-    found, overrides = offered([typed for typed in before if typed], word)
-    if found:
-        print(" ".join(found))
+    offers, overrides = offered([typed for typed in before if typed], word)
+    if offers:
+        print(" ".join(offers))
     if overrides is not None:
         env["COMP_LINE"] = " ".join([command, *overrides, word])
         env["COMP_POINT"] = str(len(env["COMP_LINE"]))
@@ -36,7 +36,9 @@ def offered(before: Sequence[str], word: str) -> tuple[list[str], list[str] | No
     """Return what is offered for a line's last word, and the overrides before it; None if no override can follow."""
     verb, *typed = before if before and before[0] in VERBS else ("train", *before)
     parser = parser_of(verb)
-    flags, words, open_flag = parser.flags(), [], None
+    flags, places = parser.flags(), parser.positionals()
+    words: list[str] = []
+    open_flag: argparse.Action | None = None
     for one in typed:
         if one.startswith("-"):
             flag = flags.get(one)
@@ -47,19 +49,17 @@ def offered(before: Sequence[str], word: str) -> tuple[list[str], list[str] | No
             open_flag = None
     if word.startswith("-"):
         return starting(word, flags), None
-    places = parser.positionals()
     place = places[min(len(words), len(places) - 1)] if places else None
-    found = starting(word, values_of(open_flag or place))
+    offers = starting(word, values_of(open_flag or place))
     needs_value = open_flag is not None and open_flag.nargs != "?" and typed[-1].startswith("-")
     if needs_value or place is None or place.dest != "overrides":
-        return found, None
-    verbs = VERBS if not before else ()
-    return [*starting(word, verbs), *found], [one for one in words if is_override(one)]
+        return offers, None
+    return [*starting(word, () if before else VERBS), *offers], [one for one in words if is_override(one)]
 
 
 def values_of(place: argparse.Action | None) -> Iterable[str]:
     """Return the known values of a flag or a word: its choices, or its `complete` if others are allowed."""
-    return getattr(place, "choices", None) or getattr(place, "complete", ())
+    return getattr(place, "choices", None) or getattr(place, "complete", None) or ()
 
 
 def starting(word: str, offers: Iterable[str]) -> list[str]:

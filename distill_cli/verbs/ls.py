@@ -13,40 +13,34 @@ from pathlib import Path
 
 from distill_cli.config.choices import conf_dir, group_choices, groups, nearest
 from distill_cli.errors import ConfigError
-from distill_cli.verbs.command_line import Parser
+from distill_cli.verbs.command_line import Parser, complete_with
 
 
 def declare(parser: Parser) -> None:
     group = parser.add_argument("group", nargs="?", metavar="GROUP", help="one of the groups that `distill ls` lists")
-    group.complete = groups([conf_dir()])
+    complete_with(group, groups([conf_dir()]))
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the groups or choices; return 0."""
-    print_choices(conf_dir(), arguments.group)
-    return 0
-
-
-def print_choices(conf_dir: Path, group: str | None) -> None:
-    """All groups with their choices, or one group's choices with what each is.
+    """Print the groups with their choices, or one group's choices with what each is; return 0.
 
     Raises:
         ConfigError: there is no such group.
     """
-    known = groups([conf_dir])
+    folder, group = conf_dir(), arguments.group
+    known = groups([folder])
     if group is None:
         for name in known:
-            print(f"{name:<12}{', '.join(group_choices(name, [conf_dir]))}")
-        return
+            print(f"{name:<12}{', '.join(group_choices(name, [folder]))}")
+        return 0
     if group not in known:
         raise ConfigError(f"{group}: no such group{nearest(group, known)} (there are: {', '.join(known)})")
-    for choice in group_choices(group, [conf_dir]):
-        print(f"{group}={choice:<20}{first_comment(conf_dir / group / f'{choice}.yaml')}")
+    for choice in group_choices(group, [folder]):
+        print(f"{group}={choice:<20}{first_comment(folder / group / f'{choice}.yaml')}")
+    return 0
 
 
 def first_comment(file: Path) -> str:
-    """The first comment line that is none of Hydra's directives."""
-    for line in file.read_text().splitlines():
-        if line.startswith("#") and "@package" not in line:
-            return line.lstrip("# ").rstrip()
-    return ""
+    """Return the first comment line that is not one of Hydra's directives."""
+    comments = [line for line in file.read_text().splitlines() if line.startswith("#") and "@package" not in line]
+    return comments[0].lstrip("# ").rstrip() if comments else ""

@@ -12,10 +12,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distill_cli.report.comparison import print_comparison
-from distill_cli.report.html import report_file, write_report
-from distill_cli.report.read import read_results
-from distill_cli.terminal.console import Console
 from distill_cli.verbs.command_line import Parser, given
 
 
@@ -32,6 +28,11 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: a folder is neither a run's nor a sweep's.
     """
+    from distill_cli.report.comparison import print_comparison
+    from distill_cli.report.html import report_file, write_report
+    from distill_cli.report.read import read_results
+    from distill_cli.terminal.console import Console
+
     results = read_results(arguments.paths)
     print_comparison(Console(highlight=False), results)
     file = Path(arguments.out) if arguments.out else report_file(arguments.paths)

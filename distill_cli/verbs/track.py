@@ -1,7 +1,7 @@
-"""Send trackers what they could not be sent before (`track sync`).
+"""Send trackers what they have not received yet (`track sync`).
 
-A tracking server that was away delays no run. What it missed (metrics, parameters, tags, artifacts) follows by itself
-when it is back, or by this command afterwards; what is there already is not sent again.
+A tracking server that is away delays no run. What it missed (metrics, parameters, tags, artifacts) is sent when the
+server is back, or by this command afterwards; what it has already is not sent again.
 
 examples
   distill track sync runs/latest
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distill_cli.track.run_tracking import track
 from distill_cli.verbs.command_line import Parser
 
 
@@ -28,6 +27,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: no such run or sweep.
-        DistillError: a tracker does not take it.
+        DistillError: a tracker does not accept it.
     """
+    from distill_cli.track.run_tracking import track
+
     return track(arguments.paths, uri=arguments.uri)

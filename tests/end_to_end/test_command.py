@@ -13,7 +13,7 @@ from tests.end_to_end.conftest import distill, refused
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         (["loss.topkk=3", "+loss.zz=1"], ["loss.topkk: unknown key; did you mean loss.topk?", "loss.zz: unknown key"]),
         (["train.lr=abc", "loss=mixd"], ["could not be converted to Float", "did you mean mixed?"]),
@@ -26,12 +26,12 @@ from tests.end_to_end.conftest import distill, refused
         (["rollout.max_new_tokens=128"], ["leaves 0 of rollout.max_sequence_length=128"]),
     ],
 )
-def test_wrong_input_is_status_2_and_one_line_each(tmp_path: Path, argv: list[str], said: list[str]) -> None:
+def test_wrong_input_is_status_2(tmp_path: Path, argv: list[str], expected: list[str]) -> None:
     done = distill(tmp_path, *argv)
     assert done.status == 2
     assert done.stdout == ""
     assert all(line.startswith("error: ") for line in done.stderr.splitlines())
-    for words in said:
+    for words in expected:
         assert words in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -40,7 +40,7 @@ GOOD = ("data.train.path=good.jsonl", "data.validation.path=good.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         (["data=jsonl"], "data.train.path: a value is needed\nerror: data.validation.path: a value is needed"),
         (["data=jsonl", GOOD[0], "data.validation.path=none.jsonl"], "data.validation.path=none.jsonl: cannot be read"),
@@ -68,8 +68,8 @@ GOOD = ("data.train.path=good.jsonl", "data.validation.path=good.jsonl")
         (["model.chat_template=none.jinja"], "model.chat_template=none.jinja: no such file, and no template either"),
     ],
 )
-def test_wrong_data_is_status_2_and_one_line_each(
-    tmp_path: Path, argv: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_wrong_data_is_status_2(
+    tmp_path: Path, argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "good.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "2"}\n' * 3)
     (tmp_path / "empty.jsonl").write_text("")
@@ -77,17 +77,17 @@ def test_wrong_data_is_status_2_and_one_line_each(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    assert said in "\n".join(refused(tmp_path, monkeypatch, capsys, *argv))
+    assert expected in "\n".join(refused(tmp_path, monkeypatch, capsys, *argv))
 
 
-def test_an_existing_run_folder_is_refused(tmp_path: Path) -> None:
+def test_existing_run_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     done = distill(tmp_path, "run.name=mine")
     assert done.status == 2
     assert "this run folder exists already" in done.stderr
 
 
-def test_plan_says_what_would_run_and_starts_nothing(tmp_path: Path) -> None:
+def test_plan_starts_nothing(tmp_path: Path) -> None:
     done = distill(tmp_path, "plan", "cluster.ranks_per_node=2")
     assert done.status == 0
     for words in ("mesh", "shard 1   [1]", "64 prompts x 1 answers = 64", "GiB each, every", "memory of a rank"):
@@ -97,13 +97,13 @@ def test_plan_says_what_would_run_and_starts_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plan_measures_the_run_itself_and_leaves_nothing(tmp_path: Path) -> None:
+def test_plan_measures_and_leaves_nothing(tmp_path: Path) -> None:
     small = ("rollout.prompts_per_step=8", "train.global_batch_size=4", "eval.max_samples=16", "eval.record_samples=2")
     done = distill(tmp_path, "plan", "--measure", *small)
     assert done.status == 0, done.stderr
-    said = done.stdout.split("seconds, measured here")[1].splitlines()
-    rows = {line[:20].strip(): line[20:].strip() for line in said}
-    seconds = {name: float(told.split(",")[0]) for name, told in rows.items() if re.match(r"\d+\.\d+($|,)", told)}
+    lines = done.stdout.split("seconds, measured here")[1].splitlines()
+    rows = {line[:20].strip(): line[20:].strip() for line in lines}
+    seconds = {name: float(row.split(",")[0]) for name, row in rows.items() if re.match(r"\d+\.\d+($|,)", row)}
     assert all(seconds[stage] > 0 for stage in ("sync", "sample", "score", "pack", "train"))
     parts = [seconds.get(stage, 0) for stage in ("wake", "sync", "sample", "score", "pack", "train", "other")]
     assert seconds["a step"] == pytest.approx(sum(parts), abs=0.01)
@@ -120,7 +120,7 @@ def test_help_ls_and_cfg(tmp_path: Path) -> None:
     assert "kl_type: reverse" in distill(tmp_path, "loss=reverse", "--cfg", "job").stdout
 
 
-def test_doctor_says_what_is_there_and_how_to_mend_what_is_not(tmp_path: Path) -> None:
+def test_doctor_names_fixes(tmp_path: Path) -> None:
     """Two processes meet over gloo; neither the hub nor the tracking server answers, which stops no run."""
     away = {"HF_ENDPOINT": "http://127.0.0.1:9", "MLFLOW_TRACKING_URI": "http://me:pa55@127.0.0.1:9"}
     doctor = distill(tmp_path, "doctor", "--json", HF_HUB_OFFLINE="0", **away)

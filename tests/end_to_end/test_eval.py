@@ -70,9 +70,9 @@ def test_greedily_it_is_the_run_s_own_validation_also_of_an_export_and_on_two_ra
         ),
         (["runs/latest", "data.validation.split=none"], "split=none: must be one of"),
         (["runs/latest", "eval.max_new_tokens=4000"], "positions, and prompt and answer may take"),
-        (["/nowhere"], "/nowhere: asked what? choose a benchmark"),
+        (["/nowhere"], "/nowhere: no benchmark is given; choose one with data="),
         (["/nowhere", "data=arithmetic"], "/nowhere: no such folder"),
-        (["/nowhere", "--against", "teacher", "data=arithmetic"], "of which run?"),
+        (["/nowhere", "--against", "teacher", "data=arithmetic"], "--against before, teacher: are models of a run"),
         (["package://tiny_pair/student", "cluster.gpus_per_node=99"], "visible GPUs"),
     ],
 )

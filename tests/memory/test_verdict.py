@@ -10,9 +10,9 @@ from distill_cli import memory
 from distill_cli.config.compose import compose
 from distill_cli.config.schema import Config, Dtype, EngineModelConfig
 from distill_cli.errors import ConfigError
+from distill_cli.jobs.plan_tables import memory_rows
 from distill_cli.jobs.preflight import preflight
 from distill_cli.models import model_files
-from distill_cli.verbs.plan import memory_rows
 
 STUDENT, TEACHER = (model_files.ASSETS / "tiny_pair" / role for role in ("student", "teacher"))
 LARGE = memory.ModelShape(

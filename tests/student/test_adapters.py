@@ -13,18 +13,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.checks import MAX_ENGINE_RANK
-from distill_cli.config.compose import compose
 from distill_cli.engines.adapter_sync import check_adapter, whole_tensors
 from distill_cli.engines.settings import ADAPTER_RANKS
 from distill_cli.engines.weight_sync import Deferred
 from distill_cli.errors import ConfigError, DistillError
+from distill_cli.jobs.existing_run import check_base
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.models.lora_names import shortened, targeted
-from distill_cli.models.model_files import fingerprint
+from distill_cli.models.model_files import ModelFiles, fingerprint
 from distill_cli.student.adapters import A, B, add_adapters, exported_name, initial_value, is_adapter, merged_parameters
 from distill_cli.student.flops import train_flops
 from distill_cli.student.model import Student
-from distill_cli.verbs.resume import check_base
 
 
 def small_model() -> LlamaForCausalLM:
@@ -120,11 +119,11 @@ def test_frozen_weights_cost_no_gradient_of_their_own() -> None:
 def test_frozen_weights_that_have_changed_are_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_model("student")
     (tmp_path / "state.json").write_text(json.dumps({"base": fingerprint(folder)}))
-    (job,) = compose([f"model.student.path={folder}"])
-    check_base(Checkpoint(tmp_path, step=1), job.config)
+    student = ModelFiles.find(str(folder), key="model.student.path")
+    check_base(Checkpoint(tmp_path, step=1), student)
     save_file({"w": torch.ones(3, 4)}, folder / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"its weights are not those that the adapters of .* were trained beside"):
-        check_base(Checkpoint(tmp_path, step=1), job.config)
+    with pytest.raises(ConfigError, match="model.student.path=.* adapters of"):
+        check_base(Checkpoint(tmp_path, step=1), student)
 
 
 def test_what_the_engine_is_given_are_copies() -> None:

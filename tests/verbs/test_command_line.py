@@ -3,6 +3,8 @@
 import argparse
 import inspect
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from distill_cli.config.compose import compose
 from distill_cli.errors import ConfigError
 from distill_cli.verbs.command_line import VERBS, is_override, module_of, parser_of, text
 
-NOT_VERBS = {"__init__", "command_line", "completion", "measure"}
+NOT_VERBS = {"__init__", "command_line", "completion"}
 
 
 def parsed(line: str) -> argparse.Namespace:
@@ -35,6 +37,20 @@ def test_the_docstring_is_the_help(verb: str, capsys: pytest.CaptureFixture[str]
     assert inspect.cleandoc(module_of(verb).__doc__) == text(verb).strip()
     assert text(verb).splitlines()[0] in help_of(verb, capsys)
     assert text(verb).splitlines()[0] in help_of(None, capsys)
+
+
+def test_help_imports_no_libraries() -> None:
+    """`distill VERB --help` and Tab answer without what does the work."""
+    names = "{'hydra', 'omegaconf', 'rich', 'yaml', 'pyarrow', 'psutil', 'torch', 'vllm'}"
+    code = f"""if True:
+        import sys
+        from distill_cli import cli
+        from distill_cli.verbs.command_line import VERBS, parser_of
+        for verb in VERBS:
+            parser_of(verb).format_help()
+        sys.exit(', '.join({names} & set(sys.modules)) or 0)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("verb", [None, *VERBS])
@@ -82,7 +98,7 @@ def test_examples_are_commands(verb: str | None, capsys: pytest.CaptureFixture[s
 )
 def test_flags_and_overrides_stand_anywhere(line: str) -> None:
     arguments = parsed(line)
-    assert (arguments.subject, arguments.step) == ("runs/x", 3)
+    assert (arguments.subject, arguments.step) == ("runs/x", "3")
     assert arguments.overrides == ["mesh.tensor=2", "eval.period=1"]
 
 
@@ -112,7 +128,7 @@ def test_folders_are_no_overrides(word: str, expected: bool, tmp_path: Path, mon
     assert is_override(word) == expected
 
 
-def test_words_of_one_problem_each() -> None:
+def test_each_unknown_flag_is_named() -> None:
     with pytest.raises(ConfigError) as error:
         parsed("resume --stp 3 --wait=1 --foo")
     assert [problem.split(":")[0] for problem in error.value.problems] == ["--stp", "--foo"]

@@ -8,8 +8,8 @@ from distill_cli.verbs.completion import complete, offered
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_flag_is_offered(verb: str) -> None:
-    found, overrides = offered([verb], "-")
-    assert set(found) == parser_of(verb).flags().keys()
+    offers, overrides = offered([verb], "-")
+    assert set(offers) == parser_of(verb).flags().keys()
     assert overrides is None
 
 
@@ -18,7 +18,7 @@ def test_flags_of_train_need_no_verb() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "found", "overrides"),
+    ("line", "offers", "overrides"),
     [
         ("|pl", ["plan"], []),
         ("|x", [], []),
@@ -42,9 +42,9 @@ def test_flags_of_train_need_no_verb() -> None:
         ("-m a=1,2|", [], ["a=1,2"]),
     ],
 )
-def test_what_is_offered(line: str, found: list[str], overrides: list[str] | None) -> None:
+def test_what_is_offered(line: str, offers: list[str], overrides: list[str] | None) -> None:
     before, _, word = line.partition("|")
-    assert offered(before.split(), word) == (found, overrides)
+    assert offered(before.split(), word) == (offers, overrides)
 
 
 def test_hydra_sees_overrides_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +54,6 @@ def test_hydra_sees_overrides_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
-def test_a_flag_is_no_matter_of_hydra_s(capsys: pytest.CaptureFixture[str]) -> None:
+def test_hydra_completes_no_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert not complete({"COMP_LINE": "distill track sync runs/x --u"})
     assert capsys.readouterr().out == "--uri\n"

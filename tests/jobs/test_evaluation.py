@@ -7,9 +7,9 @@ import pytest
 
 from distill_cli.config.compose import compose
 from distill_cli.errors import DistillError
+from distill_cli.jobs.evaluation import Contender, answer
 from distill_cli.jobs.preflight import preflight
 from distill_cli.launch import local
-from distill_cli.verbs.eval import Contender, answer
 
 RANK = "import os, sys; open(sys.argv[1], 'w').write(os.environ['TMPDIR'] + ' ' + os.environ['A']); sys.exit(1)"
 

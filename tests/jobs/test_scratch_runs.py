@@ -1,4 +1,4 @@
-"""What is made of a short run's rows: which of them count for what."""
+"""What the rows of a short run measure, and what a run is expected to take."""
 
 from dataclasses import replace
 
@@ -6,10 +6,10 @@ import pytest
 
 from distill_cli.config.compose import compose
 from distill_cli.errors import DistillError
+from distill_cli.jobs.plan_tables import expected_rows, num_validations
 from distill_cli.jobs.preflight import preflight
+from distill_cli.jobs.scratch_runs import Pace, pace, short
 from distill_cli.track.base import enabled
-from distill_cli.verbs.measure import Pace, pace, short
-from distill_cli.verbs.plan import expected_rows, num_validations
 
 
 def row(step: int, time: float, total: float, **more: float) -> dict[str, float]:
@@ -21,7 +21,7 @@ BASELINE = {"step": 0, "time": 130.0, "time/eval_s": 7.0}
 LAST = {"time/eval_s": 5.0, "time/record_s": 1.5, "time/checkpoint_s": 0.2, "val/accuracy": 0.5}
 
 
-def test_the_first_step_warms_up_and_the_last_has_the_rest() -> None:
+def test_first_step_warms_up() -> None:
     rows = [BASELINE, row(1, 140, 9), row(2, 144, 3.9), row(3, 148, 3.7), {**row(4, 160, 20), **LAST}]
     found = pace(rows, began=100.0)
     assert found.steps == (3.9, 3.7)
@@ -31,7 +31,7 @@ def test_the_first_step_warms_up_and_the_last_has_the_rest() -> None:
     assert found.start == pytest.approx(140 - 100 - 9 - 7)
 
 
-def test_a_run_of_one_step_is_all_there_is() -> None:
+def test_one_step_is_enough() -> None:
     found = pace([{"step": 0, "time": 10.0}, {**row(1, 20, 4), **LAST}], began=0.0)
     assert found.steps == (4,)
     assert found.teacher_validation is None
@@ -39,7 +39,7 @@ def test_a_run_of_one_step_is_all_there_is() -> None:
         pace([{"step": 0, "time": 10.0}], began=0.0)
 
 
-def test_the_run_is_the_sum_of_its_parts() -> None:
+def test_a_run_sums_its_parts() -> None:
     found = preflight(compose(["train.max_steps=50", "eval.period=20", "checkpoint.period=10"])[0].config)
     measured = Pace(60.0, {"sample": 2.0, "train": 4.0}, (6.0,), 30.0, 40.0, 1.0, 30.0)
     assert num_validations(found.config, 50) == 4  # at the start, 20, 40, the end
@@ -49,7 +49,7 @@ def test_the_run_is_the_sum_of_its_parts() -> None:
     assert rows["the run"] == "8.8 min (start 1.7 min, 50 steps 5.0 min, validations 2.0 min, checkpoints 5 s)"
 
 
-def test_it_is_the_run_that_was_typed_but_for_its_length() -> None:
+def test_only_the_length_is_cut() -> None:
     config = compose(["loss.topk=8", "rollout.prompts_per_step=16", "train.global_batch_size=16"])[0].config
     cut = short(preflight(config))
     assert (cut.train.max_steps, cut.loss.topk, cut.rollout.prompts_per_step) == (4, 8, 16)

@@ -17,8 +17,8 @@ from rich.console import Console
 from distill_cli.config.compose import compose
 from distill_cli.config.variation import save_config
 from distill_cli.folders.run_dir import RunDir, write_json
+from distill_cli.jobs.watch_run import follow
 from distill_cli.terminal.panel import Screen, sparks
-from distill_cli.verbs import watch
 from tests.conftest import heed_interrupts
 
 
@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> RunDir:
     return made
 
 
-def test_it_follows_a_run_to_its_end(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_followed(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     def next_moment(_seconds: float) -> None:
         have = len(run.metrics.read_text().splitlines())
         if have == 4:
@@ -47,14 +47,14 @@ def test_it_follows_a_run_to_its_end(run: RunDir, capsys: pytest.CaptureFixture[
             file.write(row(have))
 
     with run.lock():
-        assert watch.follow(run, sleep=next_moment) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "step 0/1000 loss=1.0000 val=0.250"
-    assert [line.split(" ")[1] for line in said[:-1]] == ["0/1000", "1/1000", "2/4", "3/4"]
-    assert said[-1] == f"finished after step 3; distill report {run.path} shows what came of it"
+        assert follow(run, sleep=next_moment) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 0/1000 loss=1.0000 val=0.250"
+    assert [line.split(" ")[1] for line in lines[:-1]] == ["0/1000", "1/1000", "2/4", "3/4"]
+    assert lines[-1].startswith(f"finished after step 3; distill report {run.path}")
 
 
-def test_it_says_that_a_run_has_failed_or_gone_back(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_and_restarts_are_shown(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     moments = iter((lambda: run.metrics.write_text(row(0)), lambda: run.metrics.write_text(row(0) + row(1)), None))
     lock = run.lock()
     lock.__enter__()
@@ -66,11 +66,11 @@ def test_it_says_that_a_run_has_failed_or_gone_back(run: RunDir, capsys: pytest.
         else:
             moment()
 
-    assert watch.follow(run, sleep=next_moment) == 1
-    said = capsys.readouterr().out
-    assert "goes on from the checkpoint of step 0" in said
-    assert said.count("step 1/1000") == 2
-    assert f"failed after step 1; distill resume {run.path} goes on" in said
+    assert follow(run, sleep=next_moment) == 1
+    stdout = capsys.readouterr().out
+    assert "goes on from the checkpoint of step 0" in stdout
+    assert stdout.count("step 1/1000") == 2
+    assert f"failed after step 1; distill resume {run.path} goes on" in stdout
 
 
 def test_a_requeued_job_is_waited_for(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,13 +85,13 @@ def test_a_requeued_job_is_waited_for(run: RunDir, capsys: pytest.CaptureFixture
         )
     )
     with run.lock():
-        assert watch.follow(run, sleep=lambda _seconds: next(moments)()) == 0
-    said = capsys.readouterr().out
-    assert "step 2/1000" in said
-    assert said.splitlines()[-1].startswith("stopped after step 2")
+        assert follow(run, sleep=lambda _seconds: next(moments)()) == 0
+    stdout = capsys.readouterr().out
+    assert "step 2/1000" in stdout
+    assert stdout.splitlines()[-1].startswith("stopped after step 2")
 
 
-def test_a_terminal_shows_one_screen_and_ctrl_c_leaves_the_run_alone(run: RunDir) -> None:
+def test_ctrl_c_leaves_the_run_alone(run: RunDir) -> None:
     metrics = {"val/accuracy": 0.5, "perf/tokens_per_s": 2300.0, "time/step_s": 0.8, "perf/peak_mem_gib": 1.25}
     run.metrics.write_text(row(0, **{"val/accuracy": 0.25}) + row(1) + row(2, **metrics))
     run.heartbeat.write_text("sample 12")
@@ -133,7 +133,7 @@ def test_a_terminal_shows_one_screen_and_ctrl_c_leaves_the_run_alone(run: RunDir
 
 
 @pytest.mark.parametrize("argv", [[], ["a", "b"], ["nowhere"], ["--help-me"]])
-def test_what_is_no_run_is_the_user_s_mistake(argv: list[str]) -> None:
+def test_only_a_run_is_watched(argv: list[str]) -> None:
     from distill_cli import cli
 
     assert cli.run(["watch", *argv]) == 2

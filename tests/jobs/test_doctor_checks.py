@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from distill_cli.jobs.doctor_checks import gpu_findings
 from distill_cli.machine.gpus import Gpu
-from distill_cli.verbs.doctor import gpu_findings
 
 IDLE = Gpu(0, "NVIDIA H100 80GB HBM3", "570.86.15", 81559 * 2**20, 2**20, 0.0, 70.0, is_exclusive=False)
 GPUS = [
@@ -13,7 +13,7 @@ GPUS = [
 ]
 
 
-def test_gpus_are_judged_by_what_they_report() -> None:
+def test_gpus_are_judged_by_reports() -> None:
     found = {finding.name: finding for finding in gpu_findings(GPUS)}
     assert found["driver"].detail == "NVIDIA 570.86.15"
     assert {name for name, finding in found.items() if not finding.ok} == {"gpu 1", "gpu 1 mode"}

@@ -1,0 +1,215 @@
+"""Models on a benchmark: what each of them is, the ranks that answer with it, and the numbers of the answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from itertools import chain, count
+from pathlib import Path
+
+from rich.markup import escape
+
+from distill_cli.config.compose import compose
+from distill_cli.config.fields import has_property
+from distill_cli.config.schema import Config, MeshConfig, StudentModel
+from distill_cli.config.variation import load_config, override, save_config
+from distill_cli.data.registry import resolve_extract, resolve_verifier
+from distill_cli.errors import ConfigError, DistillError, collect
+from distill_cli.folders.answers_table import join_answers
+from distill_cli.folders.run_dir import RunDir, free_name, write_json
+from distill_cli.jobs.existing_run import choose_checkpoint, finished_steps, open_run
+from distill_cli.jobs.preflight import preflight_evaluation
+from distill_cli.jobs.prepare import job_of, require_here
+from distill_cli.jobs.run_panels import relative
+from distill_cli.launch.local import start_ranks
+from distill_cli.report.eval_results import make_scoreboard, print_scoreboard, read_problems
+from distill_cli.resolved import ResolvedRun
+from distill_cli.terminal.console import Console
+
+ALONE = (
+    *("engine.student.gpu_memory_utilization=0.9", "engine.teacher.gpu_memory_utilization=0.9"),
+    *("eval.batch_size=4096", "eval.at_start=true", "cluster.hang_timeout_s=0"),
+)
+"""What differs from training unless it is typed: the engine has the device to itself, large batches, and no limit of
+time."""
+UNREAD = ("data.train",)
+"""Dictionaries that an evaluation does not read."""
+ROLES = {"before", "teacher"}
+"""Names of a run's own models: the student before training, and the teacher."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to evaluate."""
+
+    name: str
+    """In tables; also its folder inside the evaluation's."""
+    config: Config
+    """With the model as `model.<role>`."""
+    role: str
+    """`student` or `teacher`: whose engine settings apply."""
+
+
+def evaluate(
+    models: Sequence[str], overrides: Sequence[str], *, step: str | None, as_json: bool, command: Sequence[str]
+) -> int:
+    """Evaluate the models, the first against the others; return the exit status.
+
+    Each model gets ranks of its own, with as many engines as there are GPUs. They leave answers.parquet, from which
+    this process computes the numbers.
+    """
+    width = None if sys.stdout.isatty() else 160
+    console = Console(highlight=False, width=width, soft_wrap=width is not None, stderr=as_json)
+    config, run = base_config(models, overrides)
+    require_here(config, "distill eval")
+    contenders: list[Contender] = []
+    for word in models:
+        contender = find(word, config, step=step, console=console)
+        contenders.append(replace(contender, name=_unused(contender.name, {other.name for other in contenders})))
+    resolved = collect(partial(preflight_evaluation, one.config, role=one.role) for one in contenders)
+    folder = evaluation_folder(models[0], run)
+    (folder / "command.txt").write_text(shlex.join(command) + "\n")
+    stdout = os.dup(1)
+    if as_json:
+        os.dup2(2, 1)  # what the ranks print: standard output is for the JSON alone
+    try:
+        files = {one.name: answer(one, found, folder) for one, found in zip(contenders, resolved, strict=True)}
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+    assert config.data.validation  # refused by the checks otherwise, as the verifier
+    assert config.data.verifier
+    source = str(config.data.validation["source"])
+    answers = {name: read_problems(file, unnamed=source) for name, file in files.items()}
+    has_votes = resolve_extract(resolve_verifier(config.data.verifier)) is not None
+    board = make_scoreboard(answers, has_votes=has_votes)
+    paths = {one.name: getattr(one.config.model, one.role).path for one in contenders}
+    settings = {"data": config.data.validation, "eval": asdict(config.eval)}
+    result = {"models": paths, **board.as_json(), "settings": settings, "folder": str(folder)}
+    write_json(folder / "results.json", result)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_scoreboard(console, board)
+        console.print(f"answers  {escape(relative(folder))}")
+    return 0
+
+
+def base_config(models: Sequence[str], overrides: Sequence[str]) -> tuple[Config, RunDir | None]:
+    """Return the benchmark and its settings, of the first model's run or composed; and that run, if it has one.
+
+    Raises:
+        ConfigError: an override is refused, there is no benchmark, or the models of a run are named without one.
+    """
+    check_is_read(overrides)
+    subject, run = models[0], run_around(models[0])
+    if run is not None:
+        config = load_config(run.config)
+        names = [field.name for field in fields(config.cluster) if field.name != "launcher"]
+        read = [name for name in names if has_property(Config, f"cluster.{name}", "evaluation")]
+        cluster = type(config.cluster)(**{name: getattr(config.cluster, name) for name in read})
+        config = override(config, {"mesh": MeshConfig(), "rollout.replay": None, "cluster": cluster})
+        return override(config, [*ALONE, *overrides], typed=job_of(run).overrides, unread=UNREAD), run
+    keys = {word.lstrip("+").split("=", 1)[0] for word in overrides}
+    if subject.startswith("package://") or keys & {"model", "experiment"}:
+        chosen = []
+    elif not keys & {"data", "data.validation.source"}:
+        raise ConfigError(f"{subject}: no benchmark is given; choose one with data=... (distill ls data)")
+    elif ROLES & set(models[1:]):
+        raise ConfigError(f"--against before, teacher: are models of a run, not of {subject}; give a run or model=...")
+    else:
+        paths = [f"model.{role}.path={json.dumps(subject)}" for role in ("student", "teacher")]
+        chosen = ["model=custom", *paths]
+    jobs = compose([*chosen, *ALONE, *overrides], unread=UNREAD)
+    if len(jobs) != 1:
+        raise ConfigError("distill eval: takes no sweep; name several models with --against")
+    return override(jobs[0].config, {"mesh": MeshConfig()}), None
+
+
+def check_is_read(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for each key that an evaluation does not read, and each group of which it reads no key."""
+    problems = []
+    for word in overrides:
+        key = word.lstrip("+").split("=", 1)[0]
+        if key != "experiment" and not has_property(Config, key, "evaluation"):
+            own = f"eval.{key.rpartition('.')[2]}"
+            fix = f"set {own}" if has_property(Config, own, "evaluation") else "leave it out"
+            problems.append(f"{word}: an evaluation does not read it; {fix}")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def run_around(word: str) -> RunDir | None:
+    """Return the run that a folder is, or lies in: runs/latest, runs/latest/student, runs/latest/export/step_40."""
+    if not Path(word).is_dir():
+        return None
+    path = Path(word).resolve()
+    runs = map(RunDir, [path, *path.parents][:3])
+    return next((run for run in runs if run.command.is_file()), None)
+
+
+def find(word: str, config: Config, *, step: str | None, console: Console) -> Contender:
+    """Return the model that a word of the command line names. Raises ConfigError if there is none."""
+    if word == "before":
+        return Contender(word, config, "student")
+    if word == "teacher":
+        teacher = config.model.teacher
+        as_student = StudentModel(path=teacher.path, revision=teacher.revision)
+        return Contender(word, override(config, {"model.student": as_student}), "teacher")
+    name, path = Path(word).resolve().name if Path(word).exists() else word, word
+    if RunDir(Path(word)).config.is_file() and not Path(word, "config.json").is_file():
+        path = str(trained_student(open_run(Path(word)), step=step, console=console))
+    return Contender(name, override(config, {"model.student.path": path, "model.student.revision": None}), "student")
+
+
+def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
+    """Return a run's student as a Hugging Face folder: the finished one, or an export of a checkpoint."""
+    if step is None and finished_steps(run) >= 0 and (run.student / "config.json").is_file():
+        return run.student
+    checkpoint = choose_checkpoint(run, step or "last", load_config(run.config), console=console)
+    folder = run.path / "export" / checkpoint.path.name
+    if not folder.exists():
+        console.print(f"exporting the student of step {checkpoint.step}: {escape(relative(folder))}")
+        command = ["-m", "distill_cli", "export", str(run.path), str(folder), f"--step={checkpoint.step}"]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise DistillError(done.stderr.strip().removeprefix("error: ") or f"{folder}: the export failed")
+    return folder
+
+
+def evaluation_folder(subject: str, run: RunDir | None) -> Path:
+    """Make a new folder: in the run's `evals/`, next to a model's folder, or here for a model from the hub."""
+    path, plain = Path(subject).resolve(), re.sub(r"\W+", "_", subject).strip("_")
+    here = path.with_name(f"{path.name}.evals") if path.is_dir() else Path("evals", plain).absolute()
+    root = run.evals if run is not None else here
+    folder = root / free_name(root, time.strftime("%Y%m%d-%H%M%S"))
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made here ({error.strerror})") from error
+    return folder
+
+
+def answer(contender: Contender, resolved: ResolvedRun, folder: Path) -> Path:
+    """Start ranks that answer with a model; return the file with its answers. Raises DistillError if they fail."""
+    config, run = resolved.config, RunDir(folder / contender.name)
+    run.logs.mkdir(parents=True)
+    save_config(config, run.config)
+    resolved.write(run)
+    write_json(run.evaluation, {"name": contender.name, "role": contender.role})
+    start_ranks(config, run)
+    return join_answers(run.path)
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """Return a folder's name for a model that is not taken: `name`, `name_2`, ..."""
+    plain = re.sub(r"[^\w.,=+-]+", "_", name.removeprefix("package://")).strip("_.")[-80:] or "model"
+    return next(one for one in chain([plain], (f"{plain}_{number}" for number in count(2))) if one not in taken)
