@@ -109,7 +109,7 @@ def bare(engine: Answerer, validator: Validator, *, n: int = 1, seeds: Sequence[
 
 
 def ours(engine: Answerer, validator: Validator, folder: Path) -> int:
-    """Do what `ranks.eval_rank` and `jobs.evaluation` do while an engine lives and after; return how many tokens."""
+    """Do what `ranks.eval_rank` and `jobs.evaluation` do around an engine; return the number of tokens."""
     file, extract, num_tokens = AnswersFile(folder, rank=0), resolve_extract(validator.verify.function), 0
     for answers in validator.answers(engine):
         file.write([answer_row(answer, decode=validator.decode, extract=extract) for answer in answers])

@@ -1,4 +1,4 @@
-"""The comparison of runs in a terminal: a matrix for a grid of two keys, else one row a run."""
+"""The comparison of runs in a terminal: a matrix for each metric if two keys form a grid, else a row for each run."""
 
 from __future__ import annotations
 
@@ -13,103 +13,86 @@ from distill_cli.report.read import COMPARED, RunResult
 
 UNFINISHED = "*"
 WIDTH = 200
-"""Columns where the output is no terminal."""
+"""Columns if the output is no terminal."""
+MAX_LISTED = 20
+"""Names of unfinished runs below the table."""
+Grid = dict[tuple[str, str], RunResult]
 
 
 def print_comparison(console: Console, results: Sequence[RunResult]) -> None:
-    """Final KL, loss and accuracy over whatever was swept, and the best of each."""
-    console.print(comparison(results), width=None if console.is_terminal else WIDTH, crop=False)
-    for line in [*best_lines(results), *state_lines(results)]:
+    """Print final KL, loss and accuracy of each run, the best of each metric, and which runs have not finished."""
+    metrics = [metric for metric in COMPARED if "terminal" in metric.compared_in]
+    metrics = [metric for metric in metrics if any(metric.name in result.final for result in results)]
+    grid = two_key_grid(results)
+    shown: RenderableType = Group(*(_matrix(metric, grid) for metric in metrics)) if grid else _rows(results, metrics)
+    console.print(shown, width=None if console.is_terminal else WIDTH, crop=False)
+    for line in [*_best_lines(results, metrics), *_state_lines(results)]:
         console.print(escape(line), soft_wrap=True)
 
 
-def comparison(results: Sequence[RunResult]) -> RenderableType:
-    grid = two_key_grid(results)
-    if grid is None:
-        return rows_table(results)
-    return Group(*(matrix(metric, grid) for metric in _measured(results)))
-
-
-def two_key_grid(results: Sequence[RunResult]) -> dict[tuple[str, str], RunResult] | None:
-    """The runs by their two settings, where there are two, each with several values, and every pair is there once."""
-    keys = [tuple(result.settings) for result in results]
-    if not keys or len(keys[0]) != 2 or len(set(keys)) > 1:
+def two_key_grid(results: Sequence[RunResult]) -> Grid | None:
+    """Return the runs by the values of their two settings; None unless all pairs of several values occur once each."""
+    keys = {tuple(result.settings) for result in results}
+    if len(keys) != 1 or len(keys.pop()) != 2:
         return None
-    grid = {tuple(result.settings.values()): result for result in results}
-    rows, columns = _values(grid, 0), _values(grid, 1)
-    whole = len(results) == len(grid) == len(rows) * len(columns)
-    return grid if whole and min(len(rows), len(columns)) > 1 else None
+    grid = {(row, column): result for result in results for row, column in [result.settings.values()]}
+    rows, columns = {row for row, _ in grid}, {column for _, column in grid}
+    is_whole = len(results) == len(grid) == len(rows) * len(columns)
+    return grid if is_whole and min(len(rows), len(columns)) > 1 else None
 
 
-def matrix(metric: Metric, grid: dict[tuple[str, str], RunResult]) -> Table:
+def _matrix(metric: Metric, grid: Grid) -> Table:
     """Return a metric over a grid: the first key down, the second across."""
-    results = list(grid.values())
-    row_key, column_key = results[0].settings
-    table = _new_table(title=f"{metric.label} ({metric.name})")
-    table.add_column(escape(f"{row_key} \\ {column_key}"))
-    for column in _values(grid, 1):
-        table.add_column(escape(column), justify="right")
-    for row in _values(grid, 0):
-        table.add_row(escape(row), *(_cell(grid[row, column], metric, results) for column in _values(grid, 1)))
+    results, columns = list(grid.values()), list(dict.fromkeys(column for _, column in grid))
+    table = _new_table(" \\ ".join(results[0].settings), *columns, title=f"{metric.label} ({metric.name})")
+    for row in dict.fromkeys(row for row, _ in grid):
+        table.add_row(escape(row), *(_cell(grid[row, column], metric, results) for column in columns))
     return table
 
 
-def rows_table(results: Sequence[RunResult]) -> Table:
-    table = _new_table()
+def _rows(results: Sequence[RunResult], metrics: Sequence[Metric]) -> Table:
     keys = list(dict.fromkeys(key for result in results for key in result.settings))
-    metrics = _measured(results)
-    for column in (*(keys or ["run"]), "state", "step"):
-        table.add_column(escape(column))
-    for metric in metrics:
-        table.add_column(metric.label, justify="right")
+    table = _new_table(
+        *(keys or ["run"]), "state", "step", *(metric.label for metric in metrics), left=len(keys or [""]) + 2
+    )
     for result in results:
-        told = [result.settings.get(key, "") for key in keys] or [result.name]
+        settings = [result.settings.get(key, "") for key in keys] or [result.name]
         cells = [_cell(result, metric, results) for metric in metrics]
-        table.add_row(*map(escape, told), result.state, str(result.step), *cells)
+        table.add_row(*map(escape, settings), result.state, str(result.step), *cells)
     return table
 
 
-def best_lines(results: Sequence[RunResult]) -> Iterable[str]:
-    if len(results) < 2:
-        return
-    for metric in _measured(results):
-        best = _best(results, metric)
-        if best is not None:
-            told = " ".join(f"{key}={value}" for key, value in best.settings.items()) or best.name
-            yield f"best {metric.label:<11} {metric.shown(best.final[metric.name])}  {told}"
+def _best_lines(results: Sequence[RunResult], metrics: Sequence[Metric]) -> Iterable[str]:
+    for metric in metrics if len(results) > 1 else []:
+        if best := _best(results, metric):
+            settings = " ".join(f"{key}={value}" for key, value in best.settings.items()) or best.name
+            yield f"best {metric.label:<11} {metric.shown(best.final[metric.name])}  {settings}"
 
 
-def state_lines(results: Sequence[RunResult]) -> Iterable[str]:
-    others = [result for result in results if result.state != "finished"]
-    if others:
-        more = f" and {len(others) - 20} more" if len(others) > 20 else ""
-        listed = ", ".join(f"{result.name} ({result.state})" for result in others[:20])
-        yield f"{UNFINISHED} not finished: {listed}{more}"
+def _state_lines(results: Sequence[RunResult]) -> Iterable[str]:
+    if names := [f"{result.name} ({result.state})" for result in results if result.state != "finished"]:
+        more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+        yield f"{UNFINISHED} not finished: {', '.join(names[:MAX_LISTED])}{more}"
 
 
 def _best(results: Sequence[RunResult], metric: Metric) -> RunResult | None:
-    """Of the finished runs."""
+    """Return the finished run with the best value."""
     finished = [result for result in results if result.state == "finished" and metric.name in result.final]
     choose = max if metric.better == "higher" else min
     return choose(finished, key=lambda result: result.final[metric.name], default=None)
 
 
 def _cell(result: RunResult, metric: Metric, results: Sequence[RunResult]) -> str:
+    is_finished = result.state == "finished"
     if metric.name not in result.final:
-        return result.state if result.state != "finished" else ""
-    number = metric.shown(result.final[metric.name]) + ("" if result.state == "finished" else UNFINISHED)
+        return "" if is_finished else result.state
+    number = metric.shown(result.final[metric.name]) + ("" if is_finished else UNFINISHED)
     return f"[bold]{number}[/bold]" if result is _best(results, metric) else number
 
 
-def _measured(results: Sequence[RunResult]) -> list[Metric]:
-    """The metrics of the terminal's comparison that some run has."""
-    shown = [metric for metric in COMPARED if "terminal" in metric.compared_in]
-    return [metric for metric in shown if any(metric.name in result.final for result in results)]
-
-
-def _values(grid: dict[tuple[str, str], RunResult], axis: int) -> list[str]:
-    return list(dict.fromkeys(key[axis] for key in grid))
-
-
-def _new_table(title: str | None = None) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def _new_table(*columns: str, left: int = 1, title: str | None = None) -> Table:
+    """Return an empty table whose first `left` columns are left-aligned, the others right-aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for place, column in enumerate(columns):
+        table.add_column(escape(column), justify="left" if place < left else "right")
+    return table

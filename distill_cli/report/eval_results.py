@@ -1,4 +1,4 @@
-"""Models side by side on a benchmark: numbers from their answers, as a table and as JSON. No torch."""
+"""Models compared on a benchmark: numbers from their answers, as a table and as JSON. No torch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from distill_cli.folders.answers_table import read_answers
-from distill_cli.report.significance import (
-    RIGHT,
-    Difference,
-    Estimate,
-    difference,
-    estimates,
-    gap_closed,
-    majority,
-    pass_at,
-)
+from distill_cli.report import significance
+from distill_cli.report.significance import RIGHT, Difference, Estimate
 
 COLUMNS = ("dataset", "problem", "final_answer", "reward", "num_tokens", "finish_reason")
 ProblemKey = tuple[str, int]
-"""A dataset and the place of a problem in the data: what answers of two models are paired by."""
+"""A dataset and the index of a problem in the data: answers of two models are paired by it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +27,9 @@ class Problem:
 
     rewards: list[float]
     votes: list[str | None]
+    """Final answers; None if an answer has none."""
     lengths: list[int]
+    """Tokens."""
     truncated: list[bool]
 
     @property
@@ -49,138 +43,138 @@ class Problem:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one model on one dataset, or on all."""
+    """One model on one dataset, or on all."""
 
     num_problems: int
     num_answers: int
     accuracy: Estimate
     """pass@1: the mean over all answers (avg@k)."""
     pass_at: dict[int, Estimate]
-    """k -> pass@k, for 2, 4, ... and the number of answers to a problem."""
+    """k -> pass@k, for 2, 4, ... and the number of answers per problem."""
     majority: Estimate | None
-    """Over all answers to a problem; None for one answer, or a verifier that tells no final answer."""
+    """Over all answers to a problem; None for one answer per problem, or a verifier without final answers."""
     mean_length: float
-    """Tokens of an answer."""
+    """Tokens per answer."""
     truncated_rate: float
+
+    def estimates(self) -> Iterator[tuple[str, Estimate]]:
+        """Yield the columns of the table: accuracy, pass@k for the largest k (the JSON has all), majority."""
+        yield "accuracy", self.accuracy
+        if self.pass_at:
+            yield f"pass@{max(self.pass_at)}", self.pass_at[max(self.pass_at)]
+        if self.majority:
+            yield f"majority@{self.num_answers // self.num_problems}", self.majority
 
 
 @dataclass(frozen=True)
 class Scoreboard:
-    """Everything that is shown. The first model is the one that the others are set against."""
+    """All numbers of an evaluation. The others are compared with the first model."""
 
     scores: dict[str, dict[str, Score]]
-    """Dataset -> model -> score; where there are several datasets, the last is `total`."""
+    """Dataset -> model -> score; the last dataset is `total` if there are several."""
     differences: dict[str, dict[str, Difference]]
-    """Dataset -> other model -> the first model's accuracy less its own."""
+    """Dataset -> other model -> the first model's accuracy minus the other's."""
     gap_closed: dict[str, Estimate]
-    """Dataset -> the share of the way from `before` to `teacher`, where both were asked and there is a gap."""
+    """Dataset -> the share of the way from `before` to `teacher`, if both were evaluated and there is a gap."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def read_problems(file: Path, *, unnamed: str) -> dict[ProblemKey, Problem]:
-    """A model's answers, by problem; `unnamed` is what a dataset is called that has no name of its own."""
-    rows_of = defaultdict(list)
+    """Return a model's answers by problem; `unnamed` is the name of a dataset without one."""
+    problems: dict[ProblemKey, Problem] = {}
     for row in read_answers(file, COLUMNS):
-        rows_of[row["dataset"] or unnamed, row["problem"]].append(row)
-    return {
-        key: Problem(
-            rewards=[row["reward"] for row in rows],
-            votes=[row["final_answer"] for row in rows],
-            lengths=[row["num_tokens"] for row in rows],
-            truncated=[row["finish_reason"] == "length" for row in rows],
-        )
-        for key, rows in rows_of.items()
-    }
+        problem = problems.setdefault((row["dataset"] or unnamed, row["problem"]), Problem([], [], [], []))
+        problem.rewards.append(row["reward"])
+        problem.votes.append(row["final_answer"])
+        problem.lengths.append(row["num_tokens"])
+        problem.truncated.append(row["finish_reason"] == "length")
+    return problems
 
 
 def make_scoreboard(models: Mapping[str, dict[ProblemKey, Problem]], *, has_votes: bool) -> Scoreboard:
-    """Sets models side by side on the problems that all of them were asked.
+    """Compare models on the problems that all of them answered.
 
     Args:
-        models: name -> answers; the first is the one that is measured, `before` and `teacher` have those roles.
-        has_votes: the verifier tells final answers apart.
+        models: name -> answers; the first model is the measured one, `before` and `teacher` have those roles.
+        has_votes: the verifier extracts final answers.
     """
     common = sorted(set.intersection(*(set(problems) for problems in models.values())))
-    names = list(dict.fromkeys(dataset for dataset, _ in common))
-    parts = {name: [key for key in common if key[0] == name] for name in names}
-    if len(names) > 1:
+    parts: dict[str, list[ProblemKey]] = defaultdict(list)
+    for key in common:
+        parts[key[0]].append(key)
+    if len(parts) > 1:
         parts["total"] = common
     first, *others = models
-    scores, differences, gaps = {}, {}, {}
+    board = Scoreboard({}, {}, {})
     for part, keys in parts.items():
-        asked = {name: [problems[key] for key in keys] for name, problems in models.items()}
-        accuracy = {name: [problem.accuracy for problem in problems] for name, problems in asked.items()}
-        scores[part] = {name: score(problems, has_votes=has_votes) for name, problems in asked.items()}
-        differences[part] = {other: difference(accuracy[first], accuracy[other]) for other in others}
+        problems_of = {name: [problems[key] for key in keys] for name, problems in models.items()}
+        accuracy = {name: [problem.accuracy for problem in problems] for name, problems in problems_of.items()}
+        board.scores[part] = {name: _score(problems, has_votes=has_votes) for name, problems in problems_of.items()}
+        board.differences[part] = {other: significance.difference(accuracy[first], accuracy[other]) for other in others}
         if {"before", "teacher"} <= set(others):
-            gap = gap_closed(accuracy["before"], accuracy[first], accuracy["teacher"])
-            if gap is not None:
-                gaps[part] = gap
-    return Scoreboard(scores, differences, gaps)
+            gap = significance.gap_closed(accuracy["before"], accuracy[first], accuracy["teacher"])
+            board.gap_closed.update({part: gap} if gap else {})
+    return board
 
 
-def score(problems: Sequence[Problem], *, has_votes: bool) -> Score:
+def _score(problems: Sequence[Problem], *, has_votes: bool) -> Score:
     num_samples = len(problems[0].rewards)
-    draws = [2**power for power in range(1, num_samples.bit_length()) if 2**power < num_samples]
-    draws += [num_samples] if num_samples > 1 else []
+    ks = [2**power for power in range(1, num_samples.bit_length()) if 2**power < num_samples]
+    ks += [num_samples] if num_samples > 1 else []
     lengths = [length for problem in problems for length in problem.lengths]
     truncated = [cut for problem in problems for cut in problem.truncated]
-    passed = [[pass_at(k, num_right=problem.num_right, num_samples=num_samples) for problem in problems] for k in draws]
-    voted = [[majority(problem.votes, problem.rewards) for problem in problems]] if has_votes and draws else []
-    found = estimates([[problem.accuracy for problem in problems], *passed, *voted])
+    values = [[problem.accuracy for problem in problems]]
+    values += [
+        [significance.pass_at(k, num_right=problem.num_right, num_samples=num_samples) for problem in problems]
+        for k in ks
+    ]
+    if votes := has_votes and num_samples > 1:
+        values.append([significance.majority(problem.votes, problem.rewards) for problem in problems])
+    accuracy, *others = significance.estimates(values)
     return Score(
         num_problems=len(problems),
         num_answers=len(lengths),
-        accuracy=found[0],
-        pass_at=dict(zip(draws, found[1 : 1 + len(draws)], strict=True)),
-        majority=found[-1] if voted else None,
+        accuracy=accuracy,
+        pass_at=dict(zip(ks, others, strict=False)),
+        majority=others[-1] if votes else None,
         mean_length=sum(lengths) / len(lengths),
         truncated_rate=sum(truncated) / len(truncated),
     )
 
 
 def print_scoreboard(console: Console, board: Scoreboard) -> None:
+    """Print a table for each dataset, the differences from the first model, and the gap closed."""
     for dataset, scores in board.scores.items():
-        console.print(f"[bold]{escape(dataset)}[/]", *_counts(scores))
-        console.print(score_table(scores))
-        first = next(iter(scores))
-        for other, found in board.differences[dataset].items():
-            console.print(f"{escape(first)} - {escape(other)}: {difference_text(found)}")
-        if dataset in board.gap_closed:
-            gap = board.gap_closed[dataset]
+        first, score = next(iter(scores.items()))
+        counts = f"{score.num_problems} problems, {score.num_answers // score.num_problems} answers to each"
+        console.print(f"[bold]{escape(dataset)}[/]", f"{counts}; 95% intervals")
+        console.print(_score_table(scores))
+        for other, difference in board.differences[dataset].items():
+            console.print(f"{first} - {other}: {_difference_text(difference)}", markup=False)
+        if gap := board.gap_closed.get(dataset):
             console.print(f"gap closed: {gap.value:.0%} [{gap.low:.0%}, {gap.high:.0%}]", markup=False)
 
 
-def _counts(scores: Mapping[str, Score]) -> Iterator[str]:
-    one = next(iter(scores.values()))
-    yield f"{one.num_problems} problems, {one.num_answers // one.num_problems} answers to each; 95% intervals"
-
-
-def score_table(scores: Mapping[str, Score]) -> Table:
-    one = next(iter(scores.values()))
-    draws = [k for k in one.pass_at if k == max(one.pass_at)]  # the others are in the JSON
-    num_samples = one.num_answers // one.num_problems
+def _score_table(scores: Mapping[str, Score]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("model", overflow="fold")
-    columns = ["accuracy", *(f"pass@{k}" for k in draws), *([f"majority@{num_samples}"] if one.majority else [])]
-    for column in (*columns, "length", "truncated"):
+    names = [name for name, _ in next(iter(scores.values())).estimates()]
+    for column in (*names, "length", "truncated"):
         table.add_column(column, justify="right", no_wrap=True)
-    for model, found in scores.items():
-        estimates = [found.accuracy, *(found.pass_at[k] for k in draws), *([found.majority] if found.majority else [])]
-        cells = [escape(percent(value)) for value in estimates]
-        table.add_row(escape(model), *cells, f"{found.mean_length:.0f}", f"{found.truncated_rate:.1%}")
+    for model, score in scores.items():
+        cells = [escape(_percent(estimate)) for _, estimate in score.estimates()]
+        table.add_row(escape(model), *cells, f"{score.mean_length:.0f}", f"{score.truncated_rate:.1%}")
     return table
 
 
-def percent(found: Estimate) -> str:
-    return f"{100 * found.value:.1f}% [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.1f}% [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
-def difference_text(found: Difference) -> str:
-    value, p = found.estimate, found.p_value
-    said = "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
-    return escape(
-        f"{100 * value.value:+.1f} points [{100 * value.low:+.1f}, {100 * value.high:+.1f}], {said} (paired sign flips)"
-    )
+def _difference_text(difference: Difference) -> str:
+    points = difference.estimate
+    value, low, high = 100 * points.value, 100 * points.low, 100 * points.high
+    p_value = "p < 0.0001" if difference.p_value < 1e-4 else f"p = {difference.p_value:.4f}"
+    return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}], {p_value} (paired sign flips)"

@@ -1,9 +1,9 @@
-"""The report's figures as Vega-Lite specifications, whose data the page hands in by name.
+"""The report's figures as Vega-Lite specifications. The page provides their data by name, and colours, fonts and
+backgrounds, which follow light and dark.
 
-The datasets: `steps` has a row a step and run (`run`, `step`, and every metric under the name that `field` makes of
-it), `levels` the horizontal lines of the accuracy figure, `stages` seconds by stage, `memory` bytes by part,
-`positions` the KL by a token's position, `grid` a sweep's outcome by its two keys. Colours, fonts and backgrounds are
-the page's: they follow light and dark.
+The datasets: `steps` has a row for each step and run (`run`, `step`, and every metric under the name that `field`
+returns), `levels` the horizontal lines of the accuracy figure, `stages` seconds by stage, `memory` bytes by part,
+`positions` the KL by a token's position, `grid` a sweep's results by its two keys.
 """
 
 from __future__ import annotations
@@ -15,237 +15,183 @@ from distill_cli.metrics import Figure, Metric
 
 Spec = dict[str, Any]
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
-"""Names the language; nothing is fetched from there."""
-ZOOMED: Spec = {"zero": False, "nice": True}
+"""The name of the language; nothing is fetched from there."""
+CHOSEN: Spec = {"condition": {"test": "chosen == '' || datum.run == chosen", "value": 1}, "value": 0.1}
+"""Opacity: `chosen` is the run that the page's legend highlights."""
 
 
 def field(metric: str) -> str:
-    """A metric's name as a field: Vega would take `.`, `[` and `]` for paths into objects."""
+    """Return a metric's name as a field: Vega takes `.`, `[` and `]` for paths into objects."""
     return metric.replace("/", "_")
 
 
-def chart(id: str, title: str, spec: Spec, *, wide: bool = False) -> dict[str, Any]:
-    """A figure's place in the page, and its specification."""
+def chart(id: str, title: str, spec: Spec, *, wide: bool = False) -> Spec:
+    """Return a figure with its place in the page."""
     return {"id": id, "title": title, "wide": wide, "spec": {"$schema": SCHEMA, **spec}}
 
 
 def lines(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] = ()) -> Spec:
-    """Return metrics over steps. One run has a line for each metric; several, named by `runs`, have a colour each, and
-    then dashes tell the metrics apart."""
+    """Return metrics over steps. One run has a colour for each metric; `runs` have a colour each, and dashes for
+    metrics."""
     fields = {field(metric.name): metric.series or metric.label for metric in metrics}
-    percent, unit = metrics[0].is_share, metrics[0].unit
-    fold = [
+    is_share, several = metrics[0].is_share, len(fields) > 1
+    labels = ", ".join(f"{name}: '{label}'" for name, label in fields.items())  # declared in metrics.py: no quotes
+    linear = {"domain": [0, 1]} if figure.from_0_to_1 else {"zero": False, "nice": True}
+    axis = {"format": "~%" if is_share else ".4~g", "tickCount": 5}
+    y = _axis("value", metrics[0].unit, scale={"type": "log"} if figure.log else linear, axis=axis)
+    by_series = _groups("series", scale={"domain": list(fields.values())})
+    columns = {"run": "run"} if runs else {}
+    columns |= {"series": "metric"} if several else {}
+    nearest = {"type": "point", "on": "pointerover", "clear": "pointerout", "nearest": True}
+    point = {
+        "mark": {"type": "point", "filled": True, "size": 60},
+        "params": [{"name": "near", "select": nearest}],
+        "encoding": {
+            "opacity": {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0},
+            "tooltip": _tooltip(columns | {"step": "step", "value": "value"}, value=".1%" if is_share else ".4~g"),
+        },
+    }
+    transform = [
         {"fold": list(fields), "as": ["field", "value"]},
         {"filter": "isValid(datum.value)" + (" && datum.value > 0" if figure.log else "")},
-        {"calculate": _lookup(fields), "as": "series"},
+        {"calculate": f"({{{labels}}})[datum.field]", "as": "series"},
     ]
-    y = {
-        "field": "value",
-        "type": "quantitative",
-        "title": unit,
-        "scale": {"type": "log"} if figure.log else ({"domain": [0, 1]} if figure.from_0_to_1 else ZOOMED),
-        "axis": {"format": "~%" if percent else ".4~g", "tickCount": 5},
-    }
-    encoding: Spec = {"x": step_axis(), "y": y}
-    told_apart = {"field": "series", "type": "nominal", "title": None, "scale": {"domain": list(fields.values())}}
+    encoding: Spec = {"x": _steps(), "y": y}
     if runs:
-        encoding["color"] = run_colour(runs)
-        if len(fields) > 1:
-            encoding["strokeDash"] = told_apart
-    elif len(fields) > 1:
-        encoding["color"] = told_apart
-    return {
-        "data": {"name": "steps"},
-        "transform": fold,
-        "height": figure.height,
-        "encoding": encoding,
-        "layer": [_line(runs), *_hover(".1%" if percent else ".4~g", runs=runs, several=len(fields) > 1)],
-    }
+        encoding["color"] = _by_run(runs)
+    if several:
+        encoding["strokeDash" if runs else "color"] = by_series
+    layer = [{"mark": {"type": "line", "clip": True}, **_dimmed(runs)}, point]
+    return _spec("steps", figure.height, encoding, transform=transform, layer=layer)
 
 
 def accuracy(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] = ()) -> Spec:
     """Return held-out and sampled accuracy, with the student's start and the teacher as horizontal lines."""
     spec = lines(figure, metrics, runs=runs)
-    held_out = {"filter": "datum.field == 'val_accuracy'"}
-    points: Spec = {"mark": {"type": "point", "filled": True, "size": 36}, "transform": [held_out]}
-    if runs:
-        points["encoding"] = {"opacity": CHOSEN}
-    level = {"field": "value", "type": "quantitative"}
-    rule = {
-        "data": {"name": "levels"},
-        "mark": {"type": "rule", "strokeDash": [5, 4], "size": 1.2, "color": {"expr": "muted"}},
-        "encoding": {"y": level, "x": None, "color": None, "strokeDash": None},
+    points = {
+        "mark": {"type": "point", "filled": True, "size": 36},
+        "transform": [{"filter": "datum.field == 'val_accuracy'"}],
+        **_dimmed(runs),
     }
+    at_level = {"y": {"field": "value", "type": "quantitative"}, "x": None, "color": None, "strokeDash": None}
+    rule = {"type": "rule", "strokeDash": [5, 4], "size": 1.2, "color": {"expr": "muted"}}
     text = {
-        "data": {"name": "levels"},
-        "mark": {
-            "type": "text", "align": {"expr": "datum.at == 'top' ? 'left' : 'right'"},
-            "x": {"expr": "datum.at == 'top' ? 6 : width - 4"}, "color": {"expr": "muted"},
-            "dy": {"expr": "datum.at == 'top' && datum.value < 0.93 ? -8 : 9"},
-        },
-        "encoding": {"y": level, "text": {"field": "label"}, "x": None, "color": None, "strokeDash": None},
-    }  # fmt: skip
-    behind = {"stroke": {"expr": "paper"}, "strokeWidth": 4, "strokeJoin": "round", "color": {"expr": "paper"}}
-    halo = {**text, "mark": {**text["mark"], **behind}}  # curves may run through the words
-    # What is shared by the layers would ask the horizontal lines for a step.
-    shared = spec.pop("encoding")
-    transform = spec.pop("transform")
-    own = [
-        {"data": {"name": "steps"}, "transform": transform, "encoding": shared, "layer": [*spec["layer"], points]},
+        "type": "text",
+        "align": {"expr": "datum.at == 'top' ? 'left' : 'right'"},
+        "x": {"expr": "datum.at == 'top' ? 6 : width - 4"},
+        "color": {"expr": "muted"},
+        "dy": {"expr": "datum.at == 'top' && datum.value < 0.93 ? -8 : 9"},
+    }
+    paper = {"expr": "paper"}
+    halo = {
+        **text,
+        "stroke": paper,
+        "strokeWidth": 4,
+        "strokeJoin": "round",
+        "color": paper,
+    }  # keeps curves off the text
+    levels = [
+        {"data": {"name": "levels"}, "mark": mark, "encoding": at_level | label}
+        for mark, label in ((rule, {}), (halo, {"text": {"field": "label"}}), (text, {"text": {"field": "label"}}))
     ]
-    return {"height": figure.height, "layer": [*own, rule, halo, text]}
+    spec["layer"].append(points)
+    # The curves are a layer of their own: an encoding shared with the horizontal lines would need a step from them.
+    return {"height": spec.pop("height"), "layer": [spec, *levels]}
 
 
-def stacked_time(stages: Sequence[str], *, height: int = 230) -> Spec:
-    """Seconds of a step by stage, stacked."""
-    return {
-        "data": {"name": "stages"},
-        "height": height,
-        "mark": {"type": "rect", "stroke": None},
-        "encoding": {
-            "x": {**step_axis(), "field": "from", "scale": {"nice": False, "zero": False}},
-            "x2": {"field": "to"},
-            "y": {"field": "low", "type": "quantitative", "title": "seconds a step", "axis": {"tickCount": 5}},
-            "y2": {"field": "high"},
-            "color": {
-                "field": "stage",
-                "type": "nominal",
-                "title": None,
-                "scale": {"domain": list(stages)},
-                "legend": {"symbolType": "square", "columns": 12},
-            },
-            "tooltip": [
-                {"field": "label", "title": "step"},
-                {"field": "stage"},
-                {"field": "seconds", "format": ".3f"},
-                {"field": "share", "format": ".0%", "title": "of the step"},
-            ],
-        },
+def stacked_time(stages: Sequence[str]) -> Spec:
+    """Return the seconds of a step by stage, stacked."""
+    titles = {"label": "step", "stage": "stage", "seconds": "seconds", "share": "of the step"}
+    legend = {"symbolType": "square", "columns": 12}
+    encoding = {
+        "x": {**_steps(), "field": "from", "scale": {"nice": False, "zero": False}},
+        "x2": {"field": "to"},
+        "y": _axis("low", "seconds per step", axis={"tickCount": 5}),
+        "y2": {"field": "high"},
+        "color": _groups("stage", scale={"domain": list(stages)}, legend=legend),
+        "tooltip": _tooltip(titles, seconds=".3f", share=".0%"),
     }
+    return _spec("stages", 230, encoding, mark={"type": "rect", "stroke": None})
 
 
-def memory_parts(*, height: int = 74) -> Spec:
-    """The predicted peak of a rank, by part, as one bar."""
-    return {
-        "data": {"name": "memory"},
-        "height": height,
-        "mark": "bar",
-        "encoding": {
-            "x": {"field": "gib", "type": "quantitative", "title": "GiB of a rank, predicted", "stack": True},
-            "color": {
-                "field": "part",
-                "type": "nominal",
-                "title": None,
-                "sort": None,
-                "legend": {"symbolType": "square"},
-            },
-            "order": {"field": "place"},
-            "tooltip": [{"field": "part"}, {"field": "gib", "title": "GiB", "format": ".3f"}],
-        },
+def memory_parts() -> Spec:
+    """Return the predicted peak of a rank, by part, as one bar."""
+    encoding = {
+        "x": _axis("gib", "GiB of a rank, predicted", stack=True),
+        "color": _groups("part", sort=None, legend={"symbolType": "square"}),
+        "order": {"field": "place"},
+        "tooltip": _tooltip({"part": "part", "gib": "GiB"}, gib=".3f"),
     }
+    return _spec("memory", 74, encoding, mark="bar")
 
 
-def by_position(*, runs: Sequence[str] = (), height: int = 230) -> Spec:
-    """Mean KL of the recorded answers' tokens by their position, before and after."""
-    encoding: Spec = {
-        "x": {"field": "position", "type": "quantitative", "title": "position in the answer"},
-        "y": {"field": "kl", "type": "quantitative", "title": "KL forward, nats", "axis": {"tickCount": 5}},
-        "color": {"field": "when", "title": None, "sort": None},
-        "tooltip": [
-            *([{"field": "run"}] if runs else []),
-            {"field": "when", "title": "student"},
-            {"field": "label", "title": "tokens"},
-            {"field": "kl", "title": "mean KL", "format": ".4f"},
-            {"field": "count", "title": "answers"},
-        ],
+def by_position(*, runs: Sequence[str] = ()) -> Spec:
+    """Return the mean KL of the recorded answers' tokens by position, before and after training."""
+    titles = {"when": "student", "label": "tokens", "kl": "mean KL", "count": "answers"}
+    by_step = _groups("when", sort=None)
+    encoding = {
+        "x": _axis("position", "position in the answer"),
+        "y": _axis("kl", "KL forward, nats", axis={"tickCount": 5}),
+        "tooltip": _tooltip(({"run": "run"} if runs else {}) | titles, kl=".4f"),
+        **({"color": _by_run(runs), "opacity": CHOSEN, "strokeDash": by_step} if runs else {"color": by_step}),
     }
-    if runs:
-        encoding |= {"color": run_colour(runs), "opacity": CHOSEN}
-        encoding["strokeDash"] = {"field": "when", "title": None, "sort": None}
     marks = [{"mark": {"type": "line", "clip": True}}, {"mark": {"type": "point", "filled": True, "size": 24}}]
-    return {"data": {"name": "positions"}, "height": height, "encoding": encoding, "layer": marks}
+    return _spec("positions", 230, encoding, layer=marks)
 
 
 def heat_map(row_key: str, column_key: str, metric: Metric, *, num_rows: int) -> Spec:
-    """Return a metric over a sweep's two keys."""
-    measured, higher_is_better = field(metric.name), metric.better == "higher"
-    axes = {
+    """Return a metric over a sweep's two keys. The bright end of the scale is the better one."""
+    value, higher_is_better = field(metric.name), metric.better == "higher"
+    share = f"(datum.{value} - datum.low) / max(datum.high - datum.low, 1e-12)"
+    is_bright = f"{share} {'>' if higher_is_better else '<'} 0.5"
+    ends = [{"op": op, "field": value, "as": name} for op, name in (("min", "low"), ("max", "high"))]
+    scale = {"scheme": "viridis", "reverse": not higher_is_better, "zero": False}
+    cells = {
+        "color": _axis(value, None, legend=None, scale=scale),
+        "tooltip": _tooltip({"run": "run", f"shown_{value}": metric.label}),
+    }
+    numbers = {
+        "text": {"field": f"shown_{value}", "type": "nominal"},  # the browser would round the metric itself
+        "color": {"condition": {"test": is_bright, "value": "#111"}, "value": "#fff"},
+    }
+    encoding = {
         "x": {"field": "column", "type": "ordinal", "title": column_key, "sort": None, "axis": {"labelAngle": 0}},
         "y": {"field": "row", "type": "ordinal", "title": row_key, "sort": None},
     }
-    colour = {
-        "field": measured,
-        "type": "quantitative",
-        "title": None,
-        "legend": None,
-        "scale": {"scheme": "viridis", "reverse": not higher_is_better, "zero": False},
-    }
-    # The scale's bright end is the better one: dark words on it, light words on the dark end.
-    share = f"(datum.{measured} - datum.low) / max(datum.high - datum.low, 1e-12)"
-    bright = f"{share} {'>' if higher_is_better else '<'} 0.5"
-    ends = [{"op": op, "field": measured, "as": name} for op, name in (("min", "low"), ("max", "high"))]
-    return {
-        "data": {"name": "grid"},
-        "transform": [{"filter": f"isValid(datum.{measured})"}, {"joinaggregate": ends}],
-        "height": 46 * num_rows,
-        "encoding": axes,
-        "layer": [
-            {
-                "mark": {"type": "rect", "cornerRadius": 3},
-                "encoding": {
-                    "color": colour,
-                    "tooltip": [{"field": "run"}, {"field": f"told_{measured}", "title": metric.label}],
-                },
-            },
-            {
-                "mark": {"type": "text", "fontSize": 13, "fontWeight": 600},
-                "encoding": {
-                    "text": {"field": f"told_{measured}", "type": "nominal"},  # the browser rounds otherwise
-                    "color": {"condition": {"test": bright, "value": "#111"}, "value": "#fff"},
-                },
-            },
-        ],
-    }
+    layer = [
+        {"mark": {"type": "rect", "cornerRadius": 3}, "encoding": cells},
+        {"mark": {"type": "text", "fontSize": 13, "fontWeight": 600}, "encoding": numbers},
+    ]
+    transform = [{"filter": f"isValid(datum.{value})"}, {"joinaggregate": ends}]
+    return _spec("grid", 46 * num_rows, encoding, layer=layer, transform=transform)
 
 
-def step_axis() -> Spec:
-    return {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1, "format": "~s"}}
+def _spec(data: str, height: int, encoding: Spec, **parts: Any) -> Spec:
+    return {"data": {"name": data}, "height": height, "encoding": encoding, **parts}
 
 
-def run_colour(runs: Sequence[str]) -> Spec:
-    """One colour a run, the same in every figure; the page has the legend."""
+def _axis(name: str, title: str | None, **looks: Any) -> Spec:
+    return {"field": name, "type": "quantitative", "title": title, **looks}
+
+
+def _steps() -> Spec:
+    return _axis("step", "step", axis={"tickMinStep": 1, "format": "~s"})
+
+
+def _groups(name: str, **looks: Any) -> Spec:
+    return {"field": name, "type": "nominal", "title": None, **looks}
+
+
+def _by_run(runs: Sequence[str]) -> Spec:
+    """Return one colour for each run, the same in every figure; the page has the legend."""
     return {"field": "run", "type": "nominal", "scale": {"domain": list(runs)}, "legend": None}
 
 
-CHOSEN: Spec = {"condition": {"test": "chosen == '' || datum.run == chosen", "value": 1}, "value": 0.1}
-"""Opacity: the page's legend singles a run out by the parameter."""
+def _dimmed(runs: Sequence[str]) -> Spec:
+    return {"encoding": {"opacity": CHOSEN}} if runs else {}
 
 
-def _line(runs: Sequence[str]) -> Spec:
-    line: Spec = {"mark": {"type": "line", "clip": True}}
-    if runs:
-        line["encoding"] = {"opacity": CHOSEN}
-    return line
-
-
-def _hover(form: str, *, runs: Sequence[str] = (), several: bool) -> list[Spec]:
-    """A dot on the point that is nearest to the pointer, and what stands there."""
-    nearest = {"type": "point", "on": "pointerover", "clear": "pointerout", "nearest": True}
-    told = [{"field": "run"}] if runs else []
-    told += [{"field": "series", "title": "what"}] if several else []
-    return [
-        {
-            "mark": {"type": "point", "filled": True, "size": 60},
-            "params": [{"name": "near", "select": nearest}],
-            "encoding": {
-                "opacity": {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0},
-                "tooltip": [*told, {"field": "step"}, {"field": "value", "format": form}],
-            },
-        }
-    ]
-
-
-def _lookup(labels: dict[str, str]) -> str:
-    """A Vega expression: the label of a field. Names are this package's own."""
-    pairs = ", ".join(f"{name}: '{label}'" for name, label in labels.items())
-    return "({" + pairs + "})[datum.field]"
+def _tooltip(titles: dict[str, str], **formats: str) -> list[Spec]:
+    """Return the lines of a tooltip: each field's title, and its number format if it has one."""
+    formatted = {name: {"format": form} for name, form in formats.items()}
+    return [{"field": name, "title": title, **formatted.get(name, {})} for name, title in titles.items()]

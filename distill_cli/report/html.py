@@ -1,8 +1,8 @@
 """A run, or several, as one HTML file that needs nothing else: no network, no server.
 
-Figures are Vega-Lite's, drawn by its own script, which is part of the page. What the page's script reads (data of the
-figures, the recorded answers) is gzipped JSON in base64, which no text from a model or a dataset can end early; the
-script writes texts as texts. What stands in the HTML itself goes through Jinja's escaping.
+Figures are drawn by Vega-Lite's own script, which is part of the page. The data that the page's script reads (of the
+figures, and the recorded answers) is gzipped JSON in base64, which no text from a model or a dataset can end early; the
+script inserts texts as text nodes. Texts in the HTML itself go through Jinja's escaping.
 """
 
 from __future__ import annotations
@@ -24,38 +24,23 @@ from markupsafe import Markup
 from distill_cli.errors import ConfigError
 from distill_cli.folders.atomic_dir import replacing
 from distill_cli.metrics import ACCURACY, METRICS, SECTIONS
-from distill_cli.report import figures
-from distill_cli.report.history import MAX_ROWS, MAX_ROWS_IN_ALL, History, read_histories, thinned
+from distill_cli.report import figures, samples, sections
+from distill_cli.report.history import MAX_ROWS, MAX_ROWS_IN_ALL, History, Row, read_histories, thinned
 from distill_cli.report.read import COMPARED, RunResult
-from distill_cli.report.samples import page_samples, position_rows, read_answers
-from distill_cli.report.sections import (
-    PAGE_COLUMNS,
-    comparison,
-    config_table,
-    differing_settings,
-    grid_rows,
-    level_rows,
-    memory_note,
-    memory_rows,
-    stage_rows,
-    stages_of,
-    summary,
-    time_note,
-)
 
 FILE = "report.html"
 
 
 def report_file(paths: Sequence[Path]) -> Path:
-    """Where a page belongs: in the folder that it is about, or in the current one where it is about several."""
+    """Return the default path of a page: in its run's or sweep's folder, in the current folder if there are several."""
     return paths[0] / FILE if len(paths) == 1 else Path(FILE)
 
 
 def write_report(results: Sequence[RunResult], path: Path) -> Path:
-    """Writes the page about these runs to `path`, whole or not at all.
+    """Write the page about these runs to `path`, whole or not at all.
 
     Raises:
-        ConfigError: it cannot be written there.
+        ConfigError: the file cannot be written.
     """
     page = render(read_histories(results))
     try:
@@ -67,99 +52,92 @@ def write_report(results: Sequence[RunResult], path: Path) -> Path:
 
 
 def render(histories: Sequence[History]) -> str:
-    answers, charts = read_answers(histories), make_charts(histories)
+    """Return the page. A single run has facts, time and memory; several have a comparison and a legend."""
+    answers, charts = samples.read_answers(histories), make_charts(histories)
+    names, first, many = [history.name for history in histories], histories[0], len(histories) > 1
     data = {
-        "datasets": datasets(histories, position_rows(histories, answers)),
+        "datasets": datasets(histories, samples.position_rows(histories, answers)),
         "charts": [chart for group in charts.values() for chart in group],
-        "runs": [history.name for history in histories],
-        "samples": page_samples(answers) if answers else None,
+        "runs": names,
+        "samples": samples.page_samples(answers) if answers else None,
     }
-    many = len(histories) > 1
-    return _template().render(
-        title=f"{len(histories)} runs" if many else histories[0].name,
-        histories=histories,
-        many=many,
-        summary=[summary(history) for history in histories],
-        charts={group: {chart["id"]: chart for chart in of_group} for group, of_group in charts.items()},
-        memory_note="" if many else memory_note(histories[0]),
-        time_note=None if many else time_note(histories[0]),
-        comparison=comparison(histories) if many else None,
-        columns=[metric.label for metric in PAGE_COLUMNS],
-        differing=differing_settings(histories) if many else None,
-        config=None if many else config_table(histories[0]),
-        has_samples=bool(answers),
-        data=packed(data),
-        css=Markup(_part("page.css")),
-        script=Markup(_part("page.js")),
-        vega=Markup(_vega()),
-    )
+    if many:
+        own: dict[str, Any] = {
+            "title": f"{len(histories)} runs",
+            "comparison": sections.comparison(histories),
+            "columns": [metric.label for metric in sections.PAGE_COLUMNS],
+            "differing": sections.differing_settings(histories),
+        }
+    else:
+        own = {"title": first.name, "headline": sections.headline(first), "facts": sections.facts(first)}
+        own |= {"memory_note": sections.memory_note(first), "time_note": sections.time_note(first)}
+        own["config"] = sections.config_table(first)
+    strict = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=jinja2.StrictUndefined)
+    return strict.from_string(_part("page.html")).render(
+        **own, names=names, many=many, charts=charts, has_samples=bool(answers), data=_packed(data),
+        css=Markup(_part("page.css")), script=Markup(_part("page.js")), vega=Markup(_vega()),
+    )  # fmt: skip
 
 
-def packed(data: Any) -> str:
-    """Gzipped JSON in base64."""
+def _packed(data: Any) -> str:
+    """Return gzipped JSON in base64."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
-def datasets(histories: Sequence[History], positions: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """By the names that `figures` gives them."""
+def datasets(histories: Sequence[History], positions: list[Row]) -> dict[str, list[Row]]:
+    """Return the data of the figures by the names that `figures` uses."""
     most = min(MAX_ROWS, max(MAX_ROWS_IN_ALL // len(histories), 50))
-    first = histories[0]
+    single = histories[0] if len(histories) == 1 else None
     return {
         "steps": [
             {"run": history.name} | {figures.field(key): value for key, value in row.items() if value is not None}
             for history in histories
             for row in thinned(history.rows, most)
         ],
-        "levels": level_rows(histories),
-        "stages": stage_rows(first) if len(histories) == 1 else [],
-        "memory": memory_rows(first) if len(histories) == 1 else [],
+        "levels": sections.level_rows(histories),
+        "stages": sections.stage_rows(single) if single else [],
+        "memory": sections.memory_rows(single) if single else [],
         "positions": positions,
-        "grid": grid_rows(histories),
+        "grid": sections.grid_rows(histories),
     }
 
 
-def make_charts(histories: Sequence[History]) -> dict[str, list[dict[str, Any]]]:
-    """Return the figures of each section of the page; those without data are left out."""
-    many, first = len(histories) > 1, histories[0]
-    runs = [history.name for history in histories] if many else []
+def make_charts(histories: Sequence[History]) -> dict[str, list[figures.Spec]]:
+    """Return the figures of each section of the page, without those that have no data."""
+    single = histories[0] if len(histories) == 1 else None
+    runs = [] if single else [history.name for history in histories]
     has = {key for history in histories for row in history.rows for key, value in row.items() if value is not None}
-    charts: dict[str, list[dict[str, Any]]] = {section: [] for section in (*SECTIONS, "samples")}
-    if not many and stages_of(first):
-        stacked = figures.stacked_time(stages_of(first))
-        charts["time"].append(figures.chart("time", "Seconds of a step, by stage", stacked, wide=True))
-    if not many and memory_rows(first):
+    charts: dict[str, list[figures.Spec]] = {section: [] for section in (*SECTIONS, "samples")}
+    if single and (stages := sections.stages_of(single)):
+        spec = figures.stacked_time(stages)
+        charts["time"].append(figures.chart("time", "Seconds per step, by stage", spec, wide=True))
+    if single and sections.memory_rows(single):
         charts["memory"].append(figures.chart("memory", "Predicted memory of a rank, by part", figures.memory_parts()))
     for figure in dict.fromkeys(metric.figure for metric in METRICS if metric.figure and metric.name in has):
-        metrics = [metric for metric in METRICS if metric.figure == figure]
         draw = figures.accuracy if figure == ACCURACY else figures.lines
-        spec = draw(figure, metrics, runs=runs)
+        spec = draw(figure, [metric for metric in METRICS if metric.figure == figure], runs=runs)
         charts[figure.section].append(figures.chart(figure.id, figure.title, spec, wide=figure.wide))
     if any(history.sample_files for history in histories):
-        positions = figures.by_position(runs=runs)
-        charts["samples"].append(figures.chart("positions", "KL by position in the answer", positions, wide=True))
+        spec = figures.by_position(runs=runs)
+        charts["samples"].append(figures.chart("positions", "KL by position in the answer", spec, wide=True))
     return {"grid": grid_charts(histories), **charts}
 
 
-def grid_charts(histories: Sequence[History]) -> list[dict[str, Any]]:
+def grid_charts(histories: Sequence[History]) -> list[figures.Spec]:
     """Return a heat map of each metric that has one, if the runs are a grid of two keys."""
-    rows = grid_rows(histories)
-    keys, num_rows = tuple(histories[0].result.settings), len({row["row"] for row in rows})
-    shown = [metric for metric in COMPARED if "heat map" in metric.compared_in]
+    if not (rows := sections.grid_rows(histories)):
+        return []
+    row_key, column_key = histories[0].result.settings
     return [
         figures.chart(
             f"grid-{figures.field(metric.name)}",
             f"{metric.label[0].upper()}{metric.label[1:]}, {metric.unit}",
-            figures.heat_map(*keys, metric, num_rows=num_rows),
+            figures.heat_map(row_key, column_key, metric, num_rows=len({row["row"] for row in rows})),
         )
-        for metric in shown
-        if any(figures.field(metric.name) in row for row in rows)
+        for metric in COMPARED
+        if "heat map" in metric.compared_in and any(figures.field(metric.name) in row for row in rows)
     ]
-
-
-def _template() -> jinja2.Template:
-    strict = {"autoescape": True, "undefined": jinja2.StrictUndefined}
-    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **strict).from_string(_part("page.html"))
 
 
 def _part(name: str) -> str:
@@ -168,20 +146,20 @@ def _part(name: str) -> str:
 
 @cache
 def _vega() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script, which defines `vegaEmbed`.
+    """Return Vega, Vega-Lite and Vega-Embed as one script, which defines `vegaEmbed`.
 
-    Bundling takes seconds: the result is kept among the user's caches, under the bundler's version.
+    Bundling takes seconds: the script is kept in the user's cache folder, under the bundler's version.
     """
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kept = cache_home / "distill" / f"vega-{metadata.version('vl-convert-python')}.js"
-    if kept.is_file():
-        return kept.read_text()
+    cached = cache_home / "distill" / f"vega-{metadata.version('vl-convert-python')}.js"
+    if cached.is_file():
+        return cached.read_text()
     import vl_convert
 
-    script = vl_convert.javascript_bundle()
+    script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub lacks the default
     assert "</script" not in script.lower(), "the bundle would end its own script element"
-    with suppress(OSError):  # a home that cannot be written costs the seconds again, nothing else
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(kept, unique=True) as temporary:
+    with suppress(OSError):  # if the home is read-only, the next page bundles again
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(cached, unique=True) as temporary:
             temporary.write_text(script)
     return script

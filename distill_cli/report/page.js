@@ -1,4 +1,4 @@
-// Draws the figures and the disagreement view. Texts of models and data become text nodes, never markup.
+// Draw the figures and the disagreement view. Texts of models and data become text nodes, never markup.
 "use strict";
 
 const SMALL = 1e-3; // nats: below this a token is not coloured
@@ -49,7 +49,7 @@ function look() {
   };
 }
 
-let views = []; // of the figures, as they are drawn now
+let views = []; // the Vega views of the figures now on the page
 
 function drawCharts(data) {
   const options = { actions: false, renderer: "svg", ast: false, tooltip: { theme: dark.matches ? "dark" : "light" } };
@@ -61,7 +61,7 @@ function drawCharts(data) {
   })).then((drawn) => { views = drawn.map((each) => each.view); });
 }
 
-// One legend for all figures: a click singles a run out in each of them, another brings the others back.
+// One legend for all figures: a click highlights a run in each of them, a second click shows all again.
 function drawLegend(runs) {
   const { hues } = dark.matches ? LOOKS.dark : LOOKS.light;
   const buttons = runs.map((run, at) => element("button", { "aria-pressed": false }, element("i", { style: `background: ${hues[at % hues.length]}` }), run));
@@ -176,7 +176,7 @@ function topFive(samples, title, numbers, logps, own) {
   return element("div", {}, element("h4", {}, title), ...bars);
 }
 
-function told(value, write) {
+function number(value, write) {
   return value == null ? "not a number" : write(value);
 }
 
@@ -184,13 +184,13 @@ function showTip(samples, answer, at, target) {
   const tip = document.getElementById("tip");
   const own = answer.tokens[at];
   if (!answer.student_top[at].length) {
-    placeTip(tip, target, "not the student's: it read this, and nothing is learned from it");
+    placeTip(tip, target, "not sampled by the student (an observation): no loss here");
     return;
   }
-  const numbers = ["kl_forward", "kl_reverse", "loss", "entropy"].map((name) => `${name.replace("_", " ")} ${told(answer[name][at], (value) => (value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(1) : value.toPrecision(3)))}`).join(", ");
+  const measures = ["kl_forward", "kl_reverse", "loss", "entropy"].map((name) => `${name.replace("_", " ")} ${number(answer[name][at], (value) => (value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(1) : value.toPrecision(3)))}`).join(", ");
   placeTip(
     tip, target,
-    element("div", { class: "head" }, element("code", {}, oneLine(samples.tokens[own])), `  student ${told(answer.student_logp[at], percent)}, teacher ${told(answer.teacher_logp[at], percent)}`, element("br"), numbers),
+    element("div", { class: "head" }, element("code", {}, oneLine(samples.tokens[own])), `  student ${number(answer.student_logp[at], percent)}, teacher ${number(answer.teacher_logp[at], percent)}`, element("br"), measures),
     element("div", { class: "both" },
       topFive(samples, "the student's likeliest", answer.student_top[at], answer.student_p[at], own),
       topFive(samples, "the teacher's likeliest", answer.teacher_top[at], answer.teacher_p[at], own)),
@@ -245,7 +245,7 @@ function startSamples(data) {
   if (samples.cut) {
     const note = document.getElementById("cut");
     note.hidden = false;
-    note.textContent = `Long answers are cut: ${samples.cut.toLocaleString()} tokens are neither on this page nor among the worst; rollouts/*.parquet in the run's folder has them all.`;
+    note.textContent = `Long answers are cut: ${samples.cut.toLocaleString()} tokens are left out of this page and of the worst tokens; rollouts/*.parquet in the run's folder has all.`;
   }
   redraw();
 }

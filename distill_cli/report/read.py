@@ -1,6 +1,6 @@
-"""What came of runs, read from their folders: the last value of each measure, for one run, several, or a sweep.
+"""The result of a run, of several, or of a sweep, read from their folders: the last value of each metric.
 
-Of a metrics.jsonl only the end is read, so that a sweep of a thousand runs is compared in seconds.
+Only the end of a metrics.jsonl is read, so that a sweep of a thousand runs is compared in seconds.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,13 @@ class RunResult:
 
     folder: Path
     settings: dict[str, str]
-    """What tells it from the runs it is compared with: keys as typed, and their values."""
+    """The keys that differ between the compared runs, as typed, and their values."""
     state: str
     """`waiting`, `running`, `finished`, `stopped` or `failed`."""
     step: int
-    """The last one that is recorded; 0 where none is."""
+    """The last recorded step; 0 if there is none."""
     final: dict[str, float]
-    """The last value of each metric of `COMPARED` that was recorded after training began."""
+    """The last value after step 0 of each metric of `COMPARED`."""
 
     @property
     def name(self) -> str:
@@ -47,7 +47,7 @@ class RunResult:
 
 
 def read_results(paths: Sequence[Path]) -> list[RunResult]:
-    """Every run in these folders, each of a run or of a sweep.
+    """Read every run in these folders, each the folder of a run or of a sweep.
 
     Raises:
         ConfigError: a folder is neither.
@@ -61,29 +61,35 @@ def read_results(paths: Sequence[Path]) -> list[RunResult]:
         elif RunDir(path).config.is_file():
             single.append(path.resolve())
         else:
-            what = "no such folder" if not path.exists() else "neither a run (config.yaml) nor a sweep (sweep.json)"
+            what = "neither a run (config.yaml) nor a sweep (sweep.json)" if path.exists() else "no such folder"
             raise ConfigError(f"{path}: {what}; give the folder of a run or a sweep, such as runs/latest")
     configs = [read_config(RunDir(path)) for path in single]
-    return results + [read_run(path, settings) for path, settings in zip(single, _differences(configs), strict=True)]
+    keys = differing_keys(configs)
+    settings = [{key: str(config.get(key)) for key in keys} for config in configs]
+    return results + [_read_run(*run) for run in zip(single, settings, strict=True)]
 
 
 def read_sweep(sweep: SweepDir) -> list[RunResult]:
-    """The runs of a sweep, in its order; those that have not begun are `waiting`."""
+    """Return the runs of a sweep in its order; those that have not begun are `waiting`."""
     return [
-        read_run(sweep.path / element.folder, dict(_key_and_value(override) for override in element.overrides))
+        _read_run(sweep.path / element.folder, dict(_key_and_value(override) for override in element.overrides))
         for element in sweep.elements()
     ]
 
 
-def read_run(folder: Path, settings: dict[str, str]) -> RunResult:
+def _key_and_value(override: str) -> tuple[str, str]:
+    key, _, value = override.lstrip("+").partition("=")
+    return key, value
+
+
+def _read_run(folder: Path, settings: dict[str, str]) -> RunResult:
     run = RunDir(folder)
     final = last_values(run.metrics, [metric.name for metric in COMPARED])
-    step = last_values(run.metrics, ["step"]).get("step", 0)
-    return RunResult(folder=folder, settings=settings, state=state_of(run), step=int(step), final=final)
+    return RunResult(folder, settings, state_of(run), int(last_values(run.metrics, ["step"]).get("step", 0)), final)
 
 
 def state_of(run: RunDir) -> str:
-    """How far a run has come, by what is in its folder."""
+    """Return the state of a run by the files in its folder: see `RunResult.state`."""
     if outcome := read_outcome(run):
         return outcome.state
     if not run.config.is_file() or run.is_new():
@@ -94,29 +100,28 @@ def state_of(run: RunDir) -> str:
 
 
 def _is_held(run: RunDir) -> bool:
-    """Whether a living process holds the folder. Of a process on another host this is not known: it counts as alive."""
+    """Return whether a live process holds the folder. A process on another host counts as alive."""
     holder = run.holder()
-    found = re.fullmatch(r"process (\d+) on (.*)", holder)
-    return bool(holder) and (found is None or found[2] != platform.node() or psutil.pid_exists(int(found[1])))
+    process = re.fullmatch(r"process (\d+) on (.*)", holder)
+    return bool(holder) and (process is None or process[2] != platform.node() or psutil.pid_exists(int(process[1])))
 
 
 def last_values(path: Path, names: Iterable[str]) -> dict[str, float]:
-    """The last value of each metric of a metrics.jsonl after step 0, which is before training.
+    """Return the last value after step 0 (before training) of each metric of a metrics.jsonl.
 
-    The file is read from its end, and only as far as needed.
+    Reads the file from its end, and only as far as needed.
     """
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     missing = set(names)
     for row in _rows_from_the_end(path):
         if row["step"] <= 0 or not missing:
             break
-        new = {name: row[name] for name in missing if row.get(name) is not None}
-        found |= new
-        missing -= new.keys()
-    return found
+        values |= {name: row[name] for name in missing if row.get(name) is not None}
+        missing -= values.keys()
+    return values
 
 
-def _rows_from_the_end(path: Path) -> Iterable[dict[str, Any]]:
+def _rows_from_the_end(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -127,7 +132,7 @@ def _rows_from_the_end(path: Path) -> Iterable[dict[str, Any]]:
             file.seek(begin)
             lines = (file.read(end - begin) + rest).split(b"\n")
             rest, end = (lines.pop(0) if begin else b""), begin
-            if is_last and lines:  # what follows the last line's end: nothing, or a line that is cut off
+            if is_last and lines:  # after the last newline: nothing, or a line that was cut off
                 lines, is_last = lines[:-1], False
             try:
                 yield from [json.loads(line) for line in reversed(lines)]
@@ -136,31 +141,22 @@ def _rows_from_the_end(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def read_config(run: RunDir) -> dict[str, Any]:
-    """A run's configuration as dotted keys; ConfigError where its file is damaged."""
+    """Return a run's config as dotted keys. Raises ConfigError if the file is damaged."""
     try:
-        return flat(yaml.safe_load(run.config.read_text()))
+        return _dotted(yaml.safe_load(run.config.read_text()))
     except (OSError, ValueError, yaml.YAMLError) as error:
         what = str(error).splitlines()[0]
         raise ConfigError(f"{run.config}: cannot be read as a run's config ({what}); leave that run out") from error
 
 
-def _differences(configs: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """For each config the keys whose values are not the same in all."""
-    keys = dict.fromkeys(key for config in configs for key in config)
-    differing = [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]
-    return [{key: str(config.get(key)) for key in differing if not key.startswith("run.")} for config in configs]
-
-
-def flat(node: Any, at: str = "") -> dict[str, Any]:
-    """A nested config as dotted keys."""
+def _dotted(node: Any, at: str = "") -> dict[str, Any]:
     if not isinstance(node, dict) or not node:
         return {at: node}
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        found |= flat(value, f"{at}.{key}" if at else str(key))
-    return found
+    prefix = f"{at}." if at else ""
+    return {key: value for name, inner in node.items() for key, value in _dotted(inner, f"{prefix}{name}").items()}
 
 
-def _key_and_value(override: str) -> tuple[str, str]:
-    key, _, value = override.lstrip("+").partition("=")
-    return key, value
+def differing_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the keys whose values differ between configs, except a run's own name and place."""
+    keys = dict.fromkeys(key for config in configs for key in config if not key.startswith("run."))
+    return [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]

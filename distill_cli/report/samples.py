@@ -1,17 +1,17 @@
-"""The recorded answers as a page shows them: tokens with both models' view, KL by position, the worst tokens.
+"""The recorded answers as a page shows them: tokens with both models' predictions, KL by position, the worst tokens.
 
-Texts of all tokens stand once in a table; an answer's tokens are numbers of its rows. A page holds MAX_TOKENS tokens:
-where there are more, answers are cut, and the page says so.
+The texts of all tokens are one table; an answer's tokens are indices into it. A page holds MAX_TOKENS tokens: longer
+answers are cut, and the page says so.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeGuard
 
 import pyarrow
 import pyarrow.compute
@@ -20,14 +20,16 @@ import pyarrow.parquet
 from distill_cli.report.history import History
 
 MAX_TOKENS = 35_000
-"""Of all answers of a page: what fits beside the rest in 5 MB."""
+"""Tokens of all answers of a page: what fits into 5 MB with the rest."""
 NUM_WORST = 12
 MAX_POSITIONS = 100
-"""Points of a curve; neighbouring positions share one where there are more."""
+"""Points of a curve; neighbouring positions share one if there are more."""
+ROW = ("prompt_index", "prompt", "finish_reason", "reward")
 SCALARS = ("loss", "kl_forward", "kl_reverse", "entropy", "student_logp", "teacher_logp")
 ROLES = ("student", "teacher")
+BY_TOKEN = (*SCALARS, "tokens", *(f"{role}_top_{what}" for role in ROLES for what in ("tokens", "logp")))
 TURNS = {"system", "user", "assistant", "model"}
-"""What is left of a chat template's markers where special tokens are left out."""
+"""What remains of a chat template's markers without special tokens."""
 
 
 @dataclass
@@ -37,92 +39,38 @@ class Answer:
     run: int
     step: int
     row: dict[str, Any]
-    """Lists by token are cut where the page cuts them."""
+    """Columns by token are cut where the page cuts them."""
     kl: list[float | None]
-    """KL forward of every token; None where a token reaches no loss."""
-
-    @property
-    def length(self) -> int:
-        return len(self.kl)
-
-
-@dataclass
-class TokenTable:
-    """Texts, each once."""
-
-    texts: list[str] = field(default_factory=list)
-    numbers: dict[str, int] = field(default_factory=dict)
-
-    def number(self, text: str) -> int:
-        if text not in self.numbers:
-            self.numbers[text] = len(self.texts)
-            self.texts.append(text)
-        return self.numbers[text]
+    """KL forward of every token; None if a token has no loss."""
 
 
 def read_answers(histories: Sequence[History]) -> list[Answer]:
-    """Of one run every recorded step; of several the first and the last of each. Long ones are cut."""
+    """Read every recorded step of one run, the first and the last of each of several. Long answers are cut."""
     tables = []
-    for number, history in enumerate(histories):
+    for run, history in enumerate(histories):
         files = history.sample_files
         if len(histories) > 1 and len(files) > 2:
             files = [files[0], files[-1]]
-        tables += [(number, step, pyarrow.parquet.read_table(file)) for step, file in files]
-    tables = [(number, step, table) for number, step, table in tables if "kl_forward" in table.column_names]
+        tables += [(run, step, pyarrow.parquet.read_table(file)) for step, file in files]
+    tables = [(run, step, table) for run, step, table in tables if "kl_forward" in table.column_names]
     kls = [table["kl_forward"].to_pylist() for _, _, table in tables]
     limit = longest_shown([len(kl) for of_table in kls for kl in of_table])
     return [
-        Answer(number, step, row, kl)
-        for (number, step, table), of_table in zip(tables, kls, strict=True)
+        Answer(run, step, row, kl)
+        for (run, step, table), of_table in zip(tables, kls, strict=True)
         for row, kl in zip(_cut(table, limit), of_table, strict=True)
     ]
 
 
 def _cut(table: pyarrow.Table, limit: int) -> list[dict[str, Any]]:
-    """The rows, with the first `limit` tokens of what is listed by token."""
-    by_token = [*SCALARS, "tokens", *(f"{role}_top_{what}" for role in ROLES for what in ("tokens", "logp"))]
-    columns = {name: table[name] for name in ("prompt_index", "prompt", "finish_reason", "reward")}
-    if limit:
-        columns |= {name: pyarrow.compute.list_slice(table[name], 0, limit) for name in by_token}
-    else:
-        columns |= {name: table[name] for name in by_token}
+    """Return the rows, with the first `limit` tokens of each column by token."""
+    columns = {name: table[name] for name in ROW}
+    columns |= {name: pyarrow.compute.list_slice(table[name], 0, max(limit, 1)) for name in BY_TOKEN}
     return pyarrow.table(columns).to_pylist()
 
 
-def page_samples(answers: Sequence[Answer]) -> dict[str, Any]:
-    """What the page's script draws the disagreement view from."""
-    table = TokenTable()
-    prompts: dict[int, str] = {}
-    for answer in answers:
-        prompts.setdefault(answer.row["prompt_index"], answer.row["prompt"])
-    order = {index: place for place, index in enumerate(prompts)}
-    shown = [_page_answer(answer, order[answer.row["prompt_index"]], table) for answer in answers]
-    return {
-        "prompts": [{"index": index, "text": text, "name": name_of(text)} for index, text in prompts.items()],
-        "answers": shown,
-        "tokens": table.texts,
-        "worst": worst_tokens(answers, order),
-        "cut": sum(answer.length - len(answer.row["tokens"]) for answer in answers),
-        "scale": colour_scale(shown),
-    }
-
-
-def name_of(prompt: str) -> str:
-    """A prompt in one line, without the lines of a chat template that only say whose turn it is."""
-    lines = [line.strip() for line in prompt.splitlines()]
-    return " ".join(line for line in lines if line and line not in TURNS) or prompt.strip()
-
-
-def colour_scale(shown: Sequence[dict[str, Any]]) -> float:
-    """KL of the fullest colour: a hundredth of the tokens lie above it in that run and step where it is highest."""
-    values: dict[tuple[int, int], list[float]] = defaultdict(list)
-    for answer in shown:
-        values[answer["run"], answer["step"]] += [value for value in answer["kl_forward"] if value is not None]
-    return max([1e-3, *(sorted(found)[int(0.99 * (len(found) - 1))] for found in values.values() if found)])
-
-
 def longest_shown(lengths: Sequence[int]) -> int:
-    """Where answers are cut, so that all together are at most MAX_TOKENS: the short ones leave the long ones room."""
+    """Return the length to cut answers to, so that all together have at most MAX_TOKENS tokens."""
     room, left = MAX_TOKENS, len(lengths)
     for length in sorted(lengths):
         if length * left > room:
@@ -131,99 +79,118 @@ def longest_shown(lengths: Sequence[int]) -> int:
     return max(lengths, default=0)
 
 
-def _page_answer(answer: Answer, prompt: int, table: TokenTable) -> dict[str, Any]:
-    row = answer.row
-    shown = {
-        "run": answer.run,
-        "step": answer.step,
-        "prompt": prompt,
-        "reward": row["reward"],
-        "finish": row["finish_reason"],
-        "length": answer.length,
-        "mean": _rounded(fmean([value for value in answer.kl if _is_number(value)] or [0.0])),
-        "tokens": [table.number(text) for text in row["tokens"]],
+def page_samples(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Return the data of the page's disagreement view."""
+    tokens: dict[str, int] = {}
+    prompts: dict[int, str] = {}
+    for answer in answers:
+        prompts.setdefault(answer.row["prompt_index"], answer.row["prompt"])
+    order = {index: place for place, index in enumerate(prompts)}
+    shown = [_page_answer(answer, order, tokens) for answer in answers]
+    return {
+        "prompts": [{"index": index, "text": text, "name": _one_line(text)} for index, text in prompts.items()],
+        "answers": shown,
+        "tokens": list(tokens),
+        "worst": _worst_tokens(answers, order),
+        "cut": sum(len(answer.kl) - len(answer.row["tokens"]) for answer in answers),
+        "scale": _colour_scale(answers),
     }
-    for name in SCALARS:
-        shown[name] = [_rounded(value) for value in row[name]]
+
+
+def _one_line(prompt: str) -> str:
+    """Return a prompt in one line, without the lines of a chat template that only name a role."""
+    lines = [line.strip() for line in prompt.splitlines()]
+    return " ".join(line for line in lines if line and line not in TURNS) or prompt.strip()
+
+
+def _colour_scale(answers: Sequence[Answer]) -> float:
+    """Return the KL of the fullest colour: the highest 99th percentile of a run's step."""
+    values: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for answer in answers:
+        values[answer.run, answer.step] += [float(f"{kl:.3g}") for kl in answer.row["kl_forward"] if _is_finite(kl)]
+    return max([1e-3, *(sorted(kls)[int(0.99 * (len(kls) - 1))] for kls in values.values() if kls)])
+
+
+def _page_answer(answer: Answer, order: dict[int, int], tokens: dict[str, int]) -> dict[str, Any]:
+    """Return an answer for the page; adds its texts to `tokens`, a text's index in the table."""
+    row = answer.row
+
+    def indices(texts: Sequence[str]) -> list[int]:
+        return [tokens.setdefault(text, len(tokens)) for text in texts]
+
+    shown = {
+        **{"run": answer.run, "step": answer.step, "prompt": order[row["prompt_index"]], "reward": row["reward"]},
+        "finish": row["finish_reason"],
+        "length": len(answer.kl),
+        "mean": _rounded(fmean([kl for kl in answer.kl if _is_finite(kl)] or [0.0])),
+        "tokens": indices(row["tokens"]),
+    }
+    shown |= {name: [_rounded(value) for value in row[name]] for name in SCALARS}
     for role in ROLES:
-        shown[f"{role}_top"] = [[table.number(text) for text in texts] for texts in row[f"{role}_top_tokens"]]
-        shown[f"{role}_p"] = [[_logp(value) for value in values] for values in row[f"{role}_top_logp"]]
+        shown[f"{role}_top"] = [indices(texts) for texts in row[f"{role}_top_tokens"]]
+        logps = row[f"{role}_top_logp"]
+        shown[f"{role}_p"] = [[round(logp, 2) if _is_finite(logp) else -100.0 for logp in top] for top in logps]
     return shown
 
 
-def worst_tokens(answers: Sequence[Answer], order: dict[int, int]) -> list[dict[str, Any]]:
-    """The tokens of highest KL, of each run's first and last recorded step, among those that the page shows."""
-    found = []
-    for run in sorted({answer.run for answer in answers}):
-        of_run = [answer for answer in answers if answer.run == run]
-        steps = sorted({answer.step for answer in of_run})
-        for step in dict.fromkeys((steps[0], steps[-1])):
-            tokens = [
-                (value, position, answer)
-                for answer in of_run
-                if answer.step == step
-                for position, value in enumerate(answer.row["kl_forward"])
-                if _is_number(value)
-            ]
-            tokens.sort(key=lambda token: -token[0])
-            found += [_worst(*token, order=order) for token in tokens[:NUM_WORST]]
-    return found
+def _first_and_last(answers: Sequence[Answer]) -> Iterator[tuple[int, int, list[Answer]]]:
+    """Yield run, step and answers of each run's first and last recorded step."""
+    runs: dict[int, dict[int, list[Answer]]] = defaultdict(lambda: defaultdict(list))
+    for answer in answers:
+        runs[answer.run][answer.step].append(answer)
+    for run, steps in sorted(runs.items()):
+        for step in dict.fromkeys((min(steps), max(steps))):
+            yield run, step, steps[step]
 
 
-def _worst(value: float, position: int, answer: Answer, *, order: dict[int, int]) -> dict[str, Any]:
-    row = answer.row
-    return {
-        "run": answer.run,
-        "step": answer.step,
-        "prompt": order[row["prompt_index"]],
-        "position": position,
-        "kl": _rounded(value),
-        "before": "".join(row["tokens"][max(0, position - 12) : position]),
-        "token": row["tokens"][position],
-        "student": [row["student_top_tokens"][position][0], round(row["student_top_logp"][position][0], 4)],
-        "teacher": [row["teacher_top_tokens"][position][0], round(row["teacher_top_logp"][position][0], 4)],
-    }
+def _worst_tokens(answers: Sequence[Answer], order: dict[int, int]) -> list[dict[str, Any]]:
+    """Return the tokens of highest KL, of each run's first and last recorded step, that the page shows."""
+    worst = []
+    for run, step, of_step in _first_and_last(answers):
+        kls = [(kl, at, answer.row) for answer in of_step for at, kl in enumerate(answer.row["kl_forward"])]
+        kls = sorted((token for token in kls if _is_finite(token[0])), key=lambda token: -token[0])
+        worst += [
+            {
+                **{"run": run, "step": step, "prompt": order[row["prompt_index"]], "position": at, "kl": _rounded(kl)},
+                "before": "".join(row["tokens"][max(0, at - 12) : at]),
+                "token": row["tokens"][at],
+                **{
+                    role: [row[f"{role}_top_tokens"][at][0], round(row[f"{role}_top_logp"][at][0], 4)] for role in ROLES
+                },
+            }
+            for kl, at, row in kls[:NUM_WORST]
+        ]
+    return worst
 
 
 def position_rows(histories: Sequence[History], answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """The `positions` dataset: mean KL forward by position, of each run's first and last recorded step."""
+    """Return the `positions` dataset: mean KL forward by position, of each run's first and last recorded step."""
     rows = []
-    for number, history in enumerate(histories):
-        of_run = [answer for answer in answers if answer.run == number]
-        steps = sorted({answer.step for answer in of_run})
-        width = -(-max((answer.length for answer in of_run), default=0) // MAX_POSITIONS) or 1
-        for step in dict.fromkeys(steps[:1] + steps[-1:]):
-            when = f"step {step}" + (", before training" if step == 0 else "")
-            sums: dict[int, list[float]] = defaultdict(list)
-            count: Counter[int] = Counter()
-            for answer in of_run:
-                if answer.step == step:
-                    known = [position for position, value in enumerate(answer.kl) if _is_number(value)]
-                    for position in known:
-                        sums[position // width].append(answer.kl[position])
-                    count.update({position // width for position in known})
-            rows += [
-                {
-                    "run": history.name,
-                    "when": when,
-                    "position": bucket * width + (width - 1) / 2,
-                    "label": str(bucket) if width == 1 else f"{bucket * width} to {(bucket + 1) * width - 1}",
-                    "kl": _rounded(sum(values) / len(values)),
-                    "count": count[bucket],
-                }
-                for bucket, values in sorted(sums.items())
-            ]
+    for run, step, of_step in _first_and_last(answers):
+        width = -(-max(len(answer.kl) for answer in answers if answer.run == run) // MAX_POSITIONS) or 1
+        buckets: dict[int, list[tuple[int, float]]] = defaultdict(list)
+        for number, answer in enumerate(of_step):
+            for position, kl in enumerate(answer.kl):
+                if _is_finite(kl):
+                    buckets[position // width].append((number, kl))
+        rows += [
+            {
+                "run": histories[run].name,
+                "when": f"step {step}" + (", before training" if step == 0 else ""),
+                "position": bucket * width + (width - 1) / 2,
+                "label": str(bucket) if width == 1 else f"{bucket * width} to {(bucket + 1) * width - 1}",
+                "kl": _rounded(sum(kl for _, kl in points) / len(points)),
+                "count": len({number for number, _ in points}),
+            }
+            for bucket, points in sorted(buckets.items())
+        ]
     return rows
 
 
-def _is_number(value: float | None) -> bool:
-    """Not so of a token that reaches no loss, nor where a model has lost its numbers."""
+def _is_finite(value: float | None) -> TypeGuard[float]:
+    """Return False for a token without loss, and for NaN and inf."""
     return value is not None and math.isfinite(value)
 
 
 def _rounded(value: float | None) -> float | None:
-    return float(f"{value:.3g}") if _is_number(value) else None
-
-
-def _logp(value: float) -> float:
-    return round(value, 2) if _is_number(value) else -100.0
+    return float(f"{value:.3g}") if _is_finite(value) else None

@@ -1,7 +1,7 @@
-"""What answers to a benchmark say about a model, and how sure that is. No torch.
+"""Estimates from a model's answers to a benchmark, with intervals and p-values. No torch.
 
-The unit of chance is the problem: intervals and p-values draw problems anew, never single answers, since answers to one
-problem are alike. Every draw has a fixed seed: the same answers give the same numbers.
+The unit of resampling is the problem, never a single answer, since answers to one problem are correlated. Every draw
+has a fixed seed: the same answers give the same numbers.
 
 Shape letters: P problems, S answers to each, D bootstrap or permutation draws.
 """
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 
 RIGHT = 0.5
-"""A reward above it is a right answer, where answers are right or wrong."""
+"""A reward above it is a right answer."""
 SEED = 0
 NUM_BOOTSTRAP = 10_000
 NUM_PERMUTATIONS = 100_000
 MAX_EXACT = 16
-"""Problems that differ, up to which every assignment of signs is gone through."""
+"""Up to so many problems that differ, every assignment of signs is enumerated."""
 CHUNK = 1_000
-"""Draws that are in memory at a time."""
+"""Draws in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """One model's accuracy less another's, on the same problems."""
+    """One model's accuracy minus another's, on the same problems."""
 
     estimate: Estimate
     p_value: float
-    """Of a paired test that signs are drawn for: how often a difference as large comes of two equal models."""
+    """Two-sided p-value of a paired sign-flip permutation test."""
 
 
 def pass_at(num_draws: int, *, num_right: int, num_samples: int) -> float:
-    """The chance that one of `num_draws` answers, drawn without putting back, is right: unbiased for pass@k.
+    """Return the chance that one of `num_draws` answers, drawn without replacement, is right: unbiased for pass@k.
 
     Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
     """
@@ -54,11 +54,11 @@ def pass_at(num_draws: int, *, num_right: int, num_samples: int) -> float:
 
 
 def majority(votes: Sequence[Hashable | None], rewards: Sequence[float]) -> float:
-    """The reward of the final answer that most samples of a problem give.
+    """Return the reward of the most frequent final answer to a problem.
 
-    None is no answer and no vote. Answers that share the most votes share the reward; without any vote it is 0.
+    None is no vote. Tied answers are averaged; without any vote the reward is 0.
     """
-    rewards_of = defaultdict(list)
+    rewards_of: dict[Hashable, list[float]] = defaultdict(list)
     for vote, reward in zip(votes, rewards, strict=True):
         if vote is not None:
             rewards_of[vote].append(reward)
@@ -70,36 +70,36 @@ def majority(votes: Sequence[Hashable | None], rewards: Sequence[float]) -> floa
 
 
 def estimate(values_P: Sequence[float]) -> Estimate:
-    """The mean of one value a problem, and where it lies."""
+    """Return the mean of one value per problem, and its interval."""
     return estimates([values_P])[0]
 
 
 def estimates(values_of: Sequence[Sequence[float]]) -> list[Estimate]:
-    """The same of several values of the same problems, which are drawn once for all."""
-    values_of = [np.asarray(values_P, dtype=float) for values_P in values_of]
-    means_of = [[values_P[drawn_DP].mean(1) for values_P in values_of] for drawn_DP in draws(len(values_of[0]))]
+    """Return the same for several values of the same problems, with common draws."""
+    arrays = [np.asarray(values_P, dtype=float) for values_P in values_of]
+    means_of = [[values_P[drawn_DP].mean(1) for values_P in arrays] for drawn_DP in draws(len(arrays[0]))]
     return [
         Estimate(float(values_P.mean()), *percentiles(np.concatenate(means_D)))
-        for values_P, means_D in zip(values_of, zip(*means_of, strict=True), strict=True)
+        for values_P, means_D in zip(arrays, zip(*means_of, strict=True), strict=True)
     ]
 
 
 def difference(ours_P: Sequence[float], theirs_P: Sequence[float]) -> Difference:
-    """Ours less theirs, problem by problem, with a two-sided p-value by sign flips.
+    """Return ours minus theirs, problem by problem, with a two-sided p-value by sign flips.
 
-    Under the hypothesis that the models are equal, each problem's difference could as well have the other sign. With up
-    to `MAX_EXACT` problems that differ, or where all that differ do so by as much (one answer a problem: McNemar's
-    exact test), the p-value is exact; else it is of `NUM_PERMUTATIONS` draws, and never below one in as many.
+    If the models are equal, each problem's difference has either sign with equal chance. The p-value is exact for up to
+    `MAX_EXACT` problems that differ, and if all differ by the same size (one answer per problem: McNemar's exact test);
+    else it comes from `NUM_PERMUTATIONS` draws and is at least one in as many.
     """
     differences_P = np.asarray(ours_P, dtype=float) - np.asarray(theirs_P, dtype=float)
     return Difference(estimate(differences_P), sign_flip_p(differences_P[differences_P != 0]))
 
 
 def sign_flip_p(differences_P: np.ndarray) -> float:
-    """The share of sign assignments whose sum is at least as far from 0. Takes differences that are not 0."""
+    """Return the share of sign assignments whose sum is at least as far from 0; no difference may be 0."""
     number = len(differences_P)
     sizes_P, observed = np.abs(differences_P), abs(differences_P.sum())
-    at_least = observed - 1e-9 * max(observed, 1.0)  # sums in another order round differently
+    at_least = observed - 1e-9 * max(observed, 1.0)  # rounding depends on the order of the sum
     if number == 0:
         return 1.0
     if np.ptp(sizes_P) < 1e-12:
@@ -116,27 +116,26 @@ def sign_flip_p(differences_P: np.ndarray) -> float:
 
 
 def gap_closed(before_P: Sequence[float], after_P: Sequence[float], teacher_P: Sequence[float]) -> Estimate | None:
-    """The share of the way from before to the teacher; None where there was no gap to close."""
+    """Return the share of the way from before to the teacher; None if there was no gap to close."""
     scores_3P = np.asarray([before_P, after_P, teacher_P], dtype=float)
 
-    def share(before: np.ndarray, after: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-        return (after - before) / (teacher - before)
-
-    means_3 = scores_3P.mean(1)
-    if means_3[2] <= means_3[0]:
+    before, after, teacher = scores_3P.mean(1)
+    if teacher <= before:
         return None
     means_3D = np.concatenate([scores_3P[:, drawn_DP].mean(2) for drawn_DP in draws(scores_3P.shape[1])], axis=1)
-    means_3D = means_3D[:, means_3D[2] > means_3D[0]]
-    return Estimate(float(share(*means_3)), *percentiles(share(*means_3D)))
+    before_D, after_D, teacher_D = means_3D[:, means_3D[2] > means_3D[0]]
+    shares_D = (after_D - before_D) / (teacher_D - before_D)
+    return Estimate(float((after - before) / (teacher - before)), *percentiles(shares_D))
 
 
 def draws(number: int) -> Iterator[np.ndarray]:
-    """int64 [chunk of D, P]: problems drawn with putting back."""
+    """Yield int64 [CHUNK, P]: problems drawn with replacement."""
     rng = np.random.default_rng(SEED)
     for _ in range(NUM_BOOTSTRAP // CHUNK):
         yield rng.integers(0, number, size=(CHUNK, number))
 
 
 def percentiles(values_D: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the 95% interval."""
     low, high = np.percentile(values_D, [2.5, 97.5])
     return float(low), float(high)

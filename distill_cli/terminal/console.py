@@ -1,4 +1,4 @@
-"""Rich's console for what the user reads, and what becomes of output that nobody reads any more."""
+"""Rich's console, and what happens to output whose reader is gone."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import io
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 import rich.console
 from rich.markup import escape
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 READER_GONE = 128 + signal.SIGPIPE
-"""The exit status of a command whose reader left, as a shell has it of any other."""
+"""The exit status of a command whose reader left, the one that shells report."""
 
 
 class Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
-        """Rich would end the process with status 1; `cli.main` does it with READER_GONE."""
+        """Raise; `cli.main` then exits with READER_GONE. Rich would exit with status 1."""
         raise BrokenPipeError
 
     def warn(self, text: str) -> None:
@@ -24,23 +28,21 @@ class Console(rich.console.Console):
 
 
 class RankOutput(io.FileIO):
-    """The main rank's way to the user. Once nobody reads it, the rank is told as by a terminal that was closed.
+    """The main rank's stream to the user. On a broken pipe, raise SIGHUP so that the run saves and stops, as for a
+    closed terminal: a failed write would count as a failure of the run."""
 
-    A write that fails would be taken for a failure of the run, which is to be saved first.
-    """
-
-    def write(self, data: bytes) -> int:
+    def write(self, data: ReadableBuffer, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
             discard(self.fileno())
-            if callable(signal.getsignal(signal.SIGHUP)):  # whoever heeds it
+            if callable(signal.getsignal(signal.SIGHUP)):
                 signal.raise_signal(signal.SIGHUP)
-            return len(data)
+            return memoryview(data).nbytes
 
 
 def discard(descriptor: int | None = None) -> None:
-    """Lets what is still written there (to standard output) go nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno() if descriptor is None else descriptor)
-    os.close(nowhere)
+    """Send all further output of a descriptor (standard output by default) to /dev/null."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno() if descriptor is None else descriptor)
+    os.close(null)

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run in progress: one panel that is drawn again, from the metrics' rows as they come."""
+"""The live panel of a run in progress, drawn from its rows of metrics as they come."""
 
 from __future__ import annotations
 
@@ -17,59 +17,53 @@ from distill_cli.metrics import METRICS
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_STEPS = 40
 PACE_STEPS = 20
-"""The time left is told from the pace of so many steps."""
+"""Steps whose pace predicts the time left."""
 LABEL_WIDTH = 9
 
 
 @dataclass
 class Screen:
-    """A run as far as it has come. Rich draws it."""
+    """A run as far as it has come, as a renderable of rich."""
 
     title: str
     num_steps: int | None
-    """None where it is not known yet."""
+    """None if it is not known yet."""
     stage: str = "starting"
     step: int = 0
     rows: list[tuple[float, Mapping[str, float]]] = field(default_factory=list)
     """When each step ended (seconds since 1970), and its metrics."""
     began: float = field(default_factory=time.time)
+    first_seen: dict[str, float] = field(default_factory=dict)
+    """The first value of each metric."""
     last_seen: dict[str, float] = field(default_factory=dict)
     """The newest value of each metric."""
-    first_seen: dict[str, float] = field(default_factory=dict)
 
     def add(self, step: int, metrics: Mapping[str, float], *, at: float | None = None) -> None:
-        """A step that is done."""
-        self.step = step
-        self.rows.append((time.time() if at is None else at, dict(metrics)))
+        """Add a finished step; `at` is when it ended (now)."""
         known = {key: value for key, value in metrics.items() if value is not None}
+        self.step = step
+        self.rows.append((time.time() if at is None else at, known))
         self.first_seen = known | self.first_seen
         self.last_seen |= known
 
     def __rich__(self) -> RenderableType:
+        step = f"step {self.step}" + (f"/{self.num_steps}" if self.num_steps else "")
+        progress = Table.grid(padding=(0, 2))
+        progress.add_column(width=max(LABEL_WIDTH, len(step)))
+        bar = ProgressBar(total=self.num_steps or None, completed=self.step, width=SPARK_STEPS)
+        progress.add_row(Text(step, style="bold"), bar, Text(self._times()))
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", width=LABEL_WIDTH)
-        table.add_column()
-        for name, told in self.lines():
-            table.add_row(name, Text(told))
-        return Panel(Group(self._bar(), table), title=Text(self.title), title_align="left", expand=False)
+        for label, text in self.lines():
+            table.add_row(label, Text(text))
+        return Panel(Group(progress, table), title=Text(self.title), title_align="left", expand=False)
 
-    def _bar(self) -> RenderableType:
-        of = f"/{self.num_steps}" if self.num_steps else ""
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(width=LABEL_WIDTH)
-        bar = ProgressBar(total=self.num_steps or None, completed=self.step, width=SPARK_STEPS)
-        grid.add_row(Text(f"step {self.step}{of}", style="bold"), bar, Text(self.clock()))
-        grid.columns[0].width = max(LABEL_WIDTH, len(f"step {self.step}{of}"))
-        return grid
-
-    def clock(self) -> str:
+    def _times(self) -> str:
         left = self.seconds_left()
-        return f"{_clock(time.time() - self.began)} so far" + (
-            f", about {_clock(left)} left" if left is not None else ""
-        )
+        return f"{_clock(time.time() - self.began)} so far" + ("" if left is None else f", about {_clock(left)} left")
 
     def seconds_left(self) -> float | None:
-        """From the pace of the last steps, validations and checkpoints included."""
+        """Return the time left at the pace of the last steps, with their validations and checkpoints."""
         times = [at for at, _ in self.rows[-PACE_STEPS - 1 :]]
         if not self.num_steps or len(times) < 2:
             return None
@@ -77,27 +71,23 @@ class Screen:
 
     def lines(self) -> list[tuple[str, str]]:
         """Return label and text of each line: the stage, then the metrics that have a value."""
-        rows: dict[str, list[str]] = {"now": [self.stage]}
+        rows = {"now": [self.stage]}
         for metric in METRICS:
-            if metric.panel is not None and metric.name in self.last_seen:
+            if metric.panel and metric.name in self.last_seen:
                 label, text = metric.panel
                 value, first = self.last_seen[metric.name], self.first_seen[metric.name]
-                part = text.format(value=value, first=first, spark=self.spark(metric.name))
-                rows.setdefault(label, []).append(part)
+                spark = sparks([row[metric.name] for _, row in self.rows[-SPARK_STEPS:] if metric.name in row])
+                rows.setdefault(label, []).append(text.format(value=value, first=first, spark=spark))
         return [(label, ", ".join(parts)) for label, parts in rows.items()]
-
-    def spark(self, key: str) -> str:
-        """The metric's last steps as a row of bars."""
-        values = [row[key] for _, row in self.rows[-SPARK_STEPS:] if row.get(key) is not None]
-        return sparks(values)
 
 
 def sparks(values: Sequence[float]) -> str:
+    """Return values as a row of bars between their extremes; empty for fewer than two."""
     if len(values) < 2:
         return ""
     low, high = min(values), max(values)
-    steps = len(SPARKS) - 1
-    return "".join(SPARKS[round(steps * (value - low) / (high - low)) if high > low else 0] for value in values)
+    top, span = len(SPARKS) - 1, (high - low) or 1
+    return "".join(SPARKS[round(top * (value - low) / span)] for value in values)
 
 
 def _clock(seconds: float) -> str:

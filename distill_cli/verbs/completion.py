@@ -59,7 +59,7 @@ def offered(before: Sequence[str], word: str) -> tuple[list[str], list[str] | No
 
 def values_of(place: argparse.Action | None) -> Iterable[str]:
     """Return the known values of a flag or a word: its choices, or its `complete` if others are allowed."""
-    return (place and place.choices) or getattr(place, "complete", ())
+    return getattr(place, "choices", None) or getattr(place, "complete", None) or ()
 
 
 def starting(word: str, offers: Iterable[str]) -> list[str]:

@@ -139,7 +139,7 @@ def test_only_a_run_is_watched(argv: list[str]) -> None:
     assert cli.run(["watch", *argv]) == 2
 
 
-def test_time_left_follows_from_pace() -> None:
+def test_time_left_follows_the_pace() -> None:
     screen = Screen("x", 10)
     assert screen.seconds_left() is None
     for step in range(3):

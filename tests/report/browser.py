@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through a pipe in the DevTools protocol: pages from disk, looked at and pointed at."""
+"""A headless Chromium driven over a pipe in the DevTools protocol, for pages from disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Browser:
-    """One page of one browser. `messages` are what the console and the page's errors said."""
+    """One page of one browser. `messages` collects console output, errors and requests."""
 
     def __init__(self, send: int, receive: int) -> None:
         self._send, self._receive, self._rest = send, receive, b""
@@ -58,11 +58,11 @@ class Browser:
             case "Log.entryAdded":
                 self.messages.append(json.dumps(message["params"]["entry"]))
             case "Network.requestWillBeSent" if not message["params"]["request"]["url"].startswith(("file:", "data:")):
-                self.messages.append(f"asked for {message['params']['request']['url']}")
+                self.messages.append(f"requested {message['params']['request']['url']}")
         return message
 
     def open(self, file: Path, *, dark: bool = False, width: int = 1280, height: int = 900) -> None:
-        """Opens the page and waits until its script has drawn everything."""
+        """Open the page and wait until its script has drawn everything."""
         self.messages.clear()
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -72,7 +72,7 @@ class Browser:
         self.wait(f"location.href === {json.dumps(url)} && document.documentElement?.dataset.drawn !== undefined")
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         done = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
@@ -84,7 +84,7 @@ class Browser:
             time.sleep(0.05)
 
     def point_at(self, selector: str) -> None:
-        """Moves the pointer onto the middle of an element, scrolled into view."""
+        """Move the pointer to the middle of an element, scrolled into view."""
         self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # it has scrolled
         box = f"const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
@@ -93,7 +93,7 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def hover(self, selector: str, *, until: str, timeout_s: float = 60) -> None:
-        """Points at an element until a condition holds: a page that has just been drawn may still move."""
+        """Point at an element until a condition holds: a page that has just been drawn may still move."""
         deadline = time.monotonic() + timeout_s
         while True:
             self.point_at(selector)
@@ -104,7 +104,7 @@ class Browser:
                     raise
 
     def screenshot(self, file: Path) -> None:
-        """The whole page."""
+        """Save an image of the whole page."""
         height = self.run("document.documentElement.scrollHeight")
         clip = {"x": 0, "y": 0, "width": self.run("innerWidth"), "height": height, "scale": 1}
         shot = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
@@ -117,7 +117,7 @@ def browser() -> Iterator[Browser]:
     with tempfile.TemporaryDirectory() as profile:
         flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage")
         command = [CHROMIUM, *flags, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
-        # The protocol is spoken on descriptors 3 and 4.
+        # The protocol uses descriptors 3 and 4.
         process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}', "bash", *command],
             pass_fds=(to_browser[0], from_browser[1]),
@@ -130,7 +130,7 @@ def browser() -> Iterator[Browser]:
         try:
             yield Browser(to_browser[1], from_browser[0])
         finally:
-            os.close(to_browser[1])  # which ends it
+            os.close(to_browser[1])  # ends the browser
             os.close(from_browser[0])
             try:
                 process.wait(10)

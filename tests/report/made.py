@@ -1,4 +1,4 @@
-"""Run folders as runs leave them, made without a run: curves with noise, and recorded answers of random tokens."""
+"""Run folders without a run: noisy curves, and recorded answers of random tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_run(
     seed: int = 0,
     slowness: float = 5.0,
 ) -> RunDir:
-    """A finished run whose student nears its teacher."""
+    """Write a finished run whose student approaches its teacher."""
     noise = random.Random(seed)
     folder.mkdir(parents=True)
     run = RunDir(folder)
@@ -41,7 +41,7 @@ def make_run(
     ended = {"state": "finished", "reason": None, "num_steps": num_steps, "seconds": 3723.0}
     write_json(run.outcome, {**ended, "before": before, "after": after, "teacher": teacher})
     parts = {"weights": 2**28, "gradients": 2**28, "optimizer": 2**29, "sampler": 2**27}
-    write_json(run.memory, {"peak": 3 * 2**29, "asleep": ["sampler"], "parts": parts})
+    write_json(run.resolved, {"memory": {"peak": 3 * 2**29, "asleep": ["sampler"], "parts": parts}})
     for step in recorded:
         answers = [
             make_answer(number, noise, words=words, num_tokens=num_tokens, sharpness=1 + step / 10)
@@ -106,7 +106,7 @@ def make_answer(
         teacher_top_logp=logp[num_tokens:],
     )
     views.kl_forward[1] = float("nan")
-    for name in vars(views):  # an environment's token
+    for name in vars(views):  # an observation's token
         getattr(views, name)[5] = [] if "_top_" in name else None
     prompt = Prompt(index=number, token_ids=[number, 1, 2], example=Example("?", "7"))
     sample = Sample(token_ids=tokens, logp=[-1.0] * num_tokens, finish_reason="length" if number == 1 else "stop")

@@ -29,7 +29,7 @@ def measures(kl: float, accuracy: float) -> dict:
 
 @pytest.fixture
 def grid(tmp_path: Path) -> Path:
-    """Three top-k by three weights; every run has a different end."""
+    """Three top-k by three weights; every run has different last values."""
     pairs = list(itertools.product((32, 64, 128), (0.3, 0.5, 0.7)))
     swept = [[f"loss.topk={topk}", f"loss.kl_weight={weight}"] for topk, weight in pairs]
     elements = [Element(index, element_name(index, words), words) for index, words in enumerate(swept)]
@@ -48,7 +48,7 @@ def printed(*paths: Path) -> str:
     return console.file.getvalue()
 
 
-def test_a_grid_of_two_keys_is_a_matrix_of_each_measure(grid: Path) -> None:
+def test_two_keys_make_a_matrix(grid: Path) -> None:
     lines = [line.split() for line in printed(grid).splitlines()]
     begin = lines.index(["KL", "forward", "(train/kl_forward)"])
     assert lines[begin + 1 : begin + 5] == [
@@ -63,7 +63,7 @@ def test_a_grid_of_two_keys_is_a_matrix_of_each_measure(grid: Path) -> None:
     assert ["best", "accuracy", "98.0%", "loss.topk=128", "loss.kl_weight=0.7"] in lines
 
 
-def test_what_has_not_finished_is_told_from_what_has(grid: Path) -> None:
+def test_unfinished_runs_are_marked(grid: Path) -> None:
     folders = sorted(folder for folder in grid.iterdir() if folder.is_dir())
     (folders[8] / "outcome.json").unlink()  # failed: nobody holds it
     (folders[7] / "outcome.json").unlink()
@@ -77,7 +77,7 @@ def test_what_has_not_finished_is_told_from_what_has(grid: Path) -> None:
     assert f"{folders[6].name} (waiting), {folders[7].name} (running), {folders[8].name} (failed)" in text
 
 
-def test_anything_else_is_one_row_a_run(tmp_path: Path) -> None:
+def test_other_runs_are_rows(tmp_path: Path) -> None:
     make_run(tmp_path / "a", [{"step": 0, "val/accuracy": 0.9}, {"step": 1, "train/loss": 0.5}])
     make_run(tmp_path / "b", [], state=None, topk=2)
     lines = [line.split() for line in printed(tmp_path / "a", tmp_path / "b").splitlines()]
@@ -88,14 +88,14 @@ def test_anything_else_is_one_row_a_run(tmp_path: Path) -> None:
     ]
 
 
-def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
+def test_folder_without_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a run .* nor a sweep"):
         read_results([tmp_path])
     with pytest.raises(ConfigError, match="no such folder"):
         read_results([tmp_path / "none"])
 
 
-def test_the_last_values_are_found_wherever_they_stand(tmp_path: Path) -> None:
+def test_last_values_are_read_backwards(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": step, "a": step, "long": "x" * 997} for step in range(200)]
     rows[3]["seldom"] = 7

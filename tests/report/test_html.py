@@ -1,4 +1,4 @@
-"""The page, in a real browser: drawn whole, without an error, without a request, whatever texts it is made of."""
+"""The page in a real browser: drawn completely, without errors or requests, with any text."""
 
 import itertools
 import subprocess
@@ -42,7 +42,7 @@ def page_of(folder: Path, *runs: Path) -> Path:
 
 
 def drawn(page: Browser) -> set[str]:
-    """The figures that have marks in them: lines, points, rectangles or bars with an extent."""
+    """Return the figures with marks: lines, points, rectangles or bars with an extent."""
     marks = ".role-mark.mark-line path, .role-mark.mark-rect path, .role-mark.mark-symbol path"
     has_extent = "m => m.getBoundingClientRect().width + m.getBoundingClientRect().height > 1"
     has_marks = f"c => [...c.querySelectorAll('{marks}')].some({has_extent})"
@@ -52,7 +52,7 @@ def drawn(page: Browser) -> set[str]:
 
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_every_figure_of_a_run_is_drawn_and_the_hover_works(chromium: Browser, tmp_path: Path, dark: bool) -> None:
+def test_every_figure_is_drawn(chromium: Browser, tmp_path: Path, dark: bool) -> None:
     run = make_run(tmp_path / "run")
     chromium.open(page_of(tmp_path, run.path), dark=dark)
     assert drawn(chromium) == EVERY_CHART
@@ -63,12 +63,12 @@ def test_every_figure_of_a_run_is_drawn_and_the_hover_works(chromium: Browser, t
     assert chromium.run("document.getElementById('tip').hidden")
     chromium.hover(".answer .tokens .t:nth-child(3)", until="!document.getElementById('tip').hidden")
     assert chromium.run("document.querySelectorAll('#tip .bar').length") == 10
-    told = chromium.run("document.getElementById('tip').innerText")
+    tip = chromium.run("document.getElementById('tip').innerText")
     for words in ("the student's likeliest", "the teacher's likeliest", "kl forward", "%"):
-        assert words in told
+        assert words in tip
     chromium.hover(
         ".answer .tokens .t:nth-child(6)",
-        until="document.getElementById('tip').innerText.startsWith(\"not the student's\")",
+        until="document.getElementById('tip').innerText.includes('observation')",
     )
     chromium.hover(
         ".answer .tokens .t:nth-child(2)",
@@ -83,7 +83,7 @@ def test_every_figure_of_a_run_is_drawn_and_the_hover_works(chromium: Browser, t
 
 
 @needs_browser
-def test_the_disagreement_view_shows_the_same_prompt_before_and_after(chromium: Browser, tmp_path: Path) -> None:
+def test_disagreement_view_shows_recorded_steps(chromium: Browser, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", recorded=(0, 10, 20))
     chromium.open(page_of(tmp_path, run.path))
     headers = "[...document.querySelectorAll('.answer > header b')].map(b => b.textContent)"
@@ -102,7 +102,7 @@ def test_the_disagreement_view_shows_the_same_prompt_before_and_after(chromium: 
 
 
 @needs_browser
-def test_texts_of_models_data_and_configs_stay_texts(chromium: Browser, tmp_path: Path) -> None:
+def test_hostile_texts_stay_texts(chromium: Browser, tmp_path: Path) -> None:
     folder = tmp_path / "<img src=x onerror=window.hurt=6>"
     config = "loss: {kl_type: '</script><script>window.hurt = 7</script>', topk: 64}\n'<b id=boo>': 1\n"
     run = make_run(folder, words=HOSTILE, config=config)
@@ -137,7 +137,7 @@ def sweep(tmp_path: Path) -> Path:
 
 
 @needs_browser
-def test_a_sweep_has_heat_maps_curves_and_the_keys_that_differ(chromium: Browser, sweep: Path) -> None:
+def test_sweep_has_heat_maps(chromium: Browser, sweep: Path) -> None:
     chromium.open(page_of(sweep, sweep))
     heat = {"grid-val_accuracy", "grid-train_kl_forward", "grid-train_kl_reverse"}
     assert drawn(chromium) == (EVERY_CHART - {"time", "memory"}) | heat
@@ -158,10 +158,10 @@ def test_a_sweep_has_heat_maps_curves_and_the_keys_that_differ(chromium: Browser
 
 
 @needs_browser
-def test_a_run_that_has_only_begun_has_a_page_too(chromium: Browser, tmp_path: Path) -> None:
+def test_unfinished_run_has_a_page(chromium: Browser, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", num_steps=1, recorded=())
     run.outcome.unlink()
-    run.memory.unlink()
+    run.resolved.unlink()
     run.metrics.write_text('{"step": 0, "time": 0, "val/accuracy": 0.5}\n')
     chromium.open(page_of(tmp_path, run.path))
     assert drawn(chromium) == {"accuracy"}
@@ -172,7 +172,7 @@ def test_a_run_that_has_only_begun_has_a_page_too(chromium: Browser, tmp_path: P
     assert chromium.messages == []
 
 
-def test_a_page_is_made_without_torch(tmp_path: Path) -> None:
+def test_page_needs_no_torch(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     code = "import sys; from distill_cli.cli import run; run(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "report", "run"], cwd=tmp_path, capture_output=True, text=True)
@@ -181,14 +181,14 @@ def test_a_page_is_made_without_torch(tmp_path: Path) -> None:
     assert (tmp_path / "run/report.html").stat().st_size < 2e6
 
 
-def test_long_answers_are_cut_so_that_all_fit() -> None:
+def test_long_answers_are_cut() -> None:
     assert longest_shown([30] * 10) == 30
     assert longest_shown([7000] * 100) == MAX_TOKENS // 100
     cut = longest_shown([10] * 100 + [9000] * 10)
     assert 10 * 100 + cut * 10 <= MAX_TOKENS < 10 * 100 + (cut + 1) * 10
 
 
-def test_many_steps_are_averaged_over_neighbours() -> None:
+def test_many_steps_are_averaged() -> None:
     rows = [{"step": step, "loss": float(step)} | ({"val": 1.0} if step == 7 else {}) for step in range(1, 11)]
     assert thinned(rows, 10) == rows
     few = thinned(rows, 5)
