@@ -1,1 +1,1 @@
-"""A run or a sweep as its launcher sees it: folders, attempts, submitting. No torch."""
+"""Runs, sweeps and searches: checking, preparing, carrying out, submitting, resuming, evaluating. No torch."""
