@@ -14,7 +14,8 @@ from rich.markup import escape
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job
 from distill_cli.config.credentials import credentials_environment
-from distill_cli.config.schema import ClusterConfig, Config
+from distill_cli.config.execution_schema import ClusterConfig
+from distill_cli.config.schema import Config
 from distill_cli.config.variation import config_text, load_config
 from distill_cli.data.row_check import DataFacts
 from distill_cli.errors import ConfigError

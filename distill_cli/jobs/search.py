@@ -21,8 +21,9 @@ from rich.markup import escape
 
 from distill_cli.config.compose import Job, check_overrides, compose
 from distill_cli.config.derived import validates
+from distill_cli.config.execution_schema import ClusterConfig, SearchSampler
 from distill_cli.config.overrides import sweeps, takes_fractions
-from distill_cli.config.schema import ClusterConfig, Config, SearchSampler
+from distill_cli.config.schema import Config
 from distill_cli.config.variation import load_config
 from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import read_outcome

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill_cli.config.derived import needs_sampler, needs_scorer
-from distill_cli.config.schema import Config, Dtype, EngineModelConfig
+from distill_cli.config.execution_schema import EngineModelConfig
+from distill_cli.config.schema import Config, Dtype
 from distill_cli.memory.shape import NoPrediction
 from distill_cli.models import model_files
 

@@ -29,8 +29,9 @@ from rich.markup import escape
 
 from distill_cli.checkpoint import store
 from distill_cli.config.compose import compose
+from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.fields import has_property
-from distill_cli.config.schema import ClusterConfig, Config, MeshConfig, StudentModel
+from distill_cli.config.schema import Config, MeshConfig, StudentModel
 from distill_cli.config.variation import load_config, override, save_config
 from distill_cli.data.registry import resolve_extract, resolve_verifier
 from distill_cli.errors import ConfigError, DistillError

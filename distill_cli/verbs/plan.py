@@ -23,8 +23,9 @@ from rich.table import Table
 
 from distill_cli.config.compose import Job, compose
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
+from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.flags import add_hydra_flags
-from distill_cli.config.schema import Config, EngineModelConfig, LoraSync
+from distill_cli.config.schema import Config, LoraSync
 from distill_cli.jobs.prepare import job_warnings, resolve_jobs, single_path
 from distill_cli.jobs.run_panels import training_rows, validation_rows
 from distill_cli.launch.base import launcher_of

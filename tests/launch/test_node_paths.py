@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distill_cli.config.compose import compose
-from distill_cli.config.schema import ClusterConfig
+from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.errors import ConfigError
 from distill_cli.launch.local import environment
 from distill_cli.launch.node_paths import node_variables, use_hub_cache

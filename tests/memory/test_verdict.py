@@ -8,7 +8,8 @@ import pytest
 
 from distill_cli import memory
 from distill_cli.config.compose import compose
-from distill_cli.config.schema import Config, Dtype, EngineModelConfig
+from distill_cli.config.execution_schema import EngineModelConfig
+from distill_cli.config.schema import Config, Dtype
 from distill_cli.errors import ConfigError
 from distill_cli.jobs.preflight import preflight
 from distill_cli.models import model_files
