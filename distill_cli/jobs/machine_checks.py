@@ -102,10 +102,8 @@ def memory(facts: Facts) -> Iterator[str]:
             return  # the memory of a cluster's node is not known here
         if ranks.on_gpus:
             yield from predictions.engine_problems(config, *folders, gpu_bytes=total)
-        device = predictions.Device(total, ranks.on_gpus)
-        problem = predictions.problem(
-            config, shape, *folders, num_ranks=ranks.total, ranks_here=ranks.per_node, device=device
-        )
+        device = predictions.Device(total, ranks.on_gpus, ranks.per_node)
+        problem = predictions.problem(config, shape, *folders, num_ranks=ranks.total, device=device)
         yield from [problem] if problem else []
     except predictions.NoPrediction as error:
         facts.no_memory = str(error)
