@@ -121,14 +121,14 @@ class ResolvedRun:
         """
         config = load_config(run.config)
         try:
-            found = _build(cls, {**json.loads(run.resolved.read_text()), "config": config})
+            resolved = _build(cls, {**json.loads(run.resolved.read_text()), "config": config})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{run.resolved}: cannot be read ({error}); `distill resume` writes it anew") from error
         keys = {"student": "model.student.path", "tokenizer": "model.tokenizer"}
-        if found.teacher is not None and needs_teacher:
+        if resolved.teacher is not None and needs_teacher:
             keys["teacher"] = "model.teacher.path"
-        moved = {name: getattr(found, name).on_this_machine(key=key) for name, key in keys.items()}
-        return dataclasses.replace(found, **moved)
+        moved = {name: getattr(resolved, name).on_this_machine(key=key) for name, key in keys.items()}
+        return dataclasses.replace(resolved, **moved)
 
 
 def _build(kind: Any, value: Any) -> Any:

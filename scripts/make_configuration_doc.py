@@ -108,14 +108,14 @@ def fields_of(node: ast.ClassDef) -> list[Field]:
     """Return the annotated attributes of a dataclass; the limits of a key follow its meaning."""
     fields = []
     for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
-        if not isinstance(statement, ast.AnnAssign):
+        if not isinstance(statement, ast.AnnAssign) or statement.value is None:
             continue
         is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        meaning = _one_line(after.value.value) if is_text else ""
+        meaning = _one_line(ast.literal_eval(ast.unparse(after))) if after is not None and is_text else ""
         keywords = {word.arg: word.value for word in getattr(statement.value, "keywords", [])}
         limits = [f"{name.replace('_', ' ')} {ast.unparse(keywords[name])}" for name in LIMITS if name in keywords]
         parts = [meaning, *([" and ".join(limits).capitalize() + "."] if limits else [])]
-        name, kind = statement.target.id, ast.unparse(statement.annotation)
+        name, kind = ast.unparse(statement.target), ast.unparse(statement.annotation)
         fields.append(Field(name, kind, default_of(statement.value, keywords), " ".join(parts).strip()))
     return fields
 
@@ -131,7 +131,7 @@ def default_of(value: ast.expr, keywords: dict[str | None, ast.expr]) -> str:
 
 
 def enum_values(node: ast.ClassDef) -> list[str]:
-    return [statement.value.value for statement in node.body if isinstance(statement, ast.Assign)]
+    return [ast.literal_eval(statement.value) for statement in node.body if isinstance(statement, ast.Assign)]
 
 
 def table(fields: list[Field]) -> str:

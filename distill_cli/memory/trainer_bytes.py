@@ -118,12 +118,8 @@ class Activations:
                 products = query + 2 * key + 2 * mlp + 2 * whole_hidden
                 kept = c * (hidden + products + query)
         own_input = c * hidden if step.bf16 and step.checkpointing is not Checkpointing.none else 0
-        return cls(
-            kept=kept,
-            at_work=everything + own_input + c * (whole_hidden + 2 * mlp),
-            last_norm=norm(hidden) + c * whole_hidden,
-            mlp_input=c * whole_hidden,
-        )
+        at_work = everything + own_input + c * (whole_hidden + 2 * mlp)
+        return cls(kept, at_work, last_norm=norm(hidden) + c * whole_hidden, mlp_input=c * whole_hidden)
 
 
 def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:
@@ -181,9 +177,8 @@ def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:
 
 def _reducing(elements: float, step: Step) -> float:
     """Return the bytes while gradients are summed over ranks: whole ones, their float32 copy, and the sum."""
-    if step.parameter_ranks == 1:
-        return 3 * FLOAT32 * elements
-    return elements * max(step.computed + FLOAT32, FLOAT32 + FLOAT32 / step.parameter_ranks)
+    s = step.parameter_ranks
+    return elements * (3 * FLOAT32 if s == 1 else max(step.computed + FLOAT32, FLOAT32 + FLOAT32 / s))
 
 
 def _loss_bytes(shape: ModelShape, step: Step) -> float:
