@@ -82,9 +82,8 @@ def compose(overrides: Sequence[str], flags: Sequence[str] = (), *, unread: Sequ
 
 def check_overrides(overrides: Sequence[str], flags: Sequence[str] = ()) -> None:
     """Raise ConfigError if overrides are wrong, with all problems at once: Hydra stops at the first."""
-    problems = []
-    if "--resolve" in flags and "--cfg" not in flags:
-        problems.append("--resolve: is for --cfg; add it, or leave this out")
+    has_no_use = "--resolve" in flags and "--cfg" not in flags
+    problems = ["--resolve: is for --cfg; add it, or leave this out"] if has_no_use else []
     if "--shell-completion" not in flags:  # what follows that flag are no overrides
         problems += override_problems(overrides, conf_dirs=conf_dirs(flags))
     if problems:
