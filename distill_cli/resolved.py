@@ -1,6 +1,6 @@
-"""What a config comes to on this machine, with these models and this data: worked out once, before anything starts.
+"""The facts that follow from a config on this machine, with its models and data: derived once, before a run starts.
 
-Preflight makes a `ResolvedRun` and writes it as resolved.json beside config.yaml. Ranks, evaluation, export and resume
+Preflight makes a `ResolvedRun` and writes it as resolved.json next to config.yaml. Ranks, evaluation, export and resume
 read it instead of deriving folders, vocabularies, ranks and lengths from the config again.
 """
 
@@ -26,11 +26,11 @@ class SharedVocabulary:
     """The token ids that student and teacher share."""
 
     size: int
-    """Ids from here on occur nowhere."""
+    """Ids below it may occur; no others do."""
     limit: int | None
-    """`size` if one of the models has ids from there on; None if there is nothing to leave out."""
+    """`size` if a model has further ids, which sampling and loss leave out; else None."""
     merged_eos_ids: tuple[int, ...]
-    """End-of-sequence tokens of either model that the loss takes for one (`model.eos_map`); empty if they agree."""
+    """End-of-sequence tokens of either model that the loss merges (`model.eos_map`); empty if the models agree."""
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,29 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens, at most."""
+    """Greatest lengths in tokens."""
 
     prompt: int
     teacher_prompt: int
     validation: int
-    """A sequence in validation or evaluation."""
+    """Length of a sequence in validation or evaluation."""
     student: int
-    """A sequence in the student's engine."""
+    """Length of a sequence in the student's engine."""
     teacher: int
-    """A sequence in the teacher's engine."""
+    """Length of a sequence in the teacher's engine."""
 
 
 @dataclass(frozen=True)
 class PredictedMemory:
-    """The peak of one rank, in bytes (see `memory`)."""
+    """The predicted peak of one rank, in bytes (see `memory`)."""
 
     peak: int
     parts: dict[str, int]
-    """Trainer's parts and engines; on a GPU of unknown size without the engines that take a share of it."""
+    """The trainer's parts and the engines; on a GPU of unknown size without engines that take a share of it."""
     moment: str
-    """When the trainer holds most."""
+    """The moment of an update at which the trainer holds most."""
     asleep: tuple[str, ...]
-    """Engines that give their memory back while the student trains."""
+    """Engines that free their memory while the student trains."""
 
 
 @dataclass(frozen=True)
@@ -80,64 +80,61 @@ class ResolvedRun:
     config: Config
     student: ModelFiles
     teacher: ModelFiles | None
-    """None if no teacher is asked: a replay, or the evaluation of a student."""
+    """None if the run needs no teacher: a replay, or the evaluation of a student."""
     tokenizer: ModelFiles
-    """Whose tokenizer prompts are rendered with: the student, unless `model.tokenizer` names another."""
+    """The model whose tokenizer renders the prompts: the student, unless `model.tokenizer` names another."""
     vocabulary: SharedVocabulary
     ranks: Ranks
     lengths: Lengths
     num_steps: int
-    """At most; fewer if prompts are left out of the data."""
+    """Training steps, at most; fewer if prompts of the data are left out."""
     num_train_rows: int | None
-    """None if the source is streamed."""
+    """Rows of the training data; None if the source is streamed."""
     num_validation_rows: int | None
     num_recorded_steps: int | None
-    """Steps that a replay trains on; None if it is none."""
+    """Recorded steps of a replay; None in other runs."""
     recorded_run: Path | None
-    """Folder of the run that a replay trains on; None if it is none."""
+    """Folder of the run that a replay trains on; None in other runs."""
     memory: PredictedMemory | None
     no_memory: str | None
-    """Why there is no prediction; None if there is one."""
+    """Reason why `memory` is None."""
     warnings: tuple[str, ...]
 
     def model(self, role: str) -> ModelFiles:
-        """Return the files of `student` or `teacher`."""
-        found = getattr(self, role)
-        assert found is not None, f"the run asks no {role}"
-        return found
+        """Return the files of the model with the role `student` or `teacher`."""
+        files = self.student if role == "student" else self.teacher
+        assert files is not None, f"the run has no {role}"
+        return files
 
     def write(self, run: RunDir) -> None:
-        """Write resolved.json. The config is in config.yaml, beside it."""
-        content = dataclasses.asdict(dataclasses.replace(self, config=None))  # type: ignore[arg-type]
-        content.pop("config")
+        """Write resolved.json. The config has its own file, config.yaml."""
+        content = {name: value for name, value in dataclasses.asdict(self).items() if name != "config"}
         write_json(run.resolved, json.loads(json.dumps(content, default=str)))
 
     @classmethod
     def read(cls, run: RunDir, *, needs_teacher: bool = True) -> ResolvedRun:
-        """Read resolved.json and config.yaml, with model folders as they are on this machine.
+        """Read resolved.json and config.yaml, with the models' folders on this machine.
 
         Args:
-            needs_teacher: False does not look for the teacher, which may be gone.
+            needs_teacher: False does not look for the teacher, which may have been deleted.
 
         Raises:
-            ConfigError: a file is missing or damaged, or a model is not there.
+            ConfigError: a file is missing or damaged, or a model cannot be found.
         """
         config = load_config(run.config)
         try:
-            content = json.loads(run.resolved.read_text())
-            found = _build(cls, {**content, "config": config})
+            resolved = _build(cls, {**json.loads(run.resolved.read_text()), "config": config})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{run.resolved}: cannot be read ({error}); `distill resume` writes it anew") from error
-        student = found.student.on_this_machine(key="model.student.path")
-        teacher = found.teacher
-        if teacher is not None and needs_teacher:
-            teacher = teacher.on_this_machine(key="model.teacher.path")
-        tokenizer = found.tokenizer.on_this_machine(key="model.tokenizer")
-        return dataclasses.replace(found, student=student, teacher=teacher, tokenizer=tokenizer)
+        keys = {"student": "model.student.path", "tokenizer": "model.tokenizer"}
+        if resolved.teacher is not None and needs_teacher:
+            keys["teacher"] = "model.teacher.path"
+        moved = {name: getattr(resolved, name).on_this_machine(key=key) for name, key in keys.items()}
+        return dataclasses.replace(resolved, **moved)
 
 
 def _build(kind: Any, value: Any) -> Any:
-    """Return a JSON value as the annotated type: a dataclass, a path, a tuple, an optional."""
+    """Return a JSON value as the annotated type `kind`: a dataclass, a path, a tuple, an optional."""
     if isinstance(kind, types.UnionType):
         (inner,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
         return None if value is None else _build(inner, value)
@@ -145,7 +142,7 @@ def _build(kind: Any, value: Any) -> Any:
         return Path(value)
     if typing.get_origin(kind) is tuple:
         return tuple(value)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         return kind(**{name: _build(hints[name], item) for name, item in value.items()})
     return value

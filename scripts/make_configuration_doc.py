@@ -1,7 +1,7 @@
-"""Writes docs/configuration.md from the dataclasses of distill_cli/config/schema.py and the files of conf/.
+"""Write docs/configuration.md from the config's schema in distill_cli/config/ and the files of conf/.
 
-python scripts/make_configuration_doc.py            # writes it
-python scripts/make_configuration_doc.py --check    # status 1 where it is not current
+python scripts/make_configuration_doc.py            # write it
+python scripts/make_configuration_doc.py --check    # exit with status 1 if it is not current
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from distill_cli.config.fields import LIMITS
 from distill_cli.losses.divergence import DIVERGENCES, PARAMETERS, parameters_of
 
 ROOT = Path(__file__).parent.parent
-SCHEMA = ROOT / "distill_cli/config/schema.py"
+SCHEMA = [ROOT / "distill_cli/config" / name for name in ("schema.py", "execution_schema.py")]
 PAGE = ROOT / "docs/configuration.md"
 CONF = ROOT / "conf"
 
@@ -23,11 +24,11 @@ INTRODUCTION = """\
 # Configuration
 
 Every key, with its type, default and meaning. This page is made by `python scripts/make_configuration_doc.py` from
-[`schema.py`](../distill_cli/config/schema.py), [`divergence.py`](../distill_cli/losses/divergence.py) and
-[`conf/`](../conf); a test holds it current.
+[`schema.py`](../distill_cli/config/schema.py), [`execution_schema.py`](../distill_cli/config/execution_schema.py),
+[`divergence.py`](../distill_cli/losses/divergence.py) and [`conf/`](../conf); a test holds it current.
 
-Defaults are those of the Qwen3 recipe on GPUs. The embedded default, `model=tiny`, turns down what a laptop needs
-turned down; `distill --cfg job` prints what a command composes to.
+Defaults are those of the Qwen3 recipe on GPUs. The files of `conf/` choose others by group; `model=tiny`, the default
+choice, scales all of them to a laptop. `distill --cfg job` prints what a command composes to.
 
 ```bash
 distill --cfg job                                   # every key with its value
@@ -42,7 +43,7 @@ distill 'model.chat_template_kwargs={enable_thinking: false}'   # so are diction
 
 @dataclass(frozen=True)
 class Field:
-    """One line of a dataclass."""
+    """One key, as a row of the table."""
 
     key: str
     kind: str
@@ -63,9 +64,9 @@ def main() -> int:
 
 
 def page() -> str:
-    """The whole text."""
-    tree = ast.parse(SCHEMA.read_text())
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    """Return the text of the page."""
+    nodes = [node for file in SCHEMA for node in ast.parse(file.read_text()).body]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
     enums = {name: enum_values(node) for name, node in classes.items() if _bases(node) == ["Enum"]}
     parts = [INTRODUCTION]
     for group in fields_of(classes["Config"]):
@@ -78,59 +79,59 @@ def page() -> str:
 
 
 def rows(node: ast.ClassDef, prefix: str, classes: dict, enums: dict) -> list[Field]:
-    """The keys of a dataclass and of those inside it, with their whole names."""
-    found = []
+    """Return the keys of a dataclass and of those inside it, with their dotted names."""
+    fields = []
     for field in fields_of(node):
         key = f"{prefix}.{field.key}"
         inner = field.kind.removesuffix(" | None")
         if inner in classes and inner not in enums:
-            found += rows(classes[inner], key, classes, enums)
+            fields += rows(classes[inner], key, classes, enums)
             continue
         kind = field.kind.replace(inner, ", ".join(enums[inner])) if inner in enums else field.kind
         default = field.default.split(".")[-1] if inner in enums else field.default
-        found.append(Field(key, kind.replace(" | None", " or null"), default, field.meaning))
-    return found + (parameter_rows() if node.name == "LossConfig" else [])
+        fields.append(Field(key, kind.replace(" | None", " or null"), default, field.meaning))
+    return fields + (parameter_rows() if node.name == "LossConfig" else [])
 
 
 def parameter_rows() -> list[Field]:
-    """The keys that a divergence's signature declares."""
-    found = []
+    """Return the keys that the signatures of divergences declare."""
+    fields = []
     for name, kind in PARAMETERS.items():
         takers = {kl_type: parameters_of(kl_type)[name] for kl_type in DIVERGENCES if name in parameters_of(kl_type)}
-        told = [f"{kl_type} ({taken.annotation.__metadata__[0]}; {taken.default})" for kl_type, taken in takers.items()]
-        meaning = f"A parameter of {', '.join(told)}; null is its default there."
-        found.append(Field(f"loss.{name}", f"{kind.__name__} or null", "null", meaning))
-    return found
+        uses = [f"{kl_type} ({taken.annotation.__metadata__[0]}; {taken.default})" for kl_type, taken in takers.items()]
+        meaning = f"A parameter of {', '.join(uses)}; null is its default there."
+        fields.append(Field(f"loss.{name}", f"{kind.__name__} or null", "null", meaning))
+    return fields
 
 
 def fields_of(node: ast.ClassDef) -> list[Field]:
-    found = []
+    """Return the annotated attributes of a dataclass; the limits of a key follow its meaning."""
+    fields = []
     for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
-        if not isinstance(statement, ast.AnnAssign):
+        if not isinstance(statement, ast.AnnAssign) or statement.value is None:
             continue
         is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        meaning = _one_line(after.value.value) if is_text else ""
-        found.append(Field(statement.target.id, ast.unparse(statement.annotation), default_of(statement), meaning))
-    return found
+        meaning = _one_line(ast.literal_eval(ast.unparse(after))) if after is not None and is_text else ""
+        keywords = {word.arg: word.value for word in getattr(statement.value, "keywords", [])}
+        limits = [f"{name.replace('_', ' ')} {ast.unparse(keywords[name])}" for name in LIMITS if name in keywords]
+        parts = [meaning, *([" and ".join(limits).capitalize() + "."] if limits else [])]
+        name, kind = ast.unparse(statement.target), ast.unparse(statement.annotation)
+        fields.append(Field(name, kind, default_of(statement.value, keywords), " ".join(parts).strip()))
+    return fields
 
 
-def default_of(statement: ast.AnnAssign) -> str:
-    """Return the default of `name: type = value`, `= key(value, ...)` or `= field(default_factory=...)`."""
-    value = statement.value
-    factories = [k.value for k in getattr(value, "keywords", []) if k.arg in ("default_factory", "factory")]
-    if factories:
-        text = (
-            ast.unparse(factories[0].body) if isinstance(factories[0], ast.Lambda) else f"{ast.unparse(factories[0])}()"
-        )
-        return {"dict()": "{}", "list()": "[]"}.get(text, text)
-    if isinstance(value, ast.Call):
-        value = value.args[0]
-    text = ast.unparse(value)
-    return {"MISSING": "needed", "None": "null", "True": "true", "False": "false"}.get(text, text.strip("'"))
+def default_of(value: ast.expr, keywords: dict[str | None, ast.expr]) -> str:
+    """Return the default of a key as YAML has it; `keywords` are those of its call of key()."""
+    if "factory" in keywords:
+        factory = keywords["factory"]
+        text = ast.unparse(factory.body if isinstance(factory, ast.Lambda) else factory)
+        return {"dict": "{}", "list": "[]"}.get(text, text)
+    text = ast.unparse(value.args[0] if isinstance(value, ast.Call) else value)
+    return {"None": "null", "True": "true", "False": "false", "MISSING": "needed"}.get(text, text.strip("'"))
 
 
 def enum_values(node: ast.ClassDef) -> list[str]:
-    return [statement.value.value for statement in node.body if isinstance(statement, ast.Assign)]
+    return [ast.literal_eval(statement.value) for statement in node.body if isinstance(statement, ast.Assign)]
 
 
 def table(fields: list[Field]) -> str:
@@ -142,7 +143,7 @@ def table(fields: list[Field]) -> str:
 
 
 def choices(group: str) -> str:
-    """The files of a config group, each with its first comment."""
+    """Return the files of a config group, each with its first comment."""
     lines = []
     for file in sorted((CONF / group).glob("*.yaml")):
         comments = [line for line in file.read_text().splitlines() if line.startswith("#") and "@package" not in line]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distill_cli.config.compose import hear_own_warnings
+from distill_cli.config.compose import enable_own_warnings
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _records_reach_caplog() -> None:
     """A test that ran a rank's side, or Hydra alone, in this process has turned them away."""
     logging.getLogger("distill_cli").propagate = True
-    hear_own_warnings()
+    enable_own_warnings()
 
 
 @pytest.fixture

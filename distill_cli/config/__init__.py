@@ -1,1 +1,1 @@
-"""What a user can set, how it is composed, and what is refused. No torch here."""
+"""The keys that a user can set, how they are composed, and what is refused. No torch here."""

@@ -1,4 +1,4 @@
-"""What can be chosen: the config groups and their files, and the known name that is nearest to another. No Hydra."""
+"""The config groups and the files of each, and the known name that is nearest to another. No Hydra."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ CHECKOUT_CONF = Path(__file__).parent.parent.parent / "conf"
 
 
 def conf_dir() -> Path:
-    """The wheel carries conf/ inside the package; a checkout has it beside the package."""
+    """Return the folder conf/: inside the package in a wheel, next to the package in a checkout."""
     return PACKAGED_CONF if PACKAGED_CONF.is_dir() else CHECKOUT_CONF
 
 
 def groups(conf_dirs: Sequence[Path]) -> list[str]:
+    """Return the names of the config groups."""
     return sorted({d.name for folder in conf_dirs for d in folder.iterdir() if d.is_dir() and d.name != "hydra"})
 
 
 def group_choices(group: str, conf_dirs: Sequence[Path]) -> list[str]:
+    """Return the names of a group's files."""
     return sorted({file.stem for folder in conf_dirs for file in (folder / group).glob("*.yaml")})
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean x?` where something known is close, else nothing."""
+    """Return `; did you mean x?` if a known name is close, else an empty string."""
     known = list(known)
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not found:  # the right last part in another group: topk for loss.topk
-        last = name.rsplit(".", 1)[-1]
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not matches:  # the last part may be right, in another group: topk for loss.topk
         by_last = {key.rsplit(".", 1)[-1]: key for key in known}
-        close = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
-        found = [by_last[close[0]]] if close else []
-    return f"; did you mean {found[0]}?" if found else ""
+        lasts = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last, n=1, cutoff=0.75)
+        matches = [by_last[last] for last in lasts]
+    return f"; did you mean {matches[0]}?" if matches else ""

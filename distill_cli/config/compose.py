@@ -1,7 +1,7 @@
-"""Hydra composes; what comes out is a list of jobs, each a config that is ready to run.
+"""Compose configs with Hydra. The result is a list of jobs, each with a config that is ready to run.
 
 `@hydra.main` keeps Hydra's own flags (-m, --cfg, --info, --help, completion). Its task function starts nothing: it
-checks and collects, so that a sweep is checked whole before its first run.
+checks and collects, so that a sweep is checked as a whole before its first run.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Job:
     choices: dict[str, str]
     """The chosen file of each config group."""
     overrides: list[str]
-    """What was typed, for this element of a sweep."""
+    """The typed overrides, with the values of this element of a sweep."""
     swept: list[str]
-    """The overrides that tell this element of a sweep from the others; empty for a single run."""
+    """The overrides that distinguish this element of a sweep from the others; empty for a single run."""
 
 
 def compose(overrides: Sequence[str], flags: Sequence[str] = (), *, unread: Sequence[str] = ()) -> list[Job]:
@@ -51,41 +51,40 @@ def compose(overrides: Sequence[str], flags: Sequence[str] = (), *, unread: Sequ
 
     Args:
         flags: Hydra's, as `flags.add_hydra_flags` collects them.
-        unread: dictionaries that the verb does not read: they come out empty, whatever is missing in them.
+        unread: dictionaries that the verb does not read: they are emptied, whatever is missing in them.
 
     Raises:
-        ConfigError: a key, a type, a choice or an override is wrong; all problems of what was typed at once.
+        ConfigError: a key, a type, a choice or an override is wrong; with all problems of what was typed.
     """
     check_overrides(overrides, flags)
     if ranges := [override.input_line for override in sweeps(overrides) if override.is_interval_sweep()]:
-        what = "is a range, which `distill train -m` searches with search.trials=N; add that, or give values"
-        raise ConfigError(*(f"{line}: {what}" for line in ranges))
-    if "--multirun" not in flags and (several := sweep_keys(overrides)):
-        what = "several values are a sweep: add -m, or quote a value with commas"
-        raise ConfigError(*(f"{key}: {what}" for key in sorted(several)))
+        rule = "is a range, which `distill train -m` searches with search.trials=N; add that, or give values"
+        raise ConfigError(*(f"{line}: {rule}" for line in ranges))
+    if "--multirun" not in flags and (swept := sweep_keys(overrides)):
+        rule = "several values are a sweep: add -m, or quote a value with commas"
+        raise ConfigError(*(f"{key}: {rule}" for key in sorted(swept)))
     jobs: list[Job] = []
-    wrong: dict[str, None] = {}
+    problems: dict[str, None] = {}
 
     def collect(config: DictConfig) -> None:
         for key in unread:
             OmegaConf.update(config, key, {}, merge=False, force_add=True)
         try:
             jobs.append(composed_job(config, overrides))
-        except ConfigError as error:  # of what is raised here Hydra tells in its own way
-            wrong.update(dict.fromkeys(error.problems))
+        except ConfigError as error:  # Hydra would print an error that leaves this function
+            problems.update(dict.fromkeys(error.problems))
 
     run_hydra(overrides, flags, collect)
-    if wrong:
-        raise ConfigError(*wrong)
+    if problems:
+        raise ConfigError(*problems)
     return jobs
 
 
 def check_overrides(overrides: Sequence[str], flags: Sequence[str] = ()) -> None:
     """Raise ConfigError if overrides are wrong, with all problems at once: Hydra stops at the first."""
-    problems = []
-    if "--resolve" in flags and "--cfg" not in flags:
-        problems.append("--resolve: is for --cfg; add it, or leave this out")
-    if "--shell-completion" not in flags:  # the words after it are no overrides
+    has_no_use = "--resolve" in flags and "--cfg" not in flags
+    problems = ["--resolve: is for --cfg; add it, or leave this out"] if has_no_use else []
+    if "--shell-completion" not in flags:  # what follows that flag are no overrides
         problems += override_problems(overrides, conf_dirs=conf_dirs(flags))
     if problems:
         raise ConfigError(*problems)
@@ -98,23 +97,22 @@ def run_hydra(overrides: Sequence[str], flags: Sequence[str], task: Callable[[Di
         ConfigError: a key, a type, a choice or an override is wrong.
     """
     ConfigStore.instance().store("base_config", Config)
+    argv, prefixed = sys.argv, into_dictionaries(overrides)
     with tempfile.TemporaryDirectory() as sweep_dir:
-        os.environ["DISTILL_SWEEP_DIR"] = sweep_dir  # Hydra writes its multirun.yaml here; our folders come later
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions
-        argv_before = sys.argv
-        told = into_dictionaries(overrides)
-        sys.argv = ["distill", *(told.get(word, word) for word in overrides), *flags]  # Hydra takes no other order
+        os.environ["DISTILL_SWEEP_DIR"] = sweep_dir  # Hydra writes its multirun.yaml there, not in a run's folder
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
+        sys.argv = ["distill", *(prefixed.get(text, text) for text in overrides), *flags]  # the order Hydra parses
         try:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             raise ConfigError(one_line(error)) from error
         finally:
-            sys.argv = argv_before
-            hear_own_warnings()
+            sys.argv = argv
+            enable_own_warnings()
 
 
-def hear_own_warnings() -> None:
-    """Hydra's job_logging=disabled silences every logger that is there, ours too."""
+def enable_own_warnings() -> None:
+    """Undo Hydra's job_logging=disabled for our loggers: it silences every logger that exists."""
     logging.getLogger("distill_cli").setLevel(logging.WARNING)
     for name, logger in logging.root.manager.loggerDict.items():
         if name.split(".")[0] == "distill_cli" and isinstance(logger, logging.Logger):
@@ -122,28 +120,23 @@ def hear_own_warnings() -> None:
 
 
 def composed_job(config: DictConfig, overrides: Sequence[str]) -> Job:
-    """What Hydra has composed, within a task that it calls.
+    """Return the job of a config that Hydra has composed, inside the task that Hydra calls.
 
     Args:
-        overrides: what was typed, of a sweep for all its elements.
+        overrides: as typed; in a sweep those of all its elements.
 
     Raises:
         ConfigError: a key is unknown, or has no value.
     """
-    unknown = unknown_keys(config)
-    missing = sorted(OmegaConf.missing_keys(config))
-    problems = [f"{key}: unknown key" for key in unknown] + [f"{key}: a value is needed" for key in missing]
+    problems = [f"{key}: unknown key" for key in unknown_keys(config)]
+    problems += [f"{key}: a value is needed" for key in sorted(OmegaConf.missing_keys(config))]
     if problems:
         raise ConfigError(*problems)
     runtime = HydraConfig.get()
-    task = list(runtime.overrides.task)
-    swept = []
+    task, swept = [without_credentials(text.removeprefix("++")) for text in runtime.overrides.task], []
     if runtime.mode is not None and runtime.mode.name == "MULTIRUN":
         keys = sweep_keys(overrides) | {str(key) for key in runtime.sweeper.get("params") or {}}
-        swept = [override for override in task if override.lstrip("+").split("=", 1)[0] in keys]
-    return Job(
-        config=OmegaConf.to_object(config),
-        choices={group: choice for group, choice in runtime.runtime.choices.items() if "/" not in group},
-        overrides=[without_credentials(override.removeprefix("++")) for override in task],
-        swept=[without_credentials(override.removeprefix("++")) for override in swept],
-    )
+        swept = [text for text in task if text.lstrip("+").split("=", 1)[0] in keys]
+    choices = {group: choice for group, choice in runtime.runtime.choices.items() if "/" not in group}
+    composed: Any = OmegaConf.to_object(config)
+    return Job(config=composed, choices=choices, overrides=task, swept=swept)

@@ -1,38 +1,39 @@
-"""How config sections and their keys are declared: frozen dataclasses whose fields carry what may be done with them.
+"""How config sections and their keys are declared: frozen dataclasses whose fields carry limits and properties.
 
     @section
     class TrainConfig:
-        max_steps: int = key(1000, resume=True)
+        max_steps: int = key(1000, at_least=1, resume=True)
 
-A property that a key does not set is that of the section it is in, up to the whole config; unset there, it is False.
+A property that a key does not set is its section's, up to the whole config; unset there, it is False.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from dataclasses import FrozenInstanceError
-from functools import wraps
-from typing import Any, TypeVar, dataclass_transform, get_type_hints
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import FrozenInstanceError, is_dataclass
+from functools import cache
+from typing import Any, TypeVar, dataclass_transform
 
-Section = TypeVar("Section", bound=type)
+Section = TypeVar("Section")
 
-PROPERTIES = ("resume", "replay", "evaluation")
+PROPERTIES = {"resume", "replay", "evaluation"}
 """May change when a run is resumed; may differ from the recorded run in a replay; is read by `distill eval`."""
+LIMITS: dict[str, Callable[[Any, Any], bool]] = {
+    "at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt
+}  # fmt: skip
+"""Bounds of a number. null is always within them; infinity and NaN never are."""
 
 
 @dataclass_transform(frozen_default=True)
-def section(cls: Section) -> Section:
+def section(cls: type[Section]) -> type[Section]:
     """Make a dataclass that raises FrozenInstanceError on assignment.
 
     `dataclass(frozen=True)` does not do: OmegaConf makes its nodes read-only, and Hydra cannot merge into those.
     """
-    made = dataclasses.dataclass(cls)
-    init = made.__init__
 
-    @wraps(init)
-    def init_and_freeze(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
+    def freeze(self: Any) -> None:
         self.__dict__["_is_frozen"] = True
 
     def refuse(self: Any, name: str, *value: Any) -> None:
@@ -40,29 +41,38 @@ def section(cls: Section) -> Section:
             raise FrozenInstanceError(f"{type(self).__name__}.{name}: a config does not change; use override()")
         object.__setattr__(self, name, *value)
 
-    made.__init__, made.__setattr__, made.__delattr__ = init_and_freeze, refuse, refuse
-    return made
+    for name, method in {"__post_init__": freeze, "__setattr__": refuse, "__delattr__": refuse}.items():
+        setattr(cls, name, method)
+    return dataclasses.dataclass(cls)
 
 
 def key(
-    default: Any = dataclasses.MISSING,
-    *,
-    factory: Callable[[], Any] | None = None,
-    resume: bool | None = None,
-    replay: bool | None = None,
-    evaluation: bool | None = None,
-    credentials: str | None = None,
+    default: Any = dataclasses.MISSING, *, factory: Callable[[], Any] | None = None, **metadata: bool | float | str
 ) -> Any:
-    """A field of a section with its properties (see `PROPERTIES`); None inherits the section's.
+    """Declare a key, or a section in a section.
 
     Args:
-        credentials: the environment variable that carries an address whole, if it may hold credentials: files have it
-            without them.
+        metadata: any of `PROPERTIES` and `LIMITS`; `credentials` is the environment variable that carries an address
+            whole, if it may hold credentials: files have it without them.
     """
-    properties = {"resume": resume, "replay": replay, "evaluation": evaluation, "credentials": credentials}
+    assert metadata.keys() <= PROPERTIES | LIMITS.keys() | {"credentials"}
     if factory is not None:
-        return dataclasses.field(default_factory=factory, metadata=properties)
-    return dataclasses.field(default=default, metadata=properties, repr=credentials is None)
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr="credentials" not in metadata)
+
+
+@cache
+def declared_keys(root: type) -> dict[str, Mapping[str, Any]]:
+    """Return each dotted key of a section with its metadata, which includes its sections' and `is_dictionary`."""
+    keys: dict[str, Mapping[str, Any]] = {}
+    for field in dataclasses.fields(root):
+        kind = field.default_factory
+        if isinstance(kind, type) and is_dataclass(kind):
+            inner = declared_keys(kind).items()
+            keys |= {f"{field.name}.{name}": {**field.metadata, **metadata} for name, metadata in inner}
+        else:
+            keys[field.name] = {**field.metadata, "is_dictionary": kind is dict}
+    return keys
 
 
 def has_property(root: type, dotted: str, name: str) -> bool:
@@ -70,24 +80,20 @@ def has_property(root: type, dotted: str, name: str) -> bool:
 
     Keys below a dictionary have the dictionary's properties.
     """
-    value = False
-    for part in dotted.split("."):
-        if not dataclasses.is_dataclass(root):
-            return value
-        fields = {field.name: field for field in dataclasses.fields(root)}
-        if part not in fields:
-            return value
-        own = fields[part].metadata.get(name)
-        value = value if own is None else own
-        root = get_type_hints(root)[part]
-    return value or any(has_property(root, leaf, name) for leaf in leaves(root))
+    keys = declared_keys(root).items()
+    return any(data.get(name, False) for key, data in keys if is_within(key, dotted) or is_within(dotted, key))
 
 
-def leaves(root: Any, at: str = "") -> Iterator[str]:
-    """The dotted keys of a section that are no sections themselves."""
-    if not dataclasses.is_dataclass(root):
-        if at:
-            yield at
-        return
-    for name, kind in get_type_hints(root).items():
-        yield from leaves(kind, f"{at}.{name}" if at else name)
+def is_within(key: str, other: str) -> bool:
+    """Whether a dotted key is `other`, or lies in the section or dictionary `other`."""
+    return f"{key}.".startswith(f"{other}.")
+
+
+def flatten(node: Any, at: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one with dotted keys."""
+    if not isinstance(node, dict) or not node:
+        return {at: node}
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        flat |= flatten(value, f"{at}.{name}" if at else str(name))
+    return flat

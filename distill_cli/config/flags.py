@@ -1,4 +1,4 @@
-"""Hydra's own flags, which `train`, `plan` and `check` take. Hydra declares them in a private parser alone."""
+"""Hydra's own flags, which `train`, `plan` and `check` take. Hydra itself declares them in a private parser only."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def add_hydra_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hydra-help", action=_Collect, nargs=0, help="print all of Hydra's flags")
     one_of.add_argument("--shell-completion", "-sc", action=_Collect, nargs=0, help=argparse.SUPPRESS)
     group.add_argument("--run", "-r", action=_Collect, nargs=0, help=argparse.SUPPRESS)
-    for flag in (("--config-path", "-cp"), ("--config-name", "-cn"), ("--experimental-rerun",)):
-        group.add_argument(*flag, action=_Collect, help=argparse.SUPPRESS)
+    for names in (("--config-path", "-cp"), ("--config-name", "-cn"), ("--experimental-rerun",)):
+        group.add_argument(*names, action=_Collect, help=argparse.SUPPRESS)
 
 
 def conf_dirs(flags: Sequence[str]) -> list[Path]:
-    """The folders of config groups: the package's own, and the one that `--config-dir` adds."""
+    """Return the folders of config groups: the package's own, and the one that `--config-dir` adds."""
     folders = [conf_dir(), *(Path(value) for flag, value in pairwise(flags) if flag == "--config-dir")]
     return [folder for folder in folders if folder.is_dir()]
 

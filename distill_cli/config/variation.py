@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from distill_cli.config.choices import conf_dir
 from distill_cli.config.credentials import credential_keys, without_credentials
-from distill_cli.config.fields import has_property
+from distill_cli.config.fields import flatten, has_property
 from distill_cli.config.overrides import current_key, into_dictionaries, override_problems
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
@@ -35,14 +35,14 @@ def override(
     typed: Sequence[str] = (),
     unread: Sequence[str] = (),
 ) -> Config:
-    """Return `config` with `key=value` and `group=choice` on top, as typed after a verb; or with values by dotted key.
+    """Return `config` changed by `key=value` and `group=choice`, as typed after a verb; or by values by dotted key.
 
     As in Hydra, choices come first, in whatever order they were typed. A choice replaces its whole group.
 
     Args:
-        typed: the overrides that the config was made with; a choice leaves the values of their keys alone, as it would
+        typed: the overrides that the config was made with. A choice leaves the values of their keys alone, as it would
             in one command with them.
-        unread: dictionaries that come out empty, whatever is missing in them.
+        unread: dictionaries to empty, whatever is missing in them.
 
     Raises:
         ConfigError: an override names no key, no choice, or a value of another type; or it is a sweep.
@@ -51,14 +51,13 @@ def override(
         for key, value in overrides.items():
             config = _with_value(config, key.split("."), value)
         return config
-    problems = override_problems(overrides, conf_dirs=[conf_dir()])
-    if problems:
+    if problems := override_problems(overrides, conf_dirs=[conf_dir()]):
         raise ConfigError(*problems)
     merged, before = OmegaConf.structured(config), OmegaConf.structured(config)
     kept = [key for key in (text.lstrip("+").partition("=")[0] for text in typed) if not (conf_dir() / key).is_dir()]
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     for one in sorted(parsed, key=lambda one: not (conf_dir() / one.key_or_group).is_dir()):
-        key, line = one.key_or_group, one.input_line
+        key, line = one.key_or_group, str(one.input_line)
         if one.is_delete() or one.is_sweep_override():
             raise ConfigError(f"{line}: takes no sweep and no deletion here; give key=value or group=choice")
         try:
@@ -73,10 +72,10 @@ def override(
             raise ConfigError(f"{line}: {one_line(error)}") from error
     for key in unread:
         OmegaConf.update(merged, key, {}, merge=False)
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
+    if missing := sorted(OmegaConf.missing_keys(merged)):
         raise ConfigError(*(f"{key}: a value is needed" for key in missing))
-    return OmegaConf.to_object(merged)
+    changed: Any = OmegaConf.to_object(merged)
+    return changed
 
 
 def _with_value(section: Any, path: Sequence[str], value: Any) -> Any:
@@ -94,9 +93,9 @@ def _choose(merged: DictConfig, *, group: str, choice: str) -> None:
     if not file.read_text().startswith(GLOBAL):
         OmegaConf.update(merged, group, composed[group], merge=False)
         return
-    content = OmegaConf.to_container(OmegaConf.load(file))
-    groups = [name for entry in content.pop("defaults", []) if isinstance(entry, dict) for name in entry]
-    for key in (*(name.removeprefix("override ").removeprefix("/") for name in groups), *flatten(content)):
+    content: Any = OmegaConf.to_container(OmegaConf.load(file))
+    chosen = [name for entry in content.pop("defaults", []) if isinstance(entry, dict) for name in entry]
+    for key in (*(name.removeprefix("override ").removeprefix("/") for name in chosen), *flatten(content)):
         try:
             value = OmegaConf.select(composed, key, throw_on_missing=True)
         except MissingMandatoryValue:
@@ -118,16 +117,6 @@ def plain(config: Config) -> dict[str, Any]:
     return {key: value.value if isinstance(value, Enum) else value for key, value in flat.items()}
 
 
-def flatten(node: Any, at: str = "") -> dict[str, Any]:
-    """Return nested dictionaries as one with dotted keys."""
-    if not isinstance(node, dict) or not node:
-        return {at: node}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= flatten(value, f"{at}.{key}" if at else str(key))
-    return flat
-
-
 def load_config(path: Path) -> Config:
     """Read a run's config.yaml, as written by `save_config`.
 
@@ -135,13 +124,15 @@ def load_config(path: Path) -> Config:
         ConfigError: the file is damaged, or cannot be read.
     """
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise ConfigError(f"{path}: cannot be read as a run's config ({reason}); restore the original file") from error
+    return config
 
 
 def save_config(config: Config, path: Path) -> None:
+    """Write a run's config.yaml, without credentials."""
     path.write_text(config_text(config))
 
 

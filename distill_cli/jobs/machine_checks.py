@@ -88,8 +88,8 @@ def memory(facts: Facts, config: Config, student: ModelFiles, ranks: Ranks) -> I
             return  # the memory of a cluster's node is not known here
         if ranks.on_gpus:
             yield from predictions.engine_problems(config, *folders, gpu_bytes=total)
-        device, sizes = predictions.Device(total, ranks.on_gpus), (ranks.total, ranks.per_node)
-        problem = predictions.problem(config, shape, *folders, num_ranks=sizes[0], ranks_here=sizes[1], device=device)
+        device = predictions.Device(total, ranks.on_gpus, ranks.per_node)
+        problem = predictions.problem(config, shape, *folders, num_ranks=ranks.total, device=device)
         yield from [problem] if problem else []
     except predictions.NoPrediction as error:
         facts.no_memory = str(error)

@@ -11,7 +11,8 @@ from typing import Any
 from distill_cli.config.checks import inert_overrides
 from distill_cli.config.compose import Job
 from distill_cli.config.credentials import credentials_environment
-from distill_cli.config.schema import ClusterConfig, Config
+from distill_cli.config.execution_schema import ClusterConfig
+from distill_cli.config.schema import Config
 from distill_cli.config.variation import config_text
 from distill_cli.data.row_check import DataFacts
 from distill_cli.errors import ConfigError

@@ -7,7 +7,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from distill_cli.config.schema import ClusterConfig, Config
+from distill_cli.config.execution_schema import ClusterConfig
+from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
 from distill_cli.launch.base import launcher_of
 

@@ -1,11 +1,13 @@
-"""A model as far as memory depends on it, from its config.json and the headers of its files."""
+"""The part of a model that its memory depends on, from its config.json and the headers of its files."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from distill_cli.config.schema import LoraConfig
 from distill_cli.models import model_files
@@ -16,12 +18,12 @@ FAMILIES = {"qwen2", "qwen3", "llama", "mistral", "gemma3_text"}
 
 
 class NoPrediction(Exception):
-    """The model's files do not say what its memory depends on; the message says what is missing."""
+    """The model's files lack something that its memory depends on, which the message names."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A dense decoder, as far as memory depends on it. Widths are of whole layers, in elements."""
+    """A dense decoder, as far as memory depends on it. Widths are those of whole layers, in elements."""
 
     vocab: int
     hidden: int
@@ -34,29 +36,30 @@ class ModelShape:
     num_key_heads: int
     num_layers: int
     layer_params: int
-    """Elements of one layer, the largest."""
+    """Elements of the largest layer."""
     tied: bool
+    """The head is the embedding."""
     num_norms: int
-    """Of the hidden states, in a layer."""
+    """Norms of the hidden states in a layer."""
     has_head_norms: bool
     """Queries and keys are normalised."""
     float32_norms: bool
     """Norms keep their scaled input in float32 (Gemma)."""
     adapter_params: int | None = None
-    """Elements of one layer's adapters, the largest, where they are trained and all else is frozen."""
+    """Elements of the largest layer's adapters; None if all weights are trained."""
 
     @property
     def root_params(self) -> int:
+        """Elements of embedding, last norm and head."""
         return self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
 
     @property
     def num_params(self) -> int:
         return self.num_layers * self.layer_params + self.root_params
 
-    # The one place for a student of which only a part is trained: what of a layer, and of the root, has gradients and
-    # optimizer state.
     @property
     def trained_layer_params(self) -> int:
+        """Elements of a layer that have gradients and optimizer state."""
         return self.layer_params if self.adapter_params is None else self.adapter_params
 
     @property
@@ -69,57 +72,59 @@ class ModelShape:
 
 
 def read_shape(folder: Path, lora: LoraConfig | None = None) -> ModelShape:
-    """Raises NoPrediction."""
+    """Return the shape of the model in a folder, with adapters if `lora` is on. Raises NoPrediction."""
     shapes = model_files.shapes(folder)
     shape = shape_of(model_files.read_config(folder), shapes)
     return with_adapters(shape, shapes, lora) if lora and lora.is_on else shape
 
 
 def with_adapters(shape: ModelShape, shapes: Shapes, lora: LoraConfig) -> ModelShape:
-    """The model frozen, with adapters beside the layers that they are for."""
-    sizes: dict[str, int] = {}
-    for name, (rows, columns) in targeted(shapes, lora.targets).items():
-        layer = re.search(r"\blayers\.\d+\.", name)[0]
-        sizes[layer] = sizes.get(layer, 0) + lora.rank * (rows + columns)
-    return replace(shape, adapter_params=max(sizes.values()))
+    """Return the shape with the model frozen and adapters on the targeted layers."""
+    assert lora.rank is not None
+    elements = {name: lora.rank * sum(sides) for name, sides in targeted(shapes, lora.targets).items()}
+    return replace(shape, adapter_params=max(_layer_sizes(elements)))
 
 
-def shape_of(config: dict, shapes: dict[str, tuple[int, ...]]) -> ModelShape:
-    """From what config.json holds and each tensor's shape. Raises NoPrediction."""
-    family = config.get("model_type")
+def shape_of(config: Mapping[str, Any], shapes: Shapes) -> ModelShape:
+    """Return the shape from the content of config.json and each tensor's shape. Raises NoPrediction."""
+    family, heads = config.get("model_type"), config.get("num_attention_heads")
     if family not in FAMILIES:
         raise NoPrediction(f"the family {family} is none of {', '.join(sorted(FAMILIES))}")
     if "quantization_config" in config:
         raise NoPrediction("its weights are quantized")
-    layers: dict[int, int] = {}
-    for name, shape in shapes.items():
-        if match := re.search(r"\blayers\.(\d+)\.", name):
-            layers[int(match[1])] = layers.get(int(match[1]), 0) + math.prod(shape)
-
-    def rows_of(suffix: str) -> tuple[int, ...]:
-        found = [shape for name, shape in shapes.items() if name.endswith(suffix)]
-        if not found or len(found[0]) != 2:
-            raise NoPrediction(f"no matrix is called ...{suffix}")
-        return found[0]
-
-    heads = config.get("num_attention_heads")
     if not heads:
         raise NoPrediction("config.json has no num_attention_heads")
-    vocab, hidden = rows_of("embed_tokens.weight")
-    query, key = rows_of("layers.0.self_attn.q_proj.weight")[0], rows_of("layers.0.self_attn.k_proj.weight")[0]
-    norms = [name for name in shapes if re.search(r"\blayers\.0\.\w*norm\.weight$", name)]
+
+    def matrix(suffix: str) -> tuple[int, ...]:
+        shape = next((shape for name, shape in shapes.items() if name.endswith(suffix)), ())
+        if len(shape) != 2:
+            raise NoPrediction(f"no matrix is called ...{suffix}")
+        return shape
+
+    layers = _layer_sizes({name: math.prod(shape) for name, shape in shapes.items()})
+    vocab, hidden = matrix("embed_tokens.weight")
+    query, key = matrix("layers.0.self_attn.q_proj.weight")[0], matrix("layers.0.self_attn.k_proj.weight")[0]
     return ModelShape(
         vocab=vocab,
         hidden=hidden,
         query=query,
         key=key,
-        mlp=rows_of("layers.0.mlp.gate_proj.weight")[0],
+        mlp=matrix("layers.0.mlp.gate_proj.weight")[0],
         num_heads=heads,
         num_key_heads=key * heads // query,
         num_layers=len(layers),
-        layer_params=max(layers.values()),
+        layer_params=max(layers),
         tied=config.get("tie_word_embeddings", family == "gemma3_text"),
-        num_norms=len(norms),
+        num_norms=sum(bool(re.search(r"\blayers\.0\.\w*norm\.weight$", name)) for name in shapes),
         has_head_norms=any(name.endswith("self_attn.q_norm.weight") for name in shapes),
         float32_norms=family == "gemma3_text",
     )
+
+
+def _layer_sizes(elements: Mapping[str, int]) -> list[int]:
+    """Return the elements of each layer, from those of each tensor."""
+    sizes: dict[str, int] = {}
+    for name, size in elements.items():
+        if match := re.search(r"\blayers\.(\d+)\.", name):
+            sizes[match[1]] = sizes.get(match[1], 0) + size
+    return list(sizes.values())

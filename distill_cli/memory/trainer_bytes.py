@@ -1,10 +1,9 @@
-"""What the trainer holds at each moment of an optimizer step; the arithmetic stands at the top of the package."""
+"""Memory of the trainer at each moment of an optimizer update; the package's docstring explains the arithmetic."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 from distill_cli.config.derived import micro_batches_per_update
 from distill_cli.config.schema import Checkpointing, Config, Precision
@@ -14,19 +13,19 @@ PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "loss")
 HEAD_BUFFER_BYTES = 2**26
 """`losses.linear_topk.MIN_BUFFER_BYTES`."""
 TOPK_BYTES = 45
-"""Of the fused head's small tensors, for each token of a chunk and word of its top-k (measured)."""
+"""Bytes of the fused head's small tensors per token of a chunk and token of its top-k (measured)."""
 FLOAT32 = 4
 
 
 @dataclass(frozen=True)
 class Step:
-    """An optimizer step, as far as a rank's memory depends on it."""
+    """An optimizer update, as far as a rank's memory depends on it."""
 
     tokens: int
-    """Of a packed row at most; context ranks share it."""
+    """Tokens of a packed row, at most; context ranks share it."""
     topk: int
     micro_batches: int = 1
-    """Of a rank."""
+    """Micro-batches of a rank per update."""
     bf16: bool = False
     checkpointing: Checkpointing = Checkpointing.none
     shard: int = 1
@@ -39,6 +38,7 @@ class Step:
 
     @classmethod
     def of(cls, config: Config, *, num_ranks: int, on_gpu: bool) -> Step:
+        """Return the update of a config, with sequences of the greatest length."""
         train, mesh = config.train, config.mesh
         copies = num_ranks // (mesh.tensor * mesh.context)
         sequences = math.ceil(train.global_batch_size / copies)
@@ -64,12 +64,13 @@ class Step:
 
     @property
     def parameter_ranks(self) -> int:
+        """Ranks that share the parameters."""
         return self.shard * self.context
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What the trainer holds at one moment of a step: bytes by part."""
+    """The trainer's memory at one moment of an update: bytes by part."""
 
     name: str
     parts: dict[str, int]
@@ -81,82 +82,49 @@ class Moment:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that one layer keeps for the backward pass on one rank, read off what transformers' layers save."""
+    """Bytes kept for the backward pass on one rank, derived from what transformers' layers save."""
 
-    shape: ModelShape
-    step: Step
+    kept: float
+    """A layer after its forward pass."""
+    at_work: float
+    """The layer whose backward pass is at its MLP: everything, and three gradients."""
+    last_norm: float
+    mlp_input: float
+    """What enters attention and MLP, whole on each rank."""
 
-    @cached_property
-    def tokens(self) -> float:
-        """Of this rank, in attention and MLP."""
-        return self.step.tokens / self.step.context
+    @classmethod
+    def of(cls, shape: ModelShape, step: Step) -> Activations:
+        c, tokens = step.computed, step.tokens / step.context
+        hidden = tokens * shape.hidden / (step.tensor if step.sequence_parallel else 1)  # elements between layers
+        whole_hidden = tokens * shape.hidden
+        query, key, mlp = (tokens * width / step.tensor for width in (shape.query, shape.key, shape.mlp))
 
-    @cached_property
-    def hidden(self) -> float:
-        """Elements of the hidden states between layers."""
-        return self.tokens * self.shape.hidden / (self.step.tensor if self.step.sequence_parallel else 1)
+        def norm(elements: float) -> float:
+            """Bytes of the float32 input, and of the normalised one for the weight's gradient."""
+            if shape.adapter_params is not None:
+                return elements * FLOAT32
+            return elements * (FLOAT32 + (FLOAT32 if shape.float32_norms else c))
 
-    @cached_property
-    def whole_hidden(self) -> float:
-        """Elements of what enters attention and MLP."""
-        return self.tokens * self.shape.hidden
-
-    @cached_property
-    def query(self) -> float:
-        return self.tokens * self.shape.query / self.step.tensor
-
-    @cached_property
-    def key(self) -> float:
-        return self.tokens * self.shape.key / self.step.tensor
-
-    @cached_property
-    def mlp(self) -> float:
-        return self.tokens * self.shape.mlp / self.step.tensor
-
-    def norm(self, elements: float) -> float:
-        """The float32 input, and the normalised one for the weight's gradient. What comes out is counted where it is
-        kept."""
-        if self.shape.adapter_params is not None:
-            return elements * FLOAT32
-        return elements * (FLOAT32 + (FLOAT32 if self.shape.float32_norms else self.step.computed))
-
-    @cached_property
-    def everything(self) -> float:
-        """Of a layer without checkpointing."""
-        c, shape = self.step.computed, self.shape
-        norms = shape.num_norms * self.norm(self.hidden) + 2 * c * self.whole_hidden
-        head_norms = self.norm(self.query + self.key) if shape.has_head_norms else 0
-        attention = c * (3 * self.query + 2 * self.step.context * self.key)  # queries, output twice; whole keys, values
-        return norms + head_norms + attention + c * 4 * self.mlp
-
-    @cached_property
-    def kept(self) -> float:
-        """Of a layer after its forward pass."""
-        c = self.step.computed
-        match self.step.checkpointing:
+        norms = shape.num_norms * norm(hidden) + 2 * c * whole_hidden
+        head_norms = norm(query + key) if shape.has_head_norms else 0
+        attention = c * (3 * query + 2 * step.context * key)  # queries, output twice; whole keys, values
+        everything = norms + head_norms + attention + c * 4 * mlp
+        match step.checkpointing:
             case Checkpointing.none:
-                return self.everything
+                kept = everything
             case Checkpointing.full:
-                return c * self.hidden
+                kept = c * hidden
             case Checkpointing.selective:
-                products = self.query + 2 * self.key + 2 * self.mlp + 2 * self.whole_hidden
-                return c * (self.hidden + products + self.query)
-
-    @cached_property
-    def at_work(self) -> float:
-        """Of the layer whose backward pass is at its MLP: everything, and three gradients."""
-        c = self.step.computed
-        own_input = c * self.hidden if self.step.bf16 and self.step.checkpointing is not Checkpointing.none else 0
-        return self.everything + own_input + c * (self.whole_hidden + 2 * self.mlp)
-
-    @cached_property
-    def last_norm(self) -> float:
-        return self.norm(self.hidden) + self.step.computed * self.whole_hidden
+                products = query + 2 * key + 2 * mlp + 2 * whole_hidden
+                kept = c * (hidden + products + query)
+        own_input = c * hidden if step.bf16 and step.checkpointing is not Checkpointing.none else 0
+        at_work = everything + own_input + c * (whole_hidden + 2 * mlp)
+        return cls(kept, at_work, last_norm=norm(hidden) + c * whole_hidden, mlp_input=c * whole_hidden)
 
 
 def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:
-    """Every moment of an optimizer step that can be the peak."""
-    c, s, activations = step.computed, step.parameter_ranks, Activations(shape, step)
+    """Return every moment of an optimizer update that can be the peak."""
+    c, s, activations = step.computed, step.parameter_ranks, Activations.of(shape, step)
     layer, root = shape.layer_params / step.tensor, shape.root_params / step.tensor
     frozen = shape.adapter_params is not None
     own_layer = shape.trained_layer_params / (1 if frozen else step.tensor)  # adapters are hardly cut
@@ -169,71 +137,56 @@ def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:
     table = shape.vocab * shape.hidden / step.tensor if own_root else 0
     on_device = 0 if step.cpu_offload else 1
     optimizer = on_device * 8 * own / s
-    resting = {
-        "weights": on_device * weights / s,
-        "optimizer": 0 if step.offload_optimizer else optimizer,
-    }
-    reduced = on_device * FLOAT32 / s  # bytes of a gradient that is done
-    fetched = c * layer if s > 1 else 0  # as one flat buffer, beside the parameters that are copied out of it
-    said = FLOAT32 * activations.tokens * (step.topk + 6) * step.micro_batches
-    loss, left = _loss_bytes(shape, step) + said, c * table + said
+    resting = {"weights": on_device * weights / s, "optimizer": 0 if step.offload_optimizer else optimizer}
+    reduced = on_device * FLOAT32 / s  # bytes of a reduced gradient's element
+    fetched = c * layer if s > 1 else 0  # one flat buffer, in addition to the parameters copied out of it
+    head_output = FLOAT32 * (step.tokens / step.context) * (step.topk + 6) * step.micro_batches
     waiting = FLOAT32 * own if step.micro_batches > 1 else 0
     moments = []
 
-    def add(name: str, **parts: float) -> None:
-        parts = resting | parts
+    def add(name: str, *, loss: float = head_output, **parts: float) -> None:
+        parts = resting | {"loss": loss} | parts
         moments.append(Moment(name, {part: round(parts.get(part, 0)) for part in PARTS}))
 
-    add(
-        "the loss",
-        gradients=waiting,
-        gathered=c * root + fetched,
-        activations=shape.num_layers * activations.kept + activations.last_norm,
-        loss=loss,
-    )
+    kept = shape.num_layers * activations.kept + activations.last_norm
+    loss = _loss_bytes(shape, step) + head_output
+    add("the loss", gradients=waiting, gathered=c * root + fetched, activations=kept, loss=loss)
     for done in range(shape.num_layers):
         above = shape.num_layers - 1 - done  # layers whose backward pass is to come
         held = waiting - FLOAT32 * done * own_layer if waiting else 0
         held += done * own_layer * reduced + (FLOAT32 * own_layer if done else 0)  # the last reduction's input
-        gathered = c * (root + layer) + (fetched if above else 0)
-        mlp_matrix = c * shape.mlp * shape.hidden / step.tensor if own_layer else 0
-        kept = above * activations.kept
-        add(
-            "a layer's backward",
-            gradients=held + mlp_matrix,
-            gathered=gathered,
-            activations=kept + activations.at_work,
-            loss=left,
-        )
-        kept += c * activations.whole_hidden
-        add("a layer's backward", gradients=held + c * own_layer, gathered=gathered, activations=kept, loss=left)
         reducing = _reducing(own_layer, step) + held - (FLOAT32 * own_layer if done else 0)
-        add("a layer's reduction", gradients=reducing, gathered=gathered - c * layer, activations=kept, loss=left)
-    done = shape.num_layers * own_layer * reduced
-    waiting = FLOAT32 * own_root if waiting else 0
-    last_input = FLOAT32 * own_layer
-    add("the embedding's backward", gradients=done + waiting + last_input + 2 * c * table, gathered=c * root, loss=said)
-    add("the root's reduction", gradients=done + waiting + _reducing(own_root, step), loss=said)
+        mlp_matrix = c * shape.mlp * shape.hidden / step.tensor if own_layer else 0
+        gathered = c * (root + layer) + (fetched if above else 0)
+        kept = above * activations.kept
+        below_mlp = kept + activations.mlp_input
+        for name, gradients, shards, active in (
+            ("a layer's backward", held + mlp_matrix, gathered, kept + activations.at_work),
+            ("a layer's backward", held + c * own_layer, gathered, below_mlp),
+            ("a layer's reduction", reducing, gathered - c * layer, below_mlp),
+        ):
+            add(name, gradients=gradients, gathered=shards, activations=active, loss=c * table + head_output)
+    held = shape.num_layers * own_layer * reduced + (FLOAT32 * own_root if waiting else 0)
+    add("the embedding's backward", gradients=held + FLOAT32 * own_layer + 2 * c * table, gathered=c * root)
+    add("the root's reduction", gradients=held + _reducing(own_root, step))
     if not step.cpu_offload:
         scratch = FLOAT32 * own / s if step.on_gpu else 2 * FLOAT32 * max(table, shape.mlp * shape.hidden) / s
-        gradients = FLOAT32 * own / s + scratch
-        add("the optimizer's step", gradients=gradients, optimizer=optimizer, loss=said)
+        add("the optimizer's step", gradients=FLOAT32 * own / s + scratch, optimizer=optimizer)
     return moments
 
 
 def _reducing(elements: float, step: Step) -> float:
-    """Bytes while gradients are summed over ranks: whole ones, their float32 copy, and what comes out of it."""
-    if step.parameter_ranks == 1:
-        return 3 * FLOAT32 * elements
-    return elements * max(step.computed + FLOAT32, FLOAT32 + FLOAT32 / step.parameter_ranks)
+    """Return the bytes while gradients are summed over ranks: whole ones, their float32 copy, and the sum."""
+    s = step.parameter_ranks
+    return elements * (3 * FLOAT32 if s == 1 else max(step.computed + FLOAT32, FLOAT32 + FLOAT32 / s))
 
 
 def _loss_bytes(shape: ModelShape, step: Step) -> float:
-    """What `linear_topk_loss` holds at its most, of which the weight's gradient outlives it."""
+    """Return the greatest memory of `linear_topk_loss`, of which the weight's gradient outlives it."""
     tokens, vocab = math.ceil(step.tokens / step.context), shape.vocab // step.tensor
     matrix, hidden = vocab * shape.hidden, tokens * shape.hidden
     chunk = head_chunk(vocab, shape.hidden, num_tokens=tokens)
-    parts = [
+    parts: list[float] = [
         FLOAT32 * matrix if shape.trained_root_params else 0,
         2 * FLOAT32 * chunk * vocab,
         2 * step.computed * hidden,  # the rows that have a loss, and their gradient
@@ -245,6 +198,6 @@ def _loss_bytes(shape: ModelShape, step: Step) -> float:
 
 
 def head_chunk(vocab: int, hidden: int, *, num_tokens: int) -> int:
-    """Tokens that the fused head takes at a time, as `losses.linear_topk` does."""
+    """Return the tokens that the fused head processes at a time, as `losses.linear_topk` does."""
     most = max(hidden // 2, HEAD_BUFFER_BYTES // (2 * FLOAT32 * vocab), 1)
     return math.ceil(num_tokens / math.ceil(num_tokens / most))

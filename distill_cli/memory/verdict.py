@@ -1,4 +1,4 @@
-"""A rank's peak, whether it fits the device, and which key alone would make it fit."""
+"""A rank's peak, whether it fits the device, and which single key would make it fit."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from distill_cli.config.derived import needs_sampler, needs_scorer
 from distill_cli.config.schema import Checkpointing, Config
 from distill_cli.config.variation import override
-from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB, engine_bytes, engine_problems, gib
+from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB, engine_bytes, engine_problems, engines_of, gib
 from distill_cli.memory.shape import ModelShape
 from distill_cli.memory.trainer_bytes import Moment, Step, trainer_moments
+
+ENGINES = {"student": "sampler", "teacher": "scorer"}
+"""The engine of each role."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the ranks of a node live on."""
+    """The memory of the ranks of a node."""
 
     total: int
-    """Bytes: of one GPU, or of the host."""
+    """Bytes of one GPU, or of the host."""
     is_gpu: bool
+    num_ranks: int
+    """Ranks of the node, which share the host."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,15 @@ class Prediction:
     engines: dict[str, int]
     """sampler, scorer: while awake. On a GPU of unknown size without those that take a share of it."""
     resting: int
-    """What the trainer holds while the engines work."""
+    """Memory of the trainer while the engines work."""
     asleep: tuple[str, ...] = ()
-    """The engines that give their memory back while the student trains."""
+    """Engines that free their memory while the student trains."""
 
     @property
     def peak(self) -> int:
         awake = sum(size for name, size in self.engines.items() if name not in self.asleep)
-        turns = max((self.engines[name] for name in self.asleep), default=0)  # one of them at a time
-        return max(self.trainer.total + awake, self.resting + awake + turns)
+        largest_sleeper = max((self.engines[name] for name in self.asleep), default=0)  # one is awake at a time
+        return max(self.trainer.total + awake, self.resting + awake + largest_sleeper)
 
     def __str__(self) -> str:
         parts = {**self.trainer.parts, **self.engines}
@@ -51,129 +55,87 @@ class Prediction:
 
 
 def predict(
-    config: Config,
-    shape: ModelShape,
-    student: Path,
-    teacher: Path | None,
-    *,
-    num_ranks: int,
-    gpu_bytes: int | None = None,
+    config: Config, shape: ModelShape, student: Path, teacher: Path | None, *, num_ranks: int, gpu_bytes: int | None
 ) -> Prediction:
-    """Of a rank on a GPU of `gpu_bytes` (0 where its size is not known), or on a CPU where that is None.
+    """Return the memory of a rank.
 
-    `teacher` is None where it has no engine. Raises NoPrediction.
+    Args:
+        student, teacher: the models' folders; None if the teacher has no engine.
+        gpu_bytes: memory of the rank's GPU; 0 if it is not known, None on a CPU.
+
+    Raises:
+        NoPrediction: the size of an engine's weights is not known.
     """
-    on_gpu = gpu_bytes is not None
-    moments = trainer_moments(shape, Step.of(config, num_ranks=num_ranks, on_gpu=on_gpu))
-    engines = {}
-    if needs_sampler(config):
-        engines["sampler"] = engine_bytes(
-            student,
-            config.model.student.dtype,
-            None,
-            config.engine.student,
-            tensor_parallel=config.engine.student.tensor_parallel,
-            gpu_bytes=gpu_bytes,
-        )
-    if needs_scorer(config):
-        engines["scorer"] = engine_bytes(
-            teacher,
-            config.model.teacher.dtype,
-            config.model.teacher.quantization,
-            config.engine.teacher,
-            tensor_parallel=config.engine.teacher.tensor_parallel,
-            gpu_bytes=gpu_bytes,
-        )
-    before = moments[0].parts
-    roles = {"sampler": config.engine.student.sleep, "scorer": config.engine.teacher.sleep}
-    asleep = tuple(name for name in engines if gpu_bytes is not None and roles[name] is not False)
-    return Prediction(
-        asleep=asleep,
-        trainer=max(moments, key=lambda moment: moment.total),
-        engines=engines,
-        resting=before["weights"] + before["optimizer"],
-    )
+    engines, asleep = {}, []
+    for role, folder, model, engine in engines_of(config, student, teacher):
+        engines[ENGINES[role]] = engine_bytes(folder, model, engine, gpu_bytes=gpu_bytes)
+        if gpu_bytes is not None and engine.sleep is not False:
+            asleep.append(ENGINES[role])
+    moments = trainer_moments(shape, Step.of(config, num_ranks=num_ranks, on_gpu=gpu_bytes is not None))
+    peak, rest = max(moments, key=lambda moment: moment.total), moments[0].parts
+    return Prediction(peak, engines, rest["weights"] + rest["optimizer"], tuple(asleep))
 
 
 def alternatives(
     config: Config, shape: ModelShape, *, num_ranks: int, gpu_bytes: int | None, excess: int
-) -> Iterator[tuple[str, Config]]:
-    """Single keys that may lower a rank's peak, as typed, and the config with each."""
-
-    def changed(key: str, value: Any) -> tuple[str, Config]:
-        shown = value.value if isinstance(value, Enum) else str(value).lower()
-        return f"{key}={shown}", override(config, {key: value})
-
-    tokens = config.train.micro_batch_tokens // 2
+) -> Iterator[tuple[str, Any]]:
+    """Yield each key and value that may alone lower a rank's peak, which is `excess` bytes too large."""
+    train, mesh = config.train, config.mesh
+    tokens = train.micro_batch_tokens // 2
     while tokens >= config.rollout.max_sequence_length:
-        yield changed("train.micro_batch_tokens", tokens)
+        yield "train.micro_batch_tokens", tokens
         tokens //= 2
     modes = [Checkpointing.none, Checkpointing.selective, Checkpointing.full]
-    for mode in modes[modes.index(config.train.activation_checkpointing) + 1 :]:
-        yield changed("train.activation_checkpointing", mode)
-    mesh = config.mesh
-    for name in ("tensor", "context"):
+    for mode in modes[modes.index(train.activation_checkpointing) + 1 :]:
+        yield "train.activation_checkpointing", mode
+    cut = (shape.num_heads, shape.num_key_heads, shape.mlp, shape.vocab)
+    for name, widths in (("context", ()), *([] if train.compile else [("tensor", cut)])):
+        others = mesh.replicate * mesh.tensor * mesh.context // getattr(mesh, name)
         for size in range(getattr(mesh, name) + 1, num_ranks + 1):
-            others = mesh.replicate * mesh.tensor * mesh.context // getattr(mesh, name)
-            cut = (shape.num_heads, shape.num_key_heads, shape.mlp, shape.vocab) if name == "tensor" else ()
-            refused = name == "tensor" and config.train.compile
-            if num_ranks % (others * size) == 0 and not any(number % size for number in cut) and not refused:
-                yield changed(f"mesh.{name}", size)
+            if num_ranks % (others * size) == 0 and not any(width % size for width in widths):
+                yield f"mesh.{name}", size
     if mesh.replicate > 1:
-        yield changed("mesh.replicate", 1)
-    for role in ("student", "teacher"):
-        kv_cache = getattr(config.engine, role).kv_cache_gib
-        less = math.floor(1000 * ((kv_cache or CPU_KV_CACHE_GIB) - excess / 2**30)) / 1000
-        if less > 0 and (kv_cache is not None or gpu_bytes is None):
-            yield changed(f"engine.{role}.kv_cache_gib", less)
-    if gpu_bytes is None:
-        return
-    if not config.train.cpu_offload and not config.train.offload_optimizer:
-        yield changed("train.offload_optimizer", True)
-        yield changed("train.cpu_offload", True)
-    for role in ("student", "teacher"):
+        yield "mesh.replicate", 1
+    for role in ENGINES:
         engine = getattr(config.engine, role)
-        if engine.kv_cache_gib is None and gpu_bytes:
+        if engine.kv_cache_gib is not None or gpu_bytes is None:
+            less = math.floor(1000 * ((engine.kv_cache_gib or CPU_KV_CACHE_GIB) - excess / 2**30)) / 1000
+            yield from [(f"engine.{role}.kv_cache_gib", less)] if less > 0 else []
+        elif gpu_bytes:
             share = math.floor((engine.gpu_memory_utilization - excess / gpu_bytes) * 100) / 100
-            if share > 0:
-                yield changed(f"engine.{role}.gpu_memory_utilization", share)
+            yield from [(f"engine.{role}.gpu_memory_utilization", share)] if share > 0 else []
+    if gpu_bytes is not None and not train.cpu_offload and not train.offload_optimizer:
+        yield "train.offload_optimizer", True
+        yield "train.cpu_offload", True
 
 
 def problem(
-    config: Config,
-    shape: ModelShape,
-    student: Path,
-    teacher: Path | None,
-    *,
-    num_ranks: int,
-    ranks_here: int,
-    device: Device,
+    config: Config, shape: ModelShape, student: Path, teacher: Path | None, *, num_ranks: int, device: Device
 ) -> str | None:
-    """One line where a rank's peak does not fit, with the keys that alone bring it under; None where it does.
+    """Return one line if a rank's peak does not fit, with the keys that alone make it fit; None if it does.
 
-    Raises NoPrediction.
+    Raises:
+        NoPrediction: the size of an engine's weights is not known.
     """
-    gpu_bytes = device.total if device.is_gpu else None
-    room = device.total if device.is_gpu else device.total // ranks_here
+    gpu_bytes, room = (device.total, device.total) if device.is_gpu else (None, device.total // device.num_ranks)
 
     def predicted(other: Config) -> Prediction:
         return predict(other, shape, student, teacher, num_ranks=num_ranks, gpu_bytes=gpu_bytes)
 
     now = predicted(config)
-    if now.peak <= room:
-        return None
     excess = now.peak - room
+    if excess <= 0:
+        return None
     best: dict[str, tuple[int, str]] = {}
-    for typed, other in alternatives(config, shape, num_ranks=num_ranks, gpu_bytes=gpu_bytes, excess=excess):
-        key, peak = typed.split("=")[0], predicted(other).peak
-        if peak <= room and key not in best and _engines_fit(other, student, teacher, gpu_bytes):
-            best[key] = (peak, f"{typed} ({gib(peak)} GiB)")
-    where = "its GPU has" if device.is_gpu else f"its share of the host's memory ({ranks_here} ranks) is"
-    turn = " or ".join(text for _, text in sorted(best.values())[:3])
-    return f"memory: a rank needs about {gib(now.peak)} GiB ({now}), and {where} {gib(room)} GiB; " + (
-        f"set {turn}" if turn else "no single key brings it under: a smaller model, more ranks, or several of them"
-    )
-
-
-def _engines_fit(config: Config, student: Path, teacher: Path | None, gpu_bytes: int | None) -> bool:
-    return gpu_bytes is None or not list(engine_problems(config, student, teacher, gpu_bytes=gpu_bytes))
+    for key, value in alternatives(config, shape, num_ranks=num_ranks, gpu_bytes=gpu_bytes, excess=excess):
+        other = override(config, {key: value})
+        peak = predicted(other).peak
+        if peak > room or key in best:
+            continue
+        if gpu_bytes is None or not any(engine_problems(other, student, teacher, gpu_bytes=gpu_bytes)):
+            shown = value.value if isinstance(value, Enum) else str(value).lower()
+            best[key] = (peak, f"{key}={shown} ({gib(peak)} GiB)")
+    place = "its GPU has" if device.is_gpu else f"its share of the host's memory ({device.num_ranks} ranks) is"
+    changes = " or ".join(text for _, text in sorted(best.values())[:3])
+    fix = f"set {changes}" if changes else "no single key is enough: take a smaller model, more ranks, or several keys"
+    return f"memory: a rank needs about {gib(now.peak)} GiB ({now}), and {place} {gib(room)} GiB; {fix}"

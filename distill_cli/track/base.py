@@ -5,8 +5,8 @@ what a run's folder says (metrics.jsonl, system.jsonl, files), and can follow ag
 a thread of the process that launched the ranks (`shipper`), one thread a tracker, which catches whatever they raise and
 calls again later. So no tracker can stop or slow training, or another tracker.
 
-A new one is `track/<name>.py` with a `TRACKER`, `conf/tracker/<name>.yaml`, and in config/schema.py a dataclass and a
-field `<name>` of TrackerConfig.
+A new one is `track/<name>.py` with a `TRACKER`, `conf/tracker/<name>.yaml`, and in config/execution_schema.py a
+dataclass and a field `<name>` of TrackerConfig.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from distill_cli.config.schema import Config, TrackerConfig
+from distill_cli.config.execution_schema import TrackerConfig
+from distill_cli.config.schema import Config
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.machine.findings import Finding
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from distill_cli.config.credentials import without_credentials
-from distill_cli.config.schema import Config, MlflowConfig
+from distill_cli.config.execution_schema import MlflowConfig
+from distill_cli.config.schema import Config
 from distill_cli.folders.lock import hold
 from distill_cli.folders.run_dir import RunDir, SweepDir, read_json
 from distill_cli.machine.findings import Finding, find_package, unreachable

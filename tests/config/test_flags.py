@@ -1,4 +1,6 @@
-"""Hydra's flags: all of them are taken, in any order, and reach Hydra in the order that it can parse."""
+"""Hydra's flags: all are accepted, in any order, and reach Hydra in the order that it can parse."""
+
+from pathlib import Path
 
 import pytest
 from hydra._internal.utils import get_args_parser
@@ -36,14 +38,14 @@ def test_every_flag_of_hydra_is_declared() -> None:
         ("+a=1 ~b", "+a=1 ~b", ""),
     ],
 )
-def test_flags_and_overrides_are_told_apart(line: str, overrides: str, flags: str) -> None:
-    found = collected(line)
-    assert found == (overrides.split(), flags.split())
-    parsed = get_args_parser().parse_args([*found[0], *found[1]])
+def test_flags_are_separated_from_overrides(line: str, overrides: str, flags: str) -> None:
+    typed = collected(line)
+    assert typed == (overrides.split(), flags.split())
+    parsed = get_args_parser().parse_args([*typed[0], *typed[1]])
     assert parsed.overrides == overrides.split()
 
 
-def test_config_dir_adds_a_folder(tmp_path) -> None:
+def test_config_dir_adds_a_folder(tmp_path: Path) -> None:
     assert conf_dirs([]) == [conf_dir()]
     assert conf_dirs(["--config-dir", str(tmp_path)]) == [conf_dir(), tmp_path]
     assert conf_dirs(["--config-dir", str(tmp_path / "none")]) == [conf_dir()]

@@ -1,4 +1,4 @@
-"""Passwords and tokens are refused before anything is written, and are not repeated in what is said."""
+"""Passwords and tokens are refused before anything is written, and no message repeats them."""
 
 import pytest
 
@@ -17,14 +17,14 @@ from distill_cli.config.compose import compose
         '+cluster.slurm.setup=["export A=hf_hushhushhushhushhush"]',
     ],
 )
-def test_a_secret_is_refused_and_not_repeated(override: str) -> None:
+def test_secret_is_refused_and_not_repeated(override: str) -> None:
     (job,) = compose([override])
     (problem,) = config_problems(job.config)
-    assert "holds a password or token" in problem
+    assert problem.startswith(override.lstrip("+").partition("=")[0])
     assert "hush" not in problem
 
 
-def test_what_only_sounds_like_one_is_taken() -> None:
+def test_similar_names_are_no_secrets() -> None:
     (job,) = compose(
         ["rollout.stop_token_ids=[3]", "+cluster.env.TOKENIZERS_PARALLELISM=false", "+cluster.env.A=b:c@d"]
     )

@@ -1,11 +1,11 @@
-"""One config made from another: what Hydra would have composed, and what each verb lets change."""
+"""One config made from another: as Hydra would compose it, and the keys that each verb may change."""
 
 import dataclasses
 
 import pytest
 
 from distill_cli.config.compose import compose
-from distill_cli.config.fields import has_property, leaves
+from distill_cli.config.fields import declared_keys, has_property
 from distill_cli.config.schema import Config, Dtype
 from distill_cli.config.variation import forbidden_changes, override, plain
 from distill_cli.errors import ConfigError
@@ -50,7 +50,7 @@ def test_override_takes_values_by_key(tiny: Config) -> None:
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_a_choice_replaces_its_group(tiny: Config, group: str, choice: str) -> None:
+def test_choice_replaces_its_group(tiny: Config, group: str, choice: str) -> None:
     """A file's keys have the values that Hydra composes for it, those of files it inherits from included."""
     typed = [f"{group}={choice}", *FILLED]
     varied, composed = plain(override(tiny, typed)), plain(compose(typed)[0].config)
@@ -62,13 +62,13 @@ def test_a_choice_replaces_its_group(tiny: Config, group: str, choice: str) -> N
         assert varied["train.lr"] == (composed["train.lr"] if choice == "tiny" else 0.5)
 
 
-def test_a_site_file_overrides_a_run(tiny: Config) -> None:
+def test_site_file_overrides_a_run(tiny: Config) -> None:
     varied = override(tiny, ["cluster=slurm_example"])
     assert varied.cluster == compose(["cluster=slurm_example"])[0].config.cluster
 
 
-def test_override_refuses_what_it_cannot_take(tiny: Config) -> None:
-    for typed, told in (
+def test_override_refuses_sweeps_and_mistakes(tiny: Config) -> None:
+    for typed, problem in (
         ("loss.topk=1,2", "takes no sweep"),
         ("loss.topkk=1", "did you mean loss.topk?"),
         ("eval=none", "no such choice"),
@@ -76,7 +76,7 @@ def test_override_refuses_what_it_cannot_take(tiny: Config) -> None:
     ):
         with pytest.raises(ConfigError) as caught:
             override(tiny, [typed])
-        assert told in " ".join(caught.value.problems)
+        assert problem in " ".join(caught.value.problems)
 
 
 OTHER = {bool: lambda value: not value, int: lambda value: value + 1, float: lambda value: value + 0.25}
@@ -103,7 +103,7 @@ def flipped(config: Config, key: str) -> Config:
 @pytest.mark.parametrize("verb", ["resume", "replay", "evaluation"])
 def test_changed_keys_are_recorded_or_refused(tiny: Config, verb: str) -> None:
     before = plain(tiny)
-    for key in leaves(Config):
+    for key in declared_keys(Config):
         changed = flipped(tiny, key)
         assert any(before.get(one) != value for one, value in plain(changed).items()), key
         is_refused = [one for one, _, _ in forbidden_changes(tiny, changed, unless=verb)]

@@ -257,7 +257,7 @@ def test_adapters_that_cannot_be(make_model: MakeModel) -> None:
     assert "rank=-1: must be at least 0" in problems_of(f"{lora}rank=-1")
     assert "alpha=0.0: must be above 0" in problems_of(f"{lora}rank=8", f"{lora}alpha=0")
     assert "no adapters are trained" in problems_of(f"{lora}targets=[q_proj]")
-    assert "at most rank 512" in problems_of(f"{lora}rank=513", f"{lora}sync=adapter")
+    assert "rank=513: must be at most 512" in problems_of(f"{lora}rank=513", f"{lora}sync=adapter")
     assert "no matrices called layers" in problems_of(*pair(make_model("s"), make_model("t")), f"{lora}rank=1")
 
 

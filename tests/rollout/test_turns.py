@@ -250,4 +250,4 @@ def test_environments_are_found_and_turns_need_one() -> None:
     assert {"calculator", "guess"} <= set(names("environments"))
     assert isinstance(resolve_environment("guess")(), Guess)
     config = override(Config(), {"rollout.max_turns": 2})
-    assert any(line.startswith("rollout.max_turns=2: nobody answers") for line in config_problems(config))
+    assert any(line.startswith("rollout.max_turns=2: ") for line in config_problems(config))

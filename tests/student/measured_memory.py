@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_cli.config.schema import Checkpointing, LoraConfig
-from distill_cli.memory import ModelShape, Step, shape_of, trainer_moments, with_adapters
+from distill_cli.memory.shape import ModelShape, shape_of, with_adapters
+from distill_cli.memory.trainer_bytes import Step, trainer_moments
 from tests.student.forked import run_cases
 
 

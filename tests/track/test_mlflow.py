@@ -16,7 +16,8 @@ from distill_cli.checkpoint import store
 from distill_cli.config.checks import config_problems
 from distill_cli.config.compose import compose
 from distill_cli.config.credentials import credentials_environment, without_credentials
-from distill_cli.config.schema import Config, MlflowConfig, TrackerConfig
+from distill_cli.config.execution_schema import MlflowConfig, TrackerConfig
+from distill_cli.config.schema import Config
 from distill_cli.config.variation import config_text, load_config, save_config
 from distill_cli.errors import ConfigError
 from distill_cli.folders.metrics_file import MetricsFile, cut_back, read_metrics
