@@ -4,7 +4,7 @@
 |-------------|--------------|------------------------------------------------------------------|
 | `OnPolicy`  | `on_policy`  | the student's, sampled with the weights that it has              |
 | `Mixture`   | `off_policy` | some of them the dataset's or the teacher's instead              |
-| `Replay`    | `replay`     | those that another run recorded, with their scores               |
+| `Replay`    | `recorded_steps` | those that another run recorded, with their scores           |
 
 A source may hold sequences back from one step to the next, or wrap another source; `ranks.build_source` chooses it.
 """

@@ -28,7 +28,7 @@ from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.machine.processes import StopFlag
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.ranks.check_rank import is_exact
-from distill_cli.ranks.self_check import MASSES, Limits, SelfCheck
+from distill_cli.ranks.self_check import EXACT, MASSES, SelfCheck
 from distill_cli.rollout.pack import Planner, plan_batch
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
@@ -145,7 +145,7 @@ def wrong(
             load_teacher=lambda: build_student(teacher_settings.path, parallel, temperature=temperature, factor=1.0),
             saver=Saver(folder, trainable),
             checkpoints=folder.checkpoints,
-            limits=Limits.of(exact=True),
+            limits=EXACT,
             report=lambda finding: None,
         )
         is_good = check.run()
