@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -20,18 +20,11 @@ from distill_cli.resolved import ResolvedRun
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Engines:
+class Engines(NamedTuple):
     """A rank's engines; None for an engine that the run does not need."""
 
     sampler: Sampler | None
     teacher: Teacher | None
-
-    def close(self) -> None:
-        """Close both, in the reverse of the order in which they were built. A collective."""
-        for engine in (self.sampler, self.teacher):
-            if engine is not None:
-                engine.close()
 
 
 def build_engines(

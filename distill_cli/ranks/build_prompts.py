@@ -62,7 +62,7 @@ def teacher_chat_template(resolved: ResolvedRun) -> str | None:
 def build_validator(resolved: ResolvedRun, parallel: Parallel, tokenizer: PreTrainedTokenizerBase) -> Validator | None:
     """Build the validation; None if the run has none."""
     config, settings = resolved.config, resolved.config.eval
-    if not validates(config):
+    if config.data.validation is None or not validates(config):
         return None
     assert config.data.verifier is not None, "config.checks refuses a validation without one"
     examples = load_examples(config.data.validation, key="data.validation")
@@ -101,6 +101,6 @@ def build_turns(resolved: ResolvedRun, tokenizer: PreTrainedTokenizerBase, *, ma
     )
 
 
-def make_decode(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
-    """Return the function from token ids to text without special tokens."""
-    return lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True)
+def make_decode(tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> Callable[[list[int]], str]:
+    """Return the function from token ids to text."""
+    return lambda token_ids: str(tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))

@@ -66,12 +66,12 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     trainer, engines = build_trainer(run, console, resolved, parallel, tokenizer, stop=stop, checkpoint=checkpoint)
     stop.listen(signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     with trainer.log.printer:
-        result = trainer.run()
-    if result.state == "finished" or trainer.saver is None:
+        outcome = trainer.run()
+    if outcome.state == "finished" or trainer.saver is None:
         save_student(trainer.student, tokenizer, run.student, dtype=getattr(torch, config.model.student.dtype.value))
     trainer.log.close()
     if parallel.is_main:
-        write_json(run.outcome, asdict(result))
+        write_json(run.outcome, asdict(outcome))
     close(engines)
 
 
@@ -97,8 +97,9 @@ def build_trainer(
     num_steps = count_steps(config, order)
     trainable = build_trainable(resolved, student, num_steps=num_steps, device=parallel.device)
     progress = Progress.of(load(checkpoint, trainable)) if checkpoint is not None else Progress()
+    decode, show = make_decode(tokenizer), make_decode(tokenizer, skip_special_tokens=False)
     printer = StepPrinter(console, num_steps=num_steps, every=config.run.print_every)
-    log = RunLog(run, printer, MetricsFile(run.metrics) if is_main else None, num_steps, show=tokenizer.decode)
+    log = RunLog(run, printer, MetricsFile(run.metrics) if is_main else None, num_steps, show)
     stages, planner = Stages(parallel, stop, on_stage=log.stage), build_planner(config, parallel)
     worker = scoring = validation = probes = None
     if engines.sampler is not None:
@@ -106,8 +107,7 @@ def build_trainer(
     if engines.teacher is not None:
         scoring = ScoringWorker(engines.teacher, planner, stages, student.merged_eos_ids)
     recorder = build_recorder(resolved, run, parallel) if config.rollout.save_scores else None
-    decode = make_decode(tokenizer)
-    rollouts = RolloutsFolder(run.rollouts, decode, lambda token: tokenizer.decode([token]), is_written=is_main)
+    rollouts = RolloutsFolder(run.rollouts, decode, lambda token: show([token]), is_written=is_main)
     if validator is not None and worker is not None:
         validation = Validation(validator, worker, engines.teacher if config.eval.teacher else None)
     if (number := config.eval.record_samples) and worker is not None and scoring is not None:
@@ -137,8 +137,10 @@ def build_trainer(
 
 
 def close(engines: Engines) -> None:
-    """Close the engines, then the process group. A collective."""
-    engines.close()
+    """Close the engines, in the reverse of the order in which they were built, then the process group. A collective."""
+    for engine in engines:
+        if engine is not None:
+            engine.close()
     dist.barrier()
     dist.destroy_process_group()
 
@@ -217,8 +219,8 @@ def build_student(resolved: ResolvedRun, loss: DistillLoss, parallel: Parallel, 
     student = Student(lm, loss=loss, temperature=config.loss.temperature, parallel=parallel, merged_eos_ids=ends)
     if ends and lm.generation_config is not None:
         lm.generation_config.eos_token_id = list(ends)  # samplers of the saved student then stop where training did
-    checkpointing, offload = train.activation_checkpointing.value, train.cpu_offload
-    wrap(student, parallel, bf16=bf16, checkpointing=checkpointing, compile=train.compile, cpu_offload=offload)
+    kept, offload = train.activation_checkpointing, train.cpu_offload
+    wrap(student, parallel, bf16=bf16, checkpointing=kept.value, compile=train.compile, cpu_offload=offload)
     home = torch.device("cpu") if offload else parallel.device
     load_weights(student, lm, folder, device=home, seed=train.seed)
     return student

@@ -29,6 +29,8 @@ from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, accumulate_gradient, count_response_tokens, optimizer_step
 from distill_cli.types import Prompt, Rollout
 
+AtTokens = Callable[[MicroBatch, HeadOutput], torch.Tensor]
+"""Returns a value for each response token of a micro-batch, given the head's outputs: [N]."""
 MASSES = (16, 64, 128)
 """Sizes of the teacher's top-k whose probability mass is reported."""
 LOSS_SHIFT = 0.05
@@ -185,12 +187,7 @@ class SelfCheck:
             loss += output.loss
         return float(self.parallel.all_sum(loss)), outputs
 
-    def mean(
-        self,
-        batches: Sequence[MicroBatch],
-        outputs: Sequence[HeadOutput],
-        at_tokens: Callable[[MicroBatch, HeadOutput], torch.Tensor],
-    ) -> float:
+    def mean(self, batches: Sequence[MicroBatch], outputs: Sequence[HeadOutput], at_tokens: AtTokens) -> float:
         """Return the mean of `at_tokens` over the response tokens of all ranks, in float64."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)
         for batch, output in zip(batches, outputs, strict=True):

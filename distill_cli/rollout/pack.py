@@ -17,6 +17,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -65,7 +66,9 @@ class MicroBatch:
         """Return the micro-batch on `device`."""
         if device.type == "cpu":
             return self
-        movable = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor | TeacherScores)}
+        movable: dict[str, Any] = {
+            name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor | TeacherScores)
+        }
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in movable.items()})
 
     def context_share(self, parallel: Parallel) -> MicroBatch:

@@ -85,13 +85,7 @@ def sample_turns(
     Args:
         sampling: `max_new_tokens` limits each turn.
     """
-    sequences = [Growing(prompt, seed, turns.make()) for prompt, seed in zip(prompts, seeds, strict=True)]
-    for sequence in sequences:
-        try:
-            sequence.environment.reset(sequence.prompt.example)
-        except Exception as error:  # environments may be the user's code
-            turns.failures.add(error)
-            sequence.environment = None
+    sequences = [Growing(prompt, seed, start(prompt, turns)) for prompt, seed in zip(prompts, seeds, strict=True)]
     for turn in range(turns.max_turns):
         going = [sequence for sequence in sequences if not sequence.finish_reason]
         if not going:
@@ -104,6 +98,17 @@ def sample_turns(
         for sequence, sample in zip(going, samples, strict=True):
             take_turn(sequence, sample, turns)
     return [sequence.rollout(has_logp=sampling.logp) for sequence in sequences]
+
+
+def start(prompt: Prompt, turns: Turns) -> Environment | None:
+    """Return an environment for the prompt's example; None, counted, if it fails."""
+    environment = turns.make()
+    try:
+        environment.reset(prompt.example)
+    except Exception as error:  # environments may be the user's code
+        turns.failures.add(error)
+        return None
+    return environment
 
 
 def take_turn(sequence: Growing, sample: Sample, turns: Turns) -> None:

@@ -1,10 +1,11 @@
-"""A run's progress, which checkpoints keep, and its result."""
+"""A run's progress, which checkpoints keep and its outcome is made of."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from distill_cli.folders.attempts import Outcome
 from distill_cli.metrics import gap_closed
 from distill_cli.train.validation import Score
 
@@ -16,26 +17,6 @@ class Best:
     metric: str
     value: float
     step: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """The outcome of a run that ended in order."""
-
-    state: str
-    """`finished`, or `stopped` if it was stopped and can be resumed."""
-    reason: str | None
-    """Why it stopped."""
-    num_steps: int
-    """Steps taken."""
-    seconds: float
-    """Over all attempts, without steps that were lost."""
-    before: Score | None
-    after: Score | None
-    teacher: Score | None
-    best: Best | None
-    gap_closed: float | None
-    """See `metrics.gap_closed`."""
 
 
 @dataclass
@@ -55,7 +36,7 @@ class Progress:
     """The student's newest validation, after `latest_step`."""
     latest_step: int = -1
     best: Best | None = None
-    unrecorded: dict[str, float] | None = None
+    unrecorded: dict[str, Any] | None = None
     """Metrics of the step after `step`, if the run was stopped in that step's validation: the student has learned from
     it, so a resumed run validates and records it first."""
 
@@ -70,12 +51,14 @@ class Progress:
         if value is not None and (best is None or best.metric != metric or sign * value >= sign * best.value):
             self.best = Best(metric, value, self.step)
 
-    def result(self, state: str, reason: str | None, *, seconds: float) -> Result:
-        """Return the result of the run if it ends here."""
+    def outcome(self, state: str, reason: str | None, *, seconds: float) -> Outcome:
+        """Return the outcome of the run if it ends here."""
         after = self.latest if self.latest_step == self.step > 0 else None
         scores = (self.before, after, self.teacher)
         gap = gap_closed(*(None if score is None else score.accuracy for score in scores))
-        return Result(state, reason, self.trained_step, seconds, *scores, self.best, gap)
+        parts = [None if part is None else asdict(part) for part in (*scores, self.best)]
+        names = dict(zip(("before", "after", "teacher", "best"), parts, strict=True))
+        return Outcome(state, reason, self.trained_step, seconds, gap_closed=gap, **names)
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Progress:

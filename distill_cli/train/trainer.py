@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from distill_cli.checkpoint.saver import Saver, Trainable
 from distill_cli.config.schema import Config, OnTruncation
 from distill_cli.errors import Unrecoverable
+from distill_cli.folders.attempts import Outcome
 from distill_cli.folders.metrics_file import plain
 from distill_cli.folders.rollouts_table import RolloutsFolder
 from distill_cli.parallel.mesh import Parallel
@@ -24,7 +25,7 @@ from distill_cli.rollout.stages import Stages, StopRequested
 from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, optimizer_step
 from distill_cli.train.run_log import RunLog
-from distill_cli.train.run_state import Progress, Result
+from distill_cli.train.run_state import Progress
 from distill_cli.train.step_metrics import performance_metrics, rollout_metrics, train_metrics
 from distill_cli.train.token_report import ProbeReport
 from distill_cli.train.validation import Validation
@@ -62,7 +63,7 @@ class Trainer:
     data_fingerprint: str | None
     """Identifies the training data, whose order a resumed run relies on; None if unknown."""
 
-    def run(self) -> Result:
+    def run(self) -> Outcome:
         """Take every remaining step; validate and save as the config says. A collective."""
         begin = time.perf_counter() - self.progress.seconds
         state, reason = "finished", None
@@ -90,7 +91,7 @@ class Trainer:
             self.save(metrics)
         if self.saver is not None:
             self.saver.close()
-        return self.progress.result(state, reason, seconds=time.perf_counter() - begin)
+        return self.progress.outcome(state, reason, seconds=time.perf_counter() - begin)
 
     def measure_baseline(self) -> None:
         """Measure student and teacher before the first step: step 0 of the metrics. A collective."""
@@ -116,7 +117,7 @@ class Trainer:
             with self.stages("pack"):
                 batches = micro_batches(plan, batch.rollouts, batch.scores, parallel=self.parallel)
             with self.stages("train"):
-                lr, max_norm = schedule.get_last_lr()[0], self.config.train.max_grad_norm
+                lr, max_norm = float(schedule.get_last_lr()[0]), self.config.train.max_grad_norm
                 result = optimizer_step(
                     self.student, optimizer, schedule, batches, max_grad_norm=max_norm, parallel=self.parallel
                 )

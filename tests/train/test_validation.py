@@ -69,7 +69,7 @@ def prompts(number: int, *, datasets: tuple[str, ...] = ("",)) -> list[Prompt]:
     return [Prompt(i, [i], Example("?", str(i), dataset=datasets[i % len(datasets)])) for i in range(number)]
 
 
-def test_validation_is_the_mean_over_all_answers(parallel: Parallel) -> None:
+def test_score_is_the_mean(parallel: Parallel) -> None:
     score = validator(parallel, prompts(4), repeat=2).run(Oracle())
     assert score == Score(accuracy=0.75, mean_length=2.0, truncated_rate=0.25, num_samples=8)
     assert score.metrics().keys() == {"val/accuracy", "val/mean_length", "val/truncated_rate"}
@@ -82,7 +82,7 @@ def test_several_datasets_have_an_accuracy_each(parallel: Parallel) -> None:
     assert score.accuracy == 0.75
 
 
-def test_each_answer_has_a_seed_of_its_own_that_more_answers_do_not_change(parallel: Parallel) -> None:
+def test_answer_seeds_are_unique_and_stable(parallel: Parallel) -> None:
     few, many = Oracle(), Oracle()
     validator(parallel, prompts(5)).run(few)
     validator(parallel, prompts(5), repeat=3, batch_size=4).run(many)
@@ -124,7 +124,7 @@ def test_a_scoreboard_from_files(parallel: Parallel, tmp_path: Path) -> None:
     assert board.gap_closed == {}
 
 
-def test_datasets_are_scored_apart_and_in_total(parallel: Parallel, tmp_path: Path) -> None:
+def test_datasets_have_scores_and_a_total(parallel: Parallel, tmp_path: Path) -> None:
     asked = answer_to_file(parallel, tmp_path / "a", prompts(8, datasets=("even", "odd")), repeat=2)
     board = make_scoreboard({"ours": asked}, has_votes=False)
     assert {name: scores["ours"].accuracy.value for name, scores in board.scores.items()} == {
@@ -135,7 +135,7 @@ def test_datasets_are_scored_apart_and_in_total(parallel: Parallel, tmp_path: Pa
     assert board.scores["total"]["ours"].majority is None
 
 
-def test_final_answers_that_are_equal_are_one_vote() -> None:
+def test_equal_final_answers_are_one_vote() -> None:
     extract = resolve_extract(resolve_verifier("exact"))
     assert len({extract(f"so\n#### {text}") for text in ("1,160", "1160.0", " 1160 ", "+1160")}) == 1
     assert extract("no final line") is None
