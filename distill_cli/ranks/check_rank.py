@@ -102,7 +102,7 @@ def finding_line(finding: Finding) -> str:
     """Return a finding as the user sees it, in Rich's markup."""
     mark = {True: "[green]ok  [/green]", False: "[red]bad [/red]", None: "[dim]--  [/dim]"}[finding.is_good]
     fix = f"\n     fix: {escape(finding.fix)}" if finding.is_good is False else ""
-    return f"{mark} {finding.what:<48} {escape(finding.found)}{fix}"
+    return f"{mark} {finding.what:<48} {escape(finding.answer)}{fix}"
 
 
 def num_scored(resolved: ResolvedRun) -> int:

@@ -82,7 +82,7 @@ class Finding:
     what: str
     is_good: bool | None
     """None: not checked, or for the user to judge."""
-    found: str
+    answer: str
     fix: str
 
 
@@ -101,7 +101,7 @@ EXACT, ROUNDED = Limits(logp=1e-4, loss=1e-6), Limits(logp=2e-2, loss=1e-3)
 
 @dataclass
 class SelfCheck:
-    """One rank's side of the check. All methods but `say` and `within` are collectives."""
+    """One rank's side of the check. All methods but `answer` and `within` are collectives."""
 
     config: Config
     parallel: Parallel
@@ -139,7 +139,7 @@ class SelfCheck:
         self.own_scoring.teacher.close()
         scoring = self.make_scoring()
         batches, masses = self.score(rollouts, scoring)
-        self.say("mass", None, ", ".join(f"{mass:.4f} at {k}" for k, mass in masses.items()))
+        self.answer("mass", None, ", ".join(f"{mass:.4f} at {k}" for k, mass in masses.items()))
         differs = self.check_teacher(batches)
         self.check_scores_of_teacher(batches)
         self.check_gradient(batches, has_slope=differs)
@@ -148,16 +148,16 @@ class SelfCheck:
         scoring.teacher.close()
         return all(finding.is_good is not False for finding in self.findings)
 
-    def say(self, question: str, is_good: bool | None, found: str) -> None:
+    def answer(self, question: str, is_good: bool | None, text: str) -> None:
         """Report the answer to one of QUESTIONS."""
         what, fix = QUESTIONS[question]
-        finding = Finding(what, is_good, found, fix.format(model=self.config.model, loss=self.config.loss))
+        finding = Finding(what, is_good, text, fix.format(model=self.config.model, loss=self.config.loss))
         self.findings.append(finding)
         self.report(finding)
 
     def within(self, question: str, value: float, limit: float) -> None:
         """Report whether a value is within its limit."""
-        self.say(question, value <= limit, f"{value:.2g} (limit {limit:g})")
+        self.answer(question, value <= limit, f"{value:.2g} (limit {limit:g})")
 
     def sample(self) -> list[Rollout]:
         """Sample with the student's current weights."""
@@ -221,9 +221,9 @@ class SelfCheck:
         loss, _ = self.evaluate(self.student, batches)
         model, differs = self.config.model, loss > 10 * self.limits.loss
         if (model.teacher.path, model.teacher.revision) != (model.student.path, model.student.revision):
-            self.say("other", differs, f"loss {loss:.3g}")
+            self.answer("other", differs, f"loss {loss:.3g}")
         else:
-            self.say("same", None, f"loss {loss:.3g}")
+            self.answer("same", None, f"loss {loss:.3g}")
         return differs
 
     def check_scores_of_teacher(self, batches: Sequence[MicroBatch]) -> None:
@@ -231,7 +231,7 @@ class SelfCheck:
         try:
             teacher = self.load_teacher()
         except DistillError as error:
-            self.say("scorer", None, f"not checked: {error}")
+            self.answer("scorer", None, f"not checked: {error}")
             return
         _, outputs = self.evaluate(teacher, batches)
         self.within("scorer", self.scorer_difference(batches, outputs), self.limits.logp)
@@ -245,15 +245,15 @@ class SelfCheck:
 
         expected = self.mean(batches, result.outputs, at_tokens)
         is_mean = abs(result.loss - expected) <= 1e-3 * abs(expected) + self.limits.loss
-        self.say("mean", is_mean, f"{result.loss:.6g}, and {expected:.6g} token by token")
+        self.answer("mean", is_mean, f"{result.loss:.6g}, and {expected:.6g} token by token")
         if has_slope and result.is_finite and result.grad_norm > 0:
             slope = self.slope(batches, result)
-            found = f"norm {result.grad_norm:.4g}, slope {slope:.4g}"
+            text = f"norm {result.grad_norm:.4g}, slope {slope:.4g}"
             # Part of what a new adapter adds to a layer's bfloat16 output is too small to change it.
             if self.config.model.student.lora.is_on and self.config.train.precision is Precision.bf16:
-                self.say("slope", None, f"{found}: bf16 rounds small steps of adapters away")
+                self.answer("slope", None, f"{text}: bf16 rounds small steps of adapters away")
             else:
-                self.say("slope", 0.7 <= slope / result.grad_norm <= 1.4, found)
+                self.answer("slope", 0.7 <= slope / result.grad_norm <= 1.4, text)
         self.trainable.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
@@ -274,7 +274,7 @@ class SelfCheck:
         """Check that an optimizer update is finite."""
         optimizer, schedule, limit = self.trainable.optimizer, self.trainable.schedule, self.config.train.max_grad_norm
         result = optimizer_step(self.student, optimizer, schedule, batches, max_grad_norm=limit, parallel=self.parallel)
-        self.say("step", result.is_finite, f"loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}")
+        self.answer("step", result.is_finite, f"loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}")
 
     def check_sync_and_checkpoint(self, scoring: ScoringWorker) -> None:
         """Check that the sampler follows changed weights, and that a checkpoint restores the old ones bit for bit."""
@@ -291,16 +291,16 @@ class SelfCheck:
         to_new, warnings = self.sampler_difference(batches, outputs), list[str]()
         saved = store.newest_whole(self.checkpoints, warn=warnings.append)
         if saved is None:
-            self.say("checkpoint", False, "; ".join(warnings) or "none was written")
+            self.answer("checkpoint", False, "; ".join(warnings) or "none was written")
             return
         load(saved.path, self.trainable)
         equal = [old.equal(new) for old, new in zip(before, self.local_tensors(), strict=True)]
         num_differing = self.parallel.all_max(float(equal.count(False)))
-        self.say("checkpoint", num_differing == 0, f"{len(equal)} tensors, {num_differing:.0f} of them differ")
+        self.answer("checkpoint", num_differing == 0, f"{len(equal)} tensors, {num_differing:.0f} of them differ")
         _, outputs = self.evaluate(self.student, batches)
         to_old, limit = self.sampler_difference(batches, outputs), self.limits.logp
-        found = f"{to_new:.2g} from the new (limit {limit:g}), {to_old:.2g} from the old"
-        self.say("sync", to_new <= limit and to_new < to_old / 2, found)
+        text = f"{to_new:.2g} from the new (limit {limit:g}), {to_old:.2g} from the old"
+        self.answer("sync", to_new <= limit and to_new < to_old / 2, text)
 
     def local_tensors(self) -> list[torch.Tensor]:
         """Return this rank's parts of weights and optimizer state."""

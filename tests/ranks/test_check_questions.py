@@ -13,7 +13,7 @@ def test_every_question_has_a_line() -> None:
     reported: list[Finding] = []
     check = SimpleNamespace(config=config, findings=[], report=reported.append)
     for question in QUESTIONS:
-        SelfCheck.say(check, question, False, "1 (limit 0)")
+        SelfCheck.answer(check, question, False, "1 (limit 0)")
     assert check.findings == reported
     lines = {finding.what: finding_line(finding) for finding in reported}
     assert len(lines) == len(QUESTIONS)

@@ -1,4 +1,4 @@
-"""Recorded steps: read as they were written, whole or not there, and refused where a config does not fit them."""
+"""Recorded steps: round trip, damage, and refusal of a config that does not fit them."""
 
 import logging
 import shutil
@@ -71,16 +71,16 @@ def test_recorded_steps_round_trip(recorded: Path, parallel: Parallel) -> None:
     steps = RecordedSteps(Recording.of(str(recorded)), topk=TOPK, parallel=parallel)
     assert steps.steps_per_epoch == 2
     for step in (1, 2, 3):  # the third is the first again
-        (expected, _, all_scores), found = made_up((step - 1) % 2 + 1), steps.rollouts(step)
+        (expected, _, all_scores), read = made_up((step - 1) % 2 + 1), steps.rollouts(step)
         mine = list(range(63, 0, -3))
         scores = steps.scores(step, mine)
         assert list(scores) == mine
-        assert [(r.token_ids, r.reward, r.prompt.index, r.sample) for r in found] == [
+        assert [(r.token_ids, r.reward, r.prompt.index, r.sample) for r in read] == [
             (r.token_ids, r.reward, r.prompt.index, r.sample) for r in expected
         ]
-        ((row,),) = plan_batch([len(one.token_ids) for one in found], num_ranks=1, max_tokens=10_000).rows
-        row = replace(row, members=tuple(mine), places=tuple(len(found[place].token_ids) for place in mine))
-        ours, theirs = (lay_out(row, *of) for of in ((found, scores), (expected, all_scores)))
+        ((row,),) = plan_batch([len(one.token_ids) for one in read], num_ranks=1, max_tokens=10_000).rows
+        row = replace(row, members=tuple(mine), places=tuple(len(read[place].token_ids) for place in mine))
+        ours, theirs = (lay_out(row, *of) for of in ((read, scores), (expected, all_scores)))
         for name in ("input_ids", "rows", "sampled_ids", "sampler_logp", "has_sampler_logp"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
         for name in ("topk_ids", "topk_logp", "sampled_logp"):
@@ -202,5 +202,5 @@ def test_replay_needs_no_teacher_or_data(recorded: Path) -> None:
     gone = {"model.teacher.path": "/gone/teacher", "data.train": {"source": "jsonl", "path": "/gone.jsonl"}}
     config = override(job.config, gone)
     save_config(override(config, {"rollout.replay": None}), recorded / "config.yaml")
-    found = preflight(config)
-    assert (found.teacher, found.num_recorded_steps, found.num_steps) == (None, 2, 6)
+    resolved = preflight(config)
+    assert (resolved.teacher, resolved.num_recorded_steps, resolved.num_steps) == (None, 2, 6)

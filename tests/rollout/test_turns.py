@@ -1,4 +1,4 @@
-"""Several turns: what is appended, what is learned from, how a sequence ends. And the environments that come along."""
+"""Several turns: appended tokens, trained tokens, ends of sequences; and the environments in the package."""
 
 import copy
 from dataclasses import replace
@@ -32,14 +32,14 @@ END = 2
 
 
 class Parrot:
-    """A sampler that says the length of what it was asked, and the seed."""
+    """A sampler that answers a prompt with its length and the seed."""
 
     def __init__(self, *, cut_from: int = 1000) -> None:
-        self.asked: list[list[int]] = []
+        self.prompts: list[list[int]] = []
         self.cut_from = cut_from
 
     def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
-        self.asked += prompts
+        self.prompts += prompts
         logp = [-1.0, -2.0, -3.0] if sampling.logp else None
         return [
             Sample([len(ids), seed % 97 + 100], logp and logp[:2], "length")
@@ -94,7 +94,7 @@ def test_observations_are_appended_and_not_trained() -> None:
     assert sent.token_ids[3:6] == [90, END, 91]
     assert sent.trained == [True] * 3 + [False] * 3 + [True] * 3
     assert sent.logp == [-1, -2, -3, 0, 0, 0, -1, -2, -3]
-    assert sampler.asked[1] == rollout.prompt.token_ids + sent.token_ids[:6]
+    assert sampler.prompts[1] == rollout.prompt.token_ids + sent.token_ids[:6]
     assert sent.written_ids == sent.token_ids[:3] + sent.token_ids[6:]
     assert sent.last_turn_ids == sent.token_ids[6:]
     assert trained_tokens(sent).tolist() == [0, 1, 2, 6, 7, 8]
@@ -196,7 +196,7 @@ def test_observation_has_template_markers() -> None:
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_pair" / "student")
     end = tokenizer.eos_token_id
     encode = observation_encoder(tokenizer, template_kwargs={}, end_ids={end})
-    said = [*tokenizer.encode("#### 7", add_special_tokens=False), end]
+    turn = [*tokenizer.encode("#### 7", add_special_tokens=False), end]
     conversation = [
         {"role": "user", "content": "What is 3 + 4?"},
         {"role": "assistant", "content": "#### 7"},
@@ -204,7 +204,7 @@ def test_observation_has_template_markers() -> None:
     ]
     first = tokenizer.apply_chat_template(conversation[:1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer.encode(first, add_special_tokens=False) + said + encode("7 is too low. Try again.", end)
+    ids = tokenizer.encode(first, add_special_tokens=False) + turn + encode("7 is too low. Try again.", end)
     assert ids == tokenizer.encode(whole, add_special_tokens=False)
     assert encode("x", 5)[0] == end  # a turn that a stop string ended is closed first
     tokenizer.chat_template = None
@@ -250,4 +250,4 @@ def test_max_turns_needs_an_environment() -> None:
     assert {"calculator", "guess"} <= set(names("environments"))
     assert isinstance(resolve_environment("guess")(), Guess)
     config = override(Config(), {"rollout.max_turns": 2})
-    assert any(line.startswith("rollout.max_turns=2: nobody answers") for line in config_problems(config))
+    assert any(line.startswith("rollout.max_turns=2:") for line in config_problems(config))

@@ -1,4 +1,4 @@
-"""What both models say of a token, where ends that are one class leave fewer tokens than were asked for."""
+"""Both models' predictions at a token if merged end tokens leave fewer than `NUM_TOP`."""
 
 from types import SimpleNamespace
 
