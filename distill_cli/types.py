@@ -1,6 +1,6 @@
-"""What passes between the stages of a step: prompts, rollouts, the teacher's scores. No torch at import time.
+"""Data passed between the stages of a step: prompts, rollouts, the teacher's scores. No torch at import time.
 
-Everything is frozen: a stage returns something new instead of filling in what it was given.
+Every class is frozen: a stage returns new objects instead of filling in its arguments.
 
 Shape letters: R response tokens of one sequence, K the teacher's top-k.
 """
@@ -8,7 +8,7 @@ Shape letters: R response tokens of one sequence, K the teacher's top-k.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import compress
 from typing import TYPE_CHECKING
 
@@ -18,58 +18,58 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Example:
-    """A row of a dataset: what the user says, and the answer that a verifier compares with."""
+    """A row of a dataset: the user's message, and the answer that a verifier compares with."""
 
     question: str
-    """The user's message; the last one where there are `messages`. Blank where the row has none."""
+    """The user's message; the last one if there are `messages`. Blank if the row has none."""
     answer: str | None = None
     dataset: str = ""
-    """Which of several datasets it comes from, for scores by dataset; sources that mix them name it."""
+    """Name of the dataset, for scores by dataset; set by sources that mix several."""
     response: str | None = None
-    """A whole answer to imitate, where the dataset has one (worked solutions, chats)."""
+    """A whole answer to imitate, if the dataset has one (worked solutions, chats)."""
     messages: tuple[dict[str, str], ...] = ()
-    """A conversation up to the user's last message, each with `role` and `content`; empty: the question alone."""
+    """A conversation up to the user's last message, each with `role` and `content`; empty is the question alone."""
     context: str | None = None
-    """What only the teacher is shown, such as a reference solution (`data.teacher_context`)."""
+    """Text for the teacher alone, such as a reference solution (`data.teacher_context`)."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An example as the student sees it: chat template applied, tokenized once."""
+    """An example as the student reads it: chat template applied, tokenized once."""
 
     index: int
-    """Position in the order of the data: seeds and reports refer to it."""
+    """Position in the order of the data, which seeds and reports refer to."""
     token_ids: list[int]
     example: Example
     teacher_token_ids: list[int] | None = None
-    """What the teacher reads instead; None if it reads the same."""
+    """The teacher's prompt; None if it is the student's."""
 
     @property
     def ids_for_teacher(self) -> list[int]:
-        """The prompt as the teacher reads it."""
+        """Token ids of the prompt as the teacher reads it."""
         return self.token_ids if self.teacher_token_ids is None else self.teacher_token_ids
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What was written after a prompt."""
+    """A response to a prompt."""
 
     token_ids: list[int]
     logp: list[float] | None
     """Log-probability of each token under the student at temperature 1, over the whole vocabulary, by the engine that
-    sampled it. None if unknown: not asked for (`SamplingSettings.logp`), or not written by the student."""
+    sampled it. None if unknown: not requested (`SamplingSettings.logp`), or not written by the student."""
     finish_reason: str
     """`stop` (the last of `token_ids` is an end-of-sequence or stop token, or ends a stop string), `length`, or
-    `turn_limit` if the environment would have gone on."""
+    `turn_limit` if the environment would have continued."""
     trained: list[bool] | None = None
-    """Which tokens the student wrote; the others are observations, whose `logp` means nothing. None: all of them."""
+    """True for tokens that the student wrote, False for observations, whose `logp` means nothing. None is all True."""
     num_turns: int = 1
     source: str = "student"
-    """Who wrote it: `student`, `teacher` or `dataset`."""
+    """The writer: `student`, `teacher` or `dataset`."""
 
     @property
     def written_ids(self) -> list[int]:
-        """The tokens without observations."""
+        """The tokens without those of observations."""
         return self.token_ids if self.trained is None else list(compress(self.token_ids, self.trained))
 
     @property
@@ -82,83 +82,84 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A prompt with an answer to it, not scored yet."""
+    """A prompt and an answer to it, not scored yet."""
 
     prompt: Prompt
     sample: Sample
     reward: float | None = None
-    """By the environment or the verifier; None if neither judges it."""
+    """From the environment or the verifier; None if neither judged the answer."""
 
     @property
     def token_ids(self) -> list[int]:
+        """Token ids of prompt and answer."""
         return self.prompt.token_ids + self.sample.token_ids
 
     @property
     def ids_for_teacher(self) -> list[int]:
-        """What the teacher scores: the prompt as it reads it, and the answer."""
+        """Token ids of the teacher's prompt and the answer, which the teacher scores."""
         return self.prompt.ids_for_teacher + self.sample.token_ids
 
 
 @dataclass(frozen=True)
 class TeacherScores:
-    """The teacher's view of response tokens: of one sequence, or of several end to end.
+    """The teacher's distributions at response tokens: of one sequence, or of several end to end.
 
     Row r is the teacher's distribution for response token r, given all tokens before it.
     """
 
     topk_ids: torch.Tensor
-    """int32 [R, K], by falling log-probability."""
+    """int32 [R, K], the likeliest first."""
     topk_logp: torch.Tensor
-    """float32 [R, K], of logits divided by `loss.temperature`, normalised over the whole vocabulary."""
+    """float32 [R, K], from logits divided by `loss.temperature`, normalised over the whole vocabulary."""
     sampled_logp: torch.Tensor
-    """float32 [R], of the response tokens themselves, normalised likewise."""
+    """float32 [R], of the response tokens themselves, normalised in the same way."""
 
     @classmethod
     def empty(cls, topk: int = 1) -> TeacherScores:
-        """Return the scores of no token."""
+        """Return the scores of zero tokens."""
         import torch
 
         return cls(torch.empty(0, topk, dtype=torch.int32), torch.empty(0, topk), torch.empty(0))
 
     @classmethod
     def cat(cls, parts: Sequence[TeacherScores]) -> TeacherScores:
-        """Join the rows of several."""
+        """Concatenate the rows of several scores."""
         import torch
 
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+        return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
 
     def take(self, rows: torch.Tensor | slice) -> TeacherScores:
-        """Return some of the rows."""
-        return TeacherScores(*(getattr(self, field.name)[rows] for field in fields(self)))
+        """Return the scores of these rows."""
+        return TeacherScores(*(tensor[rows] for tensor in vars(self).values()))
 
     def first(self, topk: int) -> TeacherScores:
-        """Return the scores with the `topk` likeliest tokens of each row."""
+        """Return the scores cut to the `topk` likeliest tokens of each row."""
         return TeacherScores(self.topk_ids[:, :topk], self.topk_logp[:, :topk], self.sampled_logp)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> TeacherScores:
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return TeacherScores(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
+        """Return the scores on `device`."""
+        return TeacherScores(*(tensor.to(device, non_blocking=non_blocking) for tensor in vars(self).values()))
 
 
 @dataclass(frozen=True)
 class TokenViews:
-    """What both models say at each token of one response; lists of R, or of R lists of M tokens, the likeliest first.
+    """Both models' predictions at each token of one response: lists of R, or of R lists of M tokens, likeliest first.
 
-    All log-probabilities are over the whole vocabulary, and at `loss.temperature` unless it says otherwise.
-    A token that reaches no loss has None, and empty lists.
+    Log-probabilities are over the whole vocabulary, at `loss.temperature` unless a field states otherwise.
+    A token without loss has None and empty lists.
     """
 
     loss: list[float | None]
-    """What training minimises: the divergence of the config's `loss`."""
+    """The divergence of the config's `loss`, which training minimises."""
     kl_forward: list[float | None]
     kl_reverse: list[float | None]
-    """On the teacher's top-k and the rest as one more class, whatever the loss is."""
+    """Over the teacher's top-k and the rest as one more class; kl_forward likewise, whatever the loss is."""
     entropy: list[float | None]
-    """The student's."""
+    """The student's, in nats."""
     student_logp: list[float | None]
-    """Of the response's own token, at temperature 1."""
+    """The response token's log-probability at temperature 1."""
     teacher_logp: list[float | None]
-    """Of the response's own token."""
+    """The response token's log-probability."""
     student_top_ids: list[list[int]]
     student_top_logp: list[list[float]]
     teacher_top_ids: list[list[int]]

@@ -83,7 +83,7 @@ def attempt_lines(attempts: list[Attempt]) -> list[str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the ranks write down when they end, a `train.run_state.Result`, read without torch."""
+    """The outcome of a run, which the main rank writes to outcome.json when it ends."""
 
     state: str
     """`finished`, or `stopped` if the run was asked to stop and can go on."""

@@ -1,16 +1,15 @@
-"""Builds a rank's engines from its config: the student's sampler and the teacher."""
+"""Build a rank's engines from its config: the student's sampler and the teacher."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from distill_cli.config.derived import needs_sampler, needs_scorer
-from distill_cli.config.schema import StudentModel, TeacherModel
 from distill_cli.engines.base import Sampler, Teacher
 from distill_cli.engines.companion import CompanionTeacher, needs_companion
 from distill_cli.engines.sampler import VllmSampler
@@ -21,35 +20,27 @@ from distill_cli.resolved import ResolvedRun
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Engines:
-    """A rank's engines; None for one that the run does not need."""
+class Engines(NamedTuple):
+    """A rank's engines; None for an engine that the run does not need."""
 
     sampler: Sampler | None
     teacher: Teacher | None
 
-    def close(self) -> None:
-        """Close both, in the reverse of the order in which they were built. A collective."""
-        for engine in (self.sampler, self.teacher):
-            if engine is not None:
-                engine.close()
-
 
 def build_engines(
-    found: ResolvedRun, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
+    resolved: ResolvedRun, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
 ) -> Engines:
-    """Build the engines that the run needs, asleep if they sleep at all. A collective.
+    """Build the engines that the run needs, asleep if they can sleep. A collective.
 
     Args:
-        topk: tokens that the teacher gives at each position; None is `loss.topk`.
+        topk: tokens of the teacher's distribution at each position; None is `loss.topk`.
         should_stop: see `Engine`.
     """
-    begin, config = time.perf_counter(), found.config
-    # A companion loads on its own while the sampler is built here.
-    teacher = build_teacher(found, topk=topk, should_stop=should_stop) if needs_scorer(config) else None
-    sampler = None
+    begin, config, sampler = time.perf_counter(), resolved.config, None
+    # Built first: a companion loads while the sampler is built.
+    teacher = build_teacher(resolved, topk=topk, should_stop=should_stop) if needs_scorer(config) else None
     if needs_sampler(config):
-        sampler = VllmSampler(engine_settings(found, "student"), should_stop=should_stop)
+        sampler = VllmSampler(engine_settings(resolved, "student"), should_stop=should_stop)
         sampler.sleep()
     if teacher is not None:
         teacher.wait_ready()
@@ -58,54 +49,51 @@ def build_engines(
 
 
 def build_teacher(
-    found: ResolvedRun, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
+    resolved: ResolvedRun, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
 ) -> Teacher:
-    """Build the teacher, asleep if it sleeps at all; it may load still (`wait_ready`). A collective."""
-    student, teacher, loss = engine_settings(found, "student"), engine_settings(found, "teacher"), found.config.loss
-    scale = {"topk": topk or loss.topk, "temperature": loss.temperature}
+    """Build the teacher, asleep if it can sleep; call `wait_ready` before using it. A collective."""
+    student, teacher = engine_settings(resolved, "student"), engine_settings(resolved, "teacher")
+    topk, temperature = topk or resolved.config.loss.topk, resolved.config.loss.temperature
+    engine: Teacher
     if needs_companion(student, teacher, on_gpu=torch.cuda.is_available()):
-        engine = CompanionTeacher(teacher, **scale)
+        engine = CompanionTeacher(teacher, topk=topk, temperature=temperature)
     else:
-        engine = VllmTeacher(teacher, **scale, should_stop=should_stop)
+        engine = VllmTeacher(teacher, topk=topk, temperature=temperature, should_stop=should_stop)
     engine.sleep()
     return engine
 
 
-def engine_settings(found: ResolvedRun, role: str) -> EngineSettings:
-    """Return what `model.<role>` and `engine.<role>` say, as the engine takes it."""
-    config = found.config
+def engine_settings(resolved: ResolvedRun, role: str) -> EngineSettings:
+    """Return the settings of `model.<role>` and `engine.<role>`."""
+    config = resolved.config
     model, engine = getattr(config.model, role), getattr(config.engine, role)
+    lora = getattr(model, "lora", None)
     return EngineSettings(
-        path=str(found.model(role).folder),
-        max_model_len=getattr(found.lengths, role),
+        path=str(resolved.model(role).folder),
+        max_model_len=getattr(resolved.lengths, role),
         dtype=model.dtype.value,
         quantization=getattr(model, "quantization", None),
         trust_remote_code=config.model.trust_remote_code,
-        vocab_size=found.vocabulary.limit,
+        vocab_size=resolved.vocabulary.limit,
         tensor_parallel=engine.tensor_parallel,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         kv_cache_bytes=None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 2**30),
         enforce_eager=True if engine.enforce_eager else None,
-        adapter=adapter_of(model),
+        adapter=Adapter(lora.rank, lora.alpha) if lora and lora.syncs_adapter else None,
         sleep_mode=torch.cuda.is_available() if engine.sleep is None else engine.sleep,
         seed=config.train.seed,
         kwargs=engine.kwargs,
     )
 
 
-def adapter_of(model: StudentModel | TeacherModel) -> Adapter | None:
-    """What the engine has beside its weights."""
-    lora = getattr(model, "lora", None)
-    return Adapter(lora.rank, lora.alpha) if lora and lora.syncs_adapter else None
-
-
-def train_sampling(found: ResolvedRun) -> SamplingSettings:
-    rollout = found.config.rollout
+def train_sampling(resolved: ResolvedRun) -> SamplingSettings:
+    """Return how the student answers in training."""
+    rollout = resolved.config.rollout
     return SamplingSettings(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=max(rollout.top_k, 0),
         stop=tuple(rollout.stop),
-        stop_token_ids=(*rollout.stop_token_ids, *found.vocabulary.merged_eos_ids),
+        stop_token_ids=(*rollout.stop_token_ids, *resolved.vocabulary.merged_eos_ids),
     )

@@ -1,4 +1,4 @@
-"""Builds where a rank's sequences come from: the prompts in their order, the workers, and the source of its config."""
+"""Build the source of a rank's sequences from its config, with the parts: ordered prompts, worker, planner."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.off_policy import Mixture, dataset_samples, response_encoder, teacher_samples
 from distill_cli.rollout.on_policy import OnPolicy
 from distill_cli.rollout.pack import Planner, plan_batch
-from distill_cli.rollout.replay import RecordedSteps, Replay
+from distill_cli.rollout.recorded_steps import RecordedSteps, Replay
 from distill_cli.rollout.score_files import Recorder
 from distill_cli.rollout.source import RolloutSource
 from distill_cli.rollout.stages import Stages
@@ -32,32 +32,22 @@ from distill_cli.student.synced_weights import synced_parameters
 
 Order = PromptOrder | PromptStream | RecordedSteps
 MAX_PROMPTS_AT_START = 50_000
-"""Training prompts that are all made before the first step: about 15 s. More are made when their turn comes."""
+"""Most training prompts to make before the first step (about 15 s); more are made as training reaches them."""
 
 
-def build_order(found: ResolvedRun, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> Order:
-    """The training prompts in their order, all made at the start or, if they are too many, one after the other.
-
-    In a replay, what was recorded.
-    """
-    config = found.config
+def build_order(resolved: ResolvedRun, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> Order:
+    """Build the training prompts in their order, or the recorded steps of a replay."""
+    config, data = resolved.config, resolved.config.data
     if config.rollout.replay is not None:
         return RecordedSteps(Recording.of(config.rollout.replay), topk=config.loss.topk, parallel=parallel)
-    data, batch_size, seed = config.data, config.rollout.prompts_per_step, config.train.seed
     examples = load_examples(data.train, key="data.train", context=data.teacher_context)
-    make = prompt_maker(found, tokenizer)
+    make = prompt_maker(resolved, tokenizer)
+    batch_size, seed, shuffle = config.rollout.prompts_per_step, config.train.seed, data.shuffle
     if isinstance(examples, Stream) or len(examples) > MAX_PROMPTS_AT_START:
-        return PromptStream(
-            examples,
-            make,
-            batch_size=batch_size,
-            seed=seed,
-            shuffle=data.shuffle,
-            buffer=data.shuffle_buffer,
-            left_out=make.warnings,
-        )
+        stream = partial(PromptStream, buffer=data.shuffle_buffer, left_out=make.warnings)
+        return stream(examples, make, batch_size=batch_size, seed=seed, shuffle=shuffle)
     prompts = make_prompts(examples, make, key="data.train")
-    return PromptOrder(prompts, batch_size=batch_size, seed=seed, shuffle=data.shuffle)
+    return PromptOrder(prompts, batch_size=batch_size, seed=seed, shuffle=shuffle)
 
 
 def build_source(
@@ -70,17 +60,13 @@ def build_source(
     scoring: ScoringWorker | None,
     recorder: Recorder | None,
 ) -> RolloutSource:
-    """The source of every step's scored sequences; a replay needs no workers."""
+    """Build the source of every step's scored sequences; a replay needs no workers."""
     rollout = config.rollout
     if isinstance(order, RecordedSteps):
         return Replay(order, planner, stages)
-    student = OnPolicy(
-        prompts=order,
-        generations_per_prompt=rollout.generations_per_prompt,
-        worker=worker,
-        scoring=scoring,
-        recorder=recorder,
-    )
+    assert worker is not None, "only a replay has no engines"
+    assert scoring is not None
+    student = OnPolicy(order, rollout.generations_per_prompt, worker, scoring, recorder)
     if rollout.on_policy_fraction == 1:
         return student
     if rollout.off_policy is OffPolicy.teacher:
@@ -92,30 +78,30 @@ def build_source(
 
 
 def build_worker(
-    found: ResolvedRun,
+    resolved: ResolvedRun,
     tokenizer: PreTrainedTokenizerBase,
     stages: Stages,
-    *,
     sampler: Sampler,
     student: Student,
     trainable: Trainable,
 ) -> RolloutWorker:
-    """What samples and judges the student's answers in training."""
-    config = found.config
+    """Build the worker that samples and judges the student's answers in training. A collective."""
+    config = resolved.config
     return RolloutWorker(
         sampler=sampler,
         weights=partial(synced_parameters, student, as_adapter=config.model.student.lora.syncs_adapter),
         version=lambda: trainable.num_updates,
-        sampling=train_sampling(found),
+        sampling=train_sampling(resolved),
         seed=config.train.seed,
         stages=stages,
         decode=make_decode(tokenizer),
         verify=IsolatedVerifier(config.data.verifier) if config.data.verifier else None,
-        turns=build_turns(found, tokenizer, max_tokens=config.rollout.max_sequence_length),
+        turns=build_turns(resolved, tokenizer, max_tokens=config.rollout.max_sequence_length),
     )
 
 
 def build_planner(config: Config, parallel: Parallel) -> Planner:
+    """Build the planner of micro-batches."""
     cut = partial(
         plan_batch,
         num_ranks=parallel.data_size,

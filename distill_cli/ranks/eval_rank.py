@@ -1,4 +1,4 @@
-"""What a rank does in an evaluation: it answers its engine's share of the problems, and writes the answers down."""
+"""One rank's part in an evaluation: answer its engine's share of the problems and write the answers to a file."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from distill_cli.train.validation import answer_row
 
 
 def evaluate_rank(run: RunDir, console: IO[str]) -> None:
-    """One rank's share of a model's answers to a benchmark, into its part of answers.parquet. A collective."""
-    found, asked = ResolvedRun.read(run), json.loads(run.evaluation.read_text())
+    """Write this rank's share of a model's answers to a benchmark to its part of answers.parquet. A collective."""
+    resolved, evaluation = ResolvedRun.read(run), json.loads(run.evaluation.read_text())
     parallel = init_parallel(device=pick_device())
-    tokenizer = build_tokenizer(found)
-    validator = build_validator(found, parallel, tokenizer)
-    settings = engine_settings(found, asked["role"])
-    settings = replace(settings, max_model_len=found.lengths.validation, sleep_mode=False, adapter=None)
-    engine = Answerer(settings)
+    validator = build_validator(resolved, parallel, build_tokenizer(resolved))
+    assert validator is not None, "an evaluation's config validates"
+    settings, max_model_len = engine_settings(resolved, evaluation["role"]), resolved.lengths.validation
+    engine = Answerer(replace(settings, max_model_len=max_model_len, sleep_mode=False, adapter=None))
     share, extract = validator.share(engine), resolve_extract(validator.verify.function)
     file = AnswersFile(run.path, rank=parallel.rank) if share.is_first else None
     num_answers, done = len(validator.prompts) * validator.repeat, 0
@@ -38,7 +37,7 @@ def evaluate_rank(run: RunDir, console: IO[str]) -> None:
         done += len(answers)
         if parallel.is_main:
             run.beat(f"{done} answers")
-            print(f"{asked['name']}: {done * share.num_engines} of {num_answers} answers", file=console)
+            print(f"{evaluation['name']}: {done * share.num_engines} of {num_answers} answers", file=console)
     if file is not None:
         file.close()
     engine.close()

@@ -1,4 +1,4 @@
-"""Sample, judge and score sequences on one rank's engine. `workers` shares them out over the engines of all ranks."""
+"""Sample, judge and score sequences on one rank's engine; `workers` partitions them over the engines of all ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distill_cli.types import Prompt, Rollout, TeacherScores
 
 
 def sequence_seed(seed: int, *, step: int, sequence: int) -> int:
-    """The seed of one answer: another for each, the same on any number of ranks."""
+    """Return the seed of one answer: unique to it, and the same on any number of ranks."""
     return ((seed * 1_000_003 + step) * 1_000_003 + sequence) % 2**63
 
 
@@ -38,7 +38,8 @@ def score_rollouts(
 ) -> list[TeacherScores]:
     """Score answers with the teacher, which may read prompts of its own before them.
 
-    The tokens of `merged_eos_ids` are taken for one (`model.eos_map`).
+    Args:
+        merged_eos_ids: tokens that count as one (`model.eos_map`).
     """
     samples = [rollout.sample for rollout in rollouts]
     assert all(one.logp is not None or one.source != "student" for one in samples), "sampled with logp=False"
@@ -55,19 +56,15 @@ def score_rollouts(
 def judge_rollouts(
     rollouts: Sequence[Rollout], *, verify: IsolatedVerifier, decode: Callable[[list[int]], str]
 ) -> list[Rollout]:
-    """Reward those whose example has an answer and that no environment rewarded; of several turns judge the last.
+    """Reward answers to examples that have a reference answer, by their last turn; keep an environment's rewards.
 
     Args:
-        decode: makes text of token ids.
+        decode: returns the text of token ids.
     """
-    unjudged = [
-        index
+    pairs = {
+        index: (decode(rollout.sample.last_turn_ids), answer)
         for index, rollout in enumerate(rollouts)
-        if rollout.prompt.example.answer is not None and rollout.reward is None
-    ]
-    pairs = [(decode(rollouts[i].sample.last_turn_ids), rollouts[i].prompt.example.answer) for i in unjudged]
-    rewards = dict(zip(unjudged, verify(pairs), strict=True))
-    return [
-        replace(rollout, reward=rewards[index]) if index in rewards else rollout
-        for index, rollout in enumerate(rollouts)
-    ]
+        if (answer := rollout.prompt.example.answer) is not None and rollout.reward is None
+    }
+    rewards = dict(zip(pairs, verify(list(pairs.values())), strict=True))
+    return [replace(rollout, reward=rewards.get(index, rollout.reward)) for index, rollout in enumerate(rollouts)]

@@ -1,22 +1,26 @@
 """The part of a step's sequences that the student did not write: answers of the dataset or of the teacher.
 
-They are scored and trained on as the student's own are. All of them: supervised warm-up from the dataset, or offline
-distillation from the teacher's answers; some of them: the mixture of GKD (Agarwal et al. 2024, algorithm 1).
+They are scored and trained on like the student's. If all sequences are off-policy, the run is supervised warm-up on the
+dataset, or offline distillation on the teacher's answers; if some are, it is the mixture of GKD (Agarwal et al. 2024,
+algorithm 1).
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.errors import ConfigError
 from distill_cli.rollout.collect import sequence_seed
 from distill_cli.rollout.on_policy import OnPolicy
 from distill_cli.rollout.source import RolloutSource, ScoredBatch
-from distill_cli.rollout.turns import SAID
+from distill_cli.rollout.turns import text_after_turn
 from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.types import Prompt, Rollout, Sample
 
@@ -30,24 +34,24 @@ class Mixture(RolloutSource):
     seed: int
     """`train.seed`."""
     write_others: Callable[[Sequence[Prompt], Sequence[int]], list[Sample]]
-    """Prompts and a seed for each -> their answers, such as `dataset_samples` or `teacher_samples`. A collective."""
+    """Returns answers to prompts, with a seed for each: `dataset_samples` or `teacher_samples`. A collective."""
 
     def step(self, step: int) -> ScoredBatch:
         prompts = self.student.prompts_of(step)
         off = off_policy_places(len(prompts), on_policy_fraction=self.on_policy_fraction, seed=self.seed, step=step)
         on = sorted(set(range(len(prompts))) - set(off))
-        own = self.student.sample([prompts[place] for place in on], step=step, places=on)
-        seeds = [sequence_seed(self.seed, step=step, sequence=place) for place in off]
-        others = self.write_others([prompts[place] for place in off], seeds) if off else []
-        rollouts = dict(zip(on, own, strict=True))
-        rollouts |= {place: Rollout(prompts[place], other) for place, other in zip(off, others, strict=True)}
+        rollouts = dict(zip(on, self.student.sample([prompts[i] for i in on], step=step, places=on), strict=True))
+        if off:
+            seeds = [sequence_seed(self.seed, step=step, sequence=place) for place in off]
+            samples = self.write_others([prompts[place] for place in off], seeds)
+            rollouts |= {place: Rollout(prompts[place], sample) for place, sample in zip(off, samples, strict=True)}
         return self.student.score([rollouts[place] for place in range(len(prompts))], step=step)
 
 
 def off_policy_places(num_sequences: int, *, on_policy_fraction: float, seed: int, step: int) -> list[int]:
-    """Draw which of a step's sequences are off-policy: anew each step, the same on every rank, in rising order.
+    """Draw the places of a step's off-policy sequences: anew each step, equal on all ranks, in rising order.
 
-    Their number is rounded; over the steps the rounding evens out.
+    Their number is rounded so that the share is exact over many steps.
     """
     expected = num_sequences * (1 - on_policy_fraction)
     number = math.floor(step * expected + 1e-9) - math.floor((step - 1) * expected + 1e-9)
@@ -57,7 +61,7 @@ def off_policy_places(num_sequences: int, *, on_policy_fraction: float, seed: in
 def teacher_samples(
     prompts: Sequence[Prompt], seeds: Sequence[int], *, scoring: ScoringWorker, sampling: SamplingSettings
 ) -> list[Sample]:
-    """Sample the teacher's answers as the student's are sampled. A collective."""
+    """Sample the teacher's answers with the student's settings. A collective."""
     samples = scoring.sample(prompts, seeds=seeds, sampling=replace(sampling, logp=False))
     return [replace(sample, source="teacher") for sample in samples]
 
@@ -65,7 +69,7 @@ def teacher_samples(
 def dataset_samples(
     prompts: Sequence[Prompt], seeds: Sequence[int], *, encode: Callable[[str], list[int]], max_new_tokens: int
 ) -> list[Sample]:
-    """Return the dataset's answers; the seeds are of no use to it."""
+    """Return the dataset's answers; seeds have no effect."""
     return [dataset_sample(prompt, encode=encode, max_new_tokens=max_new_tokens) for prompt in prompts]
 
 
@@ -73,23 +77,24 @@ def dataset_sample(prompt: Prompt, *, encode: Callable[[str], list[int]], max_ne
     """Return the dataset's answer as if it had been sampled, cut if it is too long.
 
     Raises:
-        ConfigError: the row has none.
+        ConfigError: the row has no answer.
     """
     if not prompt.example.response:
         raise ConfigError(
-            f"data.train: row {prompt.index} has no whole answer, which rollout.off_policy=dataset needs; give "
-            "data.train.response_key, or rows that have one"
+            f"data.train: row {prompt.index} has no whole answer, which rollout.off_policy=dataset needs; set "
+            "data.train.response_key, or remove the row"
         )
     ids = encode(prompt.example.response)
-    ended = len(ids) <= max_new_tokens
-    return Sample(ids[:max_new_tokens], None, "stop" if ended else "length", source="dataset")
+    reason = "stop" if len(ids) <= max_new_tokens else "length"
+    return Sample(ids[:max_new_tokens], None, reason, source="dataset")
 
 
-def response_encoder(tokenizer, *, template_kwargs: dict) -> Callable[[str], list[int]]:
-    """Text of an answer -> its tokens, with the one that the chat template ends a turn with."""
+def response_encoder(
+    tokenizer: PreTrainedTokenizerBase, *, template_kwargs: Mapping[str, Any]
+) -> Callable[[str], list[int]]:
+    """Return the function from an answer's text to its tokens, with the token that ends a turn in the chat template."""
     end = [tokenizer.eos_token_id]
     if tokenizer.chat_template is not None:
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SAID}]
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
-        end = tokenizer.encode(rendered[rendered.index(SAID) + len(SAID) :], add_special_tokens=False)[:1] or end
+        text = text_after_turn(tokenizer, template_kwargs=template_kwargs)
+        end = tokenizer.encode(text, add_special_tokens=False)[:1] or end
     return lambda text: tokenizer.encode(text, add_special_tokens=False) + end

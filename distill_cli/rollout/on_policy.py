@@ -1,4 +1,4 @@
-"""The student answers prompts with the weights it has, and the teacher scores every answer."""
+"""The student answers prompts with its current weights, and the teacher scores every answer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from distill_cli.types import Prompt, Rollout
 
 @dataclass
 class OnPolicy(RolloutSource):
-    """Sync, sample, score. `sample` and `score` are also the parts that other sources are made of."""
+    """Sync, sample, score. Other sources use `sample` and `score` too."""
 
     prompts: PromptOrder | PromptStream
     generations_per_prompt: int
     worker: RolloutWorker
     scoring: ScoringWorker
     recorder: Recorder | None = None
-    """Keeps each step's scores; None if they are not kept."""
+    """Writes each step's scores to disk; None does not."""
 
     def step(self, step: int) -> ScoredBatch:
         return self.score(self.sample(self.prompts_of(step), step=step), step=step)
@@ -36,8 +36,7 @@ class OnPolicy(RolloutSource):
         with self.worker.ready():
             stages.check_stop(within_s=stages.longest_s)
             with stages("sample"):
-                rollouts = self.worker.sample(prompts, step=step, places=places)
-        return rollouts
+                return self.worker.sample(prompts, step=step, places=places)
 
     def score(self, rollouts: Sequence[Rollout], *, step: int) -> ScoredBatch:
         """Score the step's sequences, and record them."""

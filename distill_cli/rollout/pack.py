@@ -1,12 +1,13 @@
-"""Rollouts become micro-batches: planned from lengths alone, the same plan on every rank, then laid out.
+"""Pack rollouts into micro-batches: plan from lengths alone, with the same plan on every rank, then lay out tensors.
 
-A row is sequences laid end to end, up to a token budget; none sees another. Without packing they have similar lengths
-and each is padded to the same one. Every rank runs as many micro-batches, since FSDP's collectives must be entered by
-all as often, and those that run at the same time have about as many tokens, since the slowest holds up the others.
+A row is sequences laid end to end, up to a token budget; none attends to another. Without packing, sequences of similar
+length share a row and are padded to one length. All ranks run the same number of micro-batches, since FSDP's
+collectives need all of them, and micro-batches that run at the same time have about the same number of tokens, since
+the slowest rank delays the others.
 
-Where a response token stands at position s of the packed row, the hidden state that predicts it stands at s - 1: those
-are the `rows` that reach the head; no other position's logits are ever computed. An environment's observations between
-turns are read, and have no rows: nothing is learned from what the student did not write.
+The hidden state at position s - 1 of the packed row predicts the response token at position s. Only these positions,
+`rows`, reach the head; other logits are never computed. Observations of an environment are read but have no rows: the
+student does not learn from tokens that it did not write.
 
 Shape letters: T tokens of the packed row, N response tokens in it, K the teacher's top-k.
 """
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -23,47 +25,54 @@ from distill_cli.parallel.context import Documents
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.types import Rollout, Sample, TeacherScores
 
+Rows = list[tuple[list[int], int | None]]
+"""Indices of the sequences of each row, and the length that each sequence is padded to; None is its own."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One packed row and the teacher's scores at its response tokens."""
+    """One packed row and the teacher's scores of its response tokens."""
 
     input_ids: torch.Tensor
     """int64 [1, T]"""
     position_ids: torch.Tensor
     """int64 [1, T], from 0 in each document."""
     documents: Documents
-    """Where each sequence ends; the padding is a document too."""
+    """The end of each sequence; the padding is a document too."""
     rows: torch.Tensor
-    """int64 [N]: positions whose hidden state predicts a response token."""
+    """int64 [N]: positions whose hidden states predict response tokens."""
     sampled_ids: torch.Tensor
-    """int64 [N]: those response tokens."""
+    """int64 [N]: the response tokens."""
     sampler_logp: torch.Tensor
-    """float32 [N]: their log-probability by the sampler; 0 if unknown."""
+    """float32 [N]: the sampler's log-probabilities of the response tokens; 0 if unknown."""
     has_sampler_logp: torch.Tensor
-    """bool [N]: whether it is known, as it is of what the student wrote."""
+    """bool [N]: True if known, as for tokens that the student wrote."""
     scores: TeacherScores
-    """The teacher's view of them, [N] rows."""
+    """The teacher's scores of the response tokens, N rows."""
     origins: torch.Tensor
-    """int64 [N, 2]: which of the step's sequences, and which token of its response."""
+    """int64 [N, 2]: place of the sequence in the step, and of the token in the sequence's response."""
 
     @property
     def num_tokens(self) -> int:
+        """T."""
         return self.input_ids.shape[1]
 
     @property
     def num_response_tokens(self) -> int:
+        """N."""
         return self.rows.shape[0]
 
     def to(self, device: torch.device) -> MicroBatch:
+        """Return the micro-batch on `device`."""
         if device.type == "cpu":
             return self
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        movable = {name: value for name, value in values.items() if isinstance(value, torch.Tensor | TeacherScores)}
+        movable: dict[str, Any] = {
+            name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor | TeacherScores)
+        }
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in movable.items()})
 
     def context_share(self, parallel: Parallel) -> MicroBatch:
-        """The part of the row that is this rank's among the context-parallel ones; the row itself for a single one."""
+        """Return this rank's part of the row among the context-parallel ranks; the row itself if there is only one."""
         size, rank = parallel.context.size(), parallel.context.get_local_rank()
         if size == 1:
             return self
@@ -71,96 +80,99 @@ class MicroBatch:
         place = torch.full((self.num_tokens,), -1)
         place[documents.take(torch.arange(self.num_tokens), 0)] = torch.arange(self.num_tokens // size)
         mine = (place[self.rows] >= 0).nonzero()[:, 0]
+        per_token = ("sampled_ids", "sampler_logp", "has_sampler_logp", "origins")
         return replace(
             self,
             input_ids=documents.take(self.input_ids, 1),
             position_ids=documents.take(self.position_ids, 1),
             documents=documents,
             rows=place[self.rows][mine],
-            sampled_ids=self.sampled_ids[mine],
-            sampler_logp=self.sampler_logp[mine],
-            has_sampler_logp=self.has_sampler_logp[mine],
             scores=self.scores.take(mine),
-            origins=self.origins[mine],
+            **{name: getattr(self, name)[mine] for name in per_token},
         )
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """One micro-batch: which of the step's sequences, each taking how many tokens of the row, and the row's length."""
+    """One micro-batch, planned."""
 
     members: tuple[int, ...]
+    """Places of its sequences in the step."""
     places: tuple[int, ...]
-    """Tokens that each member takes: its own, or more where it is padded."""
+    """Tokens of the row that each member takes: its own and its padding."""
     length: int
+    """Tokens of the row."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is cut into micro-batches over the ranks that share its sequences."""
+    """How a global batch is split into micro-batches over the ranks that share its sequences."""
 
     rows: tuple[tuple[RowPlan, ...], ...]
-    """Of each rank, as many for all of them; the i-th of all run at the same time."""
+    """By rank, equally many each; the i-th rows of all ranks run at the same time."""
     num_tokens: int
-    """Of all sequences."""
+    """Tokens of all sequences."""
 
     @property
     def computed_tokens(self) -> int:
         """Token slots of the schedule: rounds x ranks x the longest row of the round."""
-        rounds = zip(*self.rows, strict=True)
-        return sum(max(row.length for row in one_round) for one_round in rounds) * len(self.rows)
+        return sum(max(row.length for row in rows) for rows in zip(*self.rows, strict=True)) * len(self.rows)
 
     def members_of(self, rank: int) -> list[int]:
+        """Return the sequences of one rank, in the order in which it trains on them."""
         return [member for row in self.rows[rank] for member in row.members]
 
     @property
     def members(self) -> list[int]:
         """The sequences of the global batch, in the step's order."""
-        return sorted(member for rank in range(len(self.rows)) for member in self.members_of(rank))
+        return sorted(member for rows in self.rows for row in rows for member in row.members)
 
 
 @dataclass(frozen=True)
 class Planner:
-    """How a step's sequences are cut up; the same on every rank."""
+    """Split a step's sequences into global batches and plan each, with the same result on every rank."""
 
     global_batch_size: int
-    """Sequences to an optimizer update, over all ranks."""
+    """Sequences per optimizer update, over all ranks."""
     rank: int
-    """This one among those that share the sequences."""
+    """This rank's index among those that share the sequences."""
     cut: Callable[..., BatchPlan]
-    """`plan_batch`, with all that is the same for every global batch."""
+    """`plan_batch` with the arguments that all global batches share."""
 
     def plan(self, rollouts: Sequence[Rollout]) -> list[BatchPlan]:
-        """Plan each global batch; these are the same sequences on any number of ranks."""
+        """Plan each global batch; its sequences do not depend on the number of ranks."""
         lengths, size = [len(rollout.token_ids) for rollout in rollouts], self.global_batch_size
         return [self.cut(lengths[first : first + size], first=first) for first in range(0, len(lengths), size)]
 
     def local_places(self, plans: Sequence[BatchPlan]) -> list[int]:
-        """Return which of the step's sequences this rank trains on, in the order in which it does."""
+        """Return the places of the sequences that this rank trains on, in the order of training."""
         return [place for plan in plans for place in plan.members_of(self.rank)]
 
 
 def plan_batch(
     lengths: Sequence[int], *, num_ranks: int, max_tokens: int, packing: bool = True, multiple: int = 1, first: int = 0
 ) -> BatchPlan:
-    """Cut sequences of these lengths into micro-batches of at most `max_tokens` tokens.
+    """Split sequences of these lengths into micro-batches of at most `max_tokens` tokens.
 
     A sequence longer than `max_tokens` has a micro-batch of its own. Rows are padded to a multiple of `multiple`.
 
     Args:
-        first: which of the step's sequences `lengths` begins with.
+        first: place in the step of the sequence that `lengths` begins with.
     """
-    cut = _packed_rows if packing else _padded_rows
-    rows = cut(lengths, num_ranks=num_ranks, max_tokens=max_tokens)
-    plans = [_row_plan(members, place, lengths, multiple, first) for members, place in rows]
-    plans.sort(key=lambda row: -row.length)  # those of a round are neighbours
-    plans += [_row_plan((), None, lengths, multiple, first)] * (-len(plans) % num_ranks)
+    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    split = _packed_rows if packing else _padded_rows
+    plans = []
+    for row, padded in split(longest_first, lengths, num_ranks=num_ranks, max_tokens=max_tokens):
+        places = tuple(padded or lengths[member] for member in row)
+        length = max(-(-sum(places) // multiple), 1) * multiple
+        plans.append(RowPlan(tuple(first + member for member in row), places, length))
+    plans.sort(key=lambda plan: -plan.length)  # rows of about equal length run at the same time
+    plans += [RowPlan((), (), multiple)] * (-len(plans) % num_ranks)
     return BatchPlan(tuple(tuple(plans[rank::num_ranks]) for rank in range(num_ranks)), sum(lengths))
 
 
-def _packed_rows(lengths: Sequence[int], *, num_ranks: int, max_tokens: int) -> list[tuple[tuple[int, ...], None]]:
-    """As few rounds as the budget allows, and sequences spread evenly over their rows, the longest first."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+def _packed_rows(order: list[int], lengths: Sequence[int], *, num_ranks: int, max_tokens: int) -> Rows:
+    """Return as few rows as the budget allows, a multiple of `num_ranks`, with sequences spread evenly over them."""
     num_rows = -(-max(-(-sum(lengths) // max_tokens), 1) // num_ranks) * num_ranks
     while True:
         rows: list[list[int]] = [[] for _ in range(num_rows)]
@@ -170,81 +182,68 @@ def _packed_rows(lengths: Sequence[int], *, num_ranks: int, max_tokens: int) -> 
             rows[row].append(index)
             heapq.heappush(heap, (filled + lengths[index], row))
         if all(len(row) <= 1 or sum(lengths[i] for i in row) <= max_tokens for row in rows):
-            return [(tuple(row), None) for row in rows if row]
+            return [(row, None) for row in rows if row]
         num_rows += num_ranks
 
 
-def _padded_rows(lengths: Sequence[int], *, num_ranks: int, max_tokens: int) -> list[tuple[tuple[int, ...], int]]:
-    """Neighbours in length share a row; all are padded to the padded length of the longest."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    rows: list[tuple[tuple[int, ...], int]] = []
+def _padded_rows(order: list[int], lengths: Sequence[int], *, num_ranks: int, max_tokens: int) -> Rows:
+    """Return rows of sequences of similar length, each padded to the padded length of the longest."""
+    rows: Rows = []
     while order:
-        place = padded_length(lengths[order[0]])
-        size = max(1, max_tokens // place)
-        taken, order = order[: size * num_ranks], order[size * num_ranks :]
-        rows += [(tuple(taken[rank::num_ranks]), place) for rank in range(min(num_ranks, len(taken)))]
+        padded = padded_length(lengths[order[0]])
+        size = max(1, max_tokens // padded) * num_ranks
+        taken, order = order[:size], order[size:]
+        rows += [(taken[rank::num_ranks], padded) for rank in range(min(num_ranks, len(taken)))]
     return rows
 
 
 def padded_length(length: int) -> int:
-    """The length that padding goes up to: the next of four to an octave, so that there are few."""
+    """Return the next of four lengths per octave, so that padding produces few different lengths."""
     step = max(1, 2 ** (max(length - 1, 1).bit_length() - 3))
     return -(-length // step) * step
 
 
-def _row_plan(
-    members: tuple[int, ...], place: int | None, lengths: Sequence[int], multiple: int, first: int
-) -> RowPlan:
-    places = tuple(place or lengths[member] for member in members)
-    length = max(-(-sum(places) // multiple), 1) * multiple
-    return RowPlan(tuple(first + member for member in members), places, length)
-
-
 def lay_out(plan: RowPlan, rollouts: Sequence[Rollout], scores: Mapping[int, TeacherScores]) -> MicroBatch:
-    """Lay out a planned row. A row without members has no loss: what a rank computes while others have more.
+    """Lay out a planned row. A row without members has no loss; a rank computes it while others have more rows.
 
     Args:
         rollouts: all of the step.
         scores: by place in `rollouts`, at least those of the row's members.
     """
-    bounds, none = [0], torch.zeros(0, dtype=torch.int64)
-    rows, origins, sampled, sampler_logp, has_logp = [none], [none.view(0, 2)], [none], [none.float()], [none.bool()]
-    taken = []
-    tokens = torch.zeros(1, plan.length, dtype=torch.int64)
-    positions = torch.zeros(1, plan.length, dtype=torch.int64)
+    bounds, none, taken = [0], torch.zeros(0, dtype=torch.int64), []
+    columns = [(none, none, none.float(), none.bool(), none.view(0, 2))]
+    tokens, positions = torch.zeros(2, 1, plan.length, dtype=torch.int64)
     for member, place in zip(plan.members, plan.places, strict=True):
-        rollout = rollouts[member]
-        begin, ids = bounds[-1], rollout.token_ids
-        first = begin + len(rollout.prompt.token_ids) - 1  # predicts the first response token
+        rollout, begin = rollouts[member], bounds[-1]
+        sample, ids, trained = rollout.sample, rollout.token_ids, trained_tokens(rollout.sample)
         tokens[0, begin : begin + len(ids)] = torch.tensor(ids)
         positions[0, begin : begin + place] = torch.arange(place)
-        trained = trained_tokens(rollout.sample)
-        rows.append(first + trained)
-        origins.append(torch.stack([torch.full_like(trained, member), trained], dim=1))
-        sampled.append(torch.tensor(rollout.sample.token_ids)[trained])
-        logp = rollout.sample.logp
-        sampler_logp.append(torch.zeros(len(trained)) if logp is None else torch.tensor(logp)[trained])
-        has_logp.append(torch.full((len(trained),), logp is not None))
+        rows = begin + len(rollout.prompt.token_ids) - 1 + trained  # the hidden state before each token predicts it
+        logp = torch.zeros(len(trained)) if sample.logp is None else torch.tensor(sample.logp)[trained]
+        has_logp = torch.full((len(trained),), sample.logp is not None)
+        origins = torch.stack([torch.full_like(trained, member), trained], dim=1)
+        columns.append((rows, torch.tensor(sample.token_ids)[trained], logp, has_logp, origins))
         taken.append(scores[member].take(trained))
         bounds.append(begin + place)
     if bounds[-1] < plan.length:
         positions[0, bounds[-1] :] = torch.arange(plan.length - bounds[-1])
         bounds.append(plan.length)
+    rows, sampled_ids, sampler_logp, has_sampler_logp, origins = map(torch.cat, zip(*columns, strict=True))
     return MicroBatch(
         input_ids=tokens,
         position_ids=positions,
         documents=Documents(tuple(bounds)),
-        rows=torch.cat(rows),
-        sampled_ids=torch.cat(sampled),
-        sampler_logp=torch.cat(sampler_logp),
-        has_sampler_logp=torch.cat(has_logp),
+        rows=rows,
+        sampled_ids=sampled_ids,
+        sampler_logp=sampler_logp,
+        has_sampler_logp=has_sampler_logp,
         scores=TeacherScores.cat(taken) if taken else TeacherScores.empty(),
-        origins=torch.cat(origins),
+        origins=origins,
     )
 
 
 def trained_tokens(sample: Sample) -> torch.Tensor:
-    """int64 [N]: the places in a response of the tokens that the student wrote, observations left out."""
+    """Return the places in a response of the tokens that the student wrote: int64 [N]."""
     if sample.trained is None:
         return torch.arange(len(sample.token_ids))
     return torch.tensor(sample.trained).nonzero()[:, 0]
@@ -253,6 +252,5 @@ def trained_tokens(sample: Sample) -> torch.Tensor:
 def micro_batches(
     plan: BatchPlan, rollouts: Sequence[Rollout], scores: Mapping[int, TeacherScores], *, parallel: Parallel
 ) -> list[MicroBatch]:
-    """Lay out this rank's part of a planned global batch, in the order in which all ranks run theirs."""
-    mine = plan.rows[parallel.data_rank]
-    return [lay_out(row, rollouts, scores).context_share(parallel) for row in mine]
+    """Lay out this rank's micro-batches of a planned global batch, in the plan's order."""
+    return [lay_out(row, rollouts, scores).context_share(parallel) for row in plan.rows[parallel.data_rank]]

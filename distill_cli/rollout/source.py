@@ -1,12 +1,12 @@
-"""Where a step's sequences come from. The trainer takes scored batches from a source, whatever made them.
+"""Sources of a step's sequences: the trainer takes scored batches from a source.
 
-| source      | file         | sequences                                                        |
-|-------------|--------------|------------------------------------------------------------------|
-| `OnPolicy`  | `on_policy`  | the student's, sampled with the weights that it has              |
-| `Mixture`   | `off_policy` | some of them the dataset's or the teacher's instead              |
-| `Replay`    | `replay`     | those that another run recorded, with their scores               |
+| source      | file             | sequences                                                    |
+|-------------|------------------|--------------------------------------------------------------|
+| `OnPolicy`  | `on_policy`      | the student's, sampled with its current weights              |
+| `Mixture`   | `off_policy`     | in part the dataset's or the teacher's                       |
+| `Replay`    | `recorded_steps` | recorded by another run, with their scores                   |
 
-A source may hold sequences back from one step to the next, or wrap another source; `ranks.build_source` chooses it.
+A source may keep sequences from one step for a later one, or wrap another source; `ranks.build_source` chooses it.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ class ScoredBatch:
     """A step's sequences, and the teacher's scores of those that this rank trains on."""
 
     rollouts: Sequence[Rollout]
-    """All of the step, in its order; every rank has the same."""
+    """All sequences of the step in its order, equal on all ranks."""
     plans: Sequence[BatchPlan]
-    """How each global batch is cut up, by place in `rollouts`."""
+    """The micro-batches of each global batch, by place in `rollouts`."""
     scores: Mapping[int, TeacherScores]
-    """By place in `rollouts`: this rank's share of `plans` and no other, in the order of `plans`."""
+    """By place in `rollouts`: exactly this rank's part of `plans`, in the order of `plans`."""
     is_current: bool = True
-    """Whether the student sampled its sequences with the weights it has now, so that its log-probabilities of them
-    must be the trainer's; else they may have drifted apart."""
+    """Whether the student sampled its sequences with its current weights, so that the sampler's log-probabilities must
+    equal the trainer's; otherwise they may have drifted apart."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """What the source counted."""
+    """The source's own metrics of the step."""
 
 
 class RolloutSource(Protocol):
-    """Gives the trainer one batch a step. Every rank calls it at the same steps: a collective."""
+    """Returns one batch per step. Every rank calls it at the same steps: a collective."""
 
     @abstractmethod
     def step(self, step: int) -> ScoredBatch:
-        """Return the batch of `step`, counted from 1, which follows from the step and the student's weights alone.
+        """Return the batch of `step`, counted from 1; only the step and the student's weights determine it.
 
         Raises:
-            StopRequested: any rank was asked to stop.
+            StopRequested: a rank received a stop request.
         """

@@ -1,4 +1,4 @@
-"""The stages of a step: timed, each engine awake only in its own, and the run ended between two of them."""
+"""The stages of a step: time them, wake each engine only for its own, and stop the run between two of them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from distill_cli.parallel.mesh import Parallel
 
 
 class StopRequested(Exception):
-    """The run ends after the last step that is done; all ranks raise it together."""
+    """The run ends after its last completed step; all ranks raise it together."""
 
 
 class Stages:
-    """What stands around the stages of a step, so that the step itself reads as its stages.
+    """Context managers around the stages of a step.
 
-    Every rank enters the same stages and makes the same stop checks in the same order.
+    Every rank enters the same stages and makes the same stop checks in the same order:
 
-    For example:
         with stages.awake(sampler), stages("sample"):
             ...
         stages.check_stop()
@@ -30,16 +29,16 @@ class Stages:
     def __init__(
         self, parallel: Parallel, stop: StopFlag, *, on_stage: Callable[[str], object] = lambda stage: None
     ) -> None:
-        """`on_stage` is called with the name of each stage as it begins."""
+        """Call `on_stage` with the name of each stage when it begins."""
         self.parallel, self._stop, self._on_stage = parallel, stop, on_stage
         self.seconds: dict[str, float] = defaultdict(float)
-        """By stage, since the last `lap`."""
+        """Seconds by stage since the last `lap`."""
         self.longest_s = 0.0
-        """The longest step so far, with its validation: what another one may take."""
+        """Seconds of the longest step so far, validation included: an estimate for the next."""
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time what happens within as `stage`."""
+        """Time the block as `stage`."""
         self._on_stage(stage)
         begin = time.perf_counter()
         try:
@@ -49,23 +48,23 @@ class Stages:
 
     @contextmanager
     def awake(self, engine: AnsweringEngine) -> Iterator[None]:
-        """Keep `engine` awake within; waking and putting to sleep are the stage `wake`."""
-        with ExitStack() as turn:
+        """Keep `engine` awake in the block; waking it and putting it to sleep are the stage `wake`."""
+        with ExitStack() as stack:
             with self("wake"):
-                turn.enter_context(engine.awake())
+                stack.enter_context(engine.awake())
             try:
                 yield
             finally:
                 with self("wake"):
-                    turn.close()
+                    stack.close()
 
     def check_stop(self, *, within_s: float = 0.0) -> None:
-        """Raise StopRequested on all ranks if any was asked to stop, or must have in `within_s`. A collective."""
+        """Raise StopRequested on all ranks if one received a stop request or is due to in `within_s`. A collective."""
         if self.parallel.all_max(float(self._stop.is_set(within_s=within_s))):
             raise StopRequested(self._stop.reason)
 
     def lap(self) -> dict[str, float]:
-        """Return `time/<stage>_s` since the last lap."""
+        """Return `time/<stage>_s` since the last lap, and begin another."""
         metrics = {f"time/{stage}_s": seconds for stage, seconds in self.seconds.items()}
         self.seconds.clear()
         return metrics

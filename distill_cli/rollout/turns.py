@@ -1,13 +1,16 @@
-"""Several turns: the student writes, an environment answers, the student goes on. Tokens in, tokens out.
+"""Several turns: the student writes, an environment answers, the student continues. Tokens in, tokens out.
 
-What the student wrote is never turned into text and back: an observation's tokens, with the chat template's markers
-around them, are appended to the tokens that are there. The loss leaves them out (`Sample.trained`).
+The student's tokens are never decoded and encoded again: an observation's tokens, with the chat template's markers
+around them, are appended to the existing tokens. The loss excludes them (`Sample.trained`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from distill_cli.data.environments import Environment, Observation
 from distill_cli.data.isolated import Failures
@@ -15,23 +18,23 @@ from distill_cli.engines.base import AnsweringEngine
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.types import Prompt, Rollout, Sample
 
-SAID, SEEN = "WHAT-WAS-SAID", "WHAT-IS-SEEN"
-"""Stand for a turn and an observation in a template."""
+TURN, OBSERVATION = "WHAT-WAS-SAID", "WHAT-IS-SEEN"
+"""Placeholders of a turn and an observation in a template."""
 
 
 @dataclass(frozen=True)
 class Turns:
-    """How sequences go on after their first turn."""
+    """How sequences continue after their first turn."""
 
     make: Callable[[], Environment]
     max_turns: int
     max_tokens: int
-    """Of prompt, turns and observations together."""
+    """Limit of prompt, turns and observations together."""
     decode: Callable[[list[int]], str]
     observation_ids: Callable[[str, int], list[int]]
-    """Observation, the turn's last token -> the tokens up to where the student goes on."""
+    """Returns the tokens from a turn to the next, given the observation and the turn's last token."""
     failures: Failures = field(default_factory=lambda: Failures("{} environments failed, and their sequences score 0"))
-    """What environments failed at."""
+    """The environments' errors."""
 
 
 @dataclass
@@ -41,24 +44,31 @@ class Growing:
     prompt: Prompt
     seed: int
     environment: Environment | None
-    """None where it failed before the first turn, which is then the last."""
+    """None if it failed before the first turn, which is then the last."""
     token_ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
-    """Of no meaning if the sampler is not asked for it."""
+    """Meaningless if sampling has logp=False."""
     trained: list[bool] = field(default_factory=list)
     num_turns: int = 0
     reward: float | None = None
     finish_reason: str = ""
-    """Empty as long as it goes on."""
+    """Empty while the sequence continues."""
+
+    def append(self, token_ids: list[int], logp: list[float], *, trained: bool) -> None:
+        """Append tokens of the student, or of an observation if not `trained`."""
+        self.token_ids += token_ids
+        self.logp += logp
+        self.trained += [trained] * len(token_ids)
 
     def rollout(self, *, has_logp: bool) -> Rollout:
+        """Return the finished rollout."""
         logp = self.logp if has_logp else None
         sample = Sample(self.token_ids, logp, self.finish_reason, trained=self.trained, num_turns=self.num_turns)
         return Rollout(self.prompt, sample, reward=self.reward)
 
 
 def turn_seed(seed: int, turn: int) -> int:
-    """The seed of a turn, counted from 0, of the sequence with `seed`; the first is the sequence's own."""
+    """Return the seed of a turn, counted from 0, of the sequence with `seed`; turn 0 has the sequence's own."""
     return (seed + turn * 0x9E3779B97F4A7C15) % 2**63
 
 
@@ -75,13 +85,7 @@ def sample_turns(
     Args:
         sampling: `max_new_tokens` limits each turn.
     """
-    sequences = [Growing(prompt, seed, turns.make()) for prompt, seed in zip(prompts, seeds, strict=True)]
-    for sequence in sequences:
-        try:
-            sequence.environment.reset(sequence.prompt.example)
-        except Exception as error:  # it may be a user's own
-            turns.failures.add(error)
-            sequence.environment = None
+    sequences = [Growing(prompt, seed, start(prompt, turns)) for prompt, seed in zip(prompts, seeds, strict=True)]
     for turn in range(turns.max_turns):
         going = [sequence for sequence in sequences if not sequence.finish_reason]
         if not going:
@@ -96,62 +100,78 @@ def sample_turns(
     return [sequence.rollout(has_logp=sampling.logp) for sequence in sequences]
 
 
+def start(prompt: Prompt, turns: Turns) -> Environment | None:
+    """Return an environment for the prompt's example; None, counted, if it fails."""
+    environment = turns.make()
+    try:
+        environment.reset(prompt.example)
+    except Exception as error:  # environments may be the user's code
+        turns.failures.add(error)
+        return None
+    return environment
+
+
 def take_turn(sequence: Growing, sample: Sample, turns: Turns) -> None:
-    """Appends what the student wrote, and what it reads next unless the sequence has ended."""
+    """Append the student's turn, and the observation unless the sequence has ended."""
     room = turns.max_tokens - len(sequence.prompt.token_ids) - len(sequence.token_ids)
     if len(sample.token_ids) > room:
         logp = (sample.logp or [])[:room]
         sample = replace(sample, token_ids=sample.token_ids[:room], logp=logp, finish_reason="length")
-    sequence.token_ids += sample.token_ids
-    sequence.logp += sample.logp or []
-    sequence.trained += [True] * len(sample.token_ids)
+    sequence.append(sample.token_ids, sample.logp or [], trained=True)
     sequence.num_turns += 1
-    seen = step(sequence.environment, turns.decode(sample.token_ids), failures=turns.failures)
-    sequence.reward = seen.reward
+    observation = step(sequence.environment, turns.decode(sample.token_ids), failures=turns.failures)
+    sequence.reward = observation.reward
     if sample.finish_reason == "length":
         sequence.finish_reason = "length"
-    elif seen.done:
+    elif observation.done:
         sequence.finish_reason = "stop"
     elif sequence.num_turns == turns.max_turns:
         sequence.finish_reason = "turn_limit"
     else:
-        observed = turns.observation_ids(seen.text, sample.token_ids[-1])
-        if len(observed) >= room - len(sample.token_ids):  # no token would be left to answer it
+        ids = turns.observation_ids(observation.text, sample.token_ids[-1])
+        if len(ids) >= room - len(sample.token_ids):  # no room for a token of the next turn
             sequence.finish_reason = "length"
-            return
-        sequence.token_ids += observed
-        sequence.logp += [0.0] * len(observed)
-        sequence.trained += [False] * len(observed)
+        else:
+            sequence.append(ids, [0.0] * len(ids), trained=False)
 
 
 def step(environment: Environment | None, response: str, *, failures: Failures) -> Observation:
-    """What the environment says; one that fails ends its sequence with reward 0 and is counted, and the run goes on."""
+    """Return the environment's observation; one that fails is counted and ends its sequence with reward 0."""
     if environment is not None:
         try:
             return environment.step(response)
-        except Exception as error:  # it may be a user's own
+        except Exception as error:  # environments may be the user's code
             failures.add(error)
     return Observation(reward=0.0, done=True)
 
 
-def observation_encoder(tokenizer, *, template_kwargs: dict, end_ids: set[int]) -> Callable[[str, int], list[int]]:
-    """-> `Turns.observation_ids` by the tokenizer's chat template: what it puts between a turn and the next.
+def observation_encoder(
+    tokenizer: PreTrainedTokenizerBase, *, template_kwargs: Mapping[str, Any], end_ids: set[int]
+) -> Callable[[str, int], list[int]]:
+    """Return `Turns.observation_ids` by the tokenizer's chat template.
 
-    Where the turn's last token is of `end_ids`, the template's own end of a turn is left out: it stands there already.
-    Without a template the observation is a paragraph of its own.
+    If the turn's last token is one of `end_ids`, the template's own end of a turn is omitted. Without a template the
+    observation is a paragraph of its own.
     """
     if tokenizer.chat_template is None:
         return lambda text, last: tokenizer.encode(f"\n{text}\n", add_special_tokens=False)
-    messages = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": SAID},
-        {"role": "user", "content": SEEN},
-    ]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_kwargs)
-    between = rendered[rendered.index(SAID) + len(SAID) :]
+    between = text_after_turn(tokenizer, observation=OBSERVATION, template_kwargs=template_kwargs)
 
     def encode(text: str, last: int) -> list[int]:
-        ids = tokenizer.encode(between.replace(SEEN, text), add_special_tokens=False)
+        ids = tokenizer.encode(between.replace(OBSERVATION, text), add_special_tokens=False)
         return ids[1:] if last in end_ids and ids[0] in end_ids else ids
 
     return encode
+
+
+def text_after_turn(
+    tokenizer: PreTrainedTokenizerBase, *, observation: str | None = None, template_kwargs: Mapping[str, Any]
+) -> str:
+    """Return the chat template's text after an answer: to the next one if an observation follows, else to the end."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": TURN}]
+    if observation is not None:
+        messages.append({"role": "user", "content": observation})
+        template_kwargs = {**template_kwargs, "add_generation_prompt": True}
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
+    assert isinstance(rendered, str)
+    return rendered[rendered.index(TURN) + len(TURN) :]

@@ -1,8 +1,8 @@
-"""What the engines of all ranks do for a step: `RolloutWorker` has answers sampled and judged, `ScoringWorker` scored.
+"""The work of all ranks' engines in a step: `RolloutWorker` samples and judges answers, `ScoringWorker` scores them.
 
-Work is partitioned over the ranks' engines, and results are the same on any number of them. Every rank has one of each
-and calls it with the same arguments: a collective. An engine is awake only while it works, and results that it may not
-have finished, since the run is to stop, are not returned: StopRequested is raised on all ranks instead.
+Work is partitioned over the ranks' engines, with the same results on any number of them. Every rank has one of each and
+calls it with the same arguments: a collective. An engine is awake only while it works. If a stop request may have
+interrupted the engine, all ranks raise StopRequested instead of returning its results.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from distill_cli.types import Prompt, Rollout, Sample
 
 @dataclass
 class RolloutWorker:
-    """Samples the student's answers and judges them."""
+    """Sample the student's answers and judge them."""
 
     sampler: Sampler
     weights: Callable[[], Iterable[tuple[str, torch.Tensor | Deferred]]]
-    """The student's, as `sampler.sync` takes them. A collective."""
+    """Returns the student's weights as `sampler.sync` takes them. A collective."""
     version: Callable[[], int]
-    """Which weights the student has: the number of its optimizer updates."""
+    """Returns the version of the student's weights: the number of its optimizer updates."""
     sampling: SamplingSettings
     seed: int
     """`train.seed`."""
@@ -42,7 +42,7 @@ class RolloutWorker:
     decode: Callable[[list[int]], str]
     verify: IsolatedVerifier | None = None
     turns: Turns | None = None
-    """How sequences go on after a first turn; None if they do not."""
+    """How sequences continue after a first turn; None if they do not."""
     share: EngineShare = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,23 +50,23 @@ class RolloutWorker:
 
     @contextmanager
     def ready(self) -> Iterator[Sampler]:
-        """Give the sampler, awake within and with the student's weights; check for a stop at the end."""
+        """Yield the sampler, awake and with the student's weights; check for a stop at the end."""
         with self.stages.awake(self.sampler):
             with self.stages("sync"):
                 version = self.version()
                 if version != self.sampler.version:
                     self.sampler.sync(self.weights(), version=version)
-                else:  # what was sampled before, a validation perhaps, must leave no trace in what comes
+                else:  # earlier samples, such as a validation's, must not change later ones
                     self.sampler.reset_prefix_cache()
             yield self.sampler
         self.stages.check_stop()
 
     def sample(self, prompts: Sequence[Prompt], *, step: int, places: Sequence[int] | None = None) -> list[Rollout]:
-        """Return one judged answer to each prompt, on all ranks. Within `ready`.
+        """Return one judged answer to each prompt, on all ranks. Call it inside `ready`.
 
         Args:
-            places: which of the step's sequences they are; None is their order. An answer's seed is made of the step
-                and its place, so that any engine samples it alike.
+            places: of the prompts' sequences in the step; None counts up from 0. Step and place make an answer's seed,
+                so that every engine samples the same answer.
         """
         places = range(len(prompts)) if places is None else places
         shares = partition_by_cost([len(prompt.token_ids) for prompt in prompts], self.share.num_engines)
@@ -84,23 +84,21 @@ class RolloutWorker:
         return [Rollout(prompt, *sampled[number]) for number, prompt in enumerate(prompts)]
 
     def failures(self) -> dict[str, float]:
-        """Count the answers that could not be judged and the environments that failed since the last call."""
-        counted = {}
-        if self.verify is not None:
-            counted["rollout/verifier_errors"] = self.verify.failures
-        if self.turns is not None:
-            counted["rollout/environment_errors"] = self.turns.failures
-        if not counted:
+        """Return the numbers of verifier and environment errors since the last call, over all ranks. A collective."""
+        sources: dict[str, IsolatedVerifier | Turns | None]
+        sources = {"rollout/verifier_errors": self.verify, "rollout/environment_errors": self.turns}
+        failures = {name: source.failures for name, source in sources.items() if source is not None}
+        counts = {name: float(one.take() * self.share.is_first) for name, one in failures.items()}
+        if not counts:
             return {}
-        own = [float(failures.take() * self.share.is_first) for failures in counted.values()]
         parallel = self.stages.parallel
-        totals = parallel.sum_of_ranks(torch.tensor(own, device=parallel.device)).tolist()
-        return dict(zip(counted, totals, strict=True))
+        totals = parallel.sum_of_ranks(torch.tensor(list(counts.values()), device=parallel.device)).tolist()
+        return dict(zip(counts, totals, strict=True))
 
 
 @dataclass
 class ScoringWorker:
-    """Scores with the teacher what each rank trains on. Building it is a collective."""
+    """Score the sequences that each rank trains on with the teacher. Building it is a collective."""
 
     teacher: Teacher
     planner: Planner
@@ -112,12 +110,12 @@ class ScoringWorker:
         self.share = EngineShare.near_training(self.teacher.num_ranks, self.stages.parallel)
 
     def score(self, rollouts: Sequence[Rollout], *, stage: str = "score") -> ScoredBatch:
-        """Plan how a step's sequences are trained on, and score those of this rank.
+        """Plan the micro-batches of a step's sequences, and score this rank's.
 
-        Neighbouring ranks partition their sequences over their engines and send each other the scores.
+        Neighbouring ranks partition their sequences over their engines and exchange the scores.
 
         Args:
-            stage: what the time is accounted to.
+            stage: the stage that the time counts for.
         """
         plans = self.planner.plan(rollouts)
         places = [place for plan in plans for rank in self.share.data_ranks for place in plan.members_of(rank)]
@@ -131,7 +129,7 @@ class ScoringWorker:
         return ScoredBatch(rollouts, plans, {place: by_place[place] for place in self.planner.local_places(plans)})
 
     def sample(self, prompts: Sequence[Prompt], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
-        """Return the teacher's own answer to each prompt as it reads it, on all ranks."""
+        """Return the teacher's answer to its version of each prompt, on all ranks."""
         engines = EngineShare.of_all_ranks(self.teacher.num_ranks, self.stages.parallel)
         shares = partition_by_cost([len(prompt.ids_for_teacher) for prompt in prompts], engines.num_engines)
         mine = shares[engines.index]

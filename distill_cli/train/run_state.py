@@ -1,87 +1,68 @@
-"""How far a run has come: what a checkpoint remembers of it, and what it comes to in the end."""
+"""A run's progress, which checkpoints keep and its outcome is made of."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
+from distill_cli.folders.attempts import Outcome
 from distill_cli.metrics import gap_closed
 from distill_cli.train.validation import Score
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best value of checkpoint.metric so far, of the steps with a checkpoint."""
+    """The best value of checkpoint.metric so far, among steps with a checkpoint."""
 
     metric: str
     value: float
     step: int
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a finished run comes to."""
-
-    state: str
-    """`finished`, or `stopped` where it was asked to stop and can go on."""
-    reason: str | None
-    """Why it stopped."""
-    num_steps: int
-    """Steps that are done."""
-    seconds: float
-    """Of all attempts, as far as their steps were kept."""
-    before: Score | None
-    after: Score | None
-    teacher: Score | None
-    best: Best | None = None
-
-    @property
-    def gap_closed(self) -> float | None:
-        """See `metrics.gap_closed`."""
-        return gap_closed(*(score and score.accuracy for score in (self.before, self.after, self.teacher)))
-
-
 @dataclass
 class Progress:
-    """How far a run has come: with weights and optimizer, all that its next step depends on."""
+    """How far a run is: with weights and optimizer, everything that its next step depends on."""
 
     step: int = 0
-    """The last one that is done."""
+    """The last completed step."""
     seconds: float = 0.0
     bad_updates: int = 0
-    """Updates in a row, up to now, that were skipped since they were not finite."""
+    """Consecutive updates up to now that were skipped because they were not finite."""
     truncated_steps: int = 0
-    """Steps in a row, up to now, above rollout.max_truncated_rate."""
+    """Consecutive steps up to now above rollout.max_truncated_rate."""
     before: Score | None = None
     teacher: Score | None = None
     latest: Score | None = None
-    """The student's newest validation, and its step."""
+    """The student's newest validation, after `latest_step`."""
     latest_step: int = -1
     best: Best | None = None
-    unrecorded: dict[str, float] | None = None
+    unrecorded: dict[str, Any] | None = None
     """Metrics of the step after `step`, if the run was stopped in that step's validation: the student has learned from
     it, so a resumed run validates and records it first."""
 
     @property
     def trained_step(self) -> int:
-        """The last one that the student has learned from."""
+        """The last step that the student has learned from."""
         return self.step if self.unrecorded is None else self.step + 1
 
     def note(self, metric: str, value: float | None, *, higher_is_better: bool) -> None:
-        """The value of checkpoint.metric at this step."""
-        if value is None:
-            return
-        sign = 1 if higher_is_better else -1
-        if self.best is None or self.best.metric != metric or sign * value >= sign * self.best.value:
+        """Update `best` with the value of checkpoint.metric at this step, if there is one."""
+        best, sign = self.best, 1 if higher_is_better else -1
+        if value is not None and (best is None or best.metric != metric or sign * value >= sign * best.value):
             self.best = Best(metric, value, self.step)
 
-    def result(self, state: str, reason: str | None, *, seconds: float) -> Result:
-        """What the run comes to if it ends here."""
+    def outcome(self, state: str, reason: str | None, *, seconds: float) -> Outcome:
+        """Return the outcome of the run if it ends here."""
         after = self.latest if self.latest_step == self.step > 0 else None
-        return Result(state, reason, self.trained_step, seconds, self.before, after, self.teacher, self.best)
+        scores = (self.before, after, self.teacher)
+        gap = gap_closed(*(None if score is None else score.accuracy for score in scores))
+        parts = [None if part is None else asdict(part) for part in (*scores, self.best)]
+        names = dict(zip(("before", "after", "teacher", "best"), parts, strict=True))
+        return Outcome(state, reason, self.trained_step, seconds, gap_closed=gap, **names)
 
     @classmethod
-    def of(cls, state: dict) -> Progress:
-        """Read a checkpoint's state."""
+    def of(cls, state: dict[str, Any]) -> Progress:
+        """Return the progress that a checkpoint's state holds."""
         kinds = {"before": Score, "teacher": Score, "latest": Score, "best": Best}
         values = {field.name: state[field.name] for field in fields(cls)}
         return cls(**{name: kinds[name](**v) if name in kinds and v else v for name, v in values.items()})

@@ -1,11 +1,12 @@
-"""What a step's line in metrics.jsonl says, worked out from what the step left.
+"""Compute a step's metrics, its row in metrics.jsonl, from the step's batch and updates.
 
-Shape letters: N response tokens of a micro-batch, C the metrics that are averaged over them.
+Shape letters: N response tokens of a micro-batch, C metrics that are averaged over them.
 """
 
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -22,90 +23,85 @@ from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult
 from distill_cli.types import Rollout
 
-TOKEN_METRICS = [metric for metric in METRICS if metric.formula is not None]
-"""Those that are averaged over response tokens."""
+TOKEN_METRICS = {metric.name: metric.formula for metric in METRICS if metric.formula is not None}
+"""Formulas by name of the metrics that are averaged over response tokens."""
+
+Updates = Sequence[tuple[Sequence[MicroBatch], StepResult]]
+"""A step's updates: this rank's micro-batches of each, and its result."""
 
 
-def train_metrics(
-    results: Sequence[tuple[Sequence[MicroBatch], StepResult]], *, is_current: bool, parallel: Parallel
-) -> dict[str, float]:
-    """Means over the response tokens of the step's updates, of all ranks. A collective.
+def train_metrics(updates: Updates, *, is_current: bool, parallel: Parallel) -> dict[str, float]:
+    """Return means over the response tokens of a step's updates on all ranks. A collective.
 
     Args:
         is_current: the batch's. Log-probabilities of sampler and trainer differ by `rollout/engine_mismatch` if both
             have the same weights, and by `rollout/drift` if not.
     """
-    device = parallel.device
-    sums = torch.zeros(len(TOKEN_METRICS), device=device)
-    mismatch, num_sampled = torch.zeros((), device=device), torch.zeros((), device=device)
-    for update, (batches, result) in enumerate(results):
+    sums = torch.zeros(len(TOKEN_METRICS) + 2, device=parallel.device)
+    for number, (batches, result) in enumerate(updates):
         for batch, output in zip(batches, result.outputs, strict=True):
-            batch = batch.to(device)
-            sums += token_metrics_CN(batch, output).sum(-1)
-            if update == 0:  # later ones see a student that has moved on from what was sampled
-                mismatch += (batch.sampler_logp - output.sampled_logp_N)[batch.has_sampler_logp].abs().sum()
-                num_sampled += batch.has_sampler_logp.sum()
-    sums = torch.cat([sums, torch.stack([mismatch, num_sampled])])
-    *totals, mismatch_total, sampled_total = parallel.all_sum(sums).tolist()
-    num_tokens = sum(result.num_response_tokens for _, result in results)
-    loss = sum(result.loss * result.num_response_tokens for _, result in results)
+            batch = batch.to(parallel.device)
+            sums[:-2] += token_metrics_CN(batch, output).sum(-1)
+            if number == 0:  # the student of later updates is not the one that sampled
+                known = batch.has_sampler_logp
+                sums[-2] += (batch.sampler_logp - output.sampled_logp_N)[known].abs().sum()
+                sums[-1] += known.sum()
+    *totals, mismatch, num_sampled = parallel.all_sum(sums).tolist()
+    num_tokens = sum(result.num_response_tokens for _, result in updates)
+    loss = sum(result.loss * result.num_response_tokens for _, result in updates)
     difference = "rollout/engine_mismatch" if is_current else "rollout/drift"
     return {
         "train/loss": loss / max(num_tokens, 1),
-        "train/grad_norm": sum(result.grad_norm for _, result in results) / len(results),
+        "train/grad_norm": sum(result.grad_norm for _, result in updates) / len(updates),
         "train/response_tokens": num_tokens,
-        "train/skipped_updates": sum(not result.is_finite for _, result in results),
-        **{metric.name: total / max(num_tokens, 1) for metric, total in zip(TOKEN_METRICS, totals, strict=True)},
-        **({difference: mismatch_total / sampled_total} if sampled_total else {}),
+        "train/skipped_updates": sum(not result.is_finite for _, result in updates),
+        **{name: total / max(num_tokens, 1) for name, total in zip(TOKEN_METRICS, totals, strict=True)},
+        **({difference: mismatch / num_sampled} if num_sampled else {}),
     }
 
 
 def token_metrics_CN(batch: MicroBatch, output: HeadOutput) -> torch.Tensor:
     """Return each of TOKEN_METRICS at each response token: float [C, N]."""
-    tokens = tokens_of(batch, output)
-    return torch.stack([metric.formula(tokens) for metric in TOKEN_METRICS])
-
-
-def tokens_of(batch: MicroBatch, output: HeadOutput) -> Tokens:
-    """Return what both models say at the response tokens of a micro-batch."""
     scores = batch.scores
     teacher_NC, student_NC = bucket_classes(scores.topk_logp, output.student_logp_NC)
-    return Tokens(teacher_NC, student_NC, scores.topk_ids, output.argmax_N, output.entropy_N, output.loss_N)
+    tokens = Tokens(teacher_NC, student_NC, scores.topk_ids, output.argmax_N, output.entropy_N, output.loss_N)
+    return torch.stack([formula(tokens) for formula in TOKEN_METRICS.values()])
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Means over the step's sequences, which every rank knows: the student's own, or all where none is."""
+    """Return means over the step's sequences, which every rank knows: the student's own, or all if there are none."""
     own = [rollout for rollout in rollouts if rollout.sample.source == "student"]
     share, rollouts = len(own) / len(rollouts), own or rollouts
+    samples = [rollout.sample for rollout in rollouts]
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     metrics = {
-        "rollout/mean_length": fmean(len(rollout.sample.written_ids) for rollout in rollouts),
-        "rollout/truncated_rate": fmean(rollout.sample.finish_reason == "length" for rollout in rollouts),
+        "rollout/mean_length": fmean(len(sample.written_ids) for sample in samples),
+        "rollout/truncated_rate": fmean(sample.finish_reason == "length" for sample in samples),
     }
     if share < 1:
         metrics["rollout/on_policy_fraction"] = share
-    if any(rollout.sample.trained is not None for rollout in rollouts):  # an environment answered
-        metrics["rollout/mean_turns"] = fmean(rollout.sample.num_turns for rollout in rollouts)
-        metrics["rollout/turn_limit_rate"] = fmean(r.sample.finish_reason == "turn_limit" for r in rollouts)
+    if any(sample.trained is not None for sample in samples):  # there is an environment
+        metrics["rollout/mean_turns"] = fmean(sample.num_turns for sample in samples)
+        metrics["rollout/turn_limit_rate"] = fmean(sample.finish_reason == "turn_limit" for sample in samples)
     if rewards:
         metrics["rollout/accuracy"] = fmean(rewards)
     return metrics
 
 
 def performance_metrics(
-    plans: Sequence[BatchPlan],
-    *,
-    student: Student,
-    parallel: Parallel,
-    num_response_tokens: int,
-    train_s: float,
-    step_s: float,
+    plans: Sequence[BatchPlan], updates: Updates, student: Student, parallel: Parallel, *, train_s: float, begin: float
 ) -> dict[str, float]:
-    """How fast the step was and what it took: of `step_s` seconds in all, `train_s` in forward and backward passes.
+    """Return the speed and memory of a step; `perf/mfu` if the device's peak is known. A collective.
 
-    `perf/mfu` where the device's peak is known; padding is no work. A collective.
+    Padding does not count as work.
+
+    Args:
+        train_s: seconds of forward and backward passes.
+        begin: `time.perf_counter()` at the beginning of the step.
     """
+    step_s = time.perf_counter() - begin
     num_tokens = sum(plan.num_tokens for plan in plans)
+    num_response_tokens = sum(result.num_response_tokens for _, result in updates)
     metrics = {
         "time/step_s": step_s,
         "perf/tokens_per_s": num_response_tokens / step_s,
@@ -120,10 +116,10 @@ def performance_metrics(
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The largest so far: the process' resident memory on a CPU, on a GPU what torch has allocated.
+    """Return the peak so far: resident memory of the process on a CPU, memory allocated by torch on a GPU.
 
-    There the sampler's weights and KV cache are left out where it sleeps: they are gone while the student trains. A
-    teacher in its own process never counts.
+    A GPU's peak excludes the weights and KV cache of a sampler that sleeps while the student trains, and always a
+    teacher in its own process.
     """
     if device.type == "cuda":
         return (torch.cuda.max_memory_allocated(device) - pooled_bytes()) / 2**30

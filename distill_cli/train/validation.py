@@ -1,4 +1,4 @@
-"""Answers to a benchmark's problems, several to each if asked for, and judged: validation and `eval`."""
+"""Answer a benchmark's problems, once or several times each, and judge the answers: for validation and `eval`."""
 
 from __future__ import annotations
 
@@ -22,24 +22,22 @@ from distill_cli.types import Prompt, Rollout
 
 @dataclass(frozen=True)
 class Score:
-    """Over all answers to the validation prompts, of all ranks."""
+    """Means over all answers to the validation prompts, of all ranks."""
 
     accuracy: float
     mean_length: float
-    """Tokens of an answer."""
+    """Tokens per answer."""
     truncated_rate: float
-    """Share of answers that reached their length limit."""
+    """Share of answers that reached the length limit."""
     num_samples: int
     datasets: dict[str, float] = field(default_factory=dict)
-    """Accuracy on each dataset, where there are several."""
+    """Accuracy by dataset, if there are several."""
 
     def metrics(self) -> dict[str, float]:
-        return {
-            "val/accuracy": self.accuracy,
-            "val/mean_length": self.mean_length,
-            "val/truncated_rate": self.truncated_rate,
-            **{f"val/{name}/accuracy": accuracy for name, accuracy in self.datasets.items()},
-        }
+        """Return the metrics of a validation."""
+        means = {name: getattr(self, name) for name in ("accuracy", "mean_length", "truncated_rate")}
+        means |= {f"{name}/accuracy": accuracy for name, accuracy in self.datasets.items()}
+        return {f"val/{name}": value for name, value in means.items()}
 
 
 @dataclass(frozen=True)
@@ -47,32 +45,35 @@ class Answer:
     """One of the answers to a problem."""
 
     number: int
-    """Among those to its problem, from 0."""
+    """Position among the answers to the problem, from 0."""
     rollout: Rollout
 
 
-def answer_row(answer: Answer, *, decode: Callable, extract: Callable | None) -> dict[str, Any]:
-    """A row of `track.answers`."""
-    rollout, example = answer.rollout, answer.rollout.prompt.example
-    response = last_turn = decode(rollout.sample.token_ids)
-    if rollout.sample.num_turns > 1:
-        last_turn = decode(rollout.sample.last_turn_ids)
+def answer_row(
+    answer: Answer, *, decode: Callable[[list[int]], str], extract: Callable[[str], str | None] | None
+) -> dict[str, Any]:
+    """Return an answer as a row of `folders.answers_table`.
+
+    Args:
+        extract: returns the final answer of a text, as the verifier reads it; None if the verifier has no such part.
+    """
+    sample, example = answer.rollout.sample, answer.rollout.prompt.example
     return {
         "dataset": example.dataset,
-        "problem": rollout.prompt.index,
+        "problem": answer.rollout.prompt.index,
         "number": answer.number,
         "question": example.question,
         "reference": example.answer,
-        "response": response,
-        "final_answer": extract(last_turn) if extract else None,
-        "reward": float(rollout.reward or 0.0),
-        "num_tokens": len(rollout.sample.written_ids),
-        "finish_reason": rollout.sample.finish_reason,
+        "response": decode(sample.token_ids),
+        "final_answer": extract(decode(sample.last_turn_ids)) if extract else None,
+        "reward": float(answer.rollout.reward or 0.0),
+        "num_tokens": len(sample.written_ids),
+        "finish_reason": sample.finish_reason,
     }
 
 
 def first_of_each(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
-    """The first `number` prompts of each dataset."""
+    """Return the first `number` prompts of each dataset."""
     taken: Counter[str] = Counter()
     chosen = []
     for prompt in prompts:
@@ -91,13 +92,13 @@ class Validator:
     verify: IsolatedVerifier
     decode: Callable[[list[int]], str]
     batch_size: int
-    """Answers that an engine is asked for at a time."""
+    """Answers per call of an engine."""
     seed: int
     parallel: Parallel
     repeat: int = 1
     """Answers to each problem."""
     turns: Turns | None = None
-    """How an answer goes on after its first turn; None where it does not."""
+    """How an answer continues after its first turn; None if it does not."""
 
     def for_teacher(self) -> Validator:
         """Return the same problems as the teacher reads them."""
@@ -107,30 +108,26 @@ class Validator:
         """Score the engine's answers. A collective: each engine answers its share."""
         names = sorted({prompt.example.dataset for prompt in self.prompts})
         totals = torch.zeros(len(names), 4, dtype=torch.float64, device=self.parallel.device)
-        for answer in (answer for batch in self.answers(engine) for answer in batch):
-            rollout = answer.rollout
+        for rollout in (answer.rollout for answers in self.answers(engine) for answer in answers):
             truncated = float(rollout.sample.finish_reason == "length")
             row = torch.tensor([rollout.reward or 0.0, len(rollout.sample.written_ids), truncated, 1.0])
             totals[names.index(rollout.prompt.example.dataset)] += row.to(totals)
-        if not self.share(engine).is_first:
-            totals.zero_()
-        totals = self.parallel.sum_of_ranks(totals)
+        totals = self.parallel.sum_of_ranks(totals * self.share(engine).is_first)
         right, length, truncated, number = totals.sum(0).tolist()
         by_dataset = {name: row[0] / row[3] for name, row in zip(names, totals.tolist(), strict=True)}
-        return Score(
-            right / number, length / number, truncated / number, int(number), by_dataset if len(names) > 1 else {}
-        )
+        means = (right / number, length / number, truncated / number)
+        return Score(*means, int(number), by_dataset if len(names) > 1 else {})
 
     def answers(self, engine: AnsweringEngine) -> Iterator[list[Answer]]:
-        """Yield the share of this rank's engine, a batch at a time; one engine gives all answers to a problem."""
-        engines = self.share(engine)
-        mine = partition_by_cost([len(prompt.token_ids) for prompt in self.prompts], engines.num_engines)[engines.index]
-        asked = [(problem, number) for problem in mine for number in range(self.repeat)]
-        for begin in range(0, len(asked), self.batch_size):
-            batch = asked[begin : begin + self.batch_size]
+        """Yield the answers of this rank's engine in batches; one engine gives all answers to a problem."""
+        share = self.share(engine)
+        mine = partition_by_cost([len(prompt.token_ids) for prompt in self.prompts], share.num_engines)[share.index]
+        requests = [(problem, number) for problem in mine for number in range(self.repeat)]
+        for begin in range(0, len(requests), self.batch_size):
+            batch = requests[begin : begin + self.batch_size]
             rollouts = sample_rollouts(
                 [self.prompts[problem] for problem, _ in batch],
-                # The same at every validation, and none of training's: what differs is the model.
+                # Equal in all validations, so that only the model differs, and unlike training's.
                 seeds=[sequence_seed(self.seed, step=-number, sequence=problem) for problem, number in batch],
                 engine=engine,
                 sampling=self.sampling,
@@ -140,12 +137,13 @@ class Validator:
             yield [Answer(number, rollout) for (_, number), rollout in zip(batch, judged, strict=True)]
 
     def share(self, engine: AnsweringEngine) -> EngineShare:
+        """Return this rank's place among the engines that share the problems."""
         return EngineShare.of_all_ranks(engine.num_ranks, self.parallel)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The validations of a run, in which engines take their turn with the device's memory."""
+    """Validate models during a run, in which engines take turns with the device's memory."""
 
     validator: Validator
     worker: RolloutWorker
@@ -153,14 +151,16 @@ class Validation:
     """The teacher, if it is measured."""
 
     def score_student(self) -> Score:
-        """Score the student as it is. A collective."""
+        """Score the student with its current weights. A collective."""
         with self.worker.ready() as sampler, self.worker.stages("eval"):
             score = self.validator.run(sampler)
         return score
 
     def score_teacher(self) -> Score:
         """Score the teacher. A collective."""
-        with self.worker.stages.awake(self.teacher), self.worker.stages("eval"):
+        assert self.teacher is not None
+        stages = self.worker.stages
+        with stages.awake(self.teacher), stages("eval"):
             score = self.validator.for_teacher().run(self.teacher)
-        self.worker.stages.check_stop()
+        stages.check_stop()
         return score

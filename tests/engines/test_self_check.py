@@ -28,7 +28,7 @@ from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.machine.processes import StopFlag
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.ranks.check_rank import is_exact
-from distill_cli.ranks.self_check import MASSES, Limits, SelfCheck
+from distill_cli.ranks.self_check import EXACT, MASSES, SelfCheck
 from distill_cli.rollout.pack import Planner, plan_batch
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
@@ -145,7 +145,7 @@ def wrong(
             load_teacher=lambda: build_student(teacher_settings.path, parallel, temperature=temperature, factor=1.0),
             saver=Saver(folder, trainable),
             checkpoints=folder.checkpoints,
-            limits=Limits.of(exact=True),
+            limits=EXACT,
             report=lambda finding: None,
         )
         is_good = check.run()
@@ -158,7 +158,7 @@ def wrong(
     sampler.sync(student.named_parameters(), version=0)
 
 
-def test_nothing_is_wrong_where_all_is_right(wrong) -> None:
+def test_no_defect_no_finding(wrong) -> None:
     assert wrong() == []
 
 
@@ -174,11 +174,11 @@ def test_a_temperature_on_one_side_only(wrong) -> None:
     assert wrong(temperature=2.0) == [OWN_SCORES, ZERO, SCORES]
 
 
-def test_a_loss_scaled_by_the_number_of_ranks(wrong) -> None:
+def test_loss_scaled_by_ranks(wrong) -> None:
     assert wrong(factor=2.0) == [MEAN]
 
 
-def test_limits_are_those_of_float32_where_all_of_it_is() -> None:
+def test_exact_needs_float32_throughout() -> None:
     config = of("student", "teacher")
     assert is_exact(config, torch.device("cpu"))
     assert not is_exact(config, torch.device("cuda"))

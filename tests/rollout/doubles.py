@@ -1,4 +1,4 @@
-"""Engines that write down what they are asked, and a source's parts made of them."""
+"""Doubles of engines that record their calls, and a source built from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distill_cli.types import Example, Prompt, Sample, TeacherScores
 
 
 class Recording:
-    """What `RecordingSampler` and `RecordingTeacher` have in common; a stop may come while one of them works."""
+    """Base of `RecordingSampler` and `RecordingTeacher`; a stop request may come during a call."""
 
     num_ranks = 1
 
@@ -79,10 +79,10 @@ def ask_to_stop(stop: StopFlag) -> None:
 
 
 def make_source(parallel: Parallel, calls: list[str], *, num_prompts: int = 2, stop_in: str = "") -> OnPolicy:
-    """A source of global batches of two sequences, which writes what its engines do into `calls`.
+    """Build a source of global batches of two sequences whose engines append their calls to `calls`.
 
     Args:
-        stop_in: the call in which the run is asked to stop.
+        stop_in: the call during which the stop request comes.
     """
     stop = StopFlag()
     sampler, teacher = (

@@ -30,7 +30,7 @@ def one_row(rollouts: list[Rollout], *, multiple: int = 1, packing: bool = True)
     return lay_out(row, rollouts, dict(enumerate(map(scores_of, rollouts))))
 
 
-def test_rows_are_the_positions_before_the_response_tokens() -> None:
+def test_rows_precede_response_tokens() -> None:
     batch = one_row([rollout([1, 2, 3], [4, 5]), rollout([6], [7, 8, 9])], multiple=4)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]
@@ -61,7 +61,7 @@ def test_members_are_places_in_the_step() -> None:
     assert [row.length for rows in plans[1].rows for row in rows] == [row.length for rows in alone.rows for row in rows]
 
 
-def test_without_packing_each_sequence_is_padded_to_the_same_length() -> None:
+def test_unpacked_sequences_share_a_length() -> None:
     batch = one_row([rollout([1, 2], [3, 4, 5, 6, 7, 8, 9]), rollout([1], [2, 3, 4, 5, 6])], packing=False)
     assert padded_length(9) == 10
     assert batch.documents.bounds == (0, 10, 20)
@@ -73,7 +73,7 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
 @given(LENGTHS, st.integers(1, 5), st.integers(1, 80), st.booleans(), st.sampled_from([1, 2, 8]))
-def test_every_sequence_has_one_place_and_every_rank_as_many_rows(
+def test_plans_are_complete_and_equal(
     lengths: list[int], num_ranks: int, max_tokens: int, packing: bool, multiple: int
 ) -> None:
     plan = plan_batch(lengths, num_ranks=num_ranks, max_tokens=max_tokens, packing=packing, multiple=multiple)
@@ -89,7 +89,7 @@ def test_every_sequence_has_one_place_and_every_rank_as_many_rows(
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_long_tailed_lengths_fill_eight_micro_batches_a_rank(seed: int) -> None:
+def test_long_tailed_lengths_pack_well(seed: int) -> None:
     generator, lengths = random.Random(seed), []
     while sum(lengths) < 7.5 * 8 * 16384:
         lengths.append(max(16, min(8192, int(generator.lognormvariate(6.9, 1.0)))))
@@ -99,12 +99,12 @@ def test_long_tailed_lengths_fill_eight_micro_batches_a_rank(seed: int) -> None:
 
 
 @given(st.integers(1, 100_000))
-def test_padded_lengths_are_few_and_waste_at_most_a_quarter(length: int) -> None:
+def test_padding_wastes_at_most_a_quarter(length: int) -> None:
     assert length <= padded_length(length) <= max(length * 1.25, length + 1)
     assert padded_length(padded_length(length)) == padded_length(length)
 
 
-def test_a_row_without_members_carries_no_loss() -> None:
+def test_empty_rows_have_no_loss() -> None:
     plan = plan_batch([5], num_ranks=2, max_tokens=10, multiple=4)
     batch = lay_out(plan.rows[1][0], [], {})
     assert batch.num_response_tokens == 0

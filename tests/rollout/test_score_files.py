@@ -1,4 +1,4 @@
-"""Recorded steps: read as they were written, whole or not there, and refused where a config does not fit them."""
+"""Recorded steps: round trip, damage, and refusal of a config that does not fit them."""
 
 import logging
 import shutil
@@ -20,7 +20,7 @@ from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import ASSETS
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.rollout.pack import Planner, lay_out, plan_batch
-from distill_cli.rollout.replay import RecordedSteps, Replay
+from distill_cli.rollout.recorded_steps import RecordedSteps, Replay
 from distill_cli.rollout.score_files import Recorder, read_scores, read_sequences, write_sequences
 from distill_cli.rollout.source import ScoredBatch
 from distill_cli.rollout.stages import Stages, StopRequested
@@ -67,20 +67,20 @@ def made_up(seed: int, number: int = 64) -> tuple[list[Rollout], list, dict[int,
     return rollouts, [], scores
 
 
-def test_what_is_read_is_what_was_written(recorded: Path, parallel: Parallel) -> None:
+def test_recorded_steps_round_trip(recorded: Path, parallel: Parallel) -> None:
     steps = RecordedSteps(Recording.of(str(recorded)), topk=TOPK, parallel=parallel)
     assert steps.steps_per_epoch == 2
     for step in (1, 2, 3):  # the third is the first again
-        (expected, _, all_scores), found = made_up((step - 1) % 2 + 1), steps.rollouts(step)
+        (expected, _, all_scores), read = made_up((step - 1) % 2 + 1), steps.rollouts(step)
         mine = list(range(63, 0, -3))
         scores = steps.scores(step, mine)
         assert list(scores) == mine
-        assert [(r.token_ids, r.reward, r.prompt.index, r.sample) for r in found] == [
+        assert [(r.token_ids, r.reward, r.prompt.index, r.sample) for r in read] == [
             (r.token_ids, r.reward, r.prompt.index, r.sample) for r in expected
         ]
-        ((row,),) = plan_batch([len(one.token_ids) for one in found], num_ranks=1, max_tokens=10_000).rows
-        row = replace(row, members=tuple(mine), places=tuple(len(found[place].token_ids) for place in mine))
-        ours, theirs = (lay_out(row, *of) for of in ((found, scores), (expected, all_scores)))
+        ((row,),) = plan_batch([len(one.token_ids) for one in read], num_ranks=1, max_tokens=10_000).rows
+        row = replace(row, members=tuple(mine), places=tuple(len(read[place].token_ids) for place in mine))
+        ours, theirs = (lay_out(row, *of) for of in ((read, scores), (expected, all_scores)))
         for name in ("input_ids", "rows", "sampled_ids", "sampler_logp", "has_sampler_logp"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
         for name in ("topk_ids", "topk_logp", "sampled_logp"):
@@ -102,7 +102,7 @@ def test_a_replay_gives_recorded_steps(recorded: Path, parallel: Parallel) -> No
         source.step(1)
 
 
-def test_a_smaller_top_k_is_the_likeliest_of_those_recorded(recorded: Path) -> None:
+def test_smaller_topk_is_the_likeliest(recorded: Path) -> None:
     file = step_folder(recorded / "scores", 1) / "rank_0.safetensors"
     whole, cut = (read_scores(file, set(range(64)), topk=topk) for topk in (TOPK, 3))
     for place, scores in cut.items():
@@ -121,18 +121,16 @@ def test_several_ranks_files_make_one_step(tmp_path: Path) -> None:
     assert [together[place].token_ids for place in range(9)] == [rollout.token_ids for rollout in rollouts]
 
 
-def test_a_step_that_cannot_be_written_is_a_warning_and_not_there(
-    recorded: Path, parallel: Parallel, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failed_write_is_a_warning(recorded: Path, parallel: Parallel, caplog: pytest.LogCaptureFixture) -> None:
     recorder = Recorder(recorded / "scores", Recording.of(str(recorded)).facts, parallel)
     (recorded / "scores/.step_3.tmp").write_text("no folder can be made here")
     with caplog.at_level(logging.WARNING):
         recorder.write(3, ScoredBatch(*made_up(3)))
-    assert "the scores of step 3 could not be kept" in caplog.text
+    assert "scores of step 3" in caplog.text
     assert Recording.of(str(recorded)).num_steps == 2
 
 
-def test_what_a_later_attempt_records_anew_is_removed(recorded: Path) -> None:
+def test_later_steps_are_removed(recorded: Path) -> None:
     remove_later(recorded / "scores", step=1)
     assert Recording.of(str(recorded)).num_steps == 1
     remove_later(recorded / "none", step=1)
@@ -146,13 +144,13 @@ def test_a_damaged_file_is_named(recorded: Path, parallel: Parallel) -> None:
     file.write_bytes(content)
     steps = RecordedSteps(Recording.of(str(recorded)), topk=TOPK, parallel=parallel)
     steps.rollouts(1)
-    with pytest.raises(ConfigError, match="step_2: damaged: rank_0.safetensors has changed"):
+    with pytest.raises(ConfigError, match=r"step_2\b.*rank_0.safetensors"):
         steps.rollouts(2)
     file.write_bytes(content[:-5])
-    with pytest.raises(ConfigError, match="rank_0.safetensors has .* instead of .*; train.max_steps=1 ends before it"):
+    with pytest.raises(ConfigError, match="rank_0.safetensors .*train.max_steps=1"):
         Recording.of(str(recorded))
     shutil.rmtree(step_folder(recorded / "scores", 1))
-    with pytest.raises(ConfigError, match="no scores of step 1 are there; record them with rollout.save_scores=true"):
+    with pytest.raises(ConfigError, match="step 1 .*rollout.save_scores=true"):
         Recording.of(str(recorded))
 
 
@@ -167,44 +165,42 @@ def problems_of(recorded: Path, *argv: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("setting", "recorded_value"),
     [
-        (["loss.topk=16"], "loss.topk=16: 8 tokens of the teacher were recorded; lower it"),
-        (["loss.temperature=2"], "loss.temperature=2.0: the teacher was recorded with 1.0"),
-        (["rollout.temperature=0.5"], "rollout.temperature=0.5: the rollouts were recorded with 1.0"),
-        (["rollout.max_new_tokens=4"], "rollout.max_new_tokens=4: the longest recorded answer has 8 tokens"),
-        (
-            ["rollout.max_sequence_length=10", "rollout.max_new_tokens=8"],
-            "rollout.max_sequence_length=10: the longest recorded sequence has 15 tokens",
-        ),
-        (["data.train.size=9"], "data.train.size=9: the rollouts were recorded with 8192"),
-        (["model.teacher.path=/gone"], "model.teacher.path=/gone: the rollouts were recorded with package://tiny_pair"),
-        (["rollout.save_scores=true"], "rollout.save_scores=true: "),
-        (["eval.record_samples=4"], "eval.record_samples=4: "),
-        (["train.global_batch_size=7"], "must divide the 64 sequences"),
+        ("loss.topk=16", "8"),
+        ("loss.temperature=2.0", "1.0"),
+        ("rollout.temperature=0.5", "1.0"),
+        ("rollout.max_new_tokens=4", "8"),
+        ("rollout.max_sequence_length=10 rollout.max_new_tokens=8", "15"),
+        ("data.train.size=9", "8192"),
+        ("model.teacher.path=/gone", "package://tiny_pair"),
+        ("rollout.save_scores=true", "replay"),
+        ("eval.record_samples=4", "replay"),
+        ("train.global_batch_size=7", "64"),
     ],
 )
-def test_what_does_not_fit_the_recording_is_refused_with_both_values(
-    recorded: Path, argv: list[str], said: str
-) -> None:
-    assert said in problems_of(recorded, *argv)
+def test_mismatches_name_both_values(recorded: Path, setting: str, recorded_value: str) -> None:
+    lines = problems_of(recorded, *setting.split()).splitlines()
+    assert any(setting.split()[0] in line and recorded_value in line for line in lines), lines
 
 
-def test_a_student_of_another_vocabulary_or_end_is_refused(recorded: Path, make_model) -> None:
+def test_other_vocabulary_or_end_is_refused(recorded: Path, make_model) -> None:
     few = make_model("few", vocab_size=8)
-    assert "its vocabulary has 8 ids, and 512 were recorded" in problems_of(recorded, f"model.student.path={few}")
+    problems = problems_of(recorded, f"model.student.path={few}")
+    assert " 8 ids" in problems
+    assert "512" in problems
     other = make_model("other", vocab_size=512, eos_token_id=2)
-    assert "its tokens are not those that were recorded" in problems_of(recorded, f"model.student.path={other}")
+    assert "tokens" in problems_of(recorded, f"model.student.path={other}")
     ends = make_model("ends", vocab_size=512, eos_token_id=7)
-    assert "ends with tokens [7], and package://tiny_pair/student, which was recorded, with [2]" in problems_of(
-        recorded, f"model.student.path={ends}"
-    )
+    problems = problems_of(recorded, f"model.student.path={ends}")
+    assert "[7]" in problems
+    assert "[2]" in problems
 
 
-def test_neither_the_teacher_nor_the_data_is_needed(recorded: Path) -> None:
+def test_replay_needs_no_teacher_or_data(recorded: Path) -> None:
     (job,) = compose([f"rollout.replay={recorded}", *QUIET, "loss.topk=4", "train.max_steps=50", "train.max_epochs=3"])
     gone = {"model.teacher.path": "/gone/teacher", "data.train": {"source": "jsonl", "path": "/gone.jsonl"}}
     config = override(job.config, gone)
     save_config(override(config, {"rollout.replay": None}), recorded / "config.yaml")
-    found = preflight(config)
-    assert (found.teacher, found.num_recorded_steps, found.num_steps) == (None, 2, 6)
+    resolved = preflight(config)
+    assert (resolved.teacher, resolved.num_recorded_steps, resolved.num_steps) == (None, 2, 6)

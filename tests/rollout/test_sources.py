@@ -1,4 +1,4 @@
-"""Sources of scored batches: which engine is awake when, who writes what, and where a stop ends a step."""
+"""Sources of scored batches: when engines are awake, writers of sequences, stops within a step."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -97,7 +97,7 @@ def test_the_dataset_writes_all(make, calls: list[str]) -> None:
     assert {one.sample.source for one in batch.rollouts} == {"dataset"}
 
 
-def test_an_empty_share_wakes_nobody(make, calls: list[str]) -> None:
-    batch = mixture(make(), lambda prompts, seeds: pytest.fail("asked"), fraction=0.9).step(1)
+def test_an_empty_share_wakes_no_engine(make, calls: list[str]) -> None:
+    batch = mixture(make(), lambda prompts, seeds: pytest.fail("called"), fraction=0.9).step(1)
     assert calls == [*AWAKE, *SCORED]
     assert {one.sample.source for one in batch.rollouts} == {"student"}

@@ -1,4 +1,4 @@
-"""Several turns: what is appended, what is learned from, how a sequence ends. And the environments that come along."""
+"""Several turns: appended tokens, trained tokens, ends of sequences; and the environments in the package."""
 
 import copy
 from dataclasses import replace
@@ -32,14 +32,14 @@ END = 2
 
 
 class Parrot:
-    """A sampler that says the length of what it was asked, and the seed."""
+    """A sampler that answers a prompt with its length and the seed."""
 
     def __init__(self, *, cut_from: int = 1000) -> None:
-        self.asked: list[list[int]] = []
+        self.prompts: list[list[int]] = []
         self.cut_from = cut_from
 
     def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
-        self.asked += prompts
+        self.prompts += prompts
         logp = [-1.0, -2.0, -3.0] if sampling.logp else None
         return [
             Sample([len(ids), seed % 97 + 100], logp and logp[:2], "length")
@@ -74,7 +74,7 @@ def sample(
     )
 
 
-def test_a_sequence_goes_on_until_it_is_done_or_out_of_turns() -> None:
+def test_sequences_end_done_or_turn_limited() -> None:
     one, three, five = sample(["1", "3", "5"])
     assert [r.sample.finish_reason for r in (one, three, five)] == ["stop", "stop", "turn_limit"]
     assert [r.sample.num_turns for r in (one, three, five)] == [1, 3, 3]
@@ -87,20 +87,20 @@ def test_a_sequence_goes_on_until_it_is_done_or_out_of_turns() -> None:
     assert metrics["rollout/mean_length"] == pytest.approx(7)  # three tokens a turn, observations left out
 
 
-def test_tokens_are_appended_as_they_are_and_observations_are_not_trained() -> None:
+def test_observations_are_appended_and_not_trained() -> None:
     sampler = Parrot()
     (rollout,) = sample(["2"], sampler=sampler)
     sent = rollout.sample
     assert sent.token_ids[3:6] == [90, END, 91]
     assert sent.trained == [True] * 3 + [False] * 3 + [True] * 3
     assert sent.logp == [-1, -2, -3, 0, 0, 0, -1, -2, -3]
-    assert sampler.asked[1] == rollout.prompt.token_ids + sent.token_ids[:6]
+    assert sampler.prompts[1] == rollout.prompt.token_ids + sent.token_ids[:6]
     assert sent.written_ids == sent.token_ids[:3] + sent.token_ids[6:]
     assert sent.last_turn_ids == sent.token_ids[6:]
     assert trained_tokens(sent).tolist() == [0, 1, 2, 6, 7, 8]
 
 
-def test_limits_are_of_each_turn_and_of_all_of_them() -> None:
+def test_limits_of_turns_and_sequences() -> None:
     (cut,) = sample(["3"], sampler=Parrot(cut_from=5))  # the second turn reaches its own limit
     assert (cut.sample.finish_reason, cut.sample.num_turns) == ("length", 2)
     for limit in range(4, 25):
@@ -111,14 +111,14 @@ def test_limits_are_of_each_turn_and_of_all_of_them() -> None:
     assert rollout_metrics([cut])["rollout/truncated_rate"] == 1
 
 
-def test_what_was_sampled_without_logp_is_not_trained_on() -> None:
+def test_samples_without_logp_are_refused() -> None:
     whole, bare = sample(["3"])[0], sample(["3"], logp=False)[0]
     assert bare.sample == replace(whole.sample, logp=None)
     with pytest.raises(AssertionError, match="logp=False"):
         score_rollouts([whole, bare], teacher=None)
 
 
-def test_a_sequence_is_the_same_whatever_else_is_sampled() -> None:
+def test_sequences_do_not_depend_on_others() -> None:
     together = sample(["3", "1", "5"], seeds=[7, 8, 9])
     alone = [sample([a], seeds=[s])[0].sample.written_ids for a, s in zip(("3", "1", "5"), (7, 8, 9), strict=True)]
     assert [r.sample.written_ids for r in together] == alone
@@ -126,7 +126,7 @@ def test_a_sequence_is_the_same_whatever_else_is_sampled() -> None:
     assert all(one != other for one, other in pairwise(turns))  # a seed of its own each turn
 
 
-def test_an_environment_that_fails_ends_its_sequence_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_environment_failure_ends_one_sequence(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Countdown):
         def step(self, response: str) -> Observation:
             if self.left == 4:
@@ -139,7 +139,7 @@ def test_an_environment_that_fails_ends_its_sequence_alone(caplog: pytest.LogCap
     assert "ValueError: lost" in caplog.text
 
 
-def test_the_verifier_judges_the_last_turn_where_the_environment_does_not() -> None:
+def test_verifier_judges_the_last_turn() -> None:
     class Silent(Countdown):
         def step(self, response: str) -> Observation:
             return Observation("go on", done=super().step(response).done)
@@ -152,7 +152,7 @@ def test_the_verifier_judges_the_last_turn_where_the_environment_does_not() -> N
     assert judged.reward == 1.0
 
 
-def test_a_masked_loss_and_its_gradient_are_those_of_a_dense_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masked_loss_equals_dense_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_topk, "_chunk_size", lambda *_, **__: 5)  # several to a micro-batch, as in a large one
     generator = torch.Generator().manual_seed(3)
     made = [made_up_rollout(i, *lengths, generator) for i, lengths in enumerate([(4, 9), (7, 12), (2, 5)])]
@@ -192,11 +192,11 @@ def test_a_masked_loss_and_its_gradient_are_those_of_a_dense_reference(monkeypat
         torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-3, msg=name)
 
 
-def test_an_observation_stands_between_the_template_s_markers() -> None:
+def test_observation_has_template_markers() -> None:
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_pair" / "student")
     end = tokenizer.eos_token_id
     encode = observation_encoder(tokenizer, template_kwargs={}, end_ids={end})
-    said = [*tokenizer.encode("#### 7", add_special_tokens=False), end]
+    turn = [*tokenizer.encode("#### 7", add_special_tokens=False), end]
     conversation = [
         {"role": "user", "content": "What is 3 + 4?"},
         {"role": "assistant", "content": "#### 7"},
@@ -204,7 +204,7 @@ def test_an_observation_stands_between_the_template_s_markers() -> None:
     ]
     first = tokenizer.apply_chat_template(conversation[:1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer.encode(first, add_special_tokens=False) + said + encode("7 is too low. Try again.", end)
+    ids = tokenizer.encode(first, add_special_tokens=False) + turn + encode("7 is too low. Try again.", end)
     assert ids == tokenizer.encode(whole, add_special_tokens=False)
     assert encode("x", 5)[0] == end  # a turn that a stop string ended is closed first
     tokenizer.chat_template = None
@@ -226,11 +226,11 @@ def test_an_observation_stands_between_the_template_s_markers() -> None:
         ("1 + )", "error: not an expression of numbers, + - * / and brackets"),
     ],
 )
-def test_the_calculator_calculates_and_nothing_else(expression: str, value: str) -> None:
+def test_calculator_only_calculates(expression: str, value: str) -> None:
     assert calculate(expression) == value
 
 
-def test_the_calculator_answers_a_call_and_ends_with_an_answer() -> None:
+def test_calculator_answers_calls_and_ends() -> None:
     calculator = Calculator()
     assert "<calc>" in calculator.reset(Example("What is 6 * 7?", "42"))
     assert calculator.step("I ask <calc>6 * 7</calc>") == Observation("42")
@@ -246,8 +246,8 @@ def test_guess_and_check() -> None:
     assert game.step("#### 1160.0") == Observation(reward=1.0, done=True)
 
 
-def test_environments_are_found_and_turns_need_one() -> None:
+def test_max_turns_needs_an_environment() -> None:
     assert {"calculator", "guess"} <= set(names("environments"))
     assert isinstance(resolve_environment("guess")(), Guess)
     config = override(Config(), {"rollout.max_turns": 2})
-    assert any(line.startswith("rollout.max_turns=2: ") for line in config_problems(config))
+    assert any(line.startswith("rollout.max_turns=2:") for line in config_problems(config))

@@ -1,4 +1,4 @@
-"""What both models say of a token, where ends that are one class leave fewer tokens than were asked for."""
+"""Both models' predictions at a token if merged end tokens leave fewer than `NUM_TOP`."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from distill_cli.train.token_report import _token_values
 from distill_cli.types import TeacherScores
 
 
-def test_padding_of_merged_ends_is_no_token() -> None:
+def test_padding_is_no_token() -> None:
     logp_12 = torch.tensor([[-0.1, PADDING_LOGP]])
     batch = SimpleNamespace(scores=TeacherScores(torch.tensor([[7, PADDING_ID]]), logp_12, torch.tensor([-0.1])))
     one = torch.zeros(1)

@@ -11,8 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from distill_cli.checkpoint.saver import Trainable
+from distill_cli.config.schema import Config, OnTruncation
+from distill_cli.config.variation import override
 from distill_cli.errors import Unrecoverable
-from distill_cli.folders.metrics_file import read_metrics
+from distill_cli.folders.metrics_file import MetricsFile, read_metrics
 from distill_cli.folders.rollouts_table import RolloutsFolder
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.distill_loss import DistillLoss
@@ -24,18 +27,22 @@ from distill_cli.rollout.stages import Stages, StopRequested
 from distill_cli.student import attention
 from distill_cli.student.model import Student, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule
+from distill_cli.terminal.step_printer import StepPrinter
 from distill_cli.train.run_log import RunLog
 from distill_cli.train.run_state import Progress
-from distill_cli.train.trainer import TRUNCATED_STEPS, Trainer, TrainerSettings
+from distill_cli.train.trainer import TRUNCATED_STEPS, Trainer
 from distill_cli.train.validation import Score, Validation
 from distill_cli.types import Rollout
 from tests.rollout.doubles import RecordingSampler, RecordingTeacher, ask_to_stop, make_source
 from tests.student.train_rank import made_up_model, made_up_rollout
 
-SETTINGS = TrainerSettings(
-    num_steps=3, max_grad_norm=1.0, max_bad_updates=2, max_truncated_rate=0.9, on_truncation="warn",
-    eval_period=2, eval_at_start=True, eval_at_end=False,
-)  # fmt: skip
+CONFIG = override(
+    Config(),
+    {
+        **{"train.max_grad_norm": 1.0, "train.max_bad_updates": 2, "rollout.max_truncated_rate": 0.9},
+        **{"eval.period": 2, "eval.at_start": True, "eval.at_end": False, "checkpoint.period": 2},
+    },
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +69,15 @@ class MadeUp(RolloutSource):
 
 @dataclass
 class Saved:
-    """Stands for `Checkpoints`."""
+    """A double of `Saver`."""
 
     steps: list[tuple[int, dict | None]] = field(default_factory=list)
     last_step: int = 0
 
-    def is_due(self, step: int) -> bool:
-        return step == 2
-
-    def save(self, progress: Progress, metrics: dict) -> None:
-        self.last_step = progress.trained_step
-        self.steps.append((progress.trained_step, progress.unrecorded))
+    def save(self, step: int, state: dict) -> None:
+        assert "train/loss" in state["metrics"]
+        self.last_step = step
+        self.steps.append((step, state["unrecorded"]))
 
     def close(self) -> None:
         pass
@@ -86,21 +91,22 @@ def make(parallel: Parallel, tmp_path: Path) -> Callable[..., Trainer]:
         student = Student(lm, loss=lambda *args: factor * exact(*args), temperature=1.0, parallel=parallel)
         wrap(student, parallel, bf16=False)
         optimizer = build_optimizer(student, lr=1e-2)
-        stop = StopFlag()
+        stop, run = StopFlag(), RunDir(tmp_path)
         parts = {
-            "settings": SETTINGS,
+            "config": CONFIG,
+            "num_steps": 3,
             "source": source or MadeUp(),
             "student": student,
-            "optimizer": optimizer,
-            "schedule": build_schedule(optimizer, warmup_updates=0, num_updates=6),
+            "trainable": Trainable(lm, optimizer, build_schedule(optimizer, warmup_updates=0, num_updates=6)),
             "parallel": parallel,
             "stages": Stages(parallel, stop),
             "progress": Progress(),
-            "log": RunLog(RunDir(tmp_path), io.StringIO(), num_steps=3, is_main=True, show=str),
+            "log": RunLog(run, StepPrinter(io.StringIO(), num_steps=3), MetricsFile(run.metrics), 3, show=str),
             "rollouts": RolloutsFolder(tmp_path, decode=str, token_text=str),
             "validation": None,
             "probes": None,
-            "checkpoints": Saved(),
+            "saver": Saved(),
+            "data_fingerprint": None,
         }
         trainer = Trainer(**{**parts, **others})
         trainer.ask_to_stop = lambda: ask_to_stop(stop)
@@ -136,7 +142,7 @@ def test_a_run_takes_records_and_saves(make, tmp_path: Path) -> None:
     before = parameters(trainer)
     result = trainer.run()
     assert (result.state, result.num_steps, len(scored), probed) == ("finished", 3, 2, [0, 2, 3])
-    assert trainer.checkpoints.steps == [(2, None), (3, None)]
+    assert trainer.saver.steps == [(2, None), (3, None)]
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all(row["train/loss"] > 0 and row["rollout/ours"] == 1 for row in rows[1:])
@@ -153,14 +159,14 @@ def test_a_stop_before_updates_changes_nothing(make, tmp_path: Path) -> None:
     before = parameters(trainer)
     result = trainer.run()
     assert (result.state, result.reason, result.num_steps) == ("stopped", "SIGTERM", 0)
-    assert trainer.checkpoints.steps == []
+    assert trainer.saver.steps == []
     assert all(x.equal(y) for x, y in zip(before, parameters(trainer), strict=True))
 
 
 def test_stop_in_validation_saves_step(make) -> None:
     trainer = make(validation=Measured([], stop_at=1))
     result = trainer.run()
-    ((step, unrecorded),) = trainer.checkpoints.steps
+    ((step, unrecorded),) = trainer.saver.steps
     assert (result.state, result.num_steps, step) == ("stopped", 2, 2)
     resumed = make(progress=replace(trainer.progress), validation=Measured(scored := []))
     assert resumed.run().state == "finished"
@@ -180,7 +186,8 @@ def test_bad_updates_end_the_run(make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("on_truncation", ["warn", "stop"])
 def test_answers_without_end_are_noticed(make, on_truncation: str, caplog: pytest.LogCaptureFixture) -> None:
     source = MadeUp(change=lambda one: replace(one, sample=replace(one.sample, finish_reason="length")))
-    trainer = make(source, settings=replace(SETTINGS, num_steps=TRUNCATED_STEPS + 1, on_truncation=on_truncation))
+    config = override(CONFIG, {"rollout.on_truncation": OnTruncation(on_truncation)})
+    trainer = make(source, config=config, num_steps=TRUNCATED_STEPS + 1)
     result = trainer.run()
     assert result.num_steps == TRUNCATED_STEPS + (on_truncation == "warn")
     assert ("max_truncated_rate=0.9" in (result.reason or "")) == (on_truncation == "stop")

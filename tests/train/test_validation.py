@@ -1,4 +1,4 @@
-"""Validation and the scoreboard on made-up answers: an engine that knows some, without vLLM."""
+"""Validation and the scoreboard with a double of an engine that knows some answers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ EXACT = IsolatedVerifier("exact")
 
 
 class Oracle(AnsweringEngine):
-    """Answers `#### <first token>`; every answer but a problem's first is wrong where the first token is odd."""
+    """Answers `#### <first token>`; every answer but a problem's first is wrong if the first token is odd."""
 
     num_ranks = 1
 
@@ -35,11 +35,11 @@ class Oracle(AnsweringEngine):
     def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
         self.seeds += seeds
         self.largest_batch = max(self.largest_batch, len(prompts))
-        asked = {}
+        num_answers: dict[int, int] = {}
         samples = []
         for (first,) in prompts:
-            asked[first] = asked.get(first, 0) + 1
-            wrong = first % 2 and asked[first] > 1
+            num_answers[first] = num_answers.get(first, 0) + 1
+            wrong = first % 2 and num_answers[first] > 1
             samples.append(Sample([first + 1 if wrong else first, 0], [0.0, 0.0], "length" if wrong else "stop"))
         return samples
 
@@ -69,7 +69,7 @@ def prompts(number: int, *, datasets: tuple[str, ...] = ("",)) -> list[Prompt]:
     return [Prompt(i, [i], Example("?", str(i), dataset=datasets[i % len(datasets)])) for i in range(number)]
 
 
-def test_validation_is_the_mean_over_all_answers(parallel: Parallel) -> None:
+def test_score_is_the_mean(parallel: Parallel) -> None:
     score = validator(parallel, prompts(4), repeat=2).run(Oracle())
     assert score == Score(accuracy=0.75, mean_length=2.0, truncated_rate=0.25, num_samples=8)
     assert score.metrics().keys() == {"val/accuracy", "val/mean_length", "val/truncated_rate"}
@@ -82,7 +82,7 @@ def test_several_datasets_have_an_accuracy_each(parallel: Parallel) -> None:
     assert score.accuracy == 0.75
 
 
-def test_each_answer_has_a_seed_of_its_own_that_more_answers_do_not_change(parallel: Parallel) -> None:
+def test_answer_seeds_are_unique_and_stable(parallel: Parallel) -> None:
     few, many = Oracle(), Oracle()
     validator(parallel, prompts(5)).run(few)
     validator(parallel, prompts(5), repeat=3, batch_size=4).run(many)
@@ -100,11 +100,9 @@ def test_max_samples_are_of_each_dataset() -> None:
 def answer_to_file(parallel: Parallel, folder: Path, which: list[Prompt], *, repeat: int) -> dict:
     folder.mkdir()
     file = AnswersFile(folder, rank=0)
-    asked = validator(parallel, which, repeat=repeat)
-    for answers in asked.answers(Oracle()):
-        file.write(
-            [answer_row(a, decode=asked.decode, extract=resolve_extract(asked.verify.function)) for a in answers]
-        )
+    made = validator(parallel, which, repeat=repeat)
+    for answers in made.answers(Oracle()):
+        file.write([answer_row(a, decode=made.decode, extract=resolve_extract(made.verify.function)) for a in answers])
     file.close()
     return read_problems(join_answers(folder), unnamed="numbers")
 
@@ -114,7 +112,7 @@ def test_a_scoreboard_from_files(parallel: Parallel, tmp_path: Path) -> None:
     fewer = answer_to_file(parallel, tmp_path / "fewer", prompts(30), repeat=4)
     board = make_scoreboard({"ours": four, "before": fewer, "teacher": four}, has_votes=True)
     score = board.scores["numbers"]["ours"]
-    assert (score.num_problems, score.num_answers) == (30, 120)  # those that all were asked
+    assert (score.num_problems, score.num_answers) == (30, 120)  # those that all models answered
     assert score.accuracy.value == pytest.approx(0.625)  # even: all right, odd: one of four
     assert score.pass_at[2].value == pytest.approx((1 + 0.5) / 2)
     assert score.pass_at[4].value == 1.0
@@ -124,9 +122,9 @@ def test_a_scoreboard_from_files(parallel: Parallel, tmp_path: Path) -> None:
     assert board.gap_closed == {}
 
 
-def test_datasets_are_scored_apart_and_in_total(parallel: Parallel, tmp_path: Path) -> None:
-    asked = answer_to_file(parallel, tmp_path / "a", prompts(8, datasets=("even", "odd")), repeat=2)
-    board = make_scoreboard({"ours": asked}, has_votes=False)
+def test_datasets_have_scores_and_a_total(parallel: Parallel, tmp_path: Path) -> None:
+    problems = answer_to_file(parallel, tmp_path / "a", prompts(8, datasets=("even", "odd")), repeat=2)
+    board = make_scoreboard({"ours": problems}, has_votes=False)
     assert {name: scores["ours"].accuracy.value for name, scores in board.scores.items()} == {
         "even": 1.0,
         "odd": 0.5,
@@ -135,7 +133,7 @@ def test_datasets_are_scored_apart_and_in_total(parallel: Parallel, tmp_path: Pa
     assert board.scores["total"]["ours"].majority is None
 
 
-def test_final_answers_that_are_equal_are_one_vote() -> None:
+def test_equal_final_answers_are_one_vote() -> None:
     extract = resolve_extract(resolve_verifier("exact"))
     assert len({extract(f"so\n#### {text}") for text in ("1,160", "1160.0", " 1160 ", "+1160")}) == 1
     assert extract("no final line") is None
@@ -145,5 +143,6 @@ def test_final_answers_that_are_equal_are_one_vote() -> None:
 def test_greedy_answers_are_not_repeated() -> None:
     config = override(Config(), {"eval.repeat": 4})
     (problem,) = [line for line in config_problems(config) if line.startswith("eval.repeat")]
-    assert problem == "eval.repeat=4: greedy answers are all the same; set eval.temperature above 0"
+    assert problem.startswith("eval.repeat=4:")
+    assert "eval.temperature" in problem
     assert any(line.startswith("data.validation:") for line in evaluation_problems(config))

@@ -1,4 +1,4 @@
-"""What another run recorded, with the teacher's scores, in place of new sequences: no engine is needed."""
+"""Recorded steps of another run, with the teacher's scores, in place of new sequences: no engine is needed."""
 
 from __future__ import annotations
 
@@ -20,44 +20,47 @@ from distill_cli.types import Rollout, TeacherScores
 
 
 class RecordedSteps:
-    """Reads recorded steps; after the last one comes the first again."""
+    """Read recorded steps; the first step follows the last one."""
 
     def __init__(self, recording: Recording, *, topk: int, parallel: Parallel) -> None:
-        """`topk` is that of the loss: the first of the recorded ones, which are sorted."""
+        """`topk` is the loss's: only the likeliest of the recorded tokens are read."""
         self._recording, self._topk, self._parallel = recording, topk, parallel
         self.steps_per_epoch = recording.num_steps
         self.fingerprint = atomic_dir.sha256(step_folder(recording.folder, 1) / atomic_dir.MANIFEST)
-        """Tells one recording from another."""
+        """Identifies the recording."""
 
     def rollouts(self, step: int) -> list[Rollout]:
-        """Read the sequences of `step`, counted from 1, from the files of all ranks. A collective."""
+        """Read the sequences of `step`, counted from 1, from the files of all ranks. A collective.
+
+        Raises:
+            ConfigError: on all ranks, if a file is damaged.
+        """
         folder = self._folder(step)
-        self._check(folder)
-        files = [read_sequences(file) for file in sorted(folder.glob("*.safetensors"))]
-        by_place = {place: rollout for file in files for place, rollout in file.items()}
+        problem = [atomic_dir.damage(folder) if self._parallel.is_main else None]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0]:
+            raise ConfigError(f"{folder}: damaged: {problem[0]}; restore it, or end before it with train.max_steps")
+        by_place = {place: rollout for file in _files(folder) for place, rollout in read_sequences(file).items()}
         return [by_place[place] for place in range(len(by_place))]
 
     def scores(self, step: int, places: Sequence[int]) -> dict[int, TeacherScores]:
         """Read the teacher's scores of the sequences at these places, in their order."""
-        found: dict[int, TeacherScores] = {}
-        for file in sorted(self._folder(step).glob("*.safetensors")):
-            found |= read_scores(file, set(places), topk=self._topk)
-        return {place: found[place] for place in places}
+        by_place: dict[int, TeacherScores] = {}
+        for file in _files(self._folder(step)):
+            by_place |= read_scores(file, set(places), topk=self._topk)
+        return {place: by_place[place] for place in places}
 
     def _folder(self, step: int) -> Path:
         return step_folder(self._recording.folder, (step - 1) % self._recording.num_steps + 1)
 
-    def _check(self, folder: Path) -> None:
-        """Raise ConfigError on all ranks if a file is not as it was written; the main rank looks. A collective."""
-        found = [atomic_dir.damage(folder) if self._parallel.is_main else None]
-        dist.broadcast_object_list(found, src=0)
-        if found[0]:
-            raise ConfigError(f"{folder}: damaged: {found[0]}; put it back, or end before it with train.max_steps")
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
 
 
 @dataclass
 class Replay(RolloutSource):
-    """Trains on recorded steps, each rank reading its own part of the scores."""
+    """Train on recorded steps; each rank reads the scores of its own sequences."""
 
     recorded: RecordedSteps
     planner: Planner
