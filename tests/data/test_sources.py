@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -60,7 +60,8 @@ def test_every_yaml_loads_a_copy_of_what_is_published(name: str, tmp_path: Path,
             continue
         spec = spec if name in OWN_FILES else localize(spec, tmp_path)
         examples = load_examples(spec, key=f"data.{key}")
-        make = PromptMaker(tokenizer, replace(prompt_settings(config), max_tokens=500))
+        found = SimpleNamespace(config=config, lengths=SimpleNamespace(prompt=500, teacher_prompt=None))
+        make = PromptMaker(tokenizer, prompt_settings(found))
         limit = 12 if isinstance(examples, Stream) else None
         prompts = make_prompts(examples, make, key=key, limit=limit)
         assert QUESTION in tokenizer.decode(prompts[0].token_ids)
