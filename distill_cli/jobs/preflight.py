@@ -163,7 +163,8 @@ def find_teacher(facts: Facts) -> None:
 
 
 def read_data(facts: Facts) -> Iterator[str]:
-    facts.data = check_data(facts.config, facts.known_data)
+    trains_on_rows = facts.config.rollout.replay is None
+    facts.data = check_data(facts.config, facts.known_data, trains_on_rows=trains_on_rows)
     facts.warnings += facts.data.warnings
     rows, prompts = facts.data.num_train, facts.config.rollout.prompts_per_step
     if rows is not None and 0 < rows < prompts:

@@ -91,7 +91,7 @@ def test_what_fails_scores_nothing_and_is_counted(mine: IsolatedEnvironments) ->
     prompts = [Prompt(i, [i], Example("?", answer)) for i, answer in enumerate(answers)]
     turns = Turns(mine.make, 3, 100, decode=lambda ids: words[ids[0]], observation_ids=lambda text, last: [last])
     settings = SamplingSettings(max_new_tokens=1)
-    rollouts = sample_turns(prompts, seeds=range(5), sampler=Scripted(), sampling=settings, turns=turns)
+    rollouts = sample_turns(prompts, seeds=range(5), engine=Scripted(), sampling=settings, turns=turns)
     assert [rollout.reward for rollout in rollouts] == [1.0, 0.0, 0.0, 0.0, 1.0]
     assert all(rollout.sample.finish_reason == "stop" for rollout in rollouts)
     assert (turns.failures.take(), turns.failures.take()) == (3, 0)
