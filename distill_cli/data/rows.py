@@ -59,7 +59,8 @@ class Columns:
         Raises:
             ConfigError: a column is missing or of another type (`where` names the row).
         """
-        messages, response = (), _text(row, self.response_key, where)
+        messages: tuple[dict[str, str], ...] = ()
+        response = _text(row, self.response_key, where)
         if self.messages_key is not None:
             value = _value(row, self.messages_key, where)
             messages, last_answer = _conversation(value, f"{where}: {self.messages_key}")

@@ -177,7 +177,7 @@ def test_streams_are_mixed_by_weight_and_begin_again(tmp_path: Path) -> None:
     first, again = ([e for e, _ in zip(mixed, range(400), strict=False)] for _ in range(2))
     assert first == again
     assert 250 < Counter(e.dataset for e in first)["s"] < 350
-    with pytest.raises(ConfigError, match="weights: needed where a source is streamed"):
+    with pytest.raises(ConfigError, match="weights: needed for streamed"):
         load_examples({**spec, "weights": None}, key="data.train")
 
 
