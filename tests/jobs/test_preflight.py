@@ -52,7 +52,7 @@ def test_a_path_that_is_not_there_or_is_no_model(tmp_path: Path, make_model: Mak
 def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = problems_of("model.student.path=nobody/nothing")
-    assert "model.student.path=nobody/nothing: no such folder, and not to be had from the hub" in said
+    assert "model.student.path=nobody/nothing: no such folder, and not on the hub" in said
 
 
 def test_different_vocabularies_are_refused_with_a_token_that_differs(make_model: MakeModel) -> None:
@@ -92,7 +92,7 @@ def test_other_end_tokens_and_templates_are_warned_of(make_model: MakeModel) -> 
     warnings = " ".join(preflight(job.config).warnings)
     assert "ends with tokens [0] and the teacher with [3]" in warnings
     assert "model.eos_map=auto takes these for one" in warnings
-    assert "different chat templates, of which only the teacher has one" in warnings
+    assert "different chat templates, which only the teacher has" in warnings
     (job,) = compose([*pair(make_model("s2"), teacher), "model.eos_map=off"])
     assert "model.eos_map=off the student may learn not to stop" in " ".join(preflight(job.config).warnings)
 

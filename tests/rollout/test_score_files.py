@@ -152,7 +152,7 @@ def test_a_damaged_file_is_named(recorded: Path, parallel: Parallel) -> None:
     with pytest.raises(ConfigError, match="rank_0.safetensors has .* instead of .*; train.max_steps=1 ends before it"):
         Recording.of(str(recorded))
     shutil.rmtree(step_folder(recorded / "scores", 1))
-    with pytest.raises(ConfigError, match="no scores of step 1 are there; record them with rollout.save_scores=true"):
+    with pytest.raises(ConfigError, match="step 1 has no scores; set rollout.save_scores=true"):
         Recording.of(str(recorded))
 
 
