@@ -113,7 +113,7 @@ def test_long_and_empty_prompts_are_dropped_or_cut_and_counted(tokenizer) -> Non
     drop = make(tokenizer)
     assert len(make_prompts(rows, drop, key="data.train")) == 1
     assert drop.warnings() == [
-        "1 of 4 prompts ask nothing and are left out",
+        "1 of 4 prompts have no question and are left out",
         "2 of 4 prompts are longer than 40 tokens and left out",
     ]
     cut = make(tokenizer, overlong="truncate", max_tokens=60)
@@ -122,7 +122,7 @@ def test_long_and_empty_prompts_are_dropped_or_cut_and_counted(tokenizer) -> Non
     for prompt in long:
         assert 55 <= len(prompt.token_ids) <= 60
         assert prompt.token_ids[-3:] == short.token_ids[-3:]  # what the template ends with is still there
-    with pytest.raises(ConfigError, match="no prompt is left of 1: 0 ask nothing and 1 are longer than 5 tokens"):
+    with pytest.raises(ConfigError, match="no prompt is left: 1 of 1 prompts are longer than 5 tokens"):
         make_prompts(rows[:1], make(tokenizer, max_tokens=5), key="data.train")
 
 
