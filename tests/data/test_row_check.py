@@ -144,14 +144,14 @@ def test_teacher_is_validated_on_own_prompts(parallel: Parallel) -> None:
     config = composed("eval.max_samples=3")
     config = override(config, {"model.teacher.chat_template": template})
     validator = validator_of(config, parallel)
-    asked: list[str] = []
+    texts: list[str] = []
 
     class Recording(Echo):
         def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
-            asked.extend(validator.decode(ids) for ids in prompts)
+            texts.extend(validator.decode(ids) for ids in prompts)
             return super().sample(prompts, seeds=seeds, sampling=sampling)
 
     validator.for_teacher().run(Recording())
     validator.run(Recording())
-    assert all(text.startswith("TEACHER What is") for text in asked[:3])
-    assert not any("TEACHER" in text for text in asked[3:])
+    assert all(text.startswith("TEACHER What is") for text in texts[:3])
+    assert not any("TEACHER" in text for text in texts[3:])
