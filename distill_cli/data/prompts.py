@@ -78,22 +78,18 @@ class PromptSettings:
     @property
     def has_teacher_prompt(self) -> bool:
         """Whether the teacher's prompt may differ from the student's."""
-        return (
-            self.has_teacher_context
-            or self.teacher_chat_template is not None
-            or self.teacher_kwargs != self.template_kwargs
-        )
+        has_own_template = self.teacher_chat_template is not None or self.teacher_kwargs != self.template_kwargs
+        return self.has_teacher_context or has_own_template
+
+
+Opening = Callable[[Example], str]
 
 
 class PromptMaker:
     """Make prompts of examples, and count those that are left out or truncated."""
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: PromptSettings,
-        *,
-        opening: Callable[[Example], str] | None = None,
+        self, tokenizer: PreTrainedTokenizerBase, settings: PromptSettings, *, opening: Opening | None = None
     ) -> None:
         """
         Args:
@@ -115,24 +111,21 @@ class PromptMaker:
         if not example.question.strip():
             self.counts["empty"] += 1
             return None
-        asked = example
+        opened = example
         if self.opening is not None:
             try:
-                asked = replace(example, question=self.opening(example))
+                opened = replace(example, question=self.opening(example))
             except Exception as error:  # an environment may be the user's code, too
                 self.counts["refused"] += 1
                 self.refusal = f"row {index}: {error}"
                 return None
         try:
-            token_ids = self._fit(asked, self.student_ids, self.settings.max_tokens)
-            teacher_ids = None
+            token_ids, teacher_ids = self._fit(opened, self.student_ids, self.settings.max_tokens), None
             if token_ids and self.settings.has_teacher_prompt:
-                teacher_ids = self._fit(asked, self.teacher_ids, self.teacher_max_tokens)
+                teacher_ids = self._fit(opened, self.teacher_ids, self.teacher_max_tokens)
         except Exception as error:  # a template is the user's code and may raise anything
-            raise ConfigError(
-                f"row {index}: the prompt's template failed: {type(error).__name__}: {error}; mend the row, or the "
-                "template (model.chat_template, else the tokenizer's own)"
-            ) from error
+            what = f"row {index}: the prompt's template failed: {type(error).__name__}: {error}"
+            raise ConfigError(f"{what}; mend the row, or the template (model.chat_template)") from error
         if not token_ids or (self.settings.has_teacher_prompt and not teacher_ids):
             self.counts["long"] += 1
             return None
@@ -163,7 +156,7 @@ class PromptMaker:
         ids = ids_of(example, cut=most if len(part) > most else None)
         if len(ids) <= limit or not cuts:
             return ids if len(ids) <= limit else []
-        low, high = 0, min(len(part), most)  # the longest beginning that fits, by halving
+        low, high = 0, min(len(part), most)  # bisect for the longest beginning that fits
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if len(ids_of(example, cut=middle)) <= limit else (low, middle - 1)
@@ -178,8 +171,8 @@ class PromptMaker:
         """Render `text` as the user's last message, after the example's earlier messages."""
         system = self.settings.system_prompt
         if self.tokenizer.chat_template is None and template is None:
-            said = [message["content"] for message in example.messages[:-1]]
-            return self.tokenizer.encode("\n\n".join([*([system] if system else []), *said, text]))
+            earlier = [message["content"] for message in example.messages[:-1]]
+            return self.tokenizer.encode("\n\n".join([*([system] if system else []), *earlier, text]))
         messages = [*(dict(message) for message in example.messages[:-1]), {"role": "user", "content": text}]
         if system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
@@ -190,22 +183,22 @@ class PromptMaker:
 
     def warnings(self) -> list[str]:
         """Return one line for each way in which prompts were left out or truncated."""
-        rows, limit = self.counts["rows"], self.settings.max_tokens
-        said = {
-            "empty": "ask nothing and are left out",
+        limit = f"{self.settings.max_tokens} tokens"
+        if self.settings.has_teacher_prompt:
+            limit += f" (the teacher's: {self.teacher_max_tokens})"
+        reasons = {
+            "empty": "have no question and are left out",
             "refused": f"are refused by the environment and left out; the last: {self.refusal}",
-            "long": f"are longer than {limit} tokens (the teacher's than {self.teacher_max_tokens}) and left out"
-            if self.settings.has_teacher_prompt
-            else f"are longer than {limit} tokens and left out",
-            "cut": f"are cut to {limit} tokens"
-            + (f", the teacher's to {self.teacher_max_tokens}" if self.settings.has_teacher_prompt else ""),
+            "long": f"are longer than {limit} and left out",
+            "cut": f"are truncated to {limit}",
         }
-        return [f"{self.counts[what]} of {rows} prompts {words}" for what, words in said.items() if self.counts[what]]
+        counts = self.counts
+        return [f"{counts[key]} of {counts['rows']} prompts {why}" for key, why in reasons.items() if counts[key]]
 
 
 def _fill(template: str, **parts: str) -> str:
     """Replace each `{name}` of the template; braces in the replacements stay as they are."""
-    return re.sub("{(" + "|".join(parts) + ")}", lambda found: parts[found[1]], template)
+    return re.sub("{(" + "|".join(parts) + ")}", lambda match: parts[match[1]], template)
 
 
 def make_prompts(examples: Iterable[Example], make: PromptMaker, *, key: str, limit: int | None = None) -> list[Prompt]:
@@ -225,16 +218,9 @@ def make_prompts(examples: Iterable[Example], make: PromptMaker, *, key: str, li
             if len(prompts) == limit:
                 break
     if not prompts:
-        counts = make.counts
-        if counts["refused"]:
-            raise ConfigError(
-                f"{key}: no prompt is left of {counts['rows']}: the environment refuses {counts['refused']}; the last: "
-                f"{make.refusal}"
-            )
         raise ConfigError(
-            f"{key}: no prompt is left of {counts['rows']}: {counts['empty']} ask nothing and {counts['long']} are "
-            f"longer than {make.settings.max_tokens} tokens (data.max_prompt_tokens; else what rollout.max_new_tokens "
-            "leaves of rollout.max_sequence_length); raise it, or choose data.overlong_prompts=truncate"
+            f"{key}: no prompt is left: {'; '.join(make.warnings())}. If too long, raise data.max_prompt_tokens "
+            "(default: rollout.max_sequence_length - rollout.max_new_tokens), or set data.overlong_prompts=truncate"
         )
     for warning in make.warnings():
         log.warning("%s: %s", key, warning)

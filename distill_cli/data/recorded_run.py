@@ -1,4 +1,4 @@
-"""What a run recorded for a replay: which steps are there, and whether a config can train on them. No torch.
+"""The steps that a run recorded for a replay, and what holds for all of them. No torch.
 
 RUN/scores/ holds (`rollout.score_files` writes and reads the tensors):
 
@@ -7,7 +7,7 @@ RUN/scores/ holds (`rollout.score_files` writes and reads the tensors):
 | `recording.json`              | what holds for every step: `Facts`                                          |
 | `step_<n>/rank_<r>.safetensors` | the sequences that data rank r trained on, with the teacher's scores      |
 | `step_<n>/step.json`          | how many sequences of how many tokens                                       |
-| `step_<n>/manifest.json`      | the files' sizes and SHA-256; written last: a step is whole or not there    |
+| `step_<n>/manifest.json`      | the files' sizes and SHA-256; written last: a step is complete or absent    |
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ class Facts:
     topk: int
     """Tokens of the teacher's distribution at each position, by falling log-probability."""
     temperature: float
-    """What the teacher's logits were divided by."""
+    """Divisor of the teacher's logits."""
     merged_eos_ids: list[int]
-    """End tokens that the scores take for one (`model.eos_map`)."""
+    """End-of-sequence tokens that the scores count as one (`model.eos_map`)."""
     end_tokens: list[int]
-    """The student's own."""
+    """The student's end-of-sequence tokens."""
     vocab_size: int
-    """Ids from here on occur nowhere."""
+    """Ids from here on do not occur."""
     vocabulary: str | None
-    """`vocabulary_digest` of the ids below; None where the tokenizer could not be read."""
+    """`vocabulary_digest` of the ids below; None if the tokenizer could not be read."""
 
     @classmethod
     def of(cls, replay: str) -> Facts:
-        """Of the run in this folder. Raises ConfigError where it recorded nothing, or the file is damaged."""
+        """Read those of the run in this folder. Raises ConfigError if it recorded none, or the file is damaged."""
         run, key = recorded_run(replay), f"rollout.replay={replay}"
         if not run.config.is_file():
-            raise ConfigError(f"{key}: no run is there (it has no config.yaml); give a run's folder")
+            raise ConfigError(f"{key}: no run is there (no config.yaml); give a run's folder")
         if not (run.scores / FACTS).is_file():
             raise ConfigError(f"{key}: the run kept no scores; record them with rollout.save_scores=true")
         try:
@@ -59,7 +59,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Recording:
-    """A run's `scores/`, with the steps from the first one on that are there."""
+    """A run's `scores/`, and its consecutive steps from the first one on."""
 
     folder: Path
     facts: Facts
@@ -69,43 +69,35 @@ class Recording:
 
     @classmethod
     def of(cls, replay: str) -> Recording:
-        """What the run in this folder recorded.
-
-        Raises:
-            ConfigError: it recorded nothing, or a file is damaged (which one).
-        """
-        facts, run = Facts.of(replay), recorded_run(replay)
-        num_steps, longest_response, longest_sequence = 0, 0, 0
-        while (folder := step_folder(run.scores, num_steps + 1)).is_dir():
-            problem = atomic_dir.damage(folder, reads=False)
-            if problem:
-                raise ConfigError(f"{folder}: damaged: {problem}; train.max_steps={num_steps} ends before it")
-            step = json.loads((folder / STEP).read_text())
-            num_steps += 1
-            longest_response = max(longest_response, step["longest_response"])
-            longest_sequence = max(longest_sequence, step["longest_sequence"])
-        if not num_steps:
-            raise ConfigError(
-                f"rollout.replay={replay}: no scores of step 1 are there; record them with rollout.save_scores=true"
-            )
-        return cls(run.scores, facts, num_steps, longest_response, longest_sequence)
+        """Read what the run in this folder recorded. Raises ConfigError if that is nothing, or a file is damaged."""
+        facts, root, steps = Facts.of(replay), recorded_run(replay).scores, list[dict[str, int]]()
+        while (folder := step_folder(root, len(steps) + 1)).is_dir():
+            if problem := atomic_dir.damage(folder, reads=False):
+                raise ConfigError(f"{folder}: damaged: {problem}; train.max_steps={len(steps)} ends before it")
+            steps.append(read_json(folder / STEP))
+        if not steps:
+            raise ConfigError(f"rollout.replay={replay}: step 1 has no scores; set rollout.save_scores=true to record")
+        longest = (max(step[f"longest_{part}"] for step in steps) for part in ("response", "sequence"))
+        return cls(root, facts, len(steps), *longest)
 
 
 def recorded_run(replay: str) -> RunDir:
+    """Return the run in the folder that `rollout.replay` names."""
     return RunDir(Path(replay).expanduser().resolve())
 
 
 def step_folder(root: Path, step: int) -> Path:
+    """Return the folder of a complete step."""
     return root / f"step_{step}"
 
 
 def temporary_folder(root: Path, step: int) -> Path:
-    """What a step is written under."""
+    """Return the folder in which a step is written before it is complete."""
     return root / f".step_{step}.tmp"
 
 
 def remove_later(root: Path, *, step: int) -> None:
-    """Removes what was recorded after `step`, which an attempt that goes on from there records anew."""
+    """Remove what was recorded after `step`: an attempt that resumes there records it again."""
     for folder in root.glob(".step_*"):
         shutil.rmtree(folder, ignore_errors=True)
     for folder in root.glob("step_*"):
@@ -114,7 +106,7 @@ def remove_later(root: Path, *, step: int) -> None:
 
 
 def vocabulary_digest(tokenizer: Path, vocab_size: int) -> str | None:
-    """Tells a tokenizer's tokens below an id from others; None where they cannot be read."""
+    """Hash a tokenizer's tokens with ids below `vocab_size`; None if it has no vocabulary that can be read."""
     vocabulary = model_files.vocabulary(tokenizer)
     if vocabulary is None:
         return None

@@ -1,7 +1,7 @@
-"""Rows of named columns become examples: one row at a time, when it is asked for.
+"""Rows of named columns become examples: one row at a time, when it is read.
 
-A table that is on disk is read by row number and never held whole; a stream is read from its beginning, any number of
-times. Sources return either, or a plain list.
+A table on disk is read by row number and never held whole; a stream is read from its beginning, any number of times.
+Sources return either, or a plain list.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds what; a dot goes into a nested one (`reward_model.ground_truth`)."""
+    """The column that each key of a source names; a dot goes into a nested one (`reward_model.ground_truth`)."""
 
-    question: str | None = None
-    answer: str | None = None
-    messages: str | None = None
+    question_key: str
+    messages_key: str | None = None
     """A conversation in place of a question: a list of `role` and `content`."""
-    context: str | None = None
-    response: str | None = None
+    answer_key: str | None = None
+    context_key: str | None = None
+    response_key: str | None = None
     answer_from: str | None = None
-    """How the answer is found in its column: one of ANSWERS; None takes all of it."""
+    """Where in its column the answer stands: one of ANSWERS; None takes all of the text."""
     dataset: str = ""
 
     def __post_init__(self) -> None:
@@ -41,37 +41,35 @@ class Columns:
 
     @property
     def named(self) -> dict[str, str]:
-        """The key of a source that names each column that is asked for."""
-        asked = {
-            "question_key": None if self.messages else self.question,
-            "messages_key": self.messages,
-            "answer_key": self.answer,
-            "context_key": self.context,
-            "response_key": self.response,
-        }
-        return {key: column for key, column in asked.items() if column is not None}
+        """Return {key: column} of the columns that are read."""
+        columns = {key: column for key, column in vars(self).items() if key.endswith("_key") and column is not None}
+        if self.messages_key:
+            columns.pop("question_key", None)
+        return columns
 
     def check(self, known: Sequence[str], *, where: str) -> None:
-        """Raises ConfigError where a column is missing, with those that are there."""
+        """Raise ConfigError if a column is missing, and name those that exist."""
         missing = [f"{key}={column}" for key, column in self.named.items() if column.split(".")[0] not in known]
         if missing:
             raise ConfigError(f"{where}: no such column: {', '.join(missing)}; there are: {', '.join(known) or 'none'}")
 
     def to_example(self, row: Mapping[str, Any], *, where: str) -> Example:
-        """One row. A row without a question, or without words in it, gives a blank one, which is left out later.
+        """Return a row's example; its question is blank if the row has none, and is left out later.
 
         Raises:
-            ConfigError: a column is missing or of another type (`where` says which row).
+            ConfigError: a column is missing or of another type (`where` names the row).
         """
-        messages, response = (), _text(row, self.response, where)
-        if self.messages is not None:
-            messages, said = _conversation(_value(row, self.messages, where), f"{where}: {self.messages}")
-            question, response = messages[-1]["content"] if messages else "", response or said
+        messages: tuple[dict[str, str], ...] = ()
+        response = _text(row, self.response_key, where)
+        if self.messages_key is not None:
+            value = _value(row, self.messages_key, where)
+            messages, last_answer = _conversation(value, f"{where}: {self.messages_key}")
+            question, response = messages[-1]["content"] if messages else "", response or last_answer
         else:
-            question = _value(row, self.question, where)
+            question = _value(row, self.question_key, where)
             if question is not None and not isinstance(question, str):
-                raise ConfigError(f"{where}: {self.question} must be a text, not {_shown(question)}")
-        answer, context = _text(row, self.answer, where), _text(row, self.context, where)
+                raise ConfigError(f"{where}: {self.question_key} must be a text, not {_shown(question)}")
+        answer, context = _text(row, self.answer_key, where), _text(row, self.context_key, where)
         if answer is not None and self.answer_from is not None:
             answer = ANSWERS[self.answer_from](answer)
         return Example(
@@ -84,43 +82,33 @@ class Columns:
         )
 
 
+@dataclass(eq=False, repr=False)
 class Table(Sequence[Example]):
-    """Examples of rows that are read by number."""
+    """Examples of rows that are read by number; the whole table follows itself `repeat` times."""
 
-    def __init__(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        columns: Columns,
-        *,
-        where: str,
-        lines: Sequence[int] | None = None,
-        repeat: int = 1,
-    ) -> None:
-        """`lines` are the rows' lines in a file, for messages; `repeat` is how often the whole table follows itself."""
-        self.rows, self.columns, self.where, self.lines, self.repeat = rows, columns, where, lines, repeat
+    rows: Sequence[Mapping[str, Any]]
+    columns: Columns
+    where: str
+    repeat: int = 1
 
     def __len__(self) -> int:
         return len(self.rows) * self.repeat
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self.rows)
-        return self._example(index, self.rows[index])
+        return self.columns.to_example(self.rows[index], where=f"{self.where}, row {index}")
 
     def __iter__(self) -> Iterator[Example]:
         for _ in range(self.repeat):  # reading in order is many times faster than by number
             for index, row in enumerate(self.rows):
-                yield self._example(index, row)
-
-    def _example(self, index: int, row: Mapping[str, Any]) -> Example:
-        place = f"{self.where}:{self.lines[index]}" if self.lines else f"{self.where}, row {index}"
-        return self.columns.to_example(row, where=place)
+                yield self.columns.to_example(row, where=f"{self.where}, row {index}")
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Examples that can only be read from the first one on; nobody knows how many there are."""
+    """Examples that can only be read from the first one on, and whose number is unknown."""
 
     read: Callable[[], Iterator[Example]]
 
@@ -129,7 +117,7 @@ class Stream:
 
 
 def or_blank(make: Callable[[], Example]) -> Example:
-    """The example, or a blank one, with a warning, where its row is wrong: a run does not end for a row found late."""
+    """Return the example, or warn and return a blank one if its row is wrong: a row found late must not end a run."""
     try:
         return make()
     except ConfigError as error:
@@ -138,22 +126,22 @@ def or_blank(make: Callable[[], Example]) -> Example:
 
 
 def final_answer(text: str) -> str | None:
-    """What follows the last `####`, without thousands' commas, as GSM8K has it; None where there is none."""
-    _, mark, said = text.rpartition(FINAL_MARK)
-    return re.sub(r"(?<=\d),(?=\d{3})", "", said).strip() if mark else None
+    """Return what follows the last `####`, without thousands' commas, as GSM8K has it; None if there is no mark."""
+    _, mark, rest = text.rpartition(FINAL_MARK)
+    return re.sub(r"(?<=\d),(?=\d{3})", "", rest).strip() if mark else None
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""What the last `\boxed{...}` holds, braces balanced, as MATH has it; None where there is none."""
-    begin = text.rfind("\\boxed{")
-    if begin < 0:
+    r"""Return what the last `\boxed{...}` holds, braces balanced, as MATH has it; None if there is none."""
+    _, box, rest = text.rpartition("\\boxed{")
+    if not box:
         return None
-    begin, depth = begin + len("\\boxed{"), 1
-    for end in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
+    depth = 1
+    for end, character in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
-            return text[begin:end].strip()
-    return text[begin:].strip()
+            return rest[:end].strip()
+    return rest.strip()
 
 
 ANSWERS: dict[str, Callable[[str], str | None]] = {"final": final_answer, "boxed": boxed_answer}
@@ -179,25 +167,20 @@ def _text(row: Mapping[str, Any], column: str | None, where: str) -> str | None:
 
 
 def _conversation(value: Any, where: str) -> tuple[tuple[dict[str, str], ...], str | None]:
-    """The messages up to the user's last, and what the assistant said after it."""
-    if value is None:
-        return (), None
-    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+    """Return the messages up to the user's last, and the assistant's last answer to that one."""
+    if not isinstance(value, list | None):
         raise ConfigError(f"{where} must be a list of messages, not {_shown(value)}")
     messages = []
-    for message in value:
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES or not isinstance(content, str):
-            raise ConfigError(
-                f"{where}: each message needs a role ({', '.join(ROLES)}) and a content that is a text, not "
-                f"{_shown(message)}"
-            )
-        messages.append({"role": role, "content": content})
-    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    if not users:
-        return (), None
-    after = [message["content"] for message in messages[users[-1] + 1 :] if message["role"] == "assistant"]
-    return tuple(messages[: users[-1] + 1]), after[-1] if after else None
+    for message in value or ():
+        match message:
+            case {"role": role, "content": str(content)} if role in ROLES:
+                messages.append({"role": role, "content": content})
+            case _:
+                roles = ", ".join(ROLES)
+                raise ConfigError(f"{where}: each message needs a role ({roles}) and a text, not {_shown(message)}")
+    num = max((number for number, message in enumerate(messages, start=1) if message["role"] == "user"), default=0)
+    answers = [message["content"] for message in messages[num:] if num and message["role"] == "assistant"]
+    return tuple(messages[:num]), answers[-1] if answers else None
 
 
 def _shown(value: Any) -> str:

@@ -142,7 +142,7 @@ def find_teacher(facts: Facts, config: Config) -> None:
 
 
 def read_data(facts: Facts, config: Config) -> Iterator[str]:
-    facts.data = check_data(config, facts.known_data)
+    facts.data = check_data(config, facts.known_data, trains_on_rows=config.rollout.replay is None)
     facts.warnings += facts.data.warnings
     rows, prompts = facts.data.num_train, config.rollout.prompts_per_step
     if rows is not None and 0 < rows < prompts:

@@ -1,1 +1,1 @@
-"""Models as files on disk: where they are, what they share, which layers adapters go to. No torch."""
+"""Models as files on disk: where they are, what they share, which layers get adapters. No torch."""

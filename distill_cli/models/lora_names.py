@@ -1,4 +1,4 @@
-"""Which layers of a student get low-rank adapters, from the names and shapes of its weights. No torch."""
+"""Choose the layers of a student that get adapters, by the names and shapes of its weights. No torch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def linear_layers(shapes: Shapes) -> dict[str, tuple[int, int]]:
-    """{name: (out, in)} of the matrices in the decoder's layers; `shapes` are those of the tensors."""
+    """Return {name: (out, in)} of the matrices in the decoder's layers; `shapes` are those of all tensors."""
     return {
-        name.removesuffix(".weight"): shape
+        name.removesuffix(".weight"): (shape[0], shape[1])
         for name, shape in shapes.items()
         if re.search(r"\blayers\.\d+\.", name) and name.endswith(".weight") and len(shape) == 2
     }
 
 
 def targeted(shapes: Shapes, targets: Sequence[str] | None) -> dict[str, tuple[int, int]]:
-    """Those of `linear_layers` whose names end with one of `targets`; all of them where that is None.
+    """Return those of `linear_layers` whose names end with one of `targets`; all of them if that is None.
 
     Raises:
-        ConfigError: a target is the end of no name.
+        ConfigError: no name ends with a target.
     """
     layers = linear_layers(shapes)
     if not layers:
@@ -41,9 +41,9 @@ def targeted(shapes: Shapes, targets: Sequence[str] | None) -> dict[str, tuple[i
 
 
 def shortened(shapes: Shapes, names: Sequence[str]) -> list[str]:
-    """Targets that mean exactly the layers `names`: the last words of their names where that is enough."""
-    words = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
-    return words if targeted(shapes, words).keys() == set(names) else list(names)
+    """Return targets that match exactly the layers `names`: the last parts of their names if that is enough."""
+    last_parts = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    return last_parts if targeted(shapes, last_parts).keys() == set(names) else list(names)
 
 
 def _matches(name: str, target: str) -> bool:

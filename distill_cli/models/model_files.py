@@ -18,11 +18,11 @@ from distill_cli.errors import ConfigError
 
 ASSETS = Path(__file__).parent.parent / "assets"
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
-"""What is taken from the hub: no pickles. Python is run only where `model.trust_remote_code` says so."""
+"""Files downloaded from the hub: no pickles. Python runs only if `model.trust_remote_code` is set."""
 PIECES, PIECE_BYTES = 64, 2**16
-"""Of a file, that its fingerprint is made of."""
+"""Pieces of a file that its fingerprint reads, and their size."""
 CACHE_ONLY = "DISTILL_CACHE_ONLY"
-"""Variable that keeps a process off the hub: ranks have it, since who starts them has brought the models there."""
+"""Environment variable that keeps a process off the hub; set for ranks, whose models the launcher has downloaded."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,22 @@ class ModelFiles:
         return cls(path, revision, folder, vocab_size(config), positions, tuple(sorted(end_tokens(folder))))
 
     def on_this_machine(self, *, key: str) -> ModelFiles:
-        """The same with the folder of this machine, whose cache may be elsewhere. Raises ConfigError."""
+        """Return the same with its folder on this machine, whose cache may be elsewhere. Raises ConfigError."""
         if self.folder.is_dir():
             return self
         return replace(self, folder=locate(self.path, revision=self.revision, key=key))
 
 
 def locate(path: str, *, revision: str | None = None, key: str) -> Path:
-    """The folder of a model, downloaded from the hub if need be.
+    """Return the folder of a model, downloaded from the hub if needed.
 
     Raises:
-        ConfigError: there is none, or it is no model.
+        ConfigError: it does not exist, or is not a model.
     """
     is_local = path.startswith(("package://", ".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
     if is_local and revision is not None:
-        raise ConfigError(
-            f"{key.replace('.path', '.revision')}={revision}: {path} is a folder, which has none; drop it"
-        )
+        what = f"{key.replace('.path', '.revision')}={revision}"
+        raise ConfigError(f"{what}: {path} is a folder, which has no revisions; drop it")
     if path.startswith("package://"):
         return _model_folder(ASSETS / path.removeprefix("package://"), path, key)
     if is_local:
@@ -74,17 +73,18 @@ def locate(path: str, *, revision: str | None = None, key: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json. Raises ConfigError if it is not JSON."""
     return read_json(folder / "config.json")
 
 
 def text_config(folder: Path) -> dict[str, Any]:
-    """The part of config.json that describes the language model."""
+    """Return the part of config.json that describes the language model."""
     config = read_config(folder)
     return config.get("text_config") or config
 
 
 def read_json(file: Path) -> Any:
-    """Raises ConfigError where the file is damaged."""
+    """Return the content of a JSON file. Raises ConfigError if it is not JSON."""
     try:
         return json.loads(file.read_text())
     except ValueError as error:
@@ -92,17 +92,17 @@ def read_json(file: Path) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object; an empty one if there is no such file. Raises ConfigError."""
+    """Return a JSON object; an empty one if there is no such file. Raises ConfigError if it is something else."""
     if not file.is_file():
         return {}
     value = read_json(file)
     if not isinstance(value, dict):
-        raise ConfigError(f"{file}: a JSON {type(value).__name__}, where an object is needed")
+        raise ConfigError(f"{file}: a JSON {type(value).__name__}, must be an object")
     return value
 
 
 def end_tokens(folder: Path) -> set[int]:
-    """The tokens that end a model's answers."""
+    """Return the tokens that end a model's answers (`generation_config.json`, else `config.json`)."""
     for name in ("generation_config.json", "config.json"):
         ids = read_object(folder / name).get("eos_token_id")
         if ids is not None:
@@ -111,11 +111,12 @@ def end_tokens(folder: Path) -> set[int]:
 
 
 def vocab_size(config: dict[str, Any]) -> int:
+    """Return the rows of the embedding, of config.json or its language model's part."""
     return int((config.get("text_config") or config)["vocab_size"])
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
-    """Token -> id of a fast tokenizer, added tokens included; None where there is no tokenizer.json to read."""
+    """Return {token: id} of a fast tokenizer, added tokens included; None without a tokenizer.json."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
@@ -130,18 +131,14 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
 
 
 def _model_folder(folder: Path, path: str, key: str) -> Path:
-    if not path:
-        raise ConfigError(f"{key}=: is empty; give a Hugging Face model's folder or its name on the hub")
-    if not folder.is_dir():
-        raise ConfigError(f"{key}={path}: no such folder; give a Hugging Face model's folder or its name on the hub")
+    if not path or not folder.is_dir():
+        problem = "no such folder" if path else "is empty"
+        raise ConfigError(f"{key}={path}: {problem}; give a Hugging Face model's folder or its name on the hub")
     try:
-        config = read_config(folder)
-        vocab_size(config)
+        vocab_size(read_config(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         why = error.strerror if isinstance(error, OSError) else repr(error)
-        raise ConfigError(
-            f"{key}={path}: no Hugging Face model is there (config.json: {why}); give a folder that has one"
-        ) from error
+        raise ConfigError(f"{key}={path}: no Hugging Face model is there (config.json: {why}); give one") from error
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"{key}={path}: no weights are there; *.safetensors are needed (pickles are not loaded)")
     return folder.resolve()
@@ -153,19 +150,16 @@ def _from_hub(path: str, revision: str | None, key: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(
-            path, revision=revision, allow_patterns=FILES, local_files_only=CACHE_ONLY in os.environ
-        )
+        is_offline = CACHE_ONLY in os.environ
+        folder = snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=is_offline)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"{key}={path}: no such folder, and not to be had from the hub or its cache ({reason[:200]})"
-        ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ConfigError(f"{key}={path}: no such folder, and not on the hub or in its cache ({reason})") from error
     return _model_folder(Path(folder), path, key)
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells a folder's weights from others: of each file its name, size and some pieces, the header among them."""
+    """Hash the name, size and some pieces, the header included, of each of a folder's weight files."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
@@ -178,24 +172,23 @@ def fingerprint(folder: Path) -> str:
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Each tensor's shape. Raises ConfigError where a file is damaged."""
+    """Return each tensor's shape. Raises ConfigError if a file is damaged."""
     return {name: shape for name, (_, shape) in tensors(folder).items()}
 
 
 def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Each tensor's dtype (as safetensors writes it: F32, BF16) and shape, from the headers of the folder's files.
+    """Read each tensor's dtype (in safetensors' notation: F32, BF16) and shape from the headers of the folder's files.
 
-    Raises ConfigError where a file is damaged.
+    Raises ConfigError if a file is damaged.
     """
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else None
-    files = [folder / name for name in names] if names else sorted(folder.glob("*.safetensors"))
-    found = {}
-    for file in files:
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else []
+    headers: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in [folder / name for name in names] or sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="np") as content:
                 slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
-                found |= {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+                headers |= {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{file}: no safetensors ({error}); the model's folder is damaged") from error
-    return found
+    return headers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,29 @@ from distill_cli.errors import ConfigError
 from distill_cli.models import model_files
 
 OWN_TEMPLATE = "own"
-"""`model.teacher.chat_template` that is the one in the teacher's folder."""
+"""`model.teacher.chat_template` for the template in the teacher's folder."""
 SHOWN = 30
-"""Characters of a template's first difference that are shown."""
+"""Characters shown of a template's first difference."""
 
 
 @dataclass(frozen=True)
 class Vocabularies:
-    """The two models' ids and tokens, held against each other."""
+    """The two models' ids and tokens, compared."""
 
     sizes: tuple[int, int]
     """Rows of the student's and the teacher's embedding: tokens, and padding."""
     conflicts: tuple[str, ...] = ()
-    """Tokens with another id in the other model, or an id with another token."""
+    """Tokens with another id in the other model, or whose id is another token there; each with both ids."""
     extra: tuple[tuple[str, int, str], ...] = ()
-    """Tokens that only one has: token, id, whose."""
+    """Tokens that only one model has: token, id, role of that model."""
     num_shared: int = 0
-    """One above the largest id that both tokenizers give the same token; 0 where one cannot be read."""
+    """One above the largest id that is the same token in both tokenizers; 0 if one cannot be read."""
 
     @classmethod
     def of(cls, student: Path, teacher: Path, *, tokenizer: Path | None = None) -> Vocabularies:
-        """`tokenizer` is the folder of the tokenizer that is used, where that is not the student's."""
-        sizes = tuple(model_files.vocab_size(model_files.read_config(folder)) for folder in (student, teacher))
+        """Compare two folders; `tokenizer` is the folder of the tokenizer in use if that is not the student's."""
+        size_of = [model_files.vocab_size(model_files.read_config(folder)) for folder in (student, teacher)]
+        sizes = (size_of[0], size_of[1])
         ours, theirs = model_files.vocabulary(tokenizer or student), model_files.vocabulary(teacher)
         if ours is None or theirs is None:
             return cls(sizes)
@@ -55,14 +57,14 @@ class Vocabularies:
 
     @property
     def limit(self) -> int | None:
-        """Ids from here on are neither sampled nor scored, in either engine; None where both have the same."""
+        """First id that neither engine samples or scores; None if both models have the same ids."""
         limits = {*self.sizes} if len({*self.sizes}) > 1 else set()
         if self.extra:
             limits.add(self.num_shared)
         return min(limits) if limits else None
 
     def problem(self) -> str | None:
-        """Why the teacher cannot score what the student writes, in words; None where it can."""
+        """Return why the teacher cannot score the student's tokens; None if it can."""
         if self.conflicts:
             return f"{len(self.conflicts)} tokens have different ids, such as {self.conflicts[0]}"
         inside = [one for one in self.extra if one[1] < self.num_shared]
@@ -72,6 +74,7 @@ class Vocabularies:
         return None
 
     def warning(self) -> str | None:
+        """Return a warning about ids that only one model has; None if there are none."""
         if self.limit is None:
             return None
         tokens = f"; {len(self.extra)} tokens such as {self.extra[0][0]!r} are only one model's" if self.extra else ""
@@ -82,56 +85,47 @@ class Vocabularies:
 
 
 def write_end_tokens(folder: Path, ids: tuple[int, ...]) -> None:
-    """Makes a model's folder say that it ends with any of these tokens."""
+    """Set the end-of-sequence tokens in the `generation_config.json` of a model's folder."""
     file = folder / "generation_config.json"
     file.write_text(json.dumps({**model_files.read_object(file), "eos_token_id": list(ids)}, indent=2) + "\n")
 
 
 def template_difference(student: Path, teacher: Path, messages: list[dict[str, str]], **kwargs: Any) -> str | None:
-    """Where the two models' chat templates first differ on a sample, in words; None where they agree on it."""
-    templates = [chat_template(folder) for folder in (student, teacher)]
-    if templates[0] == templates[1]:
+    """Describe the first difference of the two models' chat templates on a sample; None if they agree on it."""
+    templates = {folder: template for folder in (student, teacher) if (template := chat_template(folder)) is not None}
+    if len({templates.get(folder) for folder in (student, teacher)}) == 1:
         return None
-    if None in templates:
-        return f"of which only the {'teacher' if templates[0] is None else 'student'} has one"
+    if len(templates) == 1:
+        return f"which only the {'student' if student in templates else 'teacher'} has"
     ours, theirs = (
         render(f"{folder}: its chat template", template, messages, special_tokens(folder), kwargs)
-        for template, folder in zip(templates, (student, teacher), strict=True)
+        for folder, template in templates.items()
     )
     if ours == theirs:
         return None
-    length = min(len(ours), len(theirs))
-    at = next((index for index in range(length) if ours[index] != theirs[index]), length)
-    return (
-        f"on a sample of the data from character {at} on: the student's {ours[at : at + SHOWN]!r}, the teacher's "
-        f"{theirs[at : at + SHOWN]!r}"
-    )
+    at = len(commonprefix([ours, theirs]))
+    shown = f"the student's {ours[at : at + SHOWN]!r}, the teacher's {theirs[at : at + SHOWN]!r}"
+    return f"on a sample of the data from character {at} on: {shown}"
 
 
 def render(
-    name: str,
-    template: str,
-    messages: list[dict[str, str]],
-    tokens: Mapping[str, str],
-    kwargs: Mapping[str, Any],
+    name: str, template: str, messages: list[dict[str, str]], tokens: Mapping[str, str], kwargs: Mapping[str, Any]
 ) -> str:
-    """As a tokenizer would. Raises ConfigError where the template, called `name`, fails."""
+    """Render a template as a tokenizer does. Raises ConfigError that begins with `name` if it fails."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        rendered, _ = render_jinja_template(
+        rendered = render_jinja_template(  # texts, and where the generated parts lie
             conversations=[messages], chat_template=template, add_generation_prompt=True, **{**tokens, **kwargs}
         )
-    except Exception as error:  # a template raises what it likes
-        what = f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"{name} fails on the first row of the data: {what}; mend the template, or the row"
-        ) from error
-    return rendered[0]
+    except Exception as error:  # a template is the user's code and may raise anything
+        what = f"{name} fails on the first row of the data: {type(error).__name__}: {error}"
+        raise ConfigError(f"{what}; mend the template, or the row") from error
+    return rendered[0][0]
 
 
 def read_template(template: str) -> str:
-    """A Jinja file's content, or the template itself. Raises ConfigError where the file cannot be read."""
+    """Return a Jinja file's content, or the template itself. Raises ConfigError if the file cannot be read."""
     if len(template) >= 1024 or not Path(template).is_file():
         return template
     try:
@@ -141,6 +135,7 @@ def read_template(template: str) -> str:
 
 
 def chat_template(folder: Path) -> str | None:
+    """Return the chat template in a model's folder, the default one of several; None if there is none."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text()
@@ -151,8 +146,8 @@ def chat_template(folder: Path) -> str | None:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """`bos_token` and the like, which a template may print."""
-    found = model_files.read_object(folder / "tokenizer_config.json")
-    tokens = {name: value for name, value in found.items() if name.endswith("_token")}
-    tokens = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
-    return {name: value for name, value in tokens.items() if isinstance(value, str)}
+    """Return `bos_token` and the like, which a template may print."""
+    config = model_files.read_object(folder / "tokenizer_config.json")
+    values = {name: value for name, value in config.items() if name.endswith("_token")}
+    tokens = {name: value["content"] if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: token for name, token in tokens.items() if isinstance(token, str)}

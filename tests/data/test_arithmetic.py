@@ -16,7 +16,7 @@ PROBLEMS = {split: load(split=split, size=3000, seed=0) for split in SPLITS}
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_split_has_no_duplicates_and_is_the_same_each_time(split: str) -> None:
+def test_splits_are_reproducible_without_duplicates(split: str) -> None:
     problems = PROBLEMS[split]
     assert len({problem.question for problem in problems}) == len(problems) == 3000
     assert load(split=split, size=3000, seed=0) == problems
@@ -24,7 +24,7 @@ def test_a_split_has_no_duplicates_and_is_the_same_each_time(split: str) -> None
     assert load(split=split, size=100, seed=1) != problems[:100]
 
 
-def test_problems_are_the_same_on_every_machine() -> None:
+def test_problems_are_known_constants() -> None:
     assert [(p.question, p.answer) for p in load(split="validation", size=2, seed=0)] == [
         ("What is 34 + 39 - 56?", "17"),
         ("What is 74 + 58 - 17?", "115"),
@@ -71,7 +71,7 @@ def test_the_shipped_key_names_load() -> None:
         ({"size": MAX_SIZE + 1}, f"size={MAX_SIZE + 1}: must be between 1 and {MAX_SIZE}"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(keys: dict, message: str) -> None:
+def test_impossible_draws_are_refused(keys: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(**{"split": "train", "size": 1, "seed": 0} | keys)
 
@@ -118,7 +118,7 @@ def test_verifier_never_raises(text: str, answer: str) -> None:
 
 
 @given(st.integers(-(10**9), 10**9))
-def test_verifier_takes_any_number_however_written(number: int) -> None:
+def test_any_notation_of_numbers_is_read(number: int) -> None:
     for written in (f"{number}", f"{number:,}", f"{number}.0"):
         assert verify(f"{random.Random(0).random()}\n#### {written}\n", str(number)) == 1.0
     assert verify(f"#### {number + 1}", str(number)) == 0.0

@@ -23,11 +23,11 @@ class Mine:
     def reset(self, example):
         print('noise')
         if example.answer == 'none': raise KeyError('no such game')
-        self.told, self.number = [], int(example.answer)
+        self.turns, self.number = [], int(example.answer)
         return example.question + '!'
 
     def step(self, response):
-        self.told.append(response)
+        self.turns.append(response)
         if response == 'raise': raise ValueError('lost')
         if response == 'exit': os._exit(3)
         if response == 'sleep': time.sleep(60)
@@ -36,7 +36,7 @@ class Mine:
             except BaseException: pass
         if response == 'text': return 'go on'
         if response == 'nan': return Observation('x', reward=float('nan'))
-        return Observation(f'{self.number}: ' + ' '.join(self.told), reward=len(self.told), done=response == 'end')
+        return Observation(f'{self.number}: ' + ' '.join(self.turns), reward=len(self.turns), done=response == 'end')
 
 def make():
     return Mine()
@@ -53,18 +53,18 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     environments.close()
 
 
-def test_it_may_fail_in_every_way_and_the_others_go_on(mine: IsolatedEnvironments) -> None:
+def test_failing_environment_spares_the_others(mine: IsolatedEnvironments) -> None:
     other = mine.make()
     assert other.reset(Example("q", "7")) == "q!"
-    told = []
+    words = []
     for word in ("raise", "exit", "sleep", "deaf", "text", "nan"):
         failing = mine.make()
         failing.reset(Example("q", "1"))
         with pytest.raises(Failed):
             failing.step(word)
-        told.append(word)
+        words.append(word)
         assert other.step(word[:2]) == Observation(
-            "7: " + " ".join(one[:2] for one in told), reward=float(len(told)), done=False
+            "7: " + " ".join(one[:2] for one in words), reward=float(len(words)), done=False
         )
     assert other.step("end").done
     assert mine.worker.num_starts == 3  # `exit` and `deaf` took the process with them
@@ -85,19 +85,19 @@ class Scripted:
         return [Sample([ids[-1]], [0.0], "stop") for ids in prompts]
 
 
-def test_what_fails_scores_nothing_and_is_counted(mine: IsolatedEnvironments) -> None:
+def test_failed_environments_score_zero(mine: IsolatedEnvironments) -> None:
     words = ["end", "raise", "deaf", "end", "end"]
     answers = ["1", "2", "3", "none", "5"]
     prompts = [Prompt(i, [i], Example("?", answer)) for i, answer in enumerate(answers)]
     turns = Turns(mine.make, 3, 100, decode=lambda ids: words[ids[0]], observation_ids=lambda text, last: [last])
     settings = SamplingSettings(max_new_tokens=1)
-    rollouts = sample_turns(prompts, seeds=range(5), sampler=Scripted(), sampling=settings, turns=turns)
+    rollouts = sample_turns(prompts, seeds=range(5), engine=Scripted(), sampling=settings, turns=turns)
     assert [rollout.reward for rollout in rollouts] == [1.0, 0.0, 0.0, 0.0, 1.0]
     assert all(rollout.sample.finish_reason == "stop" for rollout in rollouts)
     assert (turns.failures.take(), turns.failures.take()) == (3, 0)
 
 
-def test_a_row_that_is_none_for_the_environment_is_left_out(mine: IsolatedEnvironments) -> None:
+def test_rows_refused_by_environment_are_dropped(mine: IsolatedEnvironments) -> None:
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student")
 
     def maker() -> PromptMaker:
@@ -109,5 +109,5 @@ def test_a_row_that_is_none_for_the_environment_is_left_out(mine: IsolatedEnviro
     assert make.warnings() == [
         "1 of 2 prompts are refused by the environment and left out; the last: row 1: KeyError: 'no such game'"
     ]
-    with pytest.raises(ConfigError, match="is left of 1: the environment refuses 1; the last: row 0: KeyError"):
+    with pytest.raises(ConfigError, match="1 of 1 prompts are refused .*; the last: row 0: KeyError"):
         make_prompts([Example("two", "none")], maker(), key="data.train")

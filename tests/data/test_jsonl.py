@@ -16,18 +16,18 @@ def write(tmp_path: Path, content: bytes) -> str:
     return str(file)
 
 
-def test_rows_are_read_in_order_and_blank_lines_skipped(tmp_path: Path) -> None:
+def test_rows_keep_order_without_blank_lines(tmp_path: Path) -> None:
     path = write(tmp_path, b'{"question": "a", "answer": 7}\n\n{"question": "b\xc3\xa9", "answer": "8"}')
     assert jsonl.load(path=path) == [Example("a", "7", "data"), Example("bé", "8", "data")]
 
 
-def test_columns_are_chosen_by_key_and_answers_are_optional(tmp_path: Path) -> None:
+def test_columns_are_chosen_by_key(tmp_path: Path) -> None:
     path = write(tmp_path, b'{"problem": "a"}\n')
     assert jsonl.load(path=path, question_key="problem", answer_key=None) == [Example("a", None, "data")]
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "the file has no rows"),
         (b"\n  \n", "the file has no rows"),
@@ -39,22 +39,22 @@ def test_columns_are_chosen_by_key_and_answers_are_optional(tmp_path: Path) -> N
         (b'{"question": "a", "answer": {}}\n', ":1: answer must be a text or a number"),
     ],
 )
-def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path: Path, content: bytes, said: str) -> None:
+def test_bad_rows_are_named_by_line(tmp_path: Path, content: bytes, message: str) -> None:
     path = write(tmp_path, content)
     with pytest.raises(ConfigError) as caught:
         jsonl.load(path=path)
     assert str(caught.value).removeprefix("path=").startswith(path)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_file_that_is_missing_or_a_folder_is_named(tmp_path: Path) -> None:
+def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(ConfigError, match="cannot be read"):
             jsonl.load(path=str(path))
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ({}, "data.train.source: a value is needed"),
         ({"source": "jsonll"}, "did you mean jsonl?"),
@@ -66,13 +66,13 @@ def test_a_file_that_is_missing_or_a_folder_is_named(tmp_path: Path) -> None:
         ({"source": ":"}, "pkg.module:function"),
     ],
 )
-def test_a_source_that_is_wrongly_asked_for_is_refused(spec: dict, said: str) -> None:
+def test_wrong_source_keys_are_refused(spec: dict, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_examples(spec, key="data.train")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_source_of_the_user_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_source_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_source.py").write_text(
         "from distill_cli.types import Example\ndef rows(*, n: int): return [Example(str(i)) for i in range(n)]\n"
     )

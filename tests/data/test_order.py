@@ -27,14 +27,14 @@ def stream_of(rows, **settings) -> PromptStream:
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_a_stream_begins_with_what_it_trains_on_first(shuffle: bool) -> None:
+def test_first_prompts_are_those_trained_first(shuffle: bool) -> None:
     order = stream_of(Stream(lambda: iter(ROWS)), shuffle=shuffle)
     assert order.first(6) == [*order.batch(0), *order.batch(1)][:6]
 
 
 @pytest.mark.parametrize("rows", [ROWS, Stream(lambda: iter(ROWS))], ids=["table", "stream"])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_a_stream_goes_on_at_any_step_as_if_it_had_never_stopped(rows, shuffle: bool) -> None:
+def test_stream_resumes_at_any_step(rows, shuffle: bool) -> None:
     order = stream_of(rows, shuffle=shuffle)
     whole = [order.batch(step) for step in range(12)]
     assert order.batch(11) == whole[11]
@@ -46,7 +46,7 @@ def test_a_stream_goes_on_at_any_step_as_if_it_had_never_stopped(rows, shuffle: 
     assert all(len(batch) == 4 for batch in whole)
 
 
-def test_another_seed_is_another_order_and_epochs_differ() -> None:
+def test_seeds_and_epochs_differ_in_order() -> None:
     def questions(order: PromptStream) -> list[str]:
         return [prompt.example.question for step in range(9) for prompt in order.batch(step)]
 
@@ -55,7 +55,7 @@ def test_another_seed_is_another_order_and_epochs_differ() -> None:
     assert first[:18] != first[18:]
 
 
-def test_a_stream_without_any_prompt_ends_with_an_error() -> None:
+def test_stream_without_prompts_is_refused() -> None:
     with pytest.raises(ConfigError, match="data.train: none of 1 rows makes a prompt: 1 is blank"):
         stream_of([Example("")], left_out=lambda: ["1 is blank"]).batch(0)
     endless = Stream(lambda: itertools.repeat(Example("")))
@@ -63,16 +63,16 @@ def test_a_stream_without_any_prompt_ends_with_an_error() -> None:
         stream_of(endless).batch(0)
 
 
-def test_what_a_stream_leaves_out_is_told_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+def test_left_out_rows_are_logged_sparsely(caplog: pytest.LogCaptureFixture) -> None:
     times = itertools.count(1)
-    order = stream_of(ROWS, left_out=lambda: [f"told {next(times)} times"])
+    order = stream_of(ROWS, left_out=lambda: [f"warning {next(times)}"])
     with caplog.at_level("WARNING", logger="distill_cli"):
         for step in range(100):
             order.batch(step)
-    assert caplog.messages == [f"data.train, so far: told {number} times" for number in (1, 2, 3)]  # 4, 40, 400 rows
+    assert caplog.messages == [f"data.train, so far: warning {number}" for number in (1, 2, 3)]  # 4, 40, 400 rows
 
 
-def test_a_row_that_turns_out_wrong_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_wrong_row_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     class Wrong(list):
         def __getitem__(self, index):
             if index == 2:
@@ -89,7 +89,7 @@ def test_a_shuffle_buffer_keeps_every_item() -> None:
     assert list(shuffled(range(100), buffer=7, seed="a")) == list(shuffled(range(100), buffer=7, seed="a"))
 
 
-def test_fewer_prompts_than_a_step_needs_are_refused() -> None:
+def test_too_few_prompts_are_refused() -> None:
     prompts = [Prompt(i, [1], example) for i, example in enumerate(ROWS)]
     with pytest.raises(ConfigError, match="rollout.prompts_per_step=21: the training data has only 20 prompts"):
         PromptOrder(prompts, batch_size=21, seed=0, shuffle=True)
@@ -108,12 +108,12 @@ def make(tokenizer, *, max_tokens: int = 40, **settings) -> PromptMaker:
     return PromptMaker(tokenizer, PromptSettings(max_tokens=max_tokens, **settings))
 
 
-def test_long_and_empty_prompts_are_dropped_or_cut_and_counted(tokenizer) -> None:
+def test_long_and_empty_prompts_are_counted(tokenizer) -> None:
     rows = [Example("What is 1 + 1?"), Example("12 " * 400), Example(" "), Example("9" * 50_000_000)]
     drop = make(tokenizer)
     assert len(make_prompts(rows, drop, key="data.train")) == 1
     assert drop.warnings() == [
-        "1 of 4 prompts ask nothing and are left out",
+        "1 of 4 prompts have no question and are left out",
         "2 of 4 prompts are longer than 40 tokens and left out",
     ]
     cut = make(tokenizer, overlong="truncate", max_tokens=60)
@@ -122,18 +122,18 @@ def test_long_and_empty_prompts_are_dropped_or_cut_and_counted(tokenizer) -> Non
     for prompt in long:
         assert 55 <= len(prompt.token_ids) <= 60
         assert prompt.token_ids[-3:] == short.token_ids[-3:]  # what the template ends with is still there
-    with pytest.raises(ConfigError, match="no prompt is left of 1: 0 ask nothing and 1 are longer than 5 tokens"):
+    with pytest.raises(ConfigError, match="no prompt is left: 1 of 1 prompts are longer than 5 tokens"):
         make_prompts(rows[:1], make(tokenizer, max_tokens=5), key="data.train")
 
 
-def test_a_template_that_fails_says_which_row_and_why(tokenizer) -> None:
+def test_failing_template_names_its_row(tokenizer) -> None:
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student")
     tokenizer.chat_template = "{{ raise_exception('no ' + messages[0].content) if messages[0].content == 'q1' }}x"
     with pytest.raises(ConfigError, match="data.train, row 1: the prompt's template failed: TemplateError: no q1"):
         make_prompts(ROWS, make(tokenizer), key="data.train")
 
 
-def test_conversations_system_prompts_and_template_arguments_are_rendered(tokenizer) -> None:
+def test_conversations_and_system_prompts_are_rendered(tokenizer) -> None:
     earlier = ({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"})
     example = Example("three", messages=(*earlier, {"role": "user", "content": "three"}))
     prompt = make(tokenizer, system_prompt="be kind", prompt_template="<{question}>")(example, 0)
@@ -144,7 +144,7 @@ def test_conversations_system_prompts_and_template_arguments_are_rendered(tokeni
     assert prompt.teacher_token_ids is None
 
 
-def test_the_teacher_reads_what_the_student_does_not(tokenizer) -> None:
+def test_teacher_alone_reads_the_context(tokenizer) -> None:
     example = Example("{context}?", context="because {question}")
     maker = make(tokenizer, has_teacher_context=True, teacher_prompt_template="{question} ({context})")
     prompt = maker(example, 0)

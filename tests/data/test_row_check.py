@@ -1,4 +1,4 @@
-"""What is said of the data before anything starts, and validation sets that can only be read from their beginning."""
+"""Checks of the data before anything starts, and validation on streams."""
 
 import json
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from distill_cli.config.schema import Config
 from distill_cli.config.variation import override
 from distill_cli.data.registry import load_examples
 from distill_cli.data.row_check import _check_ranked_dataset, _hash, check_data
+from distill_cli.engines.base import AnsweringEngine
 from distill_cli.errors import ConfigError
 from distill_cli.jobs.preflight import preflight, preflight_evaluation
 from distill_cli.models.model_files import ASSETS
@@ -42,18 +43,17 @@ def composed(*argv: str) -> Config:
     return job.config
 
 
-def test_prompts_that_are_in_both_sets_are_counted(tmp_path: Path) -> None:
+def test_prompts_in_both_sets_are_counted(tmp_path: Path) -> None:
     train = rows_file(tmp_path, "train.jsonl", [f"What is {i} + 1?" for i in range(80)])
     validation = rows_file(tmp_path, "validation.jsonl", ["What is  3 + 1? ", "What is 4 + 1?", "What is 400 + 1?"])
     config = composed("data=jsonl", f"data.train.path={train}", f"data.validation.path={validation}")
-    assert check_data(config).warnings == (
-        "2 prompts of data.validation are in data.train too: its scores say less for that",
-    )
+    (warning,) = check_data(config).warnings
+    assert warning.startswith("2 prompts of data.validation are in data.train")
     config.data.validation["path"] = str(rows_file(tmp_path, "other.jsonl", ["What is 400 + 1?"]))
     assert check_data(config).warnings == ()
 
 
-def test_rows_without_what_is_asked_of_them_are_counted(tmp_path: Path) -> None:
+def test_rows_without_needed_columns_are_counted(tmp_path: Path) -> None:
     train, validation = tmp_path / "train.jsonl", rows_file(tmp_path, "validation.jsonl", ["What is 400 + 1?"])
     rows = [
         {"question": f"{i}?", "answer": None if i % 4 == 0 else 1, "hint": ["h", "", " ", None][i % 4]}
@@ -61,30 +61,26 @@ def test_rows_without_what_is_asked_of_them_are_counted(tmp_path: Path) -> None:
     ]
     train.write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["data=jsonl", f"data.train.path={train}", f"data.validation.path={validation}"]
-    assert check_data(composed(*argv, "data.teacher_context=hint")).warnings == (
-        "data.train: 60 of 80 rows have nothing in data.teacher_context=hint: the teacher reads what the student does",
-        "data.train: 20 of 80 rows have no answer to check, and are not in rollout/accuracy",
-    )
+    context, answers = check_data(composed(*argv, "data.teacher_context=hint")).warnings
+    assert context.startswith("data.train: 60 of 80 rows have no data.teacher_context=hint")
+    assert answers.startswith("data.train: 20 of 80 rows have no answer")
     train.write_text("".join(json.dumps({**row, "hint": ""}) + "\n" for row in rows))
-    with pytest.raises(
-        ConfigError, match="data.teacher_context=hint: none of 80 rows of data.train has anything in it"
-    ):
+    with pytest.raises(ConfigError, match="data.teacher_context=hint: none of 80 rows of data.train"):
         check_data(composed(*argv, "data.teacher_context=hint"))
 
 
-def test_solutions_without_a_final_answer_have_none(tmp_path: Path) -> None:
+def test_solutions_may_lack_an_answer(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     solutions = ["so #### 4", "so 4", "#### 5"] * 30
     file.write_text("".join(json.dumps({"question": f"{i}?", "answer": s}) + "\n" for i, s in enumerate(solutions)))
     argv = ["data=gsm8k", f"data.train.path={file}"]
-    assert check_data(composed(*argv, "data.validation=null")).warnings == (
-        "data.train: 30 of 90 rows have no answer to check, and are not in rollout/accuracy",
-    )
+    (warning,) = check_data(composed(*argv, "data.validation=null")).warnings
+    assert warning.startswith("data.train: 30 of 90 rows have no answer")
     with pytest.raises(ConfigError, match="data.validation: 30 of 90 rows have no answer to check"):
         check_data(composed(*argv, f"data.validation.path={file}"))
 
 
-def test_a_row_of_50_mb_is_looked_at_in_little_memory(tmp_path: Path) -> None:
+def test_long_rows_are_hashed_cheaply(tmp_path: Path) -> None:
     tracemalloc = pytest.importorskip("tracemalloc")
     example = Example("What is 1 + 1? " * 3_500_000)
     tracemalloc.start()
@@ -95,10 +91,10 @@ def test_a_row_of_50_mb_is_looked_at_in_little_memory(tmp_path: Path) -> None:
     assert _hash(Example("a  b\n")) == _hash(Example("a b")) != _hash(Example("a c"))
 
 
-class Teller:
-    """Answers what it was asked: the prompt's tokens."""
+class Echo(AnsweringEngine):
+    """Answer with the prompt's tokens."""
 
-    tensor_parallel = 1
+    num_ranks = 1
 
     def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
         return [Sample(list(ids), [0.0] * len(ids), "stop") for ids in prompts]
@@ -120,7 +116,7 @@ def test_streams_validate_by_their_first_rows(tmp_path: Path, parallel: Parallel
     assert (found.num_train_rows, found.num_validation_rows, found.num_steps) == (None, None, 100)
     validator = validator_of(config, parallel)
     assert [prompt.index for prompt in validator.prompts] == list(range(7))
-    assert validator.run(Teller()).num_samples == 7
+    assert validator.run(Echo()).num_samples == 7
     assert data_profile(config.data.train, key="data.train")[1] == {}  # nobody knows how many there are
     load_examples(config.data.train, key="data.train")
 
@@ -130,7 +126,7 @@ def test_several_datasets_are_validated_each(tmp_path: Path, parallel: Parallel)
     sources = ", ".join(f"{name}: {{source: table, path: '{file}'}}" for name, file in files.items())
     config = composed("data=mix", f"data.validation.sources={{{sources}}}", "data.verifier=exact", "eval.max_samples=4")
     config.data.validation["sources"] = {name: config.data.validation["sources"][name] for name in files}
-    score = validator_of(config, parallel).run(Teller())
+    score = validator_of(config, parallel).run(Echo())
     assert score.num_samples == 8
     assert score.metrics().keys() >= {"val/a/accuracy", "val/b/accuracy"}
 
@@ -143,19 +139,19 @@ def test_ranking_by_a_dataset_needs_it() -> None:
         check_data(composed("checkpoint.metric=val/arithmetic/accuracy"))
 
 
-def test_the_teacher_is_validated_on_prompts_as_it_reads_them(parallel: Parallel) -> None:
+def test_teacher_is_validated_on_own_prompts(parallel: Parallel) -> None:
     template = "{% for m in messages %}TEACHER {{ m.content }}{% endfor %}"
     config = composed("eval.max_samples=3")
     config = override(config, {"model.teacher.chat_template": template})
     validator = validator_of(config, parallel)
-    asked: list[str] = []
+    texts: list[str] = []
 
-    class Listening(Teller):
+    class Recording(Echo):
         def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
-            asked.extend(validator.decode(ids) for ids in prompts)
+            texts.extend(validator.decode(ids) for ids in prompts)
             return super().sample(prompts, seeds=seeds, sampling=sampling)
 
-    validator.run(Listening(), as_teacher=True)
-    validator.run(Listening())
-    assert all(text.startswith("TEACHER What is") for text in asked[:3])
-    assert not any("TEACHER" in text for text in asked[3:])
+    validator.for_teacher().run(Recording())
+    validator.run(Recording())
+    assert all(text.startswith("TEACHER What is") for text in texts[:3])
+    assert not any("TEACHER" in text for text in texts[3:])

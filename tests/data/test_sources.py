@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -43,7 +43,7 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_yaml_loads_a_copy_of_what_is_published(name: str, tmp_path: Path, tokenizer) -> None:
+def test_every_yaml_loads_published_columns(name: str, tmp_path: Path, tokenizer) -> None:
     argv = [f"data={name}", *NO_EVAL]
     if name in OWN_FILES:
         file = tmp_path / "rows.jsonl"
@@ -60,7 +60,8 @@ def test_every_yaml_loads_a_copy_of_what_is_published(name: str, tmp_path: Path,
             continue
         spec = spec if name in OWN_FILES else localize(spec, tmp_path)
         examples = load_examples(spec, key=f"data.{key}")
-        make = PromptMaker(tokenizer, replace(prompt_settings(config), max_tokens=500))
+        found = SimpleNamespace(config=config, lengths=SimpleNamespace(prompt=500, teacher_prompt=None))
+        make = PromptMaker(tokenizer, prompt_settings(found))
         limit = 12 if isinstance(examples, Stream) else None
         prompts = make_prompts(examples, make, key=key, limit=limit)
         assert QUESTION in tokenizer.decode(prompts[0].token_ids)
@@ -72,7 +73,7 @@ def test_every_yaml_loads_a_copy_of_what_is_published(name: str, tmp_path: Path,
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "tsv", "jsonl", "json", "saved"])
-def test_files_of_every_kind_give_the_same_rows(kind: str, tmp_path: Path) -> None:
+def test_every_file_format_gives_equal_rows(kind: str, tmp_path: Path) -> None:
     import datasets
 
     rows = datasets.Dataset.from_list([{"q": f"a, {i}", "n": i, "why": "because"} for i in range(3)])
@@ -93,7 +94,7 @@ def test_files_of_every_kind_give_the_same_rows(kind: str, tmp_path: Path) -> No
     assert len(load_examples({**spec, "limit": 2, "repeat": 3}, key="data.train")) == 6
 
 
-def test_a_stream_is_read_again_from_its_beginning_and_leaves_wrong_rows_out(tmp_path: Path, caplog) -> None:
+def test_stream_can_be_read_again(tmp_path: Path, caplog) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [{"question": f"q{i}", "answer": "1"} for i in range(4)]
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question": None, "answer": "1"}]))
@@ -104,7 +105,7 @@ def test_a_stream_is_read_again_from_its_beginning_and_leaves_wrong_rows_out(tmp
         load_examples({**spec, "question_key": "problem"}, key="data.train")
 
 
-def test_a_line_of_a_stream_that_is_no_row_costs_that_row_alone(tmp_path: Path, caplog) -> None:
+def test_bad_line_costs_one_row(tmp_path: Path, caplog) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(
         b'{"question": "a", "answer": 1}\n\n{"question": "caf\xe9"}\n{"question"\n{"question": "b", "answer": 2}\n'
@@ -120,7 +121,7 @@ def test_a_line_of_a_stream_that_is_no_row_costs_that_row_alone(tmp_path: Path, 
         load_examples({"source": "table", "path": str(file), "streaming": True}, key="data.train")
 
 
-def test_a_stream_that_breaks_off_says_where(tmp_path: Path) -> None:
+def test_broken_stream_names_the_row(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     rows = "".join(f"question {i} {'x' * 1000},{i}\n" for i in range(30_000))
     file.write_bytes(b"question,answer\n" + rows.encode() + b"caf\xe9,1\n")
@@ -129,7 +130,7 @@ def test_a_stream_that_breaks_off_says_where(tmp_path: Path) -> None:
         list(stream)
 
 
-def test_what_is_wrong_is_said_once(tmp_path: Path, capfd) -> None:
+def test_errors_are_printed_once(tmp_path: Path, capfd) -> None:
     """`datasets` has a logger of its own, which says it before."""
     pytest.importorskip("datasets").utils.logging.get_logger("datasets.packaged_modules.csv.csv")
     (tmp_path / "a.csv").write_bytes(b"question\n\xff\n")
@@ -138,7 +139,7 @@ def test_what_is_wrong_is_said_once(tmp_path: Path, capfd) -> None:
     assert capfd.readouterr().err == ""
 
 
-def test_files_of_a_folder_with_other_columns_are_named(tmp_path: Path) -> None:
+def test_files_with_other_columns_are_named(tmp_path: Path) -> None:
     import datasets
 
     for name, column in (("a", "question"), ("b", "problem")):
@@ -147,7 +148,7 @@ def test_files_of_a_folder_with_other_columns_are_named(tmp_path: Path) -> None:
         load_examples({"source": "table", "path": str(tmp_path)}, key="data.train")
 
 
-def test_a_mixture_by_weight_loses_no_row(tmp_path: Path) -> None:
+def test_weighted_mixture_loses_no_row(tmp_path: Path) -> None:
     sources = {
         name: {"source": "arithmetic", "split": "train", "size": size, "seed": seed}
         for seed, (name, size) in enumerate({"a": 6, "b": 30}.items())
@@ -167,7 +168,7 @@ def test_a_mixture_by_weight_loses_no_row(tmp_path: Path) -> None:
         load_examples({"source": "mix", "sources": {"a": {"source": "arithmetic"}}}, key="data.train")
 
 
-def test_streams_are_mixed_by_weight_and_begin_again(tmp_path: Path) -> None:
+def test_streams_are_mixed_by_weight(tmp_path: Path) -> None:
     copy = make_copy("nvidia/OpenMathInstruct-2", tmp_path)
     stream = {"source": "table", "path": str(copy), "question_key": "problem", "answer_key": None, "streaming": True}
     few = {"source": "arithmetic", "split": "train", "size": 3, "seed": 0}
@@ -176,11 +177,11 @@ def test_streams_are_mixed_by_weight_and_begin_again(tmp_path: Path) -> None:
     first, again = ([e for e, _ in zip(mixed, range(400), strict=False)] for _ in range(2))
     assert first == again
     assert 250 < Counter(e.dataset for e in first)["s"] < 350
-    with pytest.raises(ConfigError, match="weights: needed where a source is streamed"):
+    with pytest.raises(ConfigError, match="weights: needed for streamed"):
         load_examples({**spec, "weights": None}, key="data.train")
 
 
-def test_conversations_end_with_the_user_s_last_message(tmp_path: Path) -> None:
+def test_conversations_end_with_a_user_message(tmp_path: Path) -> None:
     turns = ["system", "user", "assistant", "user", "assistant"]
     messages = [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(turns)]
     file = tmp_path / "chat.jsonl"
@@ -194,7 +195,7 @@ def test_conversations_end_with_the_user_s_last_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "keys", "said"),
+    ("content", "keys", "message"),
     [
         ("{'question': 'a'}", {}, "rows.jsonl:1: not JSON"),
         ('{"query": "a", "answer": 1}', {}, "no column 'question'; this row has: 'query', 'answer'"),
@@ -212,15 +213,15 @@ def test_conversations_end_with_the_user_s_last_message(tmp_path: Path) -> None:
         ('{"question": "a", "answer": 1}', {"repeat": 0}, "data.train.repeat=0: must be at least 1"),
     ],
 )
-def test_a_file_that_is_wrong_says_where(content: str, keys: dict, said: str, tmp_path: Path) -> None:
+def test_wrong_file_names_the_place(content: str, keys: dict, message: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(content + "\n")
     with pytest.raises(ConfigError) as caught:
         load_examples({"source": "table", "path": str(file), **keys}, key="data.train")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_table_that_is_wrong_says_what_is_there(tmp_path: Path) -> None:
+def test_wrong_table_names_its_columns(tmp_path: Path) -> None:
     copy = make_copy("openai/gsm8k", tmp_path)
     spec = {"source": "table", "path": str(copy), "name": "main"}
     with pytest.raises(ConfigError, match=r"no such column: question_key=problem; there are: question, answer"):
@@ -248,7 +249,7 @@ def test_answers_are_found_in_solutions() -> None:
     assert boxed_answer("42") is None
 
 
-def test_a_source_typed_alone_is_told_which_group_has_its_keys() -> None:
+def test_source_alone_names_its_group() -> None:
     (job,) = compose(["data.train.source=jsonl", "data.train.path=x.jsonl"])
     with pytest.raises(ConfigError) as caught:
         load_examples(job.config.data.train, key="data.train")

@@ -42,7 +42,7 @@ def test_mathematical_answers(math: IsolatedVerifier, response: str, answer: str
     assert math.failures.num_all == 0
 
 
-def test_an_answer_that_takes_too_long_scores_nothing_and_the_next_is_judged() -> None:
+def test_slow_answer_scores_zero_alone() -> None:
     math = IsolatedVerifier("math", limit_s=0.5)
     assert math([(r"\boxed{9^{9^{9^{9}}}}", "3"), (r"\boxed{3}", "3")]) == [0, 1]
     assert math.failures.num_all == 1
@@ -97,7 +97,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[IsolatedVe
 FAILING = ["raise", "exit", "sleep", "deaf", "text"]
 
 
-def test_a_verifier_of_one_s_own_may_fail_in_every_way(mine: IsolatedVerifier) -> None:
+def test_user_verifier_may_fail_any_way(mine: IsolatedVerifier) -> None:
     begin = time.monotonic()
     for number, response in enumerate(FAILING, start=1):
         assert mine([(response, "a")]) == [0]
@@ -107,7 +107,7 @@ def test_a_verifier_of_one_s_own_may_fail_in_every_way(mine: IsolatedVerifier) -
     assert resolve_extract(mine.function)("b") == "b"
 
 
-def test_one_that_fails_among_many_costs_no_other_its_score(mine: IsolatedVerifier) -> None:
+def test_failures_among_many_cost_themselves(mine: IsolatedVerifier) -> None:
     """More answers than a process is given at once, each with a score of its own; some larger than a pipe."""
     lengths = [1_000_000 if place % 100 == 50 else place + 1 for place in range(300)]
     pairs = [("count", "a" * length) for length in lengths]
@@ -120,17 +120,17 @@ def test_one_that_fails_among_many_costs_no_other_its_score(mine: IsolatedVerifi
     assert mine([]) == []
 
 
-def test_answers_that_were_given_before_the_process_died_count(mine: IsolatedVerifier) -> None:
+def test_answers_before_a_crash_count(mine: IsolatedVerifier) -> None:
     for _ in range(5):
         assert mine([("a", "a")] * 30 + [("exit", "a")] * 2 + [("a", "a")]) == [1] * 30 + [0, 0, 1]
 
 
-def test_what_is_left_unanswered_is_not_taken_for_the_next_answer(mine: IsolatedVerifier) -> None:
+def test_unread_answers_are_discarded(mine: IsolatedVerifier) -> None:
     with pytest.raises(TypeError, match="serializable"):
         mine([("count", "aa")] * 90 + [("count", {"a"})])
     assert mine([("count", "aaa")]) == [3]
 
 
-def test_extract_stands_beside_the_verifier() -> None:
+def test_extract_is_found_by_verifier() -> None:
     assert resolve_extract(resolve_verifier("math"))(r"\boxed{7}") == "7"
     assert resolve_extract(resolve_verifier("regex")) is None

@@ -54,7 +54,7 @@ GOOD = ("data.train.path=good.jsonl", "data.validation.path=good.jsonl")
         (["data=jsonl", "data.train.path=empty.jsonl", GOOD[1]], "data.train.path=empty.jsonl: the file has no rows"),
         (
             ["data=table", "data.train.path=empty.csv", GOOD[1]],
-            "path=empty.csv: the split train has no rows",
+            "path=empty.csv, split=train: no rows",
         ),
         (["data=jsonl", *GOOD], "rollout.prompts_per_step=64: the training data has only 3 rows"),
         (["data.verifier=maths"], "data.verifier=maths: no such name; did you mean math?"),

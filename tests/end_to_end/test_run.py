@@ -211,4 +211,4 @@ def distilled_from(role: str) -> str:
 def test_what_only_a_rank_can_find_wrong_is_still_the_user_s_mistake(tmp_path) -> None:
     done = distill(tmp_path, "rollout.max_new_tokens=127", "tracker=none")
     assert done.status == 2
-    assert done.stderr.startswith("error: data.train: no prompt is left of 8192: ")
+    assert done.stderr.startswith("error: data.train: no prompt is left: 8192 of 8192 prompts")

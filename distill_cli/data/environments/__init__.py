@@ -1,4 +1,4 @@
-"""What answers the student between its turns: a file here with a function `make()`, or `pkg.module:function`."""
+"""Environments answer the student between its turns: a file here with a function `make()`, or `pkg.module:function`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from distill_cli.types import Example
 
 @dataclass(frozen=True)
 class Observation:
-    """What comes of a turn."""
+    """The result of a turn."""
 
     text: str = ""
-    """What the student reads next, as a user's message; unread where it is done."""
+    """The user's message that the student reads next; not read if `done`."""
     reward: float | None = None
-    """Of the whole sequence, as far as it has come; None leaves it to the verifier, on the last turn's text."""
+    """Reward of the whole sequence so far; None leaves it to the verifier, which judges the last turn."""
     done: bool = False
 
 
 class Environment(Protocol):
-    """One sequence's counterpart. The same example and responses must give the same observations everywhere."""
+    """One sequence's environment. The same example and responses must give the same observations everywhere."""
 
     def reset(self, example: Example) -> str:
-        """Begins; what the student is asked first, in place of the example's question."""
+        """Begin, and return the first user message, which replaces the example's question."""
 
     def step(self, response: str) -> Observation:
-        """Answers a turn of the student's, as text without special tokens."""
+        """Answer a turn of the student, given as text without special tokens."""

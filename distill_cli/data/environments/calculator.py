@@ -1,6 +1,6 @@
 """A calculator: the student writes `<calc>47 + 85</calc>` at the end of a turn and reads `132`.
 
-A turn that asks for nothing is the answer, and the verifier's to judge.
+A turn without a call is the answer, which the verifier judges.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ CALL = re.compile(r"<calc>(.*?)</calc>", re.DOTALL)
 INSTRUCTION = "\nTo calculate, end with <calc>an expression</calc>, and read the result. Otherwise give the answer."
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 MAX_LENGTH = 200
-"""Characters of an expression."""
+"""Most characters of an expression."""
 
 
 class Calculator:
+    """One sequence's calculator; it has no state."""
+
     def reset(self, example: Example) -> str:
         return example.question + INSTRUCTION
 
@@ -28,12 +30,11 @@ class Calculator:
         return Observation(calculate(calls[-1])) if calls else Observation(done=True)
 
 
-def make() -> Calculator:
-    return Calculator()
+make = Calculator
 
 
 def calculate(expression: str) -> str:
-    """The value of a sum, difference, product or quotient of numbers; `error: ...` of anything else."""
+    """Return the value of an expression of numbers, + - * / and brackets, or `error: ...`."""
     if len(expression) > MAX_LENGTH:
         return f"error: longer than {MAX_LENGTH} characters"
     try:
@@ -46,10 +47,11 @@ def calculate(expression: str) -> str:
 
 
 def _value(node: ast.expr) -> int | float:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand)
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        return OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    match node:
+        case ast.Constant(int() | float() as number) if not isinstance(number, bool):
+            return number
+        case ast.UnaryOp(ast.USub(), operand):
+            return -_value(operand)
+        case ast.BinOp(left, operation, right) if type(operation) in OPERATORS:
+            return OPERATORS[type(operation)](_value(left), _value(right))
     raise ValueError

@@ -1,6 +1,6 @@
-"""Guess and check: after each answer the student is told whether it is right, or else too high or too low.
+"""Guess and check: the environment answers each guess with right, too high or too low.
 
-For any data whose answers are numbers. The last number of a turn is its guess; the reward is 1 as soon as one is right.
+For any data whose answers are numbers. The last number of a turn is its guess; the reward is 1 once a guess is right.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
 
 
 class Guess:
+    """One sequence's game."""
+
     def reset(self, example: Example) -> str:
         self._answer = Decimal((example.answer or "").replace(",", ""))
         return example.question
@@ -29,5 +31,4 @@ class Guess:
         return Observation(f"{guess} is too {'high' if guess > self._answer else 'low'}. Try again.", reward=0.0)
 
 
-def make() -> Guess:
-    return Guess()
+make = Guess

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distill_cli.data.rows import Columns, Table
+from distill_cli.data.rows import Columns
 from distill_cli.errors import ConfigError
 from distill_cli.types import Example
 
@@ -23,38 +24,33 @@ def load(
     context_key: str | None = None,
     response_key: str | None = None,
 ) -> Sequence[Example]:
-    """Every row of the file; blank lines are skipped.
+    """Return the example of every row of the file; blank lines are skipped.
 
     Args:
-        answer_key: null where the rows carry no answers to check.
-        context_key: what only the teacher sees; `data.teacher_context` sets it.
-        response_key: a whole answer to imitate.
+        answer_key: null if the rows carry no answers to check.
+        context_key: column that only the teacher reads; `data.teacher_context` sets it.
+        response_key: column of a whole answer to imitate.
 
     Raises:
-        ConfigError: the file is missing or empty, or a line is no JSON object with these keys (file and line).
+        ConfigError: the file is missing or empty, or a line is not a JSON object with these keys (file and line).
     """
-    rows, lines = read_rows(path)
-    columns = Columns(
-        question=question_key,
-        answer=answer_key,
-        context=context_key,
-        response=response_key,
-        dataset=Path(path).stem.lower(),
-    )
-    return list(Table(rows, columns, where=path, lines=lines))
+    dataset = Path(path).stem.lower()
+    return read_examples(path, Columns(question_key, None, answer_key, context_key, response_key, dataset=dataset))
 
 
-def read_rows(path: str) -> tuple[list[dict[str, Any]], list[int]]:
-    """Every object of the file and its line; blank lines are skipped. Raises ConfigError with file and line."""
-    rows, lines = [], []
-    for number, line in read_lines(path):
-        rows.append(read_object(line, where=f"{path}:{number}"))
-        lines.append(number)
-    return rows, lines
+def read_examples(path: str, columns: Columns, *, limit: int | None = None) -> list[Example]:
+    """Return the examples of all lines, or of the first `limit`. Raises ConfigError with file and line."""
+    return [read_example(path, number, line, columns) for number, line in islice(read_lines(path), limit)]
+
+
+def read_example(path: str, number: int, line: bytes, columns: Columns) -> Example:
+    """Return the example of one line. Raises ConfigError with file and line."""
+    where = f"{path}:{number}"
+    return columns.to_example(read_object(line, where=where), where=where)
 
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Each line that is not blank with its number. Raises ConfigError where there is none."""
+    """Yield number and content of each line that is not blank. Raises ConfigError if there is none."""
     has_rows = False
     try:
         with Path(path).expanduser().open("rb") as file:
@@ -69,7 +65,7 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def read_object(line: bytes, *, where: str) -> dict[str, Any]:
-    """Raises ConfigError where the line is no JSON object."""
+    """Parse a line. Raises ConfigError if it is not a JSON object."""
     try:
         row = json.loads(line)
     except UnicodeDecodeError as error:
@@ -77,7 +73,7 @@ def read_object(line: bytes, *, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}: not JSON ({error.msg}: column {error.colno})") from error
     except RecursionError:
-        raise ConfigError(f"{where}: not JSON that can be read (nested too deeply)") from None
+        raise ConfigError(f"{where}: JSON nested too deeply") from None
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}: a JSON {type(row).__name__}, where an object is needed")
+        raise ConfigError(f"{where}: a JSON {type(row).__name__}, must be an object")
     return row

@@ -5,9 +5,9 @@
       deepscaler: {source: table, path: agentica-org/DeepScaleR-Preview-Dataset, question_key: problem}
     weights: {gsm8k: 1, deepscaler: 3}
 
-Without weights every row comes once. With them a pass sees every row of every source at least once, and those that are
-small for their weight several times: none is lost. Sources that are streamed are drawn from at random by weight, and
-begin again when they end.
+Without weights every row comes once. With weights an epoch has every row of every source at least once, and rows of a
+source that is small for its weight several times: none is lost. Streamed sources are drawn from at random by weight,
+and begin again when they end.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from distill_cli.data.rows import Stream
@@ -25,54 +26,53 @@ from distill_cli.errors import ConfigError
 from distill_cli.types import Example
 
 MAX_ROWS = 100_000_000
-"""Of a pass: a weight that is far too small would ask for more than there is memory."""
+"""Rows of an epoch: a weight that is far too small would need more than there is memory."""
 
 
 def load(
     *, sources: dict[str, Any], weights: dict[str, Any] | None = None, seed: int = 0
 ) -> Sequence[Example] | Stream:
-    """The rows of all sources, in their order; `seed` is of the draws from streams.
+    """Return the rows of all sources, in their order; `seed` is for the draws from streams.
 
     Raises:
-        ConfigError: no sources, weights that do not fit them or are far too small, or what a source has to say.
+        ConfigError: no sources, weights that do not fit them or are far too small, or a source's own error.
     """
     from distill_cli.data.registry import load_examples
 
     if not sources:
-        raise ConfigError("sources: none are given; name each, as in sources.NAME.source=table")
-    shares = _shares(sources, weights)
+        raise ConfigError("sources: a value is needed; name each source, as in sources.NAME.source=table")
+    if weights is not None:
+        _check_weights(sources, weights)
     loaded = {name: load_examples(dict(spec), key=f"sources.{name}") for name, spec in sources.items()}
-    if not any(isinstance(rows, Stream) for rows in loaded.values()):
-        return Mixed(loaded, shares)
-    if shares is None:
-        raise ConfigError("weights: needed where a source is streamed; give each one a number, as in weights.NAME=1")
-    return Stream(lambda: _draw(loaded, shares, seed=seed))
+    tables = {name: rows for name, rows in loaded.items() if not isinstance(rows, Stream)}
+    if len(tables) == len(loaded):
+        return Mixed(tables, weights)
+    if weights is None:
+        raise ConfigError("weights: needed for streamed sources; give each source a number, as in weights.NAME=1")
+    return Stream(partial(_draw, loaded, weights, seed=seed))
 
 
 class Mixed(Sequence[Example]):
-    """Sources end to end, each as often as its share asks for; the last time it may be cut short."""
+    """Sources one after the other, each repeated as its weight requires; the last repetition may be cut short."""
 
-    def __init__(self, sources: Mapping[str, Sequence[Example]], shares: Mapping[str, float] | None) -> None:
+    def __init__(self, sources: Mapping[str, Sequence[Example]], weights: Mapping[str, float] | None) -> None:
         self.names, self.sources = list(sources), list(sources.values())
-        sizes = [len(rows) for rows in self.sources]
-        if shares is not None:
-            per_share = max(size / shares[name] for name, size in zip(self.names, sizes, strict=True))
-            sizes = [
-                max(size, math.floor(shares[name] * per_share + 1e-6))
-                for name, size in zip(self.names, sizes, strict=True)
-            ]
-            if sum(sizes) > MAX_ROWS:
-                least = min(shares, key=shares.get)
+        sizes = {name: len(rows) for name, rows in sources.items()}
+        if weights is not None:
+            per_weight = max(size / weights[name] for name, size in sizes.items())
+            sizes = {name: max(size, math.floor(weights[name] * per_weight + 1e-6)) for name, size in sizes.items()}
+            num, (weight, least) = sum(sizes.values()), min((weight, name) for name, weight in weights.items())
+            if num > MAX_ROWS:
                 raise ConfigError(
-                    f"weights.{least}={shares[least]:g}: a pass that sees all of {least} once has {sum(sizes):,} rows, "
-                    f"and at most {MAX_ROWS:,} may be; weigh it more, or give the source a limit"
+                    f"weights.{least}={weight:g}: an epoch with all of {least} once has {num:,} rows, must be at most "
+                    f"{MAX_ROWS:,}; raise the weight, or give the source a limit"
                 )
-        self.ends = list(itertools.accumulate(sizes))
+        self.ends = list(itertools.accumulate(sizes.values()))
 
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect.bisect_right(self.ends, index)
@@ -85,28 +85,25 @@ class Mixed(Sequence[Example]):
                 yield replace(example, dataset=name)
 
 
-def _shares(sources: Mapping[str, Any], weights: Mapping[str, Any] | None) -> dict[str, float] | None:
-    if weights is None:
-        return None
+def _check_weights(sources: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
     if weights.keys() != sources.keys():
         raise ConfigError(f"weights: must be given for each of {', '.join(sources)}, not for {', '.join(weights)}")
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ConfigError(f"weights.{name}={weight}: must be a number above 0")
-    return dict(weights)
 
 
 def _draw(
-    sources: Mapping[str, Sequence[Example] | Stream], shares: Mapping[str, float], *, seed: int
+    sources: Mapping[str, Sequence[Example] | Stream], weights: Mapping[str, float], *, seed: int
 ) -> Iterator[Example]:
-    """Without end."""
-    rng, names = random.Random(seed), list(sources)
-    readers = {name: iter(rows) for name, rows in sources.items()}
-    weights = [shares[name] for name in names]
+    """Yield examples without end."""
+    rng, readers = random.Random(seed), {name: _repeated(rows) for name, rows in sources.items()}
     while True:
-        (name,) = rng.choices(names, weights)
-        example = next(readers[name], None)
-        if example is None:
-            readers[name] = iter(sources[name])
-            example = next(readers[name])
-        yield replace(example, dataset=name)
+        (name,) = rng.choices(list(sources), [weights[name] for name in sources])
+        yield replace(next(readers[name]), dataset=name)
+
+
+def _repeated(rows: Sequence[Example] | Stream) -> Iterator[Example]:
+    while (first := next(reader := iter(rows), None)) is not None:
+        yield first
+        yield from reader

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-SAID = (  # the first kind that is there counts, and of it the last
+PATTERNS = (  # the first one that matches counts, and its last match
     re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-J])\)?\s*\}"),
     re.compile(r"(?i:answer|choice|option)(?:\s+is)?\s*:?\s*\**\s*\(?([A-J])\b"),
     re.compile(r"^\s*\(?([A-J])\)?[.:]?\s*$", re.MULTILINE),
@@ -15,12 +15,11 @@ SAID = (  # the first kind that is there counts, and of it the last
 
 
 def verify(response: str, answer: str) -> float:
-    """1.0 if the response's letter is the answer's (`C`, `(C)`, `c`)."""
+    """Return 1.0 if the response's letter is the answer's (`C`, `(C)`, `c`)."""
     letter = re.sub(r"[^A-J]", "", answer.upper())
     return float(len(letter) == 1 and extract(response) == letter)
 
 
 def extract(response: str) -> str | None:
-    """The letter; None where the response settles on none."""
-    found = next((letters for pattern in SAID if (letters := pattern.findall(response))), None)
-    return found[-1] if found else None
+    """Return the letter; None if the response settles on none."""
+    return next((letters[-1] for pattern in PATTERNS if (letters := pattern.findall(response))), None)

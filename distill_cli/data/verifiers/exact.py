@@ -15,17 +15,17 @@ NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)", re.ASCII)
 
 
 def verify(response_text: str, answer: str) -> float:
-    """1.0 if the last `#### x` line says the answer, else 0.0; of any text.
+    """Return 1.0 if the last `#### x` line holds the answer, else 0.0; never raises.
 
-    Commas and whitespace do not count, and numbers are compared by value: `#### 1,160.0` says 1160. What is no number
-    is compared as text.
+    Commas and whitespace do not count, and numbers are compared by value: `#### 1,160.0` equals 1160. Anything else is
+    compared as text.
     """
     final_answers = FINAL_ANSWER.findall(response_text)
     return float(bool(final_answers) and _value(final_answers[-1]) == _value(answer))
 
 
 def extract(response_text: str) -> str | None:
-    """The final answer, written the same for all that `verify` takes for the same."""
+    """Return the final answer, written alike for answers that `verify` counts as equal; None if there is none."""
     final_answers = FINAL_ANSWER.findall(response_text)
     value = _value(final_answers[-1]) if final_answers else None
     return format(value.normalize(), "f") if isinstance(value, Decimal) else value

@@ -1,6 +1,6 @@
 r"""Mathematical answers through the math-verify library: \boxed{}, fractions, intervals, sets, units, equations.
 
-"... so the area is \boxed{\frac{1}{2}}"  says  0.5
+"... so the area is \boxed{\frac{1}{2}}"  equals  0.5
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import logging
 from distill_cli.data.rows import boxed_answer
 
 NUM_CHARACTERS = 2000
-"""Of a response's end, and of an answer, that are looked at: where an answer stands, and what a parser can be asked."""
+"""Characters of a response's end, and of an answer, that are parsed: parsing takes long on more."""
 
 
 def verify(response: str, answer: str) -> float:
-    r"""1.0 if the response's final answer (its last \boxed{}, else its last formula or number) equals the answer.
+    r"""Return 1.0 if the response's final answer (last \boxed{}, else last formula or number) equals the answer.
 
-    Fast on what parses; `distill_cli.data.isolated` minds the time, so the library's own alarms are off.
+    `distill_cli.data.isolated` limits the time, so the library's own alarms are off.
     """
     from math_verify import verify as equal
 
     end = response[-NUM_CHARACTERS:]
     boxed = extract(end)  # else the library would read neighbouring boxes as one answer
-    said = _parse(end if boxed is None else f"\\boxed{{{boxed}}}")
+    parsed = _parse(end if boxed is None else f"\\boxed{{{boxed}}}")
     gold = _parse(f"\\boxed{{{answer[:NUM_CHARACTERS]}}}")
-    return float(bool(gold and said) and equal(gold, said, timeout_seconds=None))
+    return float(bool(gold and parsed) and equal(gold, parsed, timeout_seconds=None))
 
 
 def extract(response: str) -> str | None:
-    r"""What the last \boxed{} holds, so that answers can be counted; None where there is none."""
+    r"""Return what the last \boxed{} holds, so that answers can be counted; None if there is none."""
     return boxed_answer(response)
 
 

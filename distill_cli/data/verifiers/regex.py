@@ -6,5 +6,5 @@ import re
 
 
 def verify(response: str, answer: str) -> float:
-    """1.0 if the expression is found in the response. Raises re.error where it is none."""
+    """Return 1.0 if the expression matches. Raises re.error if it is not an expression."""
     return float(re.search(answer, response, re.MULTILINE) is not None)
