@@ -1,7 +1,6 @@
 """What several test folders share: small model folders made on the spot."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -18,8 +17,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distill_cli.config.compose import enable_own_warnings
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let xdist keep the order below: by default it starts files with many tests first, and long ones have few."""
@@ -35,13 +32,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@pytest.fixture(autouse=True)
-def _records_reach_caplog() -> None:
-    """A test that ran a rank's side, or Hydra alone, in this process has turned them away."""
-    logging.getLogger("distill_cli").propagate = True
-    enable_own_warnings()
 
 
 @pytest.fixture
@@ -81,6 +71,6 @@ def shared_memory_left() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if f"/dev/shm/{name}" not in mapped}
 
 
-def heed_interrupts() -> None:
+def restore_interrupts() -> None:
     """For a child process: as in a terminal, also where the tests run in the background, which ignores SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,7 +6,6 @@ checks and collects, so that a sweep is checked as a whole before its first run.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import tempfile
@@ -108,15 +107,6 @@ def run_hydra(overrides: Sequence[str], flags: Sequence[str], task: Callable[[Di
             raise ConfigError(one_line(error)) from error
         finally:
             sys.argv = argv
-            enable_own_warnings()
-
-
-def enable_own_warnings() -> None:
-    """Undo Hydra's job_logging=disabled for our loggers: it silences every logger that exists."""
-    logging.getLogger("distill_cli").setLevel(logging.WARNING)
-    for name, logger in logging.root.manager.loggerDict.items():
-        if name.split(".")[0] == "distill_cli" and isinstance(logger, logging.Logger):
-            logger.disabled = False
 
 
 def composed_job(config: DictConfig, overrides: Sequence[str]) -> Job:

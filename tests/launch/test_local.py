@@ -20,7 +20,7 @@ from distill_cli.folders.run_dir import RunDir, create
 from distill_cli.jobs.preflight import preflight
 from distill_cli.launch import local
 from distill_cli.resolved import Ranks, ResolvedRun
-from tests.conftest import heed_interrupts
+from tests.conftest import restore_interrupts
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
     process = subprocess.Popen(
         [sys.executable, str(launcher)],
         cwd=Path(__file__).parent.parent.parent,
-        preexec_fn=heed_interrupts,
+        preexec_fn=restore_interrupts,
     )
     marks = [Path(f"{mark}{rank}") for rank in (0, 1)]
     deadline = time.monotonic() + 60
