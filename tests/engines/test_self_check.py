@@ -130,7 +130,7 @@ def wrong(
             prompts=[Prompt(i, ids, Example("?")) for i, ids in enumerate(random_sequences([5] * 8))],
             worker=RolloutWorker(
                 sampler=Kept(sampler),
-                weights=partial(synced_parameters, trained, config.model.student.lora),
+                weights=partial(synced_parameters, trained, as_adapter=False),
                 version=lambda: 0,
                 sampling=SamplingSettings(max_new_tokens=24),
                 seed=config.train.seed,
