@@ -82,7 +82,7 @@ def main() -> None:
         for step in (1, 2, 3):
             step_s, before, begin = train(), saver.stopped_s, time.perf_counter()
             saver.save(step, {"metrics": {}})
-            beside_s = train()
+            during_s = train()
             stops_s = saver.stopped_s - before
             saver.finish()
             written_s = time.perf_counter() - begin
@@ -91,7 +91,7 @@ def main() -> None:
                 f"{sum(p.numel() for p in student.parameters()) / 1e6:.0f} M parameters, {size_gib:.2f} GiB: "
                 f"a step of {given.tokens} tokens {step_s:.2f} s; a checkpoint stops training for {stops_s:.3f} s "
                 f"({stops_s / step_s:.1%}), and is written after {written_s:.2f} s; a step during the writing takes "
-                f"{beside_s:.2f} s",
+                f"{during_s:.2f} s",
                 flush=True,
             )
         saver.close()

@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--problems", type=int, default=500)
     args = parser.parse_args()
-    asked = [f"eval.max_samples={args.problems}", "eval.repeat=4", "eval.temperature=0.7", "eval.batch_size=4096"]
-    (job,) = compose(asked)
+    overrides = [f"eval.max_samples={args.problems}", "eval.repeat=4", "eval.temperature=0.7", "eval.batch_size=4096"]
+    (job,) = compose(overrides)
     config = job.config
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)

@@ -70,9 +70,9 @@ def measure(config, folder: Path, size: int, *, hold: bool) -> None:
         write_json(run.job, asdict(job))
     submitted = time.perf_counter()
     states = slurm.status([job.job_id for job in jobs])
-    asked = time.perf_counter()
+    queried = time.perf_counter()
     assert len(states) == size or not hold
-    told = ""
+    followed = ""
     if hold:
         slurm.ask("scancel", jobs[0].job_id.partition("_")[0])
     else:
@@ -80,13 +80,13 @@ def measure(config, folder: Path, size: int, *, hold: bool) -> None:
         cpu, failed = time.process_time(), wait_for_sweep(runs, jobs, console=Console(file=io.StringIO()))
         assert not failed
         opened = Counter(Path(path).relative_to(sweep.path).parts[0] for path in counting if str(sweep.path) in path)
-        told = (
-            f", to the end {time.perf_counter() - asked:.1f} s, following them {time.process_time() - cpu:.2f} s CPU"
+        followed = (
+            f", to the end {time.perf_counter() - queried:.1f} s, following them {time.process_time() - cpu:.2f} s CPU"
             f"; files opened of a run: at most {max(opened.values())}"
         )
     print(
         f"{size:5d} runs: folders {made - begin:6.2f} s, submit {submitted - made:6.2f} s, one query of all states "
-        f"{asked - submitted:6.3f} s{told}",
+        f"{queried - submitted:6.3f} s{followed}",
         flush=True,
     )
 
