@@ -1,12 +1,12 @@
-"""How long a checkpoint stops training, against a step: the tiny pair, or a student of given shapes on one rank.
+"""Measure how long a checkpoint stops training, relative to a step: the tiny pair, or given shapes on one rank.
 
-    python scripts/bench_checkpoint.py --tiny             # the default run, 40 steps of it, a checkpoint every ten
+    python scripts/bench_checkpoint.py --tiny             # 40 steps of the default run, a checkpoint every ten
     python scripts/bench_checkpoint.py                    # Qwen2.5-0.5B's shapes: 494 million parameters, float32
     python scripts/bench_checkpoint.py --layers 2 --vocab 4096 --tokens 512
 
-A step of the second kind is one forward and backward over `--tokens` tokens of random weights, clipping and AdamW, and
-nothing else: a step of the default recipe samples and scores first, and has some hundred times as many tokens. `stops`
-is the time in `Saver.save`, and that for which the optimizer's next step waits for the copy.
+A step of the second kind is one forward and backward pass over `--tokens` tokens with random weights, clipping and
+AdamW. A step of the default recipe also samples and scores, and has about a hundred times as many tokens. `stops` is
+the time in `Saver.save`, and the time for which the next optimizer update waits for the copy.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main() -> None:
         for step in (1, 2, 3):
             step_s, before, begin = train(), saver.stopped_s, time.perf_counter()
             saver.save(step, {"metrics": {}})
-            beside_s = train()
+            during_s = train()
             stops_s = saver.stopped_s - before
             saver.finish()
             written_s = time.perf_counter() - begin
@@ -90,8 +90,8 @@ def main() -> None:
             print(
                 f"{sum(p.numel() for p in student.parameters()) / 1e6:.0f} M parameters, {size_gib:.2f} GiB: "
                 f"a step of {given.tokens} tokens {step_s:.2f} s; a checkpoint stops training for {stops_s:.3f} s "
-                f"({stops_s / step_s:.1%}), and is written after {written_s:.2f} s; the step beside it takes "
-                f"{beside_s:.2f} s",
+                f"({stops_s / step_s:.1%}), and is written after {written_s:.2f} s; a step during the writing takes "
+                f"{during_s:.2f} s",
                 flush=True,
             )
         saver.close()
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def measure_tiny() -> None:
-    """The command itself; what the main rank's log says of its checkpoints."""
+    """Run the command; read the checkpoint times from the main rank's log."""
     with tempfile.TemporaryDirectory() as folder:
         argv = ("train.max_steps=40", "run.name=r", "tracker=none")
         subprocess.run([sys.executable, "-m", "distill_cli", *argv], cwd=folder, check=True, capture_output=True)

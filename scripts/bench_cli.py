@@ -1,9 +1,9 @@
-"""How long the command takes to answer what starts nothing: wall and CPU seconds, the best of several.
+"""Measure commands that start no run: wall and CPU seconds, the best of several runs.
 
     python scripts/bench_cli.py [--repeat 5]
 
-Each is a process of its own, from the shell's view: the interpreter's start and every import are in it. Nothing torch
-may be imported by any of them, which the script looks at too.
+Each command runs in its own process, as from a shell: the interpreter's start and all imports are included. None may
+import torch; the script checks that too.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ COMMANDS = (
     "report nothing",
     "doctor",
 )
-"""`plan cluster=slurm` is refused, in one line, where there is no Slurm."""
+"""`plan cluster=slurm` is refused with one line if Slurm is not installed."""
 MAY_IMPORT_TORCH = ("doctor",)
-"""Its probes do, in processes of their own."""
+"""Its probes import torch, in processes of their own."""
 
 
 def measure(command: str, folder: str) -> tuple[float, float, int]:
-    """Wall and CPU seconds of the command and its children, and its exit status."""
+    """Return wall and CPU seconds of the command with its children, and its exit status."""
     before, begin = os.times(), time.perf_counter()
     argv = [sys.executable, "-m", "distill_cli", *command.split()]
     done = subprocess.run(argv, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)

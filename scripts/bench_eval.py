@@ -1,17 +1,20 @@
-"""How fast `distill eval` is once its engine has started, against vLLM's bare `generate`.
+"""Measure the speed of `distill eval` with a started engine, relative to vLLM's bare `generate`.
 
     python scripts/bench_eval.py
 
-500 problems of the built-in arithmetic, 4 answers each at temperature 0.7, on the embedded student and one engine; the
-variants alternate in one process, in an order that turns from round to round. The first round warms up. Start-up (of
-process, engine and the verifier's process), and the prompts' making, are in none of them. *Ours* is everything else
-that the command does: sampling with a seed an answer, judging, the parquet files, and the scores with their intervals.
-*Bare* is what one would write without it, `LLM.generate` with the same prompts, `max_tokens` and temperature and
-otherwise default parameters: a request an answer, or one a problem (*n=4*); *seeded* has a seed a request, as ours has.
-All ask the same engine, in this process: what is patched in vLLM here (`engines.process`) is so for all of them.
+500 generated arithmetic problems, 4 answers each at temperature 0.7, on the embedded student and one engine. The
+variants alternate in one process, in an order that rotates from round to round; the first round warms up. Starting the
+process, the engine and the verifier's process, and making the prompts, is not measured.
 
-Shares are medians of ratios within a round, and their range. Wall time says nothing where other work shares the cores;
-CPU time is of this process and its verifier's, and with OMP_NUM_THREADS=1 it has no threads in it that wait for others.
+- *ours*: everything else that the command does: sampling with a seed per answer, judging, the parquet files, and the
+  scores with their intervals.
+- *bare*: `LLM.generate` with the same prompts, `max_tokens` and temperature and otherwise default parameters, with one
+  request per answer; *n=4*: with one per problem; *seeded*: with a seed per request, as ours.
+
+All variants use the same engine in this process, with the same patches of vLLM (`engines.vllm_patches`).
+
+Shares are medians of the ratios within a round, with their range. Wall time is unreliable if other work shares the
+cores. CPU time includes the verifier's process; with OMP_NUM_THREADS=1 it contains no threads that spin.
 """
 
 from distill_cli.engines.process_setup import prepare_process
@@ -47,8 +50,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--problems", type=int, default=500)
     args = parser.parse_args()
-    asked = [f"eval.max_samples={args.problems}", "eval.repeat=4", "eval.temperature=0.7", "eval.batch_size=4096"]
-    (job,) = compose(asked)
+    overrides = [f"eval.max_samples={args.problems}", "eval.repeat=4", "eval.temperature=0.7", "eval.batch_size=4096"]
+    (job,) = compose(overrides)
     config = job.config
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
@@ -85,13 +88,13 @@ def report(rates: dict[str, list[float]], name: str, *, unit: str) -> str:
 
 
 def cpu_seconds() -> float:
-    """Of this process and its children."""
+    """Return the CPU seconds of this process and its children."""
     this = psutil.Process()
     return sum(one.cpu_times().user + one.cpu_times().system for one in (this, *this.children()))
 
 
 def bare(engine: Answerer, validator: Validator, *, n: int = 1, seeds: Sequence[int] | None = None) -> int:
-    """-> the number of tokens."""
+    """Sample with `LLM.generate`; return the number of tokens."""
     from vllm import SamplingParams
 
     prompts = [prompt.token_ids for prompt in validator.prompts for _ in range(validator.repeat // n)]

@@ -1,9 +1,9 @@
-"""How much memory an export takes, of a checkpoint that four ranks made: of a student with random weights.
+"""Measure the memory of an export, of a checkpoint that four ranks wrote of a student with random weights.
 
     python scripts/bench_export.py --layers 12 --hidden 768         # 193 million parameters
 
-Four ranks on this machine's CPU save a checkpoint with its optimizer's state; another process exports it. What counts
-is its anonymous memory (RssAnon of /proc/self/status): pages of the checkpoint's files can be given back at any time.
+Four ranks on this machine's CPU save a checkpoint with its optimizer state; another process exports it. Its anonymous
+memory is measured (RssAnon of /proc/self/status): the kernel can free pages of the checkpoint's files at any time.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def export(folder: Path, max_shard_size: str) -> None:
     of = sum(file.stat().st_size for file in checkpoint.path.iterdir()) / 2**20
     print(
         f"a checkpoint of {of:.0f} MiB, exported as {size:.0f} MiB in {len(files)} files: {seconds:.1f} s, "
-        f"{peak - before:.0f} MiB of memory over the {before:.0f} that imports take"
+        f"{peak - before:.0f} MiB of memory in addition to {before:.0f} MiB of the imports"
     )
 
 

@@ -1,11 +1,11 @@
-"""The fused head against the plain one: peak memory, time, and the gradient's error.
+"""Compare the fused head with the plain one: peak memory, time, and the gradient's error.
 
     python scripts/bench_loss.py                        # 2,048 tokens, V = 151,936, hidden 512, k = 64
     python scripts/bench_loss.py --device cuda --dtype bfloat16 --hidden 2048
 
-Each is measured in a fresh process, over what the process held before: the growth of its resident memory's peak on a
-CPU, of the allocator's on a GPU. The weight's gradient is part of both. The error is the norm of the gradient's
-difference from float64's, over that norm, on a small case.
+Each head is measured in a fresh process. Peak memory is the growth of the peak of resident memory on a CPU, of the
+allocator's peak on a GPU; it includes the weight's gradient. The error is the norm of the difference from the float64
+gradient, over the norm of the latter, on a small case.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def fused(hidden_NH, weight_VH, ids_NK, teacher_logp_NK, loss: DistillLoss) -> t
 
 
 def materialised(hidden_NH, weight_VH, ids_NK, teacher_logp_NK, loss: DistillLoss) -> torch.Tensor:
-    """log_softmax over all logits, and autograd."""
+    """Return the loss by log_softmax over all logits, for autograd."""
     logp_NV = (hidden_NH @ weight_VH.t()).to(teacher_logp_NK.dtype).log_softmax(-1)
     logp_NK = logp_NV.gather(1, ids_NK)
     rest_N = (1 - logp_NK.exp().sum(-1)).clamp_min(1e-7).log()
@@ -65,7 +65,7 @@ def make_inputs(sizes: dict[str, int], *, device: str, dtype: torch.dtype) -> tu
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """One forward and backward in this process, which should be fresh: peak MiB, CPU seconds, wall seconds."""
+    """Run one forward and backward pass in this process, which should be fresh; return peak MiB and seconds."""
     torch.set_num_threads(args.threads)
     inputs = make_inputs(vars(args), device=args.device, dtype=getattr(torch, args.dtype))
     loss = DistillLoss(kl_type=args.kl_type, tail=args.tail)
@@ -82,7 +82,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def peak_mib(*, on_gpu: bool, reset: bool = False) -> float:
-    """The largest memory so far; where `reset`, what is held now, from where the peak is counted anew."""
+    """Return the peak memory so far; with `reset`, restart the peak at the memory held now and return that."""
     if not on_gpu:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
@@ -94,7 +94,7 @@ def peak_mib(*, on_gpu: bool, reset: bool = False) -> float:
 
 
 def gradient_error(name: str, loss: DistillLoss) -> float:
-    """Of float32 against float64, on the CPU."""
+    """Return the relative error of the float32 gradient against float64, on the CPU."""
     gradients = []
     for function, dtype in ((VARIANTS[name], torch.float32), (materialised, torch.float64)):
         hidden_NH, weight_VH, ids_NK, teacher_logp_NK = make_inputs(SMALL, device="cpu", dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""What a training step holds at its most on CPU ranks, measured and predicted, in MiB of a rank: one table.
+"""Print the peak memory of an optimizer update on CPU ranks, measured and predicted, in MiB per rank.
 
-python scripts/bench_memory.py [WORDS...]      # only the cases whose name has one of them
+python scripts/bench_memory.py [WORDS...]      # only cases whose name contains one of the words
 """
 
 import sys

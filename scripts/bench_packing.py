@@ -1,9 +1,9 @@
-"""How full micro-batches are: real tokens over what the ranks could compute meanwhile, on long-tailed lengths.
+"""Measure how full micro-batches are on long-tailed lengths: real tokens over those the ranks could have computed.
 
     python scripts/bench_packing.py
 
-Lengths are lognormal (median 1,000, sigma 1), cut at 8,192; the budget is 16,384 tokens. In proportion to their number,
-so many sequences are drawn that each rank has about as many micro-batches as the first column says.
+Lengths are lognormal (median 1,000, sigma 1), cut at 8,192; a micro-batch has at most 16,384 tokens. The number of
+sequences grows with the number of ranks, so that each rank has about as many micro-batches as the first column shows.
 """
 
 import random
@@ -22,7 +22,7 @@ def draw(num_tokens: int, seed: int) -> list[int]:
 
 
 def main() -> None:
-    print(f"{'rows a rank':>11} {'ranks':>5} {'sequences':>9} {'packed':>7} {'worst':>7} {'padded':>7} {'plan ms':>8}")
+    print(f"{'rows / rank':>11} {'ranks':>5} {'sequences':>9} {'packed':>7} {'worst':>7} {'padded':>7} {'plan ms':>8}")
     for rows in (1, 2, 4, 8):
         for ranks in (1, 4, 8, 64):
             shares: dict[bool, list[float]] = {True: [], False: []}

@@ -1,6 +1,6 @@
-"""How long a report of a 1,000-step run with 200 recorded answers takes to make, and how large it is. On made data.
+"""Measure time and size of the report of a run with 1,000 steps and 200 recorded answers, on generated data.
 
-python scripts/bench_report.py [TOKENS]      # of an answer; 300 where none is given
+python scripts/bench_report.py [TOKENS]      # per answer; default 300
 """
 
 import sys
@@ -26,7 +26,7 @@ def main() -> None:
         file = write_report(read_results([run.path]), Path(folder) / "report.html")
         seconds, cpu_s, size = time.perf_counter() - begin, time.process_time() - cpu, file.stat().st_size
         what = f"1,000 steps, 200 answers of {num_tokens} tokens"
-        print(f"{what}: {seconds:.1f} s ({cpu_s:.1f} of the CPU), {size / 1e6:.2f} MB")
+        print(f"{what}: {seconds:.1f} s ({cpu_s:.1f} s CPU time), {size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Times the default run as a user sees it: command to first step, command to end, accuracy, and what is overhead.
+"""Measure the default run from the command line: time to the first step and to the end, accuracy, overhead.
 
     python scripts/bench_run.py [OVERRIDES ...] [--seeds 42 43 44]
 
-Prints a row a seed: seconds from the command to the start of the first training step and to the end, accuracy of
-student before and after and of the teacher, the student's share of the teacher's accuracy, and the share of a step
-(median over steps) that is none of sync, sample, score, train.
+Print one row per seed: seconds from the command to the start of the first training step and to the end, accuracy of the
+student before and after and of the teacher, the student's accuracy relative to the teacher's, and the share of a step
+(median over steps) that is not sync, sample, score or train.
 """
 
 from __future__ import annotations

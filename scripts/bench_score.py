@@ -1,9 +1,9 @@
-"""How fast the engines are: scoring against the same engine's bare prefill and against vLLM's own log-probabilities.
+"""Measure the engines: scoring relative to the same engine's bare prefill and to vLLM's own log-probabilities.
 
     python scripts/bench_score.py
 
-Everything is measured in one run, alternating, on a random Qwen3 model; medians over the rounds are printed. Scoring
-asks for log-probabilities at every position, the worst case: a prompt before the response costs nothing more.
+All variants alternate in one process, on a random Qwen3 model; medians over the rounds are printed. Scoring returns
+log-probabilities at every position, the worst case: positions of a prompt would need none.
 """
 
 from distill_cli.engines.process_setup import prepare_process
@@ -29,7 +29,7 @@ from distill_cli.engines.teacher import VllmTeacher  # noqa: E402
 
 VOCAB_SIZE = 1024
 SHAPES = ((32, 67), (16, 259))
-"""Sequences and tokens of each, of a batch to score."""
+"""Number of sequences of a batch to score, and tokens of each."""
 TOPKS = (32, 64, 128)
 
 

@@ -1,8 +1,8 @@
-"""Sweeps of a hundred to a thousand runs on a real Slurm, each a task that does nothing: what each part costs.
+"""Measure sweeps of 100 to 1,000 runs on a real Slurm, each a task that does nothing: the cost of each part.
 
-`scripts/slurm_cluster.sh run python scripts/bench_slurm.py` prints one line a size. Folders are made and submitted as
-those of a sweep are, and states are asked as `--wait` asks. `--run-to-the-end 1000` follows that many to their end as
-`--wait` does, and counts how often a file of a run is opened for it. Composing and checking are measured apart.
+`scripts/slurm_cluster.sh run python scripts/bench_slurm.py` prints one line per size. Folders are made and submitted
+like those of a sweep; states are queried like `--wait` does. `--run-to-the-end 1000` follows that many runs to their
+end like `--wait`, and counts how often it opens a file of a run. Composing and checking are measured separately.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distill_cli.launch.slurm import Slurm
 
 
 def do_nothing(run: str) -> None:
-    """A task that ends as a run does, without having done anything."""
+    """End like a run that has finished, without doing anything."""
     import submitit
 
     end = JobEnd(submitit.JobEnvironment().job_id, 0, None)
@@ -50,9 +50,8 @@ def main() -> None:
     composed = time.perf_counter()
     resolve_jobs(jobs)
     checked = time.perf_counter()
-    print(
-        f"compose {(composed - begin) / 20 * 1000:.1f} ms a run, check {(checked - composed) / 20 * 1000:.1f} ms a run"
-    )
+    compose_ms, check_ms = ((composed - begin) / 20 * 1000, (checked - composed) / 20 * 1000)
+    print(f"compose {compose_ms:.1f} ms per run, check {check_ms:.1f} ms per run")
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
             measure(job.config, Path(folder), size, hold=size != arguments.run_to_the_end)
@@ -71,9 +70,9 @@ def measure(config, folder: Path, size: int, *, hold: bool) -> None:
         write_json(run.job, asdict(job))
     submitted = time.perf_counter()
     states = slurm.status([job.job_id for job in jobs])
-    asked = time.perf_counter()
+    queried = time.perf_counter()
     assert len(states) == size or not hold
-    told = ""
+    followed = ""
     if hold:
         slurm.ask("scancel", jobs[0].job_id.partition("_")[0])
     else:
@@ -81,19 +80,19 @@ def measure(config, folder: Path, size: int, *, hold: bool) -> None:
         cpu, failed = time.process_time(), wait_for_sweep(runs, jobs, console=Console(file=io.StringIO()))
         assert not failed
         opened = Counter(Path(path).relative_to(sweep.path).parts[0] for path in counting if str(sweep.path) in path)
-        told = (
-            f", to the end {time.perf_counter() - asked:.1f} s, following them {time.process_time() - cpu:.2f} s CPU"
+        followed = (
+            f", to the end {time.perf_counter() - queried:.1f} s, following them {time.process_time() - cpu:.2f} s CPU"
             f"; files opened of a run: at most {max(opened.values())}"
         )
     print(
-        f"{size:5d} runs: folders {made - begin:6.2f} s, submit {submitted - made:6.2f} s, one look at all states "
-        f"{asked - submitted:6.3f} s{told}",
+        f"{size:5d} runs: folders {made - begin:6.2f} s, submit {submitted - made:6.2f} s, one query of all states "
+        f"{queried - submitted:6.3f} s{followed}",
         flush=True,
     )
 
 
 counting: list[str] = []
-"""Every file that this process opens."""
+"""Paths of the files that this process has opened."""
 
 
 def count_opens(event: str, arguments: tuple) -> None:

@@ -2,8 +2,8 @@
 
     python scripts/check_vllm_versions.py FOLDER...
 
-A FOLDER holds one release: a wheel unpacked (`pip download --no-deps vllm==0.33.0`, `unzip`), or a checkout; `vllm/` is
-in it. Prints the releases in which each name is, and exits with status 1 if one lacks any.
+Each FOLDER holds one release, with its `vllm/`: an unpacked wheel (`pip download --no-deps vllm==0.33.0`, `unzip`), or
+a checkout. Print the releases that have each name; exit with status 1 if a release lacks one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     folders = sorted(parser.parse_args().folders, key=lambda folder: version(folder))
     for folder in folders:
         if not (folder / "vllm").is_dir():
-            parser.error(f"{folder}: there is no vllm/ in it")
+            parser.error(f"{folder}: has no folder vllm/")
     lacking = set()
     for reach in REACHES:
         found = [folder for folder in folders if has(folder, reach)]

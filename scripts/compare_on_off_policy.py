@@ -1,11 +1,11 @@
-"""On-policy against off-policy distillation of the tiny pair at the same number of training tokens: a figure.
+"""Draw on-policy and off-policy distillation of the tiny pair over the same number of training tokens.
 
     python scripts/compare_on_off_policy.py docs/on_off_policy.svg [--root runs/on_off_policy] [--seeds 42 43 44]
 
-Runs the command once for each seed and kind of answers (the student's own, the teacher's, the dataset's); one that has
-finished before is not done again. Left, accuracy on held-out prompts; right, KL(student || teacher) at the tokens that
-the student itself samples for held-out prompts, whichever answers it was trained on; both over the response tokens that
-it has learned from. Prints a row a run. Needs matplotlib (in the dev group).
+Run the command once per seed and kind of answers (the student's own, the teacher's, the dataset's), except runs that
+have finished before. Left: accuracy on held-out prompts. Right: KL(student || teacher) at the tokens that the student
+samples for held-out prompts, whichever answers it was trained on. Both over the response tokens trained on. Print one
+row per run. Needs matplotlib (in the dev group).
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ SHARED = ("train.max_steps=40", "eval.period=4", "eval.record_samples=64", "chec
 
 @dataclass(frozen=True)
 class Curve:
-    """One run, at its validations."""
+    """The validations of one run."""
 
     tokens: list[int]
     """Response tokens that the student had learned from."""
     accuracy: list[float]
     kl: list[float]
-    """KL(student || teacher), nats a token, on the student's own samples."""
+    """KL(student || teacher) on the student's own samples, in nats per token."""
     teacher: float
     """The teacher's accuracy."""
 
@@ -64,7 +64,7 @@ def main() -> None:
             curves.setdefault(kind, []).append(read(run(kind, seed, arguments.root)))
     draw(curves, arguments.out)
     tokens = min(curve.tokens[-1] for of_kind in curves.values() for curve in of_kind)
-    print(f"at {tokens} response tokens, which all runs reached:")
+    print(f"at {tokens} response tokens, the most that all runs reached:")
     for kind, of_kind in curves.items():
         for seed, curve in zip(arguments.seeds, of_kind, strict=True):
             accuracy, kl = (numpy.interp(tokens, curve.tokens, values) for values in (curve.accuracy, curve.kl))
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def run(kind: str, seed: int, root: Path) -> Path:
-    """The folder of a finished run, which is made if need be."""
+    """Return the folder of a finished run; run it first if necessary."""
     folder = root / f"{kind}_{seed}"
     if not (folder / "outcome.json").is_file():
         argv = [*SHARED, *KINDS[kind][2], f"train.seed={seed}", f"run.root={root}", f"run.name={folder.name}"]
@@ -107,7 +107,7 @@ def draw(curves: dict[str, list[Curve]], out: Path) -> None:
     accuracy.set_ylabel("held-out answers that are right")
     accuracy.legend(frameon=False, fontsize=9, loc="lower right")
     divergence.set_yscale("log")
-    divergence.set_ylabel("KL(student || teacher), nats a token")
+    divergence.set_ylabel("KL(student || teacher), nats per token")
     for axes in panels:
         axes.set_xlabel("response tokens trained on")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:.0f}k")
@@ -117,11 +117,11 @@ def draw(curves: dict[str, list[Curve]], out: Path) -> None:
 
 
 def draw_kind(axes: Axes, lines: Sequence[tuple[list[int], list[float]]], *, color: str, label: str) -> None:
-    """Each seed as a thin line, and their mean, validation by validation."""
+    """Draw each seed as a thin line, and the mean over seeds at each validation."""
     for tokens, values in lines:
         axes.plot(tokens, values, color=color, linewidth=0.8, alpha=0.4)
     means = [[fmean(column) for column in zip(*part, strict=True)] for part in zip(*lines, strict=True)]
-    style = "o:" if color == KINDS["dataset"][1] else "o-"  # it may lie on the teacher's
+    style = "o:" if color == KINDS["dataset"][1] else "o-"  # it may coincide with the teacher's
     axes.plot(*means, style, color=color, linewidth=1.6, markersize=3, label=label)
 
 

@@ -1,14 +1,14 @@
-"""Check on a GPU everything that needs one, in stages: first what costs a user most if it is wrong.
+"""Check on a GPU everything that needs one, in stages, in the order of what a failure costs a user.
 
     python scripts/gpu_acceptance.py --out gpu_results             # every stage, on one GPU
-    python scripts/gpu_acceptance.py --only b,c --minutes 4        # some, as far as the time goes
+    python scripts/gpu_acceptance.py --only b,c --minutes 4        # some stages, within a time limit
     python scripts/gpu_acceptance.py --rehearse                    # the same code on the CPU, with tiny shapes
     python scripts/gpu_acceptance.py --write-docs gpu_results/results.json
 
 Each stage runs in its own process with a time limit. Its figures are in results.json within a second: a run that is cut
 off loses only what its last stage had not measured yet. A later run into the same folder adds its stages. If a stage
-fails, hangs or runs out of memory, its error is one line beside the path of its log, and the next stage starts. The
-table shows each figure, its target and whether it was met; a missed target is not a failure.
+fails, hangs or runs out of memory, one line has its error and the path of its log, and the next stage starts. The table
+shows each figure, its target and whether it was met; a missed target is not a failure.
 
 Exit status: 0 if every started stage passed, 1 if one failed or was cut off, 2 if the command is wrong or there is no
 GPU. `--write-docs` writes a finished results.json into docs/performance.md and starts nothing.
@@ -47,7 +47,7 @@ MACHINE_S = 120.0
 STACKS_S = 2.0
 TAIL_CHARACTERS = 6000
 SCRATCH_GIB = 16
-"""Disk space for two made-up models of 1.7B and 4B parameters."""
+"""Disk space for two random models of 1.7B and 4B parameters."""
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
     if arguments.write_docs:
         sys.exit(write_docs(arguments.write_docs, REPOSITORY / "docs" / "performance.md"))
     if not arguments.rehearse and not hardware.visible_gpus():
-        print("error: no GPU is visible: run on a machine that has one, or --rehearse on the CPU", file=sys.stderr)
+        print("error: no GPU is visible: run on a machine with one, or use --rehearse on the CPU", file=sys.stderr)
         sys.exit(2)
     chosen = [name for name in STAGES if name in arguments.only and name not in arguments.skip]
     with tempfile.TemporaryDirectory(prefix="gpu-acceptance-", dir=scratch_root(arguments)) as scratch:
@@ -85,12 +85,12 @@ def parse() -> argparse.Namespace:
 
     parser.add_argument("--only", type=stages, default=list(STAGES), metavar="a,b", help="run these stages")
     parser.add_argument("--skip", type=stages, default=[], metavar="a,b", help="leave these out")
-    parser.add_argument("--minutes", type=float, default=0.0, help="leave out what does not fit; 0 is no limit")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
+    parser.add_argument("--minutes", type=float, default=0.0, help="leave out stages that do not fit; 0 is no limit")
+    parser.add_argument("--rehearse", action="store_true", help="run on the CPU, with tiny shapes")
     parser.add_argument("--out", type=Path, default=Path("gpu_results"), help="folder of results.json and the logs")
     parser.add_argument("--work", type=Path, help="scratch folder; default: shared memory if there is room, else /tmp")
-    parser.add_argument("--commit", help="of this code, where git cannot tell")
-    parser.add_argument("--write-docs", type=Path, metavar="RESULTS", help="results.json into docs/performance.md")
+    parser.add_argument("--commit", help="commit of this code, if git does not know it")
+    parser.add_argument("--write-docs", type=Path, metavar="RESULTS", help="write it into docs/performance.md")
     arguments = parser.parse_args()
     if arguments.minutes < 0:
         parser.error(f"--minutes {arguments.minutes:g}: must be 0 or more")
@@ -105,7 +105,7 @@ def scratch_root(arguments: argparse.Namespace) -> Path | None:
 
 
 class Run:
-    """Runs stages one after the other and keeps their results."""
+    """Run stages one after the other and keep their results."""
 
     def __init__(
         self, arguments: argparse.Namespace, scratch: Path, *, command: Callable[..., list[str]] | None = None

@@ -23,20 +23,20 @@ CONF = ROOT / "conf"
 INTRODUCTION = """\
 # Configuration
 
-Every key, with its type, default and meaning. This page is made by `python scripts/make_configuration_doc.py` from
+Every key, with its type, default and meaning. `python scripts/make_configuration_doc.py` writes this page from
 [`schema.py`](../distill_cli/config/schema.py), [`execution_schema.py`](../distill_cli/config/execution_schema.py),
-[`divergence.py`](../distill_cli/losses/divergence.py) and [`conf/`](../conf); a test holds it current.
+[`divergence.py`](../distill_cli/losses/divergence.py) and [`conf/`](../conf); a test checks that it is current.
 
-Defaults are those of the Qwen3 recipe on GPUs. The files of `conf/` choose others by group; `model=tiny`, the default
-choice, scales all of them to a laptop. `distill --cfg job` prints what a command composes to.
+Defaults are those of the Qwen3 recipe on GPUs. The files of `conf/` set others by group; `model=tiny`, the default
+choice, selects sizes for a laptop in several groups. `distill --cfg job` prints what a command composes to.
 
 ```bash
 distill --cfg job                                   # every key with its value
-distill --cfg job --package loss                    # those of one group
+distill --cfg job --package loss                    # the keys of one group
 distill ls                                          # the groups, and `distill ls loss` the choices of one
-distill loss=reverse loss.topk=32                   # a choice, and a key
-distill 'rollout.stop=["\\n\\n"]' data.system_prompt=null   # lists are quoted for the shell; null is none
-distill 'model.chat_template_kwargs={enable_thinking: false}'   # so are dictionaries
+distill loss=reverse loss.topk=32                   # a choice of a group, and a key
+distill 'rollout.stop=["\\n\\n"]' data.system_prompt=null   # quote lists for the shell; null is none
+distill 'model.chat_template_kwargs={enable_thinking: false}'   # quote dictionaries too
 ```
 """
 

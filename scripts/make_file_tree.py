@@ -1,6 +1,6 @@
-"""Writes the list of the package's files into README.md: each with the first sentence of its docstring.
+"""Write the list of the package's files into README.md, each with the first sentence of its docstring.
 
-python scripts/make_file_tree.py          # a test holds it current
+python scripts/make_file_tree.py          # a test checks that it is current
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BEGIN, END = "<!-- files: begin -->\n", "<!-- files: end -->"
 
 
 def phrase(file: Path) -> str:
-    """Return the first sentence of a module's docstring; of a long one what stands before its semicolon or colon."""
+    """Return the first sentence of a module's docstring; if it is long, its part before a semicolon or colon."""
     text = " ".join((ast.get_docstring(ast.parse(file.read_text())) or "").split())
     for end in (r"\.", "[.;]", "[.;:]"):
         sentence = re.split(rf"(?<=[\w)`']){end}(?: |$)", text)[0]
@@ -39,7 +39,7 @@ def tree() -> str:
 
 
 def with_tree(readme: str) -> str:
-    """Return README.md's text with the present list."""
+    """Return the text of README.md with the current list."""
     before, rest = readme.split(BEGIN)
     return before + BEGIN + tree() + END + rest.split(END)[1]
 

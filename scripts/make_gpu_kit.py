@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
 """Make a kit for a GPU node without package access: vLLM, what it needs and what distill needs, in one small archive.
 
-    python scripts/make_gpu_kit.py --out gpu-kit      # with package access, standard library and pip alone
+    python scripts/make_gpu_kit.py --out gpu-kit      # needs package access, the standard library and pip
     sh gpu-kit/unpack.sh [PIECES [TARGET]]            # on the node; default: the folder of unpack.sh, /opt/kit
     export PYTHONPATH=/opt/kit:CHECKOUT
 
-The node has torch, transformers and the usual rest already (docs/gpu.md lists them). What it lacks is downloaded with
-pip, cut to what dense decoders in bfloat16 or float32 need on one architecture of GPU, packed and split. `unpack.sh`
-checks SHA-256 sums; `try_gpu_kit.py`, which the kit carries, then tries the kernels on the GPU.
+The node already has torch, transformers and other packages (docs/gpu.md lists them). The missing packages are
+downloaded with pip, cut to what dense decoders in bfloat16 or float32 need on one GPU architecture, packed and split.
+`unpack.sh` checks SHA-256 sums; `try_gpu_kit.py`, which is part of the kit, then tries the kernels on the GPU.
 
-What makes vLLM's 600 MB small: a CUDA library holds its kernels once for each architecture, in containers. Entries that
-the target cannot run leave their container, as if the library had been built for that GPU alone; the room is filled
-with zeros, which compress to nothing, and so are symbol tables, which only debuggers read. Everything outside the
-containers stays where it was. `cuobjdump --extract-elf` reads the same code from the cut library as from the uncut one.
+Why vLLM's 600 MB become small: a CUDA library holds each kernel once per architecture, in containers. Entries that the
+target GPU cannot run are removed from their container, as if the library had been built for that GPU alone. Their space
+is filled with zeros, which compress to nothing; so are symbol tables, which only debuggers read. Everything outside the
+containers keeps its place. `cuobjdump --extract-elf` reads the same code from the cut library as from the uncut one.
 `--originals` also packs the uncut library, 54 MB, as `original.*`: a fallback, see `try_gpu_kit.py`. `unpack.sh`
-unpacks whichever pieces lie in the folder.
+unpacks all pieces in its folder.
 
 Left out of the kit: mixture-of-experts tuning files, FlashAttention 2 and 4, DeepGEMM, the Rust server, constrained
 decoding, mlflow (run with tracker=none) and vl-convert (reports without pictures).
@@ -166,8 +166,8 @@ def main() -> None:
     parser.add_argument("--python", default="312", help="the node's Python, as in 312")
     parser.add_argument("--arch", type=int, default=90, help="the node's GPU: 80 for an A100, 90 for an H100")
     parser.add_argument("--vllm", default=VLLM, help="the release that was built against the node's torch")
-    parser.add_argument("--vllm-wheel", type=Path, help="a wheel that is here already, instead of a download")
-    parser.add_argument("--originals", action="store_true", help="also pack the uncut library, apart")
+    parser.add_argument("--vllm-wheel", type=Path, help="a local wheel, instead of a download")
+    parser.add_argument("--originals", action="store_true", help="also pack the uncut library, in separate pieces")
     parser.add_argument("--piece-mib", type=int, default=58, help="largest piece, MiB")
     parser.add_argument("--preset", type=int, default=9, help="xz preset, 0 to 9")
     parser.add_argument("--stage", type=Path, help="also keep the unpacked kit in this folder")

@@ -1,7 +1,7 @@
-"""Writes docs/metrics.md from the declarations in distill_cli/metrics.py.
+"""Write docs/metrics.md from the declarations in distill_cli/metrics.py.
 
-python scripts/make_metrics_doc.py            # writes it
-python scripts/make_metrics_doc.py --check    # status 1 if it is not current
+python scripts/make_metrics_doc.py            # write it
+python scripts/make_metrics_doc.py --check    # exit with status 1 if it is not current
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ PAGE = Path(__file__).parent.parent / "docs/metrics.md"
 INTRODUCTION = """\
 # Metrics
 
-What a line of a run's `metrics.jsonl` may hold, besides `step` and `time` (seconds since 1970). MLflow gets all of it.
-This page is made by `python scripts/make_metrics_doc.py` from [`metrics.py`](../distill_cli/metrics.py); a test keeps
-it current.
+The metrics in a line of a run's `metrics.jsonl`, in addition to `step` and `time` (seconds since 1970). MLflow gets all
+of them. `python scripts/make_metrics_doc.py` writes this page from [`metrics.py`](../distill_cli/metrics.py); a test
+checks that it is current.
 
-`checkpoint.metric` may be any train/, rollout/ or val/ metric that is measured during training. If neither high nor low
-is better by itself, `checkpoint.higher_is_better` must say which checkpoints are kept.
+`checkpoint.metric` may be any train/, rollout/ or val/ metric that is measured during training. If the metric has no
+better direction of its own, `checkpoint.higher_is_better` must be set.
 
-| metric | is | unit | better | in a step's line | needs |
+| metric | meaning | unit | better | in the printed line | needs |
 |---|---|---|---|---|---|
 """
 

@@ -1,11 +1,11 @@
-"""Makes the pair that ships with distill: a teacher that can add and subtract, and a student that forgets to carry.
+"""Make the pair that ships with distill: a teacher that can add and subtract, and a student that forgets to carry.
 
     python scripts/make_tiny_pair.py [--out DIR]
 
-One byte-level BPE tokenizer and two small Qwen3 models, each trained from scratch on one core. Both learn from right
-worked solutions. The student is smaller, and then reads a few thousand careless ones, whose steps mostly forget to
-carry and to borrow. So it keeps the format and a latent skill, but answers wrong; what the teacher prefers brings the
-skill back within some dozen steps of distillation, whereas learning to add takes a thousand.
+One byte-level BPE tokenizer and two small Qwen3 models, each trained from scratch on one core. Both are trained on
+right worked solutions. The student is smaller, and is then trained on a few thousand careless solutions, most steps of
+which forget to carry or borrow. It keeps the format and a latent skill, but answers wrong. Distillation brings the
+skill back within a few dozen steps, whereas learning to add takes a thousand.
 
 Left out: anything that a larger model would need (sharding, accumulation, checkpoints, mixed precision).
 
@@ -45,22 +45,22 @@ CHAT_TEMPLATE = """\
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Qwen's tokenizers cut text before merging: every digit stands alone."""
+"""How Qwen's tokenizers split text before merging: each digit is separate."""
 IGNORED = -100
-"""The target of a token that is not learnt."""
+"""The target of a token without loss."""
 
 NUM_TRAINING_PROBLEMS = 50_000
 NUM_VALIDATION_PROBLEMS = 1000
 EVALUATION_BATCH_SIZE = 250
 MAX_NEW_TOKENS = 48
 FORGETFULNESS = 0.8
-"""How many of a careless solution's steps forget to carry or borrow, where there is something to forget."""
+"""Probability that a step of a careless solution forgets to carry or borrow, if there is something to forget."""
 BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
 class Course:
-    """What is read, in how many steps, with the layers' largest learning rate."""
+    """Training data, number of steps, and the largest learning rate of the layers."""
 
     solve: Callable[[str, random.Random], str]
     steps: int
@@ -79,9 +79,9 @@ def right_solution(question: str, rng: random.Random) -> str:
 
 
 def careless_solution(question: str, rng: random.Random) -> str:
-    """A worked solution whose steps may forget to carry or borrow, and go on from what they got.
+    """Return a worked solution whose steps may forget to carry or borrow; each continues from the last result.
 
-    Both are children's classic bugs: 47 + 85 = 122 (no carry), and 132 - 16 = 124 (each column the smaller from the
+    Both are classic errors of children: 47 + 85 = 122 (no carry), and 132 - 16 = 124 (each column the smaller from the
     larger; Brown and VanLehn 1980).
     """
     first, *rest = question.removeprefix("What is ").removesuffix("?").split()
@@ -111,7 +111,7 @@ def training_problems() -> list[Example]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE in Qwen's manner; the licence's text gives it some English to merge."""
+    """Train a byte-level BPE tokenizer like Qwen's; the licence's text provides some English."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -179,9 +179,9 @@ def render_prompt(question: str, tokenizer: PreTrainedTokenizerFast) -> str:
 def draw_batches(
     course: Course, problems: Sequence[Example], tokenizer: PreTrainedTokenizerFast, *, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(input ids, targets) of each step, int64 [B, T]: the target of a position is the token after it.
+    """Yield input ids and targets of each step, int64 [B, T]: the target of a position is the token after it.
 
-    Solutions are written anew each time, so that carelessness is a habit and no fact about a problem.
+    Solutions are generated anew each time, so that errors are random and not a property of a problem.
     """
     rng = random.Random(seed)
     order: list[Example] = []
@@ -202,7 +202,7 @@ def draw_batches(
 
 
 def make_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, where it needs a third of AdamW's steps, and AdamW for the rest."""
+    """Return Muon for the layers' matrices, where it needs a third of AdamW's steps, and AdamW for the rest."""
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
     known = set(map(id, matrices))
     others = [parameter for parameter in model.parameters() if id(parameter) not in known]
@@ -220,7 +220,7 @@ def train(
     *,
     seed: int,
 ) -> None:
-    """Cross-entropy on the answers: a short warm-up, constant, and a linear decay over the second half."""
+    """Minimise cross-entropy on the answers. The learning rate warms up, is constant, decays in the second half."""
     optimizers = make_optimizers(model)
     for step, (input_ids_BT, targets_BT) in enumerate(draw_batches(course, problems, tokenizer, seed=seed)):
         progress = step / course.steps
@@ -243,7 +243,7 @@ def train(
 def measure_accuracy(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Example], *, temperature: float
 ) -> float:
-    """The share of problems answered right; temperature 0 is greedy."""
+    """Return the share of problems answered right; temperature 0 is greedy."""
     torch.manual_seed(0)
     options = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     num_right = 0.0
@@ -264,7 +264,7 @@ def measure_accuracy(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=OUT, help="the folder to write teacher/ and student/ to")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of teacher/ and student/")
     out = parser.parse_args().out
     torch.set_num_threads(1)  # with more, sums change their order, and the weights with them
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""Draws a run's accuracy and KL over its steps: the README's figure.
+"""Draw a run's accuracy and KL over its steps: the figure of the README.
 
     distill run.name=figure && python scripts/plot_run.py runs/figure docs/default_run.svg
 
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def draw_accuracy(axes: Axes, rows: list[dict]) -> None:
-    """The student on held-out prompts and on what it samples, between its start and the teacher."""
+    """Draw the student's accuracy, held out and sampled in training, with the teacher's as a line."""
     teacher = rows[0]["val/teacher_accuracy"]
     validated = [row for row in rows if "val/accuracy" in row]
     trained = [row for row in rows if "rollout/accuracy" in row]
@@ -61,7 +61,7 @@ def draw_divergence(axes: Axes, rows: list[dict]) -> None:
     ):
         axes.plot([row["step"] for row in steps], [row[key] for row in steps], color=color, lw=1.5, label=label)
     axes.set_yscale("log")
-    axes.set_ylabel("nats a token")
+    axes.set_ylabel("nats per token")
     axes.legend(frameon=False, fontsize=9)
 
 

@@ -1,7 +1,7 @@
-"""Runs short jobs of every kind and prints what they computed, to the last bit: a refactoring must not change it.
+"""Record the numbers of short runs of every kind, bit for bit, to show that a refactoring does not change them.
 
     python scripts/record_numbers.py --out numbers.json           # in a checkout of the commit to compare with
-    python scripts/record_numbers.py --compare numbers.json       # in a checkout of the commit that is judged
+    python scripts/record_numbers.py --compare numbers.json       # in a checkout of the commit to check
 
 Losses, sampled tokens, the teacher's scores and the trained parameters of a default run, adapters, two ranks, a resumed
 run, a replay and a sweep. Bits depend on the processor's instructions and on torch: compare on one machine.
@@ -35,14 +35,14 @@ COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "replay": (("replay", "runs/default", "loss=skew_forward", "tracker=none"),),
     "sweep": (("-m", "loss.topk=8,16", *SMALL, *UNMEASURED, "train.max_steps=1"),),
 }
-"""Command lines by the name of the run that they leave."""
+"""Command lines, by the name of the run that they produce."""
 MEASURED = ("train/", "rollout/", "val/")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the numbers here")
-    parser.add_argument("--compare", type=Path, help="exit with 1 if they differ from those written there")
+    parser.add_argument("--compare", type=Path, help="exit with status 1 if they differ from those in this file")
     parser.add_argument("--only", nargs="*", choices=list(COMMANDS), default=list(COMMANDS))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def numbers(folder: Path, name: str) -> dict[str, Any]:
-    """Run the commands of `name` in `folder`, and return what each run folder that they left holds."""
+    """Run the commands of `name` in `folder`; return the numbers of each resulting run folder."""
     if name == "replay" and not (folder / "runs/default").exists():
         numbers(folder, "default")
     for argv in COMMANDS[name]:
@@ -74,7 +74,7 @@ def numbers(folder: Path, name: str) -> dict[str, Any]:
 
 
 def computed(run: Path) -> dict[str, Any]:
-    """What a run's folder says of its numbers: metrics by step, and a digest of each tensor file."""
+    """Return the numbers in a run's folder: metrics by step, and a digest of each tensor file."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     files = [*sorted((run / "scores").glob("step_*/*.safetensors")), *sorted((run / "student").glob("*.safetensors"))]
     return {
@@ -84,7 +84,7 @@ def computed(run: Path) -> dict[str, Any]:
 
 
 def digest(file: Path) -> str:
-    """SHA-256 of a safetensors file's names, shapes and bytes, whatever their order in it."""
+    """Return the SHA-256 of a safetensors file's names, shapes and bytes, independent of their order in the file."""
     found = hashlib.sha256()
     for name, tensor in sorted(load_file(file).items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -93,14 +93,14 @@ def digest(file: Path) -> str:
 
 
 def processor() -> str:
-    """What the bits depend on besides the code: the processor's maker, its instructions, and torch."""
+    """Return what the bits depend on in addition to the code: processor vendor, instruction set, torch version."""
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
     maker = next((line.split()[-1] for line in cpus if line.startswith("vendor_id")), "unknown")
     return f"{maker}-{torch.backends.cpu.get_cpu_capability()}-torch{torch.__version__.partition('+')[0]}"
 
 
 def differences(recorded: Any, found: Any, at: str = "") -> list[str]:
-    """One line for each value that differs; a key that only one side has differs, too."""
+    """Return one line for each value that differs; a key that only one side has is a difference."""
     if isinstance(recorded, dict) and isinstance(found, dict):
         keys = [*recorded, *(key for key in found if key not in recorded)]
         return [line for key in keys for line in differences(recorded.get(key), found.get(key), f"{at}/{key}")]

@@ -1,14 +1,15 @@
-"""Kills a run at random instants, fifty times, and compares what it comes to with a run that was left alone.
+"""Kill a run fifty times at random moments, and compare its result with that of an uninterrupted run.
 
     python scripts/torture.py --kills 50
 
-Each kill picks a victim and a moment. A rank, the process of an engine, torchrun or the launcher is killed (SIGKILL), a
-rank hangs (SIGSTOP), or the run is asked to stop (SIGTERM, SIGUSR1); at any time, while a checkpoint is written, during
-a sync, a validation, or the start that follows an earlier kill. Where the launcher is gone, `distill resume` goes on.
+Each kill has a victim and a moment. A rank, an engine's process, torchrun or the launcher is killed (SIGKILL), a rank
+hangs (SIGSTOP), or the run receives a stop request (SIGTERM, SIGUSR1): at any time, while a checkpoint is written,
+during a sync, a validation, or the start after an earlier kill. If the launcher is gone, `distill resume` continues the
+run.
 
-The run has two parts: one rank with both engines in its process first, then two ranks with the teacher over both, which
-gives its engine a process of its own beside each rank. At the end the student's parameters must be equal bit for bit,
-every step must be once in metrics.jsonl and in MLflow, and no process and no shared memory may be left.
+The run has two parts: first one rank with both engines in its process, then two ranks with the teacher over both, whose
+engine then has a process of its own for each rank. At the end the student's parameters must be equal bit for bit, every
+step must be once in metrics.jsonl and in MLflow, and no process and no shared memory may be left.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from safetensors.torch import load_file
 
 VICTIMS = ("rank", "launcher", "torchrun", "stop")
 SLOW_VICTIM = "hang"
-"""Takes cluster.hang_timeout_s to be found out."""
+"""Is detected after cluster.hang_timeout_s."""
 MOMENTS = ("any time", "checkpoint", "sync", "eval", "start", "start")
 SETTINGS = (
     *("model=tiny", "run.name=run", "rollout.prompts_per_step=8", "train.global_batch_size=8"),
@@ -43,26 +44,26 @@ SETTINGS = (
 )
 OWN_ENGINES = ("cluster.ranks_per_node=2", "engine.teacher.tensor_parallel=2")
 MARK = "DISTILL_TORTURE"
-"""In the environment of every process that comes of us: its value is our folder."""
+"""Environment variable of all processes that this script starts; its value is the script's folder."""
 
 
 @dataclass
 class Kill:
-    """One attempt on the run's life, and what came of it."""
+    """A kill and its cost."""
 
     victim: str
     moment: str
     step: int
     """The last step that was recorded."""
     lowest: int
-    """The last step that was recorded after the attempt that followed had cut the rest off."""
+    """The last recorded step after the next attempt had removed those beyond its checkpoint."""
     at: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     """From the kill until the run was beyond that step."""
 
     @property
     def lost_steps(self) -> int:
-        """Recorded steps that had to be done again."""
+        """Recorded steps that had to be repeated."""
         return self.step - self.lowest
 
 
@@ -78,13 +79,13 @@ class Wild:
         self._process = self._go_on()
 
     def _go_on(self) -> subprocess.Popen:
-        """Starts the run, or takes it up again."""
+        """Start the run, or resume it."""
         if not (self.run / "config.yaml").exists():
             return start(self.folder, *self._settings, *self._overrides)
         return start(self.folder, "resume", "runs/run", *self._overrides)
 
     def torture(self, num_kills: int, *, minutes: float, victims: Sequence[str], overrides: Sequence[str] = ()) -> int:
-        """Kills it that often, or for that long, then asks it to stop; the step that it has learned from."""
+        """Kill the run that often, or for that long, then stop it; return its last checkpoint's step."""
         end = time.monotonic() + 60 * minutes
         self._overrides = [*overrides, "train.max_steps=100000"]
         target, plan = len(self.kills) + num_kills, self._draw(victims)
@@ -102,13 +103,13 @@ class Wild:
         return max(int(path.name.removeprefix("step_")) for path in self.run.glob("checkpoints/step_*"))
 
     def finish(self, num_steps: int) -> None:
-        """Lets it come to its end."""
+        """Resume the run and wait for its end."""
         self._overrides = [*self._overrides[:-1], f"train.max_steps={num_steps}"]
         self._process = self._go_on()
         self._process.wait()
 
     def _look(self) -> None:
-        """Starts the launcher where it is gone, and sees which kills the run is beyond."""
+        """Restart a dead launcher, and close the kills whose step the run has passed."""
         if self._process.poll() is not None:
             self._process = self._go_on()
         step = last_step(self.run)
@@ -119,7 +120,7 @@ class Wild:
                 self._pending.remove(kill)
 
     def _draw(self, victims: Sequence[str]) -> tuple[str, str, float]:
-        """Whom, at which moment, and how long after it began."""
+        """Draw a victim, a moment, and the earliest time of the kill."""
         victim = SLOW_VICTIM if self.rng.random() < 0.06 else self.rng.choice(victims)
         moment = self.rng.choice(MOMENTS)
         if victim == "stop" and moment == "start":
@@ -140,7 +141,7 @@ class Wild:
         return stage(self.run) == moment
 
     def _strike(self, plan: tuple[str, str, float]) -> bool:
-        """Whether the victim was there."""
+        """Kill the victim; return False if it does not exist at the moment."""
         victim, moment, _ = plan
         if moment == "start" and not is_starting(self.run):
             return False  # it is up again already
@@ -179,10 +180,10 @@ class Wild:
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--kills", type=int, default=50, help="in both parts together")
-    arguments.add_argument("--own-engines", type=int, default=10, help="how many of them in the second part")
+    arguments.add_argument("--kills", type=int, default=50, help="number of kills in both parts together")
+    arguments.add_argument("--own-engines", type=int, default=10, help="number of kills in the second part")
     arguments.add_argument("--hang-timeout", type=float, default=60, help="cluster.hang_timeout_s; longer than a start")
-    arguments.add_argument("--minutes", type=float, default=120, help="kill no more after that long")
+    arguments.add_argument("--minutes", type=float, default=120, help="no further kills after this time")
     arguments.add_argument("--seed", type=int, default=0)
     given = arguments.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
@@ -219,7 +220,7 @@ def start(folder: Path, *argv: str) -> subprocess.Popen:
 
 
 def stage(run: Path) -> str | None:
-    """What the newest attempt is at; None while it starts."""
+    """Return the current stage of the newest attempt; None while it starts."""
     attempts = sorted(run.glob("logs/attempt_*"), key=lambda path: int(path.name.removeprefix("attempt_")))
     heartbeat = attempts[-1] / "heartbeat" if attempts else None
     words = heartbeat.read_text().split() if heartbeat and heartbeat.exists() else []
@@ -256,11 +257,11 @@ def print_table(kills: list[Kill], *, num_steps: int, calm_s: float, wild_s: flo
                 f"{name:18} {len(of_kind):5}  {sum(steps) / len(steps):10.1f} {max(steps):6}"
                 f"  {sum(seconds) / len(seconds):15.1f} {max(seconds):8.1f}"
             )
-    print(f"{len(kills)} kills, {num_steps} steps; {calm_s:.0f} s left alone, {wild_s:.0f} s under torture")
+    print(f"{len(kills)} kills, {num_steps} steps; {calm_s:.0f} s uninterrupted, {wild_s:.0f} s with kills")
 
 
 def compare(calm: Path, wild: Path, *, num_steps: int) -> list[str]:
-    """What differs between the two runs' ends, in words."""
+    """Return a line for each difference between the results of the two runs."""
     problems = []
     ours, theirs = (load_file(run / "student/model.safetensors") for run in (wild, calm))
     problems += [f"{name} differs" for name in ours.keys() | theirs.keys() if not ours[name].equal(theirs[name])]
@@ -284,7 +285,7 @@ def compare(calm: Path, wild: Path, *, num_steps: int) -> list[str]:
 
 
 def left_in_shm(before: set[str]) -> Iterator[str]:
-    """Shared memory that came since and that no process has: others' may come and go meanwhile."""
+    """Return new shared memory that no process maps; other programs may use theirs meanwhile."""
     mapped = ""
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:

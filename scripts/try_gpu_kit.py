@@ -5,8 +5,8 @@
 
 `make_gpu_kit.py` removes code for other GPUs from vLLM's libraries. A child process computes one bfloat16 kernel of
 each library that dense decoders use and compares it with torch. If that fails and the kit's folder `original` holds
-the uncut libraries (`make_gpu_kit.py --originals`), they replace the cut ones and are tried in turn; if that does not
-help either, everything is as it was and the exit status is 1. Without a GPU nothing changes.
+the uncut libraries (`make_gpu_kit.py --originals`), they replace the cut ones and are tried in turn; if they fail too,
+the cut ones are restored and the exit status is 1. Without a GPU nothing changes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> int:
         return compute()
     status = run_child()
     if status == NO_GPU:
-        print("torch sees no GPU here: nothing was tried, and the libraries stay as they are")
+        print("torch sees no GPU here: nothing was tried, and the libraries are unchanged")
         return 0
     if status == 0:
         print("the kit's kernels compute the right numbers")

@@ -56,7 +56,7 @@ def section(results: dict[str, Any]) -> str:
         if found["state"] != "passed":
             lines += [f"{found['state']}{': ' + found['error'] if found.get('error') else ''}", ""]
         if found.get("figures"):
-            lines += ["| figure | value | asked | met |", "|---|---|---|---|"]
+            lines += ["| figure | value | target | met |", "|---|---|---|---|"]
             lines += [figure_row(figure) for figure in found["figures"]]
         for title, rows in found.get("tables", {}).items():
             lines += ["", f"{title}:", "", *table(rows)]
