@@ -1,10 +1,10 @@
 """Everything inside vLLM that we replace, call or read beyond its documented interface: one function each.
 
-vLLM expects a process to itself, and offers no way in for tensors that are already there. Each function below names the
-symptom without it and the sign that it is no longer needed; the decorator above it declares the names behind it. They
-are looked up, not assumed: `apply_patches` looks for all of them when the first engine is built, and raises one error
-with every name that is missing. `scripts/check_vllm_versions.py` searches unpacked releases for the same names without
-importing anything.
+vLLM expects a process to itself, and takes no tensors that are already in memory. Each function below names the symptom
+without it and the sign that it is no longer needed; the decorator above it declares the names that it depends on, which
+`apply_patches` looks up when the first engine is built: one error lists all that are missing. A function that is
+declared with `replaced` returns the replacement of a name, given the original.
+`scripts/check_vllm_versions.py` searches unpacked releases for the same names without importing anything.
 
 Importing this module imports neither vLLM nor torch.
 """
@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from distill_cli.engines.process_setup import absent
-from distill_cli.engines.reach import check_names, find_name, reaches, replace_name
+from distill_cli.engines.process_setup import absent, on_cpu
+from distill_cli.engines.reach import check_names, reaches, replace_names
 
 if TYPE_CHECKING:
     import torch
@@ -39,33 +39,26 @@ ADAPTER_ID = 1
 
 @cache
 def apply_patches() -> None:
-    """Check every name this platform needs, then replace what must be replaced; once a process.
+    """Check every name that this platform needs, then replace what must be replaced; once a process.
 
     Raises:
         DistillError: names are missing; nothing is replaced then.
     """
-    with absent("scipy"):  # which vLLM imports for audio
+    with absent("scipy", "sklearn"):  # vLLM needs SciPy for audio alone; scikit-learn fails without it
         importlib.import_module("vllm.entrypoints.llm")
-    from vllm.platforms import current_platform
-
-    check_names(platform="cpu" if current_platform.is_cpu() else "cuda")
-    keep_logprobs_as_tensors()
-    keep_process_group()
-    broadcast_without_queue()
-    if current_platform.is_cpu():
-        avoid_shared_memory()
-        skip_token_ranks()
-        mask_without_compiler()
+    platform = "cpu" if on_cpu() else "cuda"
+    check_names(platform=platform)
+    replace_names(platform=platform)
 
 
 # what is replaced
 
 
-@reaches("vllm.v1.engine.output_processor", "LogprobsProcessor")
+@reaches("vllm.v1.engine.output_processor", "LogprobsProcessor", replaced=True)
 @reaches("vllm.v1.engine.logprobs", "LogprobsProcessor.from_new_request")
 @reaches("vllm.v1.engine.logprobs", "LogprobsProcessor._update_prompt_logprobs")
 @reaches("vllm.v1.engine.logprobs", "LogprobsProcessor._update_sample_logprobs")
-def keep_logprobs_as_tensors() -> None:
+def keep_logprobs_as_tensors(processor_class: Any) -> Any:
     """Keep the log-probabilities of requests marked with `KEEP_TENSORS` as the worker's tensors.
 
     Symptom: vLLM's front end makes a Python object of every candidate of every token, and decodes each to text, which
@@ -73,10 +66,9 @@ def keep_logprobs_as_tensors() -> None:
     No longer needed when: `prompt_logprobs` can be had as tensors; `flat_logprobs` with `detokenize=False` is a first
     step, still 13% of Python objects.
     """
-    from vllm.v1.engine.logprobs import LogprobsProcessor
 
-    class TensorLogprobsProcessor(LogprobsProcessor):
-        """vLLM's collector of one request's log-probabilities, with a short way for marked requests.
+    class TensorLogprobsProcessor(processor_class):
+        """vLLM's collector of one request's log-probabilities, with a short path for marked requests.
 
         Theirs end in the request's output as `prompt_logprobs`, a list of vLLM's tensor tuples (one a chunk of the
         prompt), and as `outputs[0].logprobs`, a list of floats.
@@ -88,9 +80,7 @@ def keep_logprobs_as_tensors() -> None:
         def from_new_request(cls, tokenizer: Any, request: Any) -> TensorLogprobsProcessor:
             processor = super().from_new_request(tokenizer, request)
             if KEEP_TENSORS.items() <= (request.sampling_params.extra_args or {}).items():
-                processor.keeps_tensors = True
-                processor.prompt_logprobs = []
-                processor.logprobs = []
+                processor.keeps_tensors, processor.prompt_logprobs, processor.logprobs = True, [], []
             return processor
 
         def _update_prompt_logprobs(self, prompt_logprobs_tensors: Any) -> None:
@@ -106,60 +96,61 @@ def keep_logprobs_as_tensors() -> None:
             else:
                 super()._update_sample_logprobs(logprobs_lists)
 
-    replace_name("vllm.v1.engine.output_processor", "LogprobsProcessor", TensorLogprobsProcessor)
+    return TensorLogprobsProcessor
 
 
-@reaches("vllm.v1.engine.core", "cleanup_dist_env_and_memory")
-def keep_process_group() -> None:
+@reaches("vllm.v1.engine.core", "cleanup_dist_env_and_memory", replaced=True)
+def keep_process_group(_cleanup: Any) -> Any:
     """Leave the default process group alone when an engine is shut down.
 
     Symptom: closing one engine destroys the trainer's process group and every other engine of the process.
     No longer needed when: `EngineCore.shutdown` of an in-process engine leaves groups that it did not make.
     """
-    replace_name("vllm.v1.engine.core", "cleanup_dist_env_and_memory", release_memory)
+    return release_memory
 
 
-@reaches(QUEUES, "MessageQueue.create_from_process_group")
-def broadcast_without_queue() -> None:
+@reaches(QUEUES, "MessageQueue.create_from_process_group", replaced=True)
+def broadcast_without_queue(_create: Any) -> Any:
     """Make no message queue in shared memory for a group of ranks; vLLM broadcasts through the process group then.
 
     Symptom: shared memory and a socket for objects that no engine here broadcasts; a killed rank leaves both behind.
     No longer needed when: `external_launcher` engines create no `MessageQueue`.
     """
-    replace_name(QUEUES, "MessageQueue.create_from_process_group", staticmethod(_nothing))
+    return staticmethod(lambda *_args, **_kwargs: None)
 
 
-@reaches(CPU_COMMUNICATOR, "CpuCommunicator._all_group_ranks_share_shm_group_name", only="cpu")
-def avoid_shared_memory() -> None:
+@reaches(CPU_COMMUNICATOR, "CpuCommunicator._all_group_ranks_share_shm_group_name", only="cpu", replaced=True)
+def avoid_shared_memory(_share_name: Any) -> Any:
     """Let ranks that share an engine on CPUs meet over gloo instead of named shared memory. CPU only.
 
     Symptom: the name is the same in every run: a second run on the machine fails, and so does each one after a run that
     was killed.
     No longer needed when: the name of vLLM's shared-memory group differs from run to run.
     """
-    replace_name(CPU_COMMUNICATOR, "CpuCommunicator._all_group_ranks_share_shm_group_name", _false)
+    return lambda *_args, **_kwargs: False
 
 
-@reaches("vllm.v1.sample.sampler", "batched_count_greater_than", only="cpu")
-def skip_token_ranks() -> None:
-    """Leave out the rank of each token among all candidates, which nobody here reads. CPU only.
+@reaches("vllm.v1.sample.sampler", "batched_count_greater_than", only="cpu", replaced=True)
+def skip_token_ranks(_count: Any) -> Any:
+    """Leave out the rank of each token among all candidates, which nobody here reads: int64 [T] of -1. CPU only.
 
     Symptom: the function is compiled at the first request for log-probabilities, 7 to 19 s; without a compiler it costs
     1.5 times the top-k of a vocabulary of 152k.
     No longer needed when: ranks are optional in `SamplingParams`.
     """
-    replace_name("vllm.v1.sample.sampler", "batched_count_greater_than", _minus_one)
+    import torch
+
+    return lambda logp_TV, _sampled_logp_T1: torch.full((len(logp_TV),), -1, device=logp_TV.device)
 
 
-@reaches(EMBEDDING, "get_masked_input_and_mask", only="cpu")
-def mask_without_compiler() -> None:
+@reaches(EMBEDDING, "get_masked_input_and_mask", only="cpu", replaced=True)
+def mask_without_compiler(compiled: Any) -> Any:
     """Run the masking of a vocabulary-parallel embedding as it is written. CPU only.
 
     Symptom: it is compiled at the first token that ranks embed together, for seconds, and is no faster afterwards.
     No longer needed when: `enforce_eager` keeps vLLM from compiling it.
     """
-    name = "get_masked_input_and_mask"
-    replace_name(EMBEDDING, name, inspect.unwrap(find_name(EMBEDDING, name)))
+    return inspect.unwrap(compiled)
 
 
 def release_memory(*_args: Any, **_kwargs: Any) -> None:
@@ -171,35 +162,25 @@ def release_memory(*_args: Any, **_kwargs: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    return None
-
-
-def _false(*_args: Any, **_kwargs: Any) -> bool:
-    return False
-
-
-def _minus_one(logp_TV: torch.Tensor, _sampled_logp_T1: torch.Tensor) -> torch.Tensor:
-    """int64 [T] of -1."""
-    import torch
-
-    return torch.full((len(logp_TV),), -1, device=logp_TV.device)
-
-
 # what is called or read: the engine
 
 
-@reaches("vllm.v1.engine.llm_engine", "LLMEngine.step")
-def call_between_tokens(llm: Any, check: Callable[[], None]) -> None:
-    """Call `check`, which may raise, before each step of `llm`: one token of every request.
+class Interrupted(BaseException):
+    """The engine was stopped in the middle of its requests, which are dropped."""
 
-    Symptom: `LLM.generate` returns when the last answer ends, minutes after the run was asked to stop.
+
+@reaches("vllm.v1.engine.llm_engine", "LLMEngine.step")
+def interrupt_between_tokens(llm: Any, should_stop: Callable[[], bool]) -> None:
+    """Call `should_stop` before each step of `llm` (one token of every request), and raise `Interrupted` if it is true.
+
+    Symptom: `LLM.generate` returns when the last answer ends, minutes after a signal requested the run's stop.
     No longer needed when: `generate` takes a callback.
     """
     step = llm.llm_engine.step
 
     def checked_step() -> Any:
-        check()
+        if should_stop():
+            raise Interrupted
         return step()
 
     llm.llm_engine.step = checked_step
@@ -214,16 +195,6 @@ def abort_requests(llm: Any) -> None:
     """
     engine = llm.llm_engine
     engine.abort_request(list(engine.output_processor.request_states), internal=True)
-
-
-def wake_before_closing(llm: Any) -> None:
-    """Wake an engine that sleeps, so that what it holds can be freed. CUDA only.
-
-    Symptom: freeing memory that sleep has unmapped leaves an error behind in vLLM's allocator, and the next engine of
-    the process that may sleep gets no memory.
-    No longer needed when: `my_free` in vLLM's csrc/cumem_allocator.cpp takes unmapped memory.
-    """
-    llm.wake_up()
 
 
 @reaches("vllm.v1.engine.core_client", "InprocClient.shutdown")
@@ -299,8 +270,8 @@ def load_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> No
 
 @reaches("vllm.lora.lora_model", "LoRAModel.from_lora_tensors", only="adapter")
 @reaches("vllm.lora.peft_helper", "PEFTHelper", only="adapter")
-def load_adapter(worker: Any, tensors: Mapping[str, torch.Tensor], *, rank: int, alpha: float) -> None:
-    """Replace the adapter of the model; each rank of the engine keeps its part.
+def load_adapter(worker: Any, tensors: Mapping[str, torch.Tensor], *, rank: int, alpha: float) -> Any:
+    """Replace the adapter of the model; each rank of the engine keeps its part. Return its `vllm.LoRARequest`.
 
     Symptom: vLLM's own way in is a folder on disk, for each sync.
     No longer needed when: `LoRARequest` takes tensors.
@@ -310,12 +281,13 @@ def load_adapter(worker: Any, tensors: Mapping[str, torch.Tensor], *, rank: int,
     """
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
+    from vllm.lora.request import LoRARequest
 
     manager = worker.model_runner.lora_manager
     lora = LoRAModel.from_lora_tensors(
         ADAPTER_ID,
         dict(tensors),
-        PEFTHelper(r=rank, lora_alpha=alpha, target_modules=[]),
+        PEFTHelper(r=rank, lora_alpha=alpha, target_modules=[]),  # type: ignore[arg-type]  # floats are divided as well
         device="cpu",
         dtype=manager.lora_config.lora_dtype,
         weights_mapper=rename_mapper(getattr(worker.get_model(), "hf_to_vllm_mapper", None)),
@@ -324,6 +296,7 @@ def load_adapter(worker: Any, tensors: Mapping[str, torch.Tensor], *, rank: int,
     adapters.remove_adapter(ADAPTER_ID)
     adapters.add_adapter(lora)
     adapters.activate_adapter(ADAPTER_ID)
+    return LoRARequest("student", ADAPTER_ID, "memory")  # no folder is behind it
 
 
 @reaches(

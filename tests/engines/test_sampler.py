@@ -80,7 +80,7 @@ def test_a_seed_decides_the_answer_whatever_is_in_the_batch(sampler):
 
 
 def test_more_prompts_than_a_pass_has_room_for_are_answered_as_they_would_be_alone(sampler):
-    budget = sampler._engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    budget = sampler.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
     prompts = random_sequences([300] * (budget // 300 + 3))
     sampling = SamplingSettings(max_new_tokens=8)
     samples = sampler.sample(prompts, seeds=range(len(prompts)), sampling=sampling)
@@ -186,7 +186,7 @@ def test_a_failure_inside_a_step_leaves_the_engine_usable(sampler, student, monk
     original = None
     prompts = random_sequences([4, 150, 30])
     with monkeypatch.context() as patch:
-        sampler._engine.call_worker(break_worker)
+        sampler.call_worker(break_worker)
         with pytest.raises(DistillError, match=r"the sampler failed .*out of memory, say"):
             sampler.sample(prompts, seeds=[1, 2, 3], sampling=GREEDY)
     samples = sampler.sample(prompts, seeds=[1, 2, 3], sampling=GREEDY)

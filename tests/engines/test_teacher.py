@@ -131,7 +131,7 @@ def test_a_failure_inside_a_step_leaves_the_engine_usable(scorer, teacher, monke
 
     sequences = random_sequences([30, 31, 32])
     with monkeypatch.context() as patch:
-        scorer._engine.call_worker(lambda worker: patch.setattr(worker.get_model(), "compute_logits", fail))
+        scorer.call_worker(lambda worker: patch.setattr(worker.get_model(), "compute_logits", fail))
         with pytest.raises(DistillError, match=r"the teacher failed .*out of memory, say"):
             scorer.score(sequences, response_starts=[1, 1, 1])
     (scores,) = scorer.score(sequences[:1], response_starts=[10])
