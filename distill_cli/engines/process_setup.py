@@ -81,26 +81,24 @@ def hide_broken_packages(names: Sequence[str] = ("torchvision", "torchaudio", "t
     return hidden
 
 
-@contextmanager
-def absent(*names: str) -> Iterator[None]:
-    """Make packages look uninstalled to imports within the block; those already imported stay."""
-    hidden = [name for name in names if name not in sys.modules]
+def import_without_scipy(*modules: str) -> None:
+    """Import modules without SciPy and scikit-learn, which they would import if installed; both look uninstalled."""
+    hidden = [name for name in ("scipy", "sklearn") if name not in sys.modules]
     sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type]  # as above
     try:
-        yield
+        for module in modules:
+            importlib.import_module(module)
     finally:
         for name in hidden:
             del sys.modules[name]
 
 
 def import_transformers() -> None:
-    """Import what models need from transformers, without SciPy and scikit-learn, which it imports if installed.
+    """Import what models need from transformers, without what object detection and assisted generation need.
 
-    Trackers install them; object detection and assisted generation use them. They are an eighth of a rank's imports.
+    Trackers install SciPy and scikit-learn: they would be an eighth of a rank's imports.
     """
-    with absent("scipy", "sklearn"):
-        importlib.import_module("transformers.generation.candidate_generator")
-        importlib.import_module("transformers.loss.loss_utils")
+    import_without_scipy("transformers.generation.candidate_generator", "transformers.loss.loss_utils")
 
 
 def num_threads_per_rank() -> int:

@@ -93,12 +93,13 @@ class VllmTeacher(VllmEngine, Teacher):
 
         A 16-bit model rounds its logits once more, unless the temperature is a power of two.
         """
-        for processor, scale in self._logits_processors:
-            processor.scale = scale / self._temperature
+        scales = [processor.scale for processor in self._logits_processors]
         try:
+            for processor in self._logits_processors:
+                processor.scale /= self._temperature
             yield
         finally:
-            for processor, scale in self._logits_processors:
+            for processor, scale in zip(self._logits_processors, scales, strict=True):
                 processor.scale = scale
 
 

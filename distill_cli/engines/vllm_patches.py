@@ -12,14 +12,13 @@ Importing this module imports neither vLLM nor torch.
 from __future__ import annotations
 
 import gc
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from distill_cli.engines.process_setup import absent, on_cpu
+from distill_cli.engines.process_setup import import_without_scipy, on_cpu
 from distill_cli.engines.reach import check_names, reaches, replace_names
 
 if TYPE_CHECKING:
@@ -44,8 +43,7 @@ def apply_patches() -> None:
     Raises:
         DistillError: names are missing; nothing is replaced then.
     """
-    with absent("scipy", "sklearn"):  # vLLM needs SciPy for audio alone; scikit-learn fails without it
-        importlib.import_module("vllm.entrypoints.llm")
+    import_without_scipy("vllm.entrypoints.llm")  # vLLM needs it for audio alone
     platform = "cpu" if on_cpu() else "cuda"
     check_names(platform=platform)
     replace_names(platform=platform)
@@ -220,13 +218,16 @@ def num_positions(model_config: Any) -> int:
 # what is called or read: inside the worker
 
 
-def logits_processors(worker: Any) -> list[tuple[Any, float]]:
-    """Return the modules that scale the model's logits, each with its scale.
+@reaches("vllm.model_executor.layers.logits_processor", "LogitsProcessor")
+def logits_processors(worker: Any) -> list[Any]:
+    """Return the modules that scale the model's logits.
 
-    Symptom: `prompt_logprobs` ignore the temperature in every `logprobs_mode`; a scale of 1 / T applies it.
+    Symptom: `prompt_logprobs` ignore the temperature in every `logprobs_mode`; a `scale` divided by it applies it.
     No longer needed when: a temperature for prompt log-probabilities exists.
     """
-    return [(module, module.scale) for module in _logits_processors(worker)]
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    return [module for module in worker.get_model().modules() if isinstance(module, LogitsProcessor)]
 
 
 def cut_vocabulary(worker: Any, size: int) -> None:
@@ -235,15 +236,8 @@ def cut_vocabulary(worker: Any, size: int) -> None:
     Symptom: a model with more rows than its partner's vocabulary samples and scores ids that the partner lacks.
     No longer needed when: `allowed_token_ids` also normalises prompt log-probabilities, at no cost a token.
     """
-    for module in _logits_processors(worker):
+    for module in logits_processors(worker):
         module.org_vocab_size = min(module.org_vocab_size, size)
-
-
-@reaches("vllm.model_executor.layers.logits_processor", "LogitsProcessor")
-def _logits_processors(worker: Any) -> list[Any]:
-    from vllm.model_executor.layers.logits_processor import LogitsProcessor
-
-    return [module for module in worker.get_model().modules() if isinstance(module, LogitsProcessor)]
 
 
 @reaches("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.reload_weights", parameter="weights_iterator")
