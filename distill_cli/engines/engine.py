@@ -25,7 +25,7 @@ from distill_cli.engines.settings import (
 )
 from distill_cli.engines.vllm_patches import Interrupted
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.models.model_files import read_config
+from distill_cli.models.model_files import read_object
 from distill_cli.types import Sample
 
 log = logging.getLogger(__name__)
@@ -75,8 +75,8 @@ class VllmEngine(AnsweringEngine):
             vllm_patches.interrupt_between_tokens(self.llm, should_stop)
         limit = vllm_patches.num_positions(self.llm.model_config)
         if settings.max_model_len > limit:  # vLLM's own check is off, see `prepare_process`
-            what = f"max_model_len of {role} is {settings.max_model_len}"
-            self.refuse(f"{what}: {settings.path} has {limit} positions, lower it")
+            has = f"{settings.path} has {limit} positions"
+            self.refuse(f"max_model_len of {role} is {settings.max_model_len}: {has}, lower it")
 
     def refuse(self, problem: str) -> NoReturn:
         """Close the engine and raise ConfigError."""
@@ -165,10 +165,9 @@ class VllmEngine(AnsweringEngine):
             if self.frees_memory and self.asleep:
                 self.llm.wake_up()
         except Exception as error:
-            raise DistillError(
-                f"{self.role} could not take its memory again ({self.settings.path}): {reason(error)}; if the GPU is "
-                "full, lower gpu_memory_utilization of this engine, or set train.offload_optimizer=true"
-            ) from error
+            what = f"{self.role} could not take its memory again ({self.settings.path}): {reason(error)}"
+            fix = "lower gpu_memory_utilization of this engine, or set train.offload_optimizer=true"
+            raise DistillError(f"{what}; if the GPU is full, {fix}") from error
         self.asleep = False
 
     def close(self) -> None:
@@ -191,11 +190,9 @@ def check_settings(settings: EngineSettings, *, role: str) -> None:
     """Raise what can be known before anything is loaded."""
     if not dist.is_initialized():
         raise DistillError(f"{role} needs torch.distributed: call init_process_group before engines are built")
-    config = Path(settings.path, "config.json")
-    model = read_config(config.parent) if config.is_file() else {}
+    model = read_object(Path(settings.path, "config.json"))
     num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    problem = tensor_parallel_problem(settings.tensor_parallel, model=model, num_ranks=num_ranks)
-    if problem:
+    if problem := tensor_parallel_problem(settings.tensor_parallel, model=model, num_ranks=num_ranks):
         raise ConfigError(f"tensor_parallel of {role} is {settings.tensor_parallel}: {problem}")
 
 
@@ -206,12 +203,8 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
     if os.path.isabs(settings.path) and not os.path.isdir(settings.path):
         # vLLM would look for it on the hub, and report a wrong name.
         raise DistillError(f"{role} could not load {settings.path}: there is no such folder")
-    implied = {
-        "dtype": settings.dtype,
-        "quantization": settings.quantization,
-        "trust_remote_code": settings.trust_remote_code,
-        "max_model_len": settings.max_model_len,
-        "gpu_memory_utilization": settings.gpu_memory_utilization,
+    same = ("dtype", "quantization", "trust_remote_code", "max_model_len", "gpu_memory_utilization", "seed")
+    implied = {name: getattr(settings, name) for name in same} | {
         "kv_cache_memory_bytes": settings.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu() else None),
         "enforce_eager": on_cpu() if settings.enforce_eager is None else settings.enforce_eager,
         "enable_sleep_mode": settings.sleep_mode and not on_cpu(),
@@ -225,7 +218,6 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
-        "seed": settings.seed,
     }
     if settings.adapter:
         room = next(rank for rank in ADAPTER_RANKS if rank >= settings.adapter.rank)
@@ -241,15 +233,13 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
 
 def sampling_params(sampling: SamplingSettings, *, seed: int, max_tokens: int) -> Any:
     """Return the `vllm.SamplingParams` of one request."""
+    same = ("temperature", "top_p", "top_k", "ignore_eos")
     return request_params(
+        **{name: getattr(sampling, name) for name in same},
         max_tokens=max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
         seed=fold_seed(seed),
         stop=list(sampling.stop),
         stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=sampling.ignore_eos,
         logprobs=0 if sampling.logp else None,  # of the sampled token alone
         detokenize=bool(sampling.stop),
         skip_clone=True,  # each request has its own
@@ -276,8 +266,7 @@ def to_sample(output: Any, *, logp: bool) -> Sample:
     completion = output.outputs[0]
     if completion.finish_reason not in ("stop", "length"):
         raise DistillError(f"vLLM ended a response with {completion.finish_reason!r}")
-    values = list(completion.logprobs) if logp else None
-    return Sample(list(completion.token_ids), values, completion.finish_reason)
+    return Sample(list(completion.token_ids), list(completion.logprobs) if logp else None, completion.finish_reason)
 
 
 def reason(error: BaseException, *, max_length: int = 400) -> str:

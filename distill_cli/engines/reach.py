@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -52,41 +53,27 @@ def reaches(
     return declare
 
 
-MISSING = object()
-"""Returned for a name that this vLLM lacks."""
-
-
-def find_name(module_name: str, name: str) -> Any:
-    """Return `module.name` or `module.Class.name`, which may be None; `MISSING` if this vLLM has no such name."""
-    try:
-        return pkgutil.resolve_name(f"{module_name}:{name}")
-    except (ImportError, AttributeError):
-        return MISSING
-
-
-def missing_names(*, platform: str) -> list[str]:
-    """Return what this vLLM lacks of `REACHES`, each as `module.name (used_by)`.
+def check_names(*, platform: str) -> None:
+    """Raise DistillError with all of `REACHES` that this vLLM lacks, each as `module.name (used_by)`.
 
     Args:
         platform: `cpu` or `cuda` for what every engine there needs; `adapter` for what adapters need in addition.
     """
     missing, wanted = [], {platform} if platform == "adapter" else {platform, None}
     for reach in (reach for reach in REACHES if reach.only in wanted):
-        found = [value for name in reach.names if (value := find_name(reach.module, name)) is not MISSING]
+        found = []
+        for name in reach.names:
+            with suppress(ImportError, AttributeError):
+                found.append(pkgutil.resolve_name(f"{reach.module}:{name}"))
         spelled = " or ".join(f"{reach.module}.{name}" for name in reach.names)
         if not found:
             missing.append(f"{spelled} ({reach.used_by})")
         elif reach.parameter and reach.parameter not in inspect.signature(found[0]).parameters:
             missing.append(f"argument {reach.parameter} of {spelled} ({reach.used_by})")
-    return missing
-
-
-def check_names(*, platform: str) -> None:
-    """Raise DistillError with every name of `missing_names`."""
-    if missing := "; ".join(missing_names(platform=platform)):
+    if missing:
         import vllm
 
-        what = f"vLLM {vllm.__version__} lacks what engines in a trainer's process need: {missing}"
+        what = f"vLLM {vllm.__version__} lacks what engines in a trainer's process need: {'; '.join(missing)}"
         raise DistillError(f"{what}; {SEEN} have it: install one of these")
 
 
@@ -95,5 +82,6 @@ def replace_names(*, platform: str) -> None:
     for reach in REACHES:
         if reach.replacement is not None and reach.only in (platform, None):
             (name,) = reach.names
-            owner, _, attribute = f"{reach.module}.{name}".rpartition(".")
-            setattr(pkgutil.resolve_name(owner), attribute, reach.replacement(find_name(reach.module, name)))
+            path, _, attribute = f"{reach.module}.{name}".rpartition(".")
+            owner = pkgutil.resolve_name(path)
+            setattr(owner, attribute, reach.replacement(getattr(owner, attribute)))

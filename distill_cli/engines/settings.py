@@ -86,17 +86,16 @@ def tensor_parallel_problem(size: int, *, model: Mapping[str, Any], num_ranks: i
     """
     text = model.get("text_config") or model
     vocab_size = text.get("vocab_size")
-    known = {
+    parts: dict[str, Any] = {
         "ranks of a node": num_ranks,
         "attention heads": text.get("num_attention_heads"),
         "the MLP's size": text.get("intermediate_size"),
         "the padded vocabulary": vocab_size and -(-vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING,
     }
-    parts = {name: number for name, number in known.items() if number}
     kv_heads = text.get("num_key_value_heads") or size  # beyond their number each rank has a copy of one
 
     def misfits(size: int) -> list[str]:
-        found = [f"{name} ({number})" for name, number in parts.items() if number % size]
+        found = [f"{name} ({number})" for name, number in parts.items() if number and number % size]
         return found + ([f"key-value heads ({kv_heads})"] if kv_heads % size and size % kv_heads else [])
 
     if size < 1:

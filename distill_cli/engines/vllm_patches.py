@@ -30,6 +30,7 @@ KEEP_TENSORS = {"distill_keep_tensors": True}
 QUEUES = "vllm.distributed.device_communicators.shm_broadcast"
 CPU_COMMUNICATOR = "vllm.distributed.device_communicators.cpu_communicator"
 EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
+MODEL_UTILS = "vllm.model_executor.models.utils"
 CUMEM = "vllm.device_allocator.cumem"
 
 ADAPTER_ID = 1
@@ -68,8 +69,8 @@ def keep_logprobs_as_tensors(processor_class: Any) -> Any:
     class TensorLogprobsProcessor(processor_class):
         """vLLM's collector of one request's log-probabilities, with a short path for marked requests.
 
-        Theirs end in the request's output as `prompt_logprobs`, a list of vLLM's tensor tuples (one a chunk of the
-        prompt), and as `outputs[0].logprobs`, a list of floats.
+        The output of a marked request has `prompt_logprobs`, a list of vLLM's tensor tuples (one per chunk of the
+        prompt), and `outputs[0].logprobs`, a list of floats.
         """
 
         keeps_tensors = False
@@ -152,7 +153,7 @@ def mask_without_compiler(compiled: Any) -> Any:
 
 
 def release_memory(*_args: Any, **_kwargs: Any) -> None:
-    """Free what a closed engine held, and nothing else."""
+    """Free the memory that a closed engine held, and nothing else."""
     import torch
 
     gc.collect()
@@ -293,18 +294,11 @@ def load_adapter(worker: Any, tensors: Mapping[str, torch.Tensor], *, rank: int,
     return LoRARequest("student", ADAPTER_ID, "memory")  # no folder is behind it
 
 
-@reaches(
-    "vllm.model_executor.models.utils",
-    "WeightsMapper.get_rename_mapper",  # 0.29 and later
-    "WeightsMapper.get_unstacked_mapper",
-    only="adapter",
-)
+@reaches(MODEL_UTILS, "WeightsMapper.get_rename_mapper", "WeightsMapper.get_unstacked_mapper", only="adapter")
 def rename_mapper(mapper: Any) -> Any:
     """Return the part of a model's `WeightsMapper` that renames without stacking; None for None."""
-    if mapper is None:
-        return None
-    later = hasattr(mapper, "get_rename_mapper")
-    return mapper.get_rename_mapper() if later else mapper.get_unstacked_mapper()
+    names = "get_rename_mapper", "get_unstacked_mapper"  # in 0.29 and later; before
+    return next((getattr(mapper, name)() for name in names if hasattr(mapper, name)), None)
 
 
 @reaches(CUMEM, "CuMemAllocator.instance", only="cuda")

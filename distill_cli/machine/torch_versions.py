@@ -44,8 +44,8 @@ def varlen_attention(
         keywords["enable_gqa"] = True
     elif num_groups > 1:
         key_TGD, value_TGD = (x.repeat_interleave(num_groups, dim=1) for x in (key_TGD, value_TGD))
-    output = varlen_attn(query_THD, key_TGD, value_TGD, *arguments, **keywords)
-    return output  # type: ignore[return-value]  # a tuple only with `return_aux`
+    # A tuple only with `return_aux`.
+    return varlen_attn(query_THD, key_TGD, value_TGD, *arguments, **keywords)  # type: ignore[return-value]
 
 
 def varlen_operator() -> object:

@@ -66,8 +66,8 @@ def locate(path: str, *, revision: str | None = None, key: str) -> Path:
     """
     is_local = path.startswith(("package://", ".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
     if is_local and revision is not None:
-        what = f"{key.replace('.path', '.revision')}={revision}"
-        raise ConfigError(f"{what}: {path} is a folder, which has no revisions; drop it")
+        revision_key = key.replace(".path", ".revision")
+        raise ConfigError(f"{revision_key}={revision}: {path} is a folder, which has no revisions; drop it")
     shipped = path.replace("package://", f"{ASSETS}/")
     folder = Path(shipped).expanduser() if is_local else _download(path, revision, key)
     if not path or not folder.is_dir():
@@ -86,12 +86,11 @@ def locate(path: str, *, revision: str | None = None, key: str) -> Path:
 def _download(path: str, revision: str | None, key: str) -> Path:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         is_offline = CACHE_ONLY in os.environ
         return Path(snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=is_offline))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, ValueError) as error:  # the bases of its HTTP, cache and validation errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ConfigError(f"{key}={path}: no such folder, and not on the hub or in its cache ({reason})") from error
 
