@@ -8,7 +8,7 @@ process, engine and the verifier's process), and the prompts' making, are in non
 that the command does: sampling with a seed an answer, judging, the parquet files, and the scores with their intervals.
 *Bare* is what one would write without it, `LLM.generate` with the same prompts, `max_tokens` and temperature and
 otherwise default parameters: a request an answer, or one a problem (*n=4*); *seeded* has a seed a request, as ours has.
-All ask the same engine, in this process: what is patched in vLLM here (`engines.process`) is so for all of them.
+All ask the same engine, in this process: what is patched in vLLM (`engines.vllm_patches`) is patched for all of them.
 
 Shares are medians of ratios within a round, and their range. Wall time says nothing where other work shares the cores;
 CPU time is of this process and its verifier's, and with OMP_NUM_THREADS=1 it has no threads in it that wait for others.
