@@ -36,7 +36,7 @@ import torch.distributed as dist  # noqa: E402
 
 from distill_cli.config.compose import compose  # noqa: E402
 from distill_cli.data.registry import resolve_extract  # noqa: E402
-from distill_cli.engines.sample_requests import Answerer, fold_seed  # noqa: E402
+from distill_cli.engines.engine import VllmEngine, fold_seed  # noqa: E402
 from distill_cli.folders.answers_table import AnswersFile, join_answers  # noqa: E402
 from distill_cli.parallel.mesh import layout  # noqa: E402
 from distill_cli.ranks.build_engines import engine_settings  # noqa: E402
@@ -58,7 +58,7 @@ def main() -> None:
         parallel = layout(device=torch.device("cpu"))
         found = preflight(config)
         validator = build_validator(found, parallel, build_tokenizer(found))
-        engine = Answerer(engine_settings(found, "student"))
+        engine = VllmEngine(engine_settings(found, "student"))
         variants = {
             "bare": lambda: bare(engine, validator),
             "bare, n=4": lambda: bare(engine, validator, n=validator.repeat),
@@ -93,7 +93,7 @@ def cpu_seconds() -> float:
     return sum(one.cpu_times().user + one.cpu_times().system for one in (this, *this.children()))
 
 
-def bare(engine: Answerer, validator: Validator, *, n: int = 1, seeds: Sequence[int] | None = None) -> int:
+def bare(engine: VllmEngine, validator: Validator, *, n: int = 1, seeds: Sequence[int] | None = None) -> int:
     """Sample with `LLM.generate`; return the number of tokens."""
     from vllm import SamplingParams
 
@@ -107,11 +107,11 @@ def bare(engine: Answerer, validator: Validator, *, n: int = 1, seeds: Sequence[
     if seeds is not None:
         params = [SamplingParams(seed=fold_seed(seed), **common) for seed in seeds]
     inputs = [{"prompt_token_ids": ids} for ids in prompts]
-    outputs = engine._engine.llm.generate(inputs, params, use_tqdm=False)
+    outputs = engine.llm.generate(inputs, params, use_tqdm=False)
     return sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
 
 
-def ours(engine: Answerer, validator: Validator, folder: Path) -> int:
+def ours(engine: VllmEngine, validator: Validator, folder: Path) -> int:
     """Do what `ranks.eval_rank` and `jobs.evaluation` do around an engine; return the number of tokens."""
     file, extract, num_tokens = AnswersFile(folder, rank=0), resolve_extract(validator.verify.function), 0
     for answers in validator.answers(engine):

@@ -21,8 +21,7 @@ from gpu_stages.timing import alternating_seconds  # noqa: E402
 from tokenizers import Tokenizer, decoders, models  # noqa: E402
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
-from distill_cli.engines.engine import request_params  # noqa: E402
-from distill_cli.engines.sample_requests import sampling_params  # noqa: E402
+from distill_cli.engines.engine import request_params, sampling_params  # noqa: E402
 from distill_cli.engines.sampler import VllmSampler  # noqa: E402
 from distill_cli.engines.settings import EngineSettings, SamplingSettings  # noqa: E402
 from distill_cli.engines.teacher import VllmTeacher  # noqa: E402
@@ -93,7 +92,7 @@ def bench_scorer(settings: EngineSettings, *, topk: int, rounds: int) -> None:
 def scoring_calls(scorer: VllmTeacher, sequences: list[list[int]], *, topk: int) -> dict[str, Callable[[], object]]:
     from vllm import SamplingParams
 
-    num_sequences, generate = len(sequences), scorer._engine.generate
+    num_sequences, generate = len(sequences), scorer.generate
     bare = [request_params(max_tokens=1, temperature=0.0, detokenize=False)] * num_sequences
     stock = [SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=topk)] * num_sequences
     return {
@@ -112,7 +111,7 @@ def bench_sampler(settings: EngineSettings, model: Qwen3ForCausalLM, *, rounds: 
         params.logprobs = None
     seconds = alternating_seconds(
         {
-            "bare": lambda: sampler._engine.generate(prompts, bare),
+            "bare": lambda: sampler.generate(prompts, bare),
             "ours": lambda: sampler.sample(prompts, seeds=range(32), sampling=sampling),
             "sync": lambda: sampler.sync(model.named_parameters(), version=0),
         },

@@ -1,12 +1,12 @@
 """What training expects of the models' engines: a `Sampler` writes as the student, a `Teacher` scores what was written.
 
-| where it runs                      | Sampler               | Teacher                      |
-|------------------------------------|-----------------------|------------------------------|
-| in the rank's process              | `sampler.VllmSampler` | `teacher.VllmTeacher`        |
-| in a process beside each rank      |                       | `companion.CompanionTeacher` |
+| where it runs                  | Sampler               | Teacher                      |
+|--------------------------------|-----------------------|------------------------------|
+| in the rank's process          | `sampler.VllmSampler` | `teacher.VllmTeacher`        |
+| in a second process per rank   |                       | `companion.CompanionTeacher` |
 
-An implementation subclasses its protocol, which gives it `awake`. It stands in a file of its own here and is chosen in
-`ranks.build_engines`; nothing else knows which one it talks to.
+An implementation subclasses its protocol, which provides `awake`. It lives in a file of its own in this folder and is
+chosen in `ranks.build_engines`; no other module depends on which one it calls.
 """
 
 from __future__ import annotations
@@ -35,23 +35,26 @@ class AnsweringEngine(Protocol):
 
     @abstractmethod
     def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
-        """Return one answer to each prompt, in their order: a prompt, a seed and the weights decide it.
+        """Return one answer to each prompt, in their order; prompt, seed and weights determine it.
 
-        Answers are empty if the engine was interrupted, since the run is to stop.
+        Answers are empty if the engine was interrupted because the run must stop.
         """
 
     def wake(self) -> None:
         """Take the device's memory; does nothing if the engine holds it or needs none."""
+        return
 
     def sleep(self) -> None:
         """Give the device's memory back; does nothing for an engine that keeps it (`engine.<role>.sleep=false`)."""
+        return
 
     def close(self) -> None:
         """Free the engine, before `destroy_process_group`; closing again does nothing."""
+        return
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Hold the device's memory within, and give it back however the block is left."""
+        """Hold the device's memory within the block, and give it back however the block is left."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # an engine cannot take what torch keeps for the next training step
         self.wake()
@@ -65,22 +68,23 @@ class Sampler(AnsweringEngine, Protocol):
     """The student's engine, whose weights follow the trainer's."""
 
     version: int
-    """Which weights it has: what `sync` was last given, 0 for those it was built with, -1 for none."""
+    """Version of its weights: the last one that `sync` was given, 0 for those it was built with, -1 for none."""
 
     @abstractmethod
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor | Deferred]], *, version: int) -> None:
-        """Replace the weights with the trainer's, and forget cached prefixes. A collective if they are DTensors."""
+        """Replace the weights with the trainer's, and clear the prefix cache. A collective if they are DTensors."""
 
     @abstractmethod
     def reset_prefix_cache(self) -> None:
-        """Forget cached prefixes: the next answers are those of an engine that was just built."""
+        """Clear the prefix cache: the next answers are those of an engine that was just built."""
 
 
 class Teacher(AnsweringEngine, Protocol):
-    """What scores sequences with the teacher's distribution; its own answers are sampled to measure it."""
+    """Scores sequences with the teacher's distribution; its own answers are sampled to measure it."""
 
     def wait_ready(self) -> None:
         """Block until the teacher can score; raises what building it would have raised."""
+        return
 
     @abstractmethod
     def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:

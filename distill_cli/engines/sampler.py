@@ -8,13 +8,18 @@ from functools import partial
 import torch
 
 from distill_cli.engines import vllm_patches
-from distill_cli.engines.adapter_sync import adapter_request, check_adapter, whole_tensors
 from distill_cli.engines.base import Sampler
-from distill_cli.engines.engine import Engine, reason
+from distill_cli.engines.engine import VllmEngine, reason
 from distill_cli.engines.reach import check_names
-from distill_cli.engines.sample_requests import sample
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
-from distill_cli.engines.weight_sync import Deferred, check_names_and_shapes, expected_shapes, full_tensors
+from distill_cli.engines.weight_sync import (
+    Deferred,
+    adapter_shapes,
+    check_names_and_shapes,
+    expected_shapes,
+    full_tensors,
+    whole_tensors,
+)
 from distill_cli.errors import DistillError
 from distill_cli.types import Sample
 
@@ -22,7 +27,7 @@ NO_WEIGHTS = -1
 """`VllmSampler.version` after sleep, which drops the weights."""
 
 
-class VllmSampler(Sampler):
+class VllmSampler(VllmEngine, Sampler):
     """Samples the student in this process.
 
     For example:
@@ -32,56 +37,53 @@ class VllmSampler(Sampler):
     """
 
     def __init__(self, settings: EngineSettings, *, should_stop: Callable[[], bool] | None = None) -> None:
-        """Load the student; `should_stop` is `Engine`'s."""
+        """Load the student; `should_stop` is `VllmEngine`'s."""
         self.version = 0
         self._is_broken = False
-        self._engine = Engine(settings, role="the sampler", should_stop=should_stop)
+        self.sleep_level = 1 if settings.adapter else 2
+        super().__init__(settings, role="the sampler", should_stop=should_stop)
         if settings.adapter:
             check_names(platform="adapter")
-        self.num_ranks = settings.tensor_parallel
-        model_config = self._engine.llm.model_config
-        self._dtype: torch.dtype = model_config.dtype
-        self._expected, self._optional = expected_shapes(
-            model_config.hf_config, trust_remote_code=settings.trust_remote_code
-        )
+        config = self.llm.model_config.hf_config
+        self._expected, self._optional = expected_shapes(config, trust_remote_code=settings.trust_remote_code)
 
     def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
-        """One answer to each prompt, in their order; see `distill_cli.engines.sample_requests.sample`."""
+        """Return one answer to each prompt, in their order; see `VllmEngine.sample`."""
         self._check_usable()
         if self.version == NO_WEIGHTS:
             raise DistillError("the sampler has no weights since it slept: sync() comes before its next use")
-        return sample(self._engine, prompts, seeds=seeds, sampling=sampling)
+        return super().sample(prompts, seeds=seeds, sampling=sampling)
 
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor | Deferred]], *, version: int) -> None:
-        """Replace the engine's weights with the trainer's. A collective where they are DTensors.
+        """Replace the engine's weights with the trainer's. A collective if they are DTensors.
 
         Names and shapes are compared with the model's before anything is copied. Pass DTensors as they are
         (`model.named_parameters()`): their global shapes are known without communication, and they are gathered here
-        one after the other, so that one full parameter lives at a time.
+        one after another, so that only one full parameter exists at a time.
 
         Args:
             named_tensors: every parameter under its name in transformers; tied ones may be left out. With
-                `settings.adapter` the adapter's alone, under their names in peft: the weights stay as they were loaded.
-            version: what `self.version` is afterwards.
+                `settings.adapter` only the adapter's, under their names in peft: the weights stay as they were loaded.
+            version: the value of `self.version` afterwards.
 
         Raises:
             DistillError: a name or shape is wrong (the engine keeps its weights), or copying failed half-way (the
                 engine refuses all further use).
         """
         self._check_usable()
-        weights, adapter = list(named_tensors), self._engine.settings.adapter
+        weights, adapter = list(named_tensors), self.settings.adapter
+        expected, optional = self._expected, self._optional
         if adapter:
-            check_adapter(weights, rank=adapter.rank, expected=self._expected)
-        else:
-            check_names_and_shapes(weights, expected=self._expected, optional=self._optional)
+            expected, optional = adapter_shapes(weights, rank=adapter.rank, expected=expected), set()
+        check_names_and_shapes(weights, expected=expected, optional=optional)
         self._is_broken = True
         try:
             if adapter:
                 load = partial(vllm_patches.load_adapter, rank=adapter.rank, alpha=adapter.alpha)
-                self._engine.call_worker(load, whole_tensors(weights))
-                self._engine.lora_request = adapter_request()
+                self.lora_request = self.call_worker(load, whole_tensors(weights))
             else:
-                self._engine.call_worker(vllm_patches.load_weights, full_tensors(weights, dtype=self._dtype))
+                tensors = full_tensors(weights, dtype=self.llm.model_config.dtype)
+                self.call_worker(vllm_patches.load_weights, tensors)
         except Exception as error:
             raise DistillError(f"sync of version {version} to the sampler failed: {reason(error)}") from error
         self._is_broken = False
@@ -89,30 +91,22 @@ class VllmSampler(Sampler):
         self.version = version
 
     def reset_prefix_cache(self) -> None:
-        """Forget what was asked: the next answers are those of an engine that is new."""
+        """Clear the prefix cache: the next answers are those of an engine that was just built."""
         self._check_usable()
-        if not self._engine.llm.reset_prefix_cache():
+        if not self.llm.reset_prefix_cache():
             self._is_broken = True
             raise DistillError("the sampler's prefix cache could not be reset: requests are still running")
 
     def _check_usable(self) -> None:
-        self._engine.check_awake()
+        self.check_awake()
         if self._is_broken:
             raise DistillError("the sampler's weights are incomplete since a sync failed half-way: build it again")
 
     def sleep(self) -> None:
         """Give the device's memory back, weights included: after `wake` the next `sync` brings them.
 
-        Weights that no sync brings, with `settings.adapter`, wait in host memory.
+        With `settings.adapter` no sync brings the weights: they wait in host memory.
         """
-        keeps_weights = self._engine.settings.adapter is not None
-        if self._engine.settings.sleep_mode and not keeps_weights:
+        if self.settings.sleep_mode and self.sleep_level == 2:
             self.version = NO_WEIGHTS
-        self._engine.sleep(level=1 if keeps_weights else 2)
-
-    def wake(self) -> None:
-        """Take the memory again; `sync` must come before the next `sample`."""
-        self._engine.wake()
-
-    def close(self) -> None:
-        self._engine.close()
+        super().sleep()

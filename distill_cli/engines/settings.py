@@ -1,4 +1,4 @@
-"""What an engine is built from, and how it samples. No torch and no vLLM at import time."""
+"""Settings of an engine and of its sampling. No torch and no vLLM at import time."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CPU_KV_CACHE_BYTES = 256 << 20
-"""KV cache of an engine on a CPU where nothing else is said: it is resident from the start, in every rank, twice."""
-
-
+"""Default KV cache of an engine on a CPU: it is resident from the start, for both engines of every rank."""
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM makes room for."""
+"""Ranks of adapters that vLLM can reserve memory for."""
+VOCABULARY_PADDING = 64
+"""vLLM rounds a vocabulary up to a multiple of it before it is cut."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank adapter that an engine has beside its weights: W x + alpha / rank B A x."""
+    """A low-rank adapter that an engine adds to its weights: W x + alpha / rank B A x."""
 
     rank: int
     alpha: float
@@ -27,14 +27,13 @@ class EngineSettings:
     """One engine: a model, its precision and its memory."""
 
     path: str
-    """A model's folder or its name on the Hugging Face hub."""
+    """A model's folder."""
     max_model_len: int
     """Tokens of the longest sequence, prompt and response together."""
-    revision: str | None = None
     dtype: str = "bfloat16"
-    """`bfloat16`, `float16` or `float32`: of the weights and of the KV cache."""
+    """Of the weights and the KV cache: `bfloat16`, `float16` or `float32`."""
     quantization: str | None = None
-    """vLLM's name of a quantization; None is what the model's own config says."""
+    """vLLM's name of a quantization; None is that of the model's config.json."""
     trust_remote_code: bool = False
     tensor_parallel: int = 1
     """Consecutive ranks that share one engine. All of them call it with the same requests in the same order, and get
@@ -49,59 +48,54 @@ class EngineSettings:
     sleep_mode: bool = False
     """Give memory back between uses (`sleep`, `wake`). On CUDA vLLM allows one such engine in a process."""
     adapter: Adapter | None = None
-    """Of the sampler, where `sync` brings an adapter instead of weights."""
+    """The sampler's, if `sync` brings an adapter instead of weights."""
     vocab_size: int | None = None
-    """Ids from here on are neither sampled nor scored: what the other model of the pair does not have. None is all."""
+    """First id that is neither sampled nor scored, as the other model of the pair does not have it. None is all."""
     seed: int = 0
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Passed to `vllm.LLM` as they are, over everything that the fields above imply."""
+    """Passed to `vllm.LLM` as they are; they override everything that the fields above imply."""
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How the student answers."""
+    """How a model samples its answers."""
 
     max_new_tokens: int
-    """Longest response; shorter where prompt and response would pass the engine's `max_model_len`."""
+    """Tokens of the longest response; fewer if prompt and response would exceed the engine's `max_model_len`."""
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
     top_k: int = 0
     """0 is the whole vocabulary."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response. They need the engine's tokenizer, and make sampling slower: text is decoded."""
+    """Strings that end a response. They need the engine's tokenizer, and slow sampling down: text is decoded."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a response, besides the model's own end-of-sequence tokens."""
     ignore_eos: bool = False
-    """Go on after end-of-sequence tokens: for benchmarks."""
+    """Continue after end-of-sequence tokens: for benchmarks."""
     logp: bool = True
-    """Fill in `Sample.logp`, which training reads; what is only judged needs none, and comes faster without."""
-
-
-VOCABULARY_PADDING = 64
-"""vLLM rounds a vocabulary up to a multiple of it before it is cut."""
+    """Fill in `Sample.logp`, which training reads; answers that are only verified come faster without."""
 
 
 def tensor_parallel_problem(size: int, *, model: Mapping[str, Any], num_ranks: int) -> str | None:
-    """What keeps `size` ranks from sharing an engine, in words that follow a key; None where nothing does.
+    """Return why `size` ranks cannot share an engine, as text that follows a key; None if they can.
 
     Args:
-        model: its config.json; what that does not say is left to vLLM.
-        num_ranks: those of a node, which an engine does not reach beyond.
+        model: its config.json; sizes that it does not contain are left to vLLM.
+        num_ranks: those of a node, since an engine does not span nodes.
     """
     text = model.get("text_config") or model
     vocab_size = text.get("vocab_size")
-    parts = {
+    parts: dict[str, Any] = {
         "ranks of a node": num_ranks,
         "attention heads": text.get("num_attention_heads"),
         "the MLP's size": text.get("intermediate_size"),
         "the padded vocabulary": vocab_size and -(-vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING,
     }
-    parts = {name: number for name, number in parts.items() if number}
     kv_heads = text.get("num_key_value_heads") or size  # beyond their number each rank has a copy of one
 
     def misfits(size: int) -> list[str]:
-        found = [f"{name} ({number})" for name, number in parts.items() if number % size]
+        found = [f"{name} ({number})" for name, number in parts.items() if number and number % size]
         return found + ([f"key-value heads ({kv_heads})"] if kv_heads % size and size % kv_heads else [])
 
     if size < 1:

@@ -1,10 +1,10 @@
 """Everything inside vLLM that we replace, call or read beyond its documented interface: one function each.
 
-vLLM expects a process to itself, and offers no way in for tensors that are already there. Each function below names the
-symptom without it and the sign that it is no longer needed; the decorator above it declares the names behind it. They
-are looked up, not assumed: `apply_patches` looks for all of them when the first engine is built, and raises one error
-with every name that is missing. `scripts/check_vllm_versions.py` searches unpacked releases for the same names without
-importing anything.
+vLLM expects a process to itself, and takes no tensors that are already in memory. Each function below names the symptom
+without it and the sign that it is no longer needed; the decorator above it declares the names that it depends on, which
+`apply_patches` looks up when the first engine is built: one error lists all that are missing. A function that is
+declared with `replaced` returns the replacement of a name, given the original.
+`scripts/check_vllm_versions.py` searches unpacked releases for the same names without importing anything.
 
 Importing this module imports neither vLLM nor torch.
 """
@@ -12,15 +12,14 @@ Importing this module imports neither vLLM nor torch.
 from __future__ import annotations
 
 import gc
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from distill_cli.engines.process_setup import absent
-from distill_cli.engines.reach import check_names, find_name, reaches, replace_name
+from distill_cli.engines.process_setup import import_without_scipy, on_cpu
+from distill_cli.engines.reach import check_names, reaches, replace_names
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +30,7 @@ KEEP_TENSORS = {"distill_keep_tensors": True}
 QUEUES = "vllm.distributed.device_communicators.shm_broadcast"
 CPU_COMMUNICATOR = "vllm.distributed.device_communicators.cpu_communicator"
 EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
+MODEL_UTILS = "vllm.model_executor.models.utils"
 CUMEM = "vllm.device_allocator.cumem"
 
 ADAPTER_ID = 1
@@ -39,33 +39,25 @@ ADAPTER_ID = 1
 
 @cache
 def apply_patches() -> None:
-    """Check every name this platform needs, then replace what must be replaced; once a process.
+    """Check every name that this platform needs, then replace what must be replaced; once a process.
 
     Raises:
         DistillError: names are missing; nothing is replaced then.
     """
-    with absent("scipy"):  # which vLLM imports for audio
-        importlib.import_module("vllm.entrypoints.llm")
-    from vllm.platforms import current_platform
-
-    check_names(platform="cpu" if current_platform.is_cpu() else "cuda")
-    keep_logprobs_as_tensors()
-    keep_process_group()
-    broadcast_without_queue()
-    if current_platform.is_cpu():
-        avoid_shared_memory()
-        skip_token_ranks()
-        mask_without_compiler()
+    import_without_scipy("vllm.entrypoints.llm")  # vLLM needs it for audio alone
+    platform = "cpu" if on_cpu() else "cuda"
+    check_names(platform=platform)
+    replace_names(platform=platform)
 
 
 # what is replaced
 
 
-@reaches("vllm.v1.engine.output_processor", "LogprobsProcessor")
+@reaches("vllm.v1.engine.output_processor", "LogprobsProcessor", replaced=True)
 @reaches("vllm.v1.engine.logprobs", "LogprobsProcessor.from_new_request")
 @reaches("vllm.v1.engine.logprobs", "LogprobsProcessor._update_prompt_logprobs")
 @reaches("vllm.v1.engine.logprobs", "LogprobsProcessor._update_sample_logprobs")
-def keep_logprobs_as_tensors() -> None:
+def keep_logprobs_as_tensors(processor_class: Any) -> Any:
     """Keep the log-probabilities of requests marked with `KEEP_TENSORS` as the worker's tensors.
 
     Symptom: vLLM's front end makes a Python object of every candidate of every token, and decodes each to text, which
@@ -73,13 +65,12 @@ def keep_logprobs_as_tensors() -> None:
     No longer needed when: `prompt_logprobs` can be had as tensors; `flat_logprobs` with `detokenize=False` is a first
     step, still 13% of Python objects.
     """
-    from vllm.v1.engine.logprobs import LogprobsProcessor
 
-    class TensorLogprobsProcessor(LogprobsProcessor):
-        """vLLM's collector of one request's log-probabilities, with a short way for marked requests.
+    class TensorLogprobsProcessor(processor_class):
+        """vLLM's collector of one request's log-probabilities, with a short path for marked requests.
 
-        Theirs end in the request's output as `prompt_logprobs`, a list of vLLM's tensor tuples (one a chunk of the
-        prompt), and as `outputs[0].logprobs`, a list of floats.
+        The output of a marked request has `prompt_logprobs`, a list of vLLM's tensor tuples (one per chunk of the
+        prompt), and `outputs[0].logprobs`, a list of floats.
         """
 
         keeps_tensors = False
@@ -88,9 +79,7 @@ def keep_logprobs_as_tensors() -> None:
         def from_new_request(cls, tokenizer: Any, request: Any) -> TensorLogprobsProcessor:
             processor = super().from_new_request(tokenizer, request)
             if KEEP_TENSORS.items() <= (request.sampling_params.extra_args or {}).items():
-                processor.keeps_tensors = True
-                processor.prompt_logprobs = []
-                processor.logprobs = []
+                processor.keeps_tensors, processor.prompt_logprobs, processor.logprobs = True, [], []
             return processor
 
         def _update_prompt_logprobs(self, prompt_logprobs_tensors: Any) -> None:
@@ -106,64 +95,65 @@ def keep_logprobs_as_tensors() -> None:
             else:
                 super()._update_sample_logprobs(logprobs_lists)
 
-    replace_name("vllm.v1.engine.output_processor", "LogprobsProcessor", TensorLogprobsProcessor)
+    return TensorLogprobsProcessor
 
 
-@reaches("vllm.v1.engine.core", "cleanup_dist_env_and_memory")
-def keep_process_group() -> None:
+@reaches("vllm.v1.engine.core", "cleanup_dist_env_and_memory", replaced=True)
+def keep_process_group(_cleanup: Any) -> Any:
     """Leave the default process group alone when an engine is shut down.
 
     Symptom: closing one engine destroys the trainer's process group and every other engine of the process.
     No longer needed when: `EngineCore.shutdown` of an in-process engine leaves groups that it did not make.
     """
-    replace_name("vllm.v1.engine.core", "cleanup_dist_env_and_memory", release_memory)
+    return release_memory
 
 
-@reaches(QUEUES, "MessageQueue.create_from_process_group")
-def broadcast_without_queue() -> None:
+@reaches(QUEUES, "MessageQueue.create_from_process_group", replaced=True)
+def broadcast_without_queue(_create: Any) -> Any:
     """Make no message queue in shared memory for a group of ranks; vLLM broadcasts through the process group then.
 
     Symptom: shared memory and a socket for objects that no engine here broadcasts; a killed rank leaves both behind.
     No longer needed when: `external_launcher` engines create no `MessageQueue`.
     """
-    replace_name(QUEUES, "MessageQueue.create_from_process_group", staticmethod(_nothing))
+    return staticmethod(lambda *_args, **_kwargs: None)
 
 
-@reaches(CPU_COMMUNICATOR, "CpuCommunicator._all_group_ranks_share_shm_group_name", only="cpu")
-def avoid_shared_memory() -> None:
+@reaches(CPU_COMMUNICATOR, "CpuCommunicator._all_group_ranks_share_shm_group_name", only="cpu", replaced=True)
+def avoid_shared_memory(_share_name: Any) -> Any:
     """Let ranks that share an engine on CPUs meet over gloo instead of named shared memory. CPU only.
 
     Symptom: the name is the same in every run: a second run on the machine fails, and so does each one after a run that
     was killed.
     No longer needed when: the name of vLLM's shared-memory group differs from run to run.
     """
-    replace_name(CPU_COMMUNICATOR, "CpuCommunicator._all_group_ranks_share_shm_group_name", _false)
+    return lambda *_args, **_kwargs: False
 
 
-@reaches("vllm.v1.sample.sampler", "batched_count_greater_than", only="cpu")
-def skip_token_ranks() -> None:
-    """Leave out the rank of each token among all candidates, which nobody here reads. CPU only.
+@reaches("vllm.v1.sample.sampler", "batched_count_greater_than", only="cpu", replaced=True)
+def skip_token_ranks(_count: Any) -> Any:
+    """Leave out the rank of each token among all candidates, which nobody here reads: int64 [T] of -1. CPU only.
 
     Symptom: the function is compiled at the first request for log-probabilities, 7 to 19 s; without a compiler it costs
     1.5 times the top-k of a vocabulary of 152k.
     No longer needed when: ranks are optional in `SamplingParams`.
     """
-    replace_name("vllm.v1.sample.sampler", "batched_count_greater_than", _minus_one)
+    import torch
+
+    return lambda logp_TV, _sampled_logp_T1: torch.full((len(logp_TV),), -1, device=logp_TV.device)
 
 
-@reaches(EMBEDDING, "get_masked_input_and_mask", only="cpu")
-def mask_without_compiler() -> None:
+@reaches(EMBEDDING, "get_masked_input_and_mask", only="cpu", replaced=True)
+def mask_without_compiler(compiled: Any) -> Any:
     """Run the masking of a vocabulary-parallel embedding as it is written. CPU only.
 
     Symptom: it is compiled at the first token that ranks embed together, for seconds, and is no faster afterwards.
     No longer needed when: `enforce_eager` keeps vLLM from compiling it.
     """
-    name = "get_masked_input_and_mask"
-    replace_name(EMBEDDING, name, inspect.unwrap(find_name(EMBEDDING, name)))
+    return inspect.unwrap(compiled)
 
 
 def release_memory(*_args: Any, **_kwargs: Any) -> None:
-    """Free what a closed engine held, and nothing else."""
+    """Free the memory that a closed engine held, and nothing else."""
     import torch
 
     gc.collect()
@@ -171,35 +161,25 @@ def release_memory(*_args: Any, **_kwargs: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    return None
-
-
-def _false(*_args: Any, **_kwargs: Any) -> bool:
-    return False
-
-
-def _minus_one(logp_TV: torch.Tensor, _sampled_logp_T1: torch.Tensor) -> torch.Tensor:
-    """int64 [T] of -1."""
-    import torch
-
-    return torch.full((len(logp_TV),), -1, device=logp_TV.device)
-
-
 # what is called or read: the engine
 
 
-@reaches("vllm.v1.engine.llm_engine", "LLMEngine.step")
-def call_between_tokens(llm: Any, check: Callable[[], None]) -> None:
-    """Call `check`, which may raise, before each step of `llm`: one token of every request.
+class Interrupted(BaseException):
+    """The engine was stopped in the middle of its requests, which are dropped."""
 
-    Symptom: `LLM.generate` returns when the last answer ends, minutes after the run was asked to stop.
+
+@reaches("vllm.v1.engine.llm_engine", "LLMEngine.step")
+def interrupt_between_tokens(llm: Any, should_stop: Callable[[], bool]) -> None:
+    """Call `should_stop` before each step of `llm` (one token of every request), and raise `Interrupted` if it is true.
+
+    Symptom: `LLM.generate` returns when the last answer ends, minutes after a signal requested the run's stop.
     No longer needed when: `generate` takes a callback.
     """
     step = llm.llm_engine.step
 
     def checked_step() -> Any:
-        check()
+        if should_stop():
+            raise Interrupted
         return step()
 
     llm.llm_engine.step = checked_step
@@ -214,16 +194,6 @@ def abort_requests(llm: Any) -> None:
     """
     engine = llm.llm_engine
     engine.abort_request(list(engine.output_processor.request_states), internal=True)
-
-
-def wake_before_closing(llm: Any) -> None:
-    """Wake an engine that sleeps, so that what it holds can be freed. CUDA only.
-
-    Symptom: freeing memory that sleep has unmapped leaves an error behind in vLLM's allocator, and the next engine of
-    the process that may sleep gets no memory.
-    No longer needed when: `my_free` in vLLM's csrc/cumem_allocator.cpp takes unmapped memory.
-    """
-    llm.wake_up()
 
 
 @reaches("vllm.v1.engine.core_client", "InprocClient.shutdown")
@@ -249,13 +219,16 @@ def num_positions(model_config: Any) -> int:
 # what is called or read: inside the worker
 
 
-def logits_processors(worker: Any) -> list[tuple[Any, float]]:
-    """Return the modules that scale the model's logits, each with its scale.
+@reaches("vllm.model_executor.layers.logits_processor", "LogitsProcessor")
+def logits_processors(worker: Any) -> list[Any]:
+    """Return the modules that scale the model's logits.
 
-    Symptom: `prompt_logprobs` ignore the temperature in every `logprobs_mode`; a scale of 1 / T applies it.
+    Symptom: `prompt_logprobs` ignore the temperature in every `logprobs_mode`; a `scale` divided by it applies it.
     No longer needed when: a temperature for prompt log-probabilities exists.
     """
-    return [(module, module.scale) for module in _logits_processors(worker)]
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    return [module for module in worker.get_model().modules() if isinstance(module, LogitsProcessor)]
 
 
 def cut_vocabulary(worker: Any, size: int) -> None:
@@ -264,15 +237,8 @@ def cut_vocabulary(worker: Any, size: int) -> None:
     Symptom: a model with more rows than its partner's vocabulary samples and scores ids that the partner lacks.
     No longer needed when: `allowed_token_ids` also normalises prompt log-probabilities, at no cost a token.
     """
-    for module in _logits_processors(worker):
+    for module in logits_processors(worker):
         module.org_vocab_size = min(module.org_vocab_size, size)
-
-
-@reaches("vllm.model_executor.layers.logits_processor", "LogitsProcessor")
-def _logits_processors(worker: Any) -> list[Any]:
-    from vllm.model_executor.layers.logits_processor import LogitsProcessor
-
-    return [module for module in worker.get_model().modules() if isinstance(module, LogitsProcessor)]
 
 
 @reaches("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.reload_weights", parameter="weights_iterator")
@@ -299,8 +265,8 @@ def load_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> No
 
 @reaches("vllm.lora.lora_model", "LoRAModel.from_lora_tensors", only="adapter")
 @reaches("vllm.lora.peft_helper", "PEFTHelper", only="adapter")
-def load_adapter(worker: Any, tensors: Mapping[str, torch.Tensor], *, rank: int, alpha: float) -> None:
-    """Replace the adapter of the model; each rank of the engine keeps its part.
+def load_adapter(worker: Any, tensors: Mapping[str, torch.Tensor], *, rank: int, alpha: float) -> Any:
+    """Replace the adapter of the model; each rank of the engine keeps its part. Return its `vllm.LoRARequest`.
 
     Symptom: vLLM's own way in is a folder on disk, for each sync.
     No longer needed when: `LoRARequest` takes tensors.
@@ -310,12 +276,13 @@ def load_adapter(worker: Any, tensors: Mapping[str, torch.Tensor], *, rank: int,
     """
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
+    from vllm.lora.request import LoRARequest
 
     manager = worker.model_runner.lora_manager
     lora = LoRAModel.from_lora_tensors(
         ADAPTER_ID,
         dict(tensors),
-        PEFTHelper(r=rank, lora_alpha=alpha, target_modules=[]),
+        PEFTHelper(r=rank, lora_alpha=alpha, target_modules=[]),  # type: ignore[arg-type]  # floats are divided as well
         device="cpu",
         dtype=manager.lora_config.lora_dtype,
         weights_mapper=rename_mapper(getattr(worker.get_model(), "hf_to_vllm_mapper", None)),
@@ -324,20 +291,14 @@ def load_adapter(worker: Any, tensors: Mapping[str, torch.Tensor], *, rank: int,
     adapters.remove_adapter(ADAPTER_ID)
     adapters.add_adapter(lora)
     adapters.activate_adapter(ADAPTER_ID)
+    return LoRARequest("student", ADAPTER_ID, "memory")  # no folder is behind it
 
 
-@reaches(
-    "vllm.model_executor.models.utils",
-    "WeightsMapper.get_rename_mapper",  # 0.29 and later
-    "WeightsMapper.get_unstacked_mapper",
-    only="adapter",
-)
+@reaches(MODEL_UTILS, "WeightsMapper.get_rename_mapper", "WeightsMapper.get_unstacked_mapper", only="adapter")
 def rename_mapper(mapper: Any) -> Any:
     """Return the part of a model's `WeightsMapper` that renames without stacking; None for None."""
-    if mapper is None:
-        return None
-    later = hasattr(mapper, "get_rename_mapper")
-    return mapper.get_rename_mapper() if later else mapper.get_unstacked_mapper()
+    names = "get_rename_mapper", "get_unstacked_mapper"  # in 0.29 and later; before
+    return next((getattr(mapper, name)() for name in names if hasattr(mapper, name)), None)
 
 
 @reaches(CUMEM, "CuMemAllocator.instance", only="cuda")

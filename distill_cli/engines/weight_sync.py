@@ -1,4 +1,4 @@
-"""The student's weights into its engine: checked by name and shape first, then copied one parameter at a time."""
+"""Check the student's weights, or its adapter, by name and shape, and gather them for the engine, one by one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from distill_cli.errors import DistillError
 
 @dataclass(frozen=True)
 class Deferred:
-    """A weight that is made when its turn comes, so that one of them is there at a time."""
+    """A weight that is made when its turn comes, so that only one of them exists at a time."""
 
     shape: torch.Size
     make: Callable[[], torch.Tensor]
-    """A collective where it gives a DTensor."""
+    """A collective if it returns a DTensor."""
 
 
 NamedTensors = Sequence[tuple[str, torch.Tensor | Deferred]]
 
 
 def expected_shapes(hf_config: Any, *, trust_remote_code: bool) -> tuple[dict[str, torch.Size], set[str]]:
-    """Names and shapes of a model's parameters, as transformers has them, and the names that may be left out.
+    """Return names and shapes of a model's parameters in transformers, and the names that may be left out.
 
     The latter are those tied to another parameter. Nothing is allocated.
     """
@@ -38,8 +38,24 @@ def expected_shapes(hf_config: Any, *, trust_remote_code: bool) -> tuple[dict[st
     return shapes, tied
 
 
+def adapter_shapes(weights: NamedTensors, *, rank: int, expected: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+    """Return names and shapes of both matrices of each layer that an adapter's tensors name.
+
+    Args:
+        weights: `base_model.model.<layer>.lora_A.weight` [rank, in] and `...lora_B.weight` [out, rank], as in peft.
+        expected: the shapes of the model.
+    """
+    shapes = {}
+    for name, _ in weights:
+        prefix = name.rpartition(".lora_")[0]
+        if out_in := expected.get(f"{prefix.removeprefix('base_model.model.')}.weight"):
+            shapes[f"{prefix}.lora_A.weight"] = torch.Size((rank, out_in[-1]))
+            shapes[f"{prefix}.lora_B.weight"] = torch.Size((out_in[0], rank))
+    return shapes
+
+
 def check_names_and_shapes(weights: NamedTensors, *, expected: Mapping[str, torch.Size], optional: set[str]) -> None:
-    """Raise DistillError naming what differs: a wrong one in the middle of a load would ruin the engine for good."""
+    """Raise DistillError naming what differs: a wrong tensor in the middle of a load would break the engine."""
     given = {name: tensor.shape for name, tensor in weights}
     problems = [f"{name} is not a parameter of the model" for name in given.keys() - expected.keys()]
     problems += [f"{name} is missing" for name in expected.keys() - given.keys() - optional]
@@ -50,21 +66,29 @@ def check_names_and_shapes(weights: NamedTensors, *, expected: Mapping[str, torc
     ]
     if len(given) != len(weights):
         problems.append("a name is given twice")
-    if problems:
+    if problems or not weights:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise DistillError(f"weights refused, the engine keeps its own: {'; '.join(sorted(problems)[:3])}{more}")
+        what = "; ".join(sorted(problems)[:3]) or "there are no tensors"
+        raise DistillError(f"weights refused, the engine keeps its own: {what}{more}")
 
 
-def full_tensors(weights: NamedTensors, *, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Gather one parameter after the other; a collective for DTensors: every rank goes through all, in the same order.
+def full_tensors(weights: NamedTensors, *, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gather one parameter after another. A collective for DTensors: every rank iterates over all, in the same order.
 
-    Matrices are cast before they are gathered, so that half as many bytes travel to a 16-bit engine; vectors and
-    scalars are not, since vLLM keeps some of them (a router's bias) in float32, and casts the others itself.
+    Matrices are cast to `dtype`, if given, before they are gathered: half as many bytes travel to a 16-bit engine.
+    Vectors and scalars are not: vLLM keeps some of them (a router's bias) in float32, and casts the others itself.
     """
     for name, tensor in weights:
         tensor = tensor.make() if isinstance(tensor, Deferred) else tensor.detach()
-        if tensor.ndim > 1:
+        if dtype is not None and tensor.ndim > 1:
             tensor = tensor.to(dtype)
         if isinstance(tensor, DTensor):
-            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # collective
+            moved = tensor.to(tensor.device_mesh.device_type)
+            tensor = moved.full_tensor()  # type: ignore[attr-defined]  # a DTensor still; collective
         yield name, tensor
+
+
+def whole_tensors(weights: NamedTensors) -> dict[str, torch.Tensor]:
+    """Return copies of all tensors in host memory, as an adapter is small. A collective for DTensors."""
+    # vLLM scales B in place
+    return {name: tensor.to("cpu", copy=True) for name, tensor in full_tensors(weights, dtype=None)}

@@ -1,13 +1,13 @@
-"""What `distill doctor` says: a line about one thing each, with its fix if something is wrong."""
+"""The lines of `distill doctor`: a check each, with its fix if it failed."""
 
 from __future__ import annotations
 
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from importlib import metadata
 
 from distill_cli.config.credentials import without_credentials
+from distill_cli.machine.hardware import installed_version
 
 TIMEOUT_S = 4.0
 """How long a server may take to answer."""
@@ -15,24 +15,25 @@ TIMEOUT_S = 4.0
 
 @dataclass(frozen=True)
 class Finding:
+    """The result of one check."""
+
     name: str
     ok: bool
     detail: str
     fix: str = ""
     needed: bool = True
-    """False where runs of this machine may do without it: a warning."""
+    """False if runs on this machine may work without it: a failure is a warning."""
 
     @property
     def word(self) -> str:
+        """The result in four characters."""
         return "ok  " if self.ok else "FAIL" if self.needed else "warn"
 
 
 def find_package(name: str, package: str, *, fix: str) -> Finding:
-    """Return the installed version of a distribution."""
-    try:
-        return Finding(name, True, metadata.version(package))
-    except metadata.PackageNotFoundError:
-        return Finding(name, False, "not installed", fix)
+    """Return the finding of a distribution's installed version."""
+    version = installed_version(package)
+    return Finding(name, version is not None, version or "not installed", "" if version else fix)
 
 
 def unreachable(address: str) -> str | None:

@@ -1,7 +1,8 @@
-"""NVIDIA GPUs as the driver's library describes them (NVML, through nvidia-ml-py). No torch."""
+"""Describe NVIDIA GPUs through the driver's library (NVML, in nvidia-ml-py). No torch."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,8 +40,7 @@ def query_gpus(nvml: Any = None) -> list[Gpu]:
     Raises:
         NoDriver: there is no driver, or it does not answer.
     """
-    if nvml is None:
-        import pynvml as nvml
+    nvml = nvml or importlib.import_module("pynvml")
     try:
         nvml.nvmlInit()
         try:
@@ -68,7 +68,7 @@ def _describe(nvml: Any, handle: Any) -> Gpu:
 
 
 def _visible_handles(nvml: Any) -> list[Any]:
-    """Choose as CUDA does: the list ends at its first name that is no GPU's."""
+    """Choose as CUDA does: the list ends at the first name that matches no GPU."""
     present = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
@@ -81,6 +81,6 @@ def _visible_handles(nvml: Any) -> list[Any]:
 
 
 def _by_uuid(nvml: Any, uuid: str, present: list[Any]) -> Any:
-    """Find a GPU by its UUID, which may be abbreviated, or a MIG device, which is none of `present`."""
+    """Find a GPU by its UUID, which may be abbreviated, or a MIG device, which is not in `present`."""
     matching = [handle for handle in present if uuid and nvml.nvmlDeviceGetUUID(handle).startswith(uuid)]
     return matching[0] if matching else nvml.nvmlDeviceGetHandleByUUID(uuid)

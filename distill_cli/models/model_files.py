@@ -1,4 +1,4 @@
-"""Where a model's files are, and what its config says: read as JSON, so that checks need no torch.
+"""Find a model's files and read its config and headers as JSON, so that checks need no torch.
 
 `package://...` is a folder that ships with distill; a folder is itself; anything else is a name on the hub.
 """
@@ -44,9 +44,12 @@ class ModelFiles:
     def find(cls, path: str, *, revision: str | None = None, key: str) -> ModelFiles:
         """Locate a model, downloading it if needed. Raises ConfigError that names `key`."""
         folder = locate(path, revision=revision, key=key)
-        config = text_config(folder)
-        positions = config.get("max_position_embeddings")
-        return cls(path, revision, folder, vocab_size(config), positions, tuple(sorted(end_tokens(folder))))
+        config = read_config(folder)
+        positions = text_config(config).get("max_position_embeddings")
+        ends = [read_object(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+        ids: list[int] | int = next((one for one in ends if one is not None), [])
+        eos_ids = tuple(sorted(set(ids if isinstance(ids, list) else [ids])))
+        return cls(path, revision, folder, vocab_size(config), positions, eos_ids)
 
     def on_this_machine(self, *, key: str) -> ModelFiles:
         """Return the same with its folder on this machine, whose cache may be elsewhere. Raises ConfigError."""
@@ -63,13 +66,33 @@ def locate(path: str, *, revision: str | None = None, key: str) -> Path:
     """
     is_local = path.startswith(("package://", ".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
     if is_local and revision is not None:
-        what = f"{key.replace('.path', '.revision')}={revision}"
-        raise ConfigError(f"{what}: {path} is a folder, which has no revisions; drop it")
-    if path.startswith("package://"):
-        return _model_folder(ASSETS / path.removeprefix("package://"), path, key)
-    if is_local:
-        return _model_folder(Path(path).expanduser(), path, key)
-    return _from_hub(path, revision, key)
+        revision_key = key.replace(".path", ".revision")
+        raise ConfigError(f"{revision_key}={revision}: {path} is a folder, which has no revisions; drop it")
+    shipped = path.replace("package://", f"{ASSETS}/")
+    folder = Path(shipped).expanduser() if is_local else _download(path, revision, key)
+    if not path or not folder.is_dir():
+        problem = "no such folder" if path else "is empty"
+        raise ConfigError(f"{key}={path}: {problem}; give a Hugging Face model's folder or its name on the hub")
+    try:
+        vocab_size(read_config(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        why = error.strerror if isinstance(error, OSError) else repr(error)
+        raise ConfigError(f"{key}={path}: not a Hugging Face model (config.json: {why}); give one") from error
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{key}={path}: no weights are there; *.safetensors are needed (pickles are not loaded)")
+    return folder.resolve()
+
+
+def _download(path: str, revision: str | None, key: str) -> Path:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import snapshot_download
+
+    try:
+        is_offline = CACHE_ONLY in os.environ
+        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=is_offline))
+    except (OSError, ValueError) as error:  # the bases of its HTTP, cache and validation errors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ConfigError(f"{key}={path}: no such folder, and not on the hub or in its cache ({reason})") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -77,9 +100,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def text_config(folder: Path) -> dict[str, Any]:
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of config.json that describes the language model."""
-    config = read_config(folder)
     return config.get("text_config") or config
 
 
@@ -101,18 +123,9 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def end_tokens(folder: Path) -> set[int]:
-    """Return the tokens that end a model's answers (`generation_config.json`, else `config.json`)."""
-    for name in ("generation_config.json", "config.json"):
-        ids = read_object(folder / name).get("eos_token_id")
-        if ids is not None:
-            return set(ids) if isinstance(ids, list) else {ids}
-    return set()
-
-
 def vocab_size(config: dict[str, Any]) -> int:
-    """Return the rows of the embedding, of config.json or its language model's part."""
-    return int((config.get("text_config") or config)["vocab_size"])
+    """Return the rows of the embedding according to config.json."""
+    return int(text_config(config)["vocab_size"])
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
@@ -128,34 +141,6 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
         return vocab | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{file}: no tokenizer of the tokenizers library ({error!r})") from error
-
-
-def _model_folder(folder: Path, path: str, key: str) -> Path:
-    if not path or not folder.is_dir():
-        problem = "no such folder" if path else "is empty"
-        raise ConfigError(f"{key}={path}: {problem}; give a Hugging Face model's folder or its name on the hub")
-    try:
-        vocab_size(read_config(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
-        why = error.strerror if isinstance(error, OSError) else repr(error)
-        raise ConfigError(f"{key}={path}: no Hugging Face model is there (config.json: {why}); give one") from error
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"{key}={path}: no weights are there; *.safetensors are needed (pickles are not loaded)")
-    return folder.resolve()
-
-
-def _from_hub(path: str, revision: str | None, key: str) -> Path:
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        is_offline = CACHE_ONLY in os.environ
-        folder = snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=is_offline)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ConfigError(f"{key}={path}: no such folder, and not on the hub or in its cache ({reason})") from error
-    return _model_folder(Path(folder), path, key)
 
 
 def fingerprint(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""What student and teacher have in common: vocabulary, end-of-sequence tokens, chat template. Reads files, no torch."""
+"""Compare student and teacher: vocabulary, end-of-sequence tokens, chat template. Reads files, no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHOWN = 30
 class Vocabularies:
     """The two models' ids and tokens, compared."""
 
-    sizes: tuple[int, int]
+    sizes: tuple[int, ...]
     """Rows of the student's and the teacher's embedding: tokens, and padding."""
     conflicts: tuple[str, ...] = ()
     """Tokens with another id in the other model, or whose id is another token there; each with both ids."""
@@ -34,34 +34,26 @@ class Vocabularies:
     @classmethod
     def of(cls, student: Path, teacher: Path, *, tokenizer: Path | None = None) -> Vocabularies:
         """Compare two folders; `tokenizer` is the folder of the tokenizer in use if that is not the student's."""
-        size_of = [model_files.vocab_size(model_files.read_config(folder)) for folder in (student, teacher)]
-        sizes = (size_of[0], size_of[1])
+        sizes = tuple(model_files.vocab_size(model_files.read_config(folder)) for folder in (student, teacher))
         ours, theirs = model_files.vocabulary(tokenizer or student), model_files.vocabulary(teacher)
         if ours is None or theirs is None:
             return cls(sizes)
         by_id = {number: token for token, number in theirs.items()}
         conflicts = sorted(
-            token
+            f"{token!r} ({number} and {theirs.get(token, 'absent')})"
             for token, number in ours.items()
             if theirs.get(token, number) != number or by_id.get(number, token) != token
         )
-        shared = ours.keys() & theirs.keys()
-        extra = [(token, number, "student") for token, number in ours.items() if token not in theirs]
-        extra += [(token, number, "teacher") for token, number in theirs.items() if token not in ours]
-        return cls(
-            sizes,
-            tuple(f"{token!r} ({ours[token]} and {theirs.get(token, 'absent')})" for token in conflicts),
-            tuple(sorted(extra, key=lambda one: one[1])),
-            1 + max((ours[token] for token in shared), default=-1),
-        )
+        extra = [(token, ours[token], "student") for token in ours.keys() - theirs]
+        extra += [(token, theirs[token], "teacher") for token in theirs.keys() - ours]
+        num_shared = 1 + max((ours[token] for token in ours.keys() & theirs), default=-1)
+        return cls(sizes, tuple(conflicts), tuple(sorted(extra, key=lambda one: (one[1:], one[0]))), num_shared)
 
     @property
     def limit(self) -> int | None:
         """First id that neither engine samples or scores; None if both models have the same ids."""
-        limits = {*self.sizes} if len({*self.sizes}) > 1 else set()
-        if self.extra:
-            limits.add(self.num_shared)
-        return min(limits) if limits else None
+        limits = {*self.sizes, self.num_shared} if self.extra else {*self.sizes}
+        return min(limits) if len({*self.sizes}) > 1 or self.extra else None
 
     def problem(self) -> str | None:
         """Return why the teacher cannot score the student's tokens; None if it can."""
@@ -78,10 +70,8 @@ class Vocabularies:
         if self.limit is None:
             return None
         tokens = f"; {len(self.extra)} tokens such as {self.extra[0][0]!r} are only one model's" if self.extra else ""
-        return (
-            f"the student's vocabulary has {self.sizes[0]} ids and the teacher's {self.sizes[1]}{tokens}: ids from "
-            f"{self.limit} on are neither sampled nor scored"
-        )
+        sizes = f"the student's vocabulary has {self.sizes[0]} ids and the teacher's {self.sizes[1]}"
+        return f"{sizes}{tokens}: ids from {self.limit} on are neither sampled nor scored"
 
 
 def write_end_tokens(folder: Path, ids: tuple[int, ...]) -> None:
@@ -120,7 +110,7 @@ def render(
         )
     except Exception as error:  # a template is the user's code and may raise anything
         what = f"{name} fails on the first row of the data: {type(error).__name__}: {error}"
-        raise ConfigError(f"{what}; mend the template, or the row") from error
+        raise ConfigError(f"{what}; correct the template, or the row") from error
     return rendered[0][0]
 
 
@@ -148,6 +138,5 @@ def chat_template(folder: Path) -> str | None:
 def special_tokens(folder: Path) -> dict[str, str]:
     """Return `bos_token` and the like, which a template may print."""
     config = model_files.read_object(folder / "tokenizer_config.json")
-    values = {name: value for name, value in config.items() if name.endswith("_token")}
-    tokens = {name: value["content"] if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: token for name, token in tokens.items() if isinstance(token, str)}
+    tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in config.items()}
+    return {name: token for name, token in tokens.items() if name.endswith("_token") and isinstance(token, str)}

@@ -34,7 +34,7 @@ def build_engines(
 
     Args:
         topk: tokens of the teacher's distribution at each position; None is `loss.topk`.
-        should_stop: see `Engine`.
+        should_stop: see `VllmEngine`.
     """
     begin, config, sampler = time.perf_counter(), resolved.config, None
     # Built first: a companion loads while the sampler is built.

@@ -9,7 +9,7 @@ from typing import IO
 import torch.distributed as dist
 
 from distill_cli.data.registry import resolve_extract
-from distill_cli.engines.sample_requests import Answerer
+from distill_cli.engines.engine import VllmEngine
 from distill_cli.folders.answers_table import AnswersFile
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.parallel.mesh import init_parallel
@@ -27,7 +27,7 @@ def evaluate_rank(run: RunDir, console: IO[str]) -> None:
     validator = build_validator(resolved, parallel, build_tokenizer(resolved))
     assert validator is not None, "an evaluation's config validates"
     settings, max_model_len = engine_settings(resolved, evaluation["role"]), resolved.lengths.validation
-    engine = Answerer(replace(settings, max_model_len=max_model_len, sleep_mode=False, adapter=None))
+    engine = VllmEngine(replace(settings, max_model_len=max_model_len, sleep_mode=False, adapter=None))
     share, extract = validator.share(engine), resolve_extract(validator.verify.function)
     file = AnswersFile(run.path, rank=parallel.rank) if share.is_first else None
     num_answers, done = len(validator.prompts) * validator.repeat, 0

@@ -50,7 +50,7 @@ def sampling(stage: Stage, settings: EngineSettings, folder: Path) -> None:
     inputs = [{"prompt_token_ids": ids} for ids in prompts]
     seconds = alternating_seconds(
         {
-            "bare": lambda: sampler._engine.llm.generate(inputs, plain, use_tqdm=False),
+            "bare": lambda: sampler.llm.generate(inputs, plain, use_tqdm=False),
             "ours": lambda: sampler.sample(prompts, seeds=range(len(prompts)), sampling=wanted),
         },
         device=stage.device,
@@ -83,7 +83,7 @@ def scoring(stage: Stage, settings: EngineSettings, path: str) -> None:
 
     seconds = alternating_seconds(
         {
-            "bare": lambda: local._engine.generate(sequences, params),
+            "bare": lambda: local.generate(sequences, params),
             "ours": local_score,
         },
         device=stage.device,

@@ -1,4 +1,4 @@
-"""A scorer in a process of its own answers as the one in this process does, and ends when either of them dies."""
+"""A teacher in a second process answers as one in this process does, and ends when either process dies."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from tests.conftest import shared_memory_left
 from .reference import random_sequences
 
 
-def test_a_companion_answers_as_a_scorer_until_it_dies(scorer, teacher_settings):
+def test_a_companion_answers_until_it_dies(scorer, teacher_settings):
     left_before = shared_memory_left()
     companion = CompanionTeacher(teacher_settings, topk=16)
     sequences, starts = random_sequences([9, 60, 300, 17]), [3, 20, 100, 17]
@@ -46,7 +46,7 @@ def test_a_companion_answers_as_a_scorer_until_it_dies(scorer, teacher_settings)
     assert shared_memory_left() <= left_before
 
 
-def test_a_teacher_that_cannot_be_loaded_is_said_as_in_this_process(process_group, settings):
+def test_loading_fails_alike_in_a_companion(process_group, settings):
     absent = replace(settings, path="/nowhere/at/all")
     said = []
     for make in (VllmTeacher, lambda *args, **kwargs: CompanionTeacher(*args, **kwargs).wait_ready()):
@@ -56,7 +56,7 @@ def test_a_teacher_that_cannot_be_loaded_is_said_as_in_this_process(process_grou
     assert said[0] == said[1]
 
 
-def test_the_users_mistakes_stay_the_users(process_group, teacher, teacher_settings):
+def test_a_companion_reports_config_errors(process_group, teacher, teacher_settings):
     companion = CompanionTeacher(teacher_settings, topk=0)
     with pytest.raises(ConfigError, match="topk is 0"):
         companion.wait_ready()
@@ -83,7 +83,7 @@ def test_a_companion_ends_with_its_rank():
     assert not companion.is_running()
 
 
-def test_engines_of_one_size_live_in_one_process(settings):
+def test_when_a_companion_is_needed(settings):
     sleeping = replace(settings, sleep_mode=True)
     assert not needs_companion(settings, settings, on_gpu=True)
     assert needs_companion(settings, replace(settings, tensor_parallel=2), on_gpu=False)

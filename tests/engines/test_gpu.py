@@ -17,7 +17,7 @@ from .reference import random_sequences, sampled_reference_logp
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def test_a_sleeping_sampler_gives_memory_back_and_a_sync_brings_its_weights(process_group, student, student_settings):
+def test_a_sleeping_sampler_frees_memory(process_group, student, student_settings):
     settings = replace(student_settings, sleep_mode=True, kv_cache_bytes=1 << 30)  # with CUDA graphs, as runs have it
     sampler, trained = VllmSampler(settings), copy.deepcopy(student)
     prompts = random_sequences([5, 200])
@@ -39,7 +39,7 @@ def test_a_sleeping_sampler_gives_memory_back_and_a_sync_brings_its_weights(proc
     sampler.close()  # asleep, as at the end of a run
 
 
-def test_a_sleeping_companion_gives_memory_back_and_scores_the_same_afterwards(process_group, teacher_settings):
+def test_a_sleeping_companion_frees_memory(process_group, teacher_settings):
     settings = replace(teacher_settings, sleep_mode=True, kv_cache_bytes=1 << 30, enforce_eager=True)
     scorer = CompanionTeacher(settings, topk=8)
     sequences = random_sequences([60, 200])

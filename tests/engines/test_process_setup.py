@@ -28,14 +28,14 @@ def test_process_state_is_kept(monkeypatch):
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_threads_are_shared_by_the_ranks_of_a_node(monkeypatch):
+def test_ranks_of_a_node_share_threads(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert num_threads_per_rank() == len(os.sched_getaffinity(0))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "100000")
     assert num_threads_per_rank() == 1
 
 
-def test_building_and_closing_an_engine_leaves_the_rest_alone(scorer, teacher_settings, monkeypatch):
+def test_an_engine_leaves_the_process_intact(scorer, teacher_settings, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     random_state, num_threads = torch.get_rng_state(), torch.get_num_threads()
     other = VllmTeacher(teacher_settings, topk=4)
@@ -50,7 +50,7 @@ def test_building_and_closing_an_engine_leaves_the_rest_alone(scorer, teacher_se
     assert scores.topk_ids.shape == (6, 16)
 
 
-def test_a_package_that_cannot_be_imported_looks_absent(tmp_path, monkeypatch):
+def test_a_broken_package_looks_absent(tmp_path, monkeypatch):
     (tmp_path / "brokenpackage").mkdir()
     (tmp_path / "brokenpackage" / "__init__.py").write_text(
         "from . import part\nraise RuntimeError('operator brokenpackage::nms does not exist')"
@@ -58,8 +58,10 @@ def test_a_package_that_cannot_be_imported_looks_absent(tmp_path, monkeypatch):
     (tmp_path / "brokenpackage" / "part.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     try:
-        assert hide_broken_packages(("brokenpackage", "json", "notinstalled")) == ["brokenpackage"]
+        hide_broken_packages(("brokenpackage", "json", "notinstalled"))
         assert importlib.util.find_spec("brokenpackage") is None
+        assert importlib.util.find_spec("json") is not None
+        assert "notinstalled" not in sys.modules
         assert "brokenpackage.part" not in sys.modules
         with pytest.raises(ImportError):
             importlib.import_module("brokenpackage")

@@ -49,7 +49,7 @@ def test_logp_is_raw_and_equals_transformers(sampler, student, sampling):
     assert_logp_equal_reference(samples, student, prompts)
 
 
-def test_without_logp_the_answers_are_the_same(sampler):
+def test_answers_are_equal_without_logp(sampler):
     prompts, seeds = random_sequences([1, 5, 33]), [1, 2, 3]
     sampling = SamplingSettings(max_new_tokens=40)
     samples = sampler.sample(prompts, seeds=seeds, sampling=sampling)
@@ -67,7 +67,7 @@ def test_greedy_equals_transformers_argmax(sampler, student):
     ]
 
 
-def test_a_seed_decides_the_answer_whatever_is_in_the_batch(sampler):
+def test_a_seed_determines_the_answer(sampler):
     prompts = random_sequences([3, 7, 20, 3])
     seeds = [11, 12, 13, 2**40 + 11]
     sampling = SamplingSettings(max_new_tokens=30, ignore_eos=True)
@@ -79,8 +79,8 @@ def test_a_seed_decides_the_answer_whatever_is_in_the_batch(sampler):
         assert [s.token_ids for s in other] == [s.token_ids for s in samples]
 
 
-def test_more_prompts_than_a_pass_has_room_for_are_answered_as_they_would_be_alone(sampler):
-    budget = sampler._engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+def test_prompts_beyond_one_pass(sampler):
+    budget = sampler.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
     prompts = random_sequences([300] * (budget // 300 + 3))
     sampling = SamplingSettings(max_new_tokens=8)
     samples = sampler.sample(prompts, seeds=range(len(prompts)), sampling=sampling)
@@ -101,7 +101,7 @@ def test_seeds_sample_independently(sampler, student):
         assert abs(statistics.mean(surprisal) - entropy) < 4 * error
 
 
-def test_stop_tokens_end_a_response_and_stay_in_it(sampler, student):
+def test_stop_tokens_end_a_response(sampler, student):
     (prompt,) = random_sequences([6])
     response = greedy_reference(student, prompt, num_tokens=24)
     stop = response[5]
@@ -135,7 +135,7 @@ def test_end_of_sequence_ends_a_response(sampler):
     assert all(EOS not in sample.token_ids for sample in samples if sample not in stopped)
 
 
-def test_a_response_ends_at_its_limit_and_at_the_models(sampler):
+def test_a_response_ends_at_limits(sampler):
     prompts = random_sequences([10, MAX_LEN - 4, MAX_LEN - 1])
     sampling = SamplingSettings(max_new_tokens=20, ignore_eos=True)
     samples = sampler.sample(prompts, seeds=[1, 2, 3], sampling=sampling)
@@ -157,7 +157,7 @@ def test_a_response_ends_at_its_limit_and_at_the_models(sampler):
         ([[3], [4]], [1, 2], SamplingSettings(max_new_tokens=4, stop_token_ids=(VOCAB_SIZE,)), "stop_token_ids"),
     ],
 )
-def test_bad_requests_are_refused_and_leave_the_engine_usable(sampler, student, prompts, seeds, sampling, message):
+def test_bad_requests_are_refused(sampler, student, prompts, seeds, sampling, message):
     with pytest.raises(DistillError, match=message):
         sampler.sample(prompts, seeds=seeds, sampling=sampling)
     (prompt,) = random_sequences([5])
@@ -166,7 +166,7 @@ def test_bad_requests_are_refused_and_leave_the_engine_usable(sampler, student, 
 
 
 @pytest.mark.parametrize("where", ["the model", "the sampling of tokens"])
-def test_a_failure_inside_a_step_leaves_the_engine_usable(sampler, student, monkeypatch, where):
+def test_the_engine_survives_a_failing_step(sampler, student, monkeypatch, where):
     calls = 0
 
     def fail_at_third(*args, **kwargs):
@@ -186,7 +186,7 @@ def test_a_failure_inside_a_step_leaves_the_engine_usable(sampler, student, monk
     original = None
     prompts = random_sequences([4, 150, 30])
     with monkeypatch.context() as patch:
-        sampler._engine.call_worker(break_worker)
+        sampler.call_worker(break_worker)
         with pytest.raises(DistillError, match=r"the sampler failed .*out of memory, say"):
             sampler.sample(prompts, seeds=[1, 2, 3], sampling=GREEDY)
     samples = sampler.sample(prompts, seeds=[1, 2, 3], sampling=GREEDY)
@@ -194,7 +194,7 @@ def test_a_failure_inside_a_step_leaves_the_engine_usable(sampler, student, monk
     assert samples[0].token_ids == greedy_reference(student, prompts[0], num_tokens=24)
 
 
-def test_a_model_that_cannot_be_loaded_is_named(process_group, tmp_path, settings):
+def test_a_missing_model_is_named(process_group, tmp_path, settings):
     with pytest.raises(DistillError, match=f"the sampler could not load {tmp_path}/absent: there is no such folder"):
         VllmSampler(replace(settings, path=str(tmp_path / "absent")))
     with pytest.raises(DistillError, match=f"the sampler could not load {tmp_path}: .*config.json") as info:

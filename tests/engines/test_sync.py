@@ -25,7 +25,7 @@ def error_of_logp(sampler, model, prompts):
     )
 
 
-def test_sync_brings_new_weights_and_forgets_old_prefixes(sampler, student, changed_student):
+def test_sync_replaces_weights_and_clears_prefixes(sampler, student, changed_student):
     prompts = random_sequences([300, 4])  # two blocks of the first would come from the prefix cache
     assert error_of_logp(sampler, student, prompts) < 1e-4
     assert error_of_logp(sampler, changed_student, prompts) > 0.1
@@ -36,7 +36,7 @@ def test_sync_brings_new_weights_and_forgets_old_prefixes(sampler, student, chan
     assert error_of_logp(sampler, student, prompts) < 1e-4
 
 
-def test_a_sampler_of_16_bits_follows_a_trainer_of_32(process_group, tmp_path, settings):
+def test_float32_weights_reach_a_bfloat16_sampler(process_group, tmp_path, settings):
     model = make_model(tmp_path, hidden_size=64, seed=4, tied=False)
     sampler = VllmSampler(replace(settings, path=str(tmp_path), dtype="bfloat16"))
     for parameter in model.parameters():
@@ -64,7 +64,7 @@ NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
         (lambda weights: {**weights, QUERY: weights[QUERY][:-1]}, f"{QUERY} has shape .127, 128., the engine's"),
     ],
 )
-def test_wrong_weights_are_refused_and_leave_the_engine_as_it_was(sampler, student, changed_student, change, message):
+def test_wrong_weights_are_refused(sampler, student, changed_student, change, message):
     prompts = random_sequences([20])
     with pytest.raises(DistillError, match=message):
         sampler.sync(change(dict(changed_student.named_parameters())).items(), version=9)
@@ -108,7 +108,7 @@ def test_twenty_syncs_hold_no_memory(sampler, student):
     assert resident_mib() - before < 5 * size_mib
 
 
-def test_a_sampler_that_sleeps_wants_waking_and_weights(process_group, student, student_settings):
+def test_a_sampler_needs_weights_after_sleep(process_group, student, student_settings):
     sampler = VllmSampler(replace(student_settings, sleep_mode=True))
     prompts = random_sequences([5])
     sampler.sleep()
@@ -126,7 +126,7 @@ def test_a_sampler_that_sleeps_wants_waking_and_weights(process_group, student, 
     sampler.close()
 
 
-def test_a_sync_that_fails_half_way_ends_the_engine(process_group, student, student_settings):
+def test_a_failed_sync_ends_the_engine(process_group, student, student_settings):
     class Lost(torch.Tensor):
         """A parameter that cannot be read, as when a rank is gone."""
 

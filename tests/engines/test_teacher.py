@@ -58,7 +58,7 @@ def test_topk_and_temperature(process_group, teacher, teacher_settings, topk, te
     scorer.close()
 
 
-def test_ids_that_only_the_teacher_has_are_never_scored(process_group, teacher, teacher_settings):
+def test_unshared_ids_are_not_scored(process_group, teacher, teacher_settings):
     """Its vocabulary is padded beyond the student's: what is left is a distribution by itself."""
     shared = 200
     scorer = VllmTeacher(replace(teacher_settings, vocab_size=shared), topk=shared)
@@ -87,7 +87,7 @@ def test_prefill_in_chunks_changes_nothing(process_group, teacher, teacher_setti
     scorer.close()
 
 
-def test_shared_prefixes_are_not_taken_from_a_cache(scorer, teacher):
+def test_scoring_uses_no_prefix_cache(scorer, teacher):
     (prefix,) = random_sequences([260])
     sequences = [prefix + [token] * 8 for token in (5, 6, 7)]
     for _ in range(2):
@@ -117,7 +117,7 @@ def test_empty_responses_give_empty_tensors(scorer, teacher):
         ([[3] * (MAX_LEN + 1)], [1], f"sequence 0 has {MAX_LEN + 1} tokens"),
     ],
 )
-def test_bad_requests_are_refused_and_leave_the_engine_usable(scorer, teacher, sequences, starts, message):
+def test_bad_requests_are_refused(scorer, teacher, sequences, starts, message):
     with pytest.raises(DistillError, match=message):
         scorer.score(sequences, response_starts=starts)
     (good,) = random_sequences([30])
@@ -125,13 +125,13 @@ def test_bad_requests_are_refused_and_leave_the_engine_usable(scorer, teacher, s
     assert_scores_equal_reference(scores, teacher, good, start=10, topk=16)
 
 
-def test_a_failure_inside_a_step_leaves_the_engine_usable(scorer, teacher, monkeypatch):
+def test_the_engine_survives_a_failing_step(scorer, teacher, monkeypatch):
     def fail(*_args, **_kwargs):
         raise RuntimeError("out of memory, say")
 
     sequences = random_sequences([30, 31, 32])
     with monkeypatch.context() as patch:
-        scorer._engine.call_worker(lambda worker: patch.setattr(worker.get_model(), "compute_logits", fail))
+        scorer.call_worker(lambda worker: patch.setattr(worker.get_model(), "compute_logits", fail))
         with pytest.raises(DistillError, match=r"the teacher failed .*out of memory, say"):
             scorer.score(sequences, response_starts=[1, 1, 1])
     (scores,) = scorer.score(sequences[:1], response_starts=[10])
@@ -148,7 +148,7 @@ def test_a_failure_inside_a_step_leaves_the_engine_usable(scorer, teacher, monke
         (8, 1.0, {"tensor_parallel": 2}, "tensor_parallel of the teacher is 2"),
     ],
 )
-def test_impossible_settings_are_the_users_mistake(
+def test_impossible_settings_are_config_errors(
     process_group, teacher, teacher_settings, topk, temperature, changes, message
 ):
     with pytest.raises(ConfigError, match=message):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["both over two ranks, tied", "sampler over two, untied"])
-def test_engines_over_two_ranks_answer_as_those_of_one(scorer, sampler, student_settings, tied, tmp_path):
+def test_two_ranks_answer_as_one(scorer, sampler, student_settings, tied, tmp_path):
     """Also a sync from FSDP's shards into a model that is cut otherwise; untied beside a companion of one rank."""
     path = student_settings.path
     if not tied:
@@ -31,7 +31,7 @@ def test_engines_over_two_ranks_answer_as_those_of_one(scorer, sampler, student_
     left_before = shared_memory_left()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
-        [*torchrun, "-m", "tests.engines.two_ranks", path, scorer._engine.settings.path, tmp_path / "expected", *sizes],
+        [*torchrun, "-m", "tests.engines.two_ranks", path, scorer.settings.path, tmp_path / "expected", *sizes],
         env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
         cwd=ROOT,
         capture_output=True,
