@@ -259,7 +259,7 @@ def load(path: Path, trainable: Trainable) -> dict[str, Any]:
 
 
 def start_moments(trainable: Trainable, *, num_updates: int) -> None:
-    """Create AdamW's state as its first update does, for a checkpoint to be read into."""
+    """Create AdamW's state as its first update does, to read a checkpoint into it."""
     for _, param in trainable.parameters():
         trainable.optimizer.state[param] = {
             "step": torch.tensor(float(num_updates)),
@@ -278,29 +278,25 @@ def set_num_updates(schedule: torch.optim.lr_scheduler.LambdaLR, num_updates: in
 
 def random_states() -> dict[str, Any]:
     """Return the states of this process's generators (Python, NumPy, torch on CPU and on its GPU) as JSON."""
-    kind, keys, *rest = np.random.get_state()
-    states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": bytes(torch.get_rng_state().tolist()).hex(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = bytes(torch.cuda.get_rng_state().tolist()).hex()
-    return states
+    numpy = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    states: dict[str, Any] = {"python": random.getstate(), "numpy": numpy}
+    return states | {name: bytes(get().tolist()).hex() for name, get, _ in _torch_generators()}
 
 
 def set_random_states(states: dict[str, Any]) -> None:
     """Restore what `random_states` returned."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
-    np.random.set_state(tuple(states["numpy"]))
-    torch.set_rng_state(_bytes_tensor(states["torch"]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes_tensor(states["cuda"]))
+    np.random.set_state(states["numpy"])
+    for name, _, restore in _torch_generators():
+        if name in states:
+            restore(torch.tensor(list(bytes.fromhex(states[name])), dtype=torch.uint8))
 
 
-def _bytes_tensor(digits: str) -> torch.Tensor:
-    return torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8)
+def _torch_generators() -> list[tuple[str, Callable[[], torch.Tensor], Callable[[torch.Tensor], None]]]:
+    on_gpu = [("cuda", torch.cuda.get_rng_state, torch.cuda.set_rng_state)] if torch.cuda.is_available() else []
+    return [("torch", torch.get_rng_state, torch.set_rng_state), *on_gpu]
 
 
 def _root_cause(error: BaseException) -> str:

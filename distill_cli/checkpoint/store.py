@@ -74,8 +74,8 @@ def newest_whole(root: Path, *, warn: Callable[[str], None]) -> Checkpoint | Non
 
 def best(checkpoints: Sequence[Checkpoint], *, metric: str, higher_is_better: bool) -> list[Checkpoint]:
     """Return the checkpoints that have a value for `metric`, best first; of equal ones the newer first."""
-    ranked = [(checkpoint.metric(metric), checkpoint) for checkpoint in checkpoints]
-    ranked = [(value if higher_is_better else -value, c.step, c) for value, c in ranked if value is not None]
+    sign = 1 if higher_is_better else -1
+    ranked = [(sign * value, c.step, c) for c in checkpoints if (value := c.metric(metric)) is not None]
     return [checkpoint for *_, checkpoint in sorted(ranked, key=lambda item: item[:2], reverse=True)]
 
 

@@ -57,7 +57,7 @@ def record_attempt(run: RunDir, *, launched: float, from_step: int) -> Iterator[
     finally:
         attempt.ended = time.time()
         with suppress(OSError):  # a full disk must not hide why the attempt ended
-            attempt.step = max((row["step"] for row in read_metrics(run.metrics)), default=0)
+            attempt.step = max((int(row["step"]) for row in read_metrics(run.metrics)), default=0)
             write_json(run.attempt_record, asdict(attempt))
 
 
