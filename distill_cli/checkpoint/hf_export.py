@@ -206,9 +206,7 @@ def model_card(checkpoint: Checkpoint, config: Config, *, as_adapter: bool = Fal
     latest = state.get("latest") if state.get("latest_step") == checkpoint.step else None
     scores = {"student before": state.get("before"), "student at this step": latest, "teacher": state.get("teacher")}
     scores = {name: score for name, score in scores.items() if score}
-    strict = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    )
+    strict = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     return strict.from_string((resources.files(__package__) / "model_card.md").read_text()).render(
         **{name: getattr(config, name) for name in ("model", "loss", "rollout", "train")}, as_adapter=as_adapter,
         step=checkpoint.step, num_updates=state["num_updates"], parameters=parameters, scores=scores,

@@ -53,25 +53,20 @@ class RunDir:
 
     def __init__(self, path: Path, *, attempt: int = 1) -> None:
         self.path, self.attempt = path, attempt
-        self.config = path / "config.yaml"
-        self.command = path / "command.txt"
-        self.metrics = path / "metrics.jsonl"
-        self.outcome = path / "outcome.json"
+        self.config, self.command = path / "config.yaml", path / "command.txt"
+        self.metrics, self.outcome = path / "metrics.jsonl", path / "outcome.json"
+        self.report, self.student = path / "report.html", path / "student"
+        self.checkpoints, self.rollouts, self.evals = path / "checkpoints", path / "rollouts", path / "evals"
         self.resolved = path / "resolved.json"
         """The resolved config: see `distill_cli.resolved`."""
-        self.report = path / "report.html"
-        self.student = path / "student"
         self.job = path / "job.json"
         """The `SubmittedJob` that was submitted last, written by the command that submits it."""
         self.job_end = path / "job_end.json"
         """The `JobEnd` of the job that ended last, written by its first node."""
         self.trackers = path / "trackers.json"
         """What each tracker finds the run again by; checkpoints have a copy."""
-        self.checkpoints = path / "checkpoints"
-        self.rollouts = path / "rollouts"
         self.scores = path / "scores"
         """Each step's sequences with the teacher's scores, with rollout.save_scores."""
-        self.evals = path / "evals"
         self.evaluation = path / "evaluation.json"
         """In the folder of an evaluation: the model that the ranks sample from instead of training."""
         self.logs = path / "logs" / f"attempt_{attempt}"
@@ -166,8 +161,7 @@ class SweepDir:
     ) -> None:
         """Write sweep.json, and the folder if need be. `space` are the ranges of a search, by key."""
         self.path.mkdir(parents=True, exist_ok=True)
-        shown = [without_credentials(word) for word in command]
-        content = {"command": shown, "elements": [asdict(element) for element in elements]}
+        content = {"command": list(map(without_credentials, command)), "elements": list(map(asdict, elements))}
         write_json(self.file, content | ({"space": space} if space else {}))
 
     def command(self) -> list[str]:
@@ -243,16 +237,13 @@ def read_json(path: Path) -> Any:
 
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Return the commit checked out in a folder, and whether tracked files differ from it; None without git."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
+    command = ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        is_dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
-        return {"commit": git("rev-parse", "HEAD"), "dirty": is_dirty}
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
+    # The first line is `# branch.oid <commit>`; those of changed files have no #.
+    return {"commit": lines[0].split()[-1], "dirty": not all(line.startswith("#") for line in lines)}
 
 
 def environment() -> dict[str, Any]:
@@ -268,7 +259,7 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "packages": versions,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "argv": [without_credentials(word) for word in sys.argv],
+        "argv": list(map(without_credentials, sys.argv)),
         "git": git_state(Path.cwd()),
         "distill_git": git_state(CHECKOUT) if (CHECKOUT / ".git").exists() else None,
     }

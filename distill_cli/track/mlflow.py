@@ -1,4 +1,4 @@
-"""MLflow: a SQLite file beside the runs, or a server. A sweep is a parent run of its runs.
+"""MLflow: a SQLite file next to the runs, or a server. A sweep is a parent run of its runs.
 
 A run is found again by its token, a tag: if a process is killed between making a run and recording its id, the next
 one does not make a second run. Processes take a lock next to what they share: eight runs that start together would
@@ -163,6 +163,7 @@ TRACKER = MlflowTracker
 
 
 def mlflow_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return a run's tags by MLflow's names, with those that say where it comes from."""
     from mlflow.version import VERSION
 
     is_job = any(name.startswith("slurm.") for name in tags)
@@ -233,8 +234,7 @@ def _dataset(context: str, spec: Mapping[str, Any]) -> DatasetInput:
 def _model(client: MlflowClient, experiment: str, role: str, path: str) -> str:
     name = re.sub(r"[/:.%\"']", "_", path)[-200:]
     found = client.search_logged_models([experiment], filter_string=f"name = '{name}'")
-    known = [model for model in found if model.tags.get("path") == path]
-    if known:
+    if known := [model for model in found if model.tags.get("path") == path]:
         return min(known, key=lambda model: model.creation_timestamp).model_id
     tags = {"path": path, "mlflow.model.isExternal": "true"}
     made = client.create_logged_model(experiment, name=name, tags=tags, model_type=role)
@@ -262,11 +262,9 @@ def open_parent(tracker: MlflowTracker, sweep: SweepDir, *, running: bool) -> st
 def close_parent(tracker: MlflowTracker, sweep: SweepDir) -> None:
     """Mark the sweep's run as ended if all its runs have ended."""
     with _locked_state(tracker, sweep) as state:
-        if state.identity["run_id"] is None:
-            return
         files = [sweep.path / element.folder / state.file.name for element in sweep.elements()]
         ends = {read_json(file)["end"] if file.exists() else None for file in files}
-        if None not in ends:
+        if state.identity["run_id"] is not None and None not in ends:
             state.end = "finished" if ends == {"finished"} else "stopped" if "failed" not in ends else "failed"
             tracker.client.set_terminated(state.identity["run_id"], status=STATUS[state.end])
             state.save()

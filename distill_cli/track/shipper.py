@@ -102,24 +102,22 @@ def ship(run: RunDir, tracker: Tracker, *, begin: bool = False, end: str | None 
         end: the status to close the run with, once its metrics and files are sent.
     """
     with hold(run.path / f".{tracker.name}.lock", wait_s=math.inf):
-        state, shipped = State.of(run, tracker), Shipped()
+        state = State.of(run, tracker)
         if begin or end is not None:
             state.end = end
         state.save()  # if this process is killed in `open`, the next one finds the new run by its identity
         tracker.open(state.identity, running=begin and end is None)
         state.save()
         seen = set() if state.is_sure else tracker.logged()
-        for stream in STREAMS:
-            if (run.path / stream).exists():
-                shipped.metrics += _send_metrics(tracker, run.path / stream, state, seen)
+        streams = [file for file in map(run.path.joinpath, STREAMS) if file.exists()]
+        num_metrics = sum(_send_metrics(tracker, file, state, seen) for file in streams)
         state.is_sure = True
         state.save()
         try:
-            shipped.artifacts = _send_artifacts(tracker, run, state)
+            return Shipped(num_metrics, _send_artifacts(tracker, run, state))
         finally:
             if end is not None:
                 tracker.close(end)
-        return shipped
 
 
 def _send_metrics(tracker: Tracker, file: Path, state: State, seen: Seen) -> int:
