@@ -65,8 +65,7 @@ def find(root: Path) -> list[Checkpoint]:
 def newest_whole(root: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest checkpoint that is whole, None if there is none; pass a line on each damaged one to `warn`."""
     for checkpoint in reversed(find(root)):
-        problem = damage(checkpoint.path)
-        if problem is None:
+        if (problem := damage(checkpoint.path)) is None:
             return checkpoint
         warn(f"{checkpoint.path}: damaged and ignored: {problem}")
     return None
@@ -119,7 +118,6 @@ def choose(root: Path, which: str, *, metric: str, higher_is_better: bool, warn:
         steps = ", ".join(str(checkpoint.step) for checkpoint in found) or "none"
         unranked = f"; none has a value for {metric}" if which == "best" and found else ""
         raise DistillError(f"{root}: no checkpoint {which} (there are steps: {steps}{unranked})")
-    problem = damage(candidates[0].path)
-    if problem:
+    if problem := damage(candidates[0].path):
         raise DistillError(f"{candidates[0].path}: damaged: {problem}; choose another with --step")
     return candidates[0]

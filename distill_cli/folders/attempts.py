@@ -86,7 +86,7 @@ class Outcome:
     """The outcome of a run, which the main rank writes to outcome.json when it ends."""
 
     state: str
-    """`finished`, or `stopped` if the run was asked to stop and can go on."""
+    """`finished`, or `stopped` if a signal or a limit ended the run, which can be resumed."""
     reason: str | None = None
     """Why it stopped."""
     num_steps: int = 0

@@ -42,7 +42,10 @@ class SystemSampler:
             step, is_last = max((int(row["step"]) for row in read_metrics(self._path)), default=-1), False
             while not is_last:
                 is_last, step = self._closing.wait(self._period_s), step + 1
-                file.write(step, sample(network) | (sample_gpus() if self._use_gpus else {}))
+                row = sample(network)
+                with suppress(NoDriver):
+                    row |= gpu_metrics(query_gpus() if self._use_gpus else [])
+                file.write(step, row)
 
 
 def sample(network_before: Any) -> dict[str, float]:
@@ -58,16 +61,8 @@ def sample(network_before: Any) -> dict[str, float]:
     }
 
 
-def sample_gpus() -> dict[str, float]:
-    """Return the load of the visible GPUs; empty without a driver."""
-    try:
-        return gpu_metrics(query_gpus())
-    except NoDriver:
-        return {}
-
-
 def gpu_metrics(gpus: Sequence[Gpu]) -> dict[str, float]:
-    """Name each value as MLflow does; leave out what a card does not report."""
+    """Return the GPUs' load, each value named as MLflow names it; omit what a card does not report."""
     found: dict[str, float | None] = {}
     for gpu in gpus:
         used, total, at = gpu.used_bytes, gpu.memory_bytes, f"system/gpu_{gpu.index}"

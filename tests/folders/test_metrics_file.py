@@ -19,7 +19,7 @@ def fill(file: Path) -> None:
             other.write(bytes(4096))
 
 
-def test_rows_wait_while_the_disk_is_full(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_wait_on_a_full_disk(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, filler = small_disk / "metrics.jsonl", small_disk / "filler"
     with MetricsFile(path) as file:
         file.write(0, {"train/loss": 1.0})

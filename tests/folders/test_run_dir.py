@@ -38,7 +38,7 @@ def test_a_held_folder_names_its_holder(tmp_path: Path) -> None:
         pass
 
 
-def test_an_attempt_has_logs_of_its_own(tmp_path: Path) -> None:
+def test_an_attempt_has_its_own_logs(tmp_path: Path) -> None:
     first = RunDir(tmp_path).next_attempt()
     second = first.next_attempt()
     assert (first.attempt, second.attempt) == (1, 2)
