@@ -1,21 +1,19 @@
 """Save the student and its optimizer to a checkpoint and load them again, on any number of ranks and any mesh.
 
 torch.distributed.checkpoint splits and assembles; files are safetensors (no pickle is written or read). A thread
-copies the state to host memory and writes it, on a process group of its own. With `async_save` training goes on
-meanwhile; only an optimizer update, which changes what is being copied, waits for the copy.
+copies the state to host memory and writes it, on a process group of its own. With `async_save` training continues
+meanwhile; only the next optimizer update, which would change the tensors, waits until they are copied.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,11 @@ log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHTS_FILE, MOMENTS_FILE = 1, 2
-"""Numbers of a rank's files: an export opens only the first."""
+"""Numbers of a rank's files; an export opens only the first."""
 
 Tensors = dict[str, torch.Tensor]
+Part = tuple[torch.Tensor, Any]
+"""This rank's part of a tensor, and the DTensor's spec; None if the tensor is whole."""
 
 
 @dataclass(frozen=True)
@@ -70,85 +70,33 @@ class Trainable:
         return self.schedule.last_epoch
 
 
-@dataclass(frozen=True)
-class Part:
-    """This rank's part of a tensor."""
-
-    local: torch.Tensor
-    spec: Any
-    """The DTensor's spec; None if the tensor is whole."""
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Part:
-        return cls(tensor.to_local(), tensor._spec) if isinstance(tensor, DTensor) else cls(tensor, None)
-
-
-class HostCopy:
-    """A copy of this rank's tensors in host memory, allocated once and reused for each checkpoint."""
-
-    def __init__(self) -> None:
-        self._host: Tensors = {}
-        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
-
-    def take(self, tensors: Mapping[str, Part], *, after: torch.cuda.Event | None) -> Tensors:
-        """Return the same names and layouts with the values of now, which stay until the next call.
-
-        Args:
-            after: the GPU copies after this event.
-        """
-        copies: Tensors = {}
-        with torch.cuda.stream(self._stream):  # None has no effect
-            if after is not None:
-                self._stream.wait_event(after)
-            for name, part in tensors.items():
-                if name not in self._host:
-                    self._host[name] = torch.empty_like(part.local, device="cpu", pin_memory=part.local.is_cuda)
-                host = self._host[name].copy_(part.local, non_blocking=True)
-                # DTensor.from_local would move it back to the mesh's device.
-                copies[name] = DTensor(host, part.spec, requires_grad=False) if part.spec else host
-        if self._stream is not None:
-            self._stream.synchronize()
-        return copies
-
-
+@dataclass(eq=False, kw_only=True)
 class Saver:
     """Write a run's checkpoints. Build one on every rank and call it at the same steps: both are collectives."""
 
-    def __init__(
-        self,
-        run: RunDir,
-        trainable: Trainable,
-        *,
-        last_step: int = 0,
-        keep_top_k: int = 3,
-        metric: str = "val/accuracy",
-        higher_is_better: bool = True,
-        save_optimizer: bool = True,
-        async_save: bool = True,
-    ) -> None:
-        """
-        Args:
-            last_step: the step of the checkpoint that the run goes on from.
-            keep_top_k: with `metric` and `higher_is_better`: which older checkpoints to keep (`store.prune`).
-            save_optimizer: save AdamW's moments too; a resumed run is exact only with them.
-            async_save: return from `save` before the checkpoint is on disk.
-        """
-        self._run, self._trainable = run, trainable
-        self._save_optimizer, self._async_save = save_optimizer, async_save
-        self._prune = partial(
-            store.prune, run.checkpoints, keep_top_k=keep_top_k, metric=metric, higher_is_better=higher_is_better
-        )
+    run: RunDir = field(kw_only=False)
+    trainable: Trainable = field(kw_only=False)
+    last_step: int = 0
+    """The newest step that `save` was called for; at first that of the checkpoint that the run resumes from."""
+    keep_top_k: int = 3
+    """With `metric` and `higher_is_better`: which older checkpoints to keep (`store.prune`)."""
+    metric: str = "val/accuracy"
+    higher_is_better: bool = True
+    save_optimizer: bool = True
+    """Save AdamW's moments too; a resumed run is exact only with them."""
+    async_save: bool = True
+    """Return from `save` before the checkpoint is on disk."""
+    stopped_s: float = 0.0
+    """Seconds that training has waited for checkpoints."""
+
+    def __post_init__(self) -> None:
         self._group = dist.new_group(backend="gloo")  # the thread's: the trainer's own is in use meanwhile
-        self._host_copy = HostCopy()
+        self._host: Tensors = {}  # this rank's tensors in host memory, allocated once and reused
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self._thread: threading.Thread | None = None
-        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._copied = threading.Event()
         self._copied.set()
-        trainable.optimizer.register_step_pre_hook(self._wait_for_copy)
-        self.last_step = last_step
-        """The newest step that `save` was called for."""
-        self.stopped_s = 0.0
-        """Seconds that training has waited for checkpoints."""
+        self.trainable.optimizer.register_step_pre_hook(self._wait_for_copy)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the checkpoint of `step`, in the background with `async_save`.
@@ -161,23 +109,20 @@ class Saver:
         begin = time.perf_counter()
         self.finish()
         self.last_step = step
-        # The storage that holds the values now: DTensors and the optimizer's state may get another one later.
+        trainable = self.trainable
+        # The storage that holds the values now: a DTensor and the optimizer's state may get another one later.
         parts = {
-            name: Part.of(tensor)
-            for name, tensor in self._trainable.tensors(with_optimizer=self._save_optimizer).items()
+            name: (tensor.to_local(), tensor._spec) if isinstance(tensor, DTensor) else (tensor, None)
+            for name, tensor in trainable.tensors(with_optimizer=self.save_optimizer).items()
         }
-        state = {"step": step, **state, "num_updates": self._trainable.num_updates, "num_ranks": dist.get_world_size()}
-        state["base"] = self._trainable.base
-        now = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        state = {"step": step, **state, "num_updates": trainable.num_updates, "base": trainable.base}
+        state["num_ranks"] = dist.get_world_size()
+        now = torch.cuda.current_stream().record_event() if self._stream else None
         self._copied.clear()
-        self._thread = threading.Thread(
-            target=self._copy_and_write,
-            args=(step, parts, now, state, random_states()),
-            name="checkpoint",
-            daemon=True,
-        )
+        args = (step, parts, now, state, random_states())
+        self._thread = threading.Thread(target=self._copy_and_write, args=args, name="checkpoint", daemon=True)
         self._thread.start()
-        if not self._async_save:
+        if not self.async_save:
             self.finish()
         self.stopped_s += time.perf_counter() - begin
 
@@ -193,84 +138,91 @@ class Saver:
             self._thread = None
 
     def close(self) -> None:
+        """Block until the pending checkpoint is on disk; free the host memory."""
         log.info("checkpoints have stopped training for %.3f s in all", self.stopped_s)
         self.finish()
-        self._host_copy = HostCopy()
+        self._host.clear()
 
     def _copy_and_write(
-        self,
-        step: int,
-        parts: Mapping[str, Part],
-        now: torch.cuda.Event | None,
-        state: dict[str, Any],
-        randomness: dict[str, Any],
+        self, step: int, parts: dict[str, Part], now: torch.cuda.Event | None, state: dict[str, Any], rank_state: Any
     ) -> None:
-        problem, tensors = None, {}
-        if self._device is not None:  # a new thread is on the first GPU, and would allocate there
-            torch.cuda.set_device(self._device)
+        problem, copies = None, {}
+        if self._stream is not None:  # a new thread is on the first GPU, and would allocate there
+            torch.cuda.set_device(self._stream.device)
         try:
-            tensors = self._host_copy.take(parts, after=now)
+            copies = self._copy_to_host(parts, after=now)
         except (RuntimeError, MemoryError) as error:  # no host memory
             problem = _root_cause(error)
         finally:
             self._copied.set()
-        problems = [problem for problem in self._gather(problem) if problem]
-        if problems:  # on any rank: none enters dcp
-            written = [({}, problem) for problem in problems]
-        else:
-            written = self._gather(self._write(step, tensors, state, randomness))
+        failed = [one for one in self._gather(problem) if one]  # on any rank: none enters dcp
+        written = failed or self._gather(self._write(step, copies, state, rank_state))
         if dist.get_rank() == 0:
             self._seal(step, written)
+
+    def _copy_to_host(self, parts: dict[str, Part], *, after: torch.cuda.Event | None) -> Tensors:
+        """Return copies with the same layouts, valid until the next call. The GPU copies after the event `after`."""
+        copies: Tensors = {}
+        with torch.cuda.stream(self._stream):  # None has no effect
+            if self._stream and after:
+                self._stream.wait_event(after)
+            for name, (local, spec) in parts.items():
+                if name not in self._host:
+                    self._host[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+                host = self._host[name].copy_(local, non_blocking=True)
+                # DTensor.from_local would move it back to the mesh's device.
+                copies[name] = DTensor(host, spec, requires_grad=False) if spec else host
+        if self._stream is not None:
+            self._stream.synchronize()
+        return copies
 
     def _gather(self, mine: Any) -> list[Any]:
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine, group=self._group)
         return everyone
 
-    def _write(
-        self, step: int, tensors: Tensors, state: dict[str, Any], randomness: dict[str, Any]
-    ) -> tuple[dict[str, Any], str | None]:
+    def _write(self, step: int, tensors: Tensors, state: dict[str, Any], rank_state: Any) -> dict[str, Any] | str:
         """Write this rank's files; return their entries in the manifest, or why they could not be written."""
-        rank = dist.get_rank()
-        temporary = store.temporary_path(self._run.checkpoints, step)
+        rank, temporary = dist.get_rank(), atomic_dir.hidden(store.folder(self.run.checkpoints, step), "tmp")
         try:
             files = {name: MOMENTS_FILE if name.startswith(MOMENTS) else WEIGHTS_FILE for name in tensors}
             writer = dcp.HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=self._group)
-            write_json(temporary / f"rank_{rank}.json", randomness)
+            write_json(temporary / f"rank_{rank}.json", rank_state)
             mine = [temporary / f"rank_{rank}.json", *temporary.glob(f"shard-{rank + 1:05}-*")]
             if rank == 0:
-                trackers = read_json(self._run.trackers) if self._run.trackers.exists() else {}
+                trackers = read_json(self.run.trackers) if self.run.trackers.exists() else {}
                 write_json(temporary / store.STATE, {**state, "trackers": trackers})
-                shutil.copyfile(self._run.config, temporary / store.CONFIG)
+                shutil.copyfile(self.run.config, temporary / store.CONFIG)
                 mine += [temporary / store.STATE, temporary / store.CONFIG]
-            return atomic_dir.describe(mine), None
+            return atomic_dir.describe(mine)
         except (Exception, dcp.api.CheckpointException) as error:  # a file system's errors, on any rank
             log.info("the checkpoint of step %d", step, exc_info=True)  # the main rank warns in one line
-            return {}, _root_cause(error)
+            return _root_cause(error)
 
-    def _seal(self, step: int, everyone: list[tuple[dict[str, Any], str | None]]) -> None:
-        root = self._run.checkpoints
-        temporary = store.temporary_path(root, step)
-        problems = [problem for _, problem in everyone if problem]
+    def _seal(self, step: int, everyone: list[dict[str, Any] | str]) -> None:
+        """Complete the checkpoint from the ranks' manifest entries, or remove it after a rank's error."""
+        root = self.run.checkpoints
+        final = store.folder(root, step)
+        temporary = atomic_dir.hidden(final, "tmp")
+        entries: dict[str, Any] = {}
         try:
-            if problems:
-                raise DistillError(problems[0])
+            for part in everyone:
+                if isinstance(part, str):
+                    raise DistillError(part)
+                entries |= part
             # A machine that loses power must not keep the checkpoint and lose the steps that led to it.
-            for path in (self._run.metrics, self._run.config, root, self._run.path):
+            for path in (self.run.metrics, self.run.config, root, self.run.path):
                 if path.exists():
                     atomic_dir.flush(path)
-            atomic_dir.seal(
-                temporary, store.final_path(root, step), {k: v for part, _ in everyone for k, v in part.items()}
-            )
-            self._prune()
+            atomic_dir.seal(temporary, final, entries)
+            higher = self.higher_is_better
+            store.prune(root, keep_top_k=self.keep_top_k, metric=self.metric, higher_is_better=higher)
         except (OSError, DistillError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             kept = store.find(root)
-            log.warning(
-                "no checkpoint of step %d: %s; %s; training goes on",
-                *(step, error, f"{kept[-1].path.name} is kept" if kept else "there is no earlier one"),
-            )
+            left = f"{kept[-1].path.name} is kept" if kept else "there is no earlier one"
+            log.warning("no checkpoint of step %d: %s; %s; training goes on", step, error, left)
 
 
 def load(path: Path, trainable: Trainable) -> dict[str, Any]:
@@ -282,12 +234,12 @@ def load(path: Path, trainable: Trainable) -> dict[str, Any]:
     Raises:
         ConfigError: the checkpoint's parameters are not the student's.
     """
-    state = json.loads((path / store.STATE).read_text())
+    state: dict[str, Any] = read_json(path / store.STATE)
     reader = dcp.HuggingFaceStorageReader(str(path))
     names = reader.read_metadata().state_dict_metadata.keys()
     others = {name for name in names if not name.startswith(MOMENTS)} ^ {name for name, _ in trainable.parameters()}
     if others:
-        raise ConfigError(f"{path}: is of another model: {min(others)} is not in both; give the model that it is of")
+        raise ConfigError(f"{path}: is of another model: {min(others)} is not in both; give that model")
     with_optimizer = any(name.startswith(MOMENTS) for name in names)
     if with_optimizer:
         start_moments(trainable, num_updates=state["num_updates"])
@@ -297,18 +249,17 @@ def load(path: Path, trainable: Trainable) -> dict[str, Any]:
     try:
         dcp.load(trainable.tensors(with_optimizer=with_optimizer), storage_reader=reader, process_group=group)
     except (Exception, dcp.api.CheckpointException) as error:
-        raise ConfigError(f"{path}: is of another model: {_root_cause(error)}; give the model that it is of") from error
+        raise ConfigError(f"{path}: is of another model: {_root_cause(error)}; give that model") from error
     dist.destroy_process_group(group)
     trainable.after_load()
     set_num_updates(trainable.schedule, state["num_updates"])
-    randomness = path / f"rank_{dist.get_rank()}.json"
     if state["num_ranks"] == dist.get_world_size():
-        set_random_states(json.loads(randomness.read_text()))
+        set_random_states(read_json(path / f"rank_{dist.get_rank()}.json"))
     return state
 
 
 def start_moments(trainable: Trainable, *, num_updates: int) -> None:
-    """Create AdamW's state as its first update does, for a checkpoint to be read into."""
+    """Create AdamW's state as its first update does, to read a checkpoint into it."""
     for _, param in trainable.parameters():
         trainable.optimizer.state[param] = {
             "step": torch.tensor(float(num_updates)),
@@ -327,31 +278,25 @@ def set_num_updates(schedule: torch.optim.lr_scheduler.LambdaLR, num_updates: in
 
 def random_states() -> dict[str, Any]:
     """Return the states of this process's generators (Python, NumPy, torch on CPU and on its GPU) as JSON."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
-    states = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": bytes(torch.get_rng_state().tolist()).hex(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = bytes(torch.cuda.get_rng_state().tolist()).hex()
-    return states
+    numpy = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    states: dict[str, Any] = {"python": random.getstate(), "numpy": numpy}
+    return states | {name: bytes(get().tolist()).hex() for name, get, _ in _torch_generators()}
 
 
 def set_random_states(states: dict[str, Any]) -> None:
     """Restore what `random_states` returned."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_bytes_tensor(states["torch"]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes_tensor(states["cuda"]))
+    np.random.set_state(states["numpy"])
+    for name, _, restore in _torch_generators():
+        if name in states:
+            restore(torch.tensor(list(bytes.fromhex(states[name])), dtype=torch.uint8))
 
 
-def _bytes_tensor(digits: str) -> torch.Tensor:
-    return torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8)
+def _torch_generators() -> list[tuple[str, Callable[[], torch.Tensor], Callable[[torch.Tensor], None]]]:
+    on_gpu = [("cuda", torch.cuda.get_rng_state, torch.cuda.set_rng_state)] if torch.cuda.is_available() else []
+    return [("torch", torch.get_rng_state, torch.set_rng_state), *on_gpu]
 
 
 def _root_cause(error: BaseException) -> str:

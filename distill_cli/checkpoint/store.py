@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not there, checked before use, kept by number and by metric. No torch here.
+"""Checkpoints on disk: complete or absent, checked before use, kept by number and by metric. No torch.
 
 A checkpoint is a folder `checkpoints/step_<n>/`:
 
@@ -6,16 +6,15 @@ A checkpoint is a folder `checkpoints/step_<n>/`:
 |-----------------------|-------------------------------------------------------------------------------------|
 | `shard-*.safetensors` | parameters under their Hugging Face names, and AdamW's moments, as the ranks cut them |
 | `rank_<r>.json`       | rank r's random states                                                              |
-| `state.json`          | the step, its metrics, and whatever else a run goes on from                          |
-| `config.yaml`         | the config that it was made under                                                   |
-| `manifest.json`       | every other file's size and SHA-256; written last                                    |
+| `state.json`          | the step, its metrics, and whatever else a run resumes from                          |
+| `config.yaml`         | the run's config at that step                                                       |
+| `manifest.json`       | size and SHA-256 of every other file; written last                                   |
 
-It is written under a hidden name, made durable, and renamed. Nothing in it is executed on reading.
+It is written under a hidden name, made durable, and renamed. Reading it executes nothing.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any
 
 from distill_cli.errors import DistillError
 from distill_cli.folders.atomic_dir import MANIFEST, damage, remove
+from distill_cli.folders.run_dir import read_json
 
 STATE = "state.json"
 CONFIG = "config.yaml"
@@ -32,94 +32,85 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that was finished; whether it is still whole is for `damage` to say."""
+    """A folder that was completed; `damage` tells whether it is still whole."""
 
     path: Path
-    step: int
 
-    @classmethod
-    def at(cls, path: Path) -> Checkpoint:
-        return cls(path, int(path.name.removeprefix("step_")))
+    @property
+    def step(self) -> int:
+        return int(self.path.name.removeprefix("step_"))
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """What `state.json` holds."""
-        return json.loads((self.path / STATE).read_text())
+        """The content of `state.json`."""
+        return read_json(self.path / STATE)
 
     @property
     def recorded_step(self) -> int:
-        """The last step of metrics.jsonl that belongs to it: one less than `step` where a validation is to follow."""
+        """The last step of metrics.jsonl that belongs to it: `step`, or one less if its validation is still due."""
         return self.state["step"]
 
     def metric(self, name: str) -> float | None:
-        """The step's value of `train/...` or `val/...`; None where it had none, or it was not finite."""
+        """Return the step's value of `train/...` or `val/...`; None if it had none, or it was not finite."""
         return self.state["metrics"].get(name)
 
 
 def find(root: Path) -> list[Checkpoint]:
-    """The finished checkpoints in a run's `checkpoints/`, oldest first."""
-    found = []
-    for path in root.glob("step_*"):
-        if path.name.removeprefix("step_").isdigit() and (path / MANIFEST).is_file():
-            found.append(Checkpoint.at(path))
+    """Return the completed checkpoints in a run's `checkpoints/`, oldest first."""
+    paths = [manifest.parent for manifest in root.glob(f"step_*/{MANIFEST}")]
+    found = [Checkpoint(path) for path in paths if path.name.removeprefix("step_").isdigit()]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def newest_whole(root: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole; each damaged one is named to `warn`. None where there is none."""
+    """Return the newest checkpoint that is whole, None if there is none; pass a line on each damaged one to `warn`."""
     for checkpoint in reversed(find(root)):
-        problem = damage(checkpoint.path)
-        if problem is None:
+        if (problem := damage(checkpoint.path)) is None:
             return checkpoint
-        warn(f"{checkpoint.path}: damaged and left out: {problem}")
+        warn(f"{checkpoint.path}: damaged and ignored: {problem}")
     return None
 
 
 def best(checkpoints: Sequence[Checkpoint], *, metric: str, higher_is_better: bool) -> list[Checkpoint]:
-    """Those that have a value for `metric`, best first; of equals the newer one."""
-    ranked = [(checkpoint.metric(metric), checkpoint) for checkpoint in checkpoints]
-    ranked = [(value if higher_is_better else -value, c.step, c) for value, c in ranked if value is not None]
+    """Return the checkpoints that have a value for `metric`, best first; of equal ones the newer first."""
+    sign = 1 if higher_is_better else -1
+    ranked = [(sign * value, c.step, c) for c in checkpoints if (value := c.metric(metric)) is not None]
     return [checkpoint for *_, checkpoint in sorted(ranked, key=lambda item: item[:2], reverse=True)]
 
 
-def prune(root: Path, *, keep_top_k: int, metric: str, higher_is_better: bool) -> list[Path]:
-    """Removes all but the newest and the best `keep_top_k`; the removed folders.
+def prune(root: Path, *, keep_top_k: int, metric: str, higher_is_better: bool) -> None:
+    """Remove all but the newest and the best `keep_top_k` checkpoints.
 
-    While fewer than `keep_top_k` have a value for the metric, the newest ones fill up the number.
+    If fewer than `keep_top_k` have a value for the metric, keep the newest ones of the rest too.
     """
     found = find(root)
     kept = best(found, metric=metric, higher_is_better=higher_is_better)[:keep_top_k]
     without = [checkpoint for checkpoint in reversed(found) if checkpoint not in kept]
     kept += without[: keep_top_k - len(kept)]
-    removed = [checkpoint.path for checkpoint in found[:-1] if checkpoint not in kept]
-    for path in removed:
-        remove(path)
-    return removed
+    for checkpoint in found[:-1]:
+        if checkpoint not in kept:
+            remove(checkpoint.path)
 
 
 def remove_unfinished(root: Path) -> None:
-    """Removes what an attempt that died was writing or removing."""
+    """Remove what an attempt was writing or removing when it died."""
     for path in root.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def temporary_path(root: Path, step: int) -> Path:
-    return root / f".step_{step}.tmp"
-
-
-def final_path(root: Path, step: int) -> Path:
+def folder(root: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
     return root / f"step_{step}"
 
 
 def choose(root: Path, which: str, *, metric: str, higher_is_better: bool, warn: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint that `which` names: a step's number, `best` by the metric, or `last`, which is a whole one.
+    """Return the checkpoint that `which` names: a step's number, `best` by the metric, or `last`, the newest whole one.
 
     Raises:
-        DistillError: there is none, with those that there are; or it is damaged.
+        DistillError: there is none, or it is damaged.
     """
     found = find(root)
-    newest = newest_whole(root, warn=warn) if which == "last" else None
-    if newest is not None:
+    if which == "last" and (newest := newest_whole(root, warn=warn)) is not None:
         return newest
     by_metric = best(found, metric=metric, higher_is_better=higher_is_better)
     candidates = {"last": found[-1:], "best": by_metric[:1]}.get(which, [c for c in found if str(c.step) == which])
@@ -127,7 +118,6 @@ def choose(root: Path, which: str, *, metric: str, higher_is_better: bool, warn:
         steps = ", ".join(str(checkpoint.step) for checkpoint in found) or "none"
         unranked = f"; none has a value for {metric}" if which == "best" and found else ""
         raise DistillError(f"{root}: no checkpoint {which} (there are steps: {steps}{unranked})")
-    problem = damage(candidates[0].path)
-    if problem:
+    if problem := damage(candidates[0].path):
         raise DistillError(f"{candidates[0].path}: damaged: {problem}; choose another with --step")
     return candidates[0]

@@ -1,4 +1,4 @@
-"""A model's answers to a benchmark as parquet: written by the ranks that made them, brought together by the command."""
+"""A model's answers to a benchmark as parquet: written by the ranks that sampled them, joined by the command."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 SCHEMA = pa.schema(
     [
         ("dataset", pa.string()),
-        ("problem", pa.int64()),  # its place in the data
-        ("number", pa.int64()),  # of the answer, among those to its problem
+        ("problem", pa.int64()),  # its index in the data
+        ("number", pa.int64()),  # index of the answer among those to its problem
         ("question", pa.string()),
-        ("reference", pa.string()),  # the right answer
+        ("reference", pa.string()),  # the correct answer
         ("response", pa.string()),
-        ("final_answer", pa.string()),  # as the verifier reads it; null where there is none
+        ("final_answer", pa.string()),  # as the verifier reads it; null if there is none
         ("reward", pa.float64()),
         ("num_tokens", pa.int64()),
         ("finish_reason", pa.string()),
@@ -27,12 +27,13 @@ PARTS = "answers.rank_*.parquet"
 
 
 class AnswersFile:
-    """One rank's part of a model's answers, a row group a batch."""
+    """One rank's part of a model's answers, one row group per batch."""
 
     def __init__(self, folder: Path, *, rank: int) -> None:
         self._writer = pq.ParquetWriter(folder / PARTS.replace("*", str(rank)), SCHEMA)
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append a batch of rows with the columns of `SCHEMA`."""
         self._writer.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA))
 
     def close(self) -> None:
@@ -40,10 +41,9 @@ class AnswersFile:
 
 
 def join_answers(folder: Path) -> Path:
-    """The ranks' parts become answers.parquet, in the order of the problems."""
-    parts = sorted(folder.glob(PARTS))
+    """Join the ranks' parts into answers.parquet, in the order of the problems; return the file."""
+    parts, file = sorted(folder.glob(PARTS)), folder / "answers.parquet"
     table = pa.concat_tables([pq.read_table(part) for part in parts])
-    file = folder / "answers.parquet"
     pq.write_table(table.sort_by([("dataset", "ascending"), ("problem", "ascending"), ("number", "ascending")]), file)
     for part in parts:
         part.unlink()
@@ -51,4 +51,5 @@ def join_answers(folder: Path) -> Path:
 
 
 def read_answers(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Return these columns of the answers in a file, one dictionary per answer."""
     return pq.read_table(file, columns=list(columns)).to_pylist()

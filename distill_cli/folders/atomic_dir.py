@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there: written under a hidden name, then renamed. No torch.
+"""Files and folders that are complete or absent: written under a hidden name, then renamed. No torch.
 
-Checkpoints and recorded steps are made durable before, too. Their `manifest.json` is written last and has every other
-file's size and SHA-256, so that what was damaged later is found before it is used.
+Checkpoints and recorded steps are also made durable first. Their `manifest.json` is written last and lists the size and
+SHA-256 of every other file, so that later damage is found before the folder is used.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ HASHING_THREADS = 4
 
 @contextmanager
 def replacing(path: Path, *, unique: bool = False) -> Iterator[Path]:
-    """Give a hidden path in the folder of `path`; what was made there becomes `path`, or is removed after an error.
+    """Yield a hidden path in the folder of `path`; rename it to `path` on success, remove it after an error.
 
-    A file or link may be there already, and a folder with files may not.
+    `path` may be an existing file or link, but not a folder with files.
 
     Args:
-        unique: other processes may make the same path at the same time, so each takes a name of its own. Otherwise a
-            folder that a killed process left is removed.
+        unique: other processes may make the same path at the same time, so each uses its own hidden name. Otherwise
+            remove the hidden folder that a killed process left.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if unique else f".{path.name}.tmp")
+    temporary = hidden(path, f"{os.getpid()}.tmp" if unique else "tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         yield temporary
         temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):  # no file, or gone
+        with suppress(OSError):  # a folder, or absent
             temporary.unlink()
         raise
 
 
 def damage(path: Path, *, reads: bool = True) -> str | None:
-    """What is wrong with a folder's files, naming the first one; None where all are as they were written.
+    """Return the first difference between a sealed folder's files and its manifest; None if there is none.
 
     Args:
-        reads: compares their content, too; else only that they are there, with their sizes.
+        reads: compare the files' contents too, not only their presence and sizes.
     """
     try:
         files: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text())["files"]
@@ -56,26 +56,25 @@ def damage(path: Path, *, reads: bool = True) -> str | None:
     for name, (size, _) in expected.items():
         file = path / name
         if Path(name).name != name:
-            return f"{MANIFEST} names {name}, which lies outside"
+            return f"{MANIFEST} names {name}, which is outside the folder"
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-    for file in path.glob("*.safetensors"):  # all of which are read
+    for file in path.glob("*.safetensors"):  # readers open them all
         if file.name not in expected:
-            return f"{file.name} is not one of its files"
-    if not reads:
-        return None
-    with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        digests = threads.map(sha256, [path / name for name in expected])
-        for (name, (_, digest)), found in zip(expected.items(), digests, strict=True):
-            if found != digest:
-                return f"{name} has changed since it was written"
+            return f"{file.name} is not in {MANIFEST}"
+    if reads:
+        with ThreadPoolExecutor(HASHING_THREADS) as threads:
+            digests = threads.map(sha256, [path / name for name in expected])
+            for (name, (_, digest)), found in zip(expected.items(), digests, strict=True):
+                if found != digest:
+                    return f"{name} has changed since it was written"
     return None
 
 
 def describe(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """The manifest's entries of files, which are made durable on the way."""
+    """Flush the files to disk; return their entries in the manifest."""
     entries = {}
     for file in files:
         flush(file)
@@ -84,32 +83,32 @@ def describe(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def seal(temporary: Path, final: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Makes `temporary`, whose files `entries` describes, the folder `final`: from now on it is found."""
+    """Turn the folder `temporary`, whose files `entries` describes, into `final`, durably and at once."""
     (temporary / MANIFEST).write_text(json.dumps({"files": entries}, indent=2) + "\n")
     flush(temporary / MANIFEST)
     flush(temporary)
-    if final.exists():  # of an earlier attempt, and damaged or without its validation
-        old = hidden(final)
-        final.rename(old)
-        temporary.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(final)
+    old = _hide(final)  # an earlier attempt's: damaged, or without its validation
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
     flush(final.parent)
 
 
 def remove(path: Path) -> None:
-    """Removes a folder; one that is half removed is not taken for one."""
-    old = hidden(path)
-    path.rename(old)
-    shutil.rmtree(old)
+    """Remove a folder under a hidden name, so that a half removed one is never found."""
+    shutil.rmtree(_hide(path))
 
 
-def hidden(path: Path) -> Path:
-    """A name that a folder is removed under; free."""
-    old = path.with_name(f".{path.name}.old")
+def _hide(path: Path) -> Path:
+    old = hidden(path, "old")
     shutil.rmtree(old, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        path.rename(old)
     return old
+
+
+def hidden(path: Path, end: str) -> Path:
+    """Return the hidden name under which a path is written (`tmp`) or removed (`old`)."""
+    return path.with_name(f".{path.name}.{end}")
 
 
 def sha256(file: Path) -> str:
@@ -118,7 +117,7 @@ def sha256(file: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """A file's contents, or a folder's names, to permanent storage."""
+    """Flush a file's contents, or a folder's entries, to permanent storage."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

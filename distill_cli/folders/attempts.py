@@ -1,4 +1,4 @@
-"""How each attempt of a run began and ended, and what the run came to.
+"""How each attempt of a run began and ended, and the outcome of the run.
 
 `logs/attempt_<n>/attempt.json` is written by the process that starts the ranks, `outcome.json` by the main rank.
 """
@@ -16,7 +16,7 @@ from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir, read_json, write_json
 
 SHOWN = 5
-"""How many of a run's attempts a summary tells of."""
+"""How many of a run's attempts a summary lists."""
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Attempt:
 
     number: int
     launched: float
-    """When the command was typed: several attempts may follow one another."""
+    """When the command began; several attempts may follow one another."""
     began: float
     from_step: int
     """Step of the checkpoint from which it began; 0 is the beginning."""
@@ -33,7 +33,7 @@ class Attempt:
     step: int | None = None
     """The last step that it recorded."""
     reason: str | None = None
-    """Why it ended; None while it lasts, or where its launcher was killed."""
+    """Why it ended; None while it lasts, or if its launcher was killed."""
 
     def __str__(self) -> str:
         if self.reason is None:
@@ -43,7 +43,7 @@ class Attempt:
 
 @contextmanager
 def record_attempt(run: RunDir, *, launched: float, from_step: int) -> Iterator[None]:
-    """Keep the record of the attempt that happens inside."""
+    """Keep the record of the attempt that takes place in this context."""
     attempt = Attempt(run.attempt, launched, time.time(), from_step)
     write_json(run.attempt_record, asdict(attempt))
     try:
@@ -56,8 +56,8 @@ def record_attempt(run: RunDir, *, launched: float, from_step: int) -> Iterator[
         raise
     finally:
         attempt.ended = time.time()
-        with suppress(OSError):  # of a full disk: what ended the attempt is said all the same
-            attempt.step = max((row["step"] for row in read_metrics(run.metrics)), default=0)
+        with suppress(OSError):  # a full disk must not hide why the attempt ended
+            attempt.step = max((int(row["step"]) for row in read_metrics(run.metrics)), default=0)
             write_json(run.attempt_record, asdict(attempt))
 
 
@@ -86,7 +86,7 @@ class Outcome:
     """The outcome of a run, which the main rank writes to outcome.json when it ends."""
 
     state: str
-    """`finished`, or `stopped` if the run was asked to stop and can go on."""
+    """`finished`, or `stopped` if a signal or a limit ended the run, which can be resumed."""
     reason: str | None = None
     """Why it stopped."""
     num_steps: int = 0
@@ -104,7 +104,7 @@ class Outcome:
 
 
 def read_outcome(run: RunDir) -> Outcome | None:
-    """Return what the ranks wrote; None if they did not come to it."""
+    """Return the outcome that the ranks wrote; None if there is none."""
     if not run.outcome.is_file():
         return None
     content = read_json(run.outcome)
@@ -112,7 +112,7 @@ def read_outcome(run: RunDir) -> Outcome | None:
 
 
 def write_outcome(run: RunDir) -> Outcome | None:
-    """Add how each attempt ended to `outcome.json`; return what it says."""
+    """Add the attempts to `outcome.json`; return the outcome, None if there is none."""
     if run.outcome.is_file():
         write_json(run.outcome, read_json(run.outcome) | {"attempts": [asdict(one) for one in attempts_of(run)]})
     return read_outcome(run)

@@ -1,6 +1,6 @@
-"""One object a step into metrics.jsonl, flushed as written; trackers follow from there.
+"""metrics.jsonl: one JSON object per step, on disk at once.
 
-Only the main rank records. The file is the truth: whatever else shows metrics reads them from it.
+Only the main rank writes. The file is the truth: everything else that shows metrics, trackers included, reads it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
 
 from distill_cli.errors import DistillError
 from distill_cli.folders.atomic_dir import replacing
@@ -21,17 +21,19 @@ log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """Appends to metrics.jsonl. `step` and `time` (seconds since 1970) come first in each line.
+    """Append to metrics.jsonl. `step` and `time` (seconds since 1970) come first in each line.
 
-    Rows that find the disk full wait in memory for the next one, with a warning: what the file says stays whole.
+    On a full disk rows wait in memory for the next write, with a warning; all rows in the file stay complete.
     """
 
     def __init__(self, path: Path) -> None:
-        drop_cut_line(path)
+        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):  # cut off by a kill or a full disk
+            os.truncate(path, content.rfind(b"\n") + 1)
         self._path, self._file = path, path.open("ab", buffering=0)
         self._waiting = b""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a row; values that are not finite become null."""
         row = {"step": step, "time": round(time.time(), 3), **{key: plain(value) for key, value in metrics.items()}}
         was_full = bool(self._waiting)
         self._waiting += json.dumps(row).encode() + b"\n"
@@ -42,15 +44,12 @@ class MetricsFile:
                 log.warning("%s: %s; its rows wait in memory, and the run goes on", self._path, error.strerror)
 
     def flush(self) -> None:
-        """Writes what waits.
-
-        Raises:
-            OSError: not all of it could be written.
-        """
+        """Write the rows that wait. Raises OSError if not all could be written."""
         while self._waiting:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def close(self) -> None:
+        """Close the file with all rows on permanent storage. Raises OSError if that fails."""
         self.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -58,18 +57,12 @@ class MetricsFile:
     def __enter__(self) -> MetricsFile:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def drop_cut_line(path: Path) -> None:
-    """Takes away a last line that was cut off by a kill or a full disk."""
-    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
-
-
 def read_metrics(path: Path, *, after_step: int = -1) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl beyond a step; a last line that was cut off is left out.
+    """Return the rows of a metrics.jsonl after a step, without a last line that was cut off.
 
     Raises:
         DistillError: the file is damaged.
@@ -82,26 +75,23 @@ def read_metrics(path: Path, *, after_step: int = -1) -> list[dict[str, float]]:
 
 
 def damaged(path: Path, error: ValueError) -> DistillError:
-    return DistillError(f"{path}: holds a line that is no row of metrics ({error}); take that line out")
+    """Return the error about a line that is no JSON."""
+    return DistillError(f"{path}: holds a line that is no row of metrics ({error}); remove that line")
 
 
 def _step(line: str) -> int:
-    """What a line begins with, without reading all of it."""
+    """Return the step of a line without parsing all of it."""
     return int(line[len('{"step": ') : line.index(",")])
 
 
 def cut_back(path: Path, *, last_step: int, removed_to: Path) -> int:
-    """Leaves the rows up to `last_step`; what comes after goes to `removed_to`. The number of rows taken out.
+    """Keep the rows up to `last_step`, move the later ones to `removed_to`; return the number of moved rows.
 
-    Done again after being killed in the middle, it ends the same.
+    If killed in the middle and called again, the result is the same.
     """
-    if not path.exists():
-        return 0
-    kept, removed = [], []
-    for line in path.read_text().splitlines(keepends=True):
-        is_kept = line.endswith("\n") and _step(line) <= last_step
-        (kept if is_kept else removed).append(line)
-    if removed:
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = list(takewhile(lambda line: line.endswith("\n") and _step(line) <= last_step, lines))
+    if removed := lines[len(kept) :]:
         removed_to.write_text("".join(removed))
         with replacing(path) as temporary:
             temporary.write_text("".join(kept))
@@ -109,7 +99,7 @@ def cut_back(path: Path, *, last_step: int, removed_to: Path) -> int:
 
 
 def plain(value: float | None) -> float | int | None:
-    """A number as JSON has it. JSON knows no NaN and no infinity: null stands for them."""
+    """Return a number as the file holds it: nine digits; None for NaN and infinity, which JSON lacks."""
     if value is None or isinstance(value, int):
         return value
     value = float(value)

@@ -1,10 +1,10 @@
-"""Rollouts as parquet files, to look at."""
+"""Rollouts as parquet files, for inspection."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RolloutsFolder:
-    """Where a run leaves rollouts to look at."""
+    """Where a run writes rollouts for inspection."""
 
     path: Path
     decode: Callable[[list[int]], str]
     token_text: Callable[[int], str]
-    """Text of one token, special ones too."""
+    """Return the text of one token, special tokens included."""
     is_written: bool = True
     """False on all ranks but the main one."""
 
     def write(self, name: str, rollouts: Sequence[Rollout], *, views: Sequence[TokenViews] = ()) -> Path:
-        """Write one row a sequence and return the file's path; a full disk is a warning.
+        """Write one row per sequence; return the file's path. A full disk is a warning.
 
-        A row has the prompt's place in the data, both texts and token ids, how it ended and its reward; `sampled_logp`
-        is the student's log-probability of each response token, by the sampler, null if unknown.
+        A row holds the prompt's index in the data, prompt and response as text and token ids, the finish reason and
+        the reward; `sampled_logp` is the sampler's log-probability of each response token, null if unknown.
 
         Args:
-            views: one for each rollout, written token by token with the likeliest tokens' texts, or none.
+            views: one per rollout, written token by token with the texts of the likeliest tokens, or none.
         """
         file = self.path / name
         if not self.is_written:
@@ -58,18 +58,16 @@ class RolloutsFolder:
             with replacing(file) as temporary:
                 pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")
         except OSError as error:
-            log.warning("%s is not written: %s", file, error.strerror or error)
+            log.warning("cannot write %s: %s", file, error.strerror or error)
         return file
 
 
 def _view_columns(
     rollouts: Sequence[Rollout], views: Sequence[TokenViews], *, text: Callable[[int], str]
 ) -> dict[str, list[Any]]:
-    scalars = ("loss", "kl_forward", "kl_reverse", "entropy", "student_logp", "teacher_logp")
-    ranked = ("student_top_ids", "student_top_logp", "teacher_top_ids", "teacher_top_logp")
-    columns = {name: [getattr(view, name) for view in views] for name in (*scalars, *ranked)}
+    columns = {field.name: [getattr(view, field.name) for view in views] for field in fields(TokenViews)}
     columns["tokens"] = [[text(token) for token in rollout.sample.token_ids] for rollout in rollouts]
     for role in ("student", "teacher"):
-        of_role = columns[f"{role}_top_ids"]
-        columns[f"{role}_top_tokens"] = [[[text(i) for i in ids] for ids in response] for response in of_role]
+        top_ids = columns[f"{role}_top_ids"]
+        columns[f"{role}_top_tokens"] = [[[text(i) for i in ids] for ids in response] for response in top_ids]
     return columns

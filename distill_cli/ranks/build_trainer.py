@@ -167,7 +167,7 @@ def build_saver(config: Config, run: RunDir, trainable: Trainable, *, last_step:
 
 def check_data(checkpoint: Path, order: Order) -> None:
     """Raise ConfigError if the training data, and so its order, is not that of the checkpoint's run."""
-    before = Checkpoint.at(checkpoint).state["data"]
+    before = Checkpoint(checkpoint).state["data"]
     if None not in (before, order.fingerprint) and before != order.fingerprint:
         raise ConfigError(
             "data.train: its prompts differ from those that the run began with; restore data, tokenizer and chat "

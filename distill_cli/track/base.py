@@ -1,9 +1,9 @@
-"""What a tracker is, and which ones a run has.
+"""The interface of a tracker, and the trackers of a run.
 
-A tracker (MLflow; W&B and TensorBoard could be others) shows runs on pages of its own. It holds no truth: it follows
-what a run's folder says (metrics.jsonl, system.jsonl, files), and can follow again from nothing. Its methods run in
-a thread of the process that launched the ranks (`shipper`), one thread a tracker, which catches whatever they raise and
-calls again later. So no tracker can stop or slow training, or another tracker.
+A tracker (MLflow; W&B and TensorBoard could be others) shows runs on its own pages. It holds no truth: it follows a
+run's folder (metrics.jsonl, system.jsonl, files), and can follow again from nothing. Its methods run in a thread of the
+process that launched the ranks (`shipper`), one thread per tracker, which catches whatever they raise and calls again
+later. So no tracker can stop or slow training, or another tracker.
 
 A new one is `track/<name>.py` with a `TRACKER`, `conf/tracker/<name>.yaml`, and in config/execution_schema.py a
 dataclass and a field `<name>` of TrackerConfig.
@@ -24,23 +24,23 @@ from distill_cli.machine.findings import Finding
 
 
 class Tracker(Protocol):
-    """One run at one tracker. `facts` has what it may show of the run. Only `open` and the methods after it connect."""
+    """One run at one tracker. `facts` has what it may show of the run. Only `open` to `close` connect."""
 
     name: ClassVar[str]
     """Its module, and its field of TrackerConfig."""
     label: ClassVar[str]
     """Its name in messages."""
     place: str
-    """Its address, or what stands for one, without credentials."""
+    """Its address, or the equivalent, without credentials."""
     page: str
-    """Where the run can be looked at: an address, or the command that shows it."""
+    """Where to see the run: an address, or the command that shows it."""
     logs_model: bool = False
-    """Whether to ship the trained student's folder too."""
+    """Send the trained student's folder too."""
 
     def __init__(self, settings: Any, config: Config, run: RunDir) -> None: ...
 
     def identity(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the run is found again by, without asking a server: the `known` one if it is of the same place.
+        """Return what identifies the run, without connecting: as in `known`, if that belongs to the same place.
 
         Checkpoints keep it. `run_id` is the tracker's own name for the run, None until `open` has made it.
         """
@@ -49,11 +49,11 @@ class Tracker(Protocol):
         """Connect, find the run or make it, describe it; set `identity["run_id"]`. Do nothing if that is done.
 
         Args:
-            running: mark the run as running, whatever it was marked as before.
+            running: mark the run as running, whatever its status was.
         """
 
     def logged(self) -> set[tuple[str, int]]:
-        """Return the metrics and steps that the tracker has; asked if a request may or may not have arrived."""
+        """Return the metrics and steps that the tracker has; called if a request may or may not have arrived."""
 
     def log(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Send rows of metrics, each with its `step` and `time` (seconds since 1970)."""
@@ -71,15 +71,17 @@ class Tracker(Protocol):
 
     @classmethod
     def doctor(cls) -> list[Finding]:
-        """Return what `distill doctor` says about it."""
+        """Return the tracker's lines of `distill doctor`."""
         return []
 
 
 def tracker_class(name: str) -> type[Tracker]:
+    """Import a tracker by its name."""
     return import_module(f"{__package__}.{name}").TRACKER
 
 
 def tracker_names() -> list[str]:
+    """Return the names of all trackers, enabled or not."""
     return [field.name for field in fields(TrackerConfig)]
 
 
@@ -89,6 +91,7 @@ def enabled(config: Config) -> dict[str, Any]:
 
 
 def trackers_of(config: Config, run: RunDir) -> list[Tracker]:
+    """Build the enabled trackers of a run."""
     return [tracker_class(name)(settings, config, run) for name, settings in enabled(config).items()]
 
 

@@ -1,6 +1,6 @@
-"""What trackers show of a run beside its metrics and files.
+"""What trackers show of a run besides its metrics and files.
 
-All of it is read from the run's folder, so that it can be sent on another day and from another machine.
+All of it is read from the run's folder, so that it can be sent later and from another machine.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import getpass
 import hashlib
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distill_cli.config.schema import Config, MeshConfig
 from distill_cli.data.registry import load_examples
+from distill_cli.data.rows import Stream
 from distill_cli.folders.run_dir import RunDir, read_json
 from distill_cli.launch.base import LAUNCHERS, launcher_of
 from distill_cli.resolved import ResolvedRun
@@ -23,20 +24,21 @@ log = logging.getLogger(__name__)
 
 def models(config: Config) -> dict[str, str]:
     """Return path and revision of each role's model."""
-    sides = {"student": config.model.student, "teacher": config.model.teacher}
-    return {role: side.path + (f"@{side.revision}" if side.revision else "") for role, side in sides.items()}
+    student, teacher = config.model.student, config.model.teacher
+    sides = {"student": (student.path, student.revision), "teacher": (teacher.path, teacher.revision)}
+    return {role: path + (f"@{revision}" if revision else "") for role, (path, revision) in sides.items()}
 
 
 def data_profile(spec: Mapping[str, Any], *, key: str) -> tuple[str, dict[str, int]]:
-    """Return a digest of a data source's rows, 36 characters, and their number; of its keys if they cannot be read."""
-    rows: Sequence[Any] = [dict(spec)]
+    """Return a digest of a data source's rows, 36 characters, and their number; of its keys if it is unreadable."""
+    rows: Iterable[Any] = [dict(spec)]
     profile: dict[str, int] = {}
     try:
         loaded = load_examples(dict(spec), key=key)
-        if hasattr(loaded, "__len__"):  # reading a stream to its end may take for ever
+        if not isinstance(loaded, Stream):  # which may be endless
             rows, profile = loaded, {"num_rows": len(loaded)}
     except Exception as error:
-        log.warning("%s cannot be read, its digest is that of its keys: %s", key, error)
+        log.warning("%s cannot be read, so its digest is that of its keys: %s", key, error)
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr(row).encode())
@@ -44,12 +46,11 @@ def data_profile(spec: Mapping[str, Any], *, key: str) -> tuple[str, dict[str, i
 
 
 def run_tags(config: Config, run: RunDir) -> dict[str, str]:
-    """Return commits, versions, host, job and mesh, from env.json and what the newest attempt wrote."""
+    """Return commits, versions, host, job and mesh, from env.json and the newest attempt's tags.json."""
     env = read_json(run.path / "env.json") if (run.path / "env.json").exists() else {}
     found = {"distill.run_dir": str(run.path)} | {f"model.{role}": path for role, path in models(config).items()}
-    found |= {f"versions.{name}": version for name, version in env.get("packages", {}).items()}
-    if "python" in env:
-        found["versions.python"] = env["python"]
+    versions = env.get("packages", {}) | ({"python": env["python"]} if "python" in env else {})
+    found |= {f"versions.{name}": version for name, version in versions.items()}
     if git := env.get("git"):
         found |= {"git.commit": git["commit"], "git.dirty": str(git["dirty"]).lower()}
     if env.get("distill_git"):
@@ -59,20 +60,16 @@ def run_tags(config: Config, run: RunDir) -> dict[str, str]:
 
 
 def attempt_tags(resolved: ResolvedRun, run: RunDir) -> dict[str, str]:
-    """Return what may differ from attempt to attempt: host, job, mesh."""
-    found = {
-        "host": platform.node(),
-        "user": getpass.getuser(),
-        "attempt": str(run.attempt),
-        "mesh": mesh_text(resolved.config.mesh, resolved.ranks.total),
-    }
+    """Return the tags that may differ between attempts: host, job, mesh."""
+    mesh = mesh_text(resolved.config.mesh, resolved.ranks.total)
+    found = {"host": platform.node(), "user": getpass.getuser(), "attempt": str(run.attempt), "mesh": mesh}
     for name in LAUNCHERS:
         found |= launcher_of(name).tags()
     return found
 
 
 def mesh_text(mesh: MeshConfig, ranks: int) -> str:
-    """`8 ranks: replicate 2 x shard 2 x tensor 2`"""
+    """Return, for example, `8 ranks: replicate 2 x shard 2 x tensor 2`."""
     sizes = {"replicate": mesh.replicate, "shard": ranks // (mesh.replicate * mesh.context * mesh.tensor)}
     sizes |= {"context": mesh.context, "tensor": mesh.tensor}
     axes = [f"{name} {size}" for name, size in sizes.items() if size > 1]

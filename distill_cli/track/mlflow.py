@@ -1,8 +1,8 @@
-"""MLflow: a SQLite file beside the runs, or a server. A sweep is a parent run of its runs.
+"""MLflow: a SQLite file next to the runs, or a server. A sweep is a parent run of its runs.
 
-A run is found again by its token, a tag: if a process is killed between making a run and writing down its id, the next
-one makes no second. What several processes do at once is done under a lock beside what they share: eight runs that
-start at once would otherwise migrate a new SQLite database eight times at once.
+A run is found again by its token, a tag: if a process is killed between making a run and recording its id, the next
+one does not make a second run. Processes take a lock next to what they share: eight runs that start together would
+otherwise migrate a new SQLite database eight times at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,13 +45,13 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
-"""The client's, unless the user has set it."""
+"""Settings of the client, unless the user has set them."""
 TOKEN = "distill.token"
 MAX_VALUE, MAX_TAG = 6000, 5000
-"""Characters of a parameter and of a tag that MLflow keeps."""
+"""Maximal characters of a parameter and of a tag."""
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 TAGS = {"user": "mlflow.user", "git.commit": "mlflow.source.git.commit", "git.dirty": "mlflow.source.git.dirty"}
-"""Tags that MLflow's pages have a place for, by our names."""
+"""Tags that MLflow's pages show by names of its own."""
 
 
 class MlflowTracker(Tracker):
@@ -66,8 +67,7 @@ class MlflowTracker(Tracker):
         is_database = self._uri.startswith("sqlite:")
         self.page = f"mlflow ui --backend-store-uri {self.place}" if is_database else self.place
         self.logs_model = settings.log_model
-        self.client: MlflowClient | None = None
-        self._run_id: str | None = None
+        self._run_id = ""
 
     def identity(self, known: Mapping[str, Any]) -> dict[str, Any]:
         place = {"uri": self.place, "experiment": self._settings.experiment}
@@ -75,7 +75,7 @@ class MlflowTracker(Tracker):
         return {**place, "token": known.get("token") or uuid.uuid4().hex, "run_id": run_id}
 
     def open(self, identity: dict[str, Any], *, running: bool) -> None:
-        client, parent = self.client or self._connect(), {}
+        client, parent = self.client, {}
         if self._sweep and (running or identity["run_id"] is None):
             parent["mlflow.parentRunId"] = open_parent(self, self._sweep, running=running)
         if identity["run_id"] is None:
@@ -89,8 +89,9 @@ class MlflowTracker(Tracker):
             log_inputs(client, stored, self._config)
             self._run_id = identity["run_id"]
 
-    def _connect(self) -> MlflowClient:
-        """Make the database and the experiment if they are not there. Takes seconds: imports, migrations."""
+    @cached_property
+    def client(self) -> MlflowClient:
+        """Connect; make the database and the experiment if they do not exist. Takes seconds: imports, migrations."""
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it prints the address with its password
         for variable, value in ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
@@ -105,14 +106,14 @@ class MlflowTracker(Tracker):
             artifacts = None if is_server else (self._root / "mlartifacts").as_uri()
             found = client.get_experiment_by_name(name)
             made = found.experiment_id if found else client.create_experiment(name, artifact_location=artifacts)
-        self.client, self._experiment_id = client, made
+        self._experiment_id = made
         return client
 
     def make_run(self, name: str, *, token: str, tags: Mapping[str, str]) -> str:
-        """Return the run with this token, made if it is not there."""
-        at = self._experiment_id
-        found = self.client.search_runs([at], filter_string=f"tags.`{TOKEN}` = '{token}'", max_results=1)
-        run = found[0] if found else self.client.create_run(at, run_name=name, tags={TOKEN: token, **tags})
+        """Return the id of the run with this token; make the run if it does not exist."""
+        client, at = self.client, self._experiment_id
+        found = client.search_runs([at], filter_string=f"tags.`{TOKEN}` = '{token}'", max_results=1)
+        run = found[0] if found else client.create_run(at, run_name=name, tags={TOKEN: token, **tags})
         return run.info.run_id
 
     def logged(self) -> set[tuple[str, int]]:
@@ -123,7 +124,7 @@ class MlflowTracker(Tracker):
         from mlflow.entities import Metric
 
         metrics = [
-            Metric(key, value, int(row["time"] * 1000), row["step"])
+            Metric(key, value, int(row["time"] * 1000), int(row["step"]))
             for row in rows
             for key, value in row.items()
             if key not in ("step", "time")
@@ -162,6 +163,7 @@ TRACKER = MlflowTracker
 
 
 def mlflow_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return a run's tags by MLflow's names, with those that say where it comes from."""
     from mlflow.version import VERSION
 
     is_job = any(name.startswith("slurm.") for name in tags)
@@ -170,14 +172,9 @@ def mlflow_tags(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def whole_uri(uri: str | None) -> str | None:
-    """Return an address that was written down, with the credentials that the environment has for it.
-
-    None if there is none in either.
-    """
+    """Return a recorded address with the credentials that the environment has for it; the environment's for None."""
     inherited = os.environ.get(VARIABLE) or None
-    if uri is None or (inherited and without_credentials(inherited) == uri):
-        return inherited
-    return uri
+    return inherited if uri is None or (inherited and without_credentials(inherited) == uri) else uri
 
 
 def uri_problem(uri: str) -> str | None:
@@ -188,12 +185,12 @@ def uri_problem(uri: str) -> str | None:
     try:
         urlsplit(uri).port  # noqa: B018
     except ValueError:
-        return "its port is no number; write a `/`, `@`, `:`, `#` or `?` in a password as %2F, %40, %3A, %23 or %3F"
+        return "its port is not a number; write a `/`, `@`, `:`, `#` or `?` in a password as %2F, %40, %3A, %23 or %3F"
     return None
 
 
 def describe(client: MlflowClient, run: Run, *, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
-    """Log parameters that are not there yet, which MLflow never changes, and tags, the newest of which count."""
+    """Log the new parameters, since MLflow never changes one, and all tags, which replace the old ones."""
     from mlflow.entities import Param, RunTag
 
     new = [Param(key, str(value)[:MAX_VALUE]) for key, value in params.items() if key not in run.data.params]
@@ -202,10 +199,10 @@ def describe(client: MlflowClient, run: Run, *, params: Mapping[str, Any], tags:
 
 
 def log_inputs(client: MlflowClient, run: Run, config: Config) -> None:
-    """Log data and models as the run's inputs, which MLflow's pages list and search by, unless they are there.
+    """Log data and models as the run's inputs, which MLflow's pages list and search by, unless it has them.
 
-    A model is an entry of the experiment that its runs share, by its path. Servers before MLflow 3 know no such
-    entries: there the tags `model.student` and `model.teacher` name them.
+    A model is an entry of the experiment, by its path, that the runs share. Servers before MLflow 3 lack such entries:
+    there the tags `model.student` and `model.teacher` name the models.
     """
     from mlflow.entities import LoggedModelInput
     from mlflow.exceptions import MlflowException
@@ -221,7 +218,7 @@ def log_inputs(client: MlflowClient, run: Run, config: Config) -> None:
     except MlflowException as error:
         if error.error_code not in ("ENDPOINT_NOT_FOUND", "NOT_FOUND", "NOT_IMPLEMENTED"):
             raise
-        log.warning("this MLflow server keeps no model inputs (it is older than 3); the tags model.* name them")
+        log.warning("this MLflow server (older than 3) has no model inputs; the tags model.* name the models")
 
 
 def _dataset(context: str, spec: Mapping[str, Any]) -> DatasetInput:
@@ -237,8 +234,7 @@ def _dataset(context: str, spec: Mapping[str, Any]) -> DatasetInput:
 def _model(client: MlflowClient, experiment: str, role: str, path: str) -> str:
     name = re.sub(r"[/:.%\"']", "_", path)[-200:]
     found = client.search_logged_models([experiment], filter_string=f"name = '{name}'")
-    known = [model for model in found if model.tags.get("path") == path]
-    if known:
+    if known := [model for model in found if model.tags.get("path") == path]:
         return min(known, key=lambda model: model.creation_timestamp).model_id
     tags = {"path": path, "mlflow.model.isExternal": "true"}
     made = client.create_logged_model(experiment, name=name, tags=tags, model_type=role)
@@ -247,7 +243,7 @@ def _model(client: MlflowClient, experiment: str, role: str, path: str) -> str:
 
 
 def open_parent(tracker: MlflowTracker, sweep: SweepDir, *, running: bool) -> str:
-    """Return the sweep's run, made if it is not there; it goes on if one of its runs does."""
+    """Return the id of the sweep's run; make it if it does not exist, mark it as running if one of its runs is."""
     with _locked_state(tracker, sweep) as state:
         if state.identity["run_id"] is None:
             state.save()
@@ -264,17 +260,14 @@ def open_parent(tracker: MlflowTracker, sweep: SweepDir, *, running: bool) -> st
 
 
 def close_parent(tracker: MlflowTracker, sweep: SweepDir) -> None:
-    """End the sweep's run if all its runs have ended."""
+    """Mark the sweep's run as ended if all its runs have ended."""
     with _locked_state(tracker, sweep) as state:
-        if state.identity["run_id"] is None:
-            return
         files = [sweep.path / element.folder / state.file.name for element in sweep.elements()]
         ends = {read_json(file)["end"] if file.exists() else None for file in files}
-        if None in ends:
-            return
-        state.end = "finished" if ends == {"finished"} else "stopped" if "failed" not in ends else "failed"
-        tracker.client.set_terminated(state.identity["run_id"], status=STATUS[state.end])
-        state.save()
+        if state.identity["run_id"] is not None and None not in ends:
+            state.end = "finished" if ends == {"finished"} else "stopped" if "failed" not in ends else "failed"
+            tracker.client.set_terminated(state.identity["run_id"], status=STATUS[state.end])
+            state.save()
 
 
 @contextmanager
@@ -284,7 +277,7 @@ def _locked_state(tracker: MlflowTracker, sweep: SweepDir) -> Iterator[State]:
 
 
 def grid(sweep: SweepDir) -> dict[str, str]:
-    """Return each swept key, with its values in order, or the range that is searched."""
+    """Return each swept key with its values in order, or with the range of a search."""
     pairs = [override.lstrip("+").split("=", 1) for element in sweep.elements() for override in element.overrides]
     keys = dict.fromkeys(key for key, _ in pairs)
     return sweep.space() or {key: ", ".join(dict.fromkeys(value for k, value in pairs if k == key)) for key in keys}

@@ -1,15 +1,14 @@
-"""Ships what a run's folder holds and a tracker does not have yet, in a thread.
+"""Send what a run's folder holds and a tracker lacks, in a thread.
 
-The thread belongs to the process that launched the ranks, not to a rank: a server that is slow or away cannot touch
-training, and what ranks that died had recorded is still sent. What could not be sent is sent when the server answers
-again, or by `distill track sync`. `<tracker>.json` in the run's folder keeps what was sent, so that another process can
-take over, and a step that a resumed run goes through once more is not sent once more. If a process was killed while a
-request was under way, the tracker is asked what it has.
+The thread belongs to the process that launched the ranks, not to a rank: a slow or absent server cannot affect
+training, and what dead ranks had recorded is still sent. What could not be sent is sent when the server answers again,
+or by `distill track sync`. `<tracker>.json` in the run's folder records what was sent, so that another process can take
+over, and a step that a resumed run repeats is not sent twice. If a process was killed during a request, the next one
+queries what the tracker has.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import threading
@@ -29,12 +28,12 @@ from distill_cli.track.base import Tracker
 log = logging.getLogger(__name__)
 
 BATCH = 900
-"""Metrics of one call of `Tracker.log`, at most, unless one step has more."""
+"""Metrics per call of `Tracker.log`, at most, unless one step has more."""
 STREAMS = ("metrics.jsonl", "system.jsonl")
 ARTIFACTS = ("config.yaml", "command.txt", "env.json", "outcome.json", "report.html", "rollouts/*.parquet")
 """Files of a run that trackers get a copy of."""
 MODEL = "student/**/*"
-"""Those of the trained student, which become `model/...`."""
+"""Files of the trained student, which become `model/...`."""
 AWAY_S = 3.0
 """How long the end of a run waits for a tracker that does not answer."""
 
@@ -59,36 +58,33 @@ class State:
     step: dict[str, int] = field(default_factory=dict)
     """The last step that was sent of each of `STREAMS`."""
     is_sure: bool = False
-    """Whether the tracker has nothing beyond `step`: not while a request is under way."""
+    """Whether the tracker has nothing beyond `step`: False during a request."""
     artifacts: dict[str, list[int]] = field(default_factory=dict)
-    """Size and time of each file that was sent."""
+    """Size and modification time of each file that was sent."""
     end: str | None = None
-    """The status that the run is to be closed with, or was."""
-    written: str = ""
-    """What the file holds."""
+    """The status that the run was closed with, or will be."""
 
     @classmethod
     def of(cls, run: RunDir, tracker: Tracker) -> State:
-        """Read it. At another place than before (another server), nothing has been sent yet."""
+        """Read it. If the tracker's place has changed (another server), nothing has been sent yet."""
         saved = recorded(run, tracker.name)
-        progress = {name: saved[name] for name in PROGRESS if name in saved}
         identity = tracker.identity(saved)
-        if not identity.items() <= saved.items():
-            progress = {"end": progress.get("end")}
-        return cls(run.path / f"{tracker.name}.json", identity, **progress, written=json.dumps(saved))
+        kept = PROGRESS if identity.items() <= saved.items() else ("end",)
+        progress = {name: saved[name] for name in kept if name in saved}
+        return cls(run.path / f"{tracker.name}.json", identity, **progress)
 
     def save(self) -> None:
+        """Write it, if it differs from the file."""
         content = {**self.identity, **{name: getattr(self, name) for name in PROGRESS}}
-        if (text := json.dumps(content)) != self.written:
+        if not self.file.exists() or read_json(self.file) != content:
             write_json(self.file, content)
-            self.written = text
 
 
 PROGRESS = ("step", "is_sure", "artifacts", "end")
 
 
 def recorded(run: RunDir, name: str) -> dict[str, Any]:
-    """Return what is known of a run at a tracker: the state, or else the identity, which checkpoints have too."""
+    """Return what is recorded of a run at a tracker: the state, or else the identity, which checkpoints have too."""
     file = run.path / f"{name}.json"
     if file.exists():
         return read_json(file)
@@ -99,31 +95,29 @@ def recorded(run: RunDir, name: str) -> dict[str, Any]:
 
 
 def ship(run: RunDir, tracker: Tracker, *, begin: bool = False, end: str | None = None) -> Shipped:
-    """Send what the run's folder holds and the tracker does not have. Done again, it sends nothing.
+    """Send what the run's folder holds and the tracker lacks; a second call sends nothing.
 
     Args:
-        begin: the run is running, whatever it was marked as before.
+        begin: mark the run as running, whatever its status was.
         end: the status to close the run with, once its metrics and files are sent.
     """
     with hold(run.path / f".{tracker.name}.lock", wait_s=math.inf):
-        state, shipped = State.of(run, tracker), Shipped()
+        state = State.of(run, tracker)
         if begin or end is not None:
             state.end = end
-        state.save()  # if this process is killed in `open`, the run that was made is found by its identity
+        state.save()  # if this process is killed in `open`, the next one finds the new run by its identity
         tracker.open(state.identity, running=begin and end is None)
         state.save()
         seen = set() if state.is_sure else tracker.logged()
-        for stream in STREAMS:
-            if (run.path / stream).exists():
-                shipped.metrics += _send_metrics(tracker, run.path / stream, state, seen)
+        streams = [file for file in map(run.path.joinpath, STREAMS) if file.exists()]
+        num_metrics = sum(_send_metrics(tracker, file, state, seen) for file in streams)
         state.is_sure = True
         state.save()
         try:
-            shipped.artifacts = _send_artifacts(tracker, run, state)
+            return Shipped(num_metrics, _send_artifacts(tracker, run, state))
         finally:
             if end is not None:
                 tracker.close(end)
-        return shipped
 
 
 def _send_metrics(tracker: Tracker, file: Path, state: State, seen: Seen) -> int:
@@ -134,16 +128,16 @@ def _send_metrics(tracker: Tracker, file: Path, state: State, seen: Seen) -> int
             state.save()
             tracker.log(rows)
             sent += num_values
-        state.step[file.name], state.is_sure = rows[-1]["step"], not seen
+        state.step[file.name], state.is_sure = int(rows[-1]["step"]), not seen
         state.save()
-    # A run that went back to a checkpoint does steps again that the tracker has.
+    # A run that went back to a checkpoint repeats steps that the tracker has.
     last = max((step for key, step in seen if key.startswith("system/") == (file.name == "system.jsonl")), default=-1)
     state.step[file.name] = max(last, state.step.get(file.name, -1))
     return sent
 
 
 def _batches(rows: Iterable[Mapping[str, Any]], seen: Seen) -> Iterator[list[dict[str, float]]]:
-    """Yield rows by batches, without values that are null or `seen`."""
+    """Yield rows in batches, without values that are null or `seen`."""
     batch: list[dict[str, float]] = []
     for row in rows:
         new = {key: value for key, value in row.items() if value is not None and (key, row["step"]) not in seen}
@@ -156,9 +150,8 @@ def _batches(rows: Iterable[Mapping[str, Any]], seen: Seen) -> Iterator[list[dic
 
 
 def _send_artifacts(tracker: Tracker, run: RunDir, state: State) -> int:
-    """Send files that are new, or that differ from when they were sent."""
-    patterns = (*ARTIFACTS, *([MODEL] if tracker.logs_model and run.outcome.exists() else []))
-    sent = 0
+    """Send files that are new, or have changed since they were sent; return their number."""
+    patterns, sent = (*ARTIFACTS, *([MODEL] if tracker.logs_model and run.outcome.exists() else [])), 0
     for file in (file for pattern in patterns for file in sorted(run.path.glob(pattern)) if file.is_file()):
         name, stat = str(file.relative_to(run.path)), file.stat()
         mark = [stat.st_size, stat.st_mtime_ns]
@@ -176,25 +169,22 @@ class Shipper:
     def __init__(self, run: RunDir, tracker: Tracker, *, period_s: float = 2.0) -> None:
         self._run, self.tracker, self._period_s = run, tracker, period_s
         self._where = f"{tracker.label} at {tracker.place}"
-        self._closing = threading.Event()
-        self._status = "finished"
-        self._deadline = math.inf
-        self._is_away = False
-        self._sent = False
+        self._closing, self._status, self._deadline = threading.Event(), "finished", math.inf
+        self._is_away = self._sent = False
         state = State.of(run, tracker)
-        state.save()  # `distill track sync` reads there where the run was to go, if the server never answers
+        state.save()  # if the server never answers, `distill track sync` reads there where to send the run
         self.identity = state.identity
         self._thread = threading.Thread(target=self._loop, name=tracker.name, daemon=True)
         self._thread.start()
 
     def end(self, status: str, *, timeout_s: float) -> None:
-        """Ask for the rest to be sent, with the run's end: `finished`, `stopped` or `failed`."""
+        """Start sending the rest, with the run's end: `finished`, `stopped` or `failed`."""
         self._status = status
         self._deadline = time.monotonic() + (min(timeout_s, AWAY_S) if self._is_away else timeout_s)
         self._closing.set()
 
     def wait(self) -> bool:
-        """Wait until everything is sent or the time is up; return whether it was sent."""
+        """Block until everything is sent or the time is up; return whether everything was sent."""
         self._thread.join(max(0.0, self._deadline - time.monotonic()))
         if not self._sent:
             log.warning("%s lacks some of the run; distill track sync %s sends the rest", self._where, self._run.path)
@@ -202,7 +192,7 @@ class Shipper:
 
     def _loop(self) -> None:
         wait_s, begin, give_up = self._period_s, True, math.inf
-        # Clients take seconds to import: not while the ranks start.
+        # Clients take seconds to import, which must not delay the start of the ranks.
         while self._run.metrics.stat().st_size == 0 and not self._closing.wait(self._period_s):
             pass
         while not self._sent and time.monotonic() < give_up:
@@ -213,7 +203,7 @@ class Shipper:
             except Exception as error:  # whatever a server or a database raises: training goes on
                 wait_s = min(wait_s * 2, 30.0)
                 if not self._is_away:
-                    log.warning("%s: %s; the run goes on, the rest follows later", self._where, reason(error))
+                    log.warning("%s: %s; the run goes on, the rest is sent later", self._where, reason(error))
                 self._is_away = True
                 if last:
                     give_up = min(give_up, time.monotonic() + AWAY_S)
@@ -221,6 +211,6 @@ class Shipper:
 
 
 def reason(error: Exception) -> str:
-    """Return an error in one line, without the credentials that it may quote."""
-    lines = str(error).strip().splitlines()
-    return without_credentials(lines[0] if lines else type(error).__name__)[:300]
+    """Return the first line of an error, without the credentials that it may quote."""
+    text = str(error).strip() or type(error).__name__
+    return without_credentials(text.splitlines()[0])[:300]

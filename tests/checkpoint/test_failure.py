@@ -36,7 +36,7 @@ def trainable() -> Trainable:
 
 
 def save(saver: Saver, step: int, caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The warnings of a checkpoint."""
+    """Save a checkpoint; return the warnings."""
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         saver.save(step, {"metrics": {}})
@@ -50,7 +50,7 @@ def steps(run: RunDir) -> list[int]:
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_full_disk_keeps_the_checkpoint_before(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_keeps_earlier_checkpoints(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = RunDir(small_disk / "run")
     run.path.mkdir()
     save_config(Config(), run.config)
@@ -66,7 +66,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_disk: Path, caplog: pytes
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_file_that_cannot_grow_is_as_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_size_limit_is_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
     save_config(Config(), run.config)
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_grow_is_as_a_full_disk(tmp_path: Path, caplog: pytes
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path: Path) -> None:
+def test_save_takes_the_current_values(tmp_path: Path) -> None:
     run, what = RunDir(tmp_path / "run"), trainable()
     run.path.mkdir()
     save_config(Config(), run.config)
@@ -113,9 +113,7 @@ def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_without_the_optimizer_moments_start_anew_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_moments_start_anew_without_optimizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run, what = RunDir(tmp_path / "run"), trainable()
     run.path.mkdir()
     save_config(Config(), run.config)

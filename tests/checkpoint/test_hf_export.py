@@ -1,4 +1,4 @@
-"""Weights written as safetensors files: what they hold is what was asked for; tests/engines has vLLM load an export."""
+"""Weights written as safetensors files; tests/engines loads an export with vLLM."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A checkpoint goes on as if nothing had been, on as many ranks as it came from and on others."""
+"""Training resumes from a checkpoint as if never interrupted, on the same number of ranks and on others."""
 
 import json
 import pickle
@@ -55,7 +55,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     return outcomes | named
 
 
-def test_the_same_ranks_go_on_bit_for_bit(outcomes: dict[str, Outcome]) -> None:
+def test_same_ranks_continue_bit_for_bit(outcomes: dict[str, Outcome]) -> None:
     for whole, rest in (("one", "one again"), ("two", "two again"), ("adapters", "adapters again")):
         steps = len(outcomes[rest].losses)
         assert 0 < steps < 5
@@ -65,7 +65,7 @@ def test_the_same_ranks_go_on_bit_for_bit(outcomes: dict[str, Outcome]) -> None:
 
 
 @pytest.mark.parametrize("name", ["two", "four", "four to one", "tensor to shard"])
-def test_other_ranks_go_on_as_one_rank_would(name: str, outcomes: dict[str, Outcome]) -> None:
+def test_other_ranks_continue_like_one(name: str, outcomes: dict[str, Outcome]) -> None:
     outcome, whole = outcomes[name], outcomes["one"]
     steps = len(outcome.losses)
     rest = Outcome(whole.losses[-steps:], whole.grad_norms[-steps:], whole.params)
@@ -84,18 +84,16 @@ def test_a_checkpoint_is_safetensors_and_json(outcomes: dict[str, Outcome]) -> N
         assert not any(name.startswith("exp_avg") for name in file.keys())  # noqa: SIM118
 
 
-def test_of_frozen_weights_a_checkpoint_keeps_nothing(outcomes: dict[str, Outcome]) -> None:
+def test_checkpoints_omit_frozen_weights(outcomes: dict[str, Outcome]) -> None:
     (checkpoint,) = store.find(outcomes["adapters' folder"] / "checkpoints")
     for file in checkpoint.path.glob("*.safetensors"):
         with safe_open(file, framework="pt") as content:
             assert all(".lora_" in name for name in content.keys())  # noqa: SIM118
     names = {name.removeprefix("lm.") for name in outcomes["adapters"].params if ".lora_" in name}
-    assert names == trained(checkpoint).sizes.keys()
+    assert names == trained(checkpoint).shapes.keys()
 
 
-def test_what_four_ranks_saved_is_exported_by_one_in_several_files(
-    outcomes: dict[str, Outcome], tmp_path: Path
-) -> None:
+def test_one_process_exports_four_ranks(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
     (checkpoint,) = store.find(outcomes["folder of end"] / "checkpoints")
     write_weights(trained(checkpoint), tmp_path, dtype=torch.float32, max_file_bytes=20_000)
     attention.register()
@@ -115,7 +113,7 @@ def test_what_four_ranks_saved_is_exported_by_one_in_several_files(
     assert (ours - theirs).abs().max() < 1e-5
 
 
-def test_a_planted_pickle_is_not_run(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
+def test_a_planted_pickle_is_ignored(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
     class Planted:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
@@ -131,13 +129,13 @@ def test_a_planted_pickle_is_not_run(outcomes: dict[str, Outcome], tmp_path: Pat
     assert not (tmp_path / "ran").exists()
 
 
-def test_another_model_s_checkpoint_is_refused(outcomes: dict[str, Outcome]) -> None:
+def test_another_models_checkpoint_is_refused(outcomes: dict[str, Outcome]) -> None:
     (checkpoint,) = store.find(outcomes["folder"] / "checkpoints")
     with pytest.raises(AssertionError, match="is of another model: model.layers.0"):
         train([Layout(family="gemma3_text", start_from=str(checkpoint.path))])
 
 
-def test_the_state_says_how_far_it_is(outcomes: dict[str, Outcome]) -> None:
+def test_state_holds_step_and_updates(outcomes: dict[str, Outcome]) -> None:
     (checkpoint,) = store.find(outcomes["folder"] / "checkpoints")
     state = json.loads((checkpoint.path / "state.json").read_text())
     assert (state["step"], state["num_updates"], state["num_ranks"]) == (2, 2, 2)

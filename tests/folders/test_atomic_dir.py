@@ -1,4 +1,4 @@
-"""What `replacing` leaves behind; tests/checkpoint/test_store.py has the sealed folders."""
+"""What `replacing` leaves on disk; tests/checkpoint/test_store.py tests sealed folders."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""One process at a time has a folder: on this machine, on another, and where the file system has no locks."""
+"""One process at a time holds a folder: on this machine, on another, and without locks in the file system."""
 
 import os
 import subprocess
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from distill_cli.errors import ConfigError
 from distill_cli.folders import lock
-from distill_cli.folders.lock import InUse, hold
+from distill_cli.folders.lock import hold
 
 
 @pytest.fixture
@@ -24,15 +25,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "WATCH_S", 1.0)
 
 
-def test_another_process_of_this_machine_is_named(file: Path) -> None:
-    with hold(file), pytest.raises(InUse, match=f"process {os.getpid()} on "), hold(file):
+def test_a_local_holder_is_named(file: Path) -> None:
+    with hold(file), pytest.raises(ConfigError, match=f"process {os.getpid()} on "), hold(file):
         pass
     assert file.read_text() == ""
     with hold(file):
         pass
 
 
-def test_one_that_was_killed_leaves_no_lock(file: Path) -> None:
+def test_a_killed_holder_leaves_no_lock(file: Path) -> None:
     code = "import os, sys; from pathlib import Path; from distill_cli.folders.lock import hold\n"
     code += "with hold(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code, str(file)], check=False)
@@ -43,7 +44,7 @@ def test_one_that_was_killed_leaves_no_lock(file: Path) -> None:
 
 @pytest.fixture
 def other_machine(file: Path, quick: None) -> Iterator[threading.Event]:
-    """Its process has the lock, which flock does not tell; it dies when the event is set."""
+    """Another machine's process holds the lock, unknown to flock; it dies when the event is set."""
     file.write_text("process 7 on elsewhere")
     died = threading.Event()
     thread = threading.Thread(target=lock.give_signs, args=(file, died))
@@ -53,8 +54,8 @@ def other_machine(file: Path, quick: None) -> Iterator[threading.Event]:
     thread.join()
 
 
-def test_one_of_another_machine_is_known_by_its_signs_of_life(file: Path, other_machine: threading.Event) -> None:
-    with pytest.raises(InUse, match="process 7 on elsewhere"), hold(file):
+def test_signs_of_life_keep_the_lock(file: Path, other_machine: threading.Event) -> None:
+    with pytest.raises(ConfigError, match="process 7 on elsewhere"), hold(file):
         pass
     assert file.read_text() == "process 7 on elsewhere"
     other_machine.set()
@@ -62,13 +63,13 @@ def test_one_of_another_machine_is_known_by_its_signs_of_life(file: Path, other_
         assert file.read_text().startswith(f"process {os.getpid()}")
 
 
-def test_where_there_are_no_locks_signs_of_life_stand_for_them(
+def test_signs_of_life_replace_flock(
     file: Path, other_machine: threading.Event, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(lock.fcntl, "flock", refuse)
-    with pytest.raises(InUse, match="process 7 on elsewhere"), hold(file):
+    with pytest.raises(ConfigError, match="process 7 on elsewhere"), hold(file):
         pass
     assert "has no locks (Function not implemented)" in caplog.text

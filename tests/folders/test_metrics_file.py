@@ -19,7 +19,7 @@ def fill(file: Path) -> None:
             other.write(bytes(4096))
 
 
-def test_rows_wait_while_the_disk_is_full(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_wait_on_a_full_disk(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, filler = small_disk / "metrics.jsonl", small_disk / "filler"
     with MetricsFile(path) as file:
         file.write(0, {"train/loss": 1.0})
@@ -37,7 +37,7 @@ def test_rows_wait_while_the_disk_is_full(small_disk: Path, caplog: pytest.LogCa
         assert steps(path) == list(range(102))
 
 
-def test_a_line_that_was_cut_off_goes_before_the_next_is_written(tmp_path: Path) -> None:
+def test_cut_off_lines_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as file:
         file.write(0, {"a": 0.5})

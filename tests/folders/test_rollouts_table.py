@@ -1,4 +1,4 @@
-"""Recorded rollouts: what stands beside a token is of that token, also where an environment spoke in between."""
+"""Recorded rollouts: values by token belong to their tokens, also between observations of an environment."""
 
 import logging
 from dataclasses import fields
@@ -11,7 +11,7 @@ from distill_cli.folders.rollouts_table import RolloutsFolder
 from distill_cli.types import Example, Prompt, Rollout, Sample, TokenViews
 
 
-def test_what_is_listed_by_token_is_as_long_as_the_response_with_its_observations(tmp_path: Path) -> None:
+def test_token_lists_match_the_response(tmp_path: Path) -> None:
     trained = [True, False, False, True]
     sample = Sample([5, 6, 7, 8], [-1.0, 0.0, 0.0, -1.0], "stop", trained=trained, num_turns=2)
     views = TokenViews(

@@ -1,4 +1,4 @@
-"""Names of run folders, and that one is never used twice."""
+"""Names of run folders; no folder is used twice."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import RunDir
 
 
-def test_a_sweep_s_element_is_named_by_what_tells_it_apart() -> None:
+def test_sweep_runs_are_named_by_overrides() -> None:
     assert run_dir.element_name(1, ["loss.topk=32", "loss.kl_weight=0.3"]) == "1_topk=32,kl_weight=0.3"
     assert run_dir.element_name(0, ["model=a/b c"]) == "0_model=a_b_c"
 
@@ -30,7 +30,7 @@ def test_latest_points_to_the_newest(tmp_path: Path) -> None:
     assert (tmp_path / "latest").resolve() == tmp_path / "b"
 
 
-def test_a_folder_in_use_says_by_whom(tmp_path: Path) -> None:
+def test_a_held_folder_names_its_holder(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     with run.lock(), pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on "), run.lock():
         pass
@@ -38,7 +38,7 @@ def test_a_folder_in_use_says_by_whom(tmp_path: Path) -> None:
         pass
 
 
-def test_an_attempt_has_logs_of_its_own(tmp_path: Path) -> None:
+def test_an_attempt_has_its_own_logs(tmp_path: Path) -> None:
     first = RunDir(tmp_path).next_attempt()
     second = first.next_attempt()
     assert (first.attempt, second.attempt) == (1, 2)

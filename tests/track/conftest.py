@@ -30,7 +30,7 @@ def run(tmp_path: Path, config: Config) -> RunDir:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With its tables: they take seconds to make."""
+    """A database with its tables, which take seconds to make."""
     file = tmp_path_factory.mktemp("empty") / "mlflow.db"
     MlflowClient(tracking_uri=f"sqlite:///{file}").search_experiments()
     return file
@@ -38,13 +38,13 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def uri(tmp_path: Path, empty_database: Path) -> str:
-    """A database of its own, without runs."""
+    """A database of the test's own, without runs."""
     shutil.copy(empty_database, tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def tracker(run: RunDir, uri: str, **settings) -> MlflowTracker:
-    """As a new process makes it."""
+    """Build the tracker as a new process does."""
     config = load_config(run.config)
     mine = replace(config.tracker.mlflow, uri=uri, experiment="test", run_name="a", **settings)
     return MlflowTracker(mine, replace(config, run=replace(config.run, root=str(run.path.parent))), run)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -33,7 +34,7 @@ def stop(server: subprocess.Popen) -> None:
         server.wait(20)
 
 
-def wait_until(condition, timeout_s: float = 60.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -41,5 +42,5 @@ def wait_until(condition, timeout_s: float = 60.0) -> None:
                 return
         except (OSError, json.JSONDecodeError):
             pass
-        assert time.monotonic() < deadline, "it did not come to be in time"
+        assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.2)

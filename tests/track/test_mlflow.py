@@ -1,4 +1,4 @@
-"""What MLflow has of a run's folder, against a real SQLite store and a real server that goes away."""
+"""What MLflow receives of a run's folder, with a real SQLite store and a real server that is absent at times."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from tests.track.conftest import history, state_of, tracker
 from tests.track.server import free_port, start_server, stop, wait_until
 
 
-def test_a_line_that_is_cut_off_is_not_read(run: RunDir) -> None:
+def test_cut_off_lines_are_not_read(run: RunDir) -> None:
     with MetricsFile(run.metrics) as metrics:
         metrics.write(1, {"a": 0.5, "b": float("nan"), "c": 3})
     with run.metrics.open("a") as file:
@@ -60,7 +60,7 @@ def test_every_metric_arrives_once(run: RunDir, uri: str) -> None:
     assert stored.info.status == "FINISHED"
 
 
-def test_steps_that_a_resumed_run_does_again_are_not_doubled(run: RunDir, uri: str) -> None:
+def test_repeated_steps_are_not_doubled(run: RunDir, uri: str) -> None:
     with MetricsFile(run.metrics) as metrics:
         for step in range(5):
             metrics.write(step, {"train/loss": step / 2})
@@ -80,7 +80,7 @@ def test_steps_that_a_resumed_run_does_again_are_not_doubled(run: RunDir, uri: s
 
 
 @pytest.mark.parametrize("arrived", [True, False])
-def test_what_was_on_its_way_when_a_process_was_killed_is_looked_up(run: RunDir, uri: str, arrived: bool) -> None:
+def test_interrupted_requests_are_looked_up(run: RunDir, uri: str, arrived: bool) -> None:
     state_file = run.path / "mlflow.json"
     with MetricsFile(run.metrics) as metrics:
         metrics.write(0, {"train/loss": 0.5})
@@ -98,9 +98,7 @@ def test_what_was_on_its_way_when_a_process_was_killed_is_looked_up(run: RunDir,
     assert history(uri, run, "train/loss") == [(0, 0.5), (1, 1.5)]
 
 
-def test_a_folder_that_lost_its_mlflow_json_goes_on_with_the_run_that_its_checkpoint_names(
-    run: RunDir, uri: str
-) -> None:
+def test_a_checkpoint_identifies_the_run(run: RunDir, uri: str) -> None:
     checkpoint = run.checkpoints / "step_1"
     checkpoint.mkdir(parents=True)
     with MetricsFile(run.metrics) as metrics:
@@ -125,7 +123,7 @@ def test_a_folder_that_lost_its_mlflow_json_goes_on_with_the_run_that_its_checkp
     assert [step for step, _ in history(uri, run, "train/loss")] == [1, 2, 3]
 
 
-def test_a_run_that_was_made_just_before_a_kill_is_found_again(run: RunDir, uri: str) -> None:
+def test_a_run_is_found_by_token(run: RunDir, uri: str) -> None:
     state_file = run.path / "mlflow.json"
     ship(run, tracker(run, uri))
     state = state_of(run)
@@ -135,7 +133,7 @@ def test_a_run_that_was_made_just_before_a_kill_is_found_again(run: RunDir, uri:
 
 
 @pytest.mark.slow
-def test_a_server_that_goes_away_delays_nothing_and_misses_nothing(run: RunDir, tmp_path: Path) -> None:
+def test_an_absent_server_misses_nothing(run: RunDir, tmp_path: Path) -> None:
     """Absent at the start, there, gone in the middle, there again at the end: everything of the folder arrives."""
     uri = f"http://127.0.0.1:{free_port()}"
     wanted = tracker(run, uri, log_model=True)
@@ -223,14 +221,14 @@ def make_sweep(folder: Path, *, number: int) -> SweepDir:
 
 
 @pytest.mark.slow
-def test_eight_runs_of_a_sweep_at_once_on_a_database_that_is_not_there(tmp_path: Path) -> None:
+def test_eight_runs_share_one_parent(tmp_path: Path) -> None:
     sweep, uri = make_sweep(tmp_path / "runs" / "sweep", number=8), f"sqlite:///{tmp_path}/runs/mlflow.db"
     commands = [
         [sys.executable, "-m", "distill_cli", "track", "sync", f"--uri={uri}", str(path)] for path in runs(sweep)
     ]
     syncs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for command in commands]
-    said = [process.communicate(timeout=500)[0].decode() for process in syncs]
-    assert [process.returncode for process in syncs] == [0] * 8, said
+    output = [process.communicate(timeout=500)[0].decode() for process in syncs]
+    assert [process.returncode for process in syncs] == [0] * 8, output
     client = MlflowClient(tracking_uri=uri)
     stored = client.search_runs([client.get_experiment_by_name("distill").experiment_id])
     (parent,) = [run for run in stored if "mlflow.parentRunId" not in run.data.tags]
@@ -249,7 +247,7 @@ def runs(sweep: SweepDir) -> list[Path]:
     return [sweep.path / element.folder for element in sweep.elements()]
 
 
-def test_another_server_gets_everything_and_a_known_one_nothing_twice(run: RunDir, uri: str, tmp_path: Path) -> None:
+def test_each_server_gets_everything_once(run: RunDir, uri: str, tmp_path: Path) -> None:
     uris = [uri, f"sqlite:///{tmp_path}/b.db"]
     shutil.copy(tmp_path / "mlflow.db", tmp_path / "b.db")
     with MetricsFile(run.metrics) as metrics:
@@ -264,10 +262,10 @@ def test_sync_takes_an_untracked_run(run: RunDir, uri: str, config: Config, caps
     with MetricsFile(run.metrics) as metrics:
         metrics.write(0, {"train/loss": 0.5})
     with pytest.raises(ConfigError, match="tracker.mlflow.uri: must be an address"):
-        track(["sync", str(run.path), "--uri", "localhost:5000"])
-    assert track(["sync", str(run.path), f"--uri={uri}"]) == 0
+        track([run.path], uri="localhost:5000")
+    assert track([run.path], uri=uri) == 0
     assert f"{run.path}: 1 metrics, 3 files sent to {uri}, run {state_of(run)['run_id']}" in capsys.readouterr().out
-    assert track(["sync", str(run.path)]) == 0  # where it was sent before
+    assert track([run.path]) == 0  # where it was sent before
     assert f"{run.path}: 0 metrics, 0 files sent to {uri}" in capsys.readouterr().out
     assert history(uri, run, "train/loss") == [(0, 0.5)]
 
@@ -325,7 +323,7 @@ def test_a_wrong_address_is_not_quoted(uri: str) -> None:
     assert uri not in problem
 
 
-def test_what_the_machine_does_is_recorded(tmp_path: Path) -> None:
+def test_machine_load_is_recorded(tmp_path: Path) -> None:
     file = tmp_path / "system.jsonl"
     for _ in range(2):
         SystemSampler(file, use_gpus=False, period_s=0.05).close()

@@ -1,13 +1,13 @@
-"""Several trackers at once, one of them in memory: each gets everything, whatever becomes of the others."""
+"""Several trackers at once, one of them in memory: each receives everything, whatever happens to the others."""
 
 import time
 
 import pytest
 
 from distill_cli.checkpoint import store
+from distill_cli.errors import Stopped
 from distill_cli.folders.metrics_file import MetricsFile
 from distill_cli.folders.run_dir import RunDir, read_json, write_json
-from distill_cli.launch.local import Stopped
 from distill_cli.track.run_tracking import following
 from distill_cli.track.shipper import Shipped, ship
 from tests.track.conftest import history, tracker
@@ -19,7 +19,7 @@ class Memory:
     name, label, place, page, logs_model = "memory", "Memory", "here", "nowhere", False
 
     def __init__(self, *, breaks: str = "") -> None:
-        self.breaks, self.runs, self.asked = breaks, 0, 0
+        self.breaks, self.runs, self.queries = breaks, 0, 0
         self.metrics: list[tuple[str, int]] = []
         self.files: list[str] = []
         self.status = ""
@@ -38,7 +38,7 @@ class Memory:
             identity["run_id"], self.runs = "1", self.runs + 1
 
     def logged(self):
-        self.asked += 1
+        self.queries += 1
         return set(self.metrics)
 
     def log(self, rows):
@@ -70,7 +70,7 @@ def test_each_tracker_fails_by_itself(run: RunDir, uri: str, breaks: str, caplog
     with following(run, [double, tracker(run, uri)]):
         train(run, steps=3)
         trained = time.monotonic()
-    assert trained - began < 1.0
+    assert trained - began < 5.0  # not the 30 s that the end of a run waits
     assert [step for step, _ in history(uri, run, "train/loss")] == [0, 1, 2]
     assert read_json(run.trackers)["memory"] == {"token": "mine", "run_id": None}
     if not breaks:
@@ -86,7 +86,7 @@ def test_each_tracker_fails_by_itself(run: RunDir, uri: str, breaks: str, caplog
     assert (losses(double), double.status, double.runs) == ([0, 1, 2], "finished", 1)
 
 
-def test_a_broken_request_is_asked_about(run: RunDir) -> None:
+def test_a_broken_request_is_looked_up(run: RunDir) -> None:
     double = Memory(breaks="log")
     train(run, steps=2)
     with pytest.raises(RuntimeError):
@@ -94,13 +94,13 @@ def test_a_broken_request_is_asked_about(run: RunDir) -> None:
     double.breaks = ""
     assert ship(run, double).metrics == 0  # all of it had arrived
     assert losses(double) == [0, 1]
-    asked = double.asked
+    queries = double.queries
     assert ship(run, double) == Shipped()
-    assert double.asked == asked
+    assert double.queries == queries
 
 
-def test_a_checkpoint_knows_the_run(run: RunDir) -> None:
-    """The newest checkpoint knows what the run is found again by."""
+def test_a_checkpoint_identifies_the_run(run: RunDir) -> None:
+    """The newest checkpoint holds what the run is found again by."""
     double = Memory()
     train(run, steps=2)
     ship(run, double)
@@ -113,7 +113,7 @@ def test_a_checkpoint_knows_the_run(run: RunDir) -> None:
     assert (double.runs, losses(double)) == (1, [0, 1])
 
 
-def test_a_stopped_run_waits_for_none(run: RunDir) -> None:
+def test_a_stopped_run_waits_little(run: RunDir) -> None:
     double, began = Memory(breaks="open"), time.monotonic()
     train(run, steps=1)
     with pytest.raises(Stopped), following(run, [double]):

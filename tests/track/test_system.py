@@ -1,4 +1,4 @@
-"""What the machine's metrics are named and what a GPU leaves out."""
+"""Names of the machine's metrics, and values that a GPU does not report."""
 
 from distill_cli.machine.gpus import Gpu
 from distill_cli.track.system import gpu_metrics
