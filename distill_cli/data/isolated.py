@@ -18,8 +18,7 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -213,12 +212,24 @@ def main() -> None:
     rank.sendall(b"[]\n")  # ready
     for line in rank.makefile("rb"):
         for request in json.loads(line):
-            try:
-                with time_limit(limit_s):
-                    reply = [answer(request), None]
-            except (Exception, OutOfTime) as error:
-                reply = [None, f"{type(error).__name__}: {error}"[:300]]
-            rank.sendall(json.dumps(reply).encode() + b"\n")
+            rank.sendall(json.dumps(reply_to(request, answer, limit_s=limit_s)).encode() + b"\n")
+
+
+def reply_to(request: Any, answer: Callable[[Any], Any], *, limit_s: float) -> list[Any]:
+    """Return the answer and None, or None and the error. OutOfTime is raised in `answer` after `limit_s`."""
+
+    def stop(*_: object) -> None:
+        raise OutOfTime(f"no answer within {limit_s:g} s")
+
+    try:
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        try:
+            return [answer(request), None]
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except (Exception, OutOfTime) as error:
+        return [None, f"{type(error).__name__}: {error}"[:300]]
 
 
 def judge(name: str) -> Callable[[list[str]], float]:
@@ -256,21 +267,6 @@ def finite(score: Any) -> float:
     if not math.isfinite(value):
         raise ValueError(f"a score of {value}")
     return value
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the block after `seconds`."""
-
-    def stop(*_: object) -> None:
-        raise OutOfTime(f"no answer within {seconds:g} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":

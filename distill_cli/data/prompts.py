@@ -175,9 +175,8 @@ class PromptMaker:
 
     def warnings(self) -> list[str]:
         """Return one line for each way in which prompts were left out or truncated."""
-        limit = f"{self.settings.max_tokens} tokens"
-        if self.settings.has_teacher_prompt:
-            limit += f" (the teacher's: {self.teacher_max_tokens})"
+        teacher = f" (the teacher's: {self.teacher_max_tokens})" if self.settings.has_teacher_prompt else ""
+        limit = f"{self.settings.max_tokens} tokens{teacher}"
         reasons = {
             "empty": "have no question and are left out",
             "refused": f"are refused by the environment and left out; the last: {self.refusal}",

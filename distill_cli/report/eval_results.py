@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,6 @@ class Scoreboard:
     """Dataset -> other model -> the first model's accuracy minus the other's."""
     gap_closed: dict[str, Estimate]
     """Dataset -> the share of the way from `before` to `teacher`, if both were evaluated and there is a gap."""
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def read_problems(file: Path, *, unnamed: str) -> dict[ProblemKey, Problem]:

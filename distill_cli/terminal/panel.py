@@ -83,8 +83,8 @@ class Screen:
 
 
 def clock(seconds: float) -> str:
-    """Return `0:01:20`."""
-    return str(timedelta(seconds=max(0, round(seconds))))
+    """Return hours, if there are any, minutes and seconds: `1:02:03`, `01:20`."""
+    return str(timedelta(seconds=max(0, round(seconds)))).removeprefix("0:")
 
 
 def sparks(values: Sequence[float]) -> str:
