@@ -87,7 +87,7 @@ def difference(ours_P: Sequence[float], theirs_P: Sequence[float]) -> Difference
     else it comes from `NUM_PERMUTATIONS` draws and is at least one in as many.
     """
     differences_P = np.asarray(ours_P, dtype=float) - np.asarray(theirs_P, dtype=float)
-    return Difference(*estimates([differences_P]), sign_flip_p(differences_P[differences_P != 0]))
+    return Difference(estimates([differences_P])[0], sign_flip_p(differences_P[differences_P != 0]))
 
 
 def sign_flip_p(differences_P: np.ndarray) -> float:
