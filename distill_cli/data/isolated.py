@@ -141,8 +141,8 @@ class IsolatedVerifier:
     """Calls a verifier in another process; a failure scores 0 and is counted."""
 
     def __init__(self, name: str, *, limit_s: float = LIMIT_S) -> None:
-        self.name, self.function = name, resolve_verifier(name)
-        """`function` is the verifier itself, for `resolve_extract`."""
+        self.function = resolve_verifier(name)
+        """The verifier itself, for `resolve_extract`."""
         self.failures = Failures(f"data.verifier={name}: {{}} answers could not be judged and score 0")
         self._worker = Worker("verifier", name, limit_s=limit_s)
         self.close = self._worker.close

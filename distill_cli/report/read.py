@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import yaml
 
+from distill_cli.config.fields import flatten
 from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.metrics_file import damaged
@@ -135,17 +136,10 @@ def _rows_from_the_end(path: Path) -> Iterator[dict[str, Any]]:
 def read_config(run: RunDir) -> dict[str, Any]:
     """Return a run's config as dotted keys. Raises ConfigError if the file is damaged."""
     try:
-        return _dotted(yaml.safe_load(run.config.read_text()))
+        return flatten(yaml.safe_load(run.config.read_text()))
     except (OSError, ValueError, yaml.YAMLError) as error:
         what = str(error).splitlines()[0]
         raise ConfigError(f"{run.config}: cannot be read as a run's config ({what}); leave that run out") from error
-
-
-def _dotted(node: Any, at: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict) or not node:
-        return {at: node}
-    prefix = f"{at}." if at else ""
-    return {key: value for name, inner in node.items() for key, value in _dotted(inner, f"{prefix}{name}").items()}
 
 
 def differing_keys(configs: Sequence[dict[str, Any]]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from distill_cli.metrics import STAGES
 from distill_cli.report.comparison import two_key_grid
 from distill_cli.report.figures import field
-from distill_cli.report.history import History, Row
+from distill_cli.report.history import History, Row, groups
 from distill_cli.report.read import COMPARED, differing_keys
 from distill_cli.terminal.panel import clock
 
@@ -70,11 +70,8 @@ def _mean_seconds(rows: Sequence[Row], stages: Sequence[str]) -> dict[str, float
 
 def stage_rows(history: History) -> list[Row]:
     """Return the `stages` dataset: mean seconds of each stage in each bar."""
-    steps, stages = history.steps, stages_of(history)
-    width = -(-len(steps) // MAX_BARS) or 1
-    rows = []
-    for begin in range(0, len(steps), width):
-        bar = steps[begin : begin + width]
+    stages, rows = stages_of(history), []
+    for bar in groups(history.steps, MAX_BARS):
         first, last = int(bar[0]["step"]), int(bar[-1]["step"])
         label = str(first) if first == last else f"{first} to {last}"
         means, low = _mean_seconds(bar, stages), 0.0
