@@ -83,12 +83,7 @@ def accuracy(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] =
         "dy": {"expr": "datum.at == 'top' && datum.value < 0.93 ? -8 : 9"},
     }
     paper, label = {"expr": "paper"}, {"text": {"field": "label"}}
-    halo = text | {
-        "stroke": paper,
-        "strokeWidth": 4,
-        "strokeJoin": "round",
-        "color": paper,
-    }  # keeps curves off the text
+    halo = text | {"stroke": paper, "strokeWidth": 4, "strokeJoin": "round", "color": paper}  # clears curves behind it
     levels = [
         {"data": {"name": "levels"}, "mark": mark, "encoding": at_level | shown}
         for mark, shown in ((rule, {}), (halo, label), (text, label))

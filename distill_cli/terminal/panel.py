@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -83,8 +82,10 @@ class Screen:
 
 
 def clock(seconds: float) -> str:
-    """Return hours, if there are any, minutes and seconds: `1:02:03`, `01:20`."""
-    return str(timedelta(seconds=max(0, round(seconds)))).removeprefix("0:")
+    """Return hours, if there are any, minutes and seconds: `26:02:03`, `1:20`."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def sparks(values: Sequence[float]) -> str:

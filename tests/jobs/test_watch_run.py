@@ -147,7 +147,7 @@ def test_time_left_follows_the_pace() -> None:
     assert screen.seconds_left() == 80
     console = Console(file=io.StringIO(), width=80)
     console.print(screen)
-    assert "about 01:20 left" in console.file.getvalue()
+    assert "about 1:20 left" in console.file.getvalue()
 
 
 def test_sparks_span_the_values() -> None:

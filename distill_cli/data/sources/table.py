@@ -81,10 +81,8 @@ def load(
         if first is None:
             raise ConfigError(f"{where}: no rows")
         columns.check(list(first[1]), where=where)
-        to_example = columns.to_example
-        return _stream(
-            lambda: (partial(to_example, row, where=at) for at, row in _read(rows, where=where)), limit, repeat
-        )
+        make = columns.to_example
+        return _stream(lambda: (partial(make, row, where=at) for at, row in _read(rows, where=where)), limit, repeat)
     columns.check(rows.column_names, where=where)
     tops = {column.split(".")[0] for column in columns.named.values()}
     rows = rows.select_columns([column for column in rows.column_names if column in tops])
@@ -104,14 +102,12 @@ def _open(path: str, *, name: str | None, split: str, revision: str | None, stre
     if here.is_file():
         arguments = _file_arguments(here, split)
     elif here.is_dir() or not path.startswith((".", "/", "~")):
-        target = str(here) if here.is_dir() else path
-        arguments = {"path": target, "name": name, "split": split, "revision": revision}
+        arguments = {"path": str(here) if here.is_dir() else path, "name": name, "split": split, "revision": revision}
     else:
         raise ConfigError(f"path={path}: no such file or folder")
+    load = partial(datasets.load_dataset, **arguments, streaming=streaming)
     try:
-        rows = (
-            datasets.load_from_disk(str(here)) if is_saved else datasets.load_dataset(**arguments, streaming=streaming)
-        )
+        rows = datasets.load_from_disk(str(here)) if is_saved else load()
     except Exception as error:  # pyarrow, fsspec, the hub: each raises its own
         raise ConfigError(f"path={path}, split={split}: {_reason(error)}") from error
     if is_saved and hasattr(rows, "keys"):
