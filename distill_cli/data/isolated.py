@@ -7,6 +7,7 @@ before its acknowledgement was read, and for good if an idle one is killed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -16,8 +17,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -78,17 +79,10 @@ class Worker:
         self._process: subprocess.Popen | None = None
         self._socket: socket.socket
         self._answers: IO[bytes]
-        self.num_starts = 0
-        """Starts of the process so far; each loses the state of the process before it."""
+        self.num_ends = 0
+        """Processes that ended so far; each loses its state."""
 
-    def ask(self, request: Any) -> Any:
-        """Return the answer. Raises Failed if there is none in time."""
-        (answer,) = self.ask_all([request])
-        if isinstance(answer, Failed):
-            raise answer
-        return answer
-
-    def ask_all(self, requests: Sequence[Any]) -> list[Any | Failed]:
+    def ask(self, requests: Sequence[Any]) -> list[Any | Failed]:
         """Return an answer to each request, in their order, or why there is none.
 
         A process that dies, or leaves a request unanswered for too long, costs that request alone: the next process
@@ -97,19 +91,21 @@ class Worker:
         answers: list[Any | Failed] = []
         while (begin := len(answers)) < len(requests):
             batch = requests[begin : begin + NUM_AHEAD]
-            message = json.dumps(batch).encode() + b"\n"
             try:
-                self.start()
-                with self._closing_on_error():
-                    self._socket.sendall(message)  # read whole before the first answer: neither waits for the other
-                    for _ in batch:
-                        answer, error = self._read(self._limit_s + GRACE_S)  # from the answer before it on
-                        answers.append(answer if error is None else Failed(error))
-            except (OSError, EOFError, ValueError) as failure:
+                self._start()
+                # Read whole before the first answer: neither side waits for the other.
+                self._socket.sendall(json.dumps(batch).encode() + b"\n")
+                for _ in batch:
+                    answer, error = self._read(self._limit_s + GRACE_S)  # from the answer before it on
+                    answers.append(answer if error is None else Failed(error))
+            except BaseException as failure:
+                self.close()  # a late answer would be taken for the next request's
+                if not isinstance(failure, OSError | EOFError | ValueError):
+                    raise
                 answers.append(Failed(f"{type(failure).__name__}: {failure}"))
         return answers
 
-    def start(self) -> None:
+    def _start(self) -> None:
         """Start the process unless it runs, and block until it is ready."""
         if self._process is not None:
             return
@@ -118,9 +114,7 @@ class Worker:
             command = [sys.executable, "-m", "distill_cli.data.isolated", *self._argv, str(theirs.fileno())]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         self._answers = self._socket.makefile("rb")
-        self.num_starts += 1
-        with self._closing_on_error():
-            self._read(START_S)
+        self._read(START_S)
 
     def close(self) -> None:
         """End the process; another starts with the next use."""
@@ -130,6 +124,7 @@ class Worker:
             self._answers.close()
             self._socket.close()
             self._process = None
+            self.num_ends += 1
 
     def _read(self, limit_s: float) -> list[Any]:
         self._socket.settimeout(limit_s)
@@ -141,32 +136,22 @@ class Worker:
             raise EOFError("its process died")
         return json.loads(line)
 
-    @contextmanager
-    def _closing_on_error(self) -> Iterator[None]:
-        """End the process after an error: a late answer would be taken for the next request's."""
-        try:
-            yield
-        except BaseException:
-            self.close()
-            raise
-
 
 class IsolatedVerifier:
     """Calls a verifier in another process; a failure scores 0 and is counted."""
 
     def __init__(self, name: str, *, limit_s: float = LIMIT_S) -> None:
-        self.name, self.function = name, resolve_verifier(name)
-        """`function` is the verifier itself, for `resolve_extract`."""
+        self.function = resolve_verifier(name)
+        """The verifier itself, for `resolve_extract`."""
         self.failures = Failures(f"data.verifier={name}: {{}} answers could not be judged and score 0")
         self._worker = Worker("verifier", name, limit_s=limit_s)
         self.close = self._worker.close
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Return the score of each (response, right answer)."""
-        answers = self._worker.ask_all(pairs)
-        for answer in answers:
-            if isinstance(answer, Failed):
-                self.failures.add(answer)
+        answers = self._worker.ask(pairs)
+        for failure in (answer for answer in answers if isinstance(answer, Failed)):
+            self.failures.add(failure)
         return [0.0 if isinstance(answer, Failed) else answer for answer in answers]
 
 
@@ -181,42 +166,38 @@ class IsolatedEnvironments:
         resolve_environment(name)  # raises ConfigError if there is none
         self.worker = Worker("environment", name, limit_s=limit_s)
         self.close = self.worker.close
-        self._free: list[int] = []
-        self._num = 0
+        self._numbers, self._free = itertools.count(), list[int]()
 
     def make(self) -> Environment:
         """Return an environment, whose number in the process is free again once nothing refers to it."""
-        if not self._free:
-            self._free.append(self._num)
-            self._num += 1
-        return _IsolatedEnvironment(self.worker, self._free.pop(), on_end=self._free.append)
+        number = self._free.pop() if self._free else next(self._numbers)
+        environment = _IsolatedEnvironment(self.worker, number)
+        weakref.finalize(environment, self._free.append, number)
+        return environment
 
 
 class _IsolatedEnvironment:
-    def __init__(self, worker: Worker, number: int, *, on_end: Callable[[int], None]) -> None:
-        self._worker, self._number, self._on_end = worker, number, on_end
-        self._example: Example
-        self._responses: list[str]
-        self._start: int
-        """`num_starts` of the process that knows this environment."""
-
-    def __del__(self) -> None:
-        self._on_end(self._number)
+    def __init__(self, worker: Worker, number: int) -> None:
+        self._worker, self._number = worker, number
+        self._requests: list[dict[str, Any]] = []
+        """All since the reset."""
+        self._num_ends = 0
+        """`Worker.num_ends` of the process that knows this environment."""
 
     def reset(self, example: Example) -> str:
-        self._worker.start()
-        self._example, self._responses, self._start = example, [], self._worker.num_starts
-        return self._worker.ask({"number": self._number, "example": asdict(example)})
+        self._requests.clear()
+        return self._ask(example=asdict(example))
 
     def step(self, response: str) -> Observation:
-        self._worker.start()
-        if self._start != self._worker.num_starts:
-            earlier = self._responses
-            self.reset(self._example)
-            for one in earlier:
-                self.step(one)
-        self._responses.append(response)
-        return Observation(**self._worker.ask({"number": self._number, "response": response}))
+        return Observation(**self._ask(response=response))
+
+    def _ask(self, **request: Any) -> Any:
+        self._requests.append({"number": self._number, **request})
+        is_known, self._num_ends = self._num_ends == self._worker.num_ends, self._worker.num_ends
+        *_, answer = self._worker.ask(self._requests[-1:] if is_known else self._requests)
+        if isinstance(answer, Failed):
+            raise answer
+        return answer
 
 
 def main() -> None:
@@ -231,12 +212,24 @@ def main() -> None:
     rank.sendall(b"[]\n")  # ready
     for line in rank.makefile("rb"):
         for request in json.loads(line):
-            try:
-                with time_limit(limit_s):
-                    reply = [answer(request), None]
-            except (Exception, OutOfTime) as error:
-                reply = [None, f"{type(error).__name__}: {error}"[:300]]
-            rank.sendall(json.dumps(reply).encode() + b"\n")
+            rank.sendall(json.dumps(reply_to(request, answer, limit_s=limit_s)).encode() + b"\n")
+
+
+def reply_to(request: Any, answer: Callable[[Any], Any], *, limit_s: float) -> list[Any]:
+    """Return the answer and None, or None and the error. OutOfTime is raised in `answer` after `limit_s`."""
+
+    def stop(*_: object) -> None:
+        raise OutOfTime(f"no answer within {limit_s:g} s")
+
+    try:
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        try:
+            return [answer(request), None]
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except (Exception, OutOfTime) as error:
+        return [None, f"{type(error).__name__}: {error}"[:300]]
 
 
 def judge(name: str) -> Callable[[list[str]], float]:
@@ -274,21 +267,6 @@ def finite(score: Any) -> float:
     if not math.isfinite(value):
         raise ValueError(f"a score of {value}")
     return value
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the block after `seconds`."""
-
-    def stop(*_: object) -> None:
-        raise OutOfTime(f"no answer within {seconds:g} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -111,14 +112,12 @@ class PromptMaker:
         if not example.question.strip():
             self.counts["empty"] += 1
             return None
-        opened = example
-        if self.opening is not None:
-            try:
-                opened = replace(example, question=self.opening(example))
-            except Exception as error:  # an environment may be the user's code, too
-                self.counts["refused"] += 1
-                self.refusal = f"row {index}: {error}"
-                return None
+        try:
+            opened = replace(example, question=self.opening(example)) if self.opening else example
+        except Exception as error:  # an environment may be the user's code, too
+            self.counts["refused"] += 1
+            self.refusal = f"row {index}: {error}"
+            return None
         try:
             token_ids, teacher_ids = self._fit(opened, self.student_ids, self.settings.max_tokens), None
             if token_ids and self.settings.has_teacher_prompt:
@@ -126,44 +125,37 @@ class PromptMaker:
         except Exception as error:  # a template is the user's code and may raise anything
             what = f"row {index}: the prompt's template failed: {type(error).__name__}: {error}"
             raise ConfigError(f"{what}; mend the row, or the template (model.chat_template)") from error
-        if not token_ids or (self.settings.has_teacher_prompt and not teacher_ids):
+        if not token_ids or teacher_ids == []:
             self.counts["long"] += 1
             return None
         return Prompt(index, token_ids, example, teacher_token_ids=teacher_ids)
 
-    def student_ids(self, example: Example, *, cut: int | None = None) -> list[int]:
-        """Return the token ids of the student's prompt, with the question cut to `cut` characters if given."""
+    def student_ids(self, example: Example, cut: int) -> list[int]:
+        """Return the token ids of the student's prompt, with the question cut to `cut` characters."""
         text = _fill(self.settings.prompt_template, question=example.question[:cut])
         return self._render(example, text, self.settings.template_kwargs, None)
 
-    def teacher_ids(self, example: Example, *, cut: int | None = None) -> list[int]:
-        """Return the token ids of the teacher's prompt; `cut` is applied to its context if it has one."""
-        question, context = example.question, example.context
-        if cut is not None:
-            question, context = (question[:cut], None) if context is None else (question, context[:cut])
-        text = _fill(self.settings.prompt_template, question=question)
-        if context is not None:
-            text = _fill(self.settings.teacher_prompt_template, question=text, context=context)
+    def teacher_ids(self, example: Example, cut: int) -> list[int]:
+        """Return the token ids of the teacher's prompt, with the context cut, or the question if there is none."""
+        if example.context is None:
+            text = _fill(self.settings.prompt_template, question=example.question[:cut])
+        else:
+            question = _fill(self.settings.prompt_template, question=example.question)
+            text = _fill(self.settings.teacher_prompt_template, question=question, context=example.context[:cut])
         return self._render(example, text, self.settings.teacher_kwargs, self.settings.teacher_chat_template)
 
-    def _fit(self, example: Example, ids_of: Callable[..., list[int]], limit: int) -> list[int]:
+    def _fit(self, example: Example, ids_of: Callable[[Example, int], list[int]], limit: int) -> list[int]:
         """Return at most `limit` token ids; none if there are more and `overlong` is drop, or nothing fits."""
-        cuts = self.settings.overlong == "truncate"
         part = example.context if ids_of == self.teacher_ids and example.context is not None else example.question
-        most = limit * MAX_TOKEN_CHARACTERS
-        if len(part) > most and not cuts:
-            return []
-        ids = ids_of(example, cut=most if len(part) > most else None)
-        if len(ids) <= limit or not cuts:
+        longest = min(len(part), limit * MAX_TOKEN_CHARACTERS)
+        if self.settings.overlong == "drop":
+            ids = ids_of(example, longest) if longest == len(part) else []
             return ids if len(ids) <= limit else []
-        low, high = 0, min(len(part), most)  # bisect for the longest beginning that fits
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if len(ids_of(example, cut=middle)) <= limit else (low, middle - 1)
-        if low == 0:
-            return []
-        self.counts["cut"] += 1
-        return ids_of(example, cut=low)
+        if len(ids := ids_of(example, longest)) <= limit:
+            return ids
+        cut = longest - bisect_left(range(longest, 0, -1), True, key=lambda cut: len(ids_of(example, cut)) <= limit)
+        self.counts["cut"] += cut > 0
+        return ids_of(example, cut) if cut else []
 
     def _render(
         self, example: Example, text: str, template_kwargs: Mapping[str, Any], template: str | None
@@ -183,9 +175,8 @@ class PromptMaker:
 
     def warnings(self) -> list[str]:
         """Return one line for each way in which prompts were left out or truncated."""
-        limit = f"{self.settings.max_tokens} tokens"
-        if self.settings.has_teacher_prompt:
-            limit += f" (the teacher's: {self.teacher_max_tokens})"
+        teacher = f" (the teacher's: {self.teacher_max_tokens})" if self.settings.has_teacher_prompt else ""
+        limit = f"{self.settings.max_tokens} tokens{teacher}"
         reasons = {
             "empty": "have no question and are left out",
             "refused": f"are refused by the environment and left out; the last: {self.refusal}",

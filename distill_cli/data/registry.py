@@ -117,8 +117,7 @@ def _key_problems(load: Callable[..., Any], keys: dict[str, Any], *, key: str, s
     for name, parameter in parameters.items():
         if name not in keys and parameter.default is parameter.empty:
             problems.append(f"{key}.{name}: a value is needed")
-    is_shipped = source in names("sources")
-    if is_shipped and any(name not in parameters and not nearest(name, parameters) for name in keys):
+    if source in names("sources") and any(name not in parameters and not nearest(name, parameters) for name in keys):
         fix = f"choose data={source}, which begins with the keys of that source"
         problems.append(f"{key}.source={source}: keys of another source are still there; {fix}")
     return problems

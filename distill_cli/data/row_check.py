@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 from distill_cli.config.schema import Config, OffPolicy
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
-from distill_cli.errors import ConfigError
+from distill_cli.errors import ConfigError, collect
 from distill_cli.metrics import find
 from distill_cli.types import Example
 
@@ -22,6 +21,10 @@ STREAMED_ROWS_READ = 100
 """Likewise for a stream, each of whose rows may have to be downloaded."""
 CHARACTERS_READ = 20_000
 """Characters of a message that are compared: messages that begin with the same ones count as the same."""
+
+
+Found = tuple[int | None, set[bytes], Example | None]
+"""The number of rows (None for a stream), hashes of those that were read, and the first one."""
 
 
 @dataclass(frozen=True)
@@ -55,86 +58,72 @@ def check_data(config: Config, known: dict[str, DataFacts] | None = None, *, tra
 
 
 def _check(config: Config, *, trains_on_rows: bool, imitates: bool) -> DataFacts:
-    data, problems, warnings = config.data, list[str](), list[str]()
-    train: Sequence[Example] | Stream = ()
-    validation: Sequence[Example] | Stream = ()
-
-    @contextmanager
-    def collected() -> Iterator[None]:
-        try:
-            yield
-        except ConfigError as error:
-            problems.extend(error.problems)
-
-    with collected():
-        if data.train and trains_on_rows:
-            train = load_examples(data.train, key="data.train", context=data.teacher_context)
-    with collected():
-        if data.validation:
-            validation = load_examples(data.validation, key="data.validation")
-    with collected():
-        sample, hashes = _read_training(config, train, warnings, imitates=imitates)
-        _read_validation(config, validation, hashes, warnings)
-    if problems:
-        raise ConfigError(*problems)
-    num_train, num_validation = (None if isinstance(rows, Stream) else len(rows) for rows in (train, validation))
+    warnings: list[str] = []
+    (num_train, trained, sample), (num_validation, held_out, _) = collect([
+        lambda: _read_training(config, warnings, trains_on_rows=trains_on_rows, imitates=imitates),
+        lambda: _read_validation(config, warnings),
+    ])  # fmt: skip
+    if in_both := len(held_out & trained):
+        warnings.append(f"{in_both} prompts of data.validation are in data.train too: its scores mean less")
     return DataFacts(num_train, num_validation, sample, tuple(warnings))
 
 
-def _read_training(
-    config: Config, train: Sequence[Example] | Stream, warnings: list[str], *, imitates: bool
-) -> tuple[Example | None, set[bytes]]:
-    """Return the first row with a question, and hashes of all that were read."""
+def _read_training(config: Config, warnings: list[str], *, trains_on_rows: bool, imitates: bool) -> Found:
+    data, hashes, num, lacks = config.data, set[bytes](), 0, Counter[str]()
     sample: Example | None = None
-    hashes, num_rows, num, lacks = set[bytes](), 0, 0, Counter[str]()
+    reads = data.train and trains_on_rows
+    train = load_examples(data.train, key="data.train", context=data.teacher_context) if reads else ()
     rows = islice(train, STREAMED_ROWS_READ if isinstance(train, Stream) else MOST_ROWS_READ)
-    for example in rows:
-        num_rows += 1
-        if example.question.strip():
-            num, sample = num + 1, sample or example
-            hashes.add(_hash(example))
-            lacks.update(answer=example.answer is None, context=example.context is None, response=not example.response)
-    _check_questions("data.train", num, num_rows, warnings)
+    for example in _with_question(rows, "data.train", warnings):
+        num += 1
+        sample = sample or example
+        hashes.add(_hash(example))
+        lacks.update(answer=example.answer is None, context=example.context is None, response=not example.response)
     if imitates and lacks["response"]:
         raise ConfigError(
             f"data.train: {lacks['response']} of {num} rows have no whole answer to imitate (rollout.off_policy="
             "dataset); give data.train.response_key and rows that have one, or choose rollout.off_policy=teacher"
         )
-    if config.data.teacher_context is not None and lacks["context"]:
-        what = f"data.teacher_context={config.data.teacher_context}"
+    if data.teacher_context is not None and lacks["context"]:
+        what = f"data.teacher_context={data.teacher_context}"
         if lacks["context"] == num:
             raise ConfigError(f"{what}: none of {num} rows of data.train has a text there; is it the right column?")
         warnings.append(
             f"data.train: {lacks['context']} of {num} rows have no {what}: the teacher reads the student's prompt"
         )
-    if config.data.verifier is not None and lacks["answer"] and config.data.train.get("answer_key", "") is not None:
+    if data.verifier is not None and lacks["answer"] and data.train.get("answer_key", "") is not None:
         warnings.append(f"data.train: {lacks['answer']} of {num} rows have no answer: rollout/accuracy leaves them out")
-    return sample, hashes
+    return None if isinstance(train, Stream) else len(train), hashes, sample
 
 
-def _read_validation(
-    config: Config, validation: Sequence[Example] | Stream, trained: set[bytes], warnings: list[str]
-) -> None:
+def _read_validation(config: Config, warnings: list[str]) -> Found:
+    data = config.data
+    validation = load_examples(data.validation, key="data.validation") if data.validation else ()
     rows = list(islice(validation, config.eval.max_samples if isinstance(validation, Stream) else None))
     num_unanswered = sum(example.answer is None for example in rows)
-    if num_unanswered and config.data.verifier is not None:
+    if num_unanswered and data.verifier is not None:
         raise ConfigError(
             f"data.validation: {num_unanswered} of {len(rows)} rows have no answer to check; give "
             "data.validation.answer_key (and answer_from, if the column holds more), or rows that have one"
         )
-    questions = [example for example in rows if example.question.strip()]
-    _check_questions("data.validation", len(questions), len(rows), warnings)
+    hashes = {_hash(example) for example in _with_question(rows, "data.validation", warnings)}
     _check_ranked_dataset(config.checkpoint.metric, {example.dataset for example in rows})
-    in_both = len({_hash(example) for example in questions} & trained)
-    if in_both:
-        warnings.append(f"{in_both} prompts of data.validation are in data.train too: its scores mean less")
+    return None if isinstance(validation, Stream) else len(validation), hashes, None
 
 
-def _check_questions(key: str, number: int, num_rows: int, warnings: list[str]) -> None:
-    if num_rows and not number:
+def _with_question(rows: Iterable[Example], key: str, warnings: list[str]) -> Iterator[Example]:
+    """Yield the rows with a question, and warn of the others. Raises ConfigError if no row has one."""
+    num_blank, num_rows = 0, 0
+    for example in rows:
+        num_rows += 1
+        if example.question.strip():
+            yield example
+        else:
+            num_blank += 1
+    if num_rows and num_blank == num_rows:
         raise ConfigError(f"{key}: none of {num_rows} rows has a question; is it the right column?")
-    if number < num_rows:
-        warnings.append(f"{key}: {num_rows - number} of {num_rows} rows have no question and are left out")
+    if num_blank:
+        warnings.append(f"{key}: {num_blank} of {num_rows} rows have no question and are left out")
 
 
 def _check_ranked_dataset(metric: str, datasets: set[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,10 +149,8 @@ ANSWERS: dict[str, Callable[[str], str | None]] = {"final": final_answer, "boxed
 
 
 def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
-    if column in row:
-        return row[column]
     value: Any = row
-    for part in column.split("."):
+    for part in [column] if column in row else column.split("."):
         if not isinstance(value, Mapping) or part not in value:
             there = ", ".join(map(repr, value if isinstance(value, Mapping) else row))
             raise ConfigError(f"{where}: no column {column!r}; this row has: {there or 'none'}")
@@ -184,5 +183,4 @@ def _conversation(value: Any, where: str) -> tuple[tuple[dict[str, str], ...], s
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return f"{type(value).__name__} {reprlib.repr(value)}"

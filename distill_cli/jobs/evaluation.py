@@ -93,7 +93,7 @@ def evaluate(
     board = make_scoreboard(answers, has_votes=has_votes)
     paths = {one.name: getattr(one.config.model, one.role).path for one in contenders}
     settings = {"data": config.data.validation, "eval": asdict(config.eval)}
-    result = {"models": paths, **board.as_json(), "settings": settings, "folder": str(folder)}
+    result = {"models": paths, **asdict(board), "settings": settings, "folder": str(folder)}
     write_json(folder / "results.json", result)
     if as_json:
         print(json.dumps(result, indent=2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -21,12 +21,16 @@ Grid = dict[tuple[str, str], RunResult]
 
 def print_comparison(console: Console, results: Sequence[RunResult]) -> None:
     """Print final KL, loss and accuracy of each run, the best of each metric, and which runs have not finished."""
-    metrics = [metric for metric in COMPARED if "terminal" in metric.compared_in]
-    metrics = [metric for metric in metrics if any(metric.name in result.final for result in results)]
+    recorded = {name for result in results for name in result.final}
+    metrics = [metric for metric in COMPARED if "terminal" in metric.compared_in and metric.name in recorded]
     grid = two_key_grid(results)
     shown: RenderableType = Group(*(_matrix(metric, grid) for metric in metrics)) if grid else _rows(results, metrics)
     console.print(shown, width=None if console.is_terminal else WIDTH, crop=False)
-    for line in [*_best_lines(results, metrics), *_state_lines(results)]:
+    lines = [_best_line(results, metric) for metric in metrics if len(results) > 1]
+    if names := [f"{result.name} ({result.state})" for result in results if result.state != "finished"]:
+        more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+        lines.append(f"{UNFINISHED} not finished: {', '.join(names[:MAX_LISTED])}{more}")
+    for line in filter(None, lines):
         console.print(escape(line), soft_wrap=True)
 
 
@@ -62,17 +66,11 @@ def _rows(results: Sequence[RunResult], metrics: Sequence[Metric]) -> Table:
     return table
 
 
-def _best_lines(results: Sequence[RunResult], metrics: Sequence[Metric]) -> Iterable[str]:
-    for metric in metrics if len(results) > 1 else []:
-        if best := _best(results, metric):
-            settings = " ".join(f"{key}={value}" for key, value in best.settings.items()) or best.name
-            yield f"best {metric.label:<11} {metric.shown(best.final[metric.name])}  {settings}"
-
-
-def _state_lines(results: Sequence[RunResult]) -> Iterable[str]:
-    if names := [f"{result.name} ({result.state})" for result in results if result.state != "finished"]:
-        more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-        yield f"{UNFINISHED} not finished: {', '.join(names[:MAX_LISTED])}{more}"
+def _best_line(results: Sequence[RunResult], metric: Metric) -> str:
+    if (best := _best(results, metric)) is None:
+        return ""
+    settings = " ".join(f"{key}={value}" for key, value in best.settings.items()) or best.name
+    return f"best {metric.label:<11} {metric.shown(best.final[metric.name])}  {settings}"
 
 
 def _best(results: Sequence[RunResult], metric: Metric) -> RunResult | None:

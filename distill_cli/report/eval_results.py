@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from distill_cli.folders.answers_table import read_answers
 from distill_cli.report import significance
@@ -21,24 +21,8 @@ ProblemKey = tuple[str, int]
 """A dataset and the index of a problem in the data: answers of two models are paired by it."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The answers of one model to one problem, in their order."""
-
-    rewards: list[float]
-    votes: list[str | None]
-    """Final answers; None if an answer has none."""
-    lengths: list[int]
-    """Tokens."""
-    truncated: list[bool]
-
-    @property
-    def accuracy(self) -> float:
-        return sum(self.rewards) / len(self.rewards)
-
-    @property
-    def num_right(self) -> int:
-        return sum(reward > RIGHT for reward in self.rewards)
+Problem = list[dict[str, Any]]
+"""The answers of one model to one problem, in their order, with `COLUMNS`."""
 
 
 @dataclass(frozen=True)
@@ -77,19 +61,12 @@ class Scoreboard:
     gap_closed: dict[str, Estimate]
     """Dataset -> the share of the way from `before` to `teacher`, if both were evaluated and there is a gap."""
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def read_problems(file: Path, *, unnamed: str) -> dict[ProblemKey, Problem]:
     """Return a model's answers by problem; `unnamed` is the name of a dataset without one."""
-    problems: dict[ProblemKey, Problem] = {}
+    problems: dict[ProblemKey, Problem] = defaultdict(list)
     for row in read_answers(file, COLUMNS):
-        problem = problems.setdefault((row["dataset"] or unnamed, row["problem"]), Problem([], [], [], []))
-        problem.rewards.append(row["reward"])
-        problem.votes.append(row["final_answer"])
-        problem.lengths.append(row["num_tokens"])
-        problem.truncated.append(row["finish_reason"] == "length")
+        problems[row["dataset"] or unnamed, row["problem"]].append(row)
     return problems
 
 
@@ -110,7 +87,7 @@ def make_scoreboard(models: Mapping[str, dict[ProblemKey, Problem]], *, has_vote
     board = Scoreboard({}, {}, {})
     for part, keys in parts.items():
         problems_of = {name: [problems[key] for key in keys] for name, problems in models.items()}
-        accuracy = {name: [problem.accuracy for problem in problems] for name, problems in problems_of.items()}
+        accuracy = {name: _accuracies(problems) for name, problems in problems_of.items()}
         board.scores[part] = {name: _score(problems, has_votes=has_votes) for name, problems in problems_of.items()}
         board.differences[part] = {other: significance.difference(accuracy[first], accuracy[other]) for other in others}
         if {"before", "teacher"} <= set(others):
@@ -119,28 +96,30 @@ def make_scoreboard(models: Mapping[str, dict[ProblemKey, Problem]], *, has_vote
     return board
 
 
+def _accuracies(problems: Sequence[Problem]) -> list[float]:
+    return [sum(answer["reward"] for answer in problem) / len(problem) for problem in problems]
+
+
 def _score(problems: Sequence[Problem], *, has_votes: bool) -> Score:
-    num_samples = len(problems[0].rewards)
+    num_samples = len(problems[0])
     ks = [2**power for power in range(1, num_samples.bit_length()) if 2**power < num_samples]
     ks += [num_samples] if num_samples > 1 else []
-    lengths = [length for problem in problems for length in problem.lengths]
-    truncated = [cut for problem in problems for cut in problem.truncated]
-    values = [[problem.accuracy for problem in problems]]
-    values += [
-        [significance.pass_at(k, num_right=problem.num_right, num_samples=num_samples) for problem in problems]
-        for k in ks
-    ]
+    answers = [answer for problem in problems for answer in problem]
+    num_right = [sum(answer["reward"] > RIGHT for answer in problem) for problem in problems]
+    values = [_accuracies(problems)]
+    values += [[significance.pass_at(k, num_right=right, num_samples=num_samples) for right in num_right] for k in ks]
     if votes := has_votes and num_samples > 1:
-        values.append([significance.majority(problem.votes, problem.rewards) for problem in problems])
+        columns = [[[a[name] for a in problem] for name in ("final_answer", "reward")] for problem in problems]
+        values.append([significance.majority(*both) for both in columns])
     accuracy, *others = significance.estimates(values)
     return Score(
         num_problems=len(problems),
-        num_answers=len(lengths),
+        num_answers=len(answers),
         accuracy=accuracy,
         pass_at=dict(zip(ks, others, strict=False)),
         majority=others[-1] if votes else None,
-        mean_length=sum(lengths) / len(lengths),
-        truncated_rate=sum(truncated) / len(truncated),
+        mean_length=sum(answer["num_tokens"] for answer in answers) / len(answers),
+        truncated_rate=sum(answer["finish_reason"] == "length" for answer in answers) / len(answers),
     )
 
 
@@ -158,23 +137,21 @@ def print_scoreboard(console: Console, board: Scoreboard) -> None:
 
 
 def _score_table(scores: Mapping[str, Score]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("model", overflow="fold")
+    table = Table(Column("model", overflow="fold"), box=None, pad_edge=False)
     names = [name for name, _ in next(iter(scores.values())).estimates()]
     for column in (*names, "length", "truncated"):
         table.add_column(column, justify="right", no_wrap=True)
     for model, score in scores.items():
-        cells = [escape(_percent(estimate)) for _, estimate in score.estimates()]
+        cells = [escape(f"{one.value:.1%} {_interval(one)}") for _, one in score.estimates()]
         table.add_row(escape(model), *cells, f"{score.mean_length:.0f}", f"{score.truncated_rate:.1%}")
     return table
 
 
-def _percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.1f}% [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+def _interval(estimate: Estimate, form: str = ".1f") -> str:
+    return f"[{100 * estimate.low:{form}}, {100 * estimate.high:{form}}]"
 
 
 def _difference_text(difference: Difference) -> str:
-    points = difference.estimate
-    value, low, high = 100 * points.value, 100 * points.low, 100 * points.high
     p_value = "p < 0.0001" if difference.p_value < 1e-4 else f"p = {difference.p_value:.4f}"
-    return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}], {p_value} (paired sign flips)"
+    points = f"{100 * difference.estimate.value:+.1f} points {_interval(difference.estimate, '+.1f')}"
+    return f"{points}, {p_value} (paired sign flips)"

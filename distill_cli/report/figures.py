@@ -25,9 +25,9 @@ def field(metric: str) -> str:
     return metric.replace("/", "_")
 
 
-def chart(id: str, title: str, spec: Spec, *, wide: bool = False) -> Spec:
+def chart(section: str, id: str, title: str, spec: Spec, *, wide: bool = False) -> Spec:
     """Return a figure with its place in the page."""
-    return {"id": id, "title": title, "wide": wide, "spec": {"$schema": SCHEMA, **spec}}
+    return {"section": section, "id": id, "title": title, "wide": wide, "spec": {"$schema": SCHEMA, **spec}}
 
 
 def lines(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] = ()) -> Spec:
@@ -82,17 +82,11 @@ def accuracy(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] =
         "color": {"expr": "muted"},
         "dy": {"expr": "datum.at == 'top' && datum.value < 0.93 ? -8 : 9"},
     }
-    paper = {"expr": "paper"}
-    halo = {
-        **text,
-        "stroke": paper,
-        "strokeWidth": 4,
-        "strokeJoin": "round",
-        "color": paper,
-    }  # keeps curves off the text
+    paper, label = {"expr": "paper"}, {"text": {"field": "label"}}
+    halo = text | {"stroke": paper, "strokeWidth": 4, "strokeJoin": "round", "color": paper}  # clears curves behind it
     levels = [
-        {"data": {"name": "levels"}, "mark": mark, "encoding": at_level | label}
-        for mark, label in ((rule, {}), (halo, {"text": {"field": "label"}}), (text, {"text": {"field": "label"}}))
+        {"data": {"name": "levels"}, "mark": mark, "encoding": at_level | shown}
+        for mark, shown in ((rule, {}), (halo, label), (text, label))
     ]
     spec["layer"].append(points)
     # The curves are a layer of their own: an encoding shared with the horizontal lines would need a step from them.

@@ -97,8 +97,13 @@ def _settings(result: RunResult) -> str:
 
 def thinned(rows: Sequence[Row], most: int) -> list[Row]:
     """Return at most about `most` rows: means over neighbours, each with the last neighbour's step."""
+    return [_mean(group) for group in groups(rows, most)] if len(rows) > most else list(rows)
+
+
+def groups(rows: Sequence[Row], most: int) -> list[Sequence[Row]]:
+    """Return at most `most` groups of neighbouring rows, all but the last of one size."""
     width = -(-len(rows) // most) or 1
-    return [_mean(rows[begin : begin + width]) for begin in range(0, len(rows), width)] if width > 1 else list(rows)
+    return [rows[begin : begin + width] for begin in range(0, len(rows), width)]
 
 
 def _mean(rows: Sequence[Row]) -> Row:

@@ -11,7 +11,7 @@ import base64
 import gzip
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata, resources
@@ -29,6 +29,7 @@ from distill_cli.report.history import MAX_ROWS, MAX_ROWS_IN_ALL, History, Row, 
 from distill_cli.report.read import COMPARED, RunResult
 
 FILE = "report.html"
+PLACES = ("grid", *SECTIONS, "samples")
 
 
 def report_file(paths: Sequence[Path]) -> Path:
@@ -53,14 +54,14 @@ def write_report(results: Sequence[RunResult], path: Path) -> Path:
 
 def render(histories: Sequence[History]) -> str:
     """Return the page. A single run has facts, time and memory; several have a comparison and a legend."""
-    answers, charts = samples.read_answers(histories), make_charts(histories)
+    answers = samples.read_answers(histories)
     names, first, many = [history.name for history in histories], histories[0], len(histories) > 1
-    data = {
+    data: dict[str, Any] = {
         "datasets": datasets(histories, samples.position_rows(histories, answers)),
-        "charts": [chart for group in charts.values() for chart in group],
         "runs": names,
         "samples": samples.page_samples(answers) if answers else None,
     }
+    data["charts"] = make_charts(histories, data["datasets"])
     if many:
         own: dict[str, Any] = {
             "title": f"{len(histories)} runs",
@@ -72,6 +73,7 @@ def render(histories: Sequence[History]) -> str:
         own = {"title": first.name, "headline": sections.headline(first), "facts": sections.facts(first)}
         own |= {"memory_note": sections.memory_note(first), "time_note": sections.time_note(first)}
         own["config"] = sections.config_table(first)
+    charts = {section: [one for one in data["charts"] if one["section"] == section] for section in PLACES}
     strict = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=jinja2.StrictUndefined)
     return strict.from_string(_part("page.html")).render(
         **own, names=names, many=many, charts=charts, has_samples=bool(answers), data=_packed(data),
@@ -88,7 +90,7 @@ def _packed(data: Any) -> str:
 def datasets(histories: Sequence[History], positions: list[Row]) -> dict[str, list[Row]]:
     """Return the data of the figures by the names that `figures` uses."""
     most = min(MAX_ROWS, max(MAX_ROWS_IN_ALL // len(histories), 50))
-    single = histories[0] if len(histories) == 1 else None
+    single = len(histories) == 1
     return {
         "steps": [
             {"run": history.name} | {figures.field(key): value for key, value in row.items() if value is not None}
@@ -96,48 +98,38 @@ def datasets(histories: Sequence[History], positions: list[Row]) -> dict[str, li
             for row in thinned(history.rows, most)
         ],
         "levels": sections.level_rows(histories),
-        "stages": sections.stage_rows(single) if single else [],
-        "memory": sections.memory_rows(single) if single else [],
+        "stages": sections.stage_rows(histories[0]) if single else [],
+        "memory": sections.memory_rows(histories[0]) if single else [],
         "positions": positions,
         "grid": sections.grid_rows(histories),
     }
 
 
-def make_charts(histories: Sequence[History]) -> dict[str, list[figures.Spec]]:
-    """Return the figures of each section of the page, without those that have no data."""
-    single = histories[0] if len(histories) == 1 else None
-    runs = [] if single else [history.name for history in histories]
-    has = {key for history in histories for row in history.rows for key, value in row.items() if value is not None}
-    charts: dict[str, list[figures.Spec]] = {section: [] for section in (*SECTIONS, "samples")}
-    if single and (stages := sections.stages_of(single)):
-        spec = figures.stacked_time(stages)
-        charts["time"].append(figures.chart("time", "Seconds per step, by stage", spec, wide=True))
-    if single and sections.memory_rows(single):
-        charts["memory"].append(figures.chart("memory", "Predicted memory of a rank, by part", figures.memory_parts()))
-    for figure in dict.fromkeys(metric.figure for metric in METRICS if metric.figure and metric.name in has):
+def make_charts(histories: Sequence[History], data: Mapping[str, list[Row]]) -> list[figures.Spec]:
+    """Return the page's figures, without those that have no data."""
+    runs = [history.name for history in histories] if len(histories) > 1 else []
+    charts = []
+    if rows := data["grid"]:
+        row_key, column_key = histories[0].result.settings
+        for metric in COMPARED:
+            if "heat map" in metric.compared_in and any(figures.field(metric.name) in row for row in rows):
+                title = f"{metric.label[0].upper()}{metric.label[1:]}, {metric.unit}"
+                spec = figures.heat_map(row_key, column_key, metric, num_rows=len({row["row"] for row in rows}))
+                charts.append(figures.chart("grid", f"grid-{figures.field(metric.name)}", title, spec))
+    if data["stages"]:
+        spec = figures.stacked_time(sections.stages_of(histories[0]))
+        charts.append(figures.chart("time", "time", "Seconds per step, by stage", spec, wide=True))
+    if data["memory"]:
+        charts.append(figures.chart("memory", "memory", "Predicted memory of a rank, by part", figures.memory_parts()))
+    has = {field for row in data["steps"] for field in row}
+    for figure in dict.fromkeys(one.figure for one in METRICS if one.figure and figures.field(one.name) in has):
         draw = figures.accuracy if figure == ACCURACY else figures.lines
         spec = draw(figure, [metric for metric in METRICS if metric.figure == figure], runs=runs)
-        charts[figure.section].append(figures.chart(figure.id, figure.title, spec, wide=figure.wide))
-    if any(history.sample_files for history in histories):
+        charts.append(figures.chart(figure.section, figure.id, figure.title, spec, wide=figure.wide))
+    if data["positions"]:
         spec = figures.by_position(runs=runs)
-        charts["samples"].append(figures.chart("positions", "KL by position in the answer", spec, wide=True))
-    return {"grid": grid_charts(histories), **charts}
-
-
-def grid_charts(histories: Sequence[History]) -> list[figures.Spec]:
-    """Return a heat map of each metric that has one, if the runs are a grid of two keys."""
-    if not (rows := sections.grid_rows(histories)):
-        return []
-    row_key, column_key = histories[0].result.settings
-    return [
-        figures.chart(
-            f"grid-{figures.field(metric.name)}",
-            f"{metric.label[0].upper()}{metric.label[1:]}, {metric.unit}",
-            figures.heat_map(row_key, column_key, metric, num_rows=len({row["row"] for row in rows})),
-        )
-        for metric in COMPARED
-        if "heat map" in metric.compared_in and any(figures.field(metric.name) in row for row in rows)
-    ]
+        charts.append(figures.chart("samples", "positions", "KL by position in the answer", spec, wide=True))
+    return charts
 
 
 def _part(name: str) -> str:

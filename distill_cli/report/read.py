@@ -10,12 +10,14 @@ import platform
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 
+from distill_cli.config.fields import flatten
 from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.metrics_file import damaged
@@ -24,7 +26,6 @@ from distill_cli.metrics import METRICS
 
 COMPARED = [metric for metric in METRICS if metric.compared_in]
 """The metrics that runs are compared by."""
-TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,17 @@ def read_results(paths: Sequence[Path]) -> list[RunResult]:
 def read_sweep(sweep: SweepDir) -> list[RunResult]:
     """Return the runs of a sweep in its order; those that have not begun are `waiting`."""
     return [
-        _read_run(sweep.path / element.folder, dict(_key_and_value(override) for override in element.overrides))
+        _read_run(
+            sweep.path / element.folder, dict(override.lstrip("+").split("=", 1) for override in element.overrides)
+        )
         for element in sweep.elements()
     ]
 
 
-def _key_and_value(override: str) -> tuple[str, str]:
-    key, _, value = override.lstrip("+").partition("=")
-    return key, value
-
-
 def _read_run(folder: Path, settings: dict[str, str]) -> RunResult:
     run = RunDir(folder)
-    final = last_values(run.metrics, [metric.name for metric in COMPARED])
-    return RunResult(folder, settings, state_of(run), int(last_values(run.metrics, ["step"]).get("step", 0)), final)
+    final = last_values(run.metrics, ["step", *(metric.name for metric in COMPARED)])
+    return RunResult(folder, settings, state_of(run), int(final.pop("step", 0)), final)
 
 
 def state_of(run: RunDir) -> str:
@@ -122,38 +120,26 @@ def last_values(path: Path, names: Iterable[str]) -> dict[str, float]:
 
 
 def _rows_from_the_end(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
+    if not path.is_file() or not path.stat().st_size:  # an empty file cannot be mapped
         return
-    with path.open("rb") as file:
-        end = file.seek(0, 2)
-        rest, is_last = b"", True
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        end = content.rfind(b"\n")  # what follows was cut off
         while end > 0:
-            begin = max(0, end - TAIL_BYTES)
-            file.seek(begin)
-            lines = (file.read(end - begin) + rest).split(b"\n")
-            rest, end = (lines.pop(0) if begin else b""), begin
-            if is_last and lines:  # after the last newline: nothing, or a line that was cut off
-                lines, is_last = lines[:-1], False
+            begin = content.rfind(b"\n", 0, end) + 1
             try:
-                yield from [json.loads(line) for line in reversed(lines)]
+                yield json.loads(content[begin:end])
             except ValueError as error:
                 raise damaged(path, error) from error
+            end = begin - 1
 
 
 def read_config(run: RunDir) -> dict[str, Any]:
     """Return a run's config as dotted keys. Raises ConfigError if the file is damaged."""
     try:
-        return _dotted(yaml.safe_load(run.config.read_text()))
+        return flatten(yaml.safe_load(run.config.read_text()))
     except (OSError, ValueError, yaml.YAMLError) as error:
         what = str(error).splitlines()[0]
         raise ConfigError(f"{run.config}: cannot be read as a run's config ({what}); leave that run out") from error
-
-
-def _dotted(node: Any, at: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict) or not node:
-        return {at: node}
-    prefix = f"{at}." if at else ""
-    return {key: value for name, inner in node.items() for key, value in _dotted(inner, f"{prefix}{name}").items()}
 
 
 def differing_keys(configs: Sequence[dict[str, Any]]) -> list[str]:

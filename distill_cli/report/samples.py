@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from heapq import nlargest
 from statistics import fmean
 from typing import Any, TypeGuard
 
@@ -32,16 +32,9 @@ TURNS = {"system", "user", "assistant", "model"}
 """What remains of a chat template's markers without special tokens."""
 
 
-@dataclass
-class Answer:
-    """A row of a rollouts file."""
-
-    run: int
-    step: int
-    row: dict[str, Any]
-    """Columns by token are cut where the page cuts them."""
-    kl: list[float | None]
-    """KL forward of every token; None if a token has no loss."""
+Answer = dict[str, Any]
+"""A row of a rollouts file with its `run` and `step`. Columns by token are cut where the page cuts them, except `kl`:
+KL forward of every token, None if a token has no loss."""
 
 
 def read_answers(histories: Sequence[History]) -> list[Answer]:
@@ -49,22 +42,17 @@ def read_answers(histories: Sequence[History]) -> list[Answer]:
     tables = []
     for run, history in enumerate(histories):
         files = history.sample_files
-        if len(histories) > 1 and len(files) > 2:
-            files = [files[0], files[-1]]
-        tables += [(run, step, pyarrow.parquet.read_table(file)) for step, file in files]
+        between = max(len(files) - 1, 1) if len(histories) > 1 else 1
+        tables += [(run, step, pyarrow.parquet.read_table(file)) for step, file in files[::between]]
     tables = [(run, step, table) for run, step, table in tables if "kl_forward" in table.column_names]
-    kls = [table["kl_forward"].to_pylist() for _, _, table in tables]
-    limit = longest_shown([len(kl) for of_table in kls for kl in of_table])
-    return [
-        Answer(run, step, row, kl)
-        for (run, step, table), of_table in zip(tables, kls, strict=True)
-        for row, kl in zip(_cut(table, limit), of_table, strict=True)
-    ]
+    lengths = [pyarrow.compute.list_value_length(table["kl_forward"]).to_pylist() for _, _, table in tables]
+    limit = longest_shown([length for of_table in lengths for length in of_table])
+    return [{"run": run, "step": step, **row} for run, step, table in tables for row in _cut(table, limit)]
 
 
 def _cut(table: pyarrow.Table, limit: int) -> list[dict[str, Any]]:
     """Return the rows, with the first `limit` tokens of each column by token."""
-    columns = {name: table[name] for name in ROW}
+    columns = {name: table[name] for name in ROW} | {"kl": table["kl_forward"]}
     columns |= {name: pyarrow.compute.list_slice(table[name], 0, max(limit, 1)) for name in BY_TOKEN}
     return pyarrow.table(columns).to_pylist()
 
@@ -81,18 +69,17 @@ def longest_shown(lengths: Sequence[int]) -> int:
 
 def page_samples(answers: Sequence[Answer]) -> dict[str, Any]:
     """Return the data of the page's disagreement view."""
-    tokens: dict[str, int] = {}
     prompts: dict[int, str] = {}
     for answer in answers:
-        prompts.setdefault(answer.row["prompt_index"], answer.row["prompt"])
-    order = {index: place for place, index in enumerate(prompts)}
-    shown = [_page_answer(answer, order, tokens) for answer in answers]
+        prompts.setdefault(answer["prompt_index"], answer["prompt"])
+    places = {index: place for place, index in enumerate(prompts)}
+    tokens: dict[str, int] = {}
     return {
         "prompts": [{"index": index, "text": text, "name": _one_line(text)} for index, text in prompts.items()],
-        "answers": shown,
+        "answers": [_page_answer(answer, tokens) | {"prompt": places[answer["prompt_index"]]} for answer in answers],
         "tokens": list(tokens),
-        "worst": _worst_tokens(answers, order),
-        "cut": sum(len(answer.kl) - len(answer.row["tokens"]) for answer in answers),
+        "worst": [token | {"prompt": places[token["prompt"]]} for token in _worst_tokens(answers)],
+        "cut": sum(len(answer["kl"]) - len(answer["tokens"]) for answer in answers),
         "scale": _colour_scale(answers),
     }
 
@@ -107,28 +94,27 @@ def _colour_scale(answers: Sequence[Answer]) -> float:
     """Return the KL of the fullest colour: the highest 99th percentile of a run's step."""
     values: dict[tuple[int, int], list[float]] = defaultdict(list)
     for answer in answers:
-        values[answer.run, answer.step] += [float(f"{kl:.3g}") for kl in answer.row["kl_forward"] if _is_finite(kl)]
+        values[answer["run"], answer["step"]] += [kl for kl in map(_rounded, answer["kl_forward"]) if kl is not None]
     return max([1e-3, *(sorted(kls)[int(0.99 * (len(kls) - 1))] for kls in values.values() if kls)])
 
 
-def _page_answer(answer: Answer, order: dict[int, int], tokens: dict[str, int]) -> dict[str, Any]:
+def _page_answer(answer: Answer, tokens: dict[str, int]) -> dict[str, Any]:
     """Return an answer for the page; adds its texts to `tokens`, a text's index in the table."""
-    row = answer.row
 
     def indices(texts: Sequence[str]) -> list[int]:
         return [tokens.setdefault(text, len(tokens)) for text in texts]
 
     shown = {
-        **{"run": answer.run, "step": answer.step, "prompt": order[row["prompt_index"]], "reward": row["reward"]},
-        "finish": row["finish_reason"],
-        "length": len(answer.kl),
-        "mean": _rounded(fmean([kl for kl in answer.kl if _is_finite(kl)] or [0.0])),
-        "tokens": indices(row["tokens"]),
+        **{name: answer[name] for name in ("run", "step", "reward")},
+        "finish": answer["finish_reason"],
+        "length": len(answer["kl"]),
+        "mean": _rounded(fmean([kl for kl in answer["kl"] if _is_finite(kl)] or [0.0])),
+        "tokens": indices(answer["tokens"]),
+        **{name: [_rounded(value) for value in answer[name]] for name in SCALARS},
     }
-    shown |= {name: [_rounded(value) for value in row[name]] for name in SCALARS}
     for role in ROLES:
-        shown[f"{role}_top"] = [indices(texts) for texts in row[f"{role}_top_tokens"]]
-        logps = row[f"{role}_top_logp"]
+        logps = answer[f"{role}_top_logp"]
+        shown[f"{role}_top"] = [indices(texts) for texts in answer[f"{role}_top_tokens"]]
         shown[f"{role}_p"] = [[round(logp, 2) if _is_finite(logp) else -100.0 for logp in top] for top in logps]
     return shown
 
@@ -137,40 +123,34 @@ def _first_and_last(answers: Sequence[Answer]) -> Iterator[tuple[int, int, list[
     """Yield run, step and answers of each run's first and last recorded step."""
     runs: dict[int, dict[int, list[Answer]]] = defaultdict(lambda: defaultdict(list))
     for answer in answers:
-        runs[answer.run][answer.step].append(answer)
+        runs[answer["run"]][answer["step"]].append(answer)
     for run, steps in sorted(runs.items()):
         for step in dict.fromkeys((min(steps), max(steps))):
             yield run, step, steps[step]
 
 
-def _worst_tokens(answers: Sequence[Answer], order: dict[int, int]) -> list[dict[str, Any]]:
-    """Return the tokens of highest KL, of each run's first and last recorded step, that the page shows."""
-    worst = []
+def _worst_tokens(answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
+    """Yield the tokens of highest KL, of each run's first and last recorded step, that the page shows."""
     for run, step, of_step in _first_and_last(answers):
-        kls = [(kl, at, answer.row) for answer in of_step for at, kl in enumerate(answer.row["kl_forward"])]
-        kls = sorted((token for token in kls if _is_finite(token[0])), key=lambda token: -token[0])
-        worst += [
-            {
-                **{"run": run, "step": step, "prompt": order[row["prompt_index"]], "position": at, "kl": _rounded(kl)},
+        kls = [(kl, at, row) for row in of_step for at, kl in enumerate(row["kl_forward"]) if _is_finite(kl)]
+        for kl, at, row in nlargest(NUM_WORST, kls, key=lambda token: token[0]):
+            likeliest = {role: (row[f"{role}_top_tokens"][at], row[f"{role}_top_logp"][at]) for role in ROLES}
+            yield {
+                **{"run": run, "step": step, "prompt": row["prompt_index"], "position": at, "kl": _rounded(kl)},
                 "before": "".join(row["tokens"][max(0, at - 12) : at]),
                 "token": row["tokens"][at],
-                **{
-                    role: [row[f"{role}_top_tokens"][at][0], round(row[f"{role}_top_logp"][at][0], 4)] for role in ROLES
-                },
+                **{role: [texts[0], round(logps[0], 4)] for role, (texts, logps) in likeliest.items()},
             }
-            for kl, at, row in kls[:NUM_WORST]
-        ]
-    return worst
 
 
 def position_rows(histories: Sequence[History], answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Return the `positions` dataset: mean KL forward by position, of each run's first and last recorded step."""
     rows = []
     for run, step, of_step in _first_and_last(answers):
-        width = -(-max(len(answer.kl) for answer in answers if answer.run == run) // MAX_POSITIONS) or 1
+        width = -(-max(len(answer["kl"]) for answer in answers if answer["run"] == run) // MAX_POSITIONS) or 1
         buckets: dict[int, list[tuple[int, float]]] = defaultdict(list)
         for number, answer in enumerate(of_step):
-            for position, kl in enumerate(answer.kl):
+            for position, kl in enumerate(answer["kl"]):
                 if _is_finite(kl):
                     buckets[position // width].append((number, kl))
         rows += [

@@ -9,8 +9,9 @@ from typing import Any
 from distill_cli.metrics import STAGES
 from distill_cli.report.comparison import two_key_grid
 from distill_cli.report.figures import field
-from distill_cli.report.history import History, Row
+from distill_cli.report.history import History, Row, groups
 from distill_cli.report.read import COMPARED, differing_keys
+from distill_cli.terminal.panel import clock
 
 MAX_BARS = 120
 """Bars of the stacked seconds; neighbouring steps share a bar if there are more."""
@@ -39,18 +40,11 @@ def facts(history: History) -> list[tuple[str, str]]:
         "student": config.get("model.student.path"),
         "teacher": config.get("model.teacher.path"),
         "loss": f"{config.get('loss.kl_type')}, top-{config.get('loss.topk')}, tail {config.get('loss.tail')}",
-        "time": f"{history.result.step} steps in {_duration(seconds)}" if seconds else None,
+        "time": f"{history.result.step} steps in {clock(seconds)}" if seconds else None,
         "folder": history.result.folder,
         "command": history.command,
     }
     return [(name, str(value)) for name, value in rows.items() if value]
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (minutes > 0) + [f"{rest} s"] * (hours == 0)
-    return " ".join(parts)
 
 
 def level_rows(histories: Sequence[History]) -> list[Row]:
@@ -76,11 +70,8 @@ def _mean_seconds(rows: Sequence[Row], stages: Sequence[str]) -> dict[str, float
 
 def stage_rows(history: History) -> list[Row]:
     """Return the `stages` dataset: mean seconds of each stage in each bar."""
-    steps, stages = history.steps, stages_of(history)
-    width = -(-len(steps) // MAX_BARS) or 1
-    rows = []
-    for begin in range(0, len(steps), width):
-        bar = steps[begin : begin + width]
+    stages, rows = stages_of(history), []
+    for bar in groups(history.steps, MAX_BARS):
         first, last = int(bar[0]["step"]), int(bar[-1]["step"])
         label = str(first) if first == last else f"{first} to {last}"
         means, low = _mean_seconds(bar, stages), 0.0
@@ -135,18 +126,18 @@ def grid_rows(histories: Sequence[History]) -> list[Row]:
 
 def comparison(histories: Sequence[History]) -> list[Row]:
     """Return a row for each run: its state and last values; the best accuracy of the finished runs is marked."""
-    results = [history.result for history in histories]
-    accuracies = [result.final.get("val/accuracy") if result.state == "finished" else None for result in results]
-    best = max((accuracy for accuracy in accuracies if accuracy is not None), default=None)
+    finished = [history for history in histories if history.result.state == "finished"]
+    scores = {one.name: one.result.final["val/accuracy"] for one in finished if "val/accuracy" in one.result.final}
+    best = max(scores.values(), default=None)
     return [
         {
             "name": history.name,
             "result": history.result,
             "cells": {metric.label: metric.shown(history.result.final.get(metric.name)) for metric in PAGE_COLUMNS},
             "gap": "" if history.gap_closed is None else f"{history.gap_closed:.0%}",
-            "is_best": accuracy is not None and accuracy == best,
+            "is_best": scores.get(history.name, -1.0) == best,
         }
-        for history, accuracy in zip(histories, accuracies, strict=True)
+        for history in histories
     ]
 
 

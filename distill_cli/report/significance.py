@@ -69,13 +69,8 @@ def majority(votes: Sequence[Hashable | None], rewards: Sequence[float]) -> floa
     return sum(sum(rewards) / len(rewards) for rewards in winners) / len(winners)
 
 
-def estimate(values_P: Sequence[float]) -> Estimate:
-    """Return the mean of one value per problem, and its interval."""
-    return estimates([values_P])[0]
-
-
 def estimates(values_of: Sequence[Sequence[float]]) -> list[Estimate]:
-    """Return the same for several values of the same problems, with common draws."""
+    """Return the mean and interval of each of several values of the same problems, with common draws."""
     arrays = [np.asarray(values_P, dtype=float) for values_P in values_of]
     means_of = [[values_P[drawn_DP].mean(1) for values_P in arrays] for drawn_DP in draws(len(arrays[0]))]
     return [
@@ -92,7 +87,7 @@ def difference(ours_P: Sequence[float], theirs_P: Sequence[float]) -> Difference
     else it comes from `NUM_PERMUTATIONS` draws and is at least one in as many.
     """
     differences_P = np.asarray(ours_P, dtype=float) - np.asarray(theirs_P, dtype=float)
-    return Difference(estimate(differences_P), sign_flip_p(differences_P[differences_P != 0]))
+    return Difference(estimates([differences_P])[0], sign_flip_p(differences_P[differences_P != 0]))
 
 
 def sign_flip_p(differences_P: np.ndarray) -> float:
@@ -118,7 +113,6 @@ def sign_flip_p(differences_P: np.ndarray) -> float:
 def gap_closed(before_P: Sequence[float], after_P: Sequence[float], teacher_P: Sequence[float]) -> Estimate | None:
     """Return the share of the way from before to the teacher; None if there was no gap to close."""
     scores_3P = np.asarray([before_P, after_P, teacher_P], dtype=float)
-
     before, after, teacher = scores_3P.mean(1)
     if teacher <= before:
         return None

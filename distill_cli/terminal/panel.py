@@ -60,7 +60,7 @@ class Screen:
 
     def _times(self) -> str:
         left = self.seconds_left()
-        return f"{_clock(time.time() - self.began)} so far" + ("" if left is None else f", about {_clock(left)} left")
+        return f"{clock(time.time() - self.began)} so far" + ("" if left is None else f", about {clock(left)} left")
 
     def seconds_left(self) -> float | None:
         """Return the time left at the pace of the last steps, with their validations and checkpoints."""
@@ -81,6 +81,13 @@ class Screen:
         return [(label, ", ".join(parts)) for label, parts in rows.items()]
 
 
+def clock(seconds: float) -> str:
+    """Return hours, if there are any, minutes and seconds: `26:02:03`, `1:20`."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def sparks(values: Sequence[float]) -> str:
     """Return values as a row of bars between their extremes; empty for fewer than two."""
     if len(values) < 2:
@@ -88,9 +95,3 @@ def sparks(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     top, span = len(SPARKS) - 1, (high - low) or 1
     return "".join(SPARKS[round(top * (value - low) / span)] for value in values)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

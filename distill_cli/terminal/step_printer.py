@@ -26,8 +26,7 @@ class StepPrinter:
     def __init__(self, stream: IO[str], *, num_steps: int, every: int = 1, title: str = "distill") -> None:
         width = None if stream.isatty() else 200  # rich wraps at 80 columns if the output is no terminal
         self.console = Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())
-        self._num_steps, self._every = num_steps, every
-        self.screen = Screen(title, num_steps)
+        self._every, self.screen = every, Screen(title, num_steps)
         self._live: Live | None = None
         if self.console.is_terminal:  # other output of the process goes to a rank's log: no need to redirect it
             self._live = Live(
@@ -71,16 +70,16 @@ class StepPrinter:
         if step == 0 and not validates:
             return
         self.screen.add(step, metrics, at=at)
-        is_due = step % self._every == 0 or step == self._num_steps
+        is_due = step % self._every == 0 or step == self.screen.num_steps
         if validates or (is_due and self._live is None):
-            self.say(step_line(step, self._num_steps, metrics))
+            self.say(step_line(step, self.screen.num_steps, metrics))
 
     def expect(self, num_steps: int) -> None:
         """Set the number of steps, if it was not known at first."""
-        self._num_steps = self.screen.num_steps = num_steps
+        self.screen.num_steps = num_steps
 
 
-def step_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:
+def step_line(step: int, num_steps: int | None, metrics: Mapping[str, float]) -> str:
     """Return `step 12/80 loss=0.0312 ...`: the metrics that declare a `step_line`, in the order of `metrics`."""
     known = [(find(key), value) for key, value in metrics.items() if value is not None]
     parts = [metric.step_line.format(value) for metric, value in known if metric and metric.step_line]

@@ -67,7 +67,7 @@ def test_failing_environment_spares_the_others(mine: IsolatedEnvironments) -> No
             "7: " + " ".join(one[:2] for one in words), reward=float(len(words)), done=False
         )
     assert other.step("end").done
-    assert mine.worker.num_starts == 3  # `exit` and `deaf` took the process with them
+    assert mine.worker.num_ends == 2  # `exit` and `deaf` took the process with them
 
 
 def test_places_are_used_again(mine: IsolatedEnvironments) -> None:
@@ -75,7 +75,7 @@ def test_places_are_used_again(mine: IsolatedEnvironments) -> None:
         one = mine.make()
         one.reset(Example("q", str(number)))
         assert one.step("a").text == f"{number}: a"
-    assert mine._num <= 2
+    assert len(mine._free) <= 2
 
 
 class Scripted:

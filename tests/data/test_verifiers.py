@@ -116,7 +116,7 @@ def test_failures_among_many_cost_themselves(mine: IsolatedVerifier) -> None:
         pairs[place], lengths[place] = (response, "a"), 0
     assert mine(pairs) == lengths
     assert mine.failures.take() == len(FAILING)
-    assert mine._worker.num_starts == 3  # `exit` and `deaf` took the process with them
+    assert mine._worker.num_ends == 2  # `exit` and `deaf` took the process with them
     assert mine([]) == []
 
 

@@ -30,7 +30,7 @@ def test_interval_has_its_coverage() -> None:
     rng = np.random.default_rng(1)
     truth, covered = 0.7, 0
     for _ in range(100):
-        result = st.estimate((rng.random(200) < truth).astype(float))
+        (result,) = st.estimates([(rng.random(200) < truth).astype(float)])
         assert result.low <= result.value <= result.high
         covered += result.low <= truth <= result.high
     assert 88 <= covered <= 100
@@ -38,11 +38,11 @@ def test_interval_has_its_coverage() -> None:
 
 def test_interval_approaches_the_normal_one() -> None:
     values = np.tile([0.0, 0.25, 0.5, 1.0], 250)
-    result = st.estimate(values)
+    (result,) = st.estimates([values])
     half = 1.96 * values.std() / math.sqrt(len(values))
     assert result.low == pytest.approx(result.value - half, abs=0.1 * half)
     assert result.high == pytest.approx(result.value + half, abs=0.1 * half)
-    assert st.estimate(values) == result
+    assert st.estimates([values]) == [result]
 
 
 def binomial_two_sided(wins: int, losses: int) -> float:

@@ -49,11 +49,6 @@ def load(*, split: str, size: int, seed: int, context_key: str | None = None) ->
     return list(examples.values())
 
 
-def split_of(question: str) -> str:
-    """Return the one split that a question belongs to."""
-    return next(split for split, hundredths in SPLITS.items() if _hundredth(question) in hundredths)
-
-
 def _hundredth(question: str) -> int:
     return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8]) % 100
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,32 +34,27 @@ def load(
         ConfigError: the file is missing or empty, or a line is not a JSON object with these keys (file and line).
     """
     dataset = Path(path).stem.lower()
-    return read_examples(path, Columns(question_key, None, answer_key, context_key, response_key, dataset=dataset))
+    columns = Columns(question_key, None, answer_key, context_key, response_key, dataset=dataset)
+    return [read_example(*line, columns) for line in read_lines(path)]
 
 
-def read_examples(path: str, columns: Columns, *, limit: int | None = None) -> list[Example]:
-    """Return the examples of all lines, or of the first `limit`. Raises ConfigError with file and line."""
-    return [read_example(path, number, line, columns) for number, line in islice(read_lines(path), limit)]
-
-
-def read_example(path: str, number: int, line: bytes, columns: Columns) -> Example:
+def read_example(where: str, line: bytes, columns: Columns) -> Example:
     """Return the example of one line. Raises ConfigError with file and line."""
-    where = f"{path}:{number}"
     return columns.to_example(read_object(line, where=where), where=where)
 
 
-def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Yield number and content of each line that is not blank. Raises ConfigError if there is none."""
-    has_rows = False
+def read_lines(path: str) -> Iterator[tuple[str, bytes]]:
+    """Yield `path:number` and content of each line that is not blank. Raises ConfigError if there is none."""
+    where = ""
     try:
         with Path(path).expanduser().open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    has_rows = True
-                    yield number, line
+                    where = f"{path}:{number}"
+                    yield where, line
     except OSError as error:
         raise ConfigError(f"path={path}: cannot be read ({error.strerror}); give a JSON-lines file") from error
-    if not has_rows:
+    if not where:
         raise ConfigError(f"path={path}: the file has no rows")
 
 

@@ -61,11 +61,11 @@ class Mixed(Sequence[Example]):
         if weights is not None:
             per_weight = max(size / weights[name] for name, size in sizes.items())
             sizes = {name: max(size, math.floor(weights[name] * per_weight + 1e-6)) for name, size in sizes.items()}
-            num, (weight, least) = sum(sizes.values()), min((weight, name) for name, weight in weights.items())
-            if num > MAX_ROWS:
+            least = min(weights, key=weights.__getitem__)
+            if (num := sum(sizes.values())) > MAX_ROWS:
                 raise ConfigError(
-                    f"weights.{least}={weight:g}: an epoch with all of {least} once has {num:,} rows, must be at most "
-                    f"{MAX_ROWS:,}; raise the weight, or give the source a limit"
+                    f"weights.{least}={weights[least]:g}: an epoch with all of {least} once has {num:,} rows, must be "
+                    f"at most {MAX_ROWS:,}; raise the weight, or give the source a limit"
                 )
         self.ends = list(itertools.accumulate(sizes.values()))
 

@@ -8,7 +8,7 @@ For example, the row that `data=gsm8k` reads:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from logging import CRITICAL
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.data.rows import Columns, Stream, Table, or_blank
-from distill_cli.data.sources.jsonl import read_example, read_examples, read_lines, read_object
+from distill_cli.data.sources.jsonl import read_example, read_lines, read_object
 from distill_cli.errors import ConfigError
 from distill_cli.types import Example
 
@@ -69,16 +69,20 @@ def load(
             raise ConfigError(f"{key}={value}: must be at least 1")
     dataset = dataset or Path(path).stem.lower()
     columns = Columns(question_key, messages_key, answer_key, context_key, response_key, answer_from, dataset)
-    if path.endswith(".jsonl") and not streaming:
-        return read_examples(path, columns, limit=limit) * repeat
     if path.endswith(".jsonl"):
-        number, line = next(read_lines(path))
-        columns.check(list(read_object(line, where=f"{path}:{number}")), where=path)
-        return Stream(lambda: _read_file(path, columns, limit=limit, repeat=repeat))
+        if not streaming:
+            return [read_example(*line, columns) for line in islice(read_lines(path), limit)] * repeat
+        where, line = next(read_lines(path))
+        columns.check(list(read_object(line, where=where)), where=path)
+        return _stream(lambda: (partial(read_example, *line, columns) for line in read_lines(path)), limit, repeat)
     rows, where = _open(path, name=name, split=split, revision=revision, streaming=streaming), f"{path} ({split})"
     if streaming:
-        _check_stream(rows, columns, where=where)
-        return Stream(lambda: _read(rows, columns, where=where, limit=limit, repeat=repeat))
+        first = next(_read(rows, where=where), None)
+        if first is None:
+            raise ConfigError(f"{where}: no rows")
+        columns.check(list(first[1]), where=where)
+        make = columns.to_example
+        return _stream(lambda: (partial(make, row, where=at) for at, row in _read(rows, where=where)), limit, repeat)
     columns.check(rows.column_names, where=where)
     tops = {column.split(".")[0] for column in columns.named.values()}
     rows = rows.select_columns([column for column in rows.column_names if column in tops])
@@ -98,14 +102,12 @@ def _open(path: str, *, name: str | None, split: str, revision: str | None, stre
     if here.is_file():
         arguments = _file_arguments(here, split)
     elif here.is_dir() or not path.startswith((".", "/", "~")):
-        target = str(here) if here.is_dir() else path
-        arguments = {"path": target, "name": name, "split": split, "revision": revision}
+        arguments = {"path": str(here) if here.is_dir() else path, "name": name, "split": split, "revision": revision}
     else:
         raise ConfigError(f"path={path}: no such file or folder")
+    load = partial(datasets.load_dataset, **arguments, streaming=streaming)
     try:
-        rows = (
-            datasets.load_from_disk(str(here)) if is_saved else datasets.load_dataset(**arguments, streaming=streaming)
-        )
+        rows = datasets.load_from_disk(str(here)) if is_saved else load()
     except Exception as error:  # pyarrow, fsspec, the hub: each raises its own
         raise ConfigError(f"path={path}, split={split}: {_reason(error)}") from error
     if is_saved and hasattr(rows, "keys"):
@@ -127,30 +129,20 @@ def _file_arguments(file: Path, split: str) -> dict[str, Any]:
     return {"path": FORMATS[suffix], "data_files": str(file), "split": f"train{bracket}{part}", **separator}
 
 
-def _check_stream(rows: Any, columns: Columns, *, where: str) -> None:
-    try:
-        first = next(iter(rows), None)
-    except Exception as error:
-        raise ConfigError(f"{where}: {_reason(error)}") from error
-    if first is None:
-        raise ConfigError(f"{where}: no rows")
-    columns.check(list(first), where=where)
+def _stream(makers: Callable[[], Iterator[Callable[[], Example]]], limit: int | None, repeat: int) -> Stream:
+    """Return each row's example `repeat` times in turn; a row that is wrong gives a blank one."""
+    return Stream(lambda: (one for make in islice(makers(), limit) for one in [or_blank(make)] * repeat))
 
 
-def _read(rows: Any, columns: Columns, *, where: str, limit: int | None, repeat: int) -> Iterator[Example]:
-    """Yield each row's example `repeat` times in turn. Raises ConfigError if the reader of the format fails."""
-    index = -1
+def _read(rows: Any, *, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield place and content of each row. Raises ConfigError if the reader of the format fails."""
+    last = where
     try:
-        for index, row in enumerate(rows if limit is None else rows.take(limit)):
-            yield from [or_blank(partial(columns.to_example, row, where=f"{where}, row {index}"))] * repeat
+        for index, row in enumerate(rows):
+            yield f"{where}, row {index}", row
+            last = f"{where}, after row {index}"
     except Exception as error:  # pyarrow, fsspec, the hub: each raises its own
-        raise ConfigError(f"{where}, after row {index}: {_reason(error)}; mend the file") from error
-
-
-def _read_file(path: str, columns: Columns, *, limit: int | None, repeat: int) -> Iterator[Example]:
-    """Yield each line's example `repeat` times in turn; a line that is no row gives a blank one."""
-    for number, line in islice(read_lines(path), limit):
-        yield from [or_blank(partial(read_example, path, number, line, columns))] * repeat
+        raise ConfigError(f"{last}: {_reason(error)}; mend the file") from error
 
 
 def _reason(error: BaseException) -> str:
