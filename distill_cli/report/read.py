@@ -10,7 +10,6 @@ import platform
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def _is_held(run: RunDir) -> bool:
 def last_values(path: Path, names: Iterable[str]) -> dict[str, float]:
     """Return the last value after step 0 (before training) of each metric of a metrics.jsonl.
 
-    Reads the file from its end, and only as far as needed.
+    Parses rows from the end, and only as many as needed.
     """
     values: dict[str, float] = {}
     missing = set(names)
@@ -120,17 +119,15 @@ def last_values(path: Path, names: Iterable[str]) -> dict[str, float]:
 
 
 def _rows_from_the_end(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file() or not path.stat().st_size:  # an empty file cannot be mapped
-        return
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        end = content.rfind(b"\n")  # what follows was cut off
-        while end > 0:
-            begin = content.rfind(b"\n", 0, end) + 1
-            try:
-                yield json.loads(content[begin:end])
-            except ValueError as error:
-                raise damaged(path, error) from error
-            end = begin - 1
+    content = path.read_bytes() if path.is_file() else b""
+    end = content.rfind(b"\n")  # what follows was cut off
+    while end > 0:
+        begin = content.rfind(b"\n", 0, end) + 1
+        try:
+            yield json.loads(content[begin:end])
+        except ValueError as error:
+            raise damaged(path, error) from error
+        end = begin - 1
 
 
 def read_config(run: RunDir) -> dict[str, Any]:
