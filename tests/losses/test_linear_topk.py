@@ -81,7 +81,7 @@ def test_what_is_said_of_each_token(temperature: float) -> None:
     logp_NV = (case.logits_NV / temperature).log_softmax(-1)
     sampled_N1 = (torch.arange(TOKENS) % VOCAB)[:, None]
     close = {"rtol": 1e-5, "atol": 2e-6, "check_dtype": False}
-    torch.testing.assert_close(output.topk_logp_NK, logp_NV.gather(1, case.ids_NK), **close)
+    torch.testing.assert_close(output.student_logp_NC[:, :-1], logp_NV.gather(1, case.ids_NK), **close)
     rest_N = 1 - logp_NV.gather(1, case.ids_NK).exp().sum(-1)
     torch.testing.assert_close(output.student_logp_NC[:, -1], rest_N.log(), **close)
     torch.testing.assert_close(output.entropy_N, -(logp_NV.exp() * logp_NV).sum(-1), **close)
@@ -190,7 +190,7 @@ def test_padding_counts_for_nothing(kl_type: str, tail: str) -> None:
     got = (output.loss, *gradients_of(output, hidden, weight))
     expected = dense_gradients(hidden, weight, case, kl_type=kl_type, tail=tail)
     assert [relative_error(a, b) for a, b in zip(got, expected, strict=True)] == pytest.approx([0, 0, 0], abs=1e-5)
-    assert bool((output.topk_logp_NK[::2, 4:] == PADDING_LOGP).all())
+    assert bool((output.student_logp_NC[::2, 4:-1] == PADDING_LOGP).all())
 
 
 @pytest.mark.parametrize(("kl_type", "tail"), COMBINATIONS)
