@@ -35,4 +35,4 @@ def test_a_missing_or_an_extra_tensor_is_named(wrong: str, tmp_path: Path) -> No
     save_file(state, file, metadata={"format": "pt"})
     lm = build_lm(tmp_path)
     with pytest.raises(ConfigError, match=wrong):
-        load_weights(lm, lm, tmp_path, device=torch.device("cpu"))
+        load_weights(lm, tmp_path, device=torch.device("cpu"))
