@@ -30,14 +30,13 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from distill_cli.losses.chunks import chunk_size
 from distill_cli.losses.distill_loss import PADDING_LOGP
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 """(student_logp_nC, student_entropy_n, rows) -> [n], already weighted; `rows` are the chunk's among all N. It must read
 the log-probabilities; reading the entropy too costs one more pass over the chunk."""
 
-MIN_BUFFER_BYTES = 2**26
-"""Least size of the chunks' buffers, for small heads."""
 MIN_REST_SUM = 1e-30
 """The least sum of the rest's exponentials, where the likeliest token's is 1: log q_rest stays above -70 - log(sum of
 all), and g_rest / q_rest stays finite."""
@@ -99,8 +98,7 @@ def linear_topk_loss(
         group: the tensor-parallel ranks, all of which must call with the same tokens. Only [n, K + 4] and smaller
             cross ranks. Outputs are equal on all of them. Hidden's gradient is partial: sum it over `group`. The
             weight's is this shard's, and whole.
-        chunk_tokens: tokens at a time; changes results by rounding only. None: the two buffers [n, V] together take
-            about as much as the weight's float32 gradient.
+        chunk_tokens: tokens at a time, at most; changes results by rounding only. None: see `chunk_size`.
         num_top: number of the student's own likeliest tokens to return: one more pass over the logits, which training
             does not need. At most a shard's vocabulary.
         merged_eos_ids: tokens that are one class under the first one's id, whose probability is the sum of theirs.
@@ -113,7 +111,7 @@ def linear_topk_loss(
         shard = _Shard(weight.shape[0], group, temperature)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
-        size = _chunk_size(weight, num_tokens=hidden.shape[0], chunk_tokens=chunk_tokens)
+        size = chunk_size(*weight.shape, num_tokens=hidden.shape[0], most=chunk_tokens)
         buffers = torch.empty(2, size, shard.size, dtype=dtype, device=weight.device)
         parts = []
         for start in range(0, max(hidden.shape[0], 1), size):  # without tokens one empty chunk, for its shapes
@@ -324,14 +322,6 @@ def _operands(hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> tuple[torch.T
     if weight_VH.is_cuda or weight_VH.dtype.itemsize >= 4:
         return hidden_NH, weight_VH
     return hidden_NH.float(), weight_VH.float()
-
-
-def _chunk_size(weight_VH: torch.Tensor, *, num_tokens: int, chunk_tokens: int | None) -> int:
-    """Return the tokens at a time: `chunk_tokens`, or what the budget allows, in chunks of about equal size."""
-    vocab, hidden = weight_VH.shape
-    most = chunk_tokens or max(hidden // 2, MIN_BUFFER_BYTES // (2 * 4 * vocab), 1)
-    num_chunks = -(-num_tokens // most) or 1
-    return -(-num_tokens // num_chunks) or 1
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> None:

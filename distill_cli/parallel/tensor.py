@@ -164,11 +164,8 @@ class ReplicatedParameters(ParallelStyle):
         def take(_module: nn.Module, inputs: tuple, mesh: DeviceMesh) -> tuple:
             return DTensor.from_local(inputs[0], mesh, [self.placement], run_check=False), *inputs[1:]
 
-        def give(_module: nn.Module, output: DTensor, _mesh: DeviceMesh) -> torch.Tensor:
-            return output.to_local()
-
         _distribute_parameters(module, mesh, Replicate())
-        return distribute_module(module, mesh, None, take, give)
+        return distribute_module(module, mesh, None, take, lambda _module, output, _mesh: output.to_local())
 
 
 class VocabularyParallelEmbedding(ParallelStyle):
