@@ -66,14 +66,12 @@ class DistillLoss:
         student_NC = student_logp_NC.to(dtype)
         num_topk = teacher_NK.shape[-1]
         assert student_NC.shape[-1] == num_topk + 1, "the student's last column is the rest's"
-        match self.tail:
-            case "bucket":
-                return self.divergence(with_rest(teacher_NK, student_NC[:, -1]), student_NC).sum(-1)
-            case "renormalize":
-                return self.divergence(teacher_NK.log_softmax(-1), student_NC[:, :num_topk].log_softmax(-1)).sum(-1)
-            case "zero":
-                topk_N = self.divergence(teacher_NK.log_softmax(-1), student_NC[:, :num_topk]).sum(-1)
-                return topk_N + self._outside(student_NC, student_entropy_N.to(dtype))
+        if self.tail == "bucket":
+            return self.divergence(with_rest(teacher_NK, student_NC[:, -1]), student_NC).sum(-1)
+        teacher_NK, topk_NK = teacher_NK.log_softmax(-1), student_NC[:, :num_topk]
+        if self.tail == "renormalize":
+            return self.divergence(teacher_NK, topk_NK.log_softmax(-1)).sum(-1)
+        return self.divergence(teacher_NK, topk_NK).sum(-1) + self._outside(student_NC, student_entropy_N.to(dtype))
 
     def _outside(self, student_NC: torch.Tensor, student_entropy_N: torch.Tensor) -> torch.Tensor:
         """Return the sum of the terms of all tokens outside the top-k, where log p = ZERO_LOGP, from [C] alone."""

@@ -106,10 +106,8 @@ def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:
     table = shape.vocab * shape.hidden / tensor if own_root else 0
     on_device = 0 if step.on_gpu and step.train.cpu_offload else 1
     optimizer = on_device * 8 * own / s
-    resting = {
-        "weights": on_device * weights / s,
-        "optimizer": 0 if step.on_gpu and step.train.offload_optimizer else optimizer,
-    }
+    rests_on_host = step.on_gpu and step.train.offload_optimizer
+    resting = {"weights": on_device * weights / s, "optimizer": 0 if rests_on_host else optimizer}
     reduced = on_device * FLOAT32 / s  # bytes of a reduced gradient's element
     fetched = c * layer if s > 1 else 0  # one flat buffer, in addition to the parameters copied out of it
     head_output = FLOAT32 * (step.tokens / step.mesh.context) * (step.topk + 6) * step.micro_batches

@@ -31,10 +31,6 @@ class Span:
     key_bounds: tuple[int, ...]
     """0, then each document's end, counted from the span's first key."""
 
-    @property
-    def end(self) -> int:
-        return self.begin + self.query_bounds[-1]
-
 
 @dataclass(frozen=True)
 class Documents:

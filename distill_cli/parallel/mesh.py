@@ -31,8 +31,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distill_cli.errors import ConfigError
 
-AXES = ("replicate", "shard", "context", "tensor")
-
 
 @dataclass(frozen=True)
 class Parallel:
@@ -124,7 +122,8 @@ def layout(
         sizes = f"mesh.replicate={replicate}, mesh.context={context}, mesh.tensor={tensor}"
         raise ConfigError(f"{sizes}: their product {taken} must divide the {num_ranks} ranks")
     shard = num_ranks // taken
-    mesh = init_device_mesh(device.type, (replicate, shard, context, tensor), mesh_dim_names=AXES)
+    axes = {"replicate": replicate, "shard": shard, "context": context, "tensor": tensor}
+    mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     fsdp = mesh["shard", "context"]._flatten("fsdp")
     return Parallel(
         fsdp=mesh["replicate", "fsdp"] if replicate > 1 else fsdp,

@@ -71,7 +71,7 @@ class EngineShare:
     @classmethod
     def of_all_ranks(cls, num_ranks: int, parallel: Parallel) -> EngineShare:
         """Share the work of all ranks among all engines."""
-        return cls._of_block(parallel.size, num_ranks, parallel, group=None)
+        return cls._of_block(parallel.size, num_ranks, parallel, None)
 
     @classmethod
     def near_training(cls, num_ranks: int, parallel: Parallel) -> EngineShare:
@@ -83,12 +83,10 @@ class EngineShare:
         block = math.lcm(num_ranks, parallel.context.size() * parallel.tensor.size())
         # The ranks of a single engine have its results without communication.
         group = dist.new_subgroups(block)[0] if block > num_ranks else None
-        return cls._of_block(block, num_ranks, parallel, group=group)
+        return cls._of_block(block, num_ranks, parallel, group)
 
     @classmethod
-    def _of_block(
-        cls, block: int, num_ranks: int, parallel: Parallel, *, group: dist.ProcessGroup | None
-    ) -> EngineShare:
+    def _of_block(cls, block: int, num_ranks: int, parallel: Parallel, group: dist.ProcessGroup | None) -> EngineShare:
         first, peers = parallel.rank // block * block, parallel.context.size() * parallel.tensor.size()
         return cls(
             index=parallel.rank % block // num_ranks,

@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -97,7 +100,8 @@ def apply_tensor_parallel(lm: PreTrainedModel, mesh: DeviceMesh, *, sequence_par
         inside = name.rsplit(".", 1)[0].endswith(("self_attn", "attention"))
         plan[name] = ReplicatedParameters(Shard(HEADS) if inside else between_layers)
     if sequence_parallel:  # one gathering for each half of a layer, instead of one for each matrix
-        cut, whole = {"hidden_states": between_layers}, {"hidden_states": Replicate()}
+        cut: dict[str, Placement] = {"hidden_states": between_layers}
+        whole: dict[str, Placement] = {"hidden_states": Replicate()}
         layers = f"{_name_of(lm, lm.base_model)}.layers.*"
         plan[f"{layers}.self_attn"] = PrepareModuleInput(
             input_kwarg_layouts=cut, desired_input_kwarg_layouts=whole, use_local_output=True
@@ -119,7 +123,8 @@ def _matrix_styles(lm: PreTrainedModel, between_layers: Placement) -> dict[str, 
     An adapter's matrix that meets the layer's cut dim is cut: B [out, rank] if the layer is cut by columns, A
     [rank, in] if by rows. The activations between A and B are whole, or this rank's tokens of them, and small.
     """
-    styles = {"colwise": ColwiseParallel, "rowwise": lambda: RowwiseParallel(output_layouts=between_layers)}
+    rowwise = partial(RowwiseParallel, output_layouts=between_layers)
+    styles: dict[str, Callable[[], ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": rowwise}
     plan: dict[str, ParallelStyle] = {}
     matrices = {f"{_name_of(lm, lm.base_model)}.{p}": s for p, s in matrix_plan(lm.config.get_text_config()).items()}
     for name, module in lm.named_modules():
@@ -135,7 +140,7 @@ def _matrix_styles(lm: PreTrainedModel, between_layers: Placement) -> dict[str, 
             plan[f"{name}.lora_A.default"] = ReplicatedParameters(Replicate())
             plan[f"{name}.lora_B.default"] = ColwiseParallel()
         elif has_adapter:
-            plan[f"{name}.lora_A.default"] = styles["rowwise"]()
+            plan[f"{name}.lora_A.default"] = rowwise()
             plan[f"{name}.lora_B.default"] = ReplicatedParameters(between_layers)
     return plan
 
@@ -161,11 +166,13 @@ class ReplicatedParameters(ParallelStyle):
         self.placement = placement
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        def take(_module: nn.Module, inputs: tuple, mesh: DeviceMesh) -> tuple:
+        def take(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             return DTensor.from_local(inputs[0], mesh, [self.placement], run_check=False), *inputs[1:]
 
         _distribute_parameters(module, mesh, Replicate())
-        return distribute_module(module, mesh, None, take, lambda _module, output, _mesh: output.to_local())
+        module.register_forward_pre_hook(take)
+        module.register_forward_hook(lambda _module, _inputs, output: output.to_local())
+        return module
 
 
 class VocabularyParallelEmbedding(ParallelStyle):
@@ -179,21 +186,22 @@ class VocabularyParallelEmbedding(ParallelStyle):
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         _distribute_parameters(module, mesh, Shard(0))
+        embedding: Any = module
 
         def forward(ids: torch.Tensor) -> torch.Tensor:
-            weight = module.weight
+            weight = embedding.weight
             shard = weight.to_local() if isinstance(weight, DTensor) else weight
             size = shard.shape[0]
             local_ids = ids - mesh.get_local_rank() * size
             elsewhere = (local_ids < 0) | (local_ids >= size)
             rows = nn.functional.embedding(local_ids.masked_fill(elsewhere, 0), shard)
             rows = rows.masked_fill(elsewhere[..., None], 0.0)
-            if module.padding_idx is not None:  # it gets no gradient, as in torch's own
-                rows = torch.where((ids == module.padding_idx)[..., None], rows.detach(), rows)
-            if hasattr(module, "embed_scale"):
-                rows = rows * module.embed_scale.to(rows)
-            partial = DTensor.from_local(rows, mesh, [Partial()], run_check=False)
-            return partial.redistribute(placements=[self.output]).to_local()
+            if embedding.padding_idx is not None:  # it gets no gradient, as in torch's own
+                rows = torch.where((ids == embedding.padding_idx)[..., None], rows.detach(), rows)
+            if hasattr(embedding, "embed_scale"):
+                rows = rows * embedding.embed_scale.to(rows)
+            part = DTensor.from_local(rows, mesh, [Partial()], run_check=False)
+            return part.redistribute(placements=[self.output]).to_local()
 
         module.forward = forward
         return module

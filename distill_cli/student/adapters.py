@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +46,8 @@ def add_adapters(
         if not isinstance(layer := lm.get_submodule(name), nn.Linear):
             what = f"{name} is a {type(layer).__name__}, not a linear layer"
             raise ConfigError(f"model.student.lora.targets: {what}; name others")
-    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, bias="none")
+    scaling: Any = alpha  # peft declares int
+    settings = peft.LoraConfig(r=rank, lora_alpha=scaling, target_modules=names, bias="none")
     peft.inject_adapter_in_model(settings, lm, low_cpu_mem_usage=True)
     for param in lm.parameters():
         if bf16 and not param.requires_grad:
@@ -94,8 +96,8 @@ def merged_parameters(lm: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor |
     for name, param in params.items():
         layer = name.removesuffix("base_layer.weight")
         if layer != name:
-            scale = lm.get_submodule(layer.removesuffix(".")).scaling["default"]
-            make = partial(merge, param, params[layer + A], params[layer + B], scale)
+            adapted: Any = lm.get_submodule(layer.removesuffix("."))
+            make = partial(merge, param, params[layer + A], params[layer + B], adapted.scaling["default"])
             yield plain_name(name), Deferred(param.shape, make)
         elif not is_adapter(name):
             yield plain_name(name), param
@@ -120,5 +122,7 @@ def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) 
 
 def whole(param: torch.Tensor) -> torch.Tensor:
     """Return the full parameter on its mesh's device, detached. A collective for DTensors."""
-    param = param.detach()
-    return param.to(param.device_mesh.device_type).full_tensor() if isinstance(param, DTensor) else param
+    if not isinstance(param, DTensor):
+        return param.detach()
+    on_mesh: Any = param.detach().to(param.device_mesh.device_type)
+    return on_mesh.full_tensor()

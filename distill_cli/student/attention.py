@@ -47,7 +47,8 @@ def attend_packed(
     parts = []
     for span in documents.spans():
         key, value = (x[:, :, slice(*span.keys)] for x in (key_1GTD, value_1GTD))
-        parts.append(attend(query_1HTD[:, :, span.begin : span.end], key, value, span, scale, window))
+        query = query_1HTD.narrow(2, span.begin, span.query_bounds[-1])
+        parts.append(attend(query, key, value, span, scale, window))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -63,9 +64,8 @@ def _attend_by_document(
         sizes = last - first, last_key - first_key
         is_plain = sizes[0] == sizes[1] and not (window and window < sizes[1])
         mask = None if is_plain else _mask(*sizes, window, query.device)
-        k, v = (x[:, :, first_key:last_key] for x in (key, value))
-        options = {"is_causal": is_plain, "scale": scale, "enable_gqa": grouped}
-        parts.append(F.scaled_dot_product_attention(query[:, :, first:last], k, v, mask, **options))
+        q, (k, v) = query[:, :, first:last], (x[:, :, first_key:last_key] for x in (key, value))
+        parts.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_plain, scale=scale, enable_gqa=grouped))
     return torch.cat(parts, dim=2)
 
 

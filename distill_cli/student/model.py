@@ -176,7 +176,7 @@ def wrap(
     apply_tensor_parallel(student.lm, parallel.tensor, sequence_parallel=parallel.sequence_parallel)
     checkpoint_activations(student.lm, checkpointing)
     if compile:
-        for layer in student.lm.base_model.layers:
+        for layer in student.lm.base_model.get_submodule("layers").children():
             layer.compile()
     shard(student, parallel, bf16=bf16, cpu_offload=cpu_offload)
     return student
@@ -221,7 +221,7 @@ def shard(student: Student, parallel: Parallel, *, bf16: bool, cpu_offload: bool
     )
     offload = CPUOffloadPolicy(pin_memory=parallel.device.type == "cuda") if cpu_offload else OffloadPolicy()
     settings: dict[str, Any] = {"mesh": parallel.fsdp, "mp_policy": policy, "offload_policy": offload}
-    for layer in student.lm.base_model.layers:
+    for layer in student.lm.base_model.get_submodule("layers").children():
         fully_shard(layer, **settings)
     # The root's parameters are needed from the head's forward into its backward: gathered once.
     fully_shard(student, **settings, reshard_after_forward=False)

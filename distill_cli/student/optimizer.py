@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from distill_cli.losses.linear_topk import HeadOutput
@@ -107,6 +108,7 @@ def accumulate_gradient(
     divided by the token count of all of them, and gradients are summed.
     """
     total_tokens = count_response_tokens(batches, parallel=parallel)
+    assert isinstance(student, FSDPModule)
     loss, outputs = torch.zeros((), device=parallel.device), []
     for number, batch in enumerate(batches):
         student.set_requires_gradient_sync(number == len(batches) - 1)
@@ -115,8 +117,8 @@ def accumulate_gradient(
         loss += batch_loss.detach()
         outputs.append(output)
     parallel.all_sum(loss)
-    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).full_tensor()
-    return StepResult(float(loss), float(norm), int(total_tokens), outputs)
+    norm: Any = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)  # a DTensor
+    return StepResult(float(loss), float(norm.full_tensor()), int(total_tokens), outputs)
 
 
 def count_response_tokens(batches: Sequence[MicroBatch], *, parallel: Parallel) -> torch.Tensor:
