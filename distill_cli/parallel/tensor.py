@@ -157,7 +157,7 @@ def gather_hidden(hidden_1TH: torch.Tensor, mesh: DeviceMesh, *, sequence_parall
 
 
 class ReplicatedParameters(ParallelStyle):
-    """Parameters replicated as DTensors, activations local tensors that are cut as `placement` says.
+    """Parameters replicated as DTensors, activations local tensors cut by `placement`.
 
     If they are cut, a parameter's gradient is partial, and DTensor sums it; if they are whole, it is equal.
     """

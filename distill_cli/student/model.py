@@ -83,7 +83,7 @@ class Student(nn.Module):
 
         Returns:
             The sum over this micro-batch's response tokens of their loss, divided by `num_loss_tokens` (scalar
-            float32, to be summed over micro-batches and ranks), and the head's output at each token, detached.
+            float32; sum it over micro-batches and ranks), and the head's output at each token, detached.
         """
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "documents": batch.documents}
         hidden_1TH = self.lm.base_model(**inputs, use_cache=False).last_hidden_state

@@ -174,7 +174,7 @@ def test_a_teacher_probability_of_exactly_zero(kl_type: str, tail: str, kl_weigh
 @pytest.mark.parametrize("kl_type", DIVERGENCES)
 @pytest.mark.parametrize("topk", [1, 2])
 def test_nearly_certain_teacher(kl_type: str, topk: int) -> None:
-    """Of 1 - 1e-7 float32 keeps one digit: the value is bounded and near, the gradient finite."""
+    """float32 keeps one digit of 1 - 1e-7: the value is bounded and near, the gradient finite."""
     teacher = torch.tensor([[-1e-7, -30.0]])[:, :topk]
     student = torch.tensor([[0.9, 0.05, 0.05]]).log() if topk == 2 else torch.tensor([[0.9, 0.1]]).log()
     values = [
@@ -218,7 +218,7 @@ def test_a_users_own_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (
             {"kl_type": "forwrad"},
@@ -227,6 +227,6 @@ def test_a_users_own_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"kl_type": "mixed", "tail": "none"}, r"loss\.tail=none: must be one of bucket, renormalize, zero"),
     ],
 )
-def test_mistakes_are_the_users(options: dict[str, str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_mistakes_are_the_users(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         DistillLoss(**options)

@@ -1,4 +1,4 @@
-"""Tokens taken for one (`model.eos_map`): against dense float64 distributions where their probabilities add up."""
+"""Merged tokens (`model.eos_map`), compared with dense float64 distributions in which their probabilities add up."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_full_support_equals_the_merged_divergence(kl_type, temperature) -> None
     torch.testing.assert_close(out.loss_N, loss_N, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    sampled_logp_N = (hidden @ weight.T).log_softmax(-1)[:, ENDS[1]]  # the token's own, as the sampler says it
+    sampled_logp_N = (hidden @ weight.T).log_softmax(-1)[:, ENDS[1]]  # the token's own, as the sampler reports it
     torch.testing.assert_close(out.sampled_logp_N, sampled_logp_N)
     torch.testing.assert_close(out.entropy_N, -torch.xlogy(q_NV, q_NV).sum(-1))
     assert out.argmax_N.equal(q_NV.argmax(-1))

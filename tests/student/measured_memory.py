@@ -28,7 +28,7 @@ SMALL = model(vocab=4096, hidden=256, mlp=768, layers=4)
 WIDE = model(vocab=1024, hidden=512, mlp=2048, layers=4, tied=False)
 """Its parameters are most of its memory."""
 LARGE = model(vocab=151_936, hidden=256, mlp=1024, layers=12)
-"""Of 52M parameters, most of them the vocabulary's."""
+"""52M parameters, most of them the vocabulary's."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def measure(cases: Iterable[Case]) -> dict[Case, dict[str, int]]:
 
 
 def parts_of(begin: int, marks: list[tuple[str, int, int]]) -> dict[str, int]:
-    """Of a step's (mark, bytes then, most bytes until the next): what can be told apart.
+    """Return the separable parts of a step's (mark, bytes then, most bytes until the next).
 
     `begin` is what its tensors held when it began: the account itself is of one thread, and never hears of buffers that
     gloo's threads were the last to let go.

@@ -1,4 +1,4 @@
-"""Adapters beside frozen weights: what peft makes of them, and what the names and sizes say."""
+"""Adapters on frozen weights, compared with peft; their names and sizes."""
 
 import json
 from collections.abc import Callable
@@ -139,11 +139,11 @@ def test_adapter_that_misfits_engine_is_refused() -> None:
     layer = "base_model.model.model.layers.0.mlp.up_proj"
     a, b = (f"{layer}.lora_A.weight", torch.ones(4, 16)), (f"{layer}.lora_B.weight", torch.ones(32, 4))
     check_adapter([a, b], rank=4, expected=expected)
-    for wrong, said in (
+    for wrong, message in (
         ([a], "lora_B.weight is missing"),
         ([a, (b[0], b[1].T)], r"shape \[4, 32\], the engine's is \[32, 4\]"),
         ([(a[0].replace("up", "down"), a[1]), b], "the engine's is none"),
         ([], "no tensors"),
     ):
-        with pytest.raises(DistillError, match=said):
+        with pytest.raises(DistillError, match=message):
             check_adapter(wrong, rank=4, expected=expected)
