@@ -70,9 +70,9 @@ class VllmTeacher(VllmEngine, Teacher):
         if len(sequences) != len(response_starts):
             raise DistillError(f"the teacher got {len(sequences)} sequences and {len(response_starts)} response starts")
         for index, (ids, start) in enumerate(zip(sequences, response_starts, strict=True)):
-            if not 1 <= start <= (length := len(ids)):
-                what = f"the teacher: response {index} starts at {start} in a sequence of {length} tokens"
-                raise DistillError(f"{what}, allowed are 1 to {length}")
+            if not 1 <= start <= len(ids):
+                what = f"the teacher: response {index} starts at {start} in a sequence of {len(ids)} tokens"
+                raise DistillError(f"{what}, allowed are 1 to {len(ids)}")
         self.check_token_ids(sequences, max_len=self.settings.max_model_len)
         scored = {index: start for index, start in enumerate(response_starts) if start < len(sequences[index])}
         scores = [TeacherScores.empty(self._topk) for _ in sequences]

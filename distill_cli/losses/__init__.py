@@ -1,1 +1,1 @@
-"""What the student minimises: divergences from the teacher's top-k, and the fused head that feeds them."""
+"""Losses of the student: divergences from the teacher's top-k, and the fused head that feeds them."""

@@ -1,4 +1,4 @@
-"""The loss of each token: a divergence between the teacher's top-k and the student, with a rule for all other tokens.
+"""Loss of each token: a divergence between the teacher's top-k and the student, with a rule for all other tokens.
 
 Left out: the divergences themselves (divergence.py), reductions and weights over tokens (the caller's), logits
 (linear_topk.py).
@@ -17,9 +17,9 @@ from distill_cli.errors import ConfigError
 from distill_cli.losses.divergence import Divergence, resolve_divergence
 
 PADDING_LOGP = -1e4
-"""Log-probability of a class that is not there: its probability is exactly 0, and its gradients are finite."""
+"""Log-probability of an absent class: its probability is exactly 0, and its gradients are finite."""
 ZERO_LOGP = -100.0
-"""Log-probability of what the `zero` tail takes to be impossible for the teacher (as NeMo RL has it)."""
+"""Teacher's log-probability of tokens outside its top-k under the `zero` tail (NeMo RL's value)."""
 TAILS = ("bucket", "renormalize", "zero")
 
 
@@ -35,8 +35,8 @@ class DistillLoss:
         parameters: the divergence's, as in `resolve_divergence`.
 
     Raises:
-        ConfigError: no such divergence or tail, a parameter that the divergence does not take, or a divergence that
-            does not go with the tail.
+        ConfigError: no such divergence or tail, a parameter that the divergence does not take, or a tail that the
+            divergence does not support.
     """
 
     def __init__(self, *, kl_type: str, tail: str = "bucket", **parameters: Any) -> None:
@@ -49,34 +49,32 @@ class DistillLoss:
     def __call__(
         self, teacher_logp_NK: torch.Tensor, student_logp_NC: torch.Tensor, student_entropy_N: torch.Tensor
     ) -> torch.Tensor:
-        """The divergence at each token.
+        """Return the divergence at each token.
 
-        A class that is missing on both sides (PADDING_LOGP or less in both) adds nothing, to value or gradient.
+        A class that is absent on both sides (PADDING_LOGP or less in both) adds nothing, to value or gradient.
 
         Args:
-            teacher_logp_NK: float [N, K], normalised over the whole vocabulary. -inf is taken as PADDING_LOGP.
+            teacher_logp_NK: float [N, K], normalised over the whole vocabulary. -inf counts as PADDING_LOGP.
             student_logp_NC: float [N, K + 1], normalised over the whole vocabulary; the last column is the rest's.
-            student_entropy_N: float [N], over the whole vocabulary. Only the `zero` tail reads it.
+            student_entropy_N: float [N], over the whole vocabulary; read only by the `zero` tail.
 
         Returns:
-            float32 [N] (float64 of float64 inputs), differentiable in the student's two.
+            float32 [N] (float64 of float64 inputs), differentiable in the student's two arguments.
         """
         dtype = torch.promote_types(student_logp_NC.dtype, torch.float32)
         teacher_NK = _finite(teacher_logp_NK.to(dtype))
         student_NC = student_logp_NC.to(dtype)
         num_topk = teacher_NK.shape[-1]
         assert student_NC.shape[-1] == num_topk + 1, "the student's last column is the rest's"
-        match self.tail:
-            case "bucket":
-                return self.divergence(with_rest(teacher_NK, student_NC[:, -1]), student_NC).sum(-1)
-            case "renormalize":
-                return self.divergence(_normalized(teacher_NK), _normalized(student_NC[:, :num_topk])).sum(-1)
-            case "zero":
-                topk_N = self.divergence(_normalized(teacher_NK), student_NC[:, :num_topk]).sum(-1)
-                return topk_N + self._outside(student_NC, student_entropy_N.to(dtype))
+        if self.tail == "bucket":
+            return self.divergence(with_rest(teacher_NK, student_NC[:, -1]), student_NC).sum(-1)
+        teacher_NK, topk_NK = teacher_NK.log_softmax(-1), student_NC[:, :num_topk]
+        if self.tail == "renormalize":
+            return self.divergence(teacher_NK, topk_NK.log_softmax(-1)).sum(-1)
+        return self.divergence(teacher_NK, topk_NK).sum(-1) + self._outside(student_NC, student_entropy_N.to(dtype))
 
     def _outside(self, student_NC: torch.Tensor, student_entropy_N: torch.Tensor) -> torch.Tensor:
-        """The sum of the terms of all tokens outside the top-k, where log p = ZERO_LOGP: a sum over [V - K] in [C]."""
+        """Return the sum of the terms of all tokens outside the top-k, where log p = ZERO_LOGP, from [C] alone."""
         per_log, per_mass = self.outside
         topk_NK = student_NC[:, :-1]
         sum_q_logq_N = -student_entropy_N - (topk_NK.exp() * topk_NK).sum(-1)
@@ -93,12 +91,12 @@ def bucket_classes(teacher_logp_NK: torch.Tensor, student_logp_NC: torch.Tensor)
 
 
 def with_rest(logp_NK: torch.Tensor, student_rest_N: torch.Tensor) -> torch.Tensor:
-    """The teacher's log-probabilities with the rest's appended: [N, K] -> [N, K + 1].
+    """Append the rest's log-probability to the teacher's: [N, K] -> [N, K + 1].
 
-    1 - sum p is made in float64: the log-probabilities' own rounding is then all the error, a dozen eps at most. Where
-    no more than that is left, it is taken as no more than the student's rest. So a teacher that gave all its
-    probability (k = V) costs nothing in the forward term, where log q of an empty rest is about -70, and the reverse
-    term's log p stays above -17.
+    1 - sum p is computed in float64, so its only error is the log-probabilities' own rounding, a dozen eps at most. A
+    remainder within that error is limited to the student's rest: a teacher whose top-k has all its probability (k = V)
+    then adds nothing to the forward term, where log q of an empty rest is about -70, and the reverse term's log p stays
+    above -17.
 
     Args:
         student_rest_N: [N], the student's log-probability of the rest.
@@ -110,19 +108,15 @@ def with_rest(logp_NK: torch.Tensor, student_rest_N: torch.Tensor) -> torch.Tens
     return torch.cat([logp_NK, torch.where(rest_N < 16 * eps, in_doubt_N, rest_logp_N)[:, None]], dim=-1)
 
 
-def _normalized(logp: torch.Tensor) -> torch.Tensor:
-    return logp.log_softmax(-1)
-
-
 def _finite(logp: torch.Tensor) -> torch.Tensor:
     return logp.masked_fill(logp == -math.inf, PADDING_LOGP)
 
 
 def _outside_coefficients(divergence: Divergence, *, kl_type: str) -> tuple[float, float]:
-    """(a, b) such that the divergence's term is q (a log q + b) where log p = ZERO_LOGP.
+    """Return (a, b) such that the divergence's term is q (a log q + b) where log p = ZERO_LOGP.
 
-    Every divergence here has that form (to within exp(-100)), so that the sum over a vocabulary needs only
-    sum q log q and sum q, which the student's entropy gives, and no division by a rest that may be 0.
+    Every divergence here has that form (to within exp(-100)), so the sum over a vocabulary needs only sum q log q and
+    sum q, which follow from the student's entropy, and no division by a rest that may be 0.
 
     Raises:
         ConfigError: the term has another form.
@@ -130,10 +124,10 @@ def _outside_coefficients(divergence: Divergence, *, kl_type: str) -> tuple[floa
     logq = torch.tensor([-1.0, -2.0, -5.0], dtype=torch.float64)
     first, second, third = (divergence(torch.full_like(logq, ZERO_LOGP), logq) / logq.exp()).tolist()
     per_log, per_mass = first - second, 2 * first - second
-    # Loosely, since a skew of about exp(-100) bends the line a little.
+    # A loose tolerance: a skew of about exp(-100) bends the line a little.
     if not math.isclose(third, per_mass - 5 * per_log, rel_tol=0.02, abs_tol=1e-9):
         raise ConfigError(
-            f"loss.kl_type={kl_type}: cannot be used with loss.tail=zero, whose terms must tend to q (a log q + b) "
-            "as p tends to 0; use loss.tail=bucket"
+            f"loss.kl_type={kl_type}: loss.tail=zero needs terms that tend to q (a log q + b) as p tends to 0; use "
+            "loss.tail=bucket"
         )
     return per_log, per_mass

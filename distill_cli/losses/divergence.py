@@ -2,11 +2,11 @@
 
 A divergence is a function of (log p, log q) of a class that returns the class's term of D(p || q), where p is the
 teacher and q the student. Its keyword parameters are keys of the `loss` section: their types, defaults and ranges are
-read from its signature before anything starts. What happens outside the teacher's top-k is the tail's business, and the
-same for all divergences (distill_loss.py).
+read from its signature before a run starts. The tail handles everything outside the teacher's top-k, in the same way
+for all divergences (distill_loss.py).
 
 To add one, write the function, put it in DIVERGENCES, and write conf/loss/<name>.yaml with its parameters; tests
-enumerate both. It may use methods of tensors alone.
+enumerate both. It may use only methods of tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a parameter may have: from `low` to `high`, both included, but for `excluded`."""
+    """Values that a parameter may have: from `low` to `high`, both included, except `excluded`."""
 
     low: float
     high: float
@@ -46,12 +46,12 @@ class Range:
 
 
 def forward(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p || q): covers all that the teacher would say."""
+    """KL(p || q): mode-covering."""
     return logp.exp() * (logp - logq)
 
 
 def reverse(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(q || p): keeps to what the teacher finds likely."""
+    """KL(q || p): mode-seeking."""
     return forward(logq, logp)
 
 
@@ -88,7 +88,7 @@ def resolve_divergence(kl_type: str, **parameters: Any) -> Divergence:
     """Return the function of (log p, log q) that `kl_type` names, with its parameters bound.
 
     Args:
-        parameters: its keyword arguments. Those of other divergences (PARAMETERS) are left out.
+        parameters: its keyword arguments. Those of other divergences (PARAMETERS) are ignored.
 
     Raises:
         ConfigError: no such divergence, or parameters that it does not take or lacks.
@@ -130,7 +130,7 @@ def parameters_of(kl_type: str) -> dict[str, inspect.Parameter]:
     return {name: parameters[name] for name in others}
 
 
-def _signature(function: Callable) -> inspect.Signature:
+def _signature(function: Callable[..., Tensor]) -> inspect.Signature:
     try:
         return inspect.signature(function, eval_str=True)
     except (NameError, AttributeError):  # a user's annotations may name what only a type checker imports
@@ -146,7 +146,7 @@ PARAMETERS: dict[str, type] = {
 
 
 def parameter_problems(kl_type: str, parameters: Mapping[str, Any], *, kwargs: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one line for each parameter that the divergence does not take, lacks, or takes with another value.
+    """Yield one line for each parameter that the divergence does not take, lacks, or has out of range.
 
     Args:
         parameters: the values of `loss.<name>`, for names in PARAMETERS.
@@ -174,6 +174,6 @@ def parameter_problems(kl_type: str, parameters: Mapping[str, Any], *, kwargs: M
 
 
 def _log_mixture(loga: Tensor, logb: Tensor, *, weight: float) -> Tensor:
-    """log(weight a + (1 - weight) b), right at both ends too."""
+    """Return log(weight a + (1 - weight) b), exact at weights 0 and 1."""
     log_weight, log_other = (math.log(x) if x > 0 else -math.inf for x in (weight, 1 - weight))
     return (loga + log_weight).logaddexp(logb + log_other)

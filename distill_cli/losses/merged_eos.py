@@ -1,8 +1,8 @@
-"""Tokens that mean the same event, the end of an answer, as one class of the teacher's top-k.
+"""Merge the tokens that end an answer into one class of the teacher's top-k.
 
-A Base student ends with one token and an instruct teacher with another. Both end the answer, so what is compared is the
-probability of ending: the sum over all of these tokens, for either model. The student's side of it is in
-`linear_topk.py`; docs/losses.md has the mathematics.
+A Base student ends with one token and an instruct teacher with another. Both end the answer, so the loss compares the
+probability of ending: the sum over all of these tokens, for either model. `linear_topk.py` merges the student's;
+docs/losses.md has the mathematics.
 
 Shape letters: R response tokens, K the teacher's top-k, M tokens of the class.
 """
@@ -21,10 +21,10 @@ PADDING_ID = -1
 
 
 def merge_topk(scores: TeacherScores, *, sampled_ids: Sequence[int], merged_eos_ids: Sequence[int]) -> TeacherScores:
-    """The scores with the tokens of `merged_eos_ids` as one, under the id of the first.
+    """Return the scores with the tokens of `merged_eos_ids` as one, under the id of the first.
 
-    Where several are among the top-k, their probabilities add up and the places that become free are padding. What the
-    teacher gives to one that is not among them stays in the rest: no more than its K-th token has.
+    If several are among the top-k, their probabilities add up and the places that become free are padding. The
+    probability of one that is not among them stays in the rest: no more than the K-th token's.
 
     Args:
         sampled_ids: the response's tokens. The log-probability of one in the class becomes the class's.

@@ -1,11 +1,11 @@
-"""The part of a model that its memory depends on, from its config.json and the headers of its files."""
+"""Read the part of a model that its memory depends on, from its config.json and the headers of its files."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from distill_cli.models import model_files
 from distill_cli.models.lora_names import Shapes, targeted
 
 FAMILIES = {"qwen2", "qwen3", "llama", "mistral", "gemma3_text"}
-"""`model_type` of the dense decoders whose layers are known here."""
+"""`model_type` of the dense decoders with a known layout."""
 
 
 class NoPrediction(Exception):
-    """The model's files lack something that its memory depends on, which the message names."""
+    """The model's files do not say what its memory depends on; the message names what is missing."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ModelShape:
     float32_norms: bool
     """Norms keep their scaled input in float32 (Gemma)."""
     adapter_params: int | None = None
-    """Elements of the largest layer's adapters; None if all weights are trained."""
+    """Elements of the largest layer's adapters, with all other weights frozen; None if all weights are trained."""
 
     @property
     def root_params(self) -> int:
@@ -73,19 +73,10 @@ class ModelShape:
 
 def read_shape(folder: Path, lora: LoraConfig | None = None) -> ModelShape:
     """Return the shape of the model in a folder, with adapters if `lora` is on. Raises NoPrediction."""
-    shapes = model_files.shapes(folder)
-    shape = shape_of(model_files.read_config(folder), shapes)
-    return with_adapters(shape, shapes, lora) if lora and lora.is_on else shape
+    return shape_of(model_files.read_config(folder), model_files.shapes(folder), lora)
 
 
-def with_adapters(shape: ModelShape, shapes: Shapes, lora: LoraConfig) -> ModelShape:
-    """Return the shape with the model frozen and adapters on the targeted layers."""
-    assert lora.rank is not None
-    elements = {name: lora.rank * sum(sides) for name, sides in targeted(shapes, lora.targets).items()}
-    return replace(shape, adapter_params=max(_layer_sizes(elements)))
-
-
-def shape_of(config: Mapping[str, Any], shapes: Shapes) -> ModelShape:
+def shape_of(config: Mapping[str, Any], shapes: Shapes, lora: LoraConfig | None = None) -> ModelShape:
     """Return the shape from the content of config.json and each tensor's shape. Raises NoPrediction."""
     family, heads = config.get("model_type"), config.get("num_attention_heads")
     if family not in FAMILIES:
@@ -101,7 +92,10 @@ def shape_of(config: Mapping[str, Any], shapes: Shapes) -> ModelShape:
             raise NoPrediction(f"no matrix is called ...{suffix}")
         return shape
 
-    layers = _layer_sizes({name: math.prod(shape) for name, shape in shapes.items()})
+    layers, adapter_params = _layer_sizes({name: math.prod(shape) for name, shape in shapes.items()}), None
+    if lora and (rank := lora.rank):
+        adapters = {name: rank * sum(sides) for name, sides in targeted(shapes, lora.targets).items()}
+        adapter_params = max(_layer_sizes(adapters))
     vocab, hidden = matrix("embed_tokens.weight")
     query, key = matrix("layers.0.self_attn.q_proj.weight")[0], matrix("layers.0.self_attn.k_proj.weight")[0]
     return ModelShape(
@@ -118,6 +112,7 @@ def shape_of(config: Mapping[str, Any], shapes: Shapes) -> ModelShape:
         num_norms=sum(bool(re.search(r"\blayers\.0\.\w*norm\.weight$", name)) for name in shapes),
         has_head_norms=any(name.endswith("self_attn.q_norm.weight") for name in shapes),
         float32_norms=family == "gemma3_text",
+        adapter_params=adapter_params,
     )
 
 

@@ -1,4 +1,4 @@
-"""Memory of the trainer at each moment of an optimizer update; the package's docstring explains the arithmetic."""
+"""Predict the trainer's memory at each moment of an optimizer update; the package's docstring has the arithmetic."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 
 from distill_cli.config.derived import micro_batches_per_update
-from distill_cli.config.schema import Checkpointing, Config, Precision
+from distill_cli.config.schema import Checkpointing, Config, MeshConfig, Precision, TrainConfig
+from distill_cli.losses.chunks import chunk_size
 from distill_cli.memory.shape import ModelShape
 
 PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "loss")
-HEAD_BUFFER_BYTES = 2**26
-"""`losses.linear_topk.MIN_BUFFER_BYTES`."""
 TOPK_BYTES = 45
 """Bytes of the fused head's small tensors per token of a chunk and token of its top-k (measured)."""
 FLOAT32 = 4
@@ -21,20 +20,16 @@ FLOAT32 = 4
 class Step:
     """An optimizer update, as far as a rank's memory depends on it."""
 
+    train: TrainConfig
+    mesh: MeshConfig
     tokens: int
     """Tokens of a packed row, at most; context ranks share it."""
     topk: int
     micro_batches: int = 1
     """Micro-batches of a rank per update."""
-    bf16: bool = False
-    checkpointing: Checkpointing = Checkpointing.none
-    shard: int = 1
-    context: int = 1
-    tensor: int = 1
-    sequence_parallel: bool = False
+    parameter_ranks: int = 1
+    """Ranks that share the parameters."""
     on_gpu: bool = False
-    cpu_offload: bool = False
-    offload_optimizer: bool = False
 
     @classmethod
     def of(cls, config: Config, *, num_ranks: int, on_gpu: bool) -> Step:
@@ -42,30 +37,15 @@ class Step:
         train, mesh = config.train, config.mesh
         copies = num_ranks // (mesh.tensor * mesh.context)
         sequences = math.ceil(train.global_batch_size / copies)
-        return cls(
-            tokens=min(train.micro_batch_tokens, sequences * config.rollout.max_sequence_length),
-            topk=config.loss.topk,
-            micro_batches=micro_batches_per_update(config, num_ranks=num_ranks),
-            bf16=train.precision is Precision.bf16,
-            checkpointing=train.activation_checkpointing,
-            shard=max(copies // mesh.replicate, 1),
-            context=mesh.context,
-            tensor=mesh.tensor,
-            sequence_parallel=mesh.sequence_parallel,
-            on_gpu=on_gpu,
-            cpu_offload=train.cpu_offload and on_gpu,
-            offload_optimizer=train.offload_optimizer and on_gpu,
-        )
+        tokens = min(train.micro_batch_tokens, sequences * config.rollout.max_sequence_length)
+        micro_batches = micro_batches_per_update(config, num_ranks=num_ranks)
+        sharers = max(copies // mesh.replicate, 1) * mesh.context
+        return cls(train, mesh, tokens, config.loss.topk, micro_batches, sharers, on_gpu)
 
     @property
     def computed(self) -> int:
         """Bytes of a computed element."""
-        return 2 if self.bf16 else FLOAT32
-
-    @property
-    def parameter_ranks(self) -> int:
-        """Ranks that share the parameters."""
-        return self.shard * self.context
+        return FLOAT32 if self.train.precision is Precision.fp32 else 2
 
 
 @dataclass(frozen=True)
@@ -80,67 +60,57 @@ class Moment:
         return sum(self.parts.values())
 
 
-@dataclass(frozen=True)
 class Activations:
     """Bytes kept for the backward pass on one rank, derived from what transformers' layers save."""
 
-    kept: float
-    """A layer after its forward pass."""
-    at_work: float
-    """The layer whose backward pass is at its MLP: everything, and three gradients."""
-    last_norm: float
-    mlp_input: float
-    """What enters attention and MLP, whole on each rank."""
-
-    @classmethod
-    def of(cls, shape: ModelShape, step: Step) -> Activations:
-        c, tokens = step.computed, step.tokens / step.context
-        hidden = tokens * shape.hidden / (step.tensor if step.sequence_parallel else 1)  # elements between layers
+    def __init__(self, shape: ModelShape, step: Step) -> None:
+        c, mesh, checkpointing = step.computed, step.mesh, step.train.activation_checkpointing
+        tokens = step.tokens / mesh.context
+        hidden = tokens * shape.hidden / (mesh.tensor if mesh.sequence_parallel else 1)  # elements between layers
         whole_hidden = tokens * shape.hidden
-        query, key, mlp = (tokens * width / step.tensor for width in (shape.query, shape.key, shape.mlp))
+        query, key, mlp = (tokens * width / mesh.tensor for width in (shape.query, shape.key, shape.mlp))
 
         def norm(elements: float) -> float:
-            """Bytes of the float32 input, and of the normalised one for the weight's gradient."""
-            if shape.adapter_params is not None:
-                return elements * FLOAT32
-            return elements * (FLOAT32 + (FLOAT32 if shape.float32_norms else c))
+            """Return the bytes of the float32 input, and of the normalised one for the weight's gradient."""
+            scaled = FLOAT32 if shape.float32_norms else c
+            return elements * (FLOAT32 + (scaled if shape.adapter_params is None else 0))
 
         norms = shape.num_norms * norm(hidden) + 2 * c * whole_hidden
         head_norms = norm(query + key) if shape.has_head_norms else 0
-        attention = c * (3 * query + 2 * step.context * key)  # queries, output twice; whole keys, values
+        attention = c * (3 * query + 2 * mesh.context * key)  # queries, output twice; whole keys, values
         everything = norms + head_norms + attention + c * 4 * mlp
-        match step.checkpointing:
-            case Checkpointing.none:
-                kept = everything
-            case Checkpointing.full:
-                kept = c * hidden
-            case Checkpointing.selective:
-                products = query + 2 * key + 2 * mlp + 2 * whole_hidden
-                kept = c * (hidden + products + query)
-        own_input = c * hidden if step.bf16 and step.checkpointing is not Checkpointing.none else 0
-        at_work = everything + own_input + c * (whole_hidden + 2 * mlp)
-        return cls(kept, at_work, last_norm=norm(hidden) + c * whole_hidden, mlp_input=c * whole_hidden)
+        products = query + 2 * key + 2 * mlp + 2 * whole_hidden
+        selective, full = c * (hidden + products + query), c * hidden
+        self.kept = {"none": everything, "selective": selective, "full": full}[checkpointing.value]
+        """A layer after its forward pass."""
+        own_input = c * hidden if c < FLOAT32 and checkpointing is not Checkpointing.none else 0
+        self.at_work = everything + own_input + c * (whole_hidden + 2 * mlp)
+        """A layer during its MLP's backward pass: everything, and three gradients."""
+        self.last_norm = norm(hidden) + c * whole_hidden
+        self.mlp_input = c * whole_hidden
+        """Input of attention and MLP, whole on each rank."""
 
 
 def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:
     """Return every moment of an optimizer update that can be the peak."""
-    c, s, activations = step.computed, step.parameter_ranks, Activations.of(shape, step)
-    layer, root = shape.layer_params / step.tensor, shape.root_params / step.tensor
+    c, s, tensor, activations = step.computed, step.parameter_ranks, step.mesh.tensor, Activations(shape, step)
+    layer, root = shape.layer_params / tensor, shape.root_params / tensor
     frozen = shape.adapter_params is not None
-    own_layer = shape.trained_layer_params / (1 if frozen else step.tensor)  # adapters are hardly cut
-    own_root = shape.trained_root_params / step.tensor
-    weights = FLOAT32 * shape.num_params / step.tensor
+    own_layer = shape.trained_layer_params / (1 if frozen else tensor)  # adapters are hardly cut
+    own_root = shape.trained_root_params / tensor
+    weights = FLOAT32 * shape.num_params / tensor
     if frozen:
-        weights = c * shape.num_params / step.tensor + FLOAT32 * shape.num_layers * own_layer
+        weights = c * shape.num_params / tensor + FLOAT32 * shape.num_layers * own_layer
         layer += own_layer
     own = shape.num_layers * own_layer + own_root
-    table = shape.vocab * shape.hidden / step.tensor if own_root else 0
-    on_device = 0 if step.cpu_offload else 1
+    table = shape.vocab * shape.hidden / tensor if own_root else 0
+    on_device = 0 if step.on_gpu and step.train.cpu_offload else 1
     optimizer = on_device * 8 * own / s
-    resting = {"weights": on_device * weights / s, "optimizer": 0 if step.offload_optimizer else optimizer}
+    rests_on_host = step.on_gpu and step.train.offload_optimizer
+    resting = {"weights": on_device * weights / s, "optimizer": 0 if rests_on_host else optimizer}
     reduced = on_device * FLOAT32 / s  # bytes of a reduced gradient's element
     fetched = c * layer if s > 1 else 0  # one flat buffer, in addition to the parameters copied out of it
-    head_output = FLOAT32 * (step.tokens / step.context) * (step.topk + 6) * step.micro_batches
+    head_output = FLOAT32 * (step.tokens / step.mesh.context) * (step.topk + 6) * step.micro_batches
     waiting = FLOAT32 * own if step.micro_batches > 1 else 0
     moments = []
 
@@ -156,7 +126,7 @@ def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:
         held = waiting - FLOAT32 * done * own_layer if waiting else 0
         held += done * own_layer * reduced + (FLOAT32 * own_layer if done else 0)  # the last reduction's input
         reducing = _reducing(own_layer, step) + held - (FLOAT32 * own_layer if done else 0)
-        mlp_matrix = c * shape.mlp * shape.hidden / step.tensor if own_layer else 0
+        mlp_matrix = c * shape.mlp * shape.hidden / tensor if own_layer else 0
         gathered = c * (root + layer) + (fetched if above else 0)
         kept = above * activations.kept
         below_mlp = kept + activations.mlp_input
@@ -169,7 +139,7 @@ def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:
     held = shape.num_layers * own_layer * reduced + (FLOAT32 * own_root if waiting else 0)
     add("the embedding's backward", gradients=held + FLOAT32 * own_layer + 2 * c * table, gathered=c * root)
     add("the root's reduction", gradients=held + _reducing(own_root, step))
-    if not step.cpu_offload:
+    if on_device:
         scratch = FLOAT32 * own / s if step.on_gpu else 2 * FLOAT32 * max(table, shape.mlp * shape.hidden) / s
         add("the optimizer's step", gradients=FLOAT32 * own / s + scratch, optimizer=optimizer)
     return moments
@@ -183,21 +153,15 @@ def _reducing(elements: float, step: Step) -> float:
 
 def _loss_bytes(shape: ModelShape, step: Step) -> float:
     """Return the greatest memory of `linear_topk_loss`, of which the weight's gradient outlives it."""
-    tokens, vocab = math.ceil(step.tokens / step.context), shape.vocab // step.tensor
+    tokens, vocab = math.ceil(step.tokens / step.mesh.context), shape.vocab // step.mesh.tensor
     matrix, hidden = vocab * shape.hidden, tokens * shape.hidden
-    chunk = head_chunk(vocab, shape.hidden, num_tokens=tokens)
+    chunk = chunk_size(vocab, shape.hidden, num_tokens=tokens)
     parts: list[float] = [
         FLOAT32 * matrix if shape.trained_root_params else 0,
         2 * FLOAT32 * chunk * vocab,
         2 * step.computed * hidden,  # the rows that have a loss, and their gradient
         TOPK_BYTES * chunk * step.topk,
     ]
-    if step.bf16:
+    if step.computed < FLOAT32:
         parts.append(step.computed * chunk * vocab if step.on_gpu else FLOAT32 * (matrix + hidden))
     return sum(parts)
-
-
-def head_chunk(vocab: int, hidden: int, *, num_tokens: int) -> int:
-    """Return the tokens that the fused head processes at a time, as `losses.linear_topk` does."""
-    most = max(hidden // 2, HEAD_BUFFER_BYTES // (2 * FLOAT32 * vocab), 1)
-    return math.ceil(num_tokens / math.ceil(num_tokens / most))

@@ -1,9 +1,9 @@
-"""A rank's peak, whether it fits the device, and which single key would make it fit."""
+"""Predict a rank's peak, compare it with the device, and find the single keys that make it fit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,7 +13,8 @@ from distill_cli.config.schema import Checkpointing, Config
 from distill_cli.config.variation import override
 from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB, engine_bytes, engine_problems, engines_of, gib
 from distill_cli.memory.shape import ModelShape
-from distill_cli.memory.trainer_bytes import Moment, Step, trainer_moments
+from distill_cli.memory.trainer_bytes import Step, trainer_moments
+from distill_cli.resolved import PredictedMemory
 
 ENGINES = {"student": "sampler", "teacher": "scorer"}
 """The engine of each role."""
@@ -30,33 +31,9 @@ class Device:
     """Ranks of the node, which share the host."""
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """One rank of a run, in bytes."""
-
-    trainer: Moment
-    """The moment that holds most."""
-    engines: dict[str, int]
-    """sampler, scorer: while awake. On a GPU of unknown size without those that take a share of it."""
-    resting: int
-    """Memory of the trainer while the engines work."""
-    asleep: tuple[str, ...] = ()
-    """Engines that free their memory while the student trains."""
-
-    @property
-    def peak(self) -> int:
-        awake = sum(size for name, size in self.engines.items() if name not in self.asleep)
-        largest_sleeper = max((self.engines[name] for name in self.asleep), default=0)  # one is awake at a time
-        return max(self.trainer.total + awake, self.resting + awake + largest_sleeper)
-
-    def __str__(self) -> str:
-        parts = {**self.trainer.parts, **self.engines}
-        return ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size) + " GiB"
-
-
 def predict(
     config: Config, shape: ModelShape, student: Path, teacher: Path | None, *, num_ranks: int, gpu_bytes: int | None
-) -> Prediction:
+) -> PredictedMemory:
     """Return the memory of a rank.
 
     Args:
@@ -72,14 +49,29 @@ def predict(
         if gpu_bytes is not None and engine.sleep is not False:
             asleep.append(ENGINES[role])
     moments = trainer_moments(shape, Step.of(config, num_ranks=num_ranks, on_gpu=gpu_bytes is not None))
-    peak, rest = max(moments, key=lambda moment: moment.total), moments[0].parts
-    return Prediction(peak, engines, rest["weights"] + rest["optimizer"], tuple(asleep))
+    largest, resting = max(moments, key=lambda moment: moment.total), moments[0].parts
+    peak = peak_of(largest.total, resting["weights"] + resting["optimizer"], engines, asleep)
+    return PredictedMemory(peak, largest.parts | engines, largest.name, tuple(asleep))
+
+
+def peak_of(trainer: int, resting: int, engines: Mapping[str, int], asleep: Collection[str]) -> int:
+    """Return a rank's peak in bytes.
+
+    Args:
+        trainer: the trainer's own peak.
+        resting: the trainer's memory while the engines work.
+        engines: memory of each engine while awake.
+        asleep: engines that free their memory while the student trains.
+    """
+    awake = sum(size for name, size in engines.items() if name not in asleep)
+    largest_sleeper = max((engines[name] for name in asleep), default=0)  # one is awake at a time
+    return max(trainer + awake, resting + awake + largest_sleeper)
 
 
 def alternatives(
     config: Config, shape: ModelShape, *, num_ranks: int, gpu_bytes: int | None, excess: int
 ) -> Iterator[tuple[str, Any]]:
-    """Yield each key and value that may alone lower a rank's peak, which is `excess` bytes too large."""
+    """Yield each key and value that alone may lower a rank's peak, which is `excess` bytes too large."""
     train, mesh = config.train, config.mesh
     tokens = train.micro_batch_tokens // 2
     while tokens >= config.rollout.max_sequence_length:
@@ -119,7 +111,7 @@ def problem(
     """
     gpu_bytes, room = (device.total, device.total) if device.is_gpu else (None, device.total // device.num_ranks)
 
-    def predicted(other: Config) -> Prediction:
+    def predicted(other: Config) -> PredictedMemory:
         return predict(other, shape, student, teacher, num_ranks=num_ranks, gpu_bytes=gpu_bytes)
 
     now = predicted(config)
@@ -138,4 +130,5 @@ def problem(
     place = "its GPU has" if device.is_gpu else f"its share of the host's memory ({device.num_ranks} ranks) is"
     changes = " or ".join(text for _, text in sorted(best.values())[:3])
     fix = f"set {changes}" if changes else "no single key is enough: take a smaller model, more ranks, or several keys"
-    return f"memory: a rank needs about {gib(now.peak)} GiB ({now}), and {place} {gib(room)} GiB; {fix}"
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in now.parts.items() if size)
+    return f"memory: a rank needs about {gib(now.peak)} GiB ({parts} GiB), and {place} {gib(room)} GiB; {fix}"

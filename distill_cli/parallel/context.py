@@ -1,10 +1,9 @@
-"""Context parallelism: which tokens of a packed row are whose, and keys and values brought together again.
+"""Context parallelism: each rank's tokens of a packed row, and keys and values gathered over ranks.
 
 A row is cut into 2n pieces for n ranks, and rank r has pieces r and 2n - 1 - r: causal attention costs more towards the
 end of a sequence, so each rank gets as much of it. Hidden states stay cut all the way through the model. In attention
-every rank gathers the keys and values of the whole row, few with grouped queries, and its own queries look back into
-them; in backward their gradients are summed back to their owners in float32. Nothing else changes, and nothing is
-scaled.
+every rank gathers the keys and values of the whole row (few with grouped queries) for its own queries; in backward
+their gradients are summed to their owners in float32. Nothing else changes, and nothing is scaled.
 
 Shape letters: T tokens of the row, t of this rank, G key-value heads, D head size.
 """
@@ -21,20 +20,16 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Span:
-    """Queries that follow one another in the row, and the keys that they may see, which end with them."""
+    """Consecutive queries of the row, and the keys that they may see, which end with them."""
 
     begin: int
-    """Of the queries, among this rank's tokens."""
+    """First query, among this rank's tokens."""
     keys: tuple[int, int]
-    """Of the keys, in the row."""
+    """(begin, end) of the keys in the row."""
     query_bounds: tuple[int, ...]
     """0, then each document's end, counted from the span's first query."""
     key_bounds: tuple[int, ...]
     """0, then each document's end, counted from the span's first key."""
-
-    @property
-    def end(self) -> int:
-        return self.begin + self.query_bounds[-1]
 
 
 @dataclass(frozen=True)
@@ -47,45 +42,36 @@ class Documents:
     size: int = 1
     group: dist.ProcessGroup | None = None
 
-    @property
-    def pieces(self) -> tuple[tuple[int, int], ...]:
-        """(begin, end) in the row of this rank's tokens, in their order."""
-        return self.pieces_of(self.rank)
-
-    def pieces_of(self, rank: int) -> tuple[tuple[int, int], ...]:
+    def pieces(self, rank: int) -> tuple[tuple[int, int], ...]:
+        """Return (begin, end) in the row of a rank's tokens, in their order."""
         if self.size == 1:
             return ((0, self.bounds[-1]),)
         length = self.bounds[-1] // (2 * self.size)
         return tuple((piece * length, (piece + 1) * length) for piece in (rank, 2 * self.size - 1 - rank))
 
     def spans(self) -> list[Span]:
+        """Return a span for each of this rank's pieces."""
         spans, begin = [], 0
-        for first, last in self.pieces:
-            ends = [min(b, last) for a, b in pairwise(self.bounds) if a < last and b > first]
-            keys_begin = next(a for a, b in pairwise(self.bounds) if b > first)
-            spans.append(
-                Span(
-                    begin=begin,
-                    keys=(keys_begin, last),
-                    query_bounds=(0, *(end - first for end in ends)),
-                    key_bounds=(0, *(end - keys_begin for end in ends)),
-                )
-            )
+        for first, last in self.pieces(self.rank):
+            visible = [(a, min(b, last)) for a, b in pairwise(self.bounds) if a < last and b > first]
+            keys_begin = visible[0][0]
+            queries, keys = ((0, *(end - start for _, end in visible)) for start in (first, keys_begin))
+            spans.append(Span(begin, (keys_begin, last), query_bounds=queries, key_bounds=keys))
             begin += last - first
         return spans
 
     def take(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's part of something that has the row's T along `dim`."""
-        return torch.cat([x.narrow(dim, begin, end - begin) for begin, end in self.pieces], dim)
+        """Return this rank's part of a tensor that has the row's T along `dim`."""
+        return torch.cat([x.narrow(dim, begin, end - begin) for begin, end in self.pieces(self.rank)], dim)
 
     def order(self) -> torch.Tensor:
-        """int64 [T]: where in the row each token stands, in the order in which ranks' parts follow each other."""
+        """Return each token's place in the row, in the order of the ranks' concatenated parts: int64 [T]."""
         ranks = range(self.size)
-        return torch.cat([torch.arange(begin, end) for rank in ranks for begin, end in self.pieces_of(rank)])
+        return torch.cat([torch.arange(begin, end) for rank in ranks for begin, end in self.pieces(rank)])
 
 
 def gather_row(x_1GtD: torch.Tensor, documents: Documents) -> torch.Tensor:
-    """[1, G, t, D] of each rank -> [1, G, T, D] in the row's order, on every rank. A collective, in backward too."""
+    """Gather [1, G, t, D] of each rank to [1, G, T, D] in the row's order. A collective, in backward too."""
     if documents.size == 1:
         return x_1GtD
     return _GatherRow.apply(x_1GtD, documents)

@@ -1,4 +1,4 @@
-"""The device mesh: one place that says what each axis is for, and what runs over which of them.
+"""The device mesh: the purpose of each axis, and what runs over which of them.
 
 | axis      | what differs along it                                              |
 |-----------|--------------------------------------------------------------------|
@@ -15,14 +15,15 @@
 | gradients are summed                        | replicate x shard x context     |
 | the gradient's norm                         | all four (by DTensor)           |
 
-Ranks count up fastest along tensor, then context: the axes that talk most lie within a node. Axes of size 1 are there
-too, so that every layout takes the same path.
+Ranks count up fastest along tensor, then context: the axes that communicate most lie within a node. Axes of size 1
+exist too, so that every layout takes the same path.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,38 +31,23 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distill_cli.errors import ConfigError
 
-AXES = ("replicate", "shard", "context", "tensor")
-
 
 @dataclass(frozen=True)
 class Parallel:
     """This rank's place in the mesh, and the submeshes that training uses."""
 
-    mesh: DeviceMesh
     fsdp: DeviceMesh
-    """shard x context as one axis, behind replicate where there is more than one copy (HSDP)."""
+    """shard x context as one axis, behind replicate if there is more than one copy (HSDP)."""
     loss: DeviceMesh
     """replicate x shard x context as one axis."""
+    context: DeviceMesh
+    tensor: DeviceMesh
+    data_rank: int
+    """Index of this rank's share of the sequences."""
+    data_size: int
+    """Number of shares that the sequences are split into."""
     device: torch.device
     sequence_parallel: bool = False
-
-    @property
-    def data_rank(self) -> int:
-        """Index of this rank's share of the sequences."""
-        return self.mesh["replicate"].get_local_rank() * self.mesh["shard"].size() + self.mesh["shard"].get_local_rank()
-
-    @property
-    def data_size(self) -> int:
-        """Number of shares that the sequences are split into."""
-        return self.mesh["replicate"].size() * self.mesh["shard"].size()
-
-    @property
-    def context(self) -> DeviceMesh:
-        return self.mesh["context"]
-
-    @property
-    def tensor(self) -> DeviceMesh:
-        return self.mesh["tensor"]
 
     @property
     def length_multiple(self) -> int:
@@ -102,57 +88,50 @@ class Parallel:
         return float(tensor)
 
 
-def init_parallel(
-    *,
-    tensor: int = 1,
-    context: int = 1,
-    replicate: int = 1,
-    sequence_parallel: bool = False,
-    device: torch.device,
-    timeout_s: float = 1800,
-) -> Parallel:
-    """Join the process group that torchrun set up, and build the mesh (`layout`). A collective.
+def init_parallel(*, device: torch.device, timeout_s: float = 1800, **axes: Any) -> Parallel:
+    """Join the process group that torchrun set up, and build the mesh. A collective.
 
     Args:
         timeout_s: seconds after which a collective fails.
+        axes: the other arguments of `layout`.
 
     Raises:
         ConfigError: the mesh's sizes do not divide the ranks.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # No device_id: bound to a device, torch splits the NCCL communicator of all ranks for every later group, including
-    # those of one rank and of gloo, of which vLLM makes dozens. Unbound, a communicator is made at its first use.
+    # those of one rank and of gloo, of which vLLM makes dozens. Unbound, a communicator is created at its first use.
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return layout(
-        tensor=tensor, context=context, replicate=replicate, sequence_parallel=sequence_parallel, device=device
-    )
+    return layout(device=device, **axes)
 
 
 def layout(
     *, tensor: int = 1, context: int = 1, replicate: int = 1, sequence_parallel: bool = False, device: torch.device
 ) -> Parallel:
-    """Build the mesh over all ranks of the process group; the shard axis takes the ranks that are left. A collective.
+    """Build the mesh over all ranks of the process group; the shard axis takes the remaining ranks. A collective.
 
     Args:
         tensor: size of the tensor axis; likewise `context` and `replicate`.
-        sequence_parallel: split the tokens, too, over the tensor axis, outside attention and MLP.
+        sequence_parallel: split the tokens over the tensor axis too, outside attention and MLP.
 
     Raises:
         ConfigError: the product of the sizes does not divide the ranks.
     """
-    taken = replicate * context * tensor
-    if dist.get_world_size() % taken:
-        raise ConfigError(
-            f"mesh.replicate={replicate}, mesh.context={context}, mesh.tensor={tensor}: their product {taken} must "
-            f"divide the {dist.get_world_size()} ranks"
-        )
-    sizes = (replicate, dist.get_world_size() // taken, context, tensor)
-    ranks = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
-    fsdp = ranks["shard", "context"]._flatten("fsdp")
+    num_ranks, taken = dist.get_world_size(), replicate * context * tensor
+    if num_ranks % taken:
+        sizes = f"mesh.replicate={replicate}, mesh.context={context}, mesh.tensor={tensor}"
+        raise ConfigError(f"{sizes}: their product {taken} must divide the {num_ranks} ranks")
+    shard = num_ranks // taken
+    axes = {"replicate": replicate, "shard": shard, "context": context, "tensor": tensor}
+    mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    fsdp = mesh["shard", "context"]._flatten("fsdp")
     return Parallel(
-        mesh=ranks,
-        fsdp=ranks["replicate", "fsdp"] if replicate > 1 else fsdp,
-        loss=ranks["replicate", "shard", "context"]._flatten("loss"),
+        fsdp=mesh["replicate", "fsdp"] if replicate > 1 else fsdp,
+        loss=mesh["replicate", "shard", "context"]._flatten("loss"),
+        context=mesh["context"],
+        tensor=mesh["tensor"],
+        data_rank=dist.get_rank() // (context * tensor),
+        data_size=replicate * shard,
         device=device,
         sequence_parallel=sequence_parallel,
     )

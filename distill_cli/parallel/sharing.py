@@ -1,4 +1,4 @@
-"""Work partitioned over ranks by its expected cost, and results gathered again."""
+"""Partition work over ranks by its expected cost, and gather the results."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Item = TypeVar("Item")
 
 
 def partition_by_cost(costs: Sequence[float], num_shares: int) -> list[list[int]]:
-    """Return indices of `costs` in shares of about equal sum and number: the dearest first, each to the least share.
+    """Split the indices of `costs` into shares of about equal sum and number: the dearest first, to the least share.
 
-    The same on every rank that calls it with the same costs. Indices rise within a share.
+    Deterministic: ranks that pass the same costs get the same shares. Indices rise within a share.
     """
     heap = [(0.0, 0, share) for share in range(num_shares)]
     shares: list[list[int]] = [[] for _ in range(num_shares)]
@@ -35,8 +35,8 @@ def gather_items(
     """Return index -> result of all shares, on every rank of `group` (None is all ranks). A collective.
 
     Args:
-        mine: the results of this rank's share, in its order. The group's ranks hold the shares in turn, and if there
-            are more ranks than shares in runs of equal length; then the first of each run sends its results.
+        mine: the results of this rank's share, in its order. Each share belongs to an equal number of consecutive ranks
+            of the group, in the order of shares; the first of them sends its results.
     """
     if len(shares) == 1:
         return dict(zip(shares[0], mine, strict=True))
@@ -53,49 +53,45 @@ def gather_items(
 
 @dataclass(frozen=True)
 class EngineShare:
-    """Which engine a rank is part of, among those that share some work; each is `num_ranks` consecutive ranks.
+    """The engine that a rank is part of, among those that share some work; each is `num_ranks` consecutive ranks.
 
     The ranks of an engine call it with the same requests, and all of them get the results.
     """
 
     index: int
-    """Of this rank's engine among those that share the work."""
+    """Index of this rank's engine among those that share the work."""
     num_engines: int
     is_first: bool
-    """Of the ranks of its engine: what an engine did is counted once."""
+    """Whether this is the first rank of its engine, which counts the engine's work."""
     group: dist.ProcessGroup | None
     """The ranks of these engines, for `gather_items`; None is all ranks."""
     data_ranks: range
-    """Whose sequences these engines share."""
+    """Data ranks whose sequences these engines share."""
 
     @classmethod
     def of_all_ranks(cls, num_ranks: int, parallel: Parallel) -> EngineShare:
-        """Every engine shares in the work of all ranks."""
-        return cls(
-            index=parallel.rank // num_ranks,
-            num_engines=parallel.size // num_ranks,
-            is_first=parallel.rank % num_ranks == 0,
-            group=None,
-            data_ranks=range(parallel.data_size),
-        )
+        """Share the work of all ranks among all engines."""
+        return cls._of_block(parallel.size, num_ranks, parallel, None)
 
     @classmethod
     def near_training(cls, num_ranks: int, parallel: Parallel) -> EngineShare:
-        """As few ranks as can be share in the work that they train on themselves: results do not travel further.
+        """Share work among as few ranks as possible, those that train on it, so that results travel no further.
 
-        The ranks that train on the same sequences are as many as context and tensor axis have; the smallest block of
-        consecutive ranks that both whole such sets and whole engines fill is their least common multiple. A collective.
+        A block of consecutive ranks that holds whole engines and whole sets of ranks that train on the same sequences:
+        the least common multiple of their sizes. A collective.
         """
-        peers = parallel.context.size() * parallel.tensor.size()
-        block = math.lcm(num_ranks, peers)
-        num_engines = block // num_ranks
-        # One engine's ranks have its results without asking each other.
-        group = dist.new_subgroups(block)[0] if num_engines > 1 else None
-        first_rank = parallel.rank // block * block
+        block = math.lcm(num_ranks, parallel.context.size() * parallel.tensor.size())
+        # The ranks of a single engine have its results without communication.
+        group = dist.new_subgroups(block)[0] if block > num_ranks else None
+        return cls._of_block(block, num_ranks, parallel, group)
+
+    @classmethod
+    def _of_block(cls, block: int, num_ranks: int, parallel: Parallel, group: dist.ProcessGroup | None) -> EngineShare:
+        first, peers = parallel.rank // block * block, parallel.context.size() * parallel.tensor.size()
         return cls(
             index=parallel.rank % block // num_ranks,
-            num_engines=num_engines,
+            num_engines=block // num_ranks,
             is_first=parallel.rank % num_ranks == 0,
             group=group,
-            data_ranks=range(first_rank // peers, (first_rank + block) // peers),
+            data_ranks=range(first // peers, (first + block) // peers),
         )

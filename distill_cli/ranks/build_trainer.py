@@ -222,7 +222,7 @@ def build_student(resolved: ResolvedRun, loss: DistillLoss, parallel: Parallel, 
     kept, offload = train.activation_checkpointing, train.cpu_offload
     wrap(student, parallel, bf16=bf16, checkpointing=kept.value, compile=train.compile, cpu_offload=offload)
     home = torch.device("cpu") if offload else parallel.device
-    load_weights(student, lm, folder, device=home, seed=train.seed)
+    load_weights(lm, folder, device=home, seed=train.seed)
     return student
 
 

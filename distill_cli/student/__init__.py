@@ -1,1 +1,1 @@
-"""The model that is trained: built, wrapped, stepped, and its weights handed out."""
+"""The model that is trained: build, wrap, step, and export its weights."""

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) on frozen weights: added by peft, laid out with the model, merged for the sampler.
+"""Low-rank adapters (LoRA) on frozen weights: add them by peft, initialise them, merge them for the sampler.
 
 peft replaces each targeted layer by one of its own, with the frozen weight at `<name>.base_layer.weight` and the
 adapter at `<name>.lora_A.default.weight` [rank, in] and `<name>.lora_B.default.weight` [out, rank]; the layer computes
@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,13 +42,12 @@ def add_adapters(
     import peft  # takes seconds, and only adapters need it
 
     names = list(targeted({name: tuple(param.shape) for name, param in lm.named_parameters()}, targets))
-    others = [name for name in names if not isinstance(lm.get_submodule(name), nn.Linear)]
-    if others:
-        raise ConfigError(
-            f"model.student.lora.targets: {others[0]} is a {type(lm.get_submodule(others[0])).__name__}, not a linear "
-            "layer; name others"
-        )
-    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, bias="none")
+    for name in names:
+        if not isinstance(layer := lm.get_submodule(name), nn.Linear):
+            what = f"{name} is a {type(layer).__name__}, not a linear layer"
+            raise ConfigError(f"model.student.lora.targets: {what}; name others")
+    scaling: Any = alpha  # peft declares int
+    settings = peft.LoraConfig(r=rank, lora_alpha=scaling, target_modules=names, bias="none")
     peft.inject_adapter_in_model(settings, lm, low_cpu_mem_usage=True)
     for param in lm.parameters():
         if bf16 and not param.requires_grad:
@@ -89,26 +90,25 @@ def initial_value(name: str, shape: torch.Size, *, seed: int) -> torch.Tensor:
 def merged_parameters(lm: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor | Deferred]]:
     """Yield each parameter of the model without adapters, under its name there, with its adapter merged.
 
-    A merged one, W + alpha / rank B A in float32, is `Deferred`, laid out as W; making it is a collective.
+    A merged one, W + alpha / rank B A in float32, is `Deferred`, laid out as W; computing it is a collective.
     """
     params = dict(lm.named_parameters())
     for name, param in params.items():
         layer = name.removesuffix("base_layer.weight")
-        if is_adapter(name):
-            continue
-        if layer == name:
+        if layer != name:
+            adapted: Any = lm.get_submodule(layer.removesuffix("."))
+            make = partial(merge, param, params[layer + A], params[layer + B], adapted.scaling["default"])
+            yield plain_name(name), Deferred(param.shape, make)
+        elif not is_adapter(name):
             yield plain_name(name), param
-            continue
-        scale = lm.get_submodule(layer.removesuffix(".")).scaling["default"]
-        yield plain_name(name), _sum_of(param, params[layer + A], params[layer + B], scale)
-
-
-def _sum_of(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> Deferred:
-    return Deferred(weight.shape, lambda: merge(weight.detach(), whole(a), whole(b), scale))
 
 
 def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return weight + scale b a in float32, laid out as `weight` (on the mesh's device); pass `a` and `b` whole."""
+    """Return weight + scale b a in float32, detached, laid out as `weight` (on the mesh's device).
+
+    A collective for DTensors.
+    """
+    weight, a, b = weight.detach(), whole(a), whole(b)
     if not isinstance(weight, DTensor):
         return torch.addmm(weight.float(), b, a, alpha=scale)
     shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
@@ -122,5 +122,7 @@ def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) 
 
 def whole(param: torch.Tensor) -> torch.Tensor:
     """Return the full parameter on its mesh's device, detached. A collective for DTensors."""
-    param = param.detach()
-    return param.to(param.device_mesh.device_type).full_tensor() if isinstance(param, DTensor) else param
+    if not isinstance(param, DTensor):
+        return param.detach()
+    on_mesh: Any = param.detach().to(param.device_mesh.device_type)
+    return on_mesh.full_tensor()

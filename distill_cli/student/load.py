@@ -1,6 +1,6 @@
-"""Reads a model folder's weights into a student that is laid out already: each rank reads only its own slices.
+"""Read a model folder's weights into a student that is laid out already: each rank reads only its own slices.
 
-`empty_parameters` builds the model with parameters that hold nothing (device meta) and real buffers; `wrap` cuts them;
+`empty_parameters` builds the model with empty parameters (device meta) and real buffers; `wrap` cuts them;
 `load_weights` then puts each rank's part in their place. No rank ever holds more than its shards and one slice.
 """
 
@@ -26,26 +26,26 @@ from distill_cli.student.adapters import initial_value, is_adapter, plain_name
 
 @contextlib.contextmanager
 def empty_parameters() -> Iterator[None]:
-    """Modules made inside have their parameters on meta; buffers (rotary frequencies) are real, being in no file."""
+    """Build modules with their parameters on meta; buffers (rotary frequencies) are real, since no file has them."""
 
     def to_meta(_module: nn.Module, _name: str, param: nn.Parameter | None) -> nn.Parameter | None:
-        if param is None or param.is_meta:  # a tied one stays the one it is
+        if param is None or param.is_meta:  # tied parameters stay the same object
             return None
         return nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
 
-    handle = register_module_parameter_registration_hook(to_meta)
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # it may replace
     try:
         yield
     finally:
         handle.remove()
 
 
-def load_weights(student: nn.Module, lm: PreTrainedModel, folder: Path, *, device: torch.device, seed: int = 0) -> None:
-    """Gives the parameters of `student`, whose `lm` was made by `empty_parameters`, the folder's values in their dtype.
+def load_weights(lm: PreTrainedModel, folder: Path, *, device: torch.device, seed: int = 0) -> None:
+    """Give the parameters of a model that `empty_parameters` made the folder's values in their dtype.
 
     Args:
-        device: where the parameters live between steps: the CPU under train.cpu_offload.
-        seed: of adapters, which are in no folder.
+        device: device of the parameters between steps: the CPU under train.cpu_offload.
+        seed: seed of adapters, which the folder does not have.
 
     Raises:
         ConfigError: the folder's *.safetensors lack a parameter, have another one, or one of another shape.
@@ -64,26 +64,22 @@ def load_weights(student: nn.Module, lm: PreTrainedModel, folder: Path, *, devic
     for name in filter(is_adapter, params):
         value = initial_value(name, params[name].shape, seed=seed)
         loaded[name] = placed(params[name], value, device=device)
-    prefix = next(name for name, module in student.named_modules() if module is lm)
-    state = {f"{prefix}.{name}" if prefix else name: param for name, param in loaded.items()}
-    student.load_state_dict(state, assign=True, strict=False)  # names are checked above; buffers stay
-    empty = [name for name, param in student.named_parameters() if param.is_meta]
+    lm.load_state_dict(loaded, assign=True, strict=False)  # names are checked above; buffers stay
+    empty = [name for name, param in lm.named_parameters() if param.is_meta]
     assert not empty, f"not loaded: {empty}"
 
 
 def _read(param: nn.Parameter, name: str, file: Path, *, device: torch.device) -> nn.Parameter:
     with safe_open(file, framework="pt") as content:
         stored = content.get_slice(name)
-        if tuple(stored.get_shape()) != tuple(param.shape):
-            raise ConfigError(
-                f"{file}: {name} has the shape {list(stored.get_shape())}, and config.json makes it "
-                f"{list(param.shape)}; the model's folder is damaged"
-            )
+        if (shape := list(stored.get_shape())) != list(param.shape):
+            rule = f"config.json makes it {list(param.shape)}; the model's folder is damaged"
+            raise ConfigError(f"{file}: {name} has the shape {shape}, and {rule}")
         return placed(param, stored, device=device)
 
 
 def placed(param: nn.Parameter, values: Any, *, device: torch.device) -> nn.Parameter:
-    """A parameter laid out as `param` is, of what slicing `values` (a tensor, or a file's slice of one) gives."""
+    """Return a parameter with `values` (a tensor, or a safetensors slice of a file) in the layout of `param`."""
     if not isinstance(param, DTensor):
         return nn.Parameter(values[...].to(device, param.dtype), requires_grad=param.requires_grad)
     shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
@@ -92,18 +88,16 @@ def placed(param: nn.Parameter, values: Any, *, device: torch.device) -> nn.Para
     else:
         part = values[tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))]
         local = part.to(device, param.dtype).contiguous()
-    # DTensor.from_local would carry what is to live in host memory to the mesh's device.
+    # DTensor.from_local would move a parameter in host memory to the mesh's device.
     return nn.Parameter(DTensor(local, param._spec, requires_grad=False), requires_grad=param.requires_grad)
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
-    """{tensor name: its file}, from the files' headers."""
+    """Return {tensor name: its file}, from the files' headers."""
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as content:
             files |= dict.fromkeys(content.keys(), file)
-    if not files:
-        raise ConfigError(f"{folder}: no weights are there; *.safetensors are needed (pickles are not loaded)")
     return files
 
 
@@ -114,7 +108,5 @@ def _check_names(lm: PreTrainedModel, names: list[list[str]], files: dict[str, P
     extra = [n for n in files.keys() - known if not any(re.search(pattern, n) for pattern in ignored)]
     for what, wrong in (("lack", missing), ("have, and the model lacks,", sorted(extra))):
         if wrong:
-            raise ConfigError(
-                f"{folder}: its *.safetensors {what} {len(wrong)} tensors, such as {wrong[0]}; the folder is damaged, "
-                "or its names are not the transformers class's"
-            )
+            fix = "the folder is damaged, or its names are not the transformers class's"
+            raise ConfigError(f"{folder}: its *.safetensors {what} {len(wrong)} tensors, such as {wrong[0]}; {fix}")

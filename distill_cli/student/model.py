@@ -8,14 +8,14 @@ Shape letters: T tokens of the packed row, N response tokens, n of a chunk, C th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -37,7 +37,7 @@ Checkpointing = Literal["none", "selective", "full"]
 KEPT = {
     *(torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten._flash_attention_forward),
     *(torch.ops.aten._scaled_dot_product_flash_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu),
-    varlen_operator(),  # of `attention`, on GPUs: what it is made of is not seen from here
+    varlen_operator(),  # `attention` on GPUs: one opaque operator
 }
 """Operators whose outputs selective checkpointing keeps: the most expensive ones to recompute."""
 
@@ -59,7 +59,7 @@ class Student(nn.Module):
     ) -> None:
         """
         Args:
-            parallel: the mesh that `wrap` will lay it out over; None is a student of one process, without a mesh.
+            parallel: the mesh that `wrap` lays it out over; None is a student of one process, without a mesh.
             merged_eos_ids: tokens that count as one, as they do in the teacher's scores (`losses.merged_eos`).
         """
         super().__init__()
@@ -83,14 +83,10 @@ class Student(nn.Module):
 
         Returns:
             The sum over this micro-batch's response tokens of their loss, divided by `num_loss_tokens` (scalar
-            float32, to be summed over micro-batches and ranks), and the head's output at each token, detached.
+            float32; sum it over micro-batches and ranks), and the head's output at each token, detached.
         """
-        hidden_1TH = self.lm.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            documents=batch.documents,
-        ).last_hidden_state
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "documents": batch.documents}
+        hidden_1TH = self.lm.base_model(**inputs, use_cache=False).last_hidden_state
 
         def token_loss(student_logp_nC: torch.Tensor, entropy_n: torch.Tensor, rows: slice) -> torch.Tensor:
             return self.loss(batch.scores.topk_logp[rows], student_logp_nC, entropy_n) / num_loss_tokens
@@ -117,14 +113,12 @@ class Student(nn.Module):
     def evaluate(
         self, batches: Sequence[MicroBatch], *, num_loss_tokens: torch.Tensor, num_top: int = 0
     ) -> list[HeadOutput]:
-        """Return what the head says of each micro-batch, its share of the loss included, without gradient.
+        """Return the head's output for each micro-batch, its share of the loss included, without gradient.
 
-        The arguments are `forward`'s. Every rank has as many micro-batches: a collective.
+        The arguments are `forward`'s. A collective: every rank must have as many micro-batches.
         """
-        outputs = []
-        for batch in batches:
-            _, output = self(batch.to(self.device), num_loss_tokens=num_loss_tokens, num_top=num_top)
-            outputs.append(output)
+        options = {"num_loss_tokens": num_loss_tokens, "num_top": num_top}
+        outputs = [self(batch.to(self.device), **options)[1] for batch in batches]
         if isinstance(self, FSDPModule):
             self.reshard()  # no backward pass does; gathered parameters would outlive a change of the weights
         return outputs
@@ -141,28 +135,25 @@ def build_lm(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with empty_parameters():
         lm = AutoModelForCausalLM.from_config(
-            model_config,
-            dtype=torch.float32,
-            attn_implementation=attention.NAME,
-            trust_remote_code=trust_remote_code,
+            model_config, dtype=torch.float32, attn_implementation=attention.NAME, trust_remote_code=trust_remote_code
         )
     if lm.can_generate() and (folder / "generation_config.json").is_file():
         lm.generation_config = GenerationConfig.from_pretrained(folder)
+    if problems := "; ".join(_problems(lm)):
+        raise ConfigError(f"{folder}: {problems}; this model is not supported")
+    return lm.train()
+
+
+def _problems(lm: PreTrainedModel) -> Iterator[str]:
     config = lm.config.get_text_config()
     for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
-        value = getattr(config, name, neutral)
-        if value not in (None, neutral):
-            raise ConfigError(
-                f"{folder}: {name}={value} changes the logits after the head; this model is not supported"
-            )
+        if (value := getattr(config, name, neutral)) not in (None, neutral):
+            yield f"{name}={value} changes the logits after the head"
     if lm.get_output_embeddings().bias is not None:
-        raise ConfigError(
-            f"{folder}: the head has a bias, which the fused head leaves out; this model is not supported"
-        )
+        yield "the head has a bias, which the fused head leaves out"
     unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if unknown:  # their state would cross from one packed document into the next
-        raise ConfigError(f"{folder}: layers of type {', '.join(sorted(unknown))} cannot be packed; not supported")
-    return lm.train()
+        yield f"layers of type {', '.join(sorted(unknown))} cannot be packed"
 
 
 def wrap(
@@ -185,21 +176,20 @@ def wrap(
     apply_tensor_parallel(student.lm, parallel.tensor, sequence_parallel=parallel.sequence_parallel)
     checkpoint_activations(student.lm, checkpointing)
     if compile:
-        for layer in student.lm.base_model.layers:
+        for layer in student.lm.base_model.get_submodule("layers").children():
             layer.compile()
     shard(student, parallel, bf16=bf16, cpu_offload=cpu_offload)
     return student
 
 
 def checkpoint_activations(lm: PreTrainedModel, which: Checkpointing) -> None:
-    """Keep of each layer its input (full), its input and the outputs of KEPT (selective), or everything (none)."""
+    """Keep each layer's input (full), its input and the outputs of KEPT (selective), or everything (none)."""
     if which == "none":
         return
     arguments: dict[str, object] = {"use_reentrant": False}
     if which == "selective":
-        arguments["context_fn"] = partial(
-            create_selective_checkpoint_contexts, partial(_keep_products, cheap=rank_of(lm))
-        )
+        keep = partial(_keep_products, cheap=rank_of(lm))
+        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, keep)
     lm.gradient_checkpointing_enable(arguments)
 
 
@@ -214,29 +204,24 @@ def _keep_products(_context: object, operator: object, *args: Any, cheap: int, *
             large as the frozen weight's own.
     """
     name = getattr(operator, "overloadpacket", operator)
-    if name not in KEPT or getattr(operator, "_overloadname", "").endswith("out"):
-        return CheckpointPolicy.PREFER_RECOMPUTE
-    if name is torch.ops.aten.mm and args[0].shape[-1] <= cheap:
-        return CheckpointPolicy.PREFER_RECOMPUTE
-    return CheckpointPolicy.MUST_SAVE
+    is_kept = name in KEPT and not getattr(operator, "_overloadname", "").endswith("out")
+    is_cheap = name is torch.ops.aten.mm and args[0].shape[-1] <= cheap
+    return CheckpointPolicy.MUST_SAVE if is_kept and not is_cheap else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def shard(student: Student, parallel: Parallel, *, bf16: bool, cpu_offload: bool) -> None:
     """Apply FSDP2: one group per layer, and the root's for embedding, last norm and head.
 
-    FSDP divides gradients by the number of ranks by default; the loss is divided once already, so they are summed.
+    FSDP divides gradients by the number of ranks by default; here they are summed, since the loss is divided already.
     """
-    settings: dict[str, Any] = {
-        "mesh": parallel.fsdp,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if bf16 else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,  # the teacher's log-probabilities stay float32
-        ),
-    }
-    if cpu_offload:
-        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=parallel.device.type == "cuda")
-    for layer in student.lm.base_model.layers:
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the teacher's log-probabilities stay float32
+    )
+    offload = CPUOffloadPolicy(pin_memory=parallel.device.type == "cuda") if cpu_offload else OffloadPolicy()
+    settings: dict[str, Any] = {"mesh": parallel.fsdp, "mp_policy": policy, "offload_policy": offload}
+    for layer in student.lm.base_model.get_submodule("layers").children():
         fully_shard(layer, **settings)
     # The root's parameters are needed from the head's forward into its backward: gathered once.
     fully_shard(student, **settings, reshard_after_forward=False)

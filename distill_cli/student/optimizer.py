@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from distill_cli.losses.linear_topk import HeadOutput
@@ -22,7 +23,7 @@ Schedule = Literal["constant", "cosine", "linear"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer update reports."""
+    """Results of one optimizer update."""
 
     loss: float
     """Mean over the response tokens of the global batch."""
@@ -35,7 +36,7 @@ class StepResult:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the parameters were updated: they are not if the loss or its gradient is not finite."""
+        """Whether loss and gradient are finite: else the parameters were not updated."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
@@ -72,13 +73,7 @@ def lr_factor(update: int, *, kind: Schedule, warmup_updates: int, num_updates: 
     if update < warmup_updates:
         return (update + 1) / (warmup_updates + 1)
     progress = min(1.0, (update - warmup_updates) / max(1, num_updates - warmup_updates))
-    match kind:
-        case "constant":
-            return 1.0
-        case "linear":
-            return 1.0 - progress
-        case "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[kind]
 
 
 def optimizer_step(
@@ -113,6 +108,7 @@ def accumulate_gradient(
     divided by the token count of all of them, and gradients are summed.
     """
     total_tokens = count_response_tokens(batches, parallel=parallel)
+    assert isinstance(student, FSDPModule)
     loss, outputs = torch.zeros((), device=parallel.device), []
     for number, batch in enumerate(batches):
         student.set_requires_gradient_sync(number == len(batches) - 1)
@@ -121,13 +117,8 @@ def accumulate_gradient(
         loss += batch_loss.detach()
         outputs.append(output)
     parallel.all_sum(loss)
-    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).full_tensor()
-    return StepResult(
-        loss=float(loss),
-        grad_norm=float(norm),
-        num_response_tokens=int(total_tokens),
-        outputs=outputs,
-    )
+    norm: Any = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)  # a DTensor
+    return StepResult(float(loss), float(norm.full_tensor()), int(total_tokens), outputs)
 
 
 def count_response_tokens(batches: Sequence[MicroBatch], *, parallel: Parallel) -> torch.Tensor:
@@ -139,8 +130,8 @@ def count_response_tokens(batches: Sequence[MicroBatch], *, parallel: Parallel) 
 class OptimizerOffload:
     """Keep an optimizer's state on another device, except inside its own step.
 
-    Parameters and gradients stay where they are. A checkpoint may read the state where it rests; after filling the
-    state by other means than `load_state_dict`, call `to_rest`. Step counts do not move: AdamW keeps them on the CPU.
+    Parameters and gradients do not move. A checkpoint may read the resting state; after filling the state by other
+    means than `load_state_dict`, call `to_rest`. Step counts do not move: AdamW keeps them on the CPU.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, rest: torch.device, work: torch.device) -> None:
@@ -151,21 +142,21 @@ class OptimizerOffload:
         optimizer.register_load_state_dict_post_hook(lambda *_: self.to_rest())
 
     def to_rest(self) -> None:
+        """Move the state to its resting device."""
         self.move(self.rest)
 
     def move(self, device: torch.device) -> None:
         """Move every parameter's moments to `device`; the copies overlap."""
+        pinned = device == self.rest and self.work.type == "cuda"
         for param, state in self.optimizer.state.items():
             for name, value in state.items():
                 if not isinstance(value, torch.Tensor) or value.shape != param.shape:
                     continue
+                local = value._local_tensor if isinstance(value, DTensor) else value
+                moved = torch.empty_like(local, device=device, pin_memory=pinned).copy_(local, non_blocking=True)
                 if isinstance(value, DTensor):  # from_local would bring it back to the mesh's device
-                    value._local_tensor = self._copy(value._local_tensor, device)
+                    value._local_tensor = moved
                 else:
-                    state[name] = self._copy(value, device)
+                    state[name] = moved
         if self.work.type == "cuda":
             torch.cuda.synchronize(self.work)  # before the sources are freed and the copies read
-
-    def _copy(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
-        pinned = device == self.rest and self.work.type == "cuda"
-        return torch.empty_like(value, device=device, pin_memory=pinned).copy_(value, non_blocking=True)

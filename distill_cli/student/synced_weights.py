@@ -1,4 +1,4 @@
-"""The student's weights as the sampler's engine and a Hugging Face folder take them."""
+"""Give the student's weights to the sampler's engine, and write them to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from distill_cli.student.adapters import exported_name, is_adapter, merged_param
 from distill_cli.student.model import Student
 
 
-def named_parameters(student: Student) -> Iterator[tuple[str, torch.Tensor | Deferred]]:
-    """Yield each parameter as it is sharded, under its Hugging Face name, adapters merged; a tied head is left out."""
-    return merged_parameters(student.lm)
-
-
 def synced_parameters(student: Student, *, as_adapter: bool) -> Iterator[tuple[str, torch.Tensor | Deferred]]:
-    """Yield what the sampler takes: every parameter, or the adapters alone, under peft's names, if `as_adapter`."""
-    if as_adapter:
-        return ((exported_name(name), param) for name, param in student.lm.named_parameters() if is_adapter(name))
-    return named_parameters(student)
+    """Yield each parameter for the sampler as it is sharded, adapters merged; a tied head is left out.
+
+    Args:
+        as_adapter: yield the adapters alone, under peft's names.
+    """
+    if not as_adapter:
+        return merged_parameters(student.lm)
+    return ((exported_name(name), param) for name, param in student.lm.named_parameters() if is_adapter(name))
 
 
 def save_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype) -> None:
     """Write a Hugging Face folder that transformers and vLLM load. A collective; the main rank gathers and writes."""
     state, is_main = {}, dist.get_rank() == 0
-    for name, param in named_parameters(student):
+    for name, param in merged_parameters(student.lm):
         param = whole(param.make() if isinstance(param, Deferred) else param)
         if is_main:
             state[name] = param.to("cpu", dtype, copy=True)
@@ -41,4 +40,4 @@ def save_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder: P
     with replacing(folder) as temporary:
         student.lm.save_pretrained(temporary, state_dict=state)
         tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that ended earlier
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier attempt's

@@ -93,7 +93,7 @@ def build_student(folder: str, parallel: Parallel, *, temperature: float, factor
 
     made = Student(build_lm(Path(folder)), loss=loss, temperature=temperature, parallel=parallel)
     wrap(made, parallel, bf16=False)
-    load_weights(made, made.lm, Path(folder), device=parallel.device)
+    load_weights(made.lm, Path(folder), device=parallel.device)
     return made
 
 

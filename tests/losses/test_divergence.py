@@ -77,9 +77,7 @@ def test_equal_distributions_are_at_distance_zero(kl_type: str, tail: str) -> No
 
 @pytest.mark.parametrize(("kl_type", "tail"), COMBINATIONS)
 @pytest.mark.parametrize(("kl_weight", "skew"), PARAMETERS)
-def test_k_of_the_whole_vocabulary_is_the_full_divergence(
-    kl_type: str, tail: str, kl_weight: float, skew: float
-) -> None:
+def test_whole_vocabulary_is_the_full_divergence(kl_type: str, tail: str, kl_weight: float, skew: float) -> None:
     case = make_case(topk=40)
     options = {"kl_type": kl_type, "kl_weight": kl_weight, "skew": skew}
     full = reference_loss(case, case.logits_NV, tail="renormalize", **options)  # on all of V there is nothing to cut
@@ -134,7 +132,7 @@ def make_teacher_whole(case: Case) -> torch.Tensor:
 @pytest.mark.parametrize("kl_type", DIVERGENCES)
 @pytest.mark.parametrize("q_rest", [2e-2, 1e-6, 1e-9, 1e-20])
 @pytest.mark.parametrize("p_rest", [0.3, 1e-3, 1e-5])
-def test_bucket_is_right_however_little_is_left(kl_type: str, p_rest: float, q_rest: float) -> None:
+def test_bucket_is_precise_for_tiny_rests(kl_type: str, p_rest: float, q_rest: float) -> None:
     def probabilities(rest: float, first: float) -> torch.Tensor:
         return torch.tensor([[first * (1 - rest), (1 - first) * (1 - rest), rest]], dtype=torch.float64)
 
@@ -175,8 +173,8 @@ def test_a_teacher_probability_of_exactly_zero(kl_type: str, tail: str, kl_weigh
 
 @pytest.mark.parametrize("kl_type", DIVERGENCES)
 @pytest.mark.parametrize("topk", [1, 2])
-def test_a_teacher_that_is_all_but_sure(kl_type: str, topk: int) -> None:
-    """Of 1 - 1e-7 float32 keeps one digit: the value is bounded and near, the gradient finite."""
+def test_nearly_certain_teacher(kl_type: str, topk: int) -> None:
+    """float32 keeps one digit of 1 - 1e-7: the value is bounded and near, the gradient finite."""
     teacher = torch.tensor([[-1e-7, -30.0]])[:, :topk]
     student = torch.tensor([[0.9, 0.05, 0.05]]).log() if topk == 2 else torch.tensor([[0.9, 0.1]]).log()
     values = [
@@ -186,7 +184,7 @@ def test_a_teacher_that_is_all_but_sure(kl_type: str, topk: int) -> None:
     torch.testing.assert_close(values[0].double(), values[1], rtol=1e-4, atol=1e-6)
 
 
-def test_rounding_of_all_the_teacher_s_probability_costs_nothing() -> None:
+def test_rounding_of_full_probability_costs_nothing() -> None:
     """What an engine's log-probabilities of the whole vocabulary leave to 1 is rounding, of up to a dozen eps."""
     logits_NV = 3 * torch.randn(4000, 512, generator=torch.Generator().manual_seed(0)) + 15
     teacher_NV = logits_NV - logits_NV.logsumexp(-1, keepdim=True)
@@ -220,7 +218,7 @@ def test_a_users_own_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (
             {"kl_type": "forwrad"},
@@ -229,6 +227,6 @@ def test_a_users_own_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"kl_type": "mixed", "tail": "none"}, r"loss\.tail=none: must be one of bucket, renormalize, zero"),
     ],
 )
-def test_mistakes_are_the_users(options: dict[str, str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_mistakes_are_the_users(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         DistillLoss(**options)

@@ -81,7 +81,7 @@ def test_what_is_said_of_each_token(temperature: float) -> None:
     logp_NV = (case.logits_NV / temperature).log_softmax(-1)
     sampled_N1 = (torch.arange(TOKENS) % VOCAB)[:, None]
     close = {"rtol": 1e-5, "atol": 2e-6, "check_dtype": False}
-    torch.testing.assert_close(output.topk_logp_NK, logp_NV.gather(1, case.ids_NK), **close)
+    torch.testing.assert_close(output.student_logp_NC[:, :-1], logp_NV.gather(1, case.ids_NK), **close)
     rest_N = 1 - logp_NV.gather(1, case.ids_NK).exp().sum(-1)
     torch.testing.assert_close(output.student_logp_NC[:, -1], rest_N.log(), **close)
     torch.testing.assert_close(output.entropy_N, -(logp_NV.exp() * logp_NV).sum(-1), **close)
@@ -124,7 +124,7 @@ def test_a_loss_of_the_entropy_alone() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_only_what_is_asked_for_gets_a_gradient(frozen: str) -> None:
+def test_only_required_inputs_get_a_gradient(frozen: str) -> None:
     hidden, weight, case = make_head()
     free = weight if frozen == "hidden" else hidden
     free.requires_grad_()
@@ -149,7 +149,7 @@ def test_without_gradients_values_are_the_same() -> None:
         assert torch.equal(output.loss_N, loud.loss_N)
 
 
-def test_backward_scales_and_accumulates_and_runs_once() -> None:
+def test_backward_scales_accumulates_runs_once() -> None:
     hidden, weight, case = make_head()
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     loss = DistillLoss(kl_type="reverse")
@@ -190,7 +190,7 @@ def test_padding_counts_for_nothing(kl_type: str, tail: str) -> None:
     got = (output.loss, *gradients_of(output, hidden, weight))
     expected = dense_gradients(hidden, weight, case, kl_type=kl_type, tail=tail)
     assert [relative_error(a, b) for a, b in zip(got, expected, strict=True)] == pytest.approx([0, 0, 0], abs=1e-5)
-    assert bool((output.topk_logp_NK[::2, 4:] == PADDING_LOGP).all())
+    assert bool((output.student_logp_NC[::2, 4:-1] == PADDING_LOGP).all())
 
 
 @pytest.mark.parametrize(("kl_type", "tail"), COMBINATIONS)
@@ -222,7 +222,7 @@ def test_one_token_and_none(kl_type: str, tail: str, tokens: int) -> None:
         assert output.loss.item() == 0
 
 
-def test_rows_without_weight_leave_no_trace_whatever_is_in_them() -> None:
+def test_rows_of_zero_weight_change_nothing() -> None:
     hidden, weight, case = make_head()
     ids, logp = case.ids_NK.clone(), case.teacher_logp_NK.clone()
     ids[3:9], logp[3:9] = 0, 0.0  # fillers: the same id over and over, and a mass of 7
@@ -262,7 +262,7 @@ def test_extreme_logits_stay_finite(kl_type: str, tail: str, kl_weight: float) -
 @pytest.mark.parametrize("kl_type", DIVERGENCES)
 @pytest.mark.parametrize("q_rest", [1e-3, 1e-6, 1e-9, 1e-20])
 @pytest.mark.parametrize("p_rest", [0.3, 1e-4])
-def test_the_rest_is_right_however_little_it_is(kl_type: str, p_rest: float, q_rest: float) -> None:
+def test_tiny_rest_is_precise(kl_type: str, p_rest: float, q_rest: float) -> None:
     """From float32 logits to value and logits' gradient, each to 1e-5 of its own size."""
     first = torch.tensor([0.6, 0.4]).mul(1 - q_rest).tolist()
     logits = torch.tensor([[*first, 0.75 * q_rest, 0.25 * q_rest]]).log().requires_grad_()

@@ -1,4 +1,4 @@
-"""Tokens taken for one (`model.eos_map`): against dense float64 distributions where their probabilities add up."""
+"""Merged tokens (`model.eos_map`), compared with dense float64 distributions in which their probabilities add up."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def run(scores: TeacherScores, hidden: torch.Tensor, weight: torch.Tensor, loss:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kl_type", sorted(DIVERGENCES))
-def test_on_the_full_support_it_is_the_divergence_of_the_added_up_distributions(kl_type, temperature) -> None:
+def test_full_support_equals_the_merged_divergence(kl_type, temperature) -> None:
     hidden, weight, teacher_NV = make_pair()
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     scores = merge_topk(topk_scores(teacher_NV / temperature, VOCAB), sampled_ids=[0] * TOKENS, merged_eos_ids=ENDS)
@@ -69,14 +69,14 @@ def test_on_the_full_support_it_is_the_divergence_of_the_added_up_distributions(
     torch.testing.assert_close(out.loss_N, loss_N, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    sampled_logp_N = (hidden @ weight.T).log_softmax(-1)[:, ENDS[1]]  # the token's own, as the sampler says it
+    sampled_logp_N = (hidden @ weight.T).log_softmax(-1)[:, ENDS[1]]  # the token's own, as the sampler reports it
     torch.testing.assert_close(out.sampled_logp_N, sampled_logp_N)
     torch.testing.assert_close(out.entropy_N, -torch.xlogy(q_NV, q_NV).sum(-1))
     assert out.argmax_N.equal(q_NV.argmax(-1))
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_it_is_zero_where_the_models_end_alike_with_different_tokens(tail: str) -> None:
+def test_equal_end_probability_is_zero_loss(tail: str) -> None:
     hidden, weight, _ = make_pair()
     student_NV = hidden @ weight.T
     teacher_NV = student_NV.clone()
@@ -90,7 +90,7 @@ def test_it_is_zero_where_the_models_end_alike_with_different_tokens(tail: str) 
         torch.testing.assert_close(merged, torch.zeros(TOKENS).double(), rtol=0, atol=1e-9)
 
 
-def test_ends_outside_the_top_k_stay_in_the_rest_of_both() -> None:
+def test_ends_outside_the_topk_stay_outside() -> None:
     hidden, weight, teacher_NV = make_pair()
     scores = merge_topk(topk_scores(teacher_NV, TOPK), sampled_ids=[ENDS[1]] * TOKENS, merged_eos_ids=ENDS)
     p_NV = add_up(teacher_NV.softmax(-1))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from distill_cli.config.schema import Checkpointing
+from distill_cli.config.schema import Checkpointing, MeshConfig, Precision, TrainConfig
 from distill_cli.engines.settings import CPU_KV_CACHE_BYTES
-from distill_cli.losses import linear_topk
 from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB
-from distill_cli.memory.trainer_bytes import HEAD_BUFFER_BYTES, Step, head_chunk, trainer_moments
+from distill_cli.memory.trainer_bytes import Step, trainer_moments
 from tests.student.measured_memory import LARGE, SMALL, WIDE, Case, measure, predict
 
 LIMIT = 0.15
@@ -51,26 +49,23 @@ def test_two_ranks(name: str, measured: dict[Case, dict[str, int]]) -> None:
         assert predicted[part] == pytest.approx(expected[part], rel=LIMIT, abs=2**20), part
 
 
-def test_constants_match_those_of_the_engines() -> None:
-    assert HEAD_BUFFER_BYTES == linear_topk.MIN_BUFFER_BYTES
+def test_constant_matches_the_engines() -> None:
     assert CPU_KV_CACHE_GIB * 2**30 == CPU_KV_CACHE_BYTES
-    for vocab, hidden, tokens in ((50_000, 256, 1000), (1024, 4096, 3000), (100, 8, 1)):
-        weight = torch.empty(vocab, hidden, device="meta")
-        chunk = linear_topk._chunk_size(weight, num_tokens=tokens, chunk_tokens=None)
-        assert head_chunk(vocab, hidden, num_tokens=tokens) == chunk
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_fewer_activations_need_less(bf16: bool) -> None:
     case, peaks = Case(SMALL), []
-    for change in (
-        {"checkpointing": Checkpointing.none},
-        {"checkpointing": Checkpointing.selective},
-        {"checkpointing": Checkpointing.full},
-        {"checkpointing": Checkpointing.full, "tokens": 512},
-        {"checkpointing": Checkpointing.full, "tokens": 512, "shard": 8},
+    precision = Precision.bf16 if bf16 else Precision.fp32
+    for kept, tokens, num_ranks in (
+        (Checkpointing.none, 4096, 1),
+        (Checkpointing.selective, 4096, 1),
+        (Checkpointing.full, 4096, 1),
+        (Checkpointing.full, 512, 1),
+        (Checkpointing.full, 512, 8),
     ):
-        step = Step(**{"tokens": 4096, "topk": 64, "bf16": bf16} | change)
+        train = TrainConfig(precision=precision, activation_checkpointing=kept)
+        step = Step(train, MeshConfig(), tokens=tokens, topk=64, parameter_ranks=num_ranks)
         peaks.append(max(moment.total for moment in trainer_moments(case.shape, step)))
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == len(peaks)

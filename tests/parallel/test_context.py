@@ -11,7 +11,7 @@ from distill_cli.parallel.sharing import partition_by_cost
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 4))
-def test_every_query_of_every_rank_sees_its_document_so_far(sizes: list[int], num_ranks: int) -> None:
+def test_queries_see_their_document_so_far(sizes: list[int], num_ranks: int) -> None:
     multiple = 2 * num_ranks if num_ranks > 1 else 1
     sizes = [*sizes, *[1] * (-sum(sizes) % multiple)]
     bounds = (0, *torch.tensor(sizes).cumsum(0).tolist())
@@ -28,14 +28,14 @@ def test_every_query_of_every_rank_sees_its_document_so_far(sizes: list[int], nu
     assert seen == {t: (start[t], t) for t in range(bounds[-1])}
 
 
-def test_ranks_have_as_much_of_causal_attention() -> None:
+def test_ranks_share_causal_attention_evenly() -> None:
     costs = [
         sum(t + 1 for t in Documents((0, 64), rank=r, size=4).take(torch.arange(64), 0).tolist()) for r in range(4)
     ]
     assert len(set(costs)) == 1
 
 
-def test_the_order_puts_the_ranks_parts_back() -> None:
+def test_order_restores_the_row() -> None:
     row = torch.arange(24)
     parts = [Documents((0, 24), rank=rank, size=3).take(row, 0) for rank in range(3)]
     whole = torch.empty_like(row)
@@ -44,7 +44,7 @@ def test_the_order_puts_the_ranks_parts_back() -> None:
 
 
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 6))
-def test_work_is_shared_out_once_and_evenly(costs: list[int], num_shares: int) -> None:
+def test_work_is_shared_once_and_evenly(costs: list[int], num_shares: int) -> None:
     shares = partition_by_cost(costs, num_shares)
     assert sorted(index for share in shares for index in share) == list(range(len(costs)))
     sums = [sum(costs[index] for index in share) for share in shares]

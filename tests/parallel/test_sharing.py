@@ -34,7 +34,7 @@ def rank_of(rank: int, *, size: int, tensor: int = 1, context: int = 1) -> Itera
         (12, 1, 2, 3, 6),
     ],
 )
-def test_every_sequence_is_scored_once_by_ranks_that_train_on_it(size, tensor, context, tensor_parallel, block):
+def test_training_ranks_score_each_sequence_once(size, tensor, context, tensor_parallel, block):
     scored = Counter()
     for rank in range(size):
         with rank_of(rank, size=size, tensor=tensor, context=context) as parallel:
@@ -50,7 +50,7 @@ def test_every_sequence_is_scored_once_by_ranks_that_train_on_it(size, tensor, c
     assert scored == Counter((d, index) for d in range(data_size) for index in range(block // tensor_parallel))
 
 
-def test_every_engine_shares_in_the_work_of_all_ranks():
+def test_all_engines_share_all_work():
     places = []
     for rank in range(4):
         with rank_of(rank, size=4) as parallel:

@@ -153,7 +153,7 @@ def test_verifier_judges_the_last_turn() -> None:
 
 
 def test_masked_loss_equals_dense_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_topk, "_chunk_size", lambda *_, **__: 5)  # several to a micro-batch, as in a large one
+    monkeypatch.setattr(linear_topk, "chunk_size", lambda *_, **__: 5)  # several to a micro-batch, as in a large one
     generator = torch.Generator().manual_seed(3)
     made = [made_up_rollout(i, *lengths, generator) for i, lengths in enumerate([(4, 9), (7, 12), (2, 5)])]
     masks = [torch.rand(len(r.sample.token_ids), generator=generator) < 0.6 for r, _ in made]

@@ -29,8 +29,8 @@ def run_cases(module: str, cases: Sequence[dict[str, Any]]) -> list[Any]:
     groups = [list(group) for _, group in groupby(numbers, key=lambda number: cases[number]["ranks"])]
     found: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        asked = json.dumps([[cases[number] for number in group] for group in groups])
-        command = [sys.executable, "-m", module, folder, asked]
+        groups_json = json.dumps([[cases[number] for number in group] for group in groups])
+        command = [sys.executable, "-m", module, folder, groups_json]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-4000:]
         for index, group in enumerate(groups):

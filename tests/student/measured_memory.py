@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill_cli.config.schema import Checkpointing, LoraConfig
-from distill_cli.memory.shape import ModelShape, shape_of, with_adapters
+from distill_cli.config.schema import Checkpointing, LoraConfig, MeshConfig, Precision, TrainConfig
+from distill_cli.memory.shape import ModelShape, shape_of
 from distill_cli.memory.trainer_bytes import Step, trainer_moments
 from tests.student.forked import run_cases
 
@@ -28,7 +28,7 @@ SMALL = model(vocab=4096, hidden=256, mlp=768, layers=4)
 WIDE = model(vocab=1024, hidden=512, mlp=2048, layers=4, tied=False)
 """Its parameters are most of its memory."""
 LARGE = model(vocab=151_936, hidden=256, mlp=1024, layers=12)
-"""Of 52M parameters, most of them the vocabulary's."""
+"""52M parameters, most of them the vocabulary's."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,17 @@ class Case:
 
     @property
     def step(self) -> Step:
-        tensor, context, replicate = (self.mesh.get(name, 1) for name in ("tensor", "context", "replicate"))
-        return Step(
-            tokens=self.tokens,
-            topk=self.topk,
-            micro_batches=self.micro_batches,
-            bf16=self.precision == "bf16",
-            checkpointing=Checkpointing[self.activation_checkpointing],
-            shard=self.ranks // (tensor * context * replicate),
-            context=context,
-            tensor=tensor,
-            sequence_parallel=self.mesh.get("sequence_parallel", False),
-        )
+        kept, mesh = Checkpointing[self.activation_checkpointing], MeshConfig(**self.mesh)
+        train = TrainConfig(precision=Precision[self.precision], activation_checkpointing=kept)
+        num_sharers = self.ranks // (mesh.tensor * mesh.replicate)
+        return Step(train, mesh, self.tokens, self.topk, self.micro_batches, num_sharers)
 
     @property
     def shape(self) -> ModelShape:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.model))
         shapes = {name: tuple(param.shape) for name, param in lm.named_parameters()}
-        shape = shape_of(self.model, shapes)
-        return with_adapters(shape, shapes, LoraConfig(rank=self.lora)) if self.lora else shape
+        return shape_of(self.model, shapes, LoraConfig(rank=self.lora))
 
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -122,7 +113,7 @@ def measure(cases: Iterable[Case]) -> dict[Case, dict[str, int]]:
 
 
 def parts_of(begin: int, marks: list[tuple[str, int, int]]) -> dict[str, int]:
-    """Of a step's (mark, bytes then, most bytes until the next): what can be told apart.
+    """Return the separable parts of a step's (mark, bytes then, most bytes until the next).
 
     `begin` is what its tensors held when it began: the account itself is of one thread, and never hears of buffers that
     gloo's threads were the last to let go.

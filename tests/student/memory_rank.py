@@ -54,7 +54,7 @@ class Settled:
 
 
 def live_bytes() -> int:
-    """Of all tensors that this process can reach."""
+    """Return the bytes of all tensors that this process can reach."""
     gc.collect()
     held = {}
     for thing in gc.get_objects():

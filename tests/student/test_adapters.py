@@ -1,4 +1,4 @@
-"""Adapters beside frozen weights: what peft makes of them, and what the names and sizes say."""
+"""Adapters on frozen weights, compared with peft; their names and sizes."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def filled(lm: LlamaForCausalLM) -> LlamaForCausalLM:
     return lm
 
 
-def test_the_sums_are_those_that_peft_merges() -> None:
+def test_merged_sums_equal_those_of_peft() -> None:
     lm, reference = small_model(), small_model()
     frozen = {name: param.clone() for name, param in lm.named_parameters()}
     add_adapters(lm, rank=3, alpha=12.0, targets=["q_proj", "mlp.down_proj"], bf16=False)
@@ -69,7 +69,7 @@ def test_the_sums_are_those_that_peft_merges() -> None:
             assert torch.equal(value, frozen[name])
 
 
-def test_only_adapters_are_trained_and_frozen_weights_may_be_bfloat16() -> None:
+def test_only_adapters_train() -> None:
     lm = small_model()
     add_adapters(lm, rank=2, bf16=True)
     for name, param in lm.named_parameters():
@@ -79,7 +79,7 @@ def test_only_adapters_are_trained_and_frozen_weights_may_be_bfloat16() -> None:
     assert sum(is_adapter(name) for name, _ in lm.named_parameters()) == 2 * 2 * 7
 
 
-def test_adapters_begin_as_peft_s_do_and_depend_on_the_seed_alone() -> None:
+def test_adapters_start_as_in_peft() -> None:
     name = "model.layers.0.self_attn.q_proj." + A
     first = initial_value(name, torch.Size((64, 256)), seed=1)
     assert torch.equal(first, initial_value(name, torch.Size((64, 256)), seed=1))
@@ -104,7 +104,7 @@ def test_targets_are_the_ends_of_names() -> None:
     assert shortened(shapes, one) == one
 
 
-def test_frozen_weights_cost_no_gradient_of_their_own() -> None:
+def test_frozen_weights_cost_no_gradient() -> None:
     lm = small_model()
     flops = train_flops(
         Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0), num_tokens=9, num_response_tokens=4
@@ -115,7 +115,7 @@ def test_frozen_weights_cost_no_gradient_of_their_own() -> None:
     assert train_flops(student, num_tokens=9, num_response_tokens=4) == flops * 4 / 6 + added
 
 
-def test_frozen_weights_that_have_changed_are_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_changed_frozen_weights_are_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_model("student")
     (tmp_path / "state.json").write_text(json.dumps({"base": fingerprint(folder)}))
     student = ModelFiles.find(str(folder), key="model.student.path")
@@ -125,14 +125,14 @@ def test_frozen_weights_that_have_changed_are_refused(make_model: Callable[..., 
         check_base(Checkpoint(tmp_path), student)
 
 
-def test_what_the_engine_is_given_are_copies() -> None:
+def test_the_engine_gets_copies() -> None:
     value = torch.ones(3)
     (given,) = whole_tensors([("w", value)]).values()
     given.mul_(2)  # as vLLM does
     assert torch.equal(value, torch.ones(3))
 
 
-def test_an_adapter_that_does_not_fit_the_engine_is_refused() -> None:
+def test_adapter_that_misfits_engine_is_refused() -> None:
     assert ADAPTER_RANKS[-1] == MAX_ENGINE_RANK
     expected = {"model.layers.0.mlp.up_proj.weight": torch.Size((32, 16))}
     layer = "base_model.model.model.layers.0.mlp.up_proj"
@@ -143,11 +143,11 @@ def test_an_adapter_that_does_not_fit_the_engine_is_refused() -> None:
         check_names_and_shapes(weights, expected=wanted, optional=set())
 
     check([a, b])
-    for wrong, said in (
+    for wrong, message in (
         ([a], "lora_B.weight is missing"),
         ([a, (b[0], b[1].T)], r"shape \[4, 32\], the engine's is \[32, 4\]"),
         ([(a[0].replace("up", "down"), a[1]), b], "down_proj.lora_A.weight is not a parameter"),
         ([], "no tensors"),
     ):
-        with pytest.raises(DistillError, match=said):
+        with pytest.raises(DistillError, match=message):
             check(wrong)

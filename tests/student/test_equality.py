@@ -36,9 +36,7 @@ def test_the_same_as_one_plain_rank(name: str, outcomes: dict[Layout, Outcome]) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", BF16, ids=["shard=2", "tensor=2", "LoRA, tensor=2"])
-def test_bf16_computes_close_to_float32_and_trains_float32_parameters(
-    layout: Layout, outcomes: dict[Layout, Outcome]
-) -> None:
+def test_bf16_is_close_and_trains_float32(layout: Layout, outcomes: dict[Layout, Outcome]) -> None:
     outcome, reference = outcomes[layout], outcomes[reference_of(layout)]
     torch.testing.assert_close(torch.tensor(outcome.losses), torch.tensor(reference.losses), rtol=0.02, atol=0)
     torch.testing.assert_close(torch.tensor(outcome.grad_norms), torch.tensor(reference.grad_norms), rtol=0.1, atol=0)
@@ -47,6 +45,6 @@ def test_bf16_computes_close_to_float32_and_trains_float32_parameters(
         assert param.dtype == (torch.bfloat16 if is_frozen else torch.float32)
 
 
-def test_the_difference_shows_a_parameter_that_is_off() -> None:
+def test_difference_shows_a_wrong_parameter() -> None:
     plain = Outcome([1.0], [1.0], {"w": torch.ones(4)})
     assert plain.difference(Outcome([1.0], [1.0], {"w": torch.ones(4) * 1.001}))["params"] > 1e-5

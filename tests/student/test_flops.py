@@ -10,7 +10,7 @@ from distill_cli.student.model import Student
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_body_counts_for_every_token_and_the_head_for_response_tokens(tied: bool) -> None:
+def test_head_counts_for_response_tokens_only(tied: bool) -> None:
     config = Qwen3Config(
         vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, tie_word_embeddings=tied,

@@ -18,14 +18,14 @@ from .train_rank import made_up_model
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_parameters_are_those_of_from_pretrained(tmp_path: Path) -> None:
+def test_parameters_equal_those_of_from_pretrained(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.student.load_rank", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("wrong", ["model.norm.weight", "model.extra.weight"])
-def test_a_missing_or_an_extra_tensor_is_named(wrong: str, tmp_path: Path) -> None:
+def test_missing_or_extra_tensor_is_named(wrong: str, tmp_path: Path) -> None:
     attention.register()
     made_up_model("qwen3", tied=True).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -35,4 +35,4 @@ def test_a_missing_or_an_extra_tensor_is_named(wrong: str, tmp_path: Path) -> No
     save_file(state, file, metadata={"format": "pt"})
     lm = build_lm(tmp_path)
     with pytest.raises(ConfigError, match=wrong):
-        load_weights(lm, lm, tmp_path, device=torch.device("cpu"))
+        load_weights(lm, tmp_path, device=torch.device("cpu"))

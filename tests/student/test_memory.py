@@ -86,7 +86,7 @@ def watch_step(student: Student, length: int) -> Watch:
     return watch
 
 
-def test_a_step_grows_straight_with_the_length_and_holds_no_logits(student: Student) -> None:
+def test_step_memory_is_linear_without_logits(student: Student) -> None:
     lengths = (1024, 2048, 4096)
     watched = [watch_step(student, length) for length in lengths]
     first, second = (b.peak - a.peak for a, b in itertools.pairwise(watched))
@@ -96,7 +96,7 @@ def test_a_step_grows_straight_with_the_length_and_holds_no_logits(student: Stud
         assert watch.peak > 4 * VOCAB * 32  # the head's gradient: the watch sees what is made
 
 
-def test_the_watch_finds_logits_where_there_are_some(student: Student) -> None:
+def test_the_watch_finds_logits(student: Student) -> None:
     batch = one_sequence(512)
     with Watch() as watch, torch.no_grad():
         student.lm(input_ids=batch.input_ids, position_ids=batch.position_ids, documents=batch.documents)

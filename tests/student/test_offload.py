@@ -58,7 +58,7 @@ def test_offloaded_state_learns_the_same() -> None:
     assert_same(CPU)
 
 
-def test_moving_makes_tensors_anew_and_loading_moves_too() -> None:
+def test_moving_copies_and_loading_moves_too() -> None:
     _, optimizer, spy = train(CPU, offload=True)
     state = next(iter(optimizer.state.values()))
     before, values = state["exp_avg"].data_ptr(), state["exp_avg"].clone()
@@ -72,7 +72,7 @@ def test_moving_makes_tensors_anew_and_loading_moves_too() -> None:
     assert len(spy.moves) == 4 * 2 + 2
 
 
-def test_sharded_state_is_moved_in_its_place() -> None:
+def test_sharded_state_moves_in_place() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
