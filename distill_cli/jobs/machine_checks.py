@@ -17,7 +17,7 @@ from distill_cli.launch.base import launcher_of
 from distill_cli.machine import hardware
 from distill_cli.models import model_files
 from distill_cli.models.model_files import ModelFiles
-from distill_cli.resolved import PredictedMemory, Ranks
+from distill_cli.resolved import Ranks
 
 if TYPE_CHECKING:
     from distill_cli.jobs.preflight import Facts
@@ -81,9 +81,7 @@ def memory(facts: Facts, config: Config, student: ModelFiles, ranks: Ranks) -> I
     folders = student.folder, facts.teacher.folder if facts.teacher else None
     try:
         shape = predictions.read_shape(student.folder, config.model.student.lora)
-        predicted = predictions.predict(config, shape, *folders, num_ranks=ranks.total, gpu_bytes=gpu_bytes)
-        parts = {**predicted.trainer.parts, **predicted.engines}
-        facts.memory = PredictedMemory(predicted.peak, parts, predicted.trainer.name, predicted.asleep)
+        facts.memory = predictions.predict(config, shape, *folders, num_ranks=ranks.total, gpu_bytes=gpu_bytes)
         if total is None or not launcher_of(config.cluster.launcher).runs_here:
             return  # the memory of a cluster's node is not known here
         if ranks.on_gpus:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,7 +13,8 @@ from distill_cli.config.schema import Checkpointing, Config
 from distill_cli.config.variation import override
 from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB, engine_bytes, engine_problems, engines_of, gib
 from distill_cli.memory.shape import ModelShape
-from distill_cli.memory.trainer_bytes import Moment, Step, trainer_moments
+from distill_cli.memory.trainer_bytes import Step, trainer_moments
+from distill_cli.resolved import PredictedMemory
 
 ENGINES = {"student": "sampler", "teacher": "scorer"}
 """The engine of each role."""
@@ -30,33 +31,9 @@ class Device:
     """Ranks of the node, which share the host."""
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """One rank of a run, in bytes."""
-
-    trainer: Moment
-    """The moment that holds most."""
-    engines: dict[str, int]
-    """sampler, scorer: while awake. On a GPU of unknown size without those that take a share of it."""
-    resting: int
-    """Memory of the trainer while the engines work."""
-    asleep: tuple[str, ...] = ()
-    """Engines that free their memory while the student trains."""
-
-    @property
-    def peak(self) -> int:
-        awake = sum(size for name, size in self.engines.items() if name not in self.asleep)
-        largest_sleeper = max((self.engines[name] for name in self.asleep), default=0)  # one is awake at a time
-        return max(self.trainer.total + awake, self.resting + awake + largest_sleeper)
-
-    def __str__(self) -> str:
-        parts = {**self.trainer.parts, **self.engines}
-        return ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size) + " GiB"
-
-
 def predict(
     config: Config, shape: ModelShape, student: Path, teacher: Path | None, *, num_ranks: int, gpu_bytes: int | None
-) -> Prediction:
+) -> PredictedMemory:
     """Return the memory of a rank.
 
     Args:
@@ -66,14 +43,26 @@ def predict(
     Raises:
         NoPrediction: the size of an engine's weights is not known.
     """
-    engines, asleep = {}, []
+    engines, asleep = dict[str, int](), list[str]()
     for role, folder, model, engine in engines_of(config, student, teacher):
         engines[ENGINES[role]] = engine_bytes(folder, model, engine, gpu_bytes=gpu_bytes)
         if gpu_bytes is not None and engine.sleep is not False:
             asleep.append(ENGINES[role])
     moments = trainer_moments(shape, Step.of(config, num_ranks=num_ranks, on_gpu=gpu_bytes is not None))
-    peak, rest = max(moments, key=lambda moment: moment.total), moments[0].parts
-    return Prediction(peak, engines, rest["weights"] + rest["optimizer"], tuple(asleep))
+    trainer, rest = max(moments, key=lambda moment: moment.total), moments[0].parts
+    peak = peak_bytes(trainer.total, rest["weights"] + rest["optimizer"], engines, asleep)
+    return PredictedMemory(peak, {**trainer.parts, **engines}, trainer.name, tuple(asleep))
+
+
+def peak_bytes(trainer: int, resting: int, engines: Mapping[str, int], asleep: Sequence[str]) -> int:
+    """Return a rank's peak: in training, or while the engines work and the trainer holds `resting` bytes.
+
+    Args:
+        engines: bytes while awake.
+        asleep: those that free their memory while the student trains; one of them is awake at a time.
+    """
+    awake = sum(size for name, size in engines.items() if name not in asleep)
+    return max(trainer + awake, resting + awake + max((engines[name] for name in asleep), default=0))
 
 
 def alternatives(
@@ -119,7 +108,7 @@ def problem(
     """
     gpu_bytes, room = (device.total, device.total) if device.is_gpu else (None, device.total // device.num_ranks)
 
-    def predicted(other: Config) -> Prediction:
+    def predicted(other: Config) -> PredictedMemory:
         return predict(other, shape, student, teacher, num_ranks=num_ranks, gpu_bytes=gpu_bytes)
 
     now = predicted(config)
@@ -138,4 +127,5 @@ def problem(
     place = "its GPU has" if device.is_gpu else f"its share of the host's memory ({device.num_ranks} ranks) is"
     changes = " or ".join(text for _, text in sorted(best.values())[:3])
     fix = f"set {changes}" if changes else "no single key is enough: take a smaller model, more ranks, or several keys"
-    return f"memory: a rank needs about {gib(now.peak)} GiB ({now}), and {place} {gib(room)} GiB; {fix}"
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in now.parts.items() if size)
+    return f"memory: a rank needs about {gib(now.peak)} GiB ({parts} GiB), and {place} {gib(room)} GiB; {fix}"

@@ -15,8 +15,8 @@ from distill_cli.jobs.plan_tables import memory_rows
 from distill_cli.jobs.preflight import preflight
 from distill_cli.memory.engine_bytes import engine_bytes, engine_weights
 from distill_cli.memory.shape import ModelShape, shape_of
-from distill_cli.memory.trainer_bytes import PARTS, Moment
-from distill_cli.memory.verdict import Prediction
+from distill_cli.memory.trainer_bytes import PARTS
+from distill_cli.memory.verdict import peak_bytes
 from distill_cli.models import model_files
 
 STUDENT, TEACHER = (model_files.ASSETS / "tiny_pair" / role for role in ("student", "teacher"))
@@ -79,11 +79,10 @@ def test_engines_by_dtype_quantization_and_cache() -> None:
 
 
 def test_engines_asleep_and_trainer_take_turns() -> None:
-    trainer = Moment("the loss", {"weights": 10, "activations": 30})
-    awake = Prediction(trainer, {"sampler": 20, "scorer": 25}, resting=10)
-    assert awake.peak == 40 + 45
-    assert Prediction(trainer, awake.engines, 10, asleep=("scorer",)).peak == 40 + 20
-    assert Prediction(trainer, awake.engines, 10, asleep=("sampler", "scorer")).peak == 40
+    engines = {"sampler": 20, "scorer": 25}
+    assert peak_bytes(40, 10, engines, ()) == 40 + 45
+    assert peak_bytes(40, 10, engines, ("scorer",)) == 40 + 20
+    assert peak_bytes(40, 10, engines, ("sampler", "scorer")) == 40
 
 
 def test_named_keys_make_it_fit() -> None:
