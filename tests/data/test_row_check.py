@@ -148,7 +148,7 @@ def test_teacher_is_validated_on_own_prompts(parallel: Parallel) -> None:
 
     class Recording(Echo):
         def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
-            texts.extend(validator.decode(ids) for ids in prompts)
+            texts.extend(validator.responder.decode(ids) for ids in prompts)
             return super().sample(prompts, seeds=seeds, sampling=sampling)
 
     validator.for_teacher().run(Recording())
