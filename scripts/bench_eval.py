@@ -35,12 +35,13 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from distill_cli.config.compose import compose  # noqa: E402
+from distill_cli.data.prompts import load_tokenizer  # noqa: E402
 from distill_cli.data.registry import resolve_extract  # noqa: E402
 from distill_cli.engines.engine import VllmEngine, fold_seed  # noqa: E402
 from distill_cli.folders.answers_table import AnswersFile, join_answers  # noqa: E402
 from distill_cli.parallel.mesh import layout  # noqa: E402
 from distill_cli.ranks.build_engines import engine_settings  # noqa: E402
-from distill_cli.ranks.build_prompts import build_tokenizer, build_validator  # noqa: E402
+from distill_cli.ranks.build_source import Rank, build_validator  # noqa: E402
 from distill_cli.report.eval_results import make_scoreboard, read_problems  # noqa: E402
 from distill_cli.train.validation import Validator, answer_row  # noqa: E402
 
@@ -57,7 +58,7 @@ def main() -> None:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
         parallel = layout(device=torch.device("cpu"))
         found = preflight(config)
-        validator = build_validator(found, parallel, build_tokenizer(found))
+        validator = build_validator(Rank(found, parallel, load_tokenizer(found.tokenizer.folder)))
         engine = VllmEngine(engine_settings(found, "student"))
         variants = {
             "bare": lambda: bare(engine, validator),
@@ -100,8 +101,8 @@ def bare(engine: VllmEngine, validator: Validator, *, n: int = 1, seeds: Sequenc
     prompts = [prompt.token_ids for prompt in validator.prompts for _ in range(validator.repeat // n)]
     common: dict[str, Any] = {
         "n": n,
-        "max_tokens": validator.sampling.max_new_tokens,
-        "temperature": validator.sampling.temperature,
+        "max_tokens": validator.responder.sampling.max_new_tokens,
+        "temperature": validator.responder.sampling.temperature,
     }
     params = SamplingParams(**common)
     if seeds is not None:
@@ -113,10 +114,10 @@ def bare(engine: VllmEngine, validator: Validator, *, n: int = 1, seeds: Sequenc
 
 def ours(engine: VllmEngine, validator: Validator, folder: Path) -> int:
     """Do what `ranks.eval_rank` and `jobs.evaluation` do around an engine; return the number of tokens."""
-    file, extract, num_tokens = AnswersFile(folder, rank=0), resolve_extract(validator.verify.function), 0
+    file, extract, num_tokens = AnswersFile(folder, rank=0), resolve_extract(validator.responder.verify.function), 0
     for answers in validator.answers(engine):
-        file.write([answer_row(answer, decode=validator.decode, extract=extract) for answer in answers])
-        num_tokens += sum(len(answer.rollout.sample.token_ids) for answer in answers)
+        file.write([answer_row(answer, decode=validator.responder.decode, extract=extract) for answer in answers])
+        num_tokens += sum(len(rollout.sample.token_ids) for _, rollout in answers)
     file.close()
     make_scoreboard({"student": read_problems(join_answers(folder), unnamed="problems")}, has_votes=True)
     return num_tokens

@@ -67,7 +67,9 @@ def page() -> str:
     """Return the text of the page."""
     nodes = [node for file in SCHEMA for node in ast.parse(file.read_text()).body]
     classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
-    enums = {name: enum_values(node) for name, node in classes.items() if _bases(node) == ["Enum"]}
+    assigned = {ast.unparse(node.targets[0]): node.value for node in nodes if isinstance(node, ast.Assign)}
+    calls = {name: value for name, value in assigned.items() if isinstance(value, ast.Call)}
+    enums = {name: enum_values(call) for name, call in calls.items() if ast.unparse(call.func) == "Enum"}
     parts = [INTRODUCTION]
     for group in fields_of(classes["Config"]):
         node = classes[group.kind]
@@ -84,7 +86,7 @@ def rows(node: ast.ClassDef, prefix: str, classes: dict, enums: dict) -> list[Fi
     for field in fields_of(node):
         key = f"{prefix}.{field.key}"
         inner = field.kind.removesuffix(" | None")
-        if inner in classes and inner not in enums:
+        if inner in classes:
             fields += rows(classes[inner], key, classes, enums)
             continue
         kind = field.kind.replace(inner, ", ".join(enums[inner])) if inner in enums else field.kind
@@ -115,7 +117,7 @@ def fields_of(node: ast.ClassDef) -> list[Field]:
         keywords = {word.arg: word.value for word in getattr(statement.value, "keywords", [])}
         limits = [f"{name.replace('_', ' ')} {ast.unparse(keywords[name])}" for name in LIMITS if name in keywords]
         parts = [meaning, *([" and ".join(limits).capitalize() + "."] if limits else [])]
-        name, kind = ast.unparse(statement.target), ast.unparse(statement.annotation)
+        name, kind = ast.unparse(statement.target), ast.unparse(statement.annotation).removeprefix("execution.")
         fields.append(Field(name, kind, default_of(statement.value, keywords), " ".join(parts).strip()))
     return fields
 
@@ -130,8 +132,8 @@ def default_of(value: ast.expr, keywords: dict[str | None, ast.expr]) -> str:
     return {"None": "null", "True": "true", "False": "false", "MISSING": "needed"}.get(text, text.strip("'"))
 
 
-def enum_values(node: ast.ClassDef) -> list[str]:
-    return [ast.literal_eval(statement.value) for statement in node.body if isinstance(statement, ast.Assign)]
+def enum_values(call: ast.Call) -> list[str]:
+    return list(ast.literal_eval(call.args[1]).values())
 
 
 def table(fields: list[Field]) -> str:
@@ -149,10 +151,6 @@ def choices(group: str) -> str:
         comments = [line for line in file.read_text().splitlines() if line.startswith("#") and "@package" not in line]
         lines.append(f"- `{group}={file.stem}`: {comments[0].lstrip('# ') if comments else ''}")
     return "\n".join(lines) + "\n" if lines else ""
-
-
-def _bases(node: ast.ClassDef) -> list[str]:
-    return [ast.unparse(base) for base in node.bases]
 
 
 def _one_line(text: str) -> str:

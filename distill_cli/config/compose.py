@@ -21,12 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from distill_cli.config import variation
 from distill_cli.config.choices import conf_dir
 from distill_cli.config.credentials import without_credentials
 from distill_cli.config.flags import conf_dirs
-from distill_cli.config.overrides import into_dictionaries, override_problems, sweep_keys, sweeps, unknown_keys
 from distill_cli.config.schema import Config
-from distill_cli.config.variation import one_line
 from distill_cli.errors import ConfigError
 
 
@@ -56,10 +55,10 @@ def compose(overrides: Sequence[str], flags: Sequence[str] = (), *, unread: Sequ
         ConfigError: a key, a type, a choice or an override is wrong; with all problems of what was typed.
     """
     check_overrides(overrides, flags)
-    if ranges := [override.input_line for override in sweeps(overrides) if override.is_interval_sweep()]:
+    if ranges := [override.input_line for override in variation.sweeps(overrides) if override.is_interval_sweep()]:
         rule = "is a range, which `distill train -m` searches with search.trials=N; add that, or give values"
         raise ConfigError(*(f"{line}: {rule}" for line in ranges))
-    if "--multirun" not in flags and (swept := sweep_keys(overrides)):
+    if "--multirun" not in flags and (swept := variation.sweep_keys(overrides)):
         rule = "several values are a sweep: add -m, or quote a value with commas"
         raise ConfigError(*(f"{key}: {rule}" for key in sorted(swept)))
     jobs: list[Job] = []
@@ -84,7 +83,7 @@ def check_overrides(overrides: Sequence[str], flags: Sequence[str] = ()) -> None
     has_no_use = "--resolve" in flags and "--cfg" not in flags
     problems = ["--resolve: is for --cfg; add it, or leave this out"] if has_no_use else []
     if "--shell-completion" not in flags:  # what follows that flag are no overrides
-        problems += override_problems(overrides, conf_dirs=conf_dirs(flags))
+        problems += variation.override_problems(overrides, conf_dirs=conf_dirs(flags))
     if problems:
         raise ConfigError(*problems)
 
@@ -96,7 +95,7 @@ def run_hydra(overrides: Sequence[str], flags: Sequence[str], task: Callable[[Di
         ConfigError: a key, a type, a choice or an override is wrong.
     """
     ConfigStore.instance().store("base_config", Config)
-    argv, prefixed = sys.argv, into_dictionaries(overrides)
+    argv, prefixed = sys.argv, variation.into_dictionaries(overrides)
     with tempfile.TemporaryDirectory() as sweep_dir:
         os.environ["DISTILL_SWEEP_DIR"] = sweep_dir  # Hydra writes its multirun.yaml there, not in a run's folder
         os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
@@ -104,7 +103,7 @@ def run_hydra(overrides: Sequence[str], flags: Sequence[str], task: Callable[[Di
         try:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
-            raise ConfigError(one_line(error)) from error
+            raise ConfigError(variation.one_line(error)) from error
         finally:
             sys.argv = argv
 
@@ -118,14 +117,14 @@ def composed_job(config: DictConfig, overrides: Sequence[str]) -> Job:
     Raises:
         ConfigError: a key is unknown, or has no value.
     """
-    problems = [f"{key}: unknown key" for key in unknown_keys(config)]
+    problems = [f"{key}: unknown key" for key in variation.unknown_keys(config)]
     problems += [f"{key}: a value is needed" for key in sorted(OmegaConf.missing_keys(config))]
     if problems:
         raise ConfigError(*problems)
     runtime = HydraConfig.get()
     task, swept = [without_credentials(text.removeprefix("++")) for text in runtime.overrides.task], []
     if runtime.mode is not None and runtime.mode.name == "MULTIRUN":
-        keys = sweep_keys(overrides) | {str(key) for key in runtime.sweeper.get("params") or {}}
+        keys = variation.sweep_keys(overrides) | {str(key) for key in runtime.sweeper.get("params") or {}}
         swept = [text for text in task if text.lstrip("+").split("=", 1)[0] in keys]
     choices = {group: choice for group, choice in runtime.runtime.choices.items() if "/" not in group}
     composed: Any = OmegaConf.to_object(config)

@@ -46,12 +46,8 @@ def secret_problems(node: Any, at: str = "") -> Iterator[str]:
     elif isinstance(node, list):
         for value in node:
             yield from secret_problems(value, at)
-    elif isinstance(node, str) and node and at not in credential_keys() and _is_secret(at, node):
-        yield (
-            f"{at}: holds a password or token, which would be written to the run's folder and to trackers; leave it "
-            "out and set it in your environment, which the ranks inherit (such as HF_TOKEN)"
-        )
-
-
-def _is_secret(key: str, value: str) -> bool:
-    return bool(SECRET_KEY.search(key) or SECRET_VALUE.search(value))
+    elif at in credential_keys():
+        return
+    elif isinstance(node, str) and node and (SECRET_KEY.search(at) or SECRET_VALUE.search(node)):
+        fix = "leave it out and set it in your environment, which the ranks inherit (such as HF_TOKEN)"
+        yield f"{at}: holds a password or token, which the run's folder and trackers would keep; {fix}"

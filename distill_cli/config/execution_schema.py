@@ -8,10 +8,7 @@ from typing import Any
 from distill_cli.config.fields import key, section
 from distill_cli.metrics import find
 
-
-class SearchSampler(Enum):
-    tpe = "tpe"
-    random = "random"
+SearchSampler = Enum("SearchSampler", {"tpe": "tpe", "random": "random"})
 
 
 @section
@@ -172,9 +169,9 @@ class SearchConfig:
 
     trials: int | None = None
     """Number of runs; null runs every combination of the values instead. Taken from the command line alone."""
-    sampler: SearchSampler = SearchSampler.tpe
+    sampler: SearchSampler = key(SearchSampler.tpe, only_with="search.trials")
     """tpe draws near the best trials so far, after ten random ones (Bergstra et al. 2011); random ignores them."""
-    seed: int = 0
+    seed: int = key(0, only_with="search.trials")
     """Seed of the sampler: the same command draws the same trials."""
 
 

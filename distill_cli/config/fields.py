@@ -52,10 +52,11 @@ def key(
     """Declare a key, or a section in a section.
 
     Args:
-        metadata: any of `PROPERTIES` and `LIMITS`; `credentials` is the environment variable that carries an address
-            whole, if it may hold credentials: files have it without them.
+        metadata: any of `PROPERTIES` and `LIMITS`; `only_with` is a key without which this one has no effect;
+            `credentials` is the environment variable that carries an address whole, if it may hold credentials: files
+            have it without them.
     """
-    assert metadata.keys() <= PROPERTIES | LIMITS.keys() | {"credentials"}
+    assert metadata.keys() <= PROPERTIES | LIMITS.keys() | {"only_with", "credentials"}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata, repr="credentials" not in metadata)

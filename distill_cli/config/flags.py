@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,20 @@ def add_hydra_flags(parser: argparse.ArgumentParser) -> None:
     """Declare Hydra's flags. What is typed becomes `flags`: long names with their values, as Hydra parses them."""
     parser.usage = " ".join([*parser.format_usage().split()[1:], "[HYDRA'S FLAGS]"])
     group = parser.add_argument_group("Hydra's flags")
-    one_of = group.add_mutually_exclusive_group()
-    one_of.add_argument("-m", "--multirun", action=_Collect, nargs=0, help="a sweep: every combination of the values")
-    one_of.add_argument(
-        *("--cfg", "-c"), action=_Collect, choices=("job", "hydra", "all"), metavar="WHAT",
-        help="print the composed configuration: job, hydra or all",
-    )  # fmt: skip
-    group.add_argument("--resolve", action=_Collect, nargs=0, help="with --cfg: resolve interpolations")
-    group.add_argument("--package", "-p", action=_Collect, metavar="KEY", help="with --cfg: print this part alone")
-    one_of.add_argument(
-        *("--info", "-i"), action=_Collect, nargs="?", const="all", metavar="WHAT",
-        choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
-        help="print how the configuration is composed",
-    )  # fmt: skip
-    group.add_argument("--config-dir", "-cd", action=_Collect, metavar="DIR", help="a further folder of config groups")
-    group.add_argument("--hydra-help", action=_Collect, nargs=0, help="print all of Hydra's flags")
-    one_of.add_argument("--shell-completion", "-sc", action=_Collect, nargs=0, help=argparse.SUPPRESS)
-    group.add_argument("--run", "-r", action=_Collect, nargs=0, help=argparse.SUPPRESS)
+    one_of = partial(group.add_mutually_exclusive_group().add_argument, action=_Collect)
+    add, hidden, what = partial(group.add_argument, action=_Collect), argparse.SUPPRESS, ("job", "hydra", "all")
+    parts = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+    one_of("-m", "--multirun", nargs=0, help="a sweep: every combination of the values")
+    one_of("--cfg", "-c", choices=what, metavar="WHAT", help="print the composed config: job, hydra or all")
+    add("--resolve", nargs=0, help="with --cfg: resolve interpolations")
+    add("--package", "-p", metavar="KEY", help="with --cfg: print this part alone")
+    one_of("--info", "-i", nargs="?", const="all", metavar="WHAT", choices=parts, help="print how it is composed")
+    add("--config-dir", "-cd", metavar="DIR", help="a further folder of config groups")
+    add("--hydra-help", nargs=0, help="print all of Hydra's flags")
+    one_of("--shell-completion", "-sc", nargs=0, help=hidden)
+    add("--run", "-r", nargs=0, help=hidden)
     for names in (("--config-path", "-cp"), ("--config-name", "-cn"), ("--experimental-rerun",)):
-        group.add_argument(*names, action=_Collect, help=argparse.SUPPRESS)
+        add(*names, help=hidden)
 
 
 def conf_dirs(flags: Sequence[str]) -> list[Path]:

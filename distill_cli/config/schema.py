@@ -12,70 +12,20 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from distill_cli.config.execution_schema import (
-    CheckpointConfig,
-    ClusterConfig,
-    EngineConfig,
-    RunConfig,
-    SearchConfig,
-    TrackerConfig,
-)
+from distill_cli.config import execution_schema as execution
 from distill_cli.config.fields import key, section
 from distill_cli.losses.divergence import DIVERGENCES, PARAMETERS, parameters_of
 
-
-class Dtype(Enum):
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
-
-class Precision(Enum):
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-class Checkpointing(Enum):
-    none = "none"
-    selective = "selective"
-    full = "full"
-
-
-class Schedule(Enum):
-    constant = "constant"
-    cosine = "cosine"
-    linear = "linear"
-
-
-class Tail(Enum):
-    bucket = "bucket"
-    renormalize = "renormalize"
-    zero = "zero"
-
-
-class OnTruncation(Enum):
-    warn = "warn"
-    stop = "stop"
-
-
-class OverlongPrompts(Enum):
-    drop = "drop"
-    truncate = "truncate"
-
-
-class EosMap(Enum):
-    auto = "auto"
-    off = "off"
-
-
-class LoraSync(Enum):
-    merged = "merged"
-    adapter = "adapter"
-
-
-class OffPolicy(Enum):
-    dataset = "dataset"
-    teacher = "teacher"
+Dtype = Enum("Dtype", {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"})
+Precision = Enum("Precision", {"bf16": "bf16", "fp32": "fp32"})
+Checkpointing = Enum("Checkpointing", {"none": "none", "selective": "selective", "full": "full"})
+Schedule = Enum("Schedule", {"constant": "constant", "cosine": "cosine", "linear": "linear"})
+Tail = Enum("Tail", {"bucket": "bucket", "renormalize": "renormalize", "zero": "zero"})
+OnTruncation = Enum("OnTruncation", {"warn": "warn", "stop": "stop"})
+OverlongPrompts = Enum("OverlongPrompts", {"drop": "drop", "truncate": "truncate"})
+EosMap = Enum("EosMap", {"auto": "auto", "off": "off"})
+LoraSync = Enum("LoraSync", {"merged": "merged", "adapter": "adapter"})
+OffPolicy = Enum("OffPolicy", {"dataset": "dataset", "teacher": "teacher"})
 
 
 @section
@@ -83,13 +33,13 @@ class LoraConfig:
     rank: int | None = key(None, at_least=0)
     """Train low-rank adapters of this rank and freeze all other weights, which need no gradients and no optimizer state
     (LoRA, Hu et al. 2021). null or 0 trains all weights."""
-    alpha: float = key(32.0, above=0)
+    alpha: float = key(32.0, above=0, only_with="model.student.lora.rank")
     """The output of an adapter is scaled by alpha / rank. Adapters usually want about ten times the learning rate of
     full training."""
     targets: list[str] | None = None
     """The linear layers that get an adapter, by the ends of their names (q_proj, mlp.down_proj); null is every linear
     layer of the decoder. Embedding and head have none."""
-    sync: LoraSync = key(LoraSync.merged, resume=True)
+    sync: LoraSync = key(LoraSync.merged, resume=True, only_with="model.student.lora.rank")
     """How the sampler gets the adapters. merged: added to its weights. adapter: as adapters, with weights that never
     change; sampling is slower, but 16-bit weights are not rounded again, as in the trainer."""
 
@@ -195,7 +145,9 @@ class DataConfig:
     """Prompts above that length: drop leaves them out, truncate cuts the end of the question. Both are counted."""
     teacher_context: str | None = None
     """A column of the training data that only the teacher sees, such as a reference solution."""
-    teacher_prompt_template: str = "{question}\n\nA reference solution, for you alone:\n\n{context}"
+    teacher_prompt_template: str = key(
+        "{question}\n\nA reference solution, for you alone:\n\n{context}", only_with="data.teacher_context"
+    )
     """The teacher's user message if it has a context; `{question}` stands for what the student reads."""
     max_teacher_prompt_tokens: int | None = key(None, at_least=1)
     """Greatest length of the teacher's prompt in tokens; null is rollout.max_sequence_length if it has a context, else
@@ -353,10 +305,10 @@ class Config:
     rollout: RolloutConfig = key(factory=RolloutConfig)
     train: TrainConfig = key(factory=TrainConfig, replay=True)
     mesh: MeshConfig = key(factory=MeshConfig, resume=True, replay=True)
-    engine: EngineConfig = key(factory=EngineConfig, resume=True, replay=True)
+    engine: execution.EngineConfig = key(factory=execution.EngineConfig, resume=True, replay=True)
     eval: EvalConfig = key(factory=EvalConfig, resume=True, replay=True)
-    checkpoint: CheckpointConfig = key(factory=CheckpointConfig, resume=True, replay=True)
-    cluster: ClusterConfig = key(factory=ClusterConfig, resume=True, replay=True)
-    tracker: TrackerConfig = key(factory=TrackerConfig, resume=True, replay=True)
-    search: SearchConfig = key(factory=SearchConfig)
-    run: RunConfig = key(factory=RunConfig, replay=True)
+    checkpoint: execution.CheckpointConfig = key(factory=execution.CheckpointConfig, resume=True, replay=True)
+    cluster: execution.ClusterConfig = key(factory=execution.ClusterConfig, resume=True, replay=True)
+    tracker: execution.TrackerConfig = key(factory=execution.TrackerConfig, resume=True, replay=True)
+    search: execution.SearchConfig = key(factory=execution.SearchConfig)
+    run: execution.RunConfig = key(factory=execution.RunConfig, replay=True)

@@ -22,8 +22,8 @@ from rich.markup import escape
 from distill_cli.config.compose import Job, check_overrides, compose
 from distill_cli.config.derived import validates
 from distill_cli.config.execution_schema import SearchSampler
-from distill_cli.config.overrides import sweeps, takes_fractions
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import sweeps, takes_fractions
 from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir, write_json

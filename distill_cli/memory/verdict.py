@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -43,29 +43,26 @@ def predict(
     Raises:
         NoPrediction: the size of an engine's weights is not known.
     """
-    engines, asleep = {}, []
+    engines, asleep = dict[str, int](), list[str]()
     for role, folder, model, engine in engines_of(config, student, teacher):
         engines[ENGINES[role]] = engine_bytes(folder, model, engine, gpu_bytes=gpu_bytes)
         if gpu_bytes is not None and engine.sleep is not False:
             asleep.append(ENGINES[role])
     moments = trainer_moments(shape, Step.of(config, num_ranks=num_ranks, on_gpu=gpu_bytes is not None))
-    largest, resting = max(moments, key=lambda moment: moment.total), moments[0].parts
-    peak = peak_of(largest.total, resting["weights"] + resting["optimizer"], engines, asleep)
-    return PredictedMemory(peak, largest.parts | engines, largest.name, tuple(asleep))
+    trainer, rest = max(moments, key=lambda moment: moment.total), moments[0].parts
+    peak = peak_bytes(trainer.total, rest["weights"] + rest["optimizer"], engines, asleep)
+    return PredictedMemory(peak, {**trainer.parts, **engines}, trainer.name, tuple(asleep))
 
 
-def peak_of(trainer: int, resting: int, engines: Mapping[str, int], asleep: Collection[str]) -> int:
-    """Return a rank's peak in bytes.
+def peak_bytes(trainer: int, resting: int, engines: Mapping[str, int], asleep: Sequence[str]) -> int:
+    """Return a rank's peak: in training, or while the engines work and the trainer holds `resting` bytes.
 
     Args:
-        trainer: the trainer's own peak.
-        resting: the trainer's memory while the engines work.
-        engines: memory of each engine while awake.
-        asleep: engines that free their memory while the student trains.
+        engines: bytes while awake.
+        asleep: those that free their memory while the student trains; one of them is awake at a time.
     """
     awake = sum(size for name, size in engines.items() if name not in asleep)
-    largest_sleeper = max((engines[name] for name in asleep), default=0)  # one is awake at a time
-    return max(trainer + awake, resting + awake + largest_sleeper)
+    return max(trainer + awake, resting + awake + max((engines[name] for name in asleep), default=0))
 
 
 def alternatives(

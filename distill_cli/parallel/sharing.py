@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -67,6 +67,15 @@ class EngineShare:
     """The ranks of these engines, for `gather_items`; None is all ranks."""
     data_ranks: range
     """Data ranks whose sequences these engines share."""
+
+    def map(self, work: Callable[[list[int]], Sequence[Item]], costs: Sequence[float]) -> dict[int, Item]:
+        """Return index -> result on every rank of `group`; `work` does the indices of this rank's engine. A collective.
+
+        Args:
+            costs: of each index, to partition them by.
+        """
+        shares = partition_by_cost(costs, self.num_engines)
+        return gather_items(work(shares[self.index]), shares, group=self.group)
 
     @classmethod
     def of_all_ranks(cls, num_ranks: int, parallel: Parallel) -> EngineShare:

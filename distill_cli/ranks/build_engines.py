@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from distill_cli.config.derived import needs_sampler, needs_scorer
-from distill_cli.engines.base import Sampler, Teacher
+from distill_cli.engines.base import AnsweringEngine, Sampler, Teacher
 from distill_cli.engines.companion import CompanionTeacher, needs_companion
 from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.settings import Adapter, EngineSettings, SamplingSettings
@@ -20,47 +20,48 @@ from distill_cli.resolved import ResolvedRun
 log = logging.getLogger(__name__)
 
 
-class Engines(NamedTuple):
-    """A rank's engines; None for an engine that the run does not need."""
-
-    sampler: Sampler | None
-    teacher: Teacher | None
+Engines = tuple[Sampler | None, Teacher | None]
+"""A rank's engines; None for an engine that the run does not need."""
 
 
-def build_engines(
-    resolved: ResolvedRun, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
-) -> Engines:
+def build_engines(resolved: ResolvedRun, *, should_stop: Callable[[], bool] | None = None) -> Engines:
     """Build the engines that the run needs, asleep if they can sleep. A collective.
 
     Args:
-        topk: tokens of the teacher's distribution at each position; None is `loss.topk`.
         should_stop: see `VllmEngine`.
     """
     begin, config, sampler = time.perf_counter(), resolved.config, None
     # Built first: a companion loads while the sampler is built.
-    teacher = build_teacher(resolved, topk=topk, should_stop=should_stop) if needs_scorer(config) else None
+    teacher = build_teacher(resolved, should_stop=should_stop) if needs_scorer(config) else None
     if needs_sampler(config):
         sampler = VllmSampler(engine_settings(resolved, "student"), should_stop=should_stop)
         sampler.sleep()
     if teacher is not None:
         teacher.wait_ready()
     log.info("engines ready in %.1f s", time.perf_counter() - begin)
-    return Engines(sampler, teacher)
+    return sampler, teacher
 
 
-def build_teacher(
-    resolved: ResolvedRun, *, topk: int | None = None, should_stop: Callable[[], bool] | None = None
-) -> Teacher:
+def build_teacher(resolved: ResolvedRun, *, should_stop: Callable[[], bool] | None = None) -> Teacher:
     """Build the teacher, asleep if it can sleep; call `wait_ready` before using it. A collective."""
     student, teacher = engine_settings(resolved, "student"), engine_settings(resolved, "teacher")
-    topk, temperature = topk or resolved.config.loss.topk, resolved.config.loss.temperature
+    loss = resolved.config.loss
     engine: Teacher
     if needs_companion(student, teacher, on_gpu=torch.cuda.is_available()):
-        engine = CompanionTeacher(teacher, topk=topk, temperature=temperature)
+        engine = CompanionTeacher(teacher, topk=loss.topk, temperature=loss.temperature)
     else:
-        engine = VllmTeacher(teacher, topk=topk, temperature=temperature, should_stop=should_stop)
+        engine = VllmTeacher(teacher, topk=loss.topk, temperature=loss.temperature, should_stop=should_stop)
     engine.sleep()
     return engine
+
+
+def close(*engines: AnsweringEngine | None) -> None:
+    """Close the engines, in the reverse of the order in which they were built, then the process group. A collective."""
+    for engine in engines:
+        if engine is not None:
+            engine.close()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def engine_settings(resolved: ResolvedRun, role: str) -> EngineSettings:

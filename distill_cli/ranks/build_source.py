@@ -1,47 +1,158 @@
-"""Build the source of a rank's sequences from its config, with the parts: ordered prompts, worker, planner."""
+"""Build what a rank trains on and validates with: tokenizer, ordered prompts, workers, planner, source, validation."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from distill_cli.checkpoint.saver import Trainable
-from distill_cli.config.schema import Config, OffPolicy
-from distill_cli.data.isolated import IsolatedVerifier
+from distill_cli.config.derived import validates
+from distill_cli.config.schema import OffPolicy
+from distill_cli.data.isolated import IsolatedEnvironments, IsolatedVerifier
 from distill_cli.data.order import PromptOrder, PromptStream
-from distill_cli.data.prompts import make_prompts
+from distill_cli.data.prompts import PromptMaker, PromptSettings, load_template, load_tokenizer, make_prompts
 from distill_cli.data.recorded_run import Recording
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
 from distill_cli.engines.base import Sampler
-from distill_cli.parallel.mesh import Parallel
+from distill_cli.engines.settings import SamplingSettings
+from distill_cli.folders.run_dir import RunDir
+from distill_cli.models.model_pair import OWN_TEMPLATE, read_template
+from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.ranks.build_engines import train_sampling
-from distill_cli.ranks.build_prompts import build_turns, make_decode, prompt_maker
 from distill_cli.resolved import ResolvedRun
-from distill_cli.rollout.off_policy import Mixture, dataset_samples, response_encoder, teacher_samples
+from distill_cli.rollout.off_policy import dataset_samples, response_encoder, teacher_samples
 from distill_cli.rollout.on_policy import OnPolicy
 from distill_cli.rollout.pack import Planner, plan_batch
-from distill_cli.rollout.recorded_steps import RecordedSteps, Replay
-from distill_cli.rollout.score_files import Recorder
+from distill_cli.rollout.score_files import RecordedSteps, Recorder, Replay
 from distill_cli.rollout.source import RolloutSource
 from distill_cli.rollout.stages import Stages
-from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
+from distill_cli.rollout.turns import Turns, observation_encoder
+from distill_cli.rollout.workers import Responder, RolloutWorker, ScoringWorker
 from distill_cli.student.model import Student
 from distill_cli.student.synced_weights import synced_parameters
+from distill_cli.train.validation import Validator, first_of_each
 
 Order = PromptOrder | PromptStream | RecordedSteps
 MAX_PROMPTS_AT_START = 50_000
 """Most training prompts to make before the first step (about 15 s); more are made as training reaches them."""
 
 
-def build_order(resolved: ResolvedRun, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> Order:
+@dataclass(frozen=True)
+class Rank:
+    """What every part of a rank is built from."""
+
+    resolved: ResolvedRun
+    parallel: Parallel
+    tokenizer: PreTrainedTokenizerBase
+    """Renders the prompts."""
+
+    @classmethod
+    def join(cls, run: RunDir) -> Rank:
+        """Read the run, join the process group and build the mesh. A collective."""
+        resolved = ResolvedRun.read(run)
+        parallel = init_parallel(device=pick_device(), **asdict(resolved.config.mesh))
+        model, folder = resolved.config.model, resolved.tokenizer.folder
+        template, code = model.chat_template, model.trust_remote_code
+        return cls(resolved, parallel, load_tokenizer(folder, chat_template=template, trust_remote_code=code))
+
+
+def pick_device() -> torch.device:
+    """Return this rank's GPU, or the CPU if the launcher hid the GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def prompt_maker(rank: Rank) -> PromptMaker:
+    """Build the maker of prompts, which begin with the environment's opening if there is an environment."""
+    environment = rank.resolved.config.rollout.environment
+    opening = IsolatedEnvironments(environment).make().reset if environment else None
+    return PromptMaker(rank.tokenizer, prompt_settings(rank.resolved), opening=opening)
+
+
+def prompt_settings(resolved: ResolvedRun) -> PromptSettings:
+    """Return how examples become prompts."""
+    data, model = resolved.config.data, resolved.config.model
+    template = model.teacher.chat_template  # None is the student's
+    if template == OWN_TEMPLATE:
+        template = load_template(resolved.model("teacher").folder, trust_remote_code=model.trust_remote_code)
+    elif template is not None:
+        template = read_template(template)
+    return PromptSettings(
+        max_tokens=resolved.lengths.prompt,
+        prompt_template=data.prompt_template,
+        system_prompt=data.system_prompt,
+        template_kwargs=model.chat_template_kwargs,
+        overlong=data.overlong_prompts.value,
+        teacher_max_tokens=resolved.lengths.teacher_prompt,
+        teacher_chat_template=template,
+        teacher_template_kwargs=model.teacher.chat_template_kwargs,
+        has_teacher_context=data.teacher_context is not None,
+        teacher_prompt_template=data.teacher_prompt_template,
+    )
+
+
+def build_validator(rank: Rank) -> Validator | None:
+    """Build the validation; None if the run has none."""
+    resolved, config, settings = rank.resolved, rank.resolved.config, rank.resolved.config.eval
+    if config.data.validation is None or not validates(config):
+        return None
+    assert config.data.verifier is not None, "config.checks refuses a validation without one"
+    examples = load_examples(config.data.validation, key="data.validation")
+    limit = settings.max_samples if isinstance(examples, Stream) else None
+    prompts = make_prompts(examples, prompt_maker(rank), key="data.validation", limit=limit)
+    sampling = replace(train_sampling(resolved), temperature=settings.temperature, top_p=settings.top_p, top_k=0)
+    sampling = replace(sampling, max_new_tokens=settings.max_new_tokens or sampling.max_new_tokens, logp=False)
+    responder = build_responder(rank, sampling, max_tokens=resolved.lengths.validation)
+    chosen = first_of_each(prompts, settings.max_samples)
+    return Validator(chosen, responder, settings.batch_size, rank.parallel, settings.repeat)
+
+
+def build_responder(rank: Rank, sampling: SamplingSettings, *, max_tokens: int) -> Responder:
+    """Build what samples and judges answers; `max_tokens` limits a sequence of several turns."""
+    config, decode, turns = rank.resolved.config, make_decode(rank.tokenizer), build_turns(rank, max_tokens=max_tokens)
+    verify = IsolatedVerifier(config.data.verifier) if config.data.verifier else None
+    return Responder(sampling, config.train.seed, decode, verify, turns)
+
+
+def build_turns(rank: Rank, *, max_tokens: int) -> Turns | None:
+    """Build the turns of the config's environment; None if it has none."""
+    resolved, tokenizer, rollout = rank.resolved, rank.tokenizer, rank.resolved.config.rollout
+    if rollout.environment is None:
+        return None
+    ends = {tokenizer.eos_token_id, *rollout.stop_token_ids, *resolved.vocabulary.merged_eos_ids}
+    if resolved.recorded_run is None:
+        ends |= {token for model in (resolved.student, resolved.teacher) if model for token in model.eos_ids}
+    kwargs = resolved.config.model.chat_template_kwargs
+    return Turns(
+        make=IsolatedEnvironments(rollout.environment).make,
+        max_turns=rollout.max_turns,
+        max_tokens=max_tokens,
+        decode=make_decode(tokenizer),
+        observation_ids=observation_encoder(tokenizer, template_kwargs=kwargs, end_ids=ends),
+    )
+
+
+def make_decode(tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> Callable[[list[int]], str]:
+    """Return the function from token ids to text."""
+    return lambda token_ids: str(tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+
+def build_order(rank: Rank) -> Order:
     """Build the training prompts in their order, or the recorded steps of a replay."""
-    config, data = resolved.config, resolved.config.data
-    if config.rollout.replay is not None:
-        return RecordedSteps(Recording.of(config.rollout.replay), topk=config.loss.topk, parallel=parallel)
+    config, data, recorded = rank.resolved.config, rank.resolved.config.data, rank.resolved.recorded_run
+    if recorded is not None:
+        return RecordedSteps(Recording.of(str(recorded)), topk=config.loss.topk, parallel=rank.parallel)
     examples = load_examples(data.train, key="data.train", context=data.teacher_context)
-    make = prompt_maker(resolved, tokenizer)
+    make = prompt_maker(rank)
     batch_size, seed, shuffle = config.rollout.prompts_per_step, config.train.seed, data.shuffle
     if isinstance(examples, Stream) or len(examples) > MAX_PROMPTS_AT_START:
         stream = partial(PromptStream, buffer=data.shuffle_buffer, left_out=make.warnings)
@@ -51,8 +162,7 @@ def build_order(resolved: ResolvedRun, tokenizer: PreTrainedTokenizerBase, paral
 
 
 def build_source(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
+    rank: Rank,
     order: Order,
     planner: Planner,
     stages: Stages,
@@ -61,47 +171,31 @@ def build_source(
     recorder: Recorder | None,
 ) -> RolloutSource:
     """Build the source of every step's scored sequences; a replay needs no workers."""
-    rollout = config.rollout
     if isinstance(order, RecordedSteps):
         return Replay(order, planner, stages)
     assert worker is not None, "only a replay has no engines"
     assert scoring is not None
-    student = OnPolicy(order, rollout.generations_per_prompt, worker, scoring, recorder)
-    if rollout.on_policy_fraction == 1:
-        return student
-    if rollout.off_policy is OffPolicy.teacher:
-        write = partial(teacher_samples, scoring=scoring, sampling=worker.sampling)
-    else:
-        encode = response_encoder(tokenizer, template_kwargs=config.model.chat_template_kwargs)
+    config, rollout, write = rank.resolved.config, rank.resolved.config.rollout, None
+    if rollout.on_policy_fraction < 1 and rollout.off_policy is OffPolicy.teacher:
+        write = partial(teacher_samples, scoring=scoring, sampling=worker.responder.sampling)
+    elif rollout.on_policy_fraction < 1:
+        encode = response_encoder(rank.tokenizer, template_kwargs=config.model.chat_template_kwargs)
         write = partial(dataset_samples, encode=encode, max_new_tokens=rollout.max_new_tokens)
-    return Mixture(student, rollout.on_policy_fraction, config.train.seed, write_others=write)
+    number, fraction = rollout.generations_per_prompt, rollout.on_policy_fraction
+    return OnPolicy(order, number, worker, scoring, recorder, fraction, write)
 
 
-def build_worker(
-    resolved: ResolvedRun,
-    tokenizer: PreTrainedTokenizerBase,
-    stages: Stages,
-    sampler: Sampler,
-    student: Student,
-    trainable: Trainable,
-) -> RolloutWorker:
+def build_worker(rank: Rank, stages: Stages, sampler: Sampler, student: Student, trainable: Trainable) -> RolloutWorker:
     """Build the worker that samples and judges the student's answers in training. A collective."""
-    config = resolved.config
-    return RolloutWorker(
-        sampler=sampler,
-        weights=partial(synced_parameters, student, as_adapter=config.model.student.lora.syncs_adapter),
-        version=lambda: trainable.num_updates,
-        sampling=train_sampling(resolved),
-        seed=config.train.seed,
-        stages=stages,
-        decode=make_decode(tokenizer),
-        verify=IsolatedVerifier(config.data.verifier) if config.data.verifier else None,
-        turns=build_turns(resolved, tokenizer, max_tokens=config.rollout.max_sequence_length),
-    )
+    config, sampling = rank.resolved.config, train_sampling(rank.resolved)
+    weights = partial(synced_parameters, student, as_adapter=config.model.student.lora.syncs_adapter)
+    responder = build_responder(rank, sampling, max_tokens=config.rollout.max_sequence_length)
+    return RolloutWorker(sampler, weights, lambda: trainable.num_updates, responder, stages)
 
 
-def build_planner(config: Config, parallel: Parallel) -> Planner:
+def build_planner(rank: Rank) -> Planner:
     """Build the planner of micro-batches."""
+    config, parallel = rank.resolved.config, rank.parallel
     cut = partial(
         plan_batch,
         num_ranks=parallel.data_size,

@@ -6,15 +6,12 @@ build the same engines in the same order on every rank.
 
 from __future__ import annotations
 
-import os
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
-import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
 from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.checkpoint.store import Checkpoint
@@ -29,13 +26,11 @@ from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import fingerprint
-from distill_cli.parallel.mesh import Parallel, init_parallel
-from distill_cli.ranks.build_engines import Engines, build_engines
-from distill_cli.ranks.build_prompts import build_tokenizer, build_validator, make_decode
-from distill_cli.ranks.build_source import Order, build_order, build_planner, build_source, build_worker
+from distill_cli.parallel.mesh import Parallel
+from distill_cli.ranks import build_source as parts
+from distill_cli.ranks.build_engines import Engines, build_engines, close
 from distill_cli.resolved import ResolvedRun
-from distill_cli.rollout.recorded_steps import RecordedSteps
-from distill_cli.rollout.score_files import Recorder
+from distill_cli.rollout.score_files import RecordedSteps, Recorder
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.student.adapters import add_adapters
@@ -57,59 +52,50 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     Args:
         checkpoint: the checkpoint to continue from; None starts at step 1.
     """
-    resolved = ResolvedRun.read(run)
-    config = resolved.config
+    rank = parts.Rank.join(run)
+    config = rank.resolved.config
     limit_s = parse_duration(config.checkpoint.must_save_by or "")
     stop = StopFlag(deadline=None if limit_s is None else launched(run) + limit_s)
-    parallel = init_parallel(device=pick_device(), **asdict(config.mesh))
-    tokenizer = build_tokenizer(resolved)
-    trainer, engines = build_trainer(run, console, resolved, parallel, tokenizer, stop=stop, checkpoint=checkpoint)
+    trainer, engines = build_trainer(rank, run, console, stop=stop, checkpoint=checkpoint)
     stop.listen(signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     with trainer.log.printer:
         outcome = trainer.run()
     if outcome.state == "finished" or trainer.saver is None:
-        save_student(trainer.student, tokenizer, run.student, dtype=getattr(torch, config.model.student.dtype.value))
+        dtype = getattr(torch, config.model.student.dtype.value)
+        save_student(trainer.student, rank.tokenizer, run.student, dtype=dtype)
     trainer.log.close()
-    if parallel.is_main:
+    if rank.parallel.is_main:
         write_json(run.outcome, asdict(outcome))
-    close(engines)
+    close(*engines)
 
 
 def build_trainer(
-    run: RunDir,
-    console: IO[str],
-    resolved: ResolvedRun,
-    parallel: Parallel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    stop: StopFlag,
-    checkpoint: Path | None,
+    rank: parts.Rank, run: RunDir, console: IO[str], *, stop: StopFlag, checkpoint: Path | None
 ) -> tuple[Trainer, Engines]:
     """Build everything that a step works with, as at the start of a run or from a checkpoint. A collective."""
+    resolved, parallel, config, is_main = rank.resolved, rank.parallel, rank.resolved.config, rank.parallel.is_main
     # Find the user's mistakes first, before engines take their time.
-    config, is_main = resolved.config, parallel.is_main
-    order, loss = build_order(resolved, tokenizer, parallel), build_loss(config)
-    validator = build_validator(resolved, parallel, tokenizer)
+    order = parts.build_order(rank)
+    build_loss(config)  # the student builds its own
+    validator = parts.build_validator(rank)
     if checkpoint is not None:
         check_data(checkpoint, order)
-    engines = build_engines(resolved, should_stop=stop.is_set)
-    student = build_student(resolved, loss, parallel)
+    sampler, teacher = engines = build_engines(resolved, should_stop=stop.is_set)
+    student = build_student(resolved, parallel)
     num_steps = count_steps(config, order)
     trainable = build_trainable(resolved, student, num_steps=num_steps, device=parallel.device)
     progress = Progress.of(load(checkpoint, trainable)) if checkpoint is not None else Progress()
-    decode, show = make_decode(tokenizer), make_decode(tokenizer, skip_special_tokens=False)
+    decode, show = parts.make_decode(rank.tokenizer), parts.make_decode(rank.tokenizer, skip_special_tokens=False)
     printer = StepPrinter(console, num_steps=num_steps, every=config.run.print_every)
     log = RunLog(run, printer, MetricsFile(run.metrics) if is_main else None, num_steps, show)
-    stages, planner = Stages(parallel, stop, on_stage=log.stage), build_planner(config, parallel)
-    worker = scoring = validation = probes = None
-    if engines.sampler is not None:
-        worker = build_worker(resolved, tokenizer, stages, engines.sampler, student, trainable)
-    if engines.teacher is not None:
-        scoring = ScoringWorker(engines.teacher, planner, stages, student.merged_eos_ids)
+    stages, planner = Stages(parallel, stop, on_stage=log.stage), parts.build_planner(rank)
+    worker = None if sampler is None else parts.build_worker(rank, stages, sampler, student, trainable)
+    scoring = None if teacher is None else ScoringWorker(teacher, planner, stages, student.merged_eos_ids)
+    validation = probes = None
     recorder = build_recorder(resolved, run, parallel) if config.rollout.save_scores else None
     rollouts = RolloutsFolder(run.rollouts, decode, lambda token: show([token]), is_written=is_main)
     if validator is not None and worker is not None:
-        validation = Validation(validator, worker, engines.teacher if config.eval.teacher else None)
+        validation = Validation(validator, worker, teacher if config.eval.teacher else None)
     if (number := config.eval.record_samples) and worker is not None and scoring is not None:
         if validator is None:
             assert not isinstance(order, RecordedSteps), "config.checks refuses it"
@@ -120,10 +106,9 @@ def build_trainer(
     trainer = Trainer(
         config=config,
         num_steps=num_steps,
-        source=build_source(config, tokenizer, order, planner, stages, worker, scoring, recorder),
+        source=parts.build_source(rank, order, planner, stages, worker, scoring, recorder),
         student=student,
         trainable=trainable,
-        parallel=parallel,
         stages=stages,
         progress=progress,
         log=log,
@@ -136,52 +121,24 @@ def build_trainer(
     return trainer, engines
 
 
-def close(engines: Engines) -> None:
-    """Close the engines, in the reverse of the order in which they were built, then the process group. A collective."""
-    for engine in engines:
-        if engine is not None:
-            engine.close()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def count_steps(config: Config, order: Order) -> int:
+def count_steps(config: Config, order: parts.Order) -> int:
     """Return the number of steps of the whole run."""
     return int(min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch))
 
 
 def build_saver(config: Config, run: RunDir, trainable: Trainable, *, last_step: int = 0) -> Saver:
     """Build the writer of the run's checkpoints; `last_step` is the last completed step. A collective."""
-    settings = config.checkpoint
-    return Saver(
-        run,
-        trainable,
-        last_step=last_step,
-        keep_top_k=settings.keep_top_k,
-        metric=settings.metric,
-        higher_is_better=settings.keeps_highest,
-        save_optimizer=settings.save_optimizer,
-        async_save=settings.async_save,
-    )
+    settings, names = config.checkpoint, ("keep_top_k", "metric", "save_optimizer", "async_save")
+    kept: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    return Saver(run, trainable, last_step=last_step, higher_is_better=settings.keeps_highest, **kept)
 
 
-def check_data(checkpoint: Path, order: Order) -> None:
+def check_data(checkpoint: Path, order: parts.Order) -> None:
     """Raise ConfigError if the training data, and so its order, is not that of the checkpoint's run."""
     before = Checkpoint(checkpoint).state["data"]
     if None not in (before, order.fingerprint) and before != order.fingerprint:
-        raise ConfigError(
-            "data.train: its prompts differ from those that the run began with; restore data, tokenizer and chat "
-            "template, or start a new run"
-        )
-
-
-def pick_device() -> torch.device:
-    """Return this rank's GPU, or the CPU if the launcher hid the GPUs."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    return device
+        fix = "restore data, tokenizer and chat template, or start a new run"
+        raise ConfigError(f"data.train: its prompts differ from those that the run began with; {fix}")
 
 
 def build_loss(config: Config) -> DistillLoss:
@@ -204,7 +161,7 @@ def build_recorder(resolved: ResolvedRun, run: RunDir, parallel: Parallel) -> Re
     return Recorder(run.scores, facts, parallel)
 
 
-def build_student(resolved: ResolvedRun, loss: DistillLoss, parallel: Parallel, *, role: str = "student") -> Student:
+def build_student(resolved: ResolvedRun, parallel: Parallel, *, role: str = "student") -> Student:
     """Build the student with its weights, laid out over the mesh. A collective.
 
     Args:
@@ -215,7 +172,7 @@ def build_student(resolved: ResolvedRun, loss: DistillLoss, parallel: Parallel, 
     lm = build_lm(folder, trust_remote_code=model.trust_remote_code)
     if lora.rank and role == "student":
         add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, bf16=bf16)
-    ends = resolved.vocabulary.merged_eos_ids
+    ends, loss = resolved.vocabulary.merged_eos_ids, build_loss(config)
     student = Student(lm, loss=loss, temperature=config.loss.temperature, parallel=parallel, merged_eos_ids=ends)
     if ends and lm.generation_config is not None:
         lm.generation_config.eos_token_id = list(ends)  # samplers of the saved student then stop where training did
@@ -230,17 +187,12 @@ def build_trainable(resolved: ResolvedRun, student: Student, *, num_steps: int, 
     """Build the student's optimizer and schedule; with the student they are what a checkpoint holds."""
     config, train = resolved.config, resolved.config.train
     beta1, beta2 = train.betas
-    decay = train.weight_decay
+    decay, warmup, num_updates = train.weight_decay, train.warmup_updates, num_steps * updates_per_step(config)
     optimizer = build_optimizer(student, lr=train.lr, betas=(beta1, beta2), eps=train.eps, weight_decay=decay)
-    offload = None
-    if train.offload_optimizer and device.type == "cuda":
-        offload = OptimizerOffload(optimizer, rest=torch.device("cpu"), work=device)
-    schedule = build_schedule(
-        optimizer,
-        kind=train.schedule.value,
-        warmup_updates=train.warmup_updates,
-        num_updates=num_steps * updates_per_step(config),
-    )
+    schedule = build_schedule(optimizer, kind=train.schedule.value, warmup_updates=warmup, num_updates=num_updates)
     base = fingerprint(resolved.student.folder) if config.model.student.lora.is_on else None
     trainable = Trainable(student.lm, optimizer, schedule, base)
-    return replace(trainable, after_load=offload.to_rest) if offload else trainable
+    if train.offload_optimizer and device.type == "cuda":
+        offload = OptimizerOffload(optimizer, rest=torch.device("cpu"), work=device)
+        return replace(trainable, after_load=offload.to_rest)
+    return trainable

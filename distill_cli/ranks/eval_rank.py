@@ -6,40 +6,34 @@ import json
 from dataclasses import replace
 from typing import IO
 
-import torch.distributed as dist
-
 from distill_cli.data.registry import resolve_extract
 from distill_cli.engines.engine import VllmEngine
 from distill_cli.folders.answers_table import AnswersFile
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.parallel.mesh import init_parallel
-from distill_cli.ranks.build_engines import engine_settings
-from distill_cli.ranks.build_prompts import build_tokenizer, build_validator
-from distill_cli.ranks.build_trainer import pick_device
-from distill_cli.resolved import ResolvedRun
+from distill_cli.ranks.build_engines import close, engine_settings
+from distill_cli.ranks.build_source import Rank, build_validator
 from distill_cli.train.validation import answer_row
 
 
 def evaluate_rank(run: RunDir, console: IO[str]) -> None:
     """Write this rank's share of a model's answers to a benchmark to its part of answers.parquet. A collective."""
-    resolved, evaluation = ResolvedRun.read(run), json.loads(run.evaluation.read_text())
-    parallel = init_parallel(device=pick_device())
-    validator = build_validator(resolved, parallel, build_tokenizer(resolved))
+    rank, evaluation = Rank.join(run), json.loads(run.evaluation.read_text())
+    resolved, parallel, validator = rank.resolved, rank.parallel, build_validator(rank)
     assert validator is not None, "an evaluation's config validates"
     settings, max_model_len = engine_settings(resolved, evaluation["role"]), resolved.lengths.validation
     engine = VllmEngine(replace(settings, max_model_len=max_model_len, sleep_mode=False, adapter=None))
-    share, extract = validator.share(engine), resolve_extract(validator.verify.function)
+    share, responder = validator.share(engine), validator.responder
+    assert responder.verify is not None, "preflight refuses an evaluation without a verifier"
+    extract = resolve_extract(responder.verify.function)
     file = AnswersFile(run.path, rank=parallel.rank) if share.is_first else None
     num_answers, done = len(validator.prompts) * validator.repeat, 0
     for answers in validator.answers(engine):
         if file is not None:
-            file.write([answer_row(answer, decode=validator.decode, extract=extract) for answer in answers])
+            file.write([answer_row(answer, decode=responder.decode, extract=extract) for answer in answers])
         done += len(answers)
         if parallel.is_main:
             run.beat(f"{done} answers")
             print(f"{evaluation['name']}: {done * share.num_engines} of {num_answers} answers", file=console)
     if file is not None:
         file.close()
-    engine.close()
-    dist.barrier()
-    dist.destroy_process_group()
+    close(engine)

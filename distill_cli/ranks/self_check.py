@@ -7,8 +7,8 @@ Limits are those of the arithmetic: float32 throughout, or 16 bits somewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.saver import Saver, Trainable, load
-from distill_cli.config.schema import Config, Precision
+from distill_cli.config.schema import Config, Dtype, Precision
 from distill_cli.errors import DistillError
-from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.rollout.pack import MicroBatch, micro_batches
+from distill_cli.ranks.build_trainer import build_loss
+from distill_cli.rollout.pack import MicroBatch
 from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
 from distill_cli.student.adapters import B
 from distill_cli.student.model import Student
@@ -40,33 +40,16 @@ SYNC_SHIFT = 0.2
 
 QUESTIONS = {
     "mass": ("top-k mass of the teacher", ""),
-    "sampler": (
-        "sampler and trainer agree",
-        "the sampler computes another model: compare model.student.dtype, train.precision and engine.student.kwargs",
-    ),
-    "own scorer": (
-        "scorer and trainer agree on the student",
-        "the scorer computes another model: is loss.temperature={loss.temperature} applied on both sides? see "
-        "engine.teacher.kwargs",
-    ),
-    "zero": (
-        "teacher = student: the loss is zero",
-        "the two sides differ in the loss, the order of tokens or the temperature",
-    ),
-    "other": (
-        "teacher != student: the loss is not zero",
-        "the scores are the student's own: model.teacher.path={model.teacher.path} is not what is loaded",
-    ),
+    "sampler": ("sampler and trainer agree", "compare model.student.dtype, train.precision, engine.student.kwargs"),
+    "own scorer": ("scorer and trainer agree on the student", "is loss.temperature={loss.temperature} on both sides?"),
+    "zero": ("teacher = student: the loss is zero", "the two sides differ in loss, order of tokens or temperature"),
+    "other": ("teacher != student: the loss is not zero", "model.teacher.path={model.teacher.path} is not loaded"),
     "same": ("the teacher is the student itself", ""),
     "scorer": (
         "scorer and trainer agree on the teacher",
-        "the scorer lacks the weights of model.teacher.path={model.teacher.path}, or computes them differently: see "
-        "model.teacher.dtype and engine.teacher.kwargs",
+        "the scorer lacks the weights of model.teacher.path={model.teacher.path}, or see model.teacher.dtype",
     ),
-    "mean": (
-        "the loss is the mean over all response tokens",
-        "the loss depends on how the work is split into ranks, micro-batches or copies",
-    ),
+    "mean": ("the loss is the mean over all response tokens", "the loss depends on ranks, micro-batches or copies"),
     "slope": ("the gradient is the loss's slope", "gradients are summed or divided once too often over the mesh"),
     "step": ("a step of the optimizer is finite", "see the weights of model.student.path, and train.precision"),
     "checkpoint": ("a checkpoint brings everything back", "see the disk and the ranks' logs, or report it"),
@@ -99,7 +82,10 @@ EXACT, ROUNDED = Limits(logp=1e-4, loss=1e-6), Limits(logp=2e-2, loss=1e-3)
 """With float32 throughout, and otherwise."""
 
 
-@dataclass
+Findings = Iterator[Finding]
+
+
+@dataclass(frozen=True)
 class SelfCheck:
     """One rank's side of the check. All methods but `answer` and `within` are collectives."""
 
@@ -114,69 +100,59 @@ class SelfCheck:
     """Builds the real teacher with the same top-k, once the first one is closed. A collective."""
     student: Student
     trainable: Trainable
-    loss: DistillLoss
-    """The config's loss, independent of the student's."""
     load_teacher: Callable[[], Student]
     """Loads the teacher into the trainer's own code; raises DistillError if that is impossible. A collective."""
     saver: Saver
     checkpoints: Path
     """The saver's folder."""
-    limits: Limits
-    report: Callable[[Finding], None]
-    """Called on every rank with the same findings."""
-    findings: list[Finding] = field(default_factory=list)
-    num_changes: int = 0
-    """Number of changes of the student's weights: their version for the sampler."""
 
-    def __post_init__(self) -> None:
-        self.worker = replace(self.worker, version=lambda: self.num_changes)
-
-    def run(self) -> bool:
-        """Answer every question in turn; return True if no answer is bad."""
-        rollouts = self.sample()
+    def run(self) -> Findings:
+        """Answer every question in turn, the same on every rank."""
+        rollouts = self.sample(version=0)
         own, _ = self.score(rollouts, self.own_scoring)
-        self.check_student_against_itself(own)
+        yield from self.check_student_against_itself(own)
         self.own_scoring.teacher.close()
         scoring = self.make_scoring()
         batches, masses = self.score(rollouts, scoring)
-        self.answer("mass", None, ", ".join(f"{mass:.4f} at {k}" for k, mass in masses.items()))
-        differs = self.check_teacher(batches)
-        self.check_scores_of_teacher(batches)
-        self.check_gradient(batches, has_slope=differs)
-        self.check_step(batches)
-        self.check_sync_and_checkpoint(scoring)
+        yield self.answer("mass", None, ", ".join(f"{mass:.4f} at {k}" for k, mass in masses.items()))
+        yield from self.check_teacher(batches)
+        yield from self.check_gradient(batches)
+        yield self.check_step(batches)
+        yield from self.check_sync_and_checkpoint(scoring)
         scoring.teacher.close()
-        return all(finding.is_good is not False for finding in self.findings)
 
-    def answer(self, question: str, is_good: bool | None, text: str) -> None:
-        """Report the answer to one of QUESTIONS."""
+    @property
+    def limits(self) -> Limits:
+        """The limits of the arithmetic; vLLM's attention multiplies in TF32 on GPUs."""
+        model, train = self.config.model, self.config.train
+        is_exact = self.parallel.device.type == "cpu" and train.precision is Precision.fp32
+        return EXACT if is_exact and {model.student.dtype, model.teacher.dtype} == {Dtype.float32} else ROUNDED
+
+    def answer(self, question: str, is_good: bool | None, text: str) -> Finding:
+        """Return the answer to one of QUESTIONS."""
         what, fix = QUESTIONS[question]
-        finding = Finding(what, is_good, text, fix.format(model=self.config.model, loss=self.config.loss))
-        self.findings.append(finding)
-        self.report(finding)
+        return Finding(what, is_good, text, fix.format(model=self.config.model, loss=self.config.loss))
 
-    def within(self, question: str, value: float, limit: float) -> None:
-        """Report whether a value is within its limit."""
-        self.answer(question, value <= limit, f"{value:.2g} (limit {limit:g})")
+    def within(self, question: str, value: float, limit: float) -> Finding:
+        """Return whether a value is within its limit."""
+        return self.answer(question, value <= limit, f"{value:.2g} (limit {limit:g})")
 
-    def sample(self) -> list[Rollout]:
-        """Sample with the student's current weights."""
-        with self.worker.ready():
-            return self.worker.sample(self.prompts, step=1)
+    def sample(self, *, version: int) -> list[Rollout]:
+        """Sample with the student's current weights; `version` differs for different weights."""
+        worker = replace(self.worker, version=lambda: version)
+        with worker.ready():
+            return worker.sample(self.prompts, step=1)
 
     def score(self, rollouts: Sequence[Rollout], scoring: ScoringWorker) -> tuple[list[MicroBatch], dict[int, float]]:
         """Return scored micro-batches, and the teacher's probability mass by size of its top-k."""
-        batch = scoring.score(rollouts)
+        batch, topk = scoring.score(rollouts), self.config.loss.topk
         sums = torch.zeros(len(MASSES) + 1, device=self.parallel.device)
         for scores in batch.scores.values():
             mass = [scores.topk_logp[:, :k].exp().sum() for k in MASSES]
             sums += torch.tensor([*mass, float(len(scores.sampled_logp))], device=sums.device)
         *masses, number = self.parallel.all_sum(sums).tolist()
-        cut = {place: scores.first(self.config.loss.topk) for place, scores in batch.scores.items()}
-        batches = [
-            micro for plan in batch.plans for micro in micro_batches(plan, rollouts, cut, parallel=self.parallel)
-        ]
-        return batches, {k: mass / max(number, 1) for k, mass in zip(MASSES, masses, strict=True)}
+        cut = replace(batch, scores={place: scores.first(topk) for place, scores in batch.scores.items()})
+        return cut.micro_batches(self.parallel), {k: m / max(number, 1) for k, m in zip(MASSES, masses, strict=True)}
 
     def evaluate(self, student: Student, batches: Sequence[MicroBatch]) -> tuple[float, list[HeadOutput]]:
         """Return the loss of the global batch, and the head's outputs on this rank's micro-batches."""
@@ -209,51 +185,53 @@ class SelfCheck:
 
         return self.mean(batches, outputs, at_tokens)
 
-    def check_student_against_itself(self, batches: Sequence[MicroBatch]) -> None:
+    def check_student_against_itself(self, batches: Sequence[MicroBatch]) -> Findings:
         """Compare the student in trainer, sampler and scorer."""
         loss, outputs = self.evaluate(self.student, batches)
-        self.within("sampler", self.sampler_difference(batches, outputs), self.limits.logp)
-        self.within("own scorer", self.scorer_difference(batches, outputs), self.limits.logp)
-        self.within("zero", loss, self.limits.loss)
+        yield self.within("sampler", self.sampler_difference(batches, outputs), self.limits.logp)
+        yield self.within("own scorer", self.scorer_difference(batches, outputs), self.limits.logp)
+        yield self.within("zero", loss, self.limits.loss)
 
-    def check_teacher(self, batches: Sequence[MicroBatch]) -> bool:
-        """Check that the teacher is another model, if the config says so, and return whether it is."""
+    def check_teacher(self, batches: Sequence[MicroBatch]) -> Findings:
+        """Check that the teacher is another model, if the config says so, and compare it in scorer and trainer."""
         loss, _ = self.evaluate(self.student, batches)
-        model, differs = self.config.model, loss > 10 * self.limits.loss
+        model = self.config.model
         if (model.teacher.path, model.teacher.revision) != (model.student.path, model.student.revision):
-            self.answer("other", differs, f"loss {loss:.3g}")
+            yield self.answer("other", self.differs(loss), f"loss {loss:.3g}")
         else:
-            self.answer("same", None, f"loss {loss:.3g}")
-        return differs
-
-    def check_scores_of_teacher(self, batches: Sequence[MicroBatch]) -> None:
-        """Compare the teacher in scorer and trainer."""
+            yield self.answer("same", None, f"loss {loss:.3g}")
         try:
             teacher = self.load_teacher()
         except DistillError as error:
-            self.answer("scorer", None, f"not checked: {error}")
-            return
-        _, outputs = self.evaluate(teacher, batches)
-        self.within("scorer", self.scorer_difference(batches, outputs), self.limits.logp)
+            yield self.answer("scorer", None, f"not checked: {error}")
+        else:
+            _, outputs = self.evaluate(teacher, batches)
+            yield self.within("scorer", self.scorer_difference(batches, outputs), self.limits.logp)
 
-    def check_gradient(self, batches: Sequence[MicroBatch], *, has_slope: bool) -> None:
+    def differs(self, loss: float) -> bool:
+        """Return whether the loss is that of two different models."""
+        return loss > 10 * self.limits.loss
+
+    def check_gradient(self, batches: Sequence[MicroBatch]) -> Findings:
         """Check that the loss is the mean over response tokens, and its gradient the slope by central differences."""
         result = accumulate_gradient(self.student, batches, max_grad_norm=float("inf"), parallel=self.parallel)
 
+        token_loss = build_loss(self.config)
+
         def at_tokens(batch: MicroBatch, output: HeadOutput) -> torch.Tensor:
-            return self.loss(batch.scores.topk_logp, output.student_logp_NC, output.entropy_N)
+            return token_loss(batch.scores.topk_logp, output.student_logp_NC, output.entropy_N)
 
         expected = self.mean(batches, result.outputs, at_tokens)
         is_mean = abs(result.loss - expected) <= 1e-3 * abs(expected) + self.limits.loss
-        self.answer("mean", is_mean, f"{result.loss:.6g}, and {expected:.6g} token by token")
-        if has_slope and result.is_finite and result.grad_norm > 0:
+        yield self.answer("mean", is_mean, f"{result.loss:.6g}, and {expected:.6g} token by token")
+        if self.differs(result.loss) and result.is_finite and result.grad_norm > 0:
             slope = self.slope(batches, result)
             text = f"norm {result.grad_norm:.4g}, slope {slope:.4g}"
             # Part of what a new adapter adds to a layer's bfloat16 output is too small to change it.
             if self.config.model.student.lora.is_on and self.config.train.precision is Precision.bf16:
-                self.answer("slope", None, f"{text}: bf16 rounds small steps of adapters away")
+                yield self.answer("slope", None, f"{text}: bf16 rounds small steps of adapters away")
             else:
-                self.answer("slope", 0.7 <= slope / result.grad_norm <= 1.4, text)
+                yield self.answer("slope", 0.7 <= slope / result.grad_norm <= 1.4, text)
         self.trainable.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
@@ -270,13 +248,13 @@ class SelfCheck:
                 param.add_(gradient, alpha=factor)
         return (losses[1] - losses[0]) / (2 * length)
 
-    def check_step(self, batches: Sequence[MicroBatch]) -> None:
+    def check_step(self, batches: Sequence[MicroBatch]) -> Finding:
         """Check that an optimizer update is finite."""
         optimizer, schedule, limit = self.trainable.optimizer, self.trainable.schedule, self.config.train.max_grad_norm
         result = optimizer_step(self.student, optimizer, schedule, batches, max_grad_norm=limit, parallel=self.parallel)
-        self.answer("step", result.is_finite, f"loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}")
+        return self.answer("step", result.is_finite, f"loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}")
 
-    def check_sync_and_checkpoint(self, scoring: ScoringWorker) -> None:
+    def check_sync_and_checkpoint(self, scoring: ScoringWorker) -> Findings:
         """Check that the sampler follows changed weights, and that a checkpoint restores the old ones bit for bit."""
         before = [tensor.clone() for tensor in self.local_tensors()]
         self.saver.save(1, {"metrics": {}})
@@ -285,22 +263,21 @@ class SelfCheck:
             for name, param in self.trainable.parameters():
                 # An adapter's B begins at 0, which a factor would not change.
                 param.add_(SYNC_SHIFT / param.shape[1]) if name.endswith(B) else param.mul_(1 - SYNC_SHIFT)
-        self.num_changes += 1
-        batches, _ = self.score(self.sample(), scoring)
+        batches, _ = self.score(self.sample(version=1), scoring)
         _, outputs = self.evaluate(self.student, batches)
         to_new, warnings = self.sampler_difference(batches, outputs), list[str]()
         saved = store.newest_whole(self.checkpoints, warn=warnings.append)
         if saved is None:
-            self.answer("checkpoint", False, "; ".join(warnings) or "none was written")
+            yield self.answer("checkpoint", False, "; ".join(warnings) or "none was written")
             return
         load(saved.path, self.trainable)
         equal = [old.equal(new) for old, new in zip(before, self.local_tensors(), strict=True)]
         num_differing = self.parallel.all_max(float(equal.count(False)))
-        self.answer("checkpoint", num_differing == 0, f"{len(equal)} tensors, {num_differing:.0f} of them differ")
+        yield self.answer("checkpoint", num_differing == 0, f"{len(equal)} tensors, {num_differing:.0f} of them differ")
         _, outputs = self.evaluate(self.student, batches)
         to_old, limit = self.sampler_difference(batches, outputs), self.limits.logp
         text = f"{to_new:.2g} from the new (limit {limit:g}), {to_old:.2g} from the old"
-        self.answer("sync", to_new <= limit and to_new < to_old / 2, text)
+        yield self.answer("sync", to_new <= limit and to_new < to_old / 2, text)
 
     def local_tensors(self) -> list[torch.Tensor]:
         """Return this rank's parts of weights and optimizer state."""

@@ -10,42 +10,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.errors import ConfigError
-from distill_cli.rollout.collect import sequence_seed
-from distill_cli.rollout.on_policy import OnPolicy
-from distill_cli.rollout.source import RolloutSource, ScoredBatch
 from distill_cli.rollout.turns import text_after_turn
 from distill_cli.rollout.workers import ScoringWorker
-from distill_cli.types import Prompt, Rollout, Sample
-
-
-@dataclass
-class Mixture(RolloutSource):
-    """The student writes a share of each step's sequences, the dataset or the teacher the others."""
-
-    student: OnPolicy
-    on_policy_fraction: float
-    seed: int
-    """`train.seed`."""
-    write_others: Callable[[Sequence[Prompt], Sequence[int]], list[Sample]]
-    """Returns answers to prompts, with a seed for each: `dataset_samples` or `teacher_samples`. A collective."""
-
-    def step(self, step: int) -> ScoredBatch:
-        prompts = self.student.prompts_of(step)
-        off = off_policy_places(len(prompts), on_policy_fraction=self.on_policy_fraction, seed=self.seed, step=step)
-        on = sorted(set(range(len(prompts))) - set(off))
-        rollouts = dict(zip(on, self.student.sample([prompts[i] for i in on], step=step, places=on), strict=True))
-        if off:
-            seeds = [sequence_seed(self.seed, step=step, sequence=place) for place in off]
-            samples = self.write_others([prompts[place] for place in off], seeds)
-            rollouts |= {place: Rollout(prompts[place], sample) for place, sample in zip(off, samples, strict=True)}
-        return self.student.score([rollouts[place] for place in range(len(prompts))], step=step)
+from distill_cli.types import Prompt, Sample
 
 
 def off_policy_places(num_sequences: int, *, on_policy_fraction: float, seed: int, step: int) -> list[int]:
@@ -80,10 +54,8 @@ def dataset_sample(prompt: Prompt, *, encode: Callable[[str], list[int]], max_ne
         ConfigError: the row has no answer.
     """
     if not prompt.example.response:
-        raise ConfigError(
-            f"data.train: row {prompt.index} has no whole answer, which rollout.off_policy=dataset needs; set "
-            "data.train.response_key, or remove the row"
-        )
+        rule = "has no whole answer, which rollout.off_policy=dataset needs"
+        raise ConfigError(f"data.train: row {prompt.index} {rule}; set data.train.response_key, or remove the row")
     ids = encode(prompt.example.response)
     reason = "stop" if len(ids) <= max_new_tokens else "length"
     return Sample(ids[:max_new_tokens], None, reason, source="dataset")

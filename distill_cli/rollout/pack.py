@@ -39,6 +39,8 @@ class MicroBatch:
     """int64 [1, T], from 0 in each document."""
     documents: Documents
     """The end of each sequence; the padding is a document too."""
+    scores: TeacherScores
+    """The teacher's scores of the response tokens, N rows."""
     rows: torch.Tensor
     """int64 [N]: positions whose hidden states predict response tokens."""
     sampled_ids: torch.Tensor
@@ -47,8 +49,6 @@ class MicroBatch:
     """float32 [N]: the sampler's log-probabilities of the response tokens; 0 if unknown."""
     has_sampler_logp: torch.Tensor
     """bool [N]: True if known, as for tokens that the student wrote."""
-    scores: TeacherScores
-    """The teacher's scores of the response tokens, N rows."""
     origins: torch.Tensor
     """int64 [N, 2]: place of the sequence in the step, and of the token in the sequence's response."""
 
@@ -66,10 +66,8 @@ class MicroBatch:
         """Return the micro-batch on `device`."""
         if device.type == "cpu":
             return self
-        movable: dict[str, Any] = {
-            name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor | TeacherScores)
-        }
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in movable.items()})
+        kept: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "documents"}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in kept.items()})
 
     def context_share(self, parallel: Parallel) -> MicroBatch:
         """Return this rank's part of the row among the context-parallel ranks; the row itself if there is only one."""
@@ -211,7 +209,7 @@ def lay_out(plan: RowPlan, rollouts: Sequence[Rollout], scores: Mapping[int, Tea
         scores: by place in `rollouts`, at least those of the row's members.
     """
     bounds, none, taken = [0], torch.zeros(0, dtype=torch.int64), []
-    columns = [(none, none, none.float(), none.bool(), none.view(0, 2))]
+    columns = [(none, none, none.float(), none.bool(), none.view(0, 2))]  # from `MicroBatch.rows` on
     tokens, positions = torch.zeros(2, 1, plan.length, dtype=torch.int64)
     for member, place in zip(plan.members, plan.places, strict=True):
         rollout, begin = rollouts[member], bounds[-1]
@@ -228,18 +226,8 @@ def lay_out(plan: RowPlan, rollouts: Sequence[Rollout], scores: Mapping[int, Tea
     if bounds[-1] < plan.length:
         positions[0, bounds[-1] :] = torch.arange(plan.length - bounds[-1])
         bounds.append(plan.length)
-    rows, sampled_ids, sampler_logp, has_sampler_logp, origins = map(torch.cat, zip(*columns, strict=True))
-    return MicroBatch(
-        input_ids=tokens,
-        position_ids=positions,
-        documents=Documents(tuple(bounds)),
-        rows=rows,
-        sampled_ids=sampled_ids,
-        sampler_logp=sampler_logp,
-        has_sampler_logp=has_sampler_logp,
-        scores=TeacherScores.cat(taken) if taken else TeacherScores.empty(),
-        origins=origins,
-    )
+    own = TeacherScores.cat(taken) if taken else TeacherScores.empty()
+    return MicroBatch(tokens, positions, Documents(tuple(bounds)), own, *map(torch.cat, zip(*columns, strict=True)))
 
 
 def trained_tokens(sample: Sample) -> torch.Tensor:

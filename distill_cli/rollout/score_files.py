@@ -1,9 +1,7 @@
-"""Each step's sequences with the teacher's scores on disk: `rollout.save_scores` writes them, a replay reads them.
+"""Each step's sequences with the teacher's scores on disk: `Recorder` writes them, `Replay` trains on them.
 
 `data.recorded_run` lists the files. Each data rank writes the sequences that it trains on. The ranks of a replay, in
 any number, read the tokens of every file, to plan the step, and the scores of their own sequences.
-
-Shape letters: S sequences of a file, R response tokens of all of them, K the teacher's top-k.
 """
 
 from __future__ import annotations
@@ -12,8 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from itertools import accumulate, chain, islice
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,14 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from distill_cli.data.recorded_run import FACTS, STEP, Facts, step_folder, temporary_folder
+from distill_cli.data.recorded_run import FACTS, STEP, Facts, Recording, step_folder, temporary_folder
 from distill_cli.errors import ConfigError
 from distill_cli.folders import atomic_dir
 from distill_cli.folders.run_dir import write_json
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.rollout.source import ScoredBatch
+from distill_cli.rollout.pack import Planner
+from distill_cli.rollout.source import RolloutSource, ScoredBatch
+from distill_cli.rollout.stages import Stages
 from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
 
 log = logging.getLogger(__name__)
@@ -68,11 +67,9 @@ class Recorder:
     ) -> None:
         """Complete a step's folder from the ranks' manifest entries, or remove it after a rank's error."""
         try:
-            entries: dict[str, Any] = {}
-            for part in everyone:
-                if isinstance(part, OSError):
-                    raise part
-                entries |= part
+            if errors := [part for part in everyone if isinstance(part, OSError)]:
+                raise errors[0]
+            entries = {name: entry for part in everyone if isinstance(part, dict) for name, entry in part.items()}
             lengths = [len(rollout.token_ids) for rollout in rollouts]
             facts = {
                 "num_sequences": len(rollouts),
@@ -88,57 +85,38 @@ class Recorder:
 
 
 def write_sequences(file: Path, rollouts: Sequence[Rollout], scores: Mapping[int, TeacherScores]) -> None:
-    """Write the sequences of a step that have scores, and the scores, as one safetensors file."""
-    rollouts, whole = [rollouts[place] for place in scores], TeacherScores.cat(list(scores.values()))
-    samples = [rollout.sample for rollout in rollouts]
-    logps = (sample.logp if sample.logp is not None else [0.0] * len(sample.token_ids) for sample in samples)
-    masks = (sample.trained or [True] * len(sample.token_ids) for sample in samples)
-    token_ids = chain.from_iterable(rollout.token_ids for rollout in rollouts)
-    tensors = {
-        "places": torch.tensor(list(scores)),
-        "prompt_lengths": torch.tensor([len(rollout.prompt.token_ids) for rollout in rollouts]),
-        "response_lengths": torch.tensor([len(sample.token_ids) for sample in samples]),
-        "token_ids": torch.tensor(list(token_ids), dtype=torch.int32),
-        "trained": torch.tensor(list(chain.from_iterable(masks)), dtype=torch.bool),
-        "sampler_logp": torch.tensor(list(chain.from_iterable(logps))),
-        "topk_ids": whole.topk_ids.contiguous(),
-        "topk_logp": whole.topk_logp.contiguous(),
-        "teacher_logp": whole.sampled_logp.contiguous(),
-    }
-    facts = [
-        {
-            "prompt_index": rollout.prompt.index,
-            "has_logp": rollout.sample.logp is not None,
-            "has_observations": rollout.sample.trained is not None,
-            "reward": rollout.reward,
-            **{name: getattr(rollout.sample, name) for name in SAMPLE_FACTS},
-        }
-        for rollout in rollouts
-    ]
+    """Write the sequences of a step that have scores, and the scores, as tensors `<place>.<name>` of one file."""
+    tensors, facts = dict[str, torch.Tensor](), dict[int, dict[str, Any]]()
+    for place, own in scores.items():
+        prompt, sample = rollouts[place].prompt, rollouts[place].sample
+        ids = {"prompt": prompt.token_ids, "token_ids": sample.token_ids}
+        tensors |= {f"{place}.{name}": torch.tensor(values, dtype=torch.int32) for name, values in ids.items()}
+        if sample.trained is not None:
+            tensors[f"{place}.trained"] = torch.tensor(sample.trained, dtype=torch.bool)
+        if sample.logp is not None:
+            tensors[f"{place}.logp"] = torch.tensor(sample.logp, dtype=torch.float32)
+        for name, tensor in vars(own).items():  # save_file takes no views
+            tensors[f"{place}.{name}"] = tensor.clone(memory_format=torch.contiguous_format)
+        kept = {name: getattr(sample, name) for name in SAMPLE_FACTS}
+        facts[place] = {"prompt_index": prompt.index, "reward": rollouts[place].reward, "sample": kept}
     save_file(tensors, file, metadata={"sequences": json.dumps(facts)})
 
 
 def read_sequences(file: Path) -> dict[int, Rollout]:
     """Return the sequences of a file by place in the step. Raises ConfigError if the file cannot be read."""
-    names = ("places", "prompt_lengths", "response_lengths", "token_ids", "trained", "sampler_logp")
+    by_place = {}
     try:
         with safe_open(file, framework="pt") as stored:
-            facts = json.loads(stored.metadata()["sequences"])
-            places, prompts, responses, *flat = (stored.get_tensor(name).tolist() for name in names)
+            known = set(stored.keys())
+            for place, fact in json.loads(stored.metadata()["sequences"]).items():
+                names = {name: f"{place}.{name}" for name in ("prompt", "token_ids", "logp", "trained")}
+                found: dict[str, Any] = {k: stored.get_tensor(v).tolist() for k, v in names.items() if v in known}
+                prompt = Prompt(fact["prompt_index"], found["prompt"], Example(""))
+                lists = found["token_ids"], found.get("logp")
+                sample = Sample(*lists, trained=found.get("trained"), **fact["sample"])
+                by_place[int(place)] = Rollout(prompt, sample, fact["reward"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: damaged ({type(error).__name__}: {error})") from error
-    token_ids, trained, logp = map(iter, flat)
-    by_place = {}
-    for place, num_prompt, num_response, fact in zip(places, prompts, responses, facts, strict=True):
-        prompt = Prompt(fact["prompt_index"], list(islice(token_ids, num_prompt)), Example(""))
-        ids, mask, logps = (list(islice(values, num_response)) for values in (token_ids, trained, logp))
-        sample = Sample(
-            ids,
-            logps if fact["has_logp"] else None,
-            trained=mask if fact["has_observations"] else None,
-            **{name: fact[name] for name in SAMPLE_FACTS},
-        )
-        by_place[place] = Rollout(prompt, sample, reward=fact["reward"])
     return by_place
 
 
@@ -146,10 +124,62 @@ def read_scores(file: Path, places: set[int], *, topk: int) -> dict[int, Teacher
     """Return the file's scores of the sequences at `places`, by place: `topk` tokens of each position."""
     by_place = {}
     with safe_open(file, framework="pt") as stored:
-        lengths = stored.get_tensor("response_lengths").tolist()
-        ids_RK, logp_RK, sampled_R = (stored.get_slice(name) for name in ("topk_ids", "topk_logp", "teacher_logp"))
-        for place, end, length in zip(stored.get_tensor("places").tolist(), accumulate(lengths), lengths, strict=True):
-            if place in places:
-                rows = slice(end - length, end)
-                by_place[place] = TeacherScores(ids_RK[rows, :topk], logp_RK[rows, :topk], sampled_R[rows])
+        for place in places & {int(place) for place in json.loads(stored.metadata()["sequences"])}:
+            ids, logp = (stored.get_slice(f"{place}.{name}")[:, :topk] for name in ("topk_ids", "topk_logp"))
+            by_place[place] = TeacherScores(ids, logp, stored.get_tensor(f"{place}.sampled_logp"))
     return by_place
+
+
+class RecordedSteps:
+    """Read recorded steps; the first step follows the last one."""
+
+    def __init__(self, recording: Recording, *, topk: int, parallel: Parallel) -> None:
+        """`topk` is the loss's: only the likeliest of the recorded tokens are read."""
+        self._recording, self._topk, self._parallel = recording, topk, parallel
+        self.steps_per_epoch = recording.num_steps
+        self.fingerprint = atomic_dir.sha256(step_folder(recording.folder, 1) / atomic_dir.MANIFEST)
+        """Identifies the recording."""
+
+    def rollouts(self, step: int) -> list[Rollout]:
+        """Read the sequences of `step`, counted from 1, from the files of all ranks. A collective.
+
+        Raises:
+            ConfigError: on all ranks, if a file is damaged.
+        """
+        folder = self._folder(step)
+        problem = [atomic_dir.damage(folder) if self._parallel.is_main else None]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0]:
+            raise ConfigError(f"{folder}: damaged: {problem[0]}; restore it, or end before it with train.max_steps")
+        by_place = {place: rollout for file in _files(folder) for place, rollout in read_sequences(file).items()}
+        return [by_place[place] for place in range(len(by_place))]
+
+    def scores(self, step: int, places: Sequence[int]) -> dict[int, TeacherScores]:
+        """Read the teacher's scores of the sequences at these places, in their order."""
+        files = _files(self._folder(step))
+        by_place = {k: v for file in files for k, v in read_scores(file, set(places), topk=self._topk).items()}
+        return {place: by_place[place] for place in places}
+
+    def _folder(self, step: int) -> Path:
+        return step_folder(self._recording.folder, (step - 1) % self._recording.num_steps + 1)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+@dataclass
+class Replay(RolloutSource):
+    """Train on recorded steps; each rank reads the scores of its own sequences."""
+
+    recorded: RecordedSteps
+    planner: Planner
+    stages: Stages
+
+    def step(self, step: int) -> ScoredBatch:
+        self.stages.check_stop(within_s=self.stages.longest_s)
+        with self.stages("read"):
+            rollouts = self.recorded.rollouts(step)
+            plans = self.planner.plan(rollouts)
+            scores = self.recorded.scores(step, self.planner.local_places(plans))
+        return ScoredBatch(rollouts, plans, scores, is_current=False)

@@ -1,10 +1,9 @@
 """Sources of a step's sequences: the trainer takes scored batches from a source.
 
-| source      | file             | sequences                                                    |
-|-------------|------------------|--------------------------------------------------------------|
-| `OnPolicy`  | `on_policy`      | the student's, sampled with its current weights              |
-| `Mixture`   | `off_policy`     | in part the dataset's or the teacher's                       |
-| `Replay`    | `recorded_steps` | recorded by another run, with their scores                   |
+| source     | file          | sequences                                                               |
+|------------|---------------|-------------------------------------------------------------------------|
+| `OnPolicy` | `on_policy`   | the student's, with its current weights; in part another's (`off_policy`) |
+| `Replay`   | `score_files` | recorded by another run, with their scores                              |
 
 A source may keep sequences from one step for a later one, or wrap another source; `ranks.build_source` chooses it.
 """
@@ -16,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from distill_cli.rollout.pack import BatchPlan
+from distill_cli.parallel.mesh import Parallel
+from distill_cli.rollout.pack import BatchPlan, MicroBatch, micro_batches
 from distill_cli.types import Rollout, TeacherScores
 
 
@@ -35,6 +35,11 @@ class ScoredBatch:
     equal the trainer's; otherwise they may have drifted apart."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The source's own metrics of the step."""
+
+    def micro_batches(self, parallel: Parallel) -> list[MicroBatch]:
+        """Lay out this rank's micro-batches of all global batches, in their order."""
+        plans = self.plans
+        return [one for plan in plans for one in micro_batches(plan, self.rollouts, self.scores, parallel=parallel)]
 
 
 class RolloutSource(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +18,8 @@ from distill_cli.engines.base import AnsweringEngine
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.types import Prompt, Rollout, Sample
 
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 TURN, OBSERVATION = "WHAT-WAS-SAID", "WHAT-IS-SEEN"
 """Placeholders of a turn and an observation in a template."""
 
@@ -45,26 +47,9 @@ class Growing:
     seed: int
     environment: Environment | None
     """None if it failed before the first turn, which is then the last."""
-    token_ids: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
-    """Meaningless if sampling has logp=False."""
-    trained: list[bool] = field(default_factory=list)
-    num_turns: int = 0
+    sample: Sample
+    """Its `finish_reason` is empty while the sequence continues."""
     reward: float | None = None
-    finish_reason: str = ""
-    """Empty while the sequence continues."""
-
-    def append(self, token_ids: list[int], logp: list[float], *, trained: bool) -> None:
-        """Append tokens of the student, or of an observation if not `trained`."""
-        self.token_ids += token_ids
-        self.logp += logp
-        self.trained += [trained] * len(token_ids)
-
-    def rollout(self, *, has_logp: bool) -> Rollout:
-        """Return the finished rollout."""
-        logp = self.logp if has_logp else None
-        sample = Sample(self.token_ids, logp, self.finish_reason, trained=self.trained, num_turns=self.num_turns)
-        return Rollout(self.prompt, sample, reward=self.reward)
 
 
 def turn_seed(seed: int, turn: int) -> int:
@@ -73,76 +58,72 @@ def turn_seed(seed: int, turn: int) -> int:
 
 
 def sample_turns(
-    prompts: Sequence[Prompt],
-    *,
-    seeds: Sequence[int],
-    engine: AnsweringEngine,
-    sampling: SamplingSettings,
-    turns: Turns,
+    prompts: Sequence[Prompt], turns: Turns, seeds: Sequence[int], engine: AnsweringEngine, sampling: SamplingSettings
 ) -> list[Rollout]:
     """Sample a sequence of up to `turns.max_turns` turns for each prompt, rewarded by the environment.
 
     Args:
         sampling: `max_new_tokens` limits each turn.
     """
-    sequences = [Growing(prompt, seed, start(prompt, turns)) for prompt, seed in zip(prompts, seeds, strict=True)]
+    empty = Sample([], [] if sampling.logp else None, finish_reason="", trained=[], num_turns=0)
+    pairs = zip(prompts, seeds, strict=True)
+    sequences = [Growing(prompt, seed, start(prompt, turns), empty) for prompt, seed in pairs]
     for turn in range(turns.max_turns):
-        going = [sequence for sequence in sequences if not sequence.finish_reason]
+        going = [sequence for sequence in sequences if not sequence.sample.finish_reason]
         if not going:
             break
-        samples = engine.sample(
-            [sequence.prompt.token_ids + sequence.token_ids for sequence in going],
-            seeds=[turn_seed(sequence.seed, turn) for sequence in going],
-            sampling=sampling,
-        )
+        token_ids = [sequence.prompt.token_ids + sequence.sample.token_ids for sequence in going]
+        turn_seeds = [turn_seed(sequence.seed, turn) for sequence in going]
+        samples = engine.sample(token_ids, seeds=turn_seeds, sampling=sampling)
         for sequence, sample in zip(going, samples, strict=True):
             take_turn(sequence, sample, turns)
-    return [sequence.rollout(has_logp=sampling.logp) for sequence in sequences]
+    return [Rollout(sequence.prompt, sequence.sample, sequence.reward) for sequence in sequences]
 
 
 def start(prompt: Prompt, turns: Turns) -> Environment | None:
-    """Return an environment for the prompt's example; None, counted, if it fails."""
+    """Return an environment for the prompt's example; None if it fails."""
     environment = turns.make()
+    return None if attempt(environment.reset, prompt.example, turns.failures) is None else environment
+
+
+def attempt(function: Callable[[Given], Result], argument: Given, failures: Failures) -> Result | None:
+    """Return the result of an environment's function; None, counted, if it fails: it may be the user's code."""
     try:
-        environment.reset(prompt.example)
-    except Exception as error:  # environments may be the user's code
-        turns.failures.add(error)
+        return function(argument)
+    except Exception as error:
+        failures.add(error)
         return None
-    return environment
 
 
-def take_turn(sequence: Growing, sample: Sample, turns: Turns) -> None:
+def take_turn(sequence: Growing, turn: Sample, turns: Turns) -> None:
     """Append the student's turn, and the observation unless the sequence has ended."""
-    room = turns.max_tokens - len(sequence.prompt.token_ids) - len(sequence.token_ids)
-    if len(sample.token_ids) > room:
-        logp = (sample.logp or [])[:room]
-        sample = replace(sample, token_ids=sample.token_ids[:room], logp=logp, finish_reason="length")
-    sequence.append(sample.token_ids, sample.logp or [], trained=True)
-    sequence.num_turns += 1
-    observation = step(sequence.environment, turns.decode(sample.token_ids), failures=turns.failures)
-    sequence.reward = observation.reward
-    if sample.finish_reason == "length":
-        sequence.finish_reason = "length"
-    elif observation.done:
-        sequence.finish_reason = "stop"
-    elif sequence.num_turns == turns.max_turns:
-        sequence.finish_reason = "turn_limit"
-    else:
-        ids = turns.observation_ids(observation.text, sample.token_ids[-1])
-        if len(ids) >= room - len(sample.token_ids):  # no room for a token of the next turn
-            sequence.finish_reason = "length"
-        else:
-            sequence.append(ids, [0.0] * len(ids), trained=False)
-
-
-def step(environment: Environment | None, response: str, *, failures: Failures) -> Observation:
-    """Return the environment's observation; one that fails is counted and ends its sequence with reward 0."""
+    before, environment, observation = sequence.sample, sequence.environment, None
+    room = turns.max_tokens - len(sequence.prompt.token_ids) - len(before.token_ids)
+    if len(turn.token_ids) > room:
+        logp = (turn.logp or [])[:room]
+        turn = replace(turn, token_ids=turn.token_ids[:room], logp=logp, finish_reason="length")
+    text, seen, reason = turns.decode(turn.token_ids), list[int](), ""
     if environment is not None:
-        try:
-            return environment.step(response)
-        except Exception as error:  # environments may be the user's code
-            failures.add(error)
-    return Observation(reward=0.0, done=True)
+        observation = attempt(environment.step, text, turns.failures)
+    observation = observation or Observation(reward=0.0, done=True)
+    sequence.reward = observation.reward
+    if turn.finish_reason == "length":
+        reason = "length"
+    elif observation.done:
+        reason = "stop"
+    elif before.num_turns + 1 == turns.max_turns:
+        reason = "turn_limit"
+    else:
+        seen = turns.observation_ids(observation.text, turn.token_ids[-1])
+        if len(seen) >= room - len(turn.token_ids):  # no room for a token of the next turn
+            seen, reason = [], "length"
+    sequence.sample = Sample(
+        before.token_ids + turn.token_ids + seen,
+        None if before.logp is None else before.logp + (turn.logp or []) + [0.0] * len(seen),
+        reason,
+        trained=(before.trained or []) + [True] * len(turn.token_ids) + [False] * len(seen),
+        num_turns=before.num_turns + 1,
+    )
 
 
 def observation_encoder(

@@ -21,7 +21,7 @@ from distill_cli.losses.divergence import forward, reverse
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.rollout.pack import MicroBatch, micro_batches
+from distill_cli.rollout.pack import MicroBatch
 from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
 from distill_cli.student.model import Student
 from distill_cli.types import Prompt, Rollout, TokenViews
@@ -51,11 +51,7 @@ class ProbeReport:
             rollouts = self.worker.sample(self.prompts, step=0)  # the same seeds each time
         scored = self.scoring.score(rollouts, stage="record")
         with stages("record"):
-            batches = [
-                batch
-                for plan in scored.plans
-                for batch in micro_batches(plan, rollouts, scored.scores, parallel=stages.parallel)
-            ]
+            batches = scored.micro_batches(stages.parallel)
             views = token_views(batches, rollouts, student=self.student, parallel=stages.parallel)
             self.folder.write(f"step_{step}.parquet", rollouts, views=views)
 

@@ -18,7 +18,6 @@ from distill_cli.errors import Unrecoverable
 from distill_cli.folders.attempts import Outcome
 from distill_cli.folders.metrics_file import plain
 from distill_cli.folders.rollouts_table import RolloutsFolder
-from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import BatchPlan, micro_batches
 from distill_cli.rollout.source import RolloutSource, ScoredBatch
 from distill_cli.rollout.stages import Stages, StopRequested
@@ -48,7 +47,6 @@ class Trainer:
     student: Student
     trainable: Trainable
     """The student's optimizer and schedule."""
-    parallel: Parallel
     stages: Stages
     progress: Progress
     """The state to continue from."""
@@ -107,7 +105,7 @@ class Trainer:
     def step(self, step: int) -> dict[str, float]:
         """Take a step of the run, counted from 1, and return its metrics. A collective."""
         begin = time.perf_counter()
-        optimizer, schedule = self.trainable.optimizer, self.trainable.schedule
+        optimizer, schedule, mesh = self.trainable.optimizer, self.trainable.schedule, self.stages.parallel
         batch = self.source.step(step)
         if step == 1:
             self.log.example(batch.rollouts[0])
@@ -115,22 +113,20 @@ class Trainer:
         updates = []
         for plan in batch.plans:
             with self.stages("pack"):
-                batches = micro_batches(plan, batch.rollouts, batch.scores, parallel=self.parallel)
+                batches = micro_batches(plan, batch.rollouts, batch.scores, parallel=mesh)
             with self.stages("train"):
-                lr, max_norm = float(schedule.get_last_lr()[0]), self.config.train.max_grad_norm
-                result = optimizer_step(
-                    self.student, optimizer, schedule, batches, max_grad_norm=max_norm, parallel=self.parallel
-                )
+                lr, norm = float(schedule.get_last_lr()[0]), self.config.train.max_grad_norm
+                result = optimizer_step(self.student, optimizer, schedule, batches, max_grad_norm=norm, parallel=mesh)
             self.check_finite(step, result, plan, batch)
             updates.append((batches, result))
         with self.stages("record"):
             train_s = self.stages.seconds["train"]
             return {
                 "train/lr": lr,
-                **train_metrics(updates, is_current=batch.is_current, parallel=self.parallel),
+                **train_metrics(updates, is_current=batch.is_current, parallel=mesh),
                 **rollout_metrics(batch.rollouts),
                 **batch.metrics,
-                **performance_metrics(batch.plans, updates, self.student, self.parallel, train_s=train_s, begin=begin),
+                **performance_metrics(batch.plans, updates, self.student, mesh, train_s=train_s, begin=begin),
             }
 
     def validate(self, step: int) -> dict[str, float]:

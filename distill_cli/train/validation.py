@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import torch
 
-from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.engines.base import AnsweringEngine, Teacher
-from distill_cli.engines.settings import SamplingSettings
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.parallel.sharing import EngineShare, partition_by_cost
-from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, sequence_seed
-from distill_cli.rollout.turns import Turns
-from distill_cli.rollout.workers import RolloutWorker
+from distill_cli.rollout.workers import Responder, RolloutWorker
 from distill_cli.types import Prompt, Rollout
 
 
@@ -40,13 +37,8 @@ class Score:
         return {f"val/{name}": value for name, value in means.items()}
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One of the answers to a problem."""
-
-    number: int
-    """Position among the answers to the problem, from 0."""
-    rollout: Rollout
+Answer = tuple[int, Rollout]
+"""One of the answers to a problem, after its position among them, from 0."""
 
 
 def answer_row(
@@ -57,16 +49,17 @@ def answer_row(
     Args:
         extract: returns the final answer of a text, as the verifier reads it; None if the verifier has no such part.
     """
-    sample, example = answer.rollout.sample, answer.rollout.prompt.example
+    number, rollout = answer
+    sample, example = rollout.sample, rollout.prompt.example
     return {
         "dataset": example.dataset,
-        "problem": answer.rollout.prompt.index,
-        "number": answer.number,
+        "problem": rollout.prompt.index,
+        "number": number,
         "question": example.question,
         "reference": example.answer,
         "response": decode(sample.token_ids),
         "final_answer": extract(decode(sample.last_turn_ids)) if extract else None,
-        "reward": float(answer.rollout.reward or 0.0),
+        "reward": float(rollout.reward or 0.0),
         "num_tokens": len(sample.written_ids),
         "finish_reason": sample.finish_reason,
     }
@@ -74,13 +67,8 @@ def answer_row(
 
 def first_of_each(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
     """Return the first `number` prompts of each dataset."""
-    taken: Counter[str] = Counter()
-    chosen = []
-    for prompt in prompts:
-        taken[prompt.example.dataset] += 1
-        if taken[prompt.example.dataset] <= number:
-            chosen.append(prompt)
-    return chosen
+    taken: dict[str, Iterator[int]] = defaultdict(count)
+    return [prompt for prompt in prompts if next(taken[prompt.example.dataset]) < number]
 
 
 @dataclass(frozen=True)
@@ -88,17 +76,12 @@ class Validator:
     """The problems, and how they are answered and judged."""
 
     prompts: Sequence[Prompt]
-    sampling: SamplingSettings
-    verify: IsolatedVerifier
-    decode: Callable[[list[int]], str]
+    responder: Responder
     batch_size: int
     """Answers per call of an engine."""
-    seed: int
     parallel: Parallel
     repeat: int = 1
     """Answers to each problem."""
-    turns: Turns | None = None
-    """How an answer continues after its first turn; None if it does not."""
 
     def for_teacher(self) -> Validator:
         """Return the same problems as the teacher reads them."""
@@ -108,7 +91,7 @@ class Validator:
         """Score the engine's answers. A collective: each engine answers its share."""
         names = sorted({prompt.example.dataset for prompt in self.prompts})
         totals = torch.zeros(len(names), 4, dtype=torch.float64, device=self.parallel.device)
-        for rollout in (answer.rollout for answers in self.answers(engine) for answer in answers):
+        for _, rollout in (answer for answers in self.answers(engine) for answer in answers):
             truncated = float(rollout.sample.finish_reason == "length")
             row = torch.tensor([rollout.reward or 0.0, len(rollout.sample.written_ids), truncated, 1.0])
             totals[names.index(rollout.prompt.example.dataset)] += row.to(totals)
@@ -125,16 +108,10 @@ class Validator:
         requests = [(problem, number) for problem in mine for number in range(self.repeat)]
         for begin in range(0, len(requests), self.batch_size):
             batch = requests[begin : begin + self.batch_size]
-            rollouts = sample_rollouts(
-                [self.prompts[problem] for problem, _ in batch],
-                # Equal in all validations, so that only the model differs, and unlike training's.
-                seeds=[sequence_seed(self.seed, step=-number, sequence=problem) for problem, number in batch],
-                engine=engine,
-                sampling=self.sampling,
-                turns=self.turns,
-            )
-            judged = judge_rollouts(rollouts, verify=self.verify, decode=self.decode)
-            yield [Answer(number, rollout) for (_, number), rollout in zip(batch, judged, strict=True)]
+            # Equal in all validations, so that only the model differs, and unlike training's.
+            seeds = [self.responder.seed_of(step=-number, sequence=problem) for problem, number in batch]
+            rollouts = self.responder.respond(engine, [self.prompts[problem] for problem, _ in batch], seeds=seeds)
+            yield [(number, rollout) for (_, number), rollout in zip(batch, rollouts, strict=True)]
 
     def share(self, engine: AnsweringEngine) -> EngineShare:
         """Return this rank's place among the engines that share the problems."""

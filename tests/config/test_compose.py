@@ -9,9 +9,8 @@ from distill_cli.config.choices import conf_dir, group_choices, groups
 from distill_cli.config.compose import compose
 from distill_cli.config.derived import needs_sampler, validates
 from distill_cli.config.fields import LIMITS, declared_keys
-from distill_cli.config.overrides import RENAMED
 from distill_cli.config.schema import Config
-from distill_cli.config.variation import load_config, override, save_config
+from distill_cli.config.variation import RENAMED, load_config, override, save_config
 from distill_cli.errors import ConfigError
 from distill_cli.verbs.ls import first_comment
 

@@ -19,7 +19,7 @@ from distill_cli.errors import ConfigError
 from distill_cli.jobs.preflight import preflight, preflight_evaluation
 from distill_cli.models.model_files import ASSETS
 from distill_cli.parallel.mesh import Parallel, layout
-from distill_cli.ranks.build_prompts import build_validator
+from distill_cli.ranks.build_source import Rank, build_validator
 from distill_cli.track.facts import data_profile
 from distill_cli.train.validation import Validator
 from distill_cli.types import Example, Sample
@@ -102,7 +102,7 @@ class Echo(AnsweringEngine):
 
 def validator_of(config: Config, parallel: Parallel) -> Validator:
     found = preflight_evaluation(override(config, {"data.train": {}}), role="student")
-    return build_validator(found, parallel, AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student"))
+    return build_validator(Rank(found, parallel, AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student")))
 
 
 def test_streams_validate_by_their_first_rows(tmp_path: Path, parallel: Parallel) -> None:
@@ -148,7 +148,7 @@ def test_teacher_is_validated_on_own_prompts(parallel: Parallel) -> None:
 
     class Recording(Echo):
         def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
-            texts.extend(validator.decode(ids) for ids in prompts)
+            texts.extend(validator.responder.decode(ids) for ids in prompts)
             return super().sample(prompts, seeds=seeds, sampling=sampling)
 
     validator.for_teacher().run(Recording())

@@ -17,7 +17,7 @@ from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream, boxed_answer, final_answer
 from distill_cli.errors import ConfigError
 from distill_cli.models.model_files import ASSETS
-from distill_cli.ranks.build_prompts import prompt_settings
+from distill_cli.ranks.build_source import prompt_settings
 from distill_cli.types import Example
 from tests.data.published import QUESTION, localize, make_copy
 

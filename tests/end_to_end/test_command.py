@@ -23,7 +23,7 @@ from tests.end_to_end.conftest import distill, refused
         (["trian"], ["no such verb; did you mean train?"]),
         (["ls", "los"], ["did you mean loss?"]),
         (["plan", "cluster.gpus_per_node=99"], ["visible GPUs"]),
-        (["rollout.max_new_tokens=128"], ["leaves 0 of rollout.max_sequence_length=128"]),
+        (["rollout.max_new_tokens=128"], ["rollout.max_sequence_length=128"]),
     ],
 )
 def test_wrong_input_is_status_2(tmp_path: Path, argv: list[str], expected: list[str]) -> None:

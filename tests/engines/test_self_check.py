@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,11 +28,10 @@ from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.machine.processes import StopFlag
 from distill_cli.parallel.mesh import Parallel, layout
-from distill_cli.ranks.check_rank import is_exact
-from distill_cli.ranks.self_check import EXACT, MASSES, SelfCheck
+from distill_cli.ranks.self_check import EXACT, MASSES, ROUNDED, SelfCheck
 from distill_cli.rollout.pack import Planner, plan_batch
 from distill_cli.rollout.stages import Stages
-from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
+from distill_cli.rollout.workers import Responder, RolloutWorker, ScoringWorker
 from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule
@@ -132,26 +132,20 @@ def wrong(
                 sampler=Kept(sampler),
                 weights=partial(synced_parameters, trained, as_adapter=False),
                 version=lambda: 0,
-                sampling=SamplingSettings(max_new_tokens=24),
-                seed=config.train.seed,
+                responder=Responder(SamplingSettings(max_new_tokens=24), seed=config.train.seed, decode=str),
                 stages=stages,
-                decode=str,
             ),
             own_scoring=ScoringWorker(Kept(own_scorer), planner, stages),
             make_scoring=lambda: ScoringWorker(Kept(teacher), planner, stages),
             student=trained,
             trainable=trainable,
-            loss=DistillLoss(kl_type="mixed"),
             load_teacher=lambda: build_student(teacher_settings.path, parallel, temperature=temperature, factor=1.0),
             saver=Saver(folder, trainable),
             checkpoints=folder.checkpoints,
-            limits=EXACT,
-            report=lambda finding: None,
         )
-        is_good = check.run()
-        found = [finding.what for finding in check.findings if finding.is_good is False]
-        assert is_good == (not found)
-        assert len(check.findings) == (10 if OTHER in found else 11)  # no slope where there is no loss
+        findings = list(check.run())
+        found = [finding.what for finding in findings if finding.is_good is False]
+        assert len(findings) == (10 if OTHER in found else 11)  # no slope where there is no loss
         return found
 
     yield run
@@ -180,7 +174,11 @@ def test_loss_scaled_by_ranks(wrong) -> None:
 
 def test_exact_needs_float32_throughout() -> None:
     config = of("student", "teacher")
-    assert is_exact(config, torch.device("cpu"))
-    assert not is_exact(config, torch.device("cuda"))
     low = replace(config.model, teacher=TeacherModel(path="teacher", dtype=Dtype.bfloat16))
-    assert not is_exact(replace(config, model=low), torch.device("cpu"))
+    for made, device, limits in (
+        (config, "cpu", EXACT),
+        (config, "cuda", ROUNDED),
+        (replace(config, model=low), "cpu", ROUNDED),
+    ):
+        check = SimpleNamespace(config=made, parallel=SimpleNamespace(device=torch.device(device)))
+        assert SelfCheck.limits.fget(check) is limits

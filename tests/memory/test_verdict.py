@@ -16,7 +16,7 @@ from distill_cli.jobs.preflight import preflight
 from distill_cli.memory.engine_bytes import engine_bytes, engine_weights
 from distill_cli.memory.shape import ModelShape, shape_of
 from distill_cli.memory.trainer_bytes import PARTS
-from distill_cli.memory.verdict import peak_of
+from distill_cli.memory.verdict import peak_bytes
 from distill_cli.models import model_files
 
 STUDENT, TEACHER = (model_files.ASSETS / "tiny_pair" / role for role in ("student", "teacher"))
@@ -80,9 +80,9 @@ def test_engines_by_dtype_quantization_and_cache() -> None:
 
 def test_engines_asleep_and_trainer_take_turns() -> None:
     engines = {"sampler": 20, "scorer": 25}
-    assert peak_of(40, 10, engines, ()) == 40 + 45
-    assert peak_of(40, 10, engines, ("scorer",)) == 40 + 20
-    assert peak_of(40, 10, engines, ("sampler", "scorer")) == 40
+    assert peak_bytes(40, 10, engines, ()) == 40 + 45
+    assert peak_bytes(40, 10, engines, ("scorer",)) == 40 + 20
+    assert peak_bytes(40, 10, engines, ("sampler", "scorer")) == 40
 
 
 def test_named_keys_make_it_fit() -> None:

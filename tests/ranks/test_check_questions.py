@@ -5,16 +5,13 @@ from types import SimpleNamespace
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import override
 from distill_cli.ranks.check_rank import finding_line
-from distill_cli.ranks.self_check import QUESTIONS, Finding, SelfCheck
+from distill_cli.ranks.self_check import QUESTIONS, SelfCheck
 
 
 def test_every_question_has_a_line() -> None:
     config = override(Config(), {"model.teacher.path": "other/teacher", "loss.temperature": 2.0})
-    reported: list[Finding] = []
-    check = SimpleNamespace(config=config, findings=[], report=reported.append)
-    for question in QUESTIONS:
-        SelfCheck.answer(check, question, False, "1 (limit 0)")
-    assert check.findings == reported
+    check = SimpleNamespace(config=config)
+    reported = [SelfCheck.answer(check, question, False, "1 (limit 0)") for question in QUESTIONS]
     lines = {finding.what: finding_line(finding) for finding in reported}
     assert len(lines) == len(QUESTIONS)
     assert all("1 (limit 0)" in line for line in lines.values())

@@ -14,7 +14,7 @@ from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.on_policy import OnPolicy
 from distill_cli.rollout.pack import Planner, plan_batch
 from distill_cli.rollout.stages import Stages
-from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
+from distill_cli.rollout.workers import Responder, RolloutWorker, ScoringWorker
 from distill_cli.types import Example, Prompt, Sample, TeacherScores
 
 
@@ -98,10 +98,8 @@ def make_source(parallel: Parallel, calls: list[str], *, num_prompts: int = 2, s
             sampler=sampler,
             weights=dict,
             version=lambda: 0,
-            sampling=SamplingSettings(max_new_tokens=4),
-            seed=1,
+            responder=Responder(SamplingSettings(max_new_tokens=4), seed=1, decode=str),
             stages=stages,
-            decode=str,
         ),
         scoring=ScoringWorker(teacher, planner, stages),
     )

@@ -20,8 +20,14 @@ from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import ASSETS
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.rollout.pack import Planner, lay_out, plan_batch
-from distill_cli.rollout.recorded_steps import RecordedSteps, Replay
-from distill_cli.rollout.score_files import Recorder, read_scores, read_sequences, write_sequences
+from distill_cli.rollout.score_files import (
+    RecordedSteps,
+    Recorder,
+    Replay,
+    read_scores,
+    read_sequences,
+    write_sequences,
+)
 from distill_cli.rollout.source import ScoredBatch
 from distill_cli.rollout.stages import Stages, StopRequested
 from distill_cli.types import Rollout, TeacherScores

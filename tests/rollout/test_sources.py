@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.parallel.mesh import Parallel, layout
-from distill_cli.rollout.off_policy import Mixture, dataset_samples, teacher_samples
+from distill_cli.rollout.off_policy import dataset_samples, teacher_samples
 from distill_cli.rollout.on_policy import OnPolicy
 from distill_cli.rollout.stages import StopRequested
 from tests.rollout.doubles import make_source
@@ -73,13 +73,13 @@ def test_what_was_interrupted_is_not_recorded(make) -> None:
     assert written == [1]
 
 
-def mixture(student: OnPolicy, write_others: Callable, *, fraction: float = 0.5) -> Mixture:
-    return Mixture(student, fraction, seed=3, write_others=write_others)
+def mixture(student: OnPolicy, write_others: Callable, *, fraction: float = 0.5) -> OnPolicy:
+    return replace(student, on_policy_fraction=fraction, write_others=write_others)
 
 
 def test_the_teacher_writes_its_share(make, calls: list[str]) -> None:
     student = make(num_prompts=4)
-    write = partial(teacher_samples, scoring=student.scoring, sampling=student.worker.sampling)
+    write = partial(teacher_samples, scoring=student.scoring, sampling=student.worker.responder.sampling)
     batch = mixture(student, write).step(1)
     others = ["teacher wakes", "teacher samples 2", "teacher sleeps"]
     assert calls == [*AWAKE, *others, "teacher wakes", "teacher scores 4", "teacher sleeps"]

@@ -19,9 +19,9 @@ from distill_cli.engines.settings import SamplingSettings
 from distill_cli.losses import linear_topk
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.models.model_files import ASSETS
-from distill_cli.rollout.collect import judge_rollouts, sample_rollouts, score_rollouts
 from distill_cli.rollout.pack import micro_batches, plan_batch, trained_tokens
 from distill_cli.rollout.turns import Turns, observation_encoder
+from distill_cli.rollout.workers import Responder, score_rollouts
 from distill_cli.student import attention
 from distill_cli.student.model import Student
 from distill_cli.train.step_metrics import rollout_metrics
@@ -65,13 +65,9 @@ def sample(
     answers: list[str], *, make=Countdown, max_turns=3, max_tokens=100, sampler=None, seeds=None, logp=True
 ) -> list[Rollout]:
     prompts = [Prompt(i, [50, 51, 52 + i], Example("?", answer)) for i, answer in enumerate(answers)]
-    return sample_rollouts(
-        prompts,
-        seeds=seeds or range(len(answers)),
-        engine=sampler or Parrot(),
-        sampling=SamplingSettings(max_new_tokens=4, logp=logp),
-        turns=Turns(make, max_turns, max_tokens, decode=str, observation_ids=lambda text, last: [90, last, 91]),
-    )
+    turns = Turns(make, max_turns, max_tokens, decode=str, observation_ids=lambda text, last: [90, last, 91])
+    responder = Responder(SamplingSettings(max_new_tokens=4, logp=logp), seed=0, decode=str, turns=turns)
+    return responder.respond(sampler or Parrot(), prompts, seeds=seeds or range(len(answers)))
 
 
 def test_sequences_end_done_or_turn_limited() -> None:
@@ -144,11 +140,13 @@ def test_verifier_judges_the_last_turn() -> None:
         def step(self, response: str) -> Observation:
             return Observation("go on", done=super().step(response).done)
 
-    (judged,) = judge_rollouts(
-        sample(["2"], make=Silent),
-        verify=lambda pairs: [float(text == "9") for text, _ in pairs],
+    judge = Responder(
+        SamplingSettings(max_new_tokens=4),
+        seed=0,
         decode=lambda ids: str(ids[0]),
+        verify=lambda pairs: [float(text == "9") for text, _ in pairs],
     )
+    (judged,) = judge.judge(sample(["2"], make=Silent))
     assert judged.reward == 1.0
 
 

@@ -98,7 +98,6 @@ def make(parallel: Parallel, tmp_path: Path) -> Callable[..., Trainer]:
             "source": source or MadeUp(),
             "student": student,
             "trainable": Trainable(lm, optimizer, build_schedule(optimizer, warmup_updates=0, num_updates=6)),
-            "parallel": parallel,
             "stages": Stages(parallel, stop),
             "progress": Progress(),
             "log": RunLog(run, StepPrinter(io.StringIO(), num_steps=3), MetricsFile(run.metrics), 3, show=str),

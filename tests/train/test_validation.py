@@ -17,6 +17,7 @@ from distill_cli.engines.settings import SamplingSettings
 from distill_cli.folders.answers_table import AnswersFile, join_answers
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.report.eval_results import make_scoreboard, read_problems
+from distill_cli.rollout.workers import Responder
 from distill_cli.train.validation import Score, Validator, answer_row, first_of_each
 from distill_cli.types import Example, Prompt, Sample
 
@@ -55,11 +56,10 @@ def parallel() -> Iterator[Parallel]:
 def validator(parallel: Parallel, prompts: list[Prompt], *, repeat: int = 1, batch_size: int = 64) -> Validator:
     return Validator(
         prompts=prompts,
-        sampling=SamplingSettings(max_new_tokens=4),
-        verify=EXACT,
-        decode=lambda ids: f"#### {ids[0]}",
+        responder=Responder(
+            SamplingSettings(max_new_tokens=4), seed=0, decode=lambda ids: f"#### {ids[0]}", verify=EXACT
+        ),
         batch_size=batch_size,
-        seed=0,
         parallel=parallel,
         repeat=repeat,
     )
@@ -101,8 +101,9 @@ def answer_to_file(parallel: Parallel, folder: Path, which: list[Prompt], *, rep
     folder.mkdir()
     file = AnswersFile(folder, rank=0)
     made = validator(parallel, which, repeat=repeat)
+    extract = resolve_extract(EXACT.function)
     for answers in made.answers(Oracle()):
-        file.write([answer_row(a, decode=made.decode, extract=resolve_extract(made.verify.function)) for a in answers])
+        file.write([answer_row(answer, decode=made.responder.decode, extract=extract) for answer in answers])
     file.close()
     return read_problems(join_answers(folder), unnamed="numbers")
 
@@ -145,4 +146,4 @@ def test_greedy_answers_are_not_repeated() -> None:
     (problem,) = [line for line in config_problems(config) if line.startswith("eval.repeat")]
     assert problem.startswith("eval.repeat=4:")
     assert "eval.temperature" in problem
-    assert any(line.startswith("data.validation:") for line in evaluation_problems(config))
+    assert any(line.startswith("data.validation={}:") for line in evaluation_problems(config))
