@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -18,16 +18,17 @@ from pathlib import Path
 from rich.markup import escape
 
 from distill_cli.config.compose import compose
+from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.fields import has_property
 from distill_cli.config.schema import Config, MeshConfig, StudentModel
-from distill_cli.config.variation import load_config, override, save_config
+from distill_cli.config.variation import load_config, override
 from distill_cli.data.registry import resolve_extract, resolve_verifier
-from distill_cli.errors import ConfigError, DistillError, collect
+from distill_cli.errors import ConfigError, DistillError, collect, refuse
 from distill_cli.folders.answers_table import join_answers
 from distill_cli.folders.run_dir import RunDir, free_name, write_json
 from distill_cli.jobs.existing_run import choose_checkpoint, finished_steps, open_run, typed_overrides
 from distill_cli.jobs.preflight import preflight_evaluation
-from distill_cli.jobs.prepare import require_here
+from distill_cli.jobs.prepare import make_folder, require_here
 from distill_cli.jobs.run_panels import relative
 from distill_cli.launch.local import start_ranks
 from distill_cli.report.eval_results import make_scoreboard, print_scoreboard, read_problems
@@ -113,9 +114,8 @@ def base_config(models: Sequence[str], overrides: Sequence[str]) -> tuple[Config
     subject, run = models[0], run_around(models[0])
     if run is not None:
         config = load_config(run.config)
-        names = [field.name for field in fields(config.cluster) if field.name != "launcher"]
-        read = [name for name in names if has_property(Config, f"cluster.{name}", "evaluation")]
-        cluster = type(config.cluster)(**{name: getattr(config.cluster, name) for name in read})
+        keys = {key for key in vars(config.cluster) if has_property(Config, f"cluster.{key}", "evaluation")}
+        cluster = ClusterConfig(**{key: getattr(config.cluster, key) for key in keys - {"launcher"}})
         config = override(config, {"mesh": MeshConfig(), "rollout.replay": None, "cluster": cluster})
         return override(config, [*ALONE, *overrides], typed=typed_overrides(run), unread=UNREAD), run
     keys = {word.lstrip("+").split("=", 1)[0] for word in overrides}
@@ -135,7 +135,7 @@ def base_config(models: Sequence[str], overrides: Sequence[str]) -> tuple[Config
 
 
 def check_is_read(overrides: Sequence[str]) -> None:
-    """Raise ConfigError for each key that an evaluation does not read, and each group of which it reads no key."""
+    """Raise ConfigError for overrides of keys that an evaluation does not read."""
     problems = []
     for word in overrides:
         key = word.lstrip("+").split("=", 1)[0]
@@ -143,8 +143,7 @@ def check_is_read(overrides: Sequence[str]) -> None:
             own = f"eval.{key.rpartition('.')[2]}"
             fix = f"set {own}" if has_property(Config, own, "evaluation") else "leave it out"
             problems.append(f"{word}: an evaluation does not read it; {fix}")
-    if problems:
-        raise ConfigError(*problems)
+    refuse(problems)
 
 
 def run_around(word: str) -> RunDir | None:
@@ -187,9 +186,9 @@ def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
 
 def evaluation_folder(subject: str, run: RunDir | None) -> Path:
     """Make a new folder: in the run's `evals/`, next to a model's folder, or here for a model from the hub."""
-    path, plain = Path(subject).resolve(), re.sub(r"\W+", "_", subject).strip("_")
-    here = path.with_name(f"{path.name}.evals") if path.is_dir() else Path("evals", plain).absolute()
-    root = run.evals if run is not None else here
+    path, root = Path(subject).resolve(), Path("evals", re.sub(r"\W+", "_", subject).strip("_")).absolute()
+    if run is not None or path.is_dir():
+        root = run.evals if run is not None else path.with_name(f"{path.name}.evals")
     folder = root / free_name(root, time.strftime("%Y%m%d-%H%M%S"))
     try:
         folder.mkdir(parents=True)
@@ -200,10 +199,7 @@ def evaluation_folder(subject: str, run: RunDir | None) -> Path:
 
 def answer(contender: Contender, resolved: ResolvedRun, folder: Path) -> Path:
     """Start ranks that answer with a model; return the file with its answers. Raises DistillError if they fail."""
-    run = RunDir(folder / contender.name)
-    run.logs.mkdir(parents=True)
-    save_config(resolved.config, run.config)
-    resolved.write(run)
+    run = make_folder(folder / contender.name, resolved)
     write_json(run.evaluation, {"name": contender.name, "role": contender.role})
     start_ranks(resolved, run)
     return join_answers(run.path)

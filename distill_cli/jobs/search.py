@@ -28,7 +28,7 @@ from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir, write_json
 from distill_cli.jobs.prepare import print_warnings, resolve_jobs
-from distill_cli.jobs.sweep import add_runs, carry_out_runs, check_sweep, conclude, discard_if_refused, new_sweep
+from distill_cli.jobs.run_jobs import add_runs, carry_out_runs, check_sweep, conclude, new_sweep, newest, runs_of
 from distill_cli.report.read import last_values
 from distill_cli.terminal.console import Console
 
@@ -65,12 +65,9 @@ def search(overrides: Sequence[str], flags: Sequence[str], *, command: Sequence[
     spec = read_search(overrides, flags, command=command)
     sweep = new_sweep(spec.config)
     elements = next_batch(spec, sweep, console=console)
-    try:
-        with RunDir(sweep.path).lock():
-            return carry_out_search(spec, sweep, elements, console=console)
-    except ConfigError:
-        discard_if_refused(sweep, elements, spec.config)
-        raise
+    first = runs_of(sweep, elements)[-1]
+    with newest(sweep.path, first, config=spec.config), RunDir(sweep.path).lock():
+        return carry_out_search(spec, sweep, elements, console=console)
 
 
 def carry_out_search(spec: Search, sweep: SweepDir, elements: Sequence[Element], *, console: Console) -> int:
@@ -157,7 +154,7 @@ def next_batch(spec: Search, sweep: SweepDir, *, console: Console) -> list[Eleme
         return []
     jobs, resolved = resolve_jobs([trial_job(spec, values) for values in drawn], is_new=not known)
     check_sweep(jobs)
-    print_warnings(jobs, resolved, console=console, printed=spec.warned)
+    print_warnings(resolved, console=console, printed=spec.warned)
     console.print(f"trials   {known + 1} to {known + len(jobs)} of {spec.num_trials}")
     words = [word.partition("=") for word in spec.overrides]
     space = {key.lstrip("+"): text for key, _, text in words if key in spec.space}

@@ -99,6 +99,23 @@ def wait_for_run(run: RunDir, job: SubmittedJob, *, console: Console) -> int:
     return status
 
 
+def wait_for_sweep(runs: Sequence[RunDir], jobs: Sequence[SubmittedJob], *, console: Console) -> int:
+    """Print which runs have ended, until all have; return how many failed. Each run's folder is read once."""
+    launcher, failed = launcher_of(jobs[0].launcher), 0
+    open_jobs = dict(zip(jobs, runs, strict=True))
+    for wait_s in queue_waits():
+        active = launcher.status([job.job_id for job in open_jobs])
+        for job in [job for job in open_jobs if job.job_id not in active]:
+            run = open_jobs.pop(job)
+            status, text = job_outcome(run, job)
+            failed += status != 0
+            console.print(f"{len(runs) - len(open_jobs)}/{len(runs)}  {escape(f'{run.path.name}: {text}')}")
+        if not open_jobs:
+            break
+        time.sleep(wait_s)
+    return failed
+
+
 def print_from(log: Path, position: int) -> int:
     """Print a file's content beyond `position`; return its end."""
     with suppress(FileNotFoundError), log.open("rb") as stream:

@@ -26,8 +26,7 @@ from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, Unrecoverable
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.launch.base import Launcher
-from distill_cli.launch.node_paths import node_variables
-from distill_cli.launch.nodes import ALONE, POLL_S, Command, Leader, Place, read_command
+from distill_cli.launch.nodes import ALONE, POLL_S, Command, Leader, Place, node_variables, read_command
 from distill_cli.machine.processes import LAUNCHER_PID, describe_exit, die_with_parent
 from distill_cli.machine.torch_versions import torchrun_knows
 from distill_cli.models.model_files import CACHE_ONLY

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from distill_cli.config.choices import nearest
-from distill_cli.errors import ConfigError
+from distill_cli.errors import ConfigError, refuse
 
 VERBS = ("train", "plan", "check", "resume", "replay", "watch", "eval", "export", "report", "track", "ls", "doctor")
 
@@ -70,11 +70,10 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ConfigError: a flag is unknown or lacks its value, or a word is missing or one too many.
         """
-        names = [word.partition("=")[0] for word in words if word.startswith("-")]
-        if unknown := [name for name in names if name not in self._option_string_actions]:
-            rule = f"{self.prog} has no such flag"
-            lines = [f"{name}: {rule}{nearest(name, self.flags())} ({self.prog} --help)" for name in unknown]
-            raise ConfigError(*lines)
+        typed = [word.partition("=")[0] for word in words if word.startswith("-")]
+        rule = f"{self.prog} has no such flag"
+        unknown = [name for name in typed if name not in self._option_string_actions]
+        refuse(f"{name}: {rule}{nearest(name, self.flags())} ({self.prog} --help)" for name in unknown)
         arguments, rest = self.parse_known_intermixed_args(self._joined(words))
         if rest:
             self.error(f"{' '.join(rest)}: one word too many")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distill_cli.launch.shared_fs import file_system, unshared
+from distill_cli.launch.slurm_cluster import file_system, unshared
 
 MOUNTS = {"/": "ext4", "/home": "nfs4", "/tmp": "tmpfs"}
 
