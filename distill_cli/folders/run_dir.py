@@ -199,6 +199,9 @@ class SweepDir:
         """Return the runs so far; none if the folder is not a sweep's."""
         return [Element(**element) for element in read_json(self.file)["elements"]] if self.file.is_file() else []
 
+    def runs(self) -> list[RunDir]:
+        return [RunDir(self.path / element.folder) for element in self.elements()]
+
     def space(self) -> dict[str, str]:
         """Each key that is searched, with its range; empty where every run was known from the start."""
         return read_json(self.file).get("space", {})

@@ -15,11 +15,11 @@ from distill_cli.config.variation import forbidden_changes, load_config, overrid
 from distill_cli.data.row_check import DataFacts
 from distill_cli.errors import ConfigError, collect, refuse
 from distill_cli.folders.attempts import attempt_lines, attempts_of
-from distill_cli.folders.run_dir import Element, RunDir, SweepDir
+from distill_cli.folders.run_dir import RunDir, SweepDir
 from distill_cli.jobs.existing_run import check_base, choose_checkpoint, finished_steps, typed_overrides
 from distill_cli.jobs.preflight import preflight
 from distill_cli.jobs.prepare import write_resolved
-from distill_cli.jobs.run_jobs import carry_out_sweep, runs_of, start
+from distill_cli.jobs.run_jobs import carry_out_sweep, start
 from distill_cli.jobs.submit import in_queue, wait_for_run
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
@@ -52,11 +52,11 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
     Raises:
         ConfigError: nothing is left to do, or some run cannot go on; nothing was started.
     """
-    elements = reopen(sweep, overrides, console=console)
-    if not elements:
+    runs = reopen(sweep, overrides, console=console)
+    if not runs:
         fix = "give train.max_steps=N to extend finished runs"
         raise ConfigError(f"{sweep.path}: every run has finished or is in the queue; {fix}")
-    return carry_out_sweep(sweep, elements, console=console)
+    return carry_out_sweep(runs, console=console)
 
 
 def resume_search(
@@ -74,24 +74,23 @@ def resume_search(
     from distill_cli.jobs.search import carry_out_search, read_search  # imports Optuna
 
     newest = {word.partition("=")[0]: word for word in [*typed, *overrides]}
-    search, elements = read_search(list(newest.values()), flags, command=sweep.command()), sweep.elements()
+    search, runs = read_search(list(newest.values()), flags, command=sweep.command()), sweep.runs()
     with RunDir(sweep.path).lock():
-        check_not_queued(runs_of(sweep, elements))
+        check_not_queued(runs)
         others = [word for word in overrides if not word.startswith("search.")]
         unfinished = reopen(sweep, others, console=console)
-        if not unfinished and len(elements) >= (search.config.search.trials or 0):
-            raise ConfigError(f"{sweep.path}: all {len(elements)} trials have finished; give search.trials=N for more")
+        if not unfinished and len(runs) >= search.num_trials:
+            raise ConfigError(f"{sweep.path}: all {len(runs)} trials have finished; give search.trials=N for more")
         return carry_out_search(search, sweep, unfinished, console=console)
 
 
-def reopen(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> list[Element]:
+def reopen(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> list[RunDir]:
     """Write the overrides into the config of each run that goes on; return these, without those in the queue.
 
     Raises:
         ConfigError: some run cannot go on; nothing was written.
     """
-    elements = sweep.elements()
-    runs = dict(zip(runs_of(sweep, elements), elements, strict=True))
+    runs = sweep.runs()
     candidates = [run for run in runs if overrides or finished_steps(run) < 0]
     queued = in_queue(candidates)
     for path, job in queued.items():
@@ -104,8 +103,8 @@ def reopen(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> li
     for run, resolved in going_on:
         write_resolved(run, resolved)
     if going_on:
-        console.print(f"{len(going_on)} of {len(elements)} runs go on")
-    return [runs[run] for run, _ in going_on]
+        console.print(f"{len(going_on)} of {len(runs)} runs go on")
+    return [run for run, _ in going_on]
 
 
 def check_not_queued(runs: Sequence[RunDir]) -> None:

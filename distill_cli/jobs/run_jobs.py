@@ -28,7 +28,7 @@ from distill_cli.folders.run_dir import Element, RunDir, SubmittedJob, SweepDir
 from distill_cli.jobs.existing_run import typed_overrides
 from distill_cli.jobs.prepare import prepare, print_warnings, resolve_jobs, single_path
 from distill_cli.jobs.prepared_run import leave_report, run_to_completion
-from distill_cli.jobs.run_panels import relative, start_panel
+from distill_cli.jobs.run_panels import print_lines, relative, start_panel
 from distill_cli.jobs.submit import submit, wait_for_run, wait_for_sweep
 from distill_cli.launch.base import NODE_PROGRAM, launcher_of
 from distill_cli.launch.local import stop_signals
@@ -107,10 +107,10 @@ def run_sweep(jobs: Sequence[Job], resolved: Sequence[ResolvedRun], *, command: 
     """Carry out several runs, each in its folder inside the sweep's; return the exit status."""
     check_sweep(jobs)
     sweep = new_sweep(jobs[0].config)
-    elements = add_runs(sweep, jobs, resolved, command=command)
+    runs = add_runs(sweep, jobs, resolved, command=command)
     print_warnings(resolved, console=console, printed=set())
-    with newest(sweep.path, runs_of(sweep, elements)[-1], config=jobs[0].config):
-        return carry_out_sweep(sweep, elements, console=console)
+    with newest(sweep.path, runs[-1], config=jobs[0].config):
+        return carry_out_sweep(runs, console=console)
 
 
 @contextmanager
@@ -127,9 +127,8 @@ def newest(folder: Path, run: RunDir, *, config: Config) -> Iterator[None]:
     except ConfigError:
         if not launcher_of(config.cluster.launcher).runs_here and not run.job.exists():
             shutil.rmtree(folder)
-            if before is None:
-                latest.unlink()
-            else:
+            latest.unlink()
+            if before is not None:
                 run_dir.point_latest(folder.parent, before)
         raise
 
@@ -148,20 +147,21 @@ def add_runs(
     *,
     command: Sequence[str],
     space: dict[str, str] | None = None,
-) -> list[Element]:
+) -> list[RunDir]:
     """Make the folder of each run. sweep.json comes last: if it names a run, its folder is whole.
 
     Args:
         space: of a search, the ranges that its trials are drawn from.
     """
     known, env = sweep.elements(), run_dir.environment()
-    new = [
-        Element(index, run_dir.element_name(index, job.swept), job.swept) for index, job in enumerate(jobs, len(known))
+    numbered = enumerate(jobs, len(known))
+    new = [Element(index, run_dir.element_name(index, job.swept), job.swept) for index, job in numbered]
+    runs = [
+        prepare(one, sweep.path / element.folder, command=command, env=env)
+        for element, one in zip(new, resolved, strict=True)
     ]
-    for run, one in zip(runs_of(sweep, new), resolved, strict=True):
-        prepare(one, run.path, command=command, env=env)
     sweep.write(command=command, elements=[*known, *new], space=space)
-    return new
+    return runs
 
 
 def check_sweep(jobs: Sequence[Job]) -> None:
@@ -175,34 +175,24 @@ def check_sweep(jobs: Sequence[Job]) -> None:
     refuse(launcher.problems(jobs[0].config, num_jobs=len(jobs)))
 
 
-def carry_out_sweep(sweep: SweepDir, elements: Sequence[Element], *, console: Console) -> int:
+def carry_out_sweep(runs: Sequence[RunDir], *, console: Console) -> int:
     """Carry out these runs of a sweep, or only submit them without cluster.wait; return the exit status."""
-    config = read_first(sweep, elements).config
+    config, sweep = load_config(runs[0].config), SweepDir(runs[0].path.parent)
     if not launcher_of(config.cluster.launcher).runs_here and not config.cluster.wait:
-        submit(config, runs_of(sweep, elements), folder=sweep.path, console=console)
+        submit(config, runs, folder=sweep.path, console=console)
         return 0
-    return conclude(sweep, carry_out_runs(sweep, elements, console=console), console=console)
+    return conclude(sweep, carry_out_runs(runs, console=console), console=console)
 
 
-def carry_out_runs(sweep: SweepDir, elements: Sequence[Element], *, console: Console) -> int:
-    """Carry out these runs of a sweep to their end; return how many failed."""
-    resolved, runs = read_first(sweep, elements), runs_of(sweep, elements)
-    cluster = resolved.config.cluster
-    if not launcher_of(cluster.launcher).runs_here:
-        jobs = submit(resolved.config, runs, folder=sweep.path, console=console)
+def carry_out_runs(runs: Sequence[RunDir], *, console: Console) -> int:
+    """Carry out these runs of a sweep, which share launcher and ranks, to their end; return how many failed."""
+    resolved = ResolvedRun.read(runs[0], needs_teacher=False)
+    if not launcher_of(resolved.config.cluster.launcher).runs_here:
+        jobs = submit(resolved.config, runs, folder=runs[0].path.parent, console=console)
         return wait_for_sweep(runs, jobs, console=console)
-    if (num_slots := cluster.parallel_jobs or 1) > 1:
+    if (num_slots := resolved.config.cluster.parallel_jobs or 1) > 1:
         return run_side_by_side(runs, resolved, num_slots=num_slots, console=console)
-    return run_in_turn(sweep, elements, console=console)
-
-
-def runs_of(sweep: SweepDir, elements: Sequence[Element]) -> list[RunDir]:
-    return [RunDir(sweep.path / element.folder) for element in elements]
-
-
-def read_first(sweep: SweepDir, elements: Sequence[Element]) -> ResolvedRun:
-    """Return the first of these runs, whose launcher and ranks are those of all."""
-    return ResolvedRun.read(runs_of(sweep, elements)[0], needs_teacher=False)
+    return run_in_turn(runs, console=console)
 
 
 def conclude(sweep: SweepDir, failed: int, *, console: Console) -> int:
@@ -210,20 +200,19 @@ def conclude(sweep: SweepDir, failed: int, *, console: Console) -> int:
     print_comparison(console, read_sweep(sweep))
     leave_report([sweep.path], sweep.report, console=console)
     lines = {"report": sweep.report, "folder": sweep.path, "again": f"distill report {sweep.path}"}
-    for name, text in (lines | ({"go on": f"distill resume {sweep.path}"} if failed else {})).items():
-        console.print(f"{name:8} {escape(str(text))}")
+    print_lines(console, lines | ({"go on": f"distill resume {sweep.path}"} if failed else {}))
     return 1 if failed else 0
 
 
-def run_in_turn(sweep: SweepDir, elements: Sequence[Element], *, console: Console) -> int:
+def run_in_turn(runs: Sequence[RunDir], *, console: Console) -> int:
     """Carry out one run after the other, in this process; return how many failed."""
     failed = 0
-    for number, (element, run) in enumerate(zip(elements, runs_of(sweep, elements), strict=True), start=1):
-        console.rule(escape(f"{number}/{len(elements)} {' '.join(element.overrides)}"), align="left")
+    for number, run in enumerate(runs, start=1):
+        console.rule(escape(f"{number}/{len(runs)} {run.path.name}"), align="left")
         try:
             with run.lock():
                 resolved = ResolvedRun.read(run)
-                run_to_completion(resolved, run.unused_attempt(), console=console, sweep=sweep.path)
+                run_to_completion(resolved, run.unused_attempt(), console=console, sweep=run.path.parent)
         except DistillError as error:
             console.print(f"error: {escape(str(error))}")
             failed += 1
@@ -269,12 +258,7 @@ def start_process(folder: Path, resolved: ResolvedRun, *, slot: int, num_slots: 
         names = listed.split(",") if listed else list(map(str, range(hardware.visible_gpus())))
         env["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * per_node : (slot + 1) * per_node])
     command = [sys.executable, "-m", NODE_PROGRAM, str(folder)]
-    with (folder / "output.txt").open("ab") as output:
+    with (folder / "output.txt").open("ab") as out:
         return subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=env,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
+            command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=die_with_parent
         )

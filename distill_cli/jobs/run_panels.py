@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.markup import escape
@@ -14,6 +15,7 @@ from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.existing_run import typed_overrides
 from distill_cli.losses.divergence import PARAMETERS
 from distill_cli.resolved import ResolvedRun
+from distill_cli.terminal.console import Console
 from distill_cli.track.base import trackers_of
 
 Rows = dict[str, str | None]
@@ -93,3 +95,8 @@ def rows_table(rows: Rows, *, title: str | None = None, min_width: int | None = 
         if value is not None:
             table.add_row(name, escape(value))
     return table
+
+
+def print_lines(console: Console, lines: Mapping[str, object]) -> None:
+    for name, text in lines.items():
+        console.print(f"{name:8} {escape(str(text))}")

@@ -26,9 +26,9 @@ from distill_cli.config.overrides import sweeps, takes_fractions
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import read_outcome
-from distill_cli.folders.run_dir import Element, RunDir, SweepDir, write_json
+from distill_cli.folders.run_dir import RunDir, SweepDir, write_json
 from distill_cli.jobs.prepare import print_warnings, resolve_jobs
-from distill_cli.jobs.run_jobs import add_runs, carry_out_runs, check_sweep, conclude, new_sweep, newest, runs_of
+from distill_cli.jobs.run_jobs import add_runs, carry_out_runs, check_sweep, conclude, new_sweep, newest
 from distill_cli.report.read import last_values
 from distill_cli.terminal.console import Console
 
@@ -64,21 +64,20 @@ def search(overrides: Sequence[str], flags: Sequence[str], *, command: Sequence[
     """
     spec = read_search(overrides, flags, command=command)
     sweep = new_sweep(spec.config)
-    elements = next_batch(spec, sweep, console=console)
-    first = runs_of(sweep, elements)[-1]
-    with newest(sweep.path, first, config=spec.config), RunDir(sweep.path).lock():
-        return carry_out_search(spec, sweep, elements, console=console)
+    runs = next_batch(spec, sweep, console=console)
+    with newest(sweep.path, runs[-1], config=spec.config), RunDir(sweep.path).lock():
+        return carry_out_search(spec, sweep, runs, console=console)
 
 
-def carry_out_search(spec: Search, sweep: SweepDir, elements: Sequence[Element], *, console: Console) -> int:
+def carry_out_search(spec: Search, sweep: SweepDir, runs: Sequence[RunDir], *, console: Console) -> int:
     """Carry out prepared trials, then draw and carry out the remaining ones; return the exit status.
 
     The sweep's folder must be locked.
     """
     failed, best = 0, None
-    while elements := elements or next_batch(spec, sweep, console=console):
-        failed += carry_out_runs(sweep, elements, console=console)
-        best, elements = write_results(spec, sweep), []
+    while runs := runs or next_batch(spec, sweep, console=console):
+        failed += carry_out_runs(runs, console=console)
+        best, runs = write_results(spec, sweep), []
     result = f"{best['value']:.4g} with {' '.join(best['overrides'])}" if best else "none: no trial reached a value"
     console.print(f"best     {escape(result)}")
     return conclude(sweep, failed, console=console)
@@ -143,7 +142,7 @@ def distribution(override: Override) -> Distribution:
         raise ConfigError(f"{override.input_line}: cannot be searched: {error}") from error
 
 
-def next_batch(spec: Search, sweep: SweepDir, *, console: Console) -> list[Element]:
+def next_batch(spec: Search, sweep: SweepDir, *, console: Console) -> list[RunDir]:
     """Draw the next trials and make their folders; return none once there are `search.trials`.
 
     Raises:

@@ -16,7 +16,7 @@ from distill_cli.config.schema import Config
 from distill_cli.errors import DistillError
 from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.run_dir import RunDir, SubmittedJob, write_json
-from distill_cli.jobs.run_panels import relative
+from distill_cli.jobs.run_panels import print_lines, relative
 from distill_cli.launch.base import launcher_of
 from distill_cli.terminal.console import Console
 
@@ -42,8 +42,7 @@ def submit(config: Config, runs: Sequence[RunDir], *, folder: Path, console: Con
     if runs[0].path == folder:
         output = f"tail -F {shlex.quote(relative(Path(jobs[0].log)))}"
         lines |= {"follow": f"distill watch {path}", "output": output}
-    for name, text in {**lines, **hints, "resume": f"distill resume {path}"}.items():
-        console.print(f"{name:8} {escape(text)}")
+    print_lines(console, {**lines, **hints, "resume": f"distill resume {path}"})
     return jobs
 
 

@@ -44,12 +44,11 @@ def follow(run: RunDir, *, sleep: Callable[[float], None] = time.sleep) -> int:
             if rows and rows[-1]["step"] < last:
                 last = int(rows[-1]["step"])
                 printer.say(f"the run goes on from the checkpoint of step {last}")
-            for row in rows:
-                if row["step"] > last:
-                    last = int(row["step"])
-                    metrics = {key: value for key, value in row.items() if key not in ("step", "time")}
-                    printer.step(last, metrics, at=row["time"])
-                    printer.screen.began = min(printer.screen.began, rows[0]["time"])
+            for row in [row for row in rows if row["step"] > last]:
+                last = int(row["step"])
+                metrics = {key: value for key, value in row.items() if key not in ("step", "time")}
+                printer.step(last, metrics, at=row["time"])
+                printer.screen.began = min(printer.screen.began, rows[0]["time"])
             if state not in GOING_ON:
                 break
             sleep(POLL_S)

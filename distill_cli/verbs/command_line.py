@@ -19,6 +19,7 @@ from typing import NoReturn
 from distill_cli.config.choices import nearest
 from distill_cli.errors import ConfigError, refuse
 
+Arguments = argparse.Namespace
 VERBS = ("train", "plan", "check", "resume", "replay", "watch", "eval", "export", "report", "track", "ls", "doctor")
 
 
@@ -44,9 +45,9 @@ class Parser(argparse.ArgumentParser):
     def add_overrides(self) -> None:
         self.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help="key=value or group=choice")
 
-    def add_wait(self, *, help: str = "follow the submitted job, exit with its status") -> None:
+    def add_wait(self) -> None:
         """Declare `--wait`, which is the override cluster.wait=true."""
-        self.add_argument("--wait", action="store_true", help=help)
+        self.add_argument("--wait", action="store_true", help="follow the submitted job, exit with its status")
 
     def add_step(self, *names: str, help: str) -> None:
         """Declare `--step`, which takes the number of a step or one of `names`."""
@@ -64,7 +65,7 @@ class Parser(argparse.ArgumentParser):
     def positionals(self) -> list[argparse.Action]:
         return [action for action in self._actions if not action.option_strings]
 
-    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+    def parse(self, words: Sequence[str]) -> Arguments:
         """Parse what was typed after the verb.
 
         Raises:

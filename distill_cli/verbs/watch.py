@@ -9,18 +9,17 @@ examples
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from distill_cli.verbs.command_line import Parser
+from distill_cli.verbs.command_line import Arguments, Parser
 
 
 def declare(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="its folder, such as runs/latest")
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(arguments: Arguments) -> int:
     """Follow a run until it ends; return the exit status, 1 if the run failed.
 
     Raises:

@@ -44,8 +44,8 @@ def carry_out(*overrides: str, console: Console) -> None:
     """Carry out a run_jobs."""
     jobs, resolved = checked(*overrides, flags=("--multirun",))
     folder = run_jobs.new_sweep(jobs[0].config)
-    elements = run_jobs.add_runs(folder, jobs, resolved, command=["distill", "-m", *overrides, "tracker=none"])
-    run_jobs.carry_out_sweep(folder, elements, console=console)
+    runs = run_jobs.add_runs(folder, jobs, resolved, command=["distill", "-m", *overrides, "tracker=none"])
+    run_jobs.carry_out_sweep(runs, console=console)
 
 
 @pytest.fixture
