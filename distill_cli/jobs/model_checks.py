@@ -176,6 +176,6 @@ def recorded(recording: Recording, config: Config, student: ModelFiles, tokenize
         yield f"{key}: its vocabulary has {student.vocab_size} ids, and {facts.vocab_size} were recorded with {path}"
     elif set(facts.end_tokens) != set(student.eos_ids):
         ends = f"ends with tokens {list(student.eos_ids)}, and {path}, which was recorded, with {facts.end_tokens}"
-        yield f"{key}: {ends}; give a student that ends alike"
+        yield f"{key}: {ends}; give a student with the same"
     elif None not in (digest, facts.vocabulary) and digest != facts.vocabulary:
         yield f"{key}: its tokens are not those that were recorded with {path}; give a student with the same"

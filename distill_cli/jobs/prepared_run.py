@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,11 +49,8 @@ def carry_out(path: Path) -> int:
             signal.signal(signum, signal.SIG_IGN)  # the first node decides when to stop
         follow(read_resolved(run, config), run, place)
         return 0
-    leader = Leader(run, place)
-    try:
+    with closing(Leader(run, place)) as leader:
         return lead(run, config, leader)
-    finally:
-        leader.end()
 
 
 def lead(run: RunDir, config: Config, leader: Leader) -> int:

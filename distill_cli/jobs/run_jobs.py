@@ -69,7 +69,7 @@ def replay_job(run: RunDir, overrides: Sequence[str]) -> Job:
 
 
 def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
-    """Check every job, then run them one after the other; return the exit status.
+    """Check every job, then carry them out, alone or as a sweep, here or on a cluster; return the exit status.
 
     A failed run does not stop the others of its sweep.
 
@@ -77,21 +77,24 @@ def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
         ConfigError: some job is wrong; nothing was started.
         DistillError: the only job failed.
     """
-    console = new_console()
+    console, is_sweep = new_console(), any(job.swept for job in jobs)
     jobs, resolved = resolve_jobs(jobs)
-    if any(job.swept for job in jobs):
-        return run_sweep(jobs, resolved, command=command, console=console)
-    return run_single(jobs[0], resolved[0], command=command, console=console)
+    if is_sweep:
+        check_sweep(jobs)
+        sweep = new_sweep(jobs[0].config)
+        runs, folder = add_runs(sweep, jobs, resolved, command=command), sweep.path
+    else:
+        runs = [prepare(resolved[0], single_path(jobs[0]), command=command)]
+        folder = runs[0].path
+    print_warnings(resolved, console=console, printed=set())
+    with newest(folder, runs[-1], config=jobs[0].config):
+        return carry_out_sweep(runs, console=console) if is_sweep else run_single(resolved[0], runs[0], console=console)
 
 
-def run_single(job: Job, resolved: ResolvedRun, *, command: Sequence[str], console: Console) -> int:
-    """Carry out one run, here or as a job; return the exit status."""
-    run = prepare(resolved, single_path(job), command=command)
-    print_warnings([resolved], console=console, printed=set())
-    with newest(run.path, run, config=resolved.config):
-        with run.lock():
-            submitted = start(resolved, run, console=console)
-        return wait_for_run(run, submitted, console=console) if submitted and job.config.cluster.wait else 0
+def run_single(resolved: ResolvedRun, run: RunDir, *, console: Console) -> int:
+    with run.lock():
+        submitted = start(resolved, run, console=console)
+    return wait_for_run(run, submitted, console=console) if submitted and resolved.config.cluster.wait else 0
 
 
 def start(resolved: ResolvedRun, run: RunDir, *, console: Console) -> SubmittedJob | None:
@@ -101,16 +104,6 @@ def start(resolved: ResolvedRun, run: RunDir, *, console: Console) -> SubmittedJ
         run_to_completion(resolved, run, console=console)
         return None
     return submit(resolved.config, [run], folder=run.path, console=console)[0]
-
-
-def run_sweep(jobs: Sequence[Job], resolved: Sequence[ResolvedRun], *, command: Sequence[str], console: Console) -> int:
-    """Carry out several runs, each in its folder inside the sweep's; return the exit status."""
-    check_sweep(jobs)
-    sweep = new_sweep(jobs[0].config)
-    runs = add_runs(sweep, jobs, resolved, command=command)
-    print_warnings(resolved, console=console, printed=set())
-    with newest(sweep.path, runs[-1], config=jobs[0].config):
-        return carry_out_sweep(runs, console=console)
 
 
 @contextmanager
@@ -235,7 +228,7 @@ def run_side_by_side(runs: Sequence[RunDir], resolved: ResolvedRun, *, num_slots
                     if (status := process.poll()) is not None:
                         del running[slot]
                         failed += status != 0
-                        result = "finished" if status == 0 else f"status {status}: output.txt says why"
+                        result = "finished" if status == 0 else f"status {status}: see its output.txt"
                         done = len(runs) - len(waiting) - len(running)
                         console.print(f"{done}/{len(runs)}  {escape(run.path.name)}: {result}")
         except Stopped:  # lets the runs save and end

@@ -65,7 +65,7 @@ def command(
         *(sys.executable, "-m", "distill_cli.launch.agent", str(run.path), str(run.attempt)),
         *(*place.torchrun_arguments(port), f"--nproc-per-node={num_ranks}"),
         *("--max-restarts=0", "--signals-to-handle=SIGINT"),
-        # Without it torchrun waits 30 s for each rank that is asked to end; `end_tree` does not.
+        # Without it torchrun waits 30 s for each rank that must end; `end_tree` does not.
         *([f"--shutdown-timeout={GRACE_S:.0f}"] if torchrun_knows("--shutdown-timeout") else []),
         *("-m", "distill_cli.ranks.worker", str(run.path), f"--attempt={run.attempt}", *options),
     ]

@@ -82,7 +82,7 @@ class Leader:
     def end_attempt(self) -> None:
         self._send(replace(self._command, is_over=True))
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Let the others exit."""
         self._send(replace(self._command, is_over=True, has_ended=True))
 

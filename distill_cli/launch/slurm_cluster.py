@@ -60,7 +60,7 @@ def ask(*command: str) -> str:
         fix = "run on a login node, or choose cluster=local"
         raise ConfigError(f"{key}: there is no {program} here; {fix}") from error
     except subprocess.CalledProcessError as error:
-        raise ConfigError(f"{key}: {program} says: {last_line(error.stderr)}") from error
+        raise ConfigError(f"{key}: {program}: {last_line(error.stderr)}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"{key}: {program} does not answer ({error}); is Slurm up?") from error
 
@@ -138,7 +138,7 @@ class SlurmCluster:
         return {job_id: states[job_id] for job_id in job_ids if job_id in states}
 
     def end_state(self, job_id: str) -> str:
-        """Return what the accounting says became of a job that is no longer active; "" if it has no answer."""
+        """Return the state of a job that has ended in the accounting; "" if there is none."""
         with suppress(ConfigError, IndexError):
             return self.ask("sacct", "-X", "-n", "-P", "-D", "-j", job_id, "-o", "State").strip().splitlines()[-1]
         return ""
