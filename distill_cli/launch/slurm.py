@@ -25,7 +25,7 @@ from distill_cli.errors import ConfigError, DistillError, broken
 from distill_cli.folders.run_dir import RunDir, SubmittedJob
 from distill_cli.launch.base import NODE_PROGRAM, Launcher
 from distill_cli.launch.nodes import Place
-from distill_cli.launch.slurm_cluster import SlurmCluster, last_line, parse_time_limit, unshared
+from distill_cli.launch.slurm_cluster import SlurmCluster, last_line, parse_time_limit
 from distill_cli.machine import hardware
 from distill_cli.resolved import ResolvedRun
 
@@ -76,8 +76,7 @@ class Slurm(SlurmCluster, Launcher):
             (limit > minutes * 60, f"cluster.slurm.time={settings.time}: {where} allows {minutes:g} minutes; {fix}"),
             (gpus > partition.gpus, f"cluster.gpus_per_node={gpus}: a node of {where} has {partition.gpus}; {fix}"),
         )
-        root, shared = Path(config.run.root), settings.shared_folders
-        if problem := unshared(root, shared_folders=shared, node_hosts=lambda: self.node_hosts):
+        if problem := self.unshared(Path(config.run.root), settings.shared_folders):
             yield problem
         if num_jobs > 1 and num_jobs > (size := self.max_array_size):
             yield f"a sweep of {num_jobs} runs: an array of this cluster holds {size}; make several sweeps"

@@ -12,7 +12,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,6 +114,27 @@ class SlurmCluster:
         """Host names of the nodes' machines."""
         return set(re.findall(r"NodeHostName=(\S+)", self.ask("scontrol", "show", "node", "-o")))
 
+    def unshared(
+        self, folder: Path, shared_folders: Sequence[str] | None, mounts: Mapping[str, str] | None = None
+    ) -> str | None:
+        """Return why the nodes will not see what is written under `folder`, as a problem of run.root; None if they do.
+
+        Args:
+            shared_folders: folders that all nodes see; None guesses by the file system's type.
+            mounts: type by mount point; None reads this machine's.
+        """
+        path = folder.absolute().resolve()
+        if shared_folders is not None:
+            if any(path.is_relative_to(Path(os.path.expandvars(shared)).resolve()) for shared in shared_folders):
+                return None
+            listed = f"cluster.slurm.shared_folders: {', '.join(shared_folders) or 'none'}"
+            return f"run.root={folder}: not in a folder that all nodes see ({listed}); choose another run.root"
+        kind = file_system(path, mounts)
+        if kind not in LOCAL_FILE_SYSTEMS or self.node_hosts <= {platform.node().split(".")[0], platform.node()}:
+            return None
+        what = f"on a {kind} file system of this machine, which other nodes do not see"
+        return f"run.root={folder}: {what}; choose a shared one, or name it in cluster.slurm.shared_folders if they do"
+
     def address(self, host: str) -> str:
         """Return how to reach a node: its name if that resolves, else the address that Slurm knows."""
         try:
@@ -164,33 +185,6 @@ def parse_time_limit(text: str) -> float | None:
 def last_line(text: str) -> str:
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     return lines[-1] if lines else "nothing"
-
-
-def unshared(
-    folder: Path,
-    *,
-    shared_folders: Sequence[str] | None,
-    node_hosts: Callable[[], Set[str]],
-    mounts: Mapping[str, str] | None = None,
-) -> str | None:
-    """Return why the nodes will not see what is written under `folder`, as a problem of run.root; None if they should.
-
-    Args:
-        shared_folders: folders that all nodes see; None decides by the file system's type.
-        node_hosts: returns the host names of the nodes' machines.
-        mounts: type by mount point; None reads this machine's.
-    """
-    path = folder.absolute().resolve()
-    if shared_folders is not None:
-        if any(path.is_relative_to(Path(os.path.expandvars(shared)).resolve()) for shared in shared_folders):
-            return None
-        listed = f"cluster.slurm.shared_folders: {', '.join(shared_folders) or 'none'}"
-        return f"run.root={folder}: not in a folder that all nodes see ({listed}); choose another run.root"
-    kind = file_system(path, mounts)
-    if kind not in LOCAL_FILE_SYSTEMS or node_hosts() <= {platform.node().split(".")[0], platform.node()}:
-        return None
-    what = f"on a {kind} file system of this machine, which other nodes do not see"
-    return f"run.root={folder}: {what}; choose a shared one, or name it in cluster.slurm.shared_folders if they do"
 
 
 def file_system(path: Path, mounts: Mapping[str, str] | None = None) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distill_cli.launch.slurm_cluster import file_system, unshared
+from distill_cli.launch.slurm_cluster import SlurmCluster, file_system
 
 MOUNTS = {"/": "ext4", "/home": "nfs4", "/tmp": "tmpfs"}
 
@@ -15,12 +15,12 @@ def test_longest_mount_point_holds_a_path(path: str, kind: str) -> None:
 
 
 def test_other_nodes_need_shared_disks() -> None:
-    others, here = lambda: {"far", "away"}, lambda: set()
-    assert "other nodes do not see" in unshared(Path("/srv/x"), shared_folders=None, node_hosts=others, mounts=MOUNTS)
-    assert unshared(Path("/home/x"), shared_folders=None, node_hosts=others, mounts=MOUNTS) is None
-    assert unshared(Path("/srv/x"), shared_folders=None, node_hosts=here, mounts=MOUNTS) is None
-    assert unshared(Path("/srv/x"), shared_folders=["/srv"], node_hosts=others, mounts=MOUNTS) is None
-    assert "/scratch" in unshared(Path("/srv/x"), shared_folders=["/scratch"], node_hosts=here, mounts=MOUNTS)
+    others, here = SlurmCluster(lambda *_: "NodeHostName=far NodeHostName=away"), SlurmCluster(lambda *_: "")
+    assert "other nodes do not see" in others.unshared(Path("/srv/x"), None, MOUNTS)
+    assert others.unshared(Path("/home/x"), None, MOUNTS) is None
+    assert here.unshared(Path("/srv/x"), None, MOUNTS) is None
+    assert others.unshared(Path("/srv/x"), ["/srv"], MOUNTS) is None
+    assert "/scratch" in here.unshared(Path("/srv/x"), ["/scratch"], MOUNTS)
 
 
 def test_this_machine_has_a_root() -> None:
