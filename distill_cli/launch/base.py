@@ -73,6 +73,7 @@ class Launcher(Protocol):
 
     def check_restarts(self, config: Config, place: Place) -> None:
         """Raise DistillError if the cluster has started this job too often."""
+        return
 
     def requeue(self, config: Config, place: Place, *, reason: str) -> None:
         """Queue this process's own job again, and do not return, if the cluster and not the user has stopped it.
@@ -80,6 +81,7 @@ class Launcher(Protocol):
         Args:
             reason: why the run stopped: the name of a signal, or of the key that set a limit.
         """
+        return
 
     def tags(self) -> dict[str, str]:
         """Return what trackers record about the job that this process is part of."""
