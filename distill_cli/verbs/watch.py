@@ -26,7 +26,7 @@ def main(arguments: Arguments) -> int:
         ConfigError: there is no such run.
     """
     from distill_cli.jobs.existing_run import open_run
-    from distill_cli.jobs.watch_run import follow
+    from distill_cli.jobs.submit import follow
     from distill_cli.report.read import state_of
 
     run = open_run(Path(arguments.run))
