@@ -60,7 +60,7 @@ def ask(*command: str) -> str:
         fix = "run on a login node, or choose cluster=local"
         raise ConfigError(f"{key}: there is no {program} here; {fix}") from error
     except subprocess.CalledProcessError as error:
-        raise ConfigError(f"{key}: {program}: {last_line(error.stderr)}") from error
+        raise ConfigError(f"{key}: {program} fails: {last_line(error.stderr)}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"{key}: {program} does not answer ({error}); is Slurm up?") from error
 
