@@ -63,8 +63,7 @@ def run(argv: Sequence[str]) -> int:
         problems = problems_of(error)
         if not problems or os.environ.get("DISTILL_DEBUG"):
             raise
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+        print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
 
 
@@ -107,8 +106,6 @@ def split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
     if not argv or argv[0].startswith(("-", "+", "~")) or "=" in argv[0]:
         return "train", list(argv)
     if argv[0] not in VERBS:
-        raise ConfigError(
-            f"{argv[0]}: no such verb{nearest(argv[0], VERBS)} (there are: {', '.join(VERBS)}; "
-            "an override is key=value)"
-        )
+        known = f"there are: {', '.join(VERBS)}; an override is key=value"
+        raise ConfigError(f"{argv[0]}: no such verb{nearest(argv[0], VERBS)} ({known})")
     return argv[0], list(argv[1:])

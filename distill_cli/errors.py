@@ -4,7 +4,7 @@ Being stopped is none of them (exit status 128 and the signal's number).
 """
 
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -34,9 +34,19 @@ def collect(calls: Iterable[Callable[[], Result]]) -> list[Result]:
             results.append(call())
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
-    if problems:
-        raise ConfigError(*problems)
+    refuse(problems)
     return results
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise ConfigError if there are problems; each is named once."""
+    if found := dict.fromkeys(problems):
+        raise ConfigError(*found)
+
+
+def broken(*rules: tuple[object, str]) -> Iterator[str]:
+    """Yield the problem of each broken rule. A rule is a pair: what is true if it is broken, and the problem."""
+    return (problem for is_broken, problem in rules if is_broken)
 
 
 class Unrecoverable(DistillError):

@@ -76,7 +76,7 @@ class SlurmConfig:
     """Quality of service."""
     time: str | None = None
     """Time limit, such as 04:00:00, 2-12:00:00, or minutes; null is the partition's default."""
-    cpus_per_node: int | None = None
+    cpus_per_node: int | None = key(None, at_least=1)
     """CPUs of each node; null is the share of a node's CPUs that matches the share of its GPUs, or one per rank on
     CPUs."""
     mem: str | None = None
@@ -93,7 +93,7 @@ class SlurmConfig:
     """Python interpreter on the nodes, or in the container; null is the one that submits."""
     extra: dict[str, Any] = key(factory=dict)
     """Further parameters of sbatch, without dashes: {reservation: mine, exclusive: true}."""
-    max_requeues: int = 10
+    max_requeues: int = key(10, at_least=0)
     """How often a job is queued again after a preemption, its time limit or the loss of a node."""
     signal_s: int = 120
     """Seconds before the time limit at which the run saves and is queued again; at least cluster.grace_s."""

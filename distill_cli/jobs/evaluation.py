@@ -10,24 +10,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import chain, count
 from pathlib import Path
 
 from rich.markup import escape
 
 from distill_cli.config.compose import compose
+from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.fields import has_property
 from distill_cli.config.schema import Config, MeshConfig, StudentModel
-from distill_cli.config.variation import load_config, override, save_config
+from distill_cli.config.variation import load_config, override
 from distill_cli.data.registry import resolve_extract, resolve_verifier
-from distill_cli.errors import ConfigError, DistillError, collect
+from distill_cli.errors import ConfigError, DistillError, collect, refuse
 from distill_cli.folders.answers_table import join_answers
 from distill_cli.folders.run_dir import RunDir, free_name, write_json
 from distill_cli.jobs.existing_run import choose_checkpoint, finished_steps, open_run, typed_overrides
 from distill_cli.jobs.preflight import preflight_evaluation
-from distill_cli.jobs.prepare import require_here
+from distill_cli.jobs.prepare import make_folder, require_here
 from distill_cli.jobs.run_panels import relative
 from distill_cli.launch.local import start_ranks
 from distill_cli.report.eval_results import make_scoreboard, print_scoreboard, read_problems
@@ -51,7 +51,7 @@ class Contender:
     """A model to evaluate."""
 
     name: str
-    """In tables; also its folder inside the evaluation's."""
+    """In tables; also its folder inside the evaluation's, with a number if another model has the same."""
     config: Config
     """With the model as `model.<role>`."""
     role: str
@@ -70,10 +70,7 @@ def evaluate(
     console = Console(highlight=False, width=width, soft_wrap=width is not None, stderr=as_json)
     config, run = base_config(models, overrides)
     require_here(config, "distill eval")
-    contenders: list[Contender] = []
-    for word in models:
-        contender = find(word, config, step=step, console=console)
-        contenders.append(replace(contender, name=_unused(contender.name, {other.name for other in contenders})))
+    contenders = [find(word, config, step=step, console=console) for word in models]
     resolved = collect(partial(preflight_evaluation, one.config, role=one.role) for one in contenders)
     folder = evaluation_folder(models[0], run)
     (folder / "command.txt").write_text(shlex.join(command) + "\n")
@@ -81,17 +78,17 @@ def evaluate(
     if as_json:
         os.dup2(2, 1)  # what the ranks print: standard output is for the JSON alone
     try:
-        files = {one.name: answer(one, found, folder) for one, found in zip(contenders, resolved, strict=True)}
+        files = [answer(one, found, folder) for one, found in zip(contenders, resolved, strict=True)]
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
     assert config.data.validation  # refused by the checks otherwise, as the verifier
     assert config.data.verifier
     source = str(config.data.validation["source"])
-    answers = {name: read_problems(file, unnamed=source) for name, file in files.items()}
+    answers = {file.parent.name: read_problems(file, unnamed=source) for file in files}
     has_votes = resolve_extract(resolve_verifier(config.data.verifier)) is not None
     board = make_scoreboard(answers, has_votes=has_votes)
-    paths = {one.name: getattr(one.config.model, one.role).path for one in contenders}
+    paths = {name: getattr(one.config.model, one.role).path for name, one in zip(answers, contenders, strict=True)}
     settings = {"data": config.data.validation, "eval": asdict(config.eval)}
     result = {"models": paths, **asdict(board), "settings": settings, "folder": str(folder)}
     write_json(folder / "results.json", result)
@@ -113,9 +110,9 @@ def base_config(models: Sequence[str], overrides: Sequence[str]) -> tuple[Config
     subject, run = models[0], run_around(models[0])
     if run is not None:
         config = load_config(run.config)
-        names = [field.name for field in fields(config.cluster) if field.name != "launcher"]
+        names = {field.name for field in fields(ClusterConfig)} - {"launcher"}
         read = [name for name in names if has_property(Config, f"cluster.{name}", "evaluation")]
-        cluster = type(config.cluster)(**{name: getattr(config.cluster, name) for name in read})
+        cluster = ClusterConfig(**{name: getattr(config.cluster, name) for name in read})
         config = override(config, {"mesh": MeshConfig(), "rollout.replay": None, "cluster": cluster})
         return override(config, [*ALONE, *overrides], typed=typed_overrides(run), unread=UNREAD), run
     keys = {word.lstrip("+").split("=", 1)[0] for word in overrides}
@@ -135,7 +132,7 @@ def base_config(models: Sequence[str], overrides: Sequence[str]) -> tuple[Config
 
 
 def check_is_read(overrides: Sequence[str]) -> None:
-    """Raise ConfigError for each key that an evaluation does not read, and each group of which it reads no key."""
+    """Raise ConfigError for overrides of keys that an evaluation does not read."""
     problems = []
     for word in overrides:
         key = word.lstrip("+").split("=", 1)[0]
@@ -143,8 +140,7 @@ def check_is_read(overrides: Sequence[str]) -> None:
             own = f"eval.{key.rpartition('.')[2]}"
             fix = f"set {own}" if has_property(Config, own, "evaluation") else "leave it out"
             problems.append(f"{word}: an evaluation does not read it; {fix}")
-    if problems:
-        raise ConfigError(*problems)
+    refuse(problems)
 
 
 def run_around(word: str) -> RunDir | None:
@@ -164,7 +160,8 @@ def find(word: str, config: Config, *, step: str | None, console: Console) -> Co
         teacher = config.model.teacher
         as_student = StudentModel(path=teacher.path, revision=teacher.revision)
         return Contender(word, override(config, {"model.student": as_student}), "teacher")
-    name, path = Path(word).resolve().name if Path(word).exists() else word, word
+    name, path = Path(word).resolve().name if Path(word).exists() else word.removeprefix("package://"), word
+    name = re.sub(r"[^\w.,=+-]+", "_", name).strip("_.")[-80:] or "model"
     if RunDir(Path(word)).config.is_file() and not Path(word, "config.json").is_file():
         path = str(trained_student(open_run(Path(word)), step=step, console=console))
     return Contender(name, override(config, {"model.student.path": path, "model.student.revision": None}), "student")
@@ -187,9 +184,9 @@ def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
 
 def evaluation_folder(subject: str, run: RunDir | None) -> Path:
     """Make a new folder: in the run's `evals/`, next to a model's folder, or here for a model from the hub."""
-    path, plain = Path(subject).resolve(), re.sub(r"\W+", "_", subject).strip("_")
-    here = path.with_name(f"{path.name}.evals") if path.is_dir() else Path("evals", plain).absolute()
-    root = run.evals if run is not None else here
+    path, root = Path(subject).resolve(), Path("evals", re.sub(r"\W+", "_", subject).strip("_")).absolute()
+    if run is not None or path.is_dir():
+        root = run.evals if run is not None else path.with_name(f"{path.name}.evals")
     folder = root / free_name(root, time.strftime("%Y%m%d-%H%M%S"))
     try:
         folder.mkdir(parents=True)
@@ -200,16 +197,7 @@ def evaluation_folder(subject: str, run: RunDir | None) -> Path:
 
 def answer(contender: Contender, resolved: ResolvedRun, folder: Path) -> Path:
     """Start ranks that answer with a model; return the file with its answers. Raises DistillError if they fail."""
-    run = RunDir(folder / contender.name)
-    run.logs.mkdir(parents=True)
-    save_config(resolved.config, run.config)
-    resolved.write(run)
-    write_json(run.evaluation, {"name": contender.name, "role": contender.role})
+    run = make_folder(folder / free_name(folder, contender.name), resolved)
+    write_json(run.evaluation, {"name": run.path.name, "role": contender.role})
     start_ranks(resolved, run)
     return join_answers(run.path)
-
-
-def _unused(name: str, taken: set[str]) -> str:
-    """Return a folder's name for a model that is not taken: `name`, `name_2`, ..."""
-    plain = re.sub(r"[^\w.,=+-]+", "_", name.removeprefix("package://")).strip("_.")[-80:] or "model"
-    return next(one for one in chain([plain], (f"{plain}_{number}" for number in count(2))) if one not in taken)

@@ -43,10 +43,8 @@ def check_base(checkpoint: Checkpoint, student: ModelFiles) -> None:
     """Raise ConfigError if the frozen weights that a checkpoint's adapters belong to have changed since."""
     expected = checkpoint.state.get("base")
     if expected is not None and fingerprint(student.folder) != expected:
-        raise ConfigError(
-            f"model.student.path={student.path}: its weights are not those that the adapters of {checkpoint.path} were "
-            f"trained on; put them back in {student.folder}"
-        )
+        what = f"its weights are not those that the adapters of {checkpoint.path} were trained on"
+        raise ConfigError(f"model.student.path={student.path}: {what}; put them back in {student.folder}")
 
 
 def typed_overrides(run: RunDir) -> list[str]:

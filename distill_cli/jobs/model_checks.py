@@ -1,4 +1,4 @@
-"""Checks of the models: names in the config, vocabularies, end tokens, chat templates, lengths, layouts. No torch."""
+"""Checks of the models: names, vocabularies, end tokens, templates, lengths, layouts, recordings. No torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from distill_cli.config.derived import needed_length, scored_length, validation_length
 from distill_cli.config.schema import Config, EosMap
+from distill_cli.config.variation import forbidden_changes, load_config
+from distill_cli.data.recorded_run import Recording, vocabulary_digest
 from distill_cli.data.registry import resolve_environment, resolve_verifier
 from distill_cli.data.row_check import DataFacts
 from distill_cli.engines.process_setup import hide_broken_packages
+from distill_cli.errors import broken
 from distill_cli.models import lora_names, model_files, model_pair
 from distill_cli.models.model_files import ModelFiles
 from distill_cli.models.model_pair import Vocabularies
@@ -77,9 +80,8 @@ def pair(
     what = ", ".join(f"{key}={attrgetter(key)(config)}" for key in keys)
     longest = {"student": (student, needed_length(config)), "teacher": (teacher, scored_length(config))}
     for role, (model, length) in longest.items():
-        if model.max_positions is not None and length > model.max_positions:
-            has = f"the {role} has {model.max_positions} positions"
-            yield f"{what}: sequences of up to {length} tokens, and {has}; lower the largest"
+        if length > (most := model.max_positions or math.inf):
+            yield f"{what}: sequences of up to {length} tokens, and the {role} has {most} positions; lower the largest"
     facts.warnings += _pair_warnings(facts, both, student, teacher, tokenizer)
 
 
@@ -93,12 +95,10 @@ def _pair_warnings(
     if warning := both.warning():
         yield warning
     if student.eos_ids != teacher.eos_ids:
-        what = f"the student ends with tokens {list(student.eos_ids)} and the teacher with {list(teacher.eos_ids)}"
-        if config.model.eos_map is EosMap.auto:
-            effect = "sampling stops at any of them, and the loss compares the probability of ending"
-            yield f"{what}: model.eos_map=auto takes these for one: {effect}"
-        else:
-            yield f"{what}: with model.eos_map=off the student may learn not to stop; choose auto"
+        off = "with model.eos_map=off the student may learn not to stop; choose auto"
+        auto = "model.eos_map=auto: sampling stops at any of them, and the loss compares the probability of ending"
+        ends = f"the student ends with tokens {list(student.eos_ids)} and the teacher with {list(teacher.eos_ids)}"
+        yield f"{ends}; {auto if config.model.eos_map is EosMap.auto else off}"
     if sample is not None and config.model.teacher.chat_template is config.model.chat_template is None:
         messages, folders = _sample_messages(config, sample), (tokenizer.folder, teacher.folder)
         if text := model_pair.template_difference(*folders, messages, **config.model.chat_template_kwargs):
@@ -120,10 +120,9 @@ def shared_vocabulary(config: Config, both: Vocabularies, student: ModelFiles, t
 
 def positions(config: Config, student: ModelFiles) -> Iterator[str]:
     """Prompt and answer of an evaluation must fit the model."""
-    length, most = validation_length(config), student.max_positions
-    if most is not None and length > most:
-        what = f"has {most} positions, and prompt and answer may take {length}"
-        yield f"{student.path}: {what}; lower eval.max_new_tokens, or data.max_prompt_tokens"
+    length, fix = validation_length(config), "lower eval.max_new_tokens, or data.max_prompt_tokens"
+    if length > (most := student.max_positions or math.inf):
+        yield f"{student.path}: has {most} positions, and prompt and answer may take {length}; {fix}"
 
 
 def tensor_parallel(config: Config, student: ModelFiles) -> None:
@@ -145,10 +144,38 @@ def tensor_parallel(config: Config, student: ModelFiles) -> None:
 
 def adapters(config: Config, student: ModelFiles) -> Iterator[str]:
     """The student must have the layers that adapters are trained for. Raises ConfigError."""
-    settings = config.model.student.lora
-    if not settings.is_on:
-        return
-    layers = lora_names.targeted(model_files.shapes(student.folder), settings.targets)
-    most = max(min(shape) for shape in layers.values())
-    if (settings.rank or 0) > most:
-        yield f"model.student.lora.rank={settings.rank}: no matrix that it is for has a rank above {most}; lower it"
+    rank, targets = config.model.student.lora.rank, config.model.student.lora.targets
+    if rank:
+        layers = lora_names.targeted(model_files.shapes(student.folder), targets)
+        if rank > (most := max(min(shape) for shape in layers.values())):
+            yield f"model.student.lora.rank={rank}: no matrix that it is for has a rank above {most}; lower it"
+
+
+def recorded(recording: Recording, config: Config, student: ModelFiles, tokenizer: ModelFiles) -> Iterator[str]:
+    """Yield each reason why the config cannot train on what another run recorded."""
+    before, facts = load_config(recording.folder.parent / "config.yaml"), recording.facts
+    for name, old, new in forbidden_changes(before, config, unless="replay"):
+        yield f"{name}={new}: the rollouts were recorded with {old}; leave it out, or start a new run"
+    rollout, loss, scores = config.rollout, config.loss, f"was recorded with {facts.temperature}, as its scores are"
+    answer, sequence = recording.longest_response, recording.longest_sequence
+    if rollout.max_new_tokens < answer and rollout.max_turns == 1:
+        longest = f"the longest recorded answer has {answer} tokens"
+        yield f"rollout.max_new_tokens={rollout.max_new_tokens}: {longest}; raise it"
+    longest = f"the longest recorded sequence has {sequence} tokens"
+    if rollout.max_sequence_length < sequence:
+        yield f"rollout.max_sequence_length={rollout.max_sequence_length}: {longest}; raise it"
+    topk, positions = f"{facts.topk} tokens of the teacher were recorded", student.max_positions or math.inf
+    key, path = f"model.student.path={student.path}", before.model.student.path
+    yield from broken(
+        (loss.temperature != facts.temperature, f"loss.temperature={loss.temperature}: the teacher {scores}; drop it"),
+        (loss.topk > facts.topk, f"loss.topk={loss.topk}: {topk}; lower it"),
+        (positions < sequence, f"{key}: has {positions} positions, and {longest}; give another student"),
+    )
+    digest = vocabulary_digest(tokenizer.folder, facts.vocab_size)
+    if student.vocab_size < facts.vocab_size:
+        yield f"{key}: its vocabulary has {student.vocab_size} ids, and {facts.vocab_size} were recorded with {path}"
+    elif set(facts.end_tokens) != set(student.eos_ids):
+        ends = f"ends with tokens {list(student.eos_ids)}, and {path}, which was recorded, with {facts.end_tokens}"
+        yield f"{key}: {ends}; give a student with the same"
+    elif None not in (digest, facts.vocabulary) and digest != facts.vocabulary:
+        yield f"{key}: its tokens are not those that were recorded with {path}; give a student with the same"

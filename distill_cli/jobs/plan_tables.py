@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import platform
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from distill_cli.config.compose import compose
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
 from distill_cli.config.execution_schema import EngineModelConfig
-from distill_cli.config.schema import Config, LoraSync
-from distill_cli.jobs.prepare import job_warnings, resolve_jobs, single_path
-from distill_cli.jobs.run_panels import rows_table, training_rows, validation_rows
+from distill_cli.config.schema import Config
+from distill_cli.jobs.prepare import print_warnings, resolve_jobs, single_path
+from distill_cli.jobs.run_panels import Rows, rows_table, training_rows, validation_rows
 from distill_cli.jobs.scratch_runs import Pace, check_only_job, measure
 from distill_cli.launch.base import launcher_of
 from distill_cli.machine import hardware
@@ -36,41 +36,42 @@ def plan(overrides: Sequence[str], flags: Sequence[str], *, measures: bool) -> i
         check_only_job(jobs, "distill plan --measure")
     jobs, resolved = resolve_jobs(jobs)
     console = Console(highlight=False)
-    for job, found in zip(jobs, resolved, strict=True):
-        _print_tables(console, {"mesh": mesh_rows(found)})
+    for found in resolved:
+        print_table(console, "mesh", mesh_rows(found))
         for line in mesh_drawing(found):
             console.print(f"  {line}", markup=False)
-        tables = {"a step": step_rows(found), "the run": run_rows(found)}
-        _print_tables(console, {**tables, "memory of a rank, GiB": memory_rows(found)})
-        for warning in job_warnings(job, found):
-            console.warn(warning)
+        print_table(console, "a step", step_rows(found))
+        print_table(console, "the run", run_rows(found))
+        print_table(console, "memory of a rank, GiB", memory_rows(found))
+        print_warnings([found], console=console, printed=set())
         if measures:
             pace = measure(found)
-            measured, expected = pace_rows(found, pace), expected_rows(found, pace)
-            _print_tables(console, {"seconds, measured here": measured, "expected": expected})
+            print_table(console, "seconds, measured here", pace_rows(found, pace))
+            print_table(console, "expected", expected_rows(found, pace))
     if jobs and not measures:
         launcher, folder = launcher_of(jobs[0].config.cluster.launcher), single_path(jobs[0]).absolute()
+        print_table(console, "launch", {"folder": str(folder)})
         script = launcher.script(resolved[0], folder=folder, num_jobs=len(jobs))
-        _print_tables(console, {"launch": {"folder": str(folder)}})
         print(textwrap.indent(script.strip(), "  "))
     return 0
 
 
-def mesh_rows(resolved: ResolvedRun) -> dict[str, str]:
-    config, mesh, ranks = resolved.config, resolved.config.mesh, resolved.ranks.total
-    shards = ranks // (mesh.tensor * mesh.context * mesh.replicate)
+def mesh_rows(resolved: ResolvedRun) -> Rows:
+    engine, mesh, ranks = resolved.config.engine, resolved.config.mesh, resolved.ranks.total
     between = ", and the tokens between them" if mesh.sequence_parallel else ""
     axes = {
-        "replicate": (mesh.replicate, "copies of the sharded student"),
-        "context": (mesh.context, "share each sequence"),
-        "tensor": (mesh.tensor, f"share each layer's matrices{between}"),
+        "shard": "each takes a share of the sequences",
+        "replicate": "copies of the sharded student",
+        "context": "share each sequence",
+        "tensor": f"share each layer's matrices{between}",
     }
+    sizes = {axis: getattr(mesh, axis) for axis in axes if axis != "shard"}
+    sizes["shard"] = ranks // math.prod(sizes.values())
     return {
         "ranks": f"{ranks} on {_devices(resolved)}",
-        "student's engines": engine_row(resolved, config.engine.student),
-        "teacher's engines": engine_row(resolved, config.engine.teacher),
-        "shard": f"{shards}: each takes a share of the sequences",
-        **{axis: f"{size}: {use}" for axis, (size, use) in axes.items() if size > 1},
+        "student's engines": engine_row(resolved, engine.student),
+        "teacher's engines": engine_row(resolved, engine.teacher),
+        **{axis: f"{sizes[axis]}: {use}" for axis, use in axes.items() if sizes[axis] > 1 or axis == "shard"},
         "of a rank": f"1/{ranks // mesh.replicate} of weights, gradients and optimizer",
     }
 
@@ -102,37 +103,37 @@ def mesh_drawing(resolved: ResolvedRun) -> list[str]:
     return [*lines[:MOST_LINES], *more, f"({legend})"]
 
 
-def step_rows(resolved: ResolvedRun) -> dict[str, str]:
+def step_rows(resolved: ResolvedRun) -> Rows:
     rollout, train, context = resolved.config.rollout, resolved.config.train, resolved.config.mesh.context
     sequences, length = rollout.prompts_per_step * rollout.generations_per_prompt, rollout.max_sequence_length
     rounds = micro_batches_per_update(resolved.config, num_ranks=resolved.ranks.total)
-    how = "packed" if train.packing else "padded"
-    shared = f", shared by {context} context ranks" if context > 1 else ""
+    how = ("packed" if train.packing else "padded") + (f", shared by {context} context ranks" if context > 1 else "")
     return {
         "sequences": f"{rollout.prompts_per_step} prompts x {rollout.generations_per_prompt} answers = {sequences}",
         "updates": f"{sequences} / {train.global_batch_size} sequences = {updates_per_step(resolved.config)}",
         "tokens": f"at most {sequences * length:,} ({length:,} a sequence)",
-        "micro-batches": f"at most about {rounds} of {train.micro_batch_tokens:,} tokens, {how}{shared}, an update",
+        "micro-batches": f"at most about {rounds} of {train.micro_batch_tokens:,} tokens, {how}, an update",
     }
 
 
-def run_rows(resolved: ResolvedRun) -> dict[str, str]:
+def run_rows(resolved: ResolvedRun) -> Rows:
     config, steps, train = resolved.config, resolved.num_steps, resolved.config.train
-    validations, num_rows = num_validations(config, steps), resolved.num_validation_rows
-    samples = min(config.eval.max_samples, num_rows or config.eval.max_samples)
+    validations, most = num_validations(config, steps), config.eval.max_samples
     teacher = ", and the teacher once" if config.eval.teacher else ""
+    on = f"on {min(most, resolved.num_validation_rows or most)} prompts{teacher}"
     epoch = "not known: the data is streamed"
     if resolved.num_recorded_steps is not None:
         epoch = f"{resolved.num_recorded_steps:,} recorded steps"
     elif resolved.num_train_rows is not None:
         epoch = f"{resolved.num_train_rows // config.rollout.prompts_per_step:,} steps"
-    return trained_row(resolved) | {
+    return {
+        "trained": trained_row(resolved),
         "rows": f"{training_rows(resolved)}, {validation_rows(resolved)} for validation",
         "epoch": epoch,
         "steps": f"{steps:,} (max_steps {train.max_steps:,}, max_epochs {train.max_epochs})",
-        "validation": f"{validations} times on {samples} prompts{teacher}" if validations else "none",
-        **checkpoint_row(resolved),
-        **scores_row(config, steps),
+        "validation": f"{validations} times {on}" if validations else "none",
+        "checkpoints": checkpoint_row(resolved),
+        "scores": scores_row(config, steps),
     }
 
 
@@ -146,81 +147,74 @@ def num_validations(config: Config, steps: int) -> int:
     return settings.at_start + periodic + at_end
 
 
-def trained_row(resolved: ResolvedRun) -> dict[str, str]:
-    """How much of the student is trained; nothing if it is all of it."""
+def trained_row(resolved: ResolvedRun) -> str | None:
+    """Say how much of the student is trained, if it is not all of it."""
     lora = resolved.config.model.student.lora
     if not lora.rank:
-        return {}
-    shapes = model_files.shapes(resolved.student.folder)
-    layers = targeted(shapes, lora.targets)
-    trained, frozen = sum(lora.rank * sum(shape) for shape in layers.values()), _num_params(resolved)
-    return {
-        "trained": f"adapters of rank {lora.rank} on {len(layers)} linear layers: {trained:,} parameters, with "
-        f"{frozen:,} frozen ones, synced {'merged' if lora.sync is LoraSync.merged else 'as an adapter'}"
-    }
+        return None
+    layers = targeted(model_files.shapes(resolved.student.folder), lora.targets)
+    trained, sync = sum(lora.rank * sum(shape) for shape in layers.values()), "as an adapter" * lora.syncs_adapter
+    what = f"adapters of rank {lora.rank} on {len(layers)} linear layers: {trained:,} parameters"
+    return f"{what}, with {_num_params(resolved):,} frozen ones, synced {sync or 'merged'}"
 
 
-def checkpoint_row(resolved: ResolvedRun) -> dict[str, str]:
-    """The disk that checkpoints take: what is trained in float32, and with it AdamW's two moments."""
-    config, settings = resolved.config, resolved.config.checkpoint
+def checkpoint_row(resolved: ResolvedRun) -> str | None:
+    """Return the disk that checkpoints take: what is trained in float32, and with it AdamW's two moments."""
+    settings = resolved.config.checkpoint
     if not settings.enabled:
-        return {"checkpoints": "none (checkpoint.enabled=false)"}
-    if config.model.student.lora.is_on:
-        return {}
+        return "none (checkpoint.enabled=false)"
+    if resolved.config.model.student.lora.is_on:
+        return None
     gib = 4 * _num_params(resolved) * (3 if settings.save_optimizer else 1) / 2**30
     kept = settings.keep_top_k + 2  # the newest, and the one that is being written
-    text = f"{gib:.3g} GiB each, every {settings.period} steps; up to {kept} of them, {kept * gib:.3g} GiB"
-    return {"checkpoints": text}
+    return f"{gib:.3g} GiB each, every {settings.period} steps; up to {kept} of them, {kept * gib:.3g} GiB"
 
 
-def scores_row(config: Config, steps: int) -> dict[str, str]:
-    """The disk that the kept scores take if every answer is as long as it may be."""
+def scores_row(config: Config, steps: int) -> str | None:
+    """Return the disk that the kept scores take if every answer is as long as it may be."""
     rollout = config.rollout
-    if not rollout.save_scores:
-        return {}
     tokens = rollout.max_sequence_length if rollout.environment else rollout.max_new_tokens
-    num_bytes = rollout.prompts_per_step * rollout.generations_per_prompt * tokens * (8 * config.loss.topk + 16)
-    return {"scores": f"at most {num_bytes / 2**30:.3g} GiB a step, {steps * num_bytes / 2**30:.3g} GiB of all"}
+    sequences = rollout.prompts_per_step * rollout.generations_per_prompt
+    gib = sequences * tokens * (8 * config.loss.topk + 16) / 2**30
+    return f"at most {gib:.3g} GiB a step, {steps * gib:.3g} GiB of all" if rollout.save_scores else None
 
 
-def memory_rows(resolved: ResolvedRun) -> dict[str, str]:
+def memory_rows(resolved: ResolvedRun) -> Rows:
     """Return a rank's peak by part, in GiB, or why there is no prediction."""
     predicted, ranks, engines = resolved.memory, resolved.ranks, resolved.config.engine
     if predicted is None:
-        return {"no prediction": resolved.no_memory or ""}
-    rows = {name: _gib(size) for name, size in predicted.parts.items()}
+        return {"no prediction": resolved.no_memory}
+    rows: Rows = {name: _gib(size) for name, size in predicted.parts.items()}
     total = hardware.gpu_memory() if ranks.on_gpus else hardware.host_memory()
     if total is None:
         for name, engine in (("sampler", engines.student), ("scorer", engines.teacher)):
             if engine.kv_cache_gib is None and name in rows:
                 rows[name] = f"{engine.gpu_memory_utilization:.0%} of a GPU whose size is not known here"
-    rows["peak"] = f"{_gib(predicted.peak)}, at most, the trainer's in {predicted.moment}"
-    if ranks.on_gpus and total:
-        rows["of"] = f"{_gib(total)}, a GPU"
-    elif total:
-        rows["of"] = f"{_gib(total / ranks.per_node)}, the host's memory over {ranks.per_node} ranks"
-    return rows
+    share, of = (1, "a GPU") if ranks.on_gpus else (ranks.per_node, f"the host's memory over {ranks.per_node} ranks")
+    peak = f"{_gib(predicted.peak)}, at most, the trainer's in {predicted.moment}"
+    return rows | {"peak": peak, "of": f"{_gib(total / share)}, {of}" if total else None}
 
 
-def pace_rows(resolved: ResolvedRun, pace: Pace) -> dict[str, str]:
+def pace_rows(resolved: ResolvedRun, pace: Pace) -> Rows:
     """Return the seconds of each stage of a step, of a step, and of what does not happen in every step."""
-    how, ranks = "of one step", resolved.ranks.total
-    if len(pace.steps) > 1:
-        how = f"the median of {', '.join(f'{seconds:.2f}' for seconds in pace.steps)}"
-    rows = {stage: f"{seconds:9.3f}" for stage, seconds in pace.stages.items()}
-    rows["a step"] = f"{pace.step:9.3f}, {how}; answers of {pace.mean_length:.0f} tokens"
-    rows["start"] = f"{pace.start:9.1f}, once: imports, engines, the check of the first answers"
-    if pace.teacher_validation is not None:
-        rows["teacher validated"] = f"{pace.teacher_validation:9.2f}, once"
-    if pace.validation is not None:
-        rows["a validation"] = f"{pace.validation:9.2f}, its recorded answers included"
-    if pace.checkpoint is not None:
-        rows["a checkpoint"] = f"{pace.checkpoint:9.3f}, in which training stops; the writing goes on meanwhile"
-    where = f"{ranks} rank{'s' if ranks > 1 else ''} on {_devices(resolved)} of {platform.node()}"
-    return rows | {"from": f"the first steps of this run, {where}; the first one is left out"}
+    ranks, times = resolved.ranks.total, ", ".join(f"{seconds:.2f}" for seconds in pace.steps)
+    how = f"the median of {times}" if len(pace.steps) > 1 else "of one step"
+    once = {
+        "start": (pace.start, "once: imports, engines, the check of the first answers"),
+        "teacher validated": (pace.teacher_validation, "once"),
+        "a validation": (pace.validation, "its recorded answers included"),
+        "a checkpoint": (pace.checkpoint, "in which training stops; the writing goes on meanwhile"),
+    }
+    where = f"{ranks} rank{'s' * (ranks > 1)} on {_devices(resolved)} of {platform.node()}"
+    return {
+        **{stage: f"{seconds:9.3f}" for stage, seconds in pace.stages.items()},
+        "a step": f"{pace.step:9.3f}, {how}; answers of {pace.mean_length:.0f} tokens",
+        **{name: f"{seconds:9.3f}, {text}" for name, (seconds, text) in once.items() if seconds is not None},
+        "from": f"the first steps of this run, {where}; the first one is left out",
+    }
 
 
-def expected_rows(resolved: ResolvedRun, pace: Pace) -> dict[str, str]:
+def expected_rows(resolved: ResolvedRun, pace: Pace) -> Rows:
     """Return how long an epoch and the run will take if every step is as the measured ones."""
     config, steps, settings = resolved.config, resolved.num_steps, resolved.config.checkpoint
     parts = {
@@ -229,12 +223,10 @@ def expected_rows(resolved: ResolvedRun, pace: Pace) -> dict[str, str]:
         "validations": num_validations(config, steps) * (pace.validation or 0.0),
         "checkpoints": (steps // settings.period if settings.enabled else 0) * (pace.checkpoint or 0.0),
     }
-    rows: dict[str, str] = {}
-    if resolved.num_train_rows is not None:
-        epoch = resolved.num_train_rows // config.rollout.prompts_per_step
-        rows["an epoch"] = f"{duration(epoch * pace.step)} for {epoch:,} steps"
     shares = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
-    return rows | {
+    rows, epoch = resolved.num_train_rows, (resolved.num_train_rows or 0) // config.rollout.prompts_per_step
+    return {
+        "an epoch": f"{duration(epoch * pace.step)} for {epoch:,} steps" if rows is not None else None,
         "the run": f"{duration(sum(parts.values()))} ({shares})",
         "if": "answers stay as long as they are now: sampling and scoring depend on their length",
     }
@@ -259,6 +251,5 @@ def _gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:9.3f}"
 
 
-def _print_tables(console: Console, tables: Mapping[str, Mapping[str, str]]) -> None:
-    for title, rows in tables.items():
-        console.print(rows_table(rows, title=title, min_width=18))
+def print_table(console: Console, title: str, rows: Rows) -> None:
+    console.print(rows_table(rows, title=title, min_width=18))

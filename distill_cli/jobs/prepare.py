@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from distill_cli.config.compose import Job
 from distill_cli.config.credentials import credentials_environment
 from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.schema import Config
-from distill_cli.config.variation import config_text
+from distill_cli.config.variation import config_text, save_config
 from distill_cli.data.row_check import DataFacts
-from distill_cli.errors import ConfigError
+from distill_cli.errors import ConfigError, collect
 from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.preflight import preflight
@@ -33,24 +34,29 @@ def resolve_jobs(jobs: Sequence[Job], *, is_new: bool = True) -> tuple[list[Job]
     Raises:
         ConfigError: all problems of all jobs, each once.
     """
-    resolved: list[ResolvedRun] = []
-    problems: list[str] = []
     known_data: dict[str, DataFacts] = {}
+    problems = list(folder_problems(jobs)) if is_new else []
+
+    def resolve(job: Job) -> ResolvedRun:
+        resolved = preflight(job.config, known_data, problems)
+        inert = inert_overrides(resolved.config, job.overrides)
+        unread = unread_keys(resolved.config.cluster, job.overrides)
+        return replace(resolved, warnings=(*resolved.warnings, *inert, *unread))
+
+    resolved = collect(partial(resolve, job) for job in jobs)
+    return [replace(job, config=one.config) for job, one in zip(jobs, resolved, strict=True)], resolved
+
+
+def folder_problems(jobs: Sequence[Job]) -> Iterator[str]:
+    """Yield one line for each reason why the folders of new runs cannot be made."""
     for job in jobs:
-        try:
-            resolved.append(preflight(job.config, known_data))
-        except ConfigError as error:
-            problems += error.problems
-        if is_new and job.config.run.name and single_path(job).exists():
-            problems.append(f"{single_path(job)}: this run folder exists already; choose another run.name")
+        if job.config.run.name and single_path(job).exists():
+            yield f"{single_path(job)}: this run folder exists already; choose another run.name"
     places = {(job.config.run.root, job.config.run.name) for job in jobs}
     if "latest" in {name for _, name in places}:
-        problems.append("run.name=latest: is the link to the newest run; choose another")
+        yield "run.name=latest: is the link to the newest run; choose another"
     if len(places) > 1:
-        problems.append("run.name, run.root: a sweep has one folder, with one in it for each run; do not sweep them")
-    if problems:
-        raise ConfigError(*dict.fromkeys(problems))
-    return [replace(job, config=one.config) for job, one in zip(jobs, resolved, strict=True)], resolved
+        yield "run.name, run.root: a sweep has one folder, with one in it for each run; do not sweep them"
 
 
 def require_here(config: Config, command: str) -> None:
@@ -59,12 +65,6 @@ def require_here(config: Config, command: str) -> None:
     if not launcher_of(launcher).runs_here:
         fix = "inside an allocation of one node, type cluster=local"
         raise ConfigError(f"cluster.launcher={launcher}: {command} runs where it is typed; {fix}")
-
-
-def job_warnings(job: Job, resolved: ResolvedRun) -> list[str]:
-    """Return all warnings about a job: of preflight, and of overrides that have no effect."""
-    inert = inert_overrides(job.config, job.overrides)
-    return [*resolved.warnings, *inert, *unread_keys(job.config.cluster, job.overrides)]
 
 
 def unread_keys(cluster: ClusterConfig, overrides: Sequence[str]) -> Iterator[str]:
@@ -76,15 +76,12 @@ def unread_keys(cluster: ClusterConfig, overrides: Sequence[str]) -> Iterator[st
             yield f"{key} has no effect with cluster.launcher={cluster.launcher}"
 
 
-def print_warnings(
-    jobs: Sequence[Job], resolved: Sequence[ResolvedRun], *, console: Console, printed: set[str]
-) -> None:
+def print_warnings(resolved: Sequence[ResolvedRun], *, console: Console, printed: set[str]) -> None:
     """Print each warning once; add it to `printed`, which holds those that were printed before."""
-    for job, one in zip(jobs, resolved, strict=True):
-        for warning in job_warnings(job, one):
-            if warning not in printed:
-                console.warn(warning)
-                printed.add(warning)
+    for warning in (warning for one in resolved for warning in one.warnings):
+        if warning not in printed:
+            console.warn(warning)
+            printed.add(warning)
 
 
 def single_path(job: Job) -> Path:
@@ -101,4 +98,19 @@ def prepare(resolved: ResolvedRun, path: Path, *, command: Sequence[str], env: d
     os.environ |= credentials_environment(resolved.config)
     run = run_dir.create(path.absolute(), command=command, config=config_text(resolved.config), env=env)
     resolved.write(run)
+    return run
+
+
+def write_resolved(run: RunDir, resolved: ResolvedRun) -> None:
+    """Write config.yaml and resolved.json. Credentials go into this process's environment, as in `prepare`."""
+    save_config(resolved.config, run.config)
+    resolved.write(run)
+    os.environ |= credentials_environment(resolved.config)
+
+
+def make_folder(folder: Path, resolved: ResolvedRun) -> RunDir:
+    """Make a folder with only what ranks read and write, for ranks that train no new run."""
+    run = RunDir(folder)
+    run.logs.mkdir(parents=True)
+    write_resolved(run, resolved)
     return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -11,20 +10,17 @@ from rich.markup import escape
 
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
-from distill_cli.config.credentials import credentials_environment
 from distill_cli.config.schema import Schedule
-from distill_cli.config.variation import forbidden_changes, load_config, override, save_config
+from distill_cli.config.variation import forbidden_changes, load_config, override
 from distill_cli.data.row_check import DataFacts
-from distill_cli.errors import ConfigError, collect
+from distill_cli.errors import ConfigError, collect, refuse
 from distill_cli.folders.attempts import attempt_lines, attempts_of
-from distill_cli.folders.run_dir import Element, RunDir, SweepDir
-from distill_cli.jobs.existing_run import check_base, choose_checkpoint, finished_steps, open_run, typed_overrides
+from distill_cli.folders.run_dir import RunDir, SweepDir
+from distill_cli.jobs.existing_run import check_base, choose_checkpoint, finished_steps, typed_overrides
 from distill_cli.jobs.preflight import preflight
-from distill_cli.jobs.run_attempts import run_to_completion
-from distill_cli.jobs.run_panels import start_panel
-from distill_cli.jobs.submit import in_queue, submit, wait_for_run
-from distill_cli.jobs.sweep import carry_out_sweep, runs_of
-from distill_cli.launch.base import launcher_of
+from distill_cli.jobs.prepare import write_resolved
+from distill_cli.jobs.run_jobs import carry_out_sweep, start
+from distill_cli.jobs.submit import in_queue, wait_for_run
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 
@@ -33,28 +29,21 @@ def resume_run(run: RunDir, step: str | None, overrides: Sequence[str], *, conso
     """Resume one run, here or as a job; return the exit status."""
     with run.lock():
         check_not_queued([run])
-        resolved, start = resolve_resumed(run, overrides, step=step, console=console)
-        cluster, done = resolved.config.cluster, finished_steps(run)
-        if step is None and done >= resolved.num_steps:
-            raise ConfigError(
-                f"{run.path}: finished after {done} steps; give train.max_steps=N to go on, or --step N to go on from "
-                "an earlier checkpoint"
-            )
+        resolved, begin = resolve_resumed(run, overrides, step=step, console=console)
+        if step is None and (done := finished_steps(run)) >= resolved.num_steps:
+            fix = "give train.max_steps=N to go on, or --step N to go on from an earlier checkpoint"
+            raise ConfigError(f"{run.path}: finished after {done} steps; {fix}")
         warnings = [*resolved.warnings, *schedule_warnings(run, resolved)]
         write_resolved(run, resolved)
-        if step is not None and start is not None:
-            set_aside(run, later_than=start.step)
+        if step is not None and begin is not None:
+            set_aside(run, later_than=begin.step)
         attempt = run.next_attempt()
         for warning in warnings:
             console.warn(warning)
         for line in attempt_lines(attempts_of(run)):
             console.print(escape(line))
-        console.print(start_panel(resolved, attempt))
-        if launcher_of(cluster.launcher).runs_here:
-            run_to_completion(resolved, attempt, console=console)
-            return 0
-        (submitted,) = submit(resolved.config, [run], folder=run.path, console=console)
-    return wait_for_run(run, submitted, console=console) if cluster.wait else 0
+        submitted = start(resolved, attempt, console=console)
+    return wait_for_run(run, submitted, console=console) if submitted and resolved.config.cluster.wait else 0
 
 
 def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> int:
@@ -63,12 +52,11 @@ def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console)
     Raises:
         ConfigError: nothing is left to do, or some run cannot go on; nothing was started.
     """
-    elements = reopen(sweep, overrides, console=console)
-    if not elements:
-        raise ConfigError(
-            f"{sweep.path}: every run has finished or is in the queue; give train.max_steps=N to extend finished runs"
-        )
-    return carry_out_sweep(sweep, elements, console=console)
+    runs = reopen(sweep, overrides, console=console)
+    if not runs:
+        fix = "give train.max_steps=N to extend finished runs"
+        raise ConfigError(f"{sweep.path}: every run has finished or is in the queue; {fix}")
+    return carry_out_sweep(runs, console=console)
 
 
 def resume_search(
@@ -85,48 +73,44 @@ def resume_search(
     """
     from distill_cli.jobs.search import carry_out_search, read_search  # imports Optuna
 
-    words = {word.partition("=")[0]: word for word in [*typed, *overrides]}
-    search, elements = read_search(list(words.values()), flags, command=sweep.command()), sweep.elements()
+    newest = {word.partition("=")[0]: word for word in [*typed, *overrides]}
+    search, runs = read_search(list(newest.values()), flags, command=sweep.command()), sweep.runs()
     with RunDir(sweep.path).lock():
-        check_not_queued(runs_of(sweep, elements))
+        check_not_queued(runs)
         others = [word for word in overrides if not word.startswith("search.")]
         unfinished = reopen(sweep, others, console=console)
-        if not unfinished and len(elements) >= (search.config.search.trials or 0):
-            raise ConfigError(f"{sweep.path}: all {len(elements)} trials have finished; give search.trials=N for more")
+        if not unfinished and len(runs) >= search.num_trials:
+            raise ConfigError(f"{sweep.path}: all {len(runs)} trials have finished; give search.trials=N for more")
         return carry_out_search(search, sweep, unfinished, console=console)
 
 
-def reopen(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> list[Element]:
+def reopen(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> list[RunDir]:
     """Write the overrides into the config of each run that goes on; return these, without those in the queue.
 
     Raises:
         ConfigError: some run cannot go on; nothing was written.
     """
-    elements = sweep.elements()
-    runs = dict(zip(runs_of(sweep, elements), elements, strict=True))
+    runs = sweep.runs()
     candidates = [run for run in runs if overrides or finished_steps(run) < 0]
     queued = in_queue(candidates)
     for path, job in queued.items():
         console.print(f"left     {escape(path.name)}: in the queue as {job}")
     known_data: dict[str, DataFacts] = {}
-
-    def resolve(run: RunDir) -> tuple[RunDir, ResolvedRun]:
-        return run, resolve_resumed(open_run(run.path), overrides, known_data=known_data, console=console)[0]
-
-    resolved = collect(partial(resolve, run) for run in candidates if run.path not in queued)
-    going_on = [(run, found) for run, found in resolved if finished_steps(run) < found.num_steps]
-    for run, found in going_on:
-        write_resolved(run, found)
+    resolve = partial(resolve_resumed, overrides=overrides, known_data=known_data, console=console)
+    left = [run for run in candidates if run.path not in queued]
+    found = zip(left, collect(partial(resolve, run) for run in left), strict=True)
+    going_on = [(run, resolved) for run, (resolved, _) in found if finished_steps(run) < resolved.num_steps]
+    for run, resolved in going_on:
+        write_resolved(run, resolved)
     if going_on:
-        console.print(f"{len(going_on)} of {len(elements)} runs go on")
-    return [runs[run] for run, _ in going_on]
+        console.print(f"{len(going_on)} of {len(runs)} runs go on")
+    return [run for run, _ in going_on]
 
 
 def check_not_queued(runs: Sequence[RunDir]) -> None:
     """Raise ConfigError if the job of one of these runs has not ended."""
-    if queued := in_queue(runs):
-        fix = "wait for it to end, or cancel it"
-        raise ConfigError(*(f"{path}: in the queue as {job}; {fix}" for path, job in queued.items()))
+    queued = in_queue(runs).items()
+    refuse(f"{path}: in the queue as {job}; wait for it to end, or cancel it" for path, job in queued)
 
 
 def resolve_resumed(
@@ -140,7 +124,7 @@ def resolve_resumed(
     """Check a run with overrides on top; return it, and the checkpoint to go on from (None: the beginning).
 
     Raises:
-        ConfigError: the config is wrong does not fit the checkpoint, or `step` has none.
+        ConfigError: the config is wrong or does not fit the checkpoint, or `step` has none.
     """
     config = override(load_config(run.config), overrides, typed=typed_overrides(run))
     if step is None:
@@ -149,19 +133,12 @@ def resolve_resumed(
         start = choose_checkpoint(run, step, config, console=console)
     made_with = load_config(start.path / store.CONFIG if start else run.config)
     rule = "which has shaped its weights; leave it, or start a new run"
-    if changes := list(forbidden_changes(made_with, config, unless="resume")):
-        raise ConfigError(*(f"{key}={new}: the run was made with {old}, {rule}" for key, old, new in changes))
+    changes = forbidden_changes(made_with, config, unless="resume")
+    refuse(f"{key}={new}: the run was made with {old}, {rule}" for key, old, new in changes)
     resolved = preflight(config, known_data)
     if start is not None:
         check_base(start, resolved.student)
     return resolved, start
-
-
-def write_resolved(run: RunDir, resolved: ResolvedRun) -> None:
-    """Write what a run comes to now. Credentials, which are not written, go into this process's environment."""
-    save_config(resolved.config, run.config)
-    resolved.write(run)
-    os.environ |= credentials_environment(resolved.config)
 
 
 def schedule_warnings(run: RunDir, resolved: ResolvedRun) -> list[str]:
@@ -171,10 +148,8 @@ def schedule_warnings(run: RunDir, resolved: ResolvedRun) -> list[str]:
     except ConfigError:  # resolved.json is damaged, or its models have moved
         return []
     schedule, after = resolved.config.train.schedule, resolved.num_steps
-    if schedule is Schedule.constant or after == before:
-        return []
-    text = f"train.schedule={schedule.value} now ends at step {after} instead of {before}"
-    return [f"{text}: learning rates from here on differ"]
+    text = f"train.schedule={schedule.value} now ends at step {after} instead of {before}: learning rates differ"
+    return [] if schedule is Schedule.constant or after == before else [text]
 
 
 def set_aside(run: RunDir, *, later_than: int) -> None:

@@ -1,26 +1,41 @@
-"""New runs, carried out here or submitted: one in a folder of its own, several as a sweep, or a replay."""
+"""New runs, carried out here or submitted: one, a replay, or the runs of a sweep.
+
+The runs of a sweep are prepared at once and carried out here, some at a time, or as one job array. Every run has its
+folder and its config before the first one starts: `distill resume SWEEP` carries out what did not finish, for whatever
+reason. A run that fails does not stop the others.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from rich.markup import escape
+
 from distill_cli.config.compose import Job
+from distill_cli.config.schema import Config
 from distill_cli.config.variation import load_config, override
 from distill_cli.data.recorded_run import Recording
-from distill_cli.errors import ConfigError
+from distill_cli.errors import ConfigError, DistillError, Stopped, refuse
 from distill_cli.folders import run_dir
-from distill_cli.folders.run_dir import RunDir
+from distill_cli.folders.run_dir import Element, RunDir, SubmittedJob, SweepDir
 from distill_cli.jobs.existing_run import typed_overrides
 from distill_cli.jobs.prepare import prepare, print_warnings, resolve_jobs, single_path
-from distill_cli.jobs.run_attempts import run_to_completion
-from distill_cli.jobs.run_panels import start_panel
-from distill_cli.jobs.submit import submit, wait_for_run
-from distill_cli.jobs.sweep import add_runs, carry_out_sweep, check_sweep, discard_if_refused, new_sweep
-from distill_cli.launch.base import launcher_of
+from distill_cli.jobs.prepared_run import leave_report, run_to_completion
+from distill_cli.jobs.run_panels import print_lines, relative, start_panel
+from distill_cli.jobs.submit import submit, wait_for_run, wait_for_sweep
+from distill_cli.launch.base import NODE_PROGRAM, launcher_of
+from distill_cli.launch.local import stop_signals
+from distill_cli.machine import hardware
+from distill_cli.machine.processes import die_with_parent
+from distill_cli.report.comparison import print_comparison
+from distill_cli.report.read import read_sweep
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 from distill_cli.track.base import tracker_names
@@ -54,7 +69,7 @@ def replay_job(run: RunDir, overrides: Sequence[str]) -> Job:
 
 
 def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
-    """Check every job, then run them one after the other; return the exit status.
+    """Check every job, then carry them out, alone or as a sweep, here or on a cluster; return the exit status.
 
     A failed run does not stop the others of its sweep.
 
@@ -62,41 +77,181 @@ def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
         ConfigError: some job is wrong; nothing was started.
         DistillError: the only job failed.
     """
-    console = new_console()
+    console, is_sweep = new_console(), any(job.swept for job in jobs)
     jobs, resolved = resolve_jobs(jobs)
-    if any(job.swept for job in jobs):
-        return run_sweep(jobs, resolved, command=command, console=console)
-    return run_single(jobs[0], resolved[0], command=command, console=console)
+    if is_sweep:
+        check_sweep(jobs)
+        sweep = new_sweep(jobs[0].config)
+        runs, folder = add_runs(sweep, jobs, resolved, command=command), sweep.path
+    else:
+        runs = [prepare(resolved[0], single_path(jobs[0]), command=command)]
+        folder = runs[0].path
+    print_warnings(resolved, console=console, printed=set())
+    with newest(folder, runs[-1], config=jobs[0].config):
+        return carry_out_sweep(runs, console=console) if is_sweep else run_single(resolved[0], runs[0], console=console)
 
 
-def run_single(job: Job, resolved: ResolvedRun, *, command: Sequence[str], console: Console) -> int:
-    """Carry out one run, here or as a job; return the exit status."""
-    cluster, root, path = job.config.cluster, Path(job.config.run.root), single_path(job)
-    run = prepare(resolved, path, command=command)
-    print_warnings([job], [resolved], console=console, printed=set())
+def run_single(resolved: ResolvedRun, run: RunDir, *, console: Console) -> int:
+    with run.lock():
+        submitted = start(resolved, run, console=console)
+    return wait_for_run(run, submitted, console=console) if submitted and resolved.config.cluster.wait else 0
+
+
+def start(resolved: ResolvedRun, run: RunDir, *, console: Console) -> SubmittedJob | None:
+    """Show a run, whose folder is locked, and carry it out to its end; on a cluster submit it and return the job."""
     console.print(start_panel(resolved, run))
-    if launcher_of(cluster.launcher).runs_here:
-        run_dir.point_latest(root, os.path.relpath(path, root))
-        with run.lock():
-            run_to_completion(resolved, run, console=console)
+    if launcher_of(resolved.config.cluster.launcher).runs_here:
+        run_to_completion(resolved, run, console=console)
+        return None
+    return submit(resolved.config, [run], folder=run.path, console=console)[0]
+
+
+@contextmanager
+def newest(folder: Path, run: RunDir, *, config: Config) -> Iterator[None]:
+    """Let `latest` point to the folder of a new run or sweep.
+
+    If the cluster refuses the job of `run`, nothing was started: the folder is removed and the link points back.
+    """
+    latest = folder.with_name("latest")
+    before = os.readlink(latest) if latest.is_symlink() else None
+    run_dir.point_latest(folder.parent, folder.name)
+    try:
+        yield
+    except ConfigError:
+        if not launcher_of(config.cluster.launcher).runs_here and not run.job.exists():
+            shutil.rmtree(folder)
+            latest.unlink()
+            if before is not None:
+                run_dir.point_latest(folder.parent, before)
+        raise
+
+
+def new_sweep(config: Config) -> SweepDir:
+    """Return where a sweep's folder will be; make nothing."""
+    root = Path(config.run.root)
+    name = config.run.name or run_dir.free_name(root, time.strftime("%Y%m%d-%H%M%S_sweep"))
+    return SweepDir((root / name).absolute())
+
+
+def add_runs(
+    sweep: SweepDir,
+    jobs: Sequence[Job],
+    resolved: Sequence[ResolvedRun],
+    *,
+    command: Sequence[str],
+    space: dict[str, str] | None = None,
+) -> list[RunDir]:
+    """Make the folder of each run. sweep.json comes last: if it names a run, its folder is whole.
+
+    Args:
+        space: of a search, the ranges that its trials are drawn from.
+    """
+    known, env = sweep.elements(), run_dir.environment()
+    numbered = enumerate(jobs, len(known))
+    new = [Element(index, run_dir.element_name(index, job.swept), job.swept) for index, job in numbered]
+    runs = [
+        prepare(one, sweep.path / element.folder, command=command, env=env)
+        for element, one in zip(new, resolved, strict=True)
+    ]
+    sweep.write(command=command, elements=[*known, *new], space=space)
+    return runs
+
+
+def check_sweep(jobs: Sequence[Job]) -> None:
+    """Raise ConfigError if the jobs cannot be one array."""
+    cluster = jobs[0].config.cluster
+    launcher = launcher_of(cluster.launcher)
+    if launcher.runs_here:
+        return
+    if any(job.config.cluster != cluster for job in jobs):
+        raise ConfigError("cluster: all runs of an array get the same nodes; do not sweep cluster keys")
+    refuse(launcher.problems(jobs[0].config, num_jobs=len(jobs)))
+
+
+def carry_out_sweep(runs: Sequence[RunDir], *, console: Console) -> int:
+    """Carry out these runs of a sweep, or only submit them without cluster.wait; return the exit status."""
+    config, sweep = load_config(runs[0].config), SweepDir(runs[0].path.parent)
+    if not launcher_of(config.cluster.launcher).runs_here and not config.cluster.wait:
+        submit(config, runs, folder=sweep.path, console=console)
         return 0
-    try:
-        (submitted,) = submit(job.config, [run], folder=run.path, console=console)
-    except ConfigError:
-        shutil.rmtree(run.path)  # nothing was started
-        raise
-    run_dir.point_latest(root, os.path.relpath(path, root))
-    return wait_for_run(run, submitted, console=console) if cluster.wait else 0
+    return conclude(sweep, carry_out_runs(runs, console=console), console=console)
 
 
-def run_sweep(jobs: Sequence[Job], resolved: Sequence[ResolvedRun], *, command: Sequence[str], console: Console) -> int:
-    """Carry out several runs, each in its folder inside the sweep's; return the exit status."""
-    check_sweep(jobs)
-    config, sweep = jobs[0].config, new_sweep(jobs[0].config)
-    elements = add_runs(sweep, jobs, resolved, command=command)
-    print_warnings(jobs, resolved, console=console, printed=set())
-    try:
-        return carry_out_sweep(sweep, elements, console=console)
-    except ConfigError:
-        discard_if_refused(sweep, elements, config)
-        raise
+def carry_out_runs(runs: Sequence[RunDir], *, console: Console) -> int:
+    """Carry out these runs of a sweep, which share launcher and ranks, to their end; return how many failed."""
+    resolved = ResolvedRun.read(runs[0], needs_teacher=False)
+    if not launcher_of(resolved.config.cluster.launcher).runs_here:
+        jobs = submit(resolved.config, runs, folder=runs[0].path.parent, console=console)
+        return wait_for_sweep(runs, jobs, console=console)
+    if (num_slots := resolved.config.cluster.parallel_jobs or 1) > 1:
+        return run_side_by_side(runs, resolved, num_slots=num_slots, console=console)
+    return run_in_turn(runs, console=console)
+
+
+def conclude(sweep: SweepDir, failed: int, *, console: Console) -> int:
+    """Print a sweep's results as a table and write them as a page; return the exit status."""
+    print_comparison(console, read_sweep(sweep))
+    leave_report([sweep.path], sweep.report, console=console)
+    lines = {"report": sweep.report, "folder": sweep.path, "again": f"distill report {sweep.path}"}
+    print_lines(console, lines | ({"go on": f"distill resume {sweep.path}"} if failed else {}))
+    return 1 if failed else 0
+
+
+def run_in_turn(runs: Sequence[RunDir], *, console: Console) -> int:
+    """Carry out one run after the other, in this process; return how many failed."""
+    failed = 0
+    for number, run in enumerate(runs, start=1):
+        console.rule(escape(f"{number}/{len(runs)} {run.path.name}"), align="left")
+        try:
+            with run.lock():
+                resolved = ResolvedRun.read(run)
+                run_to_completion(resolved, run.unused_attempt(), console=console, sweep=run.path.parent)
+        except DistillError as error:
+            console.print(f"error: {escape(str(error))}")
+            failed += 1
+    return failed
+
+
+def run_side_by_side(runs: Sequence[RunDir], resolved: ResolvedRun, *, num_slots: int, console: Console) -> int:
+    """Carry out `num_slots` runs of a sweep at a time, in processes that write output.txt; return how many failed."""
+    waiting, failed = list(runs), 0
+    running: dict[int, tuple[RunDir, subprocess.Popen[bytes]]] = {}
+    with stop_signals():
+        try:
+            while waiting or running:
+                for slot in [slot for slot in range(num_slots) if slot not in running][: len(waiting)]:
+                    run = waiting.pop(0)
+                    running[slot] = run, start_process(run.path, resolved, slot=slot, num_slots=num_slots)
+                    console.print(f"starts   {escape(run.path.name)}")
+                time.sleep(0.2)
+                for slot, (run, process) in list(running.items()):
+                    if (status := process.poll()) is not None:
+                        del running[slot]
+                        failed += status != 0
+                        result = "finished" if status == 0 else f"status {status}: see its output.txt"
+                        done = len(runs) - len(waiting) - len(running)
+                        console.print(f"{done}/{len(runs)}  {escape(run.path.name)}: {result}")
+        except Stopped:  # lets the runs save and end
+            for _, process in running.values():
+                process.terminate()
+            for _, process in running.values():
+                process.wait()
+            console.print(f"stopped: distill resume {escape(relative(runs[0].path.parent))} goes on")
+            raise
+    return failed
+
+
+def start_process(folder: Path, resolved: ResolvedRun, *, slot: int, num_slots: int) -> subprocess.Popen[bytes]:
+    """Start a prepared run in a process of its own, with its share of this machine's cores and GPUs."""
+    per_node = resolved.ranks.per_node
+    threads = len(os.sched_getaffinity(0)) // (num_slots * per_node)
+    env = {"OMP_NUM_THREADS": str(max(threads, 1)), **os.environ}
+    if resolved.ranks.on_gpus:
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = listed.split(",") if listed else list(map(str, range(hardware.visible_gpus())))
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(names[slot * per_node : (slot + 1) * per_node])
+    command = [sys.executable, "-m", NODE_PROGRAM, str(folder)]
+    with (folder / "output.txt").open("ab") as out:
+        return subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=die_with_parent
+        )

@@ -15,14 +15,18 @@ from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.existing_run import typed_overrides
 from distill_cli.losses.divergence import PARAMETERS
 from distill_cli.resolved import ResolvedRun
+from distill_cli.terminal.console import Console
 from distill_cli.track.base import trackers_of
+
+Rows = dict[str, str | None]
+"""Lines of a table by name; None leaves a line out."""
 
 
 def start_panel(resolved: ResolvedRun, run: RunDir) -> Panel:
     """Show what is about to run: models, loss, data, steps, ranks, folder."""
     config, loss, ranks = resolved.config, resolved.config.loss, resolved.ranks
     nodes = f" of each of {ranks.num_nodes} nodes" if ranks.num_nodes > 1 else ""
-    rows = {
+    rows: Rows = {
         "student": config.model.student.path,
         "teacher": config.model.teacher.path + (" (recorded)" if resolved.recorded_run else ""),
         "loss": f"{loss.kl_type}, top-{loss.topk}, tail {loss.tail.value}",
@@ -46,23 +50,21 @@ def validation_rows(resolved: ResolvedRun) -> str:
 
 def end_panel(resolved: ResolvedRun, outcome: Outcome, run: RunDir) -> Panel:
     """Show a run's results, where its files are, and what to type next."""
-    rows: dict[str, str] = {}
-    if after := outcome.after:
-        parts = [f"{outcome.before['accuracy']:.1%} before"] if outcome.before else []
-        parts.append(f"{after['accuracy']:.1%} after")
-        parts += [f"the teacher {outcome.teacher['accuracy']:.1%}"] if outcome.teacher else []
-        rows["accuracy"] = ", ".join(parts) + f" ({after['num_samples']} held-out prompts)"
-    if outcome.gap_closed is not None:
-        rows["gap closed"] = f"{outcome.gap_closed:.0%}"
-    if outcome.best:
-        rows["best"] = "{metric} {value:.4g} at step {step}".format(**outcome.best)
-    rows["time"] = f"{outcome.num_steps} steps in {outcome.seconds:.0f} s"
-    if earlier := attempts_of(run)[:-1]:
-        rows["earlier"] = "\n".join(attempt_lines(earlier))
-    rows |= {"student": relative(run.student), "metrics": relative(run.metrics)}
-    rows |= {"report": relative(run.report)} if run.report.exists() else {}
-    rows |= {tracker.label: tracker.page for tracker in trackers_of(resolved.config, run)}
-    rows["next"] = next_command(resolved, run)
+    before, after, teacher, best = outcome.before, outcome.after, outcome.teacher, outcome.best
+    scores = {"{} before": before, "{} after": after, "the teacher {}": teacher}
+    parts = [text.format(f"{found['accuracy']:.1%}") for text, found in scores.items() if found]
+    rows: Rows = {
+        "accuracy": f"{', '.join(parts)} ({after['num_samples']} held-out prompts)" if after else None,
+        "gap closed": None if outcome.gap_closed is None else f"{outcome.gap_closed:.0%}",
+        "best": "{metric} {value:.4g} at step {step}".format(**best) if best else None,
+        "time": f"{outcome.num_steps} steps in {outcome.seconds:.0f} s",
+        "earlier": "\n".join(attempt_lines(attempts_of(run)[:-1])) or None,
+        "student": relative(run.student),
+        "metrics": relative(run.metrics),
+        "report": relative(run.report) if run.report.exists() else None,
+        **{tracker.label: tracker.page for tracker in trackers_of(resolved.config, run)},
+        "next": next_command(resolved, run),
+    }
     return Panel(rows_table(rows), title="done", title_align="left", expand=False)
 
 
@@ -85,10 +87,16 @@ def _count(rows: int | None) -> str:
     return "streamed" if rows is None else f"{rows:,}"
 
 
-def rows_table(rows: Mapping[str, str], *, title: str | None = None, min_width: int | None = None) -> Table:
+def rows_table(rows: Rows, *, title: str | None = None, min_width: int | None = None) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", min_width=min_width)
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, escape(value))
+        if value is not None:
+            table.add_row(name, escape(value))
     return table
+
+
+def print_lines(console: Console, lines: Mapping[str, object]) -> None:
+    for name, text in lines.items():
+        console.print(f"{name:8} {escape(str(text))}")

@@ -10,22 +10,19 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 
-from rich.markup import escape
-
 from distill_cli.config.compose import Job, compose
 from distill_cli.config.derived import validates
-from distill_cli.config.variation import override, save_config
+from distill_cli.config.variation import override
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir, read_json
-from distill_cli.jobs.preflight import preflight
-from distill_cli.jobs.prepare import require_here
+from distill_cli.jobs.prepare import make_folder, print_warnings, require_here, resolve_jobs
 from distill_cli.launch.local import start_ranks
 from distill_cli.metrics import STAGES
 from distill_cli.resolved import ResolvedRun
@@ -55,40 +52,56 @@ def check_only_job(jobs: Sequence[Job], command: str) -> None:
         require_here(job.config, command)
 
 
-def scratch_run(folder: Path, resolved: ResolvedRun) -> RunDir:
-    """Write what the ranks of a short run read into its empty folder."""
-    run = RunDir(folder)
-    run.logs.mkdir(parents=True)
-    save_config(resolved.config, run.config)
-    resolved.write(run)
-    return run
+@contextmanager
+def scratch_run(resolved: ResolvedRun, *, root: Path, prefix: str) -> Iterator[RunDir]:
+    """Make a run's folder in `root`, and remove it afterwards with all that was made for it; failures keep its logs.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    made = [path for path in (root, *root.parents) if not path.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+    except OSError as error:
+        what = f"{root}: no run folder can be made here ({error.strerror}); choose another run.root"
+        raise ConfigError(what) from error
+    kept = ""
+    try:
+        yield make_folder(folder, resolved)
+    except DistillError:
+        kept = "logs"
+        raise
+    finally:
+        for path in [path for path in folder.iterdir() if path.name != kept]:
+            remove = shutil.rmtree if path.is_dir() else Path.unlink
+            remove(path)
+        with suppress(OSError):  # the logs stay, or another run has begun there
+            for path in (folder, *made):
+                path.rmdir()
 
 
 def self_check(overrides: Sequence[str], flags: Sequence[str]) -> int:
-    """Start the ranks with `ranks.self_check`, which prints its findings; return 0 if all are good, else 1.
+    """Start the ranks with `ranks.self_check`, which prints its findings; return 0.
 
     Engines run without CUDA graphs, whose capture would take longer than everything else.
+
+    Raises:
+        DistillError: the ranks failed, or a finding is not good.
     """
     console, begin = Console(highlight=False, soft_wrap=True), time.monotonic()
     jobs = compose(overrides, flags)
-    if not jobs:
-        return 0
     check_only_job(jobs, "distill check")
-    resolved = preflight(jobs[0].config)
-    for warning in resolved.warnings:
-        console.print(f"[yellow]warn[/yellow] {escape(warning)}")
-    resolved, folder = small(resolved), Path(tempfile.mkdtemp(prefix="distill-check-"))
-    run = scratch_run(folder, resolved)
-    start_ranks(resolved, run, ["--check"])
-    outcome = read_json(run.outcome)
-    seconds = f"{time.monotonic() - begin:.0f} s"
-    if outcome["is_good"]:
-        shutil.rmtree(folder)
-        console.print(f"everything is right, {seconds}")
-        return 0
-    num_wrong = sum(finding["is_good"] is False for finding in outcome["findings"])
-    console.print(f"{num_wrong} wrong, {seconds}; logs: {run.logs}")
-    return 1
+    _, resolved = resolve_jobs(jobs, is_new=False)
+    print_warnings(resolved, console=console, printed=set())
+    for one in map(small, resolved):  # none if Hydra answered one of its flags
+        with scratch_run(one, root=Path(tempfile.gettempdir()), prefix="distill-check-") as run:
+            start_ranks(one, run, ["--check"])
+            num_wrong = sum(finding["is_good"] is False for finding in read_json(run.outcome)["findings"])
+            if num_wrong:
+                raise DistillError(f"{num_wrong} wrong, {time.monotonic() - begin:.0f} s; logs: {run.logs}")
+        console.print(f"everything is right, {time.monotonic() - begin:.0f} s")
+    return 0
 
 
 def small(resolved: ResolvedRun) -> ResolvedRun:
@@ -136,31 +149,10 @@ def measure(resolved: ResolvedRun) -> Pace:
         DistillError: the ranks failed; of the folder, the logs stay.
         Stopped: the user stopped it.
     """
-    resolved, root = short(resolved), Path(resolved.config.run.root).absolute()
-    made = [path for path in (root, *root.parents) if not path.exists()]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".measure-", dir=root))
-    except OSError as error:
-        what = f"{root}: no run folder can be made here ({error.strerror}); choose another run.root"
-        raise ConfigError(what) from error
-    keeps_logs = False
-    try:
-        run = scratch_run(folder, resolved)
-        began = time.time()
+    resolved, began = short(resolved), time.time()
+    with scratch_run(resolved, root=Path(resolved.config.run.root).absolute(), prefix=".measure-") as run:
         start_ranks(resolved, run)
         return pace(read_metrics(run.metrics), began=began)
-    except DistillError:
-        keeps_logs = True
-        raise
-    finally:
-        for path in list(folder.iterdir()):
-            if not (keeps_logs and path.name == "logs"):
-                remove = shutil.rmtree if path.is_dir() else Path.unlink
-                remove(path)
-        with suppress(OSError):  # the logs stay, or another run has begun there
-            for path in (folder, *made):
-                path.rmdir()
 
 
 def short(resolved: ResolvedRun) -> ResolvedRun:

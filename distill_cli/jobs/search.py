@@ -26,9 +26,9 @@ from distill_cli.config.schema import Config
 from distill_cli.config.variation import sweeps, takes_fractions
 from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import read_outcome
-from distill_cli.folders.run_dir import Element, RunDir, SweepDir, write_json
+from distill_cli.folders.run_dir import RunDir, SweepDir, write_json
 from distill_cli.jobs.prepare import print_warnings, resolve_jobs
-from distill_cli.jobs.sweep import add_runs, carry_out_runs, check_sweep, conclude, discard_if_refused, new_sweep
+from distill_cli.jobs.run_jobs import add_runs, carry_out_runs, check_sweep, conclude, new_sweep, newest
 from distill_cli.report.read import last_values
 from distill_cli.terminal.console import Console
 
@@ -64,24 +64,20 @@ def search(overrides: Sequence[str], flags: Sequence[str], *, command: Sequence[
     """
     spec = read_search(overrides, flags, command=command)
     sweep = new_sweep(spec.config)
-    elements = next_batch(spec, sweep, console=console)
-    try:
-        with RunDir(sweep.path).lock():
-            return carry_out_search(spec, sweep, elements, console=console)
-    except ConfigError:
-        discard_if_refused(sweep, elements, spec.config)
-        raise
+    runs = next_batch(spec, sweep, console=console)
+    with newest(sweep.path, runs[-1], config=spec.config), RunDir(sweep.path).lock():
+        return carry_out_search(spec, sweep, runs, console=console)
 
 
-def carry_out_search(spec: Search, sweep: SweepDir, elements: Sequence[Element], *, console: Console) -> int:
+def carry_out_search(spec: Search, sweep: SweepDir, runs: Sequence[RunDir], *, console: Console) -> int:
     """Carry out prepared trials, then draw and carry out the remaining ones; return the exit status.
 
     The sweep's folder must be locked.
     """
     failed, best = 0, None
-    while elements := elements or next_batch(spec, sweep, console=console):
-        failed += carry_out_runs(sweep, elements, console=console)
-        best, elements = write_results(spec, sweep), []
+    while runs := runs or next_batch(spec, sweep, console=console):
+        failed += carry_out_runs(runs, console=console)
+        best, runs = write_results(spec, sweep), []
     result = f"{best['value']:.4g} with {' '.join(best['overrides'])}" if best else "none: no trial reached a value"
     console.print(f"best     {escape(result)}")
     return conclude(sweep, failed, console=console)
@@ -146,7 +142,7 @@ def distribution(override: Override) -> Distribution:
         raise ConfigError(f"{override.input_line}: cannot be searched: {error}") from error
 
 
-def next_batch(spec: Search, sweep: SweepDir, *, console: Console) -> list[Element]:
+def next_batch(spec: Search, sweep: SweepDir, *, console: Console) -> list[RunDir]:
     """Draw the next trials and make their folders; return none once there are `search.trials`.
 
     Raises:
@@ -157,7 +153,7 @@ def next_batch(spec: Search, sweep: SweepDir, *, console: Console) -> list[Eleme
         return []
     jobs, resolved = resolve_jobs([trial_job(spec, values) for values in drawn], is_new=not known)
     check_sweep(jobs)
-    print_warnings(jobs, resolved, console=console, printed=spec.warned)
+    print_warnings(resolved, console=console, printed=spec.warned)
     console.print(f"trials   {known + 1} to {known + len(jobs)} of {spec.num_trials}")
     words = [word.partition("=") for word in spec.overrides]
     space = {key.lstrip("+"): text for key, _, text in words if key in spec.space}

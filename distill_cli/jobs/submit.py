@@ -1,11 +1,12 @@
-"""Prepared runs as jobs of a cluster: submitting them, what is printed about them, following them to their end."""
+"""Runs as jobs of a cluster: submitting them, finding them in the queue; and following runs to their end."""
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,15 +14,22 @@ from pathlib import Path
 from rich.markup import escape
 
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import load_config
 from distill_cli.errors import DistillError
 from distill_cli.folders.attempts import read_outcome
+from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir, SubmittedJob, write_json
-from distill_cli.jobs.run_panels import relative
+from distill_cli.jobs.run_panels import print_lines, relative
 from distill_cli.launch.base import launcher_of
+from distill_cli.report.read import state_of
 from distill_cli.terminal.console import Console
+from distill_cli.terminal.step_printer import StepPrinter
 
 POLL_S = (1.0, 15.0)
 """Seconds between two looks at the queue: short at first, then sparing the controller."""
+LOOK_S = 0.5
+"""Seconds between two looks at the files of a run."""
+GOING_ON = ("waiting", "running")
 
 
 def submit(config: Config, runs: Sequence[RunDir], *, folder: Path, console: Console) -> list[SubmittedJob]:
@@ -42,8 +50,7 @@ def submit(config: Config, runs: Sequence[RunDir], *, folder: Path, console: Con
     if runs[0].path == folder:
         output = f"tail -F {shlex.quote(relative(Path(jobs[0].log)))}"
         lines |= {"follow": f"distill watch {path}", "output": output}
-    for name, text in {**lines, **hints, "resume": f"distill resume {path}"}.items():
-        console.print(f"{name:8} {escape(text)}")
+    print_lines(console, {**lines, **hints, "resume": f"distill resume {path}"})
     return jobs
 
 
@@ -88,7 +95,7 @@ def wait_for_run(run: RunDir, job: SubmittedJob, *, console: Console) -> int:
             end = time.monotonic() + wait_s
             while time.monotonic() < end:
                 position = print_from(Path(job.log), position)
-                time.sleep(0.5)
+                time.sleep(LOOK_S)
     except KeyboardInterrupt:
         console.print(f"job {job.job_id} goes on; {launcher.hints([job.job_id])['cancel']} ends it")
         raise
@@ -97,6 +104,23 @@ def wait_for_run(run: RunDir, job: SubmittedJob, *, console: Console) -> int:
     if status:
         console.print(f"job {job.job_id}: {escape(text)}")
     return status
+
+
+def wait_for_sweep(runs: Sequence[RunDir], jobs: Sequence[SubmittedJob], *, console: Console) -> int:
+    """Print which runs have ended, until all have; return how many failed. Each run's folder is read once."""
+    launcher, failed = launcher_of(jobs[0].launcher), 0
+    open_jobs = dict(zip(jobs, runs, strict=True))
+    for wait_s in queue_waits():
+        active = launcher.status([job.job_id for job in open_jobs])
+        for job in [job for job in open_jobs if job.job_id not in active]:
+            run = open_jobs.pop(job)
+            status, text = job_outcome(run, job)
+            failed += status != 0
+            console.print(f"{len(runs) - len(open_jobs)}/{len(runs)}  {escape(f'{run.path.name}: {text}')}")
+        if not open_jobs:
+            break
+        time.sleep(wait_s)
+    return failed
 
 
 def print_from(log: Path, position: int) -> int:
@@ -118,3 +142,43 @@ def job_outcome(run: RunDir, job: SubmittedJob) -> tuple[int, str]:
     if not Path(job.log).exists():
         reason += f"; it wrote nothing to {job.log}: do the nodes see that folder? if not, choose another run.root"
     return (143 if reason.startswith("CANCELLED") else 1), reason
+
+
+def follow(run: RunDir, *, sleep: Callable[[float], None] = time.sleep) -> int:
+    """Show the recorded steps and the new ones until the run has ended; return 1 if it failed, else 0.
+
+    The queue is polled too: a job that the cluster killed leaves nothing in the run's files.
+    """
+    num_steps = load_config(run.config).train.max_steps
+    with StepPrinter(sys.stdout, num_steps=num_steps, title=f"distill watch  {run.path.name}") as printer:
+        last, polled, lost = -1, -math.inf, None
+        while True:
+            if time.monotonic() >= polled + POLL_S[1]:
+                polled, lost = time.monotonic(), lost_job_reason(run)
+            state = state_of(run)  # read before the rows, so that no row of a run that has ended is missed
+            if state == "stopped" and run.open_job() and not lost:
+                state = "waiting"  # the job has not written that it ended: the cluster will start it again
+            elif state in GOING_ON and lost:
+                state = "failed"
+            now = run.newest_attempt().now()
+            if now is not None:
+                printer.expect(now[1])
+            if state == "waiting" or now is not None:
+                printer.stage(now[0] if now and state == "running" else state)
+            rows = read_metrics(run.metrics) if run.metrics.exists() else []
+            if rows and rows[-1]["step"] < last:
+                last = int(rows[-1]["step"])
+                printer.say(f"the run goes on from the checkpoint of step {last}")
+            for row in [row for row in rows if row["step"] > last]:
+                last = int(row["step"])
+                metrics = {key: value for key, value in row.items() if key not in ("step", "time")}
+                printer.step(last, metrics, at=row["time"])
+                printer.screen.began = min(printer.screen.began, rows[0]["time"])
+            if state not in GOING_ON:
+                break
+            sleep(LOOK_S)
+    if lost:
+        print(lost)
+    verb, does = ("report", "shows its results") if state == "finished" else ("resume", "goes on")
+    print(f"{state} after step {max(last, 0)}; distill {verb} {run.path} {does}")
+    return int(state == "failed")

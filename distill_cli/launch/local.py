@@ -26,8 +26,7 @@ from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, Unrecoverable
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.launch.base import Launcher
-from distill_cli.launch.node_paths import node_variables
-from distill_cli.launch.nodes import ALONE, POLL_S, Command, Leader, Place, read_command
+from distill_cli.launch.nodes import ALONE, POLL_S, Command, Leader, Place, node_variables, read_command
 from distill_cli.machine.processes import LAUNCHER_PID, describe_exit, die_with_parent
 from distill_cli.machine.torch_versions import torchrun_knows
 from distill_cli.models.model_files import CACHE_ONLY
@@ -66,7 +65,7 @@ def command(
         *(sys.executable, "-m", "distill_cli.launch.agent", str(run.path), str(run.attempt)),
         *(*place.torchrun_arguments(port), f"--nproc-per-node={num_ranks}"),
         *("--max-restarts=0", "--signals-to-handle=SIGINT"),
-        # Without it torchrun waits 30 s for each rank that is asked to end; `end_tree` does not.
+        # Without it torchrun waits 30 s for each rank that must end; `end_tree` does not.
         *([f"--shutdown-timeout={GRACE_S:.0f}"] if torchrun_knows("--shutdown-timeout") else []),
         *("-m", "distill_cli.ranks.worker", str(run.path), f"--attempt={run.attempt}", *options),
     ]

@@ -1,4 +1,4 @@
-"""The nodes of a job, and how they act together: through one file, which the first writes and the others read.
+"""The nodes of a job: where their ranks keep files, and one file through which the first commands the others.
 
 The first node's process leads: it begins and ends each attempt, ships metrics and prints. The others start and end
 their ranks at its commands, and write down how their ranks ended. The file is replaced whole each time; a network file
@@ -7,14 +7,21 @@ system may show it some seconds late, which only delays the others.
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from distill_cli.config.execution_schema import ClusterConfig
+from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import RunDir, read_json, write_json
 
 POLL_S = 0.5
+COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "/inductor", "TRITON_CACHE_DIR": "/triton", "VLLM_CACHE_ROOT": "/vllm"}
+VARIABLES = {"hf_home": {"HF_HOME": ""}, "compile_cache": COMPILE_CACHES, "tmp_dir": {"TMPDIR": ""}}
+"""Environment variables that each key of cluster.* sets, with the path inside the key's folder."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Leader:
     def end_attempt(self) -> None:
         self._send(replace(self._command, is_over=True))
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Let the others exit."""
         self._send(replace(self._command, is_over=True, has_ended=True))
 
@@ -97,6 +104,32 @@ def read_command(file: Path) -> Command:
 
 def free_port() -> int:
     """Return a port of this machine that is free now."""
-    with socket.socket() as server:
-        server.bind(("", 0))
+    with socket.create_server(("", 0)) as server:
         return int(server.getsockname()[1])
+
+
+def node_variables(cluster: ClusterConfig) -> dict[str, str]:
+    """Return the environment variables that cluster.* sets for a run's processes; make the folders on this node.
+
+    Raises:
+        ConfigError: a folder names a variable that the node does not have, or cannot be made.
+    """
+    env = {str(name): str(value) for name, value in cluster.env.items()}
+    for key, variables in VARIABLES.items():
+        if (text := getattr(cluster, key)) is not None:
+            folder = make_folder(text, key)
+            env |= {name: folder + part for name, part in variables.items()}
+    return env
+
+
+def make_folder(text: str, key: str) -> str:
+    """Make the folder that `cluster.key` names, with the node's variables in it; return its absolute path."""
+    path = Path(os.path.expandvars(text)).expanduser()
+    if missing := re.search(r"\$\{?(\w+)", str(path)):
+        raise ConfigError(f"cluster.{key}={text}: ${missing[1]} is not set here; set it, or name a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"no folder can be made there ({error.strerror})"
+        raise ConfigError(f"cluster.{key}={text}: {what}; choose another") from error
+    return str(path.absolute())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 import os
 import signal
 import sys
@@ -20,11 +21,10 @@ from typing import Any
 
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import override
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.errors import ConfigError, DistillError, broken
 from distill_cli.folders.run_dir import RunDir, SubmittedJob
 from distill_cli.launch.base import NODE_PROGRAM, Launcher
 from distill_cli.launch.nodes import Place
-from distill_cli.launch.shared_fs import unshared
 from distill_cli.launch.slurm_cluster import SlurmCluster, last_line, parse_time_limit
 from distill_cli.machine import hardware
 from distill_cli.resolved import ResolvedRun
@@ -67,19 +67,16 @@ class Slurm(SlurmCluster, Launcher):
         yield from value_problems(config)
         cluster, settings = config.cluster, config.cluster.slurm
         partition = self.find_partition(settings.partition)
+        gpus, nodes = cluster.gpus_per_node or 0, min(partition.num_nodes, partition.max_nodes)
+        limit, minutes = parse_time_limit(settings.time or "") or 0, partition.max_time_s / 60
         where, fix = f"partition {partition.name}", "lower it, or choose another"
-        if not partition.is_up:
-            yield f"cluster.slurm.partition={partition.name}: is down; choose another, or wait"
-        if cluster.nodes > (nodes := min(partition.num_nodes, partition.max_nodes)):
-            yield f"cluster.nodes={cluster.nodes}: {where} gives a job at most {nodes}; {fix}"
-        limit = parse_time_limit(settings.time) if settings.time else None
-        if limit is not None and limit > partition.max_time_s:
-            most = f"{partition.max_time_s / 60:g} minutes at most"
-            yield f"cluster.slurm.time={settings.time}: {where} allows {most}; {fix}"
-        if (gpus := cluster.gpus_per_node or 0) > partition.gpus:
-            yield f"cluster.gpus_per_node={gpus}: a node of {where} has {partition.gpus}; {fix}"
-        root, shared = Path(config.run.root), settings.shared_folders
-        if problem := unshared(root, shared_folders=shared, node_hosts=lambda: self.node_hosts):
+        yield from broken(
+            (not partition.is_up, f"cluster.slurm.partition={partition.name}: is down; choose another, or wait"),
+            (cluster.nodes > nodes, f"cluster.nodes={cluster.nodes}: {where} gives a job at most {nodes}; {fix}"),
+            (limit > minutes * 60, f"cluster.slurm.time={settings.time}: {where} allows {minutes:g} minutes; {fix}"),
+            (gpus > partition.gpus, f"cluster.gpus_per_node={gpus}: a node of {where} has {partition.gpus}; {fix}"),
+        )
+        if problem := self.unshared(Path(config.run.root), settings.shared_folders):
             yield problem
         if num_jobs > 1 and num_jobs > (size := self.max_array_size):
             yield f"a sweep of {num_jobs} runs: an array of this cluster holds {size}; make several sweeps"
@@ -152,23 +149,17 @@ class Slurm(SlurmCluster, Launcher):
 
 def value_problems(config: Config) -> Iterator[str]:
     """Yield what is wrong with cluster.slurm.* on any cluster."""
-    settings, signal_s, grace_s = config.cluster.slurm, config.cluster.slurm.signal_s, config.cluster.grace_s
-    if settings.max_requeues < 0:
-        yield f"cluster.slurm.max_requeues={settings.max_requeues}: must be at least 0"
-    if settings.cpus_per_node is not None and settings.cpus_per_node < 1:
-        yield f"cluster.slurm.cpus_per_node={settings.cpus_per_node}: must be at least 1"
-    if settings.time is not None:
-        limit = parse_time_limit(settings.time)
-        if limit is None:
-            yield f"cluster.slurm.time={settings.time}: must be minutes, HH:MM:SS or D-HH:MM:SS"
-        elif limit <= signal_s:
-            yield f"cluster.slurm.time={settings.time}: must exceed cluster.slurm.signal_s={signal_s} seconds; raise it"
-    if signal_s < grace_s:
-        yield f"cluster.slurm.signal_s={signal_s}: saving may take cluster.grace_s={grace_s:g} seconds; raise it"
+    settings, grace_s, at = config.cluster.slurm, config.cluster.grace_s, "cluster.slurm"
+    typed, signal_s = f"{at}.time={settings.time}", settings.signal_s
+    limit = math.inf if settings.time is None else parse_time_limit(settings.time)
     for name in sorted(RESERVED_SBATCH & {str(key).replace("_", "-") for key in settings.extra}):
-        yield f"cluster.slurm.extra.{name}: is set by distill, which relies on it; leave it out"
-    if any("\n" in line for line in settings.setup):
-        yield "cluster.slurm.setup: an element is one line; give several"
+        yield f"{at}.extra.{name}: is set by distill, which relies on it; leave it out"
+    yield from broken(
+        (limit is None, f"{typed}: must be minutes, HH:MM:SS or D-HH:MM:SS"),
+        (limit and limit <= signal_s, f"{typed}: must exceed {at}.signal_s={signal_s} seconds; raise it"),
+        (signal_s < grace_s, f"{at}.signal_s={signal_s}: saving may take cluster.grace_s={grace_s:g} s; raise it"),
+        (any("\n" in line for line in settings.setup), f"{at}.setup: an element is one line; give several"),
+    )
 
 
 def parameters(config: Config, *, name: str, max_jobs: int) -> dict[str, Any]:

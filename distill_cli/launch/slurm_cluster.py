@@ -1,4 +1,4 @@
-"""What a Slurm cluster has and how its jobs stand, by Slurm's own commands.
+"""What a Slurm cluster has and how its jobs stand, by Slurm's own commands; and whether its nodes see a folder.
 
 One question to squeue answers for a whole array; how a run ended is in the run's own folder.
 """
@@ -6,17 +6,28 @@ One question to squeue answers for a whole array; how a run ended is in the run'
 from __future__ import annotations
 
 import math
+import os
+import platform
 import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+
+import psutil
 
 from distill_cli.config.choices import nearest
 from distill_cli.errors import ConfigError, DistillError
+
+LOCAL_FILE_SYSTEMS = {
+    *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "bcachefs", "vfat"),
+    *("tmpfs", "ramfs", "overlay", "squashfs"),
+}
+"""Visible on one machine alone, unless it exports them."""
 
 
 @dataclass
@@ -42,16 +53,16 @@ class Partition:
 
 def ask(*command: str) -> str:
     """Return the output of a Slurm command. Raises ConfigError if it fails, or there is no Slurm here."""
-    key, cause = "cluster.launcher=slurm", command[0]
+    key, program = "cluster.launcher=slurm", command[0]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     except FileNotFoundError as error:
-        what = f"there is no {cause} here"
-        raise ConfigError(f"{key}: {what}; run on a login node, or choose cluster=local") from error
+        fix = "run on a login node, or choose cluster=local"
+        raise ConfigError(f"{key}: there is no {program} here; {fix}") from error
     except subprocess.CalledProcessError as error:
-        raise ConfigError(f"{key}: {cause} says: {last_line(error.stderr)}") from error
+        raise ConfigError(f"{key}: {program} fails: {last_line(error.stderr)}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"{key}: {cause} does not answer ({error}); is Slurm up?") from error
+        raise ConfigError(f"{key}: {program} does not answer ({error}); is Slurm up?") from error
 
 
 class SlurmCluster:
@@ -89,8 +100,7 @@ class SlurmCluster:
             ConfigError: one of them does not exist, or there is no default.
         """
         known = self.partitions
-        if names is None:
-            names = next((name for name, one in known.items() if one.is_default), None)
+        names = names or next((name for name, one in known.items() if one.is_default), None)
         if names is None:
             raise ConfigError(f"cluster.slurm.partition: this cluster has no default; choose one of {', '.join(known)}")
         for name in names.split(","):
@@ -103,6 +113,27 @@ class SlurmCluster:
     def node_hosts(self) -> set[str]:
         """Host names of the nodes' machines."""
         return set(re.findall(r"NodeHostName=(\S+)", self.ask("scontrol", "show", "node", "-o")))
+
+    def unshared(
+        self, folder: Path, shared_folders: Sequence[str] | None, mounts: Mapping[str, str] | None = None
+    ) -> str | None:
+        """Return why the nodes will not see what is written under `folder`, as a problem of run.root; None if they do.
+
+        Args:
+            shared_folders: folders that all nodes see; None guesses by the file system's type.
+            mounts: type by mount point; None reads this machine's.
+        """
+        path = folder.absolute().resolve()
+        if shared_folders is not None:
+            if any(path.is_relative_to(Path(os.path.expandvars(shared)).resolve()) for shared in shared_folders):
+                return None
+            listed = f"cluster.slurm.shared_folders: {', '.join(shared_folders) or 'none'}"
+            return f"run.root={folder}: not in a folder that all nodes see ({listed}); choose another run.root"
+        kind = file_system(path, mounts)
+        if kind not in LOCAL_FILE_SYSTEMS or self.node_hosts <= {platform.node().split(".")[0], platform.node()}:
+            return None
+        what = f"on a {kind} file system of this machine, which other nodes do not see"
+        return f"run.root={folder}: {what}; choose a shared one, or name it in cluster.slurm.shared_folders if they do"
 
     def address(self, host: str) -> str:
         """Return how to reach a node: its name if that resolves, else the address that Slurm knows."""
@@ -128,7 +159,7 @@ class SlurmCluster:
         return {job_id: states[job_id] for job_id in job_ids if job_id in states}
 
     def end_state(self, job_id: str) -> str:
-        """Return what the accounting says became of a job that is no longer active; "" if it has no answer."""
+        """Return the state of a job that has ended in the accounting; "" if there is none."""
         with suppress(ConfigError, IndexError):
             return self.ask("sacct", "-X", "-n", "-P", "-D", "-j", job_id, "-o", "State").strip().splitlines()[-1]
         return ""
@@ -154,3 +185,10 @@ def parse_time_limit(text: str) -> float | None:
 def last_line(text: str) -> str:
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     return lines[-1] if lines else "nothing"
+
+
+def file_system(path: Path, mounts: Mapping[str, str] | None = None) -> str:
+    """Return the type of the file system that holds `path`: that of the longest mount point above it."""
+    if mounts is None:  # the last mount at a point is the one on top
+        mounts = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
+    return next(mounts[str(folder)] for folder in (path, *path.parents) if str(folder) in mounts)

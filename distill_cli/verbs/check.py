@@ -12,10 +12,8 @@ examples
 
 from __future__ import annotations
 
-import argparse
-
 from distill_cli.config.flags import add_hydra_flags
-from distill_cli.verbs.command_line import Parser
+from distill_cli.verbs.command_line import Arguments, Parser
 
 
 def declare(parser: Parser) -> None:
@@ -23,7 +21,7 @@ def declare(parser: Parser) -> None:
     add_hydra_flags(parser)
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(arguments: Arguments) -> int:
     """Start the ranks on a few short answers; return 0 if every finding is good, else 1.
 
     Raises:

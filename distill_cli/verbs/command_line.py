@@ -17,8 +17,9 @@ from types import ModuleType
 from typing import NoReturn
 
 from distill_cli.config.choices import nearest
-from distill_cli.errors import ConfigError
+from distill_cli.errors import ConfigError, refuse
 
+Arguments = argparse.Namespace
 VERBS = ("train", "plan", "check", "resume", "replay", "watch", "eval", "export", "report", "track", "ls", "doctor")
 
 
@@ -44,9 +45,9 @@ class Parser(argparse.ArgumentParser):
     def add_overrides(self) -> None:
         self.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help="key=value or group=choice")
 
-    def add_wait(self, *, help: str = "follow the submitted job, exit with its status") -> None:
+    def add_wait(self) -> None:
         """Declare `--wait`, which is the override cluster.wait=true."""
-        self.add_argument("--wait", action="store_true", help=help)
+        self.add_argument("--wait", action="store_true", help="follow the submitted job, exit with its status")
 
     def add_step(self, *names: str, help: str) -> None:
         """Declare `--step`, which takes the number of a step or one of `names`."""
@@ -64,17 +65,16 @@ class Parser(argparse.ArgumentParser):
     def positionals(self) -> list[argparse.Action]:
         return [action for action in self._actions if not action.option_strings]
 
-    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+    def parse(self, words: Sequence[str]) -> Arguments:
         """Parse what was typed after the verb.
 
         Raises:
             ConfigError: a flag is unknown or lacks its value, or a word is missing or one too many.
         """
-        names = [word.partition("=")[0] for word in words if word.startswith("-")]
-        if unknown := [name for name in names if name not in self._option_string_actions]:
-            rule = f"{self.prog} has no such flag"
-            lines = [f"{name}: {rule}{nearest(name, self.flags())} ({self.prog} --help)" for name in unknown]
-            raise ConfigError(*lines)
+        typed = [word.partition("=")[0] for word in words if word.startswith("-")]
+        rule = f"{self.prog} has no such flag"
+        unknown = [name for name in typed if name not in self._option_string_actions]
+        refuse(f"{name}: {rule}{nearest(name, self.flags())} ({self.prog} --help)" for name in unknown)
         arguments, rest = self.parse_known_intermixed_args(self._joined(words))
         if rest:
             self.error(f"{' '.join(rest)}: one word too many")

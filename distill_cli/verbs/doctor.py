@@ -7,18 +7,17 @@ examples
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 
-from distill_cli.verbs.command_line import Parser
+from distill_cli.verbs.command_line import Arguments, Parser
 
 
 def declare(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(arguments: Arguments) -> int:
     """Print a line or more for each check; return 1 if something that is needed is wrong, else 0."""
     from distill_cli.jobs.doctor_checks import run_checks
 

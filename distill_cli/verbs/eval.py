@@ -11,10 +11,8 @@ examples
 
 from __future__ import annotations
 
-import argparse
-
 from distill_cli.errors import ConfigError
-from distill_cli.verbs.command_line import Parser, complete_with, is_override
+from distill_cli.verbs.command_line import Arguments, Parser, complete_with, is_override
 
 
 def declare(parser: Parser) -> None:
@@ -28,7 +26,7 @@ def declare(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(arguments: Arguments) -> int:
     """Evaluate one model after the other; return the exit status.
 
     Raises:
@@ -40,10 +38,6 @@ def main(arguments: argparse.Namespace) -> int:
     against = [word for word in arguments.against if not is_override(word)]
     if arguments.against and not against:
         raise ConfigError(f"--against {arguments.against[0]}: is an override; give a run, a model, before or teacher")
-    return evaluate(
-        [arguments.subject, *against],
-        [*arguments.overrides, *filter(is_override, arguments.against)],
-        step=arguments.step,
-        as_json=arguments.json,
-        command=arguments.command,
-    )
+    overrides = [*arguments.overrides, *filter(is_override, arguments.against)]
+    settings = {"step": arguments.step, "as_json": arguments.json, "command": arguments.command}
+    return evaluate([arguments.subject, *against], overrides, **settings)

@@ -11,25 +11,24 @@ examples
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.verbs.command_line import Parser, given
+from distill_cli.verbs.command_line import Arguments, Parser, given
 
 
 def declare(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="its folder, such as runs/latest")
     parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="written; by default in RUN/export")
     parser.add_step("best", "last", help="a step, the best by checkpoint.metric, or the last (default)")
-    size_help = "of one file, such as 500MB; 5GB if not given"
-    parser.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help=size_help)
+    text = "of one file, such as 500MB; 5GB if not given"
+    parser.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help=text)
     parser.add_argument("--adapter", action="store_true", help="of a LoRA student: the adapter alone, as peft has it")
     parser.add_argument("--push", type=given, metavar="NAME", help="to the hub, under this name")
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(arguments: Arguments) -> int:
     """Export one checkpoint; return the exit status.
 
     Raises:

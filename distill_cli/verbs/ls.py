@@ -8,12 +8,11 @@ examples
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from distill_cli.config.choices import conf_dir, group_choices, groups, nearest
 from distill_cli.errors import ConfigError
-from distill_cli.verbs.command_line import Parser, complete_with
+from distill_cli.verbs.command_line import Arguments, Parser, complete_with
 
 
 def declare(parser: Parser) -> None:
@@ -21,7 +20,7 @@ def declare(parser: Parser) -> None:
     complete_with(group, groups([conf_dir()]))
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(arguments: Arguments) -> int:
     """Print the groups with their choices, or one group's choices with what each is; return 0.
 
     Raises:

@@ -12,24 +12,19 @@ examples
 
 from __future__ import annotations
 
-import argparse
-
 from distill_cli.config.flags import add_hydra_flags
-from distill_cli.verbs.command_line import Parser
+from distill_cli.verbs.command_line import Arguments, Parser
 
 
 def declare(parser: Parser) -> None:
     parser.add_overrides()
-    parser.add_argument(
-        "--measure",
-        action="store_true",
-        help="run the first steps here, and print seconds by stage, over an epoch and the run; leaves nothing behind",
-    )
-    parser.add_wait(help="as in `distill train`, to plan the same line")
+    text = "run the first steps here, and print seconds by stage, over an epoch and the run; leaves nothing behind"
+    parser.add_argument("--measure", action="store_true", help=text)
+    parser.add_wait()
     add_hydra_flags(parser)
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(arguments: Arguments) -> int:
     """Check and print each job; with `--measure` also run the first steps of the only one."""
     from distill_cli.jobs.plan_tables import plan
 

@@ -13,10 +13,9 @@ examples
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from distill_cli.verbs.command_line import Parser
+from distill_cli.verbs.command_line import Arguments, Parser
 
 
 def declare(parser: Parser) -> None:
@@ -24,7 +23,7 @@ def declare(parser: Parser) -> None:
     parser.add_wait()
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(arguments: Arguments) -> int:
     """Train on a recorded run; return the exit status.
 
     Raises:

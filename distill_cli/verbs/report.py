@@ -9,20 +9,18 @@ examples
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from distill_cli.verbs.command_line import Parser, given
+from distill_cli.verbs.command_line import Arguments, Parser, given
 
 
 def declare(parser: Parser) -> None:
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN|SWEEP", help="folders, such as runs/latest")
-    parser.add_argument(
-        "--out", type=given, metavar="FILE", help="the page; by default report.html in the run's or sweep's folder"
-    )
+    text = "the page; by default report.html in the run's or sweep's folder"
+    parser.add_argument("--out", type=given, metavar="FILE", help=text)
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(arguments: Arguments) -> int:
     """Print the comparison and write the page; return 0.
 
     Raises:

@@ -12,11 +12,10 @@ examples
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from distill_cli.errors import ConfigError
-from distill_cli.verbs.command_line import Parser, parser_of
+from distill_cli.verbs.command_line import Arguments, Parser, parser_of
 
 
 def declare(parser: Parser) -> None:
@@ -25,7 +24,7 @@ def declare(parser: Parser) -> None:
     parser.add_wait()
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(arguments: Arguments) -> int:
     """Resume a run, or a sweep's unfinished runs; return the exit status.
 
     Raises:

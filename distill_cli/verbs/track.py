@@ -10,10 +10,9 @@ examples
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from distill_cli.verbs.command_line import Parser
+from distill_cli.verbs.command_line import Arguments, Parser
 
 
 def declare(parser: Parser) -> None:
@@ -22,7 +21,7 @@ def declare(parser: Parser) -> None:
     parser.add_argument("--uri", help="another server than the one that the run was sent to")
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(arguments: Arguments) -> int:
     """Send what is missing; return 0.
 
     Raises:

@@ -13,10 +13,8 @@ examples
 
 from __future__ import annotations
 
-import argparse
-
 from distill_cli.config.flags import add_hydra_flags
-from distill_cli.verbs.command_line import Parser
+from distill_cli.verbs.command_line import Arguments, Parser
 
 
 def declare(parser: Parser) -> None:
@@ -26,7 +24,7 @@ def declare(parser: Parser) -> None:
     add_hydra_flags(parser)
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(arguments: Arguments) -> int:
     """Train to the end, or submit the job; return the exit status.
 
     Raises:

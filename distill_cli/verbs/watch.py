@@ -9,25 +9,24 @@ examples
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from distill_cli.verbs.command_line import Parser
+from distill_cli.verbs.command_line import Arguments, Parser
 
 
 def declare(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="its folder, such as runs/latest")
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(arguments: Arguments) -> int:
     """Follow a run until it ends; return the exit status, 1 if the run failed.
 
     Raises:
         ConfigError: there is no such run.
     """
     from distill_cli.jobs.existing_run import open_run
-    from distill_cli.jobs.watch_run import follow
+    from distill_cli.jobs.submit import follow
     from distill_cli.report.read import state_of
 
     run = open_run(Path(arguments.run))

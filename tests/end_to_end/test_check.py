@@ -18,7 +18,7 @@ def test_all_is_as_it_should_be_on_two_ranks(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert sum(line.startswith("ok ") for line in lines) == 10
     assert not any(line.startswith("bad") for line in lines)
-    assert lines[-1].startswith("all is as it should be")
+    assert lines[-1].startswith("everything is right")
     assert not list(temporary.glob("distill-check-*"))  # nothing is left
     assert os.listdir(tmp_path) == ["tmp"]
 

@@ -227,7 +227,7 @@ def elements(folder: Path, sweep: str = "s") -> list[str]:
         (["cluster.nodes=9"], "cluster.nodes=9: partition main gives a job at most 4"),
         (
             ["cluster.slurm.partition=short", "cluster.slurm.time=01:00:00"],
-            "cluster.slurm.time=01:00:00: partition short allows 5 minutes at most",
+            "cluster.slurm.time=01:00:00: partition short allows 5 minutes",
         ),
         (["cluster.gpus_per_node=3"], "cluster.gpus_per_node=3: a node of partition main has 2"),
         (["cluster.slurm.shared_folders=[/home]"], "run.root=runs: not in a folder that all nodes see"),

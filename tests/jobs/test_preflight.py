@@ -12,8 +12,7 @@ from distill_cli.config.compose import compose
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import override
 from distill_cli.errors import ConfigError
-from distill_cli.jobs.machine_checks import room
-from distill_cli.jobs.preflight import preflight
+from distill_cli.jobs.preflight import preflight, room
 from distill_cli.machine import hardware
 
 MakeModel = Callable[..., Path]

@@ -9,8 +9,7 @@ from rich.console import Console
 
 from distill_cli.config.compose import compose
 from distill_cli.folders.run_dir import JobEnd, RunDir, SubmittedJob, create, write_json
-from distill_cli.jobs.submit import in_queue, job_outcome, lost_job_reason, submit
-from distill_cli.jobs.sweep import wait_for_sweep
+from distill_cli.jobs.submit import in_queue, job_outcome, lost_job_reason, submit, wait_for_sweep
 from distill_cli.launch import base, slurm
 from distill_cli.report.read import state_of
 

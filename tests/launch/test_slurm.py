@@ -82,7 +82,6 @@ def test_resolve_leaves_errors_to_problems() -> None:
         ("cluster.slurm.time=2", "cluster.slurm.time=2: must exceed cluster.slurm.signal_s=120"),
         ("cluster.slurm.signal_s=30", "cluster.slurm.signal_s=30: saving may take cluster.grace_s=60"),
         ("+cluster.slurm.extra.open_mode=x", "cluster.slurm.extra.open-mode: is set by distill"),
-        ("cluster.slurm.max_requeues=-1", "cluster.slurm.max_requeues=-1: must be at least 0"),
         ("cluster.slurm.shared_folders=[/no/such]", "run.root=runs: not in a folder that all nodes see"),
     ],
 )

@@ -57,7 +57,7 @@ def test_a_choice_changes_a_resumed_run(run: RunDir) -> None:
 def test_a_choice_changes_a_resumed_sweep(run: RunDir) -> None:
     sweep, element = SweepDir(run.path.parent), Element(0, run.path.name, [])
     sweep.write(command=["distill"], elements=[element])
-    assert reopen(sweep, ["eval=default"], console=Console()) == [element]
+    assert [one.path for one in reopen(sweep, ["eval=default"], console=Console())] == [run.path]
     assert load_config(run.config).eval == compose(["eval=default"])[0].config.eval
 
 

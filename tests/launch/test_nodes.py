@@ -9,9 +9,9 @@ from distill_cli.config.compose import compose
 from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
-from distill_cli.jobs.preflight import preflight
+from distill_cli.jobs.preflight import preflight, use_hub_cache
 from distill_cli.launch.local import environment
-from distill_cli.launch.node_paths import node_variables, use_hub_cache
+from distill_cli.launch.nodes import node_variables
 
 
 def test_ranks_get_the_cluster_s_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

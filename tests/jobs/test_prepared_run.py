@@ -11,7 +11,7 @@ import pytest
 from distill_cli.config.compose import Job, compose
 from distill_cli.errors import Stopped
 from distill_cli.folders.run_dir import RunDir, write_json
-from distill_cli.jobs import run_attempts, sweep
+from distill_cli.jobs import prepared_run, run_jobs
 from distill_cli.jobs.prepare import prepare, resolve_jobs
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
@@ -30,7 +30,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FinishRanks:
             write_json(run.outcome, {"state": "stopped" if how else "finished", "reason": how, "num_steps": 1})
             run.metrics.touch()
 
-        monkeypatch.setattr(run_attempts, "start_ranks", start_ranks)
+        monkeypatch.setattr(prepared_run, "start_ranks", start_ranks)
 
     monkeypatch.chdir(tmp_path)
     return end
@@ -41,11 +41,11 @@ def checked(*overrides: str, flags: tuple[str, ...] = ()) -> tuple[list[Job], li
 
 
 def carry_out(*overrides: str, console: Console) -> None:
-    """Carry out a sweep."""
+    """Carry out a run_jobs."""
     jobs, resolved = checked(*overrides, flags=("--multirun",))
-    folder = sweep.new_sweep(jobs[0].config)
-    elements = sweep.add_runs(folder, jobs, resolved, command=["distill", "-m", *overrides, "tracker=none"])
-    sweep.carry_out_sweep(folder, elements, console=console)
+    folder = run_jobs.new_sweep(jobs[0].config)
+    runs = run_jobs.add_runs(folder, jobs, resolved, command=["distill", "-m", *overrides, "tracker=none"])
+    run_jobs.carry_out_sweep(runs, console=console)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_the_next_command_tries_another_loss(ranks: FinishRanks, console: Consol
     (job,), (resolved,) = checked("loss=reverse", "loss.topk=8", "train.lr=1e-3")
     run = prepare(resolved, Path("runs/r"), command=["distill", *job.overrides])
     ranks(None)
-    run_attempts.run_to_completion(resolved, run, console=console)
+    prepared_run.run_to_completion(resolved, run, console=console)
     (command,) = lines(console, "next")
     assert shlex.split(command) == ["distill", "loss.topk=8", "train.lr=1e-3", "tracker=none", "loss=forward"]
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from distill_cli.config.compose import compose
 from distill_cli.config.variation import save_config
 from distill_cli.folders.run_dir import RunDir, write_json
-from distill_cli.jobs.watch_run import follow
+from distill_cli.jobs.submit import follow
 from distill_cli.terminal.panel import Screen, sparks
 from tests.conftest import restore_interrupts
 
