@@ -113,7 +113,7 @@ def _models(config: Config) -> Problems:
 def _rollout(config: Config) -> Problems:
     rollout = config.rollout
     if rollout.on_policy_fraction < 1 and rollout.environment is not None:
-        yield "rollout.on_policy_fraction", "an environment answers the student alone; set it to 1"
+        yield "rollout.on_policy_fraction", "with rollout.environment all sequences are the student's; set it to 1"
     if rollout.replay is not None and rollout.save_scores:
         yield "rollout.save_scores", "a replay trains on scores that are recorded already; leave it out"
     if rollout.replay is not None and config.eval.record_samples and not validates(config):
@@ -123,9 +123,10 @@ def _rollout(config: Config) -> Problems:
     if rollout.top_k == 0:
         yield "rollout.top_k", "must be at least 1, or -1 for all tokens"
     whole, limit = rollout.max_sequence_length, config.data.max_prompt_tokens
-    if whole - rollout.max_new_tokens < (limit or 1):
-        prompt = f"data.max_prompt_tokens={limit}" if limit else "a prompt"
-        yield "rollout.max_new_tokens", f"leaves no room for {prompt} in rollout.max_sequence_length={whole}; lower it"
+    if (room := whole - rollout.max_new_tokens) < (limit or 1):
+        prompt = f"a prompt of up to data.max_prompt_tokens={limit}" if limit else "a prompt"
+        rule = f"leaves {max(room, 0)} of rollout.max_sequence_length={whole} tokens for {prompt}"
+        yield "rollout.max_new_tokens", f"{rule}; lower it, or raise rollout.max_sequence_length"
 
 
 def _train(config: Config) -> Problems:
@@ -136,7 +137,7 @@ def _train(config: Config) -> Problems:
         yield "train.offload_optimizer", "train.cpu_offload=true keeps it in host memory already; drop one"
     num_sequences = rollout.prompts_per_step * rollout.generations_per_prompt
     if train.global_batch_size >= 1 and num_sequences % train.global_batch_size:
-        factors = "rollout.prompts_per_step x rollout.generations_per_prompt"
+        factors = f"{rollout.prompts_per_step} prompts x {rollout.generations_per_prompt} generations"
         yield "train.global_batch_size", f"must divide the {num_sequences} sequences of a step ({factors})"
     if train.micro_batch_tokens < rollout.max_sequence_length:
         limit = f"rollout.max_sequence_length={rollout.max_sequence_length}"
@@ -155,9 +156,9 @@ def mesh_problems(config: Config, *, ranks_per_node: int) -> Iterator[str]:
     if product >= 1 and num_ranks % product:
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
         divisors = ", ".join(str(size) for size in range(1, num_ranks + 1) if num_ranks % size == 0)
-        yield f"{shown}: their product {product} must divide the {num_ranks} ranks; choose one of {divisors}"
+        yield f"{shown}: their product {product} must divide the {num_ranks} ranks; make it one of {divisors}"
     elif data_ranks > config.train.global_batch_size:
-        rule = f"fewer sequences than the {data_ranks} ranks that share them; raise it, or lower cluster.ranks_per_node"
+        rule = f"fewer sequences than the {data_ranks} ranks that share them; raise it, or take fewer ranks"
         yield f"train.global_batch_size={config.train.global_batch_size}: {rule}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 
@@ -128,9 +128,17 @@ def count_steps(config: Config, order: parts.Order) -> int:
 
 def build_saver(config: Config, run: RunDir, trainable: Trainable, *, last_step: int = 0) -> Saver:
     """Build the writer of the run's checkpoints; `last_step` is the last completed step. A collective."""
-    settings, names = config.checkpoint, ("keep_top_k", "metric", "save_optimizer", "async_save")
-    kept: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    return Saver(run, trainable, last_step=last_step, higher_is_better=settings.keeps_highest, **kept)
+    settings = config.checkpoint
+    return Saver(
+        run,
+        trainable,
+        last_step=last_step,
+        keep_top_k=settings.keep_top_k,
+        metric=settings.metric,
+        higher_is_better=settings.keeps_highest,
+        save_optimizer=settings.save_optimizer,
+        async_save=settings.async_save,
+    )
 
 
 def check_data(checkpoint: Path, order: parts.Order) -> None:

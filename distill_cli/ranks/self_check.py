@@ -41,13 +41,16 @@ SYNC_SHIFT = 0.2
 QUESTIONS = {
     "mass": ("top-k mass of the teacher", ""),
     "sampler": ("sampler and trainer agree", "compare model.student.dtype, train.precision, engine.student.kwargs"),
-    "own scorer": ("scorer and trainer agree on the student", "is loss.temperature={loss.temperature} on both sides?"),
+    "own scorer": (
+        "scorer and trainer agree on the student",
+        "see loss.temperature={loss.temperature}, engine.teacher.kwargs",
+    ),
     "zero": ("teacher = student: the loss is zero", "the two sides differ in loss, order of tokens or temperature"),
-    "other": ("teacher != student: the loss is not zero", "model.teacher.path={model.teacher.path} is not loaded"),
+    "other": ("teacher != student: the loss is not zero", "the scores are not model.teacher.path={model.teacher.path}"),
     "same": ("the teacher is the student itself", ""),
     "scorer": (
         "scorer and trainer agree on the teacher",
-        "the scorer lacks the weights of model.teacher.path={model.teacher.path}, or see model.teacher.dtype",
+        "see model.teacher.path={model.teacher.path}, model.teacher.dtype and engine.teacher.kwargs",
     ),
     "mean": ("the loss is the mean over all response tokens", "the loss depends on ranks, micro-batches or copies"),
     "slope": ("the gradient is the loss's slope", "gradients are summed or divided once too often over the mesh"),

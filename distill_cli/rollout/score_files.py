@@ -2,6 +2,8 @@
 
 `data.recorded_run` lists the files. Each data rank writes the sequences that it trains on. The ranks of a replay, in
 any number, read the tokens of every file, to plan the step, and the scores of their own sequences.
+
+Shape letters: S sequences of a file, R response tokens of all of them, K the teacher's top-k.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -85,38 +88,57 @@ class Recorder:
 
 
 def write_sequences(file: Path, rollouts: Sequence[Rollout], scores: Mapping[int, TeacherScores]) -> None:
-    """Write the sequences of a step that have scores, and the scores, as tensors `<place>.<name>` of one file."""
-    tensors, facts = dict[str, torch.Tensor](), dict[int, dict[str, Any]]()
-    for place, own in scores.items():
-        prompt, sample = rollouts[place].prompt, rollouts[place].sample
-        ids = {"prompt": prompt.token_ids, "token_ids": sample.token_ids}
-        tensors |= {f"{place}.{name}": torch.tensor(values, dtype=torch.int32) for name, values in ids.items()}
-        if sample.trained is not None:
-            tensors[f"{place}.trained"] = torch.tensor(sample.trained, dtype=torch.bool)
-        if sample.logp is not None:
-            tensors[f"{place}.logp"] = torch.tensor(sample.logp, dtype=torch.float32)
-        for name, tensor in vars(own).items():  # save_file takes no views
-            tensors[f"{place}.{name}"] = tensor.clone(memory_format=torch.contiguous_format)
-        kept = {name: getattr(sample, name) for name in SAMPLE_FACTS}
-        facts[place] = {"prompt_index": prompt.index, "reward": rollouts[place].reward, "sample": kept}
+    """Write the sequences of a step that have scores, and the scores, as one safetensors file."""
+    rollouts, whole = [rollouts[place] for place in scores], TeacherScores.cat(list(scores.values()))
+    samples = [rollout.sample for rollout in rollouts]
+    logps = (sample.logp if sample.logp is not None else [0.0] * len(sample.token_ids) for sample in samples)
+    masks = (sample.trained or [True] * len(sample.token_ids) for sample in samples)
+    token_ids = chain.from_iterable(rollout.token_ids for rollout in rollouts)
+    tensors = {
+        "places": torch.tensor(list(scores)),
+        "prompt_lengths": torch.tensor([len(rollout.prompt.token_ids) for rollout in rollouts]),
+        "response_lengths": torch.tensor([len(sample.token_ids) for sample in samples]),
+        "token_ids": torch.tensor(list(token_ids), dtype=torch.int32),
+        "trained": torch.tensor(list(chain.from_iterable(masks)), dtype=torch.bool),
+        "sampler_logp": torch.tensor(list(chain.from_iterable(logps))),
+        "topk_ids": whole.topk_ids.contiguous(),
+        "topk_logp": whole.topk_logp.contiguous(),
+        "teacher_logp": whole.sampled_logp.contiguous(),
+    }
+    facts = [
+        {
+            "prompt_index": rollout.prompt.index,
+            "has_logp": rollout.sample.logp is not None,
+            "has_observations": rollout.sample.trained is not None,
+            "reward": rollout.reward,
+            **{name: getattr(rollout.sample, name) for name in SAMPLE_FACTS},
+        }
+        for rollout in rollouts
+    ]
     save_file(tensors, file, metadata={"sequences": json.dumps(facts)})
 
 
 def read_sequences(file: Path) -> dict[int, Rollout]:
     """Return the sequences of a file by place in the step. Raises ConfigError if the file cannot be read."""
-    by_place = {}
+    names = ("places", "prompt_lengths", "response_lengths", "token_ids", "trained", "sampler_logp")
     try:
         with safe_open(file, framework="pt") as stored:
-            known = set(stored.keys())
-            for place, fact in json.loads(stored.metadata()["sequences"]).items():
-                names = {name: f"{place}.{name}" for name in ("prompt", "token_ids", "logp", "trained")}
-                found: dict[str, Any] = {k: stored.get_tensor(v).tolist() for k, v in names.items() if v in known}
-                prompt = Prompt(fact["prompt_index"], found["prompt"], Example(""))
-                lists = found["token_ids"], found.get("logp")
-                sample = Sample(*lists, trained=found.get("trained"), **fact["sample"])
-                by_place[int(place)] = Rollout(prompt, sample, fact["reward"])
+            facts = json.loads(stored.metadata()["sequences"])
+            places, prompts, responses, *flat = (stored.get_tensor(name).tolist() for name in names)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: damaged ({type(error).__name__}: {error})") from error
+    token_ids, trained, logp = map(iter, flat)
+    by_place = {}
+    for place, num_prompt, num_response, fact in zip(places, prompts, responses, facts, strict=True):
+        prompt = Prompt(fact["prompt_index"], list(islice(token_ids, num_prompt)), Example(""))
+        ids, mask, logps = (list(islice(values, num_response)) for values in (token_ids, trained, logp))
+        sample = Sample(
+            ids,
+            logps if fact["has_logp"] else None,
+            trained=mask if fact["has_observations"] else None,
+            **{name: fact[name] for name in SAMPLE_FACTS},
+        )
+        by_place[place] = Rollout(prompt, sample, reward=fact["reward"])
     return by_place
 
 
@@ -124,9 +146,12 @@ def read_scores(file: Path, places: set[int], *, topk: int) -> dict[int, Teacher
     """Return the file's scores of the sequences at `places`, by place: `topk` tokens of each position."""
     by_place = {}
     with safe_open(file, framework="pt") as stored:
-        for place in places & {int(place) for place in json.loads(stored.metadata()["sequences"])}:
-            ids, logp = (stored.get_slice(f"{place}.{name}")[:, :topk] for name in ("topk_ids", "topk_logp"))
-            by_place[place] = TeacherScores(ids, logp, stored.get_tensor(f"{place}.sampled_logp"))
+        lengths = stored.get_tensor("response_lengths").tolist()
+        ids_RK, logp_RK, sampled_R = (stored.get_slice(name) for name in ("topk_ids", "topk_logp", "teacher_logp"))
+        for place, end, length in zip(stored.get_tensor("places").tolist(), accumulate(lengths), lengths, strict=True):
+            if place in places:
+                rows = slice(end - length, end)
+                by_place[place] = TeacherScores(ids_RK[rows, :topk], logp_RK[rows, :topk], sampled_R[rows])
     return by_place
 
 
