@@ -18,8 +18,6 @@ Exit status: 0 done; 1 a failure while running; 2 wrong input; 130 and 143 stopp
 reader of the output closed it, as `head` does.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

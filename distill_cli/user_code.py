@@ -1,7 +1,5 @@
 """`pkg.module:function` in a config: a user's own loss, dataset or verifier, without touching the package."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

@@ -5,8 +5,6 @@ holds at most `READ_BYTES` or the largest tensor, and the optimizer's state is n
 into the weights that the run started from, or written to a folder of their own, which peft and vLLM load.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

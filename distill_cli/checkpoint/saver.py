@@ -5,8 +5,6 @@ copies the state to host memory and writes it, on a process group of its own. Wi
 meanwhile; only the next optimizer update, which would change the tensors, waits until they are copied.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import shutil

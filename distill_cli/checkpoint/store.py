@@ -13,8 +13,6 @@ A checkpoint is a folder `checkpoints/step_<n>/`:
 It is written under a hidden name, made durable, and renamed. Reading it executes nothing.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Reads nothing but the config, and the signature of a user's own divergence.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict

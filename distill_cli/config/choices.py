@@ -1,7 +1,5 @@
 """The config groups and the files of each, and the known name that is nearest to another. No Hydra."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path

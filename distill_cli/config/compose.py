@@ -4,8 +4,6 @@
 checks and collects, so that a sweep is checked as a whole before its first run.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile

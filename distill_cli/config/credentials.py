@@ -4,8 +4,6 @@ A config that holds one is refused, except in addresses of servers, the keys tha
 stay whole in memory, are written without their credentials, and reach the started processes through the environment.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from operator import attrgetter

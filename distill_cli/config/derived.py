@@ -1,7 +1,5 @@
 """Values that follow from several keys together, computed in one place."""
 
-from __future__ import annotations
-
 import math
 import re
 

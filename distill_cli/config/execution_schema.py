@@ -1,7 +1,5 @@
 """The sections of the config that decide how a run is executed: engines, checkpoints, cluster, trackers, search."""
 
-from __future__ import annotations
-
 from enum import Enum
 from typing import Any
 

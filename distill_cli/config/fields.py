@@ -7,8 +7,6 @@
 A property that a key does not set is its section's, up to the whole config; unset there, it is False.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping

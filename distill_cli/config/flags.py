@@ -1,7 +1,5 @@
 """Hydra's own flags, which `train`, `plan` and `check` take. Hydra itself declares them in a private parser only."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from functools import partial

@@ -5,8 +5,6 @@ that decide how a run is executed are in execution_schema.py. Defaults are those
 NeMo RL's; the files of `conf/` choose others by group, and `model=tiny` scales all of them to a laptop.
 """
 
-from __future__ import annotations
-
 from enum import Enum
 from typing import Any
 

@@ -4,8 +4,6 @@ Overrides are checked against the schema before Hydra composes: every problem at
 Hydra alone stops at the first problem, and lets `+loss.zz=1` past a structured config.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum

@@ -5,8 +5,6 @@ and an error for each request, in order. pebble's pool cannot replace it: it fai
 before its acknowledgement was read, and for good if an idle one is killed.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

@@ -4,8 +4,6 @@ Response tokens are shared, prompts need not be: the teacher may have a chat tem
 read a context that the student does not (`data.teacher_context`).
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from bisect import bisect_left

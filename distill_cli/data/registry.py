@@ -5,8 +5,6 @@ are the keys that `data.train` takes in addition to `source`: others, and values
 verifier is a function `verify(response, answer) -> float`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """Check the data before anything starts: rows without a question or an answer, prompts in both sets. No torch."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator

@@ -4,8 +4,6 @@ A table on disk is read by row number and never held whole; a stream is read fro
 Sources return either, or a plain list.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import reprlib

@@ -9,8 +9,6 @@ An implementation subclasses its protocol, which provides `awake`. It lives in a
 chosen in `ranks.build_engines`; no other module depends on which one it calls.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ the ranks. Requests and answers go over a socket: shared memory would outlive a 
 `CompanionTeacher` is the rank's side of it, `serve` the companion's.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """The program of `CompanionTeacher`: `python -m distill_cli.engines.companion_process SOCKET PARENT`."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

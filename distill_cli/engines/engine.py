@@ -1,7 +1,5 @@
 """One vLLM engine in this process: build it, sample from it, put it to sleep, close it."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

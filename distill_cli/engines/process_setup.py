@@ -3,8 +3,6 @@
 vLLM sets environment variables, thread counts and random states. What is replaced inside vLLM is in `vllm_patches`.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import logging

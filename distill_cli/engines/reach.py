@@ -3,8 +3,6 @@
 Importing this module imports neither vLLM nor torch. `vllm_patches` contains everything that is declared.
 """
 
-from __future__ import annotations
-
 import inspect
 import pkgutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The student's vLLM engine in the trainer's process, where a sync of weights is a copy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Settings of an engine and of its sampling. No torch and no vLLM at import time."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

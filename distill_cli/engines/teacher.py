@@ -3,8 +3,6 @@
 Shape letters: R response tokens of one sequence, K the teacher's top-k.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

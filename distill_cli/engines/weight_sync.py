@@ -1,7 +1,5 @@
 """Check the student's weights, or its adapter, by name and shape, and gather them for the engine, one by one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

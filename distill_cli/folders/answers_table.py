@@ -1,7 +1,5 @@
 """A model's answers to a benchmark as parquet: written by the ranks that sampled them, joined by the command."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

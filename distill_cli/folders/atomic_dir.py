@@ -4,8 +4,6 @@ Checkpoints and recorded steps are also made durable first. Their `manifest.json
 SHA-256 of every other file, so that later damage is found before the folder is used.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

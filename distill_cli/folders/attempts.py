@@ -3,8 +3,6 @@
 `logs/attempt_<n>/attempt.json` is written by the process that starts the ranks, `outcome.json` by the main rank.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

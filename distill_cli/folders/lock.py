@@ -5,8 +5,6 @@ holder also touches the lock's file every `SIGN_S` seconds: before a file that n
 over, it is watched for such signs of life. Clocks need not agree.
 """
 
-from __future__ import annotations
-
 import fcntl
 import logging
 import os

@@ -1,7 +1,5 @@
 """Rollouts as parquet files, for inspection."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields

@@ -1,7 +1,5 @@
 """What `distill doctor` looks at: packages, GPUs, collectives, the machine, the hub, launchers, trackers."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

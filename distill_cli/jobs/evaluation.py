@@ -1,7 +1,5 @@
 """Models on a benchmark: what each of them is, the ranks that answer with it, and the numbers of the answers."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

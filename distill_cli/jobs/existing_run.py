@@ -1,7 +1,5 @@
 """A run that is on disk: its folder, its checkpoints, the weights that it began from."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

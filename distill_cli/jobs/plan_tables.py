@@ -1,7 +1,5 @@
 """The tables of `distill plan`: the mesh, a step, the run, memory, the launch, and what `--measure` expects."""
 
-from __future__ import annotations
-
 import math
 import platform
 import textwrap

@@ -5,8 +5,6 @@ that it reads as parameters; it is skipped if one of them is None, which another
 raised at once. The checks of this file are about the machine and the data.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Jobs before they start: resolving and checking them, warnings, and their folders."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace

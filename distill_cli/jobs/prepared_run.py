@@ -4,8 +4,6 @@ On this machine that is one of several runs of a sweep at a time. In a job every
 as `distill train` does on one machine, and the others follow it.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import signal

@@ -1,7 +1,5 @@
 """Runs that are resumed: alone, as what is left of a sweep, or as what is left of a search."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from functools import partial

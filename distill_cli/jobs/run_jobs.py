@@ -5,8 +5,6 @@ folder and its config before the first one starts: `distill resume SWEEP` carrie
 reason. A run that fails does not stop the others.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

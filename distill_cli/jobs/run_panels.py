@@ -1,7 +1,5 @@
 """The panels that a run prints before its first step and after its last."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ The models, mesh, engines and data are those of the run that was typed; only its
 changed. A folder with logs stays if something went wrong.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 import tempfile

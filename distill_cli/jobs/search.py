@@ -4,8 +4,6 @@ A batch follows from `search.seed` and the trials in the sweep's folder alone; n
 the same command makes the same trials, and an interrupted search resumes as if it had not been interrupted.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import warnings

@@ -1,7 +1,5 @@
 """Runs as jobs of a cluster: submitting them, finding them in the queue; and following runs to their end."""
 
-from __future__ import annotations
-
 import math
 import shlex
 import sys

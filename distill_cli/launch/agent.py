@@ -5,8 +5,6 @@ runs in learns its exit status. The ranks' errors are not written by torch's `@r
 output is redirected, and its times are whole seconds, within which several ranks may fail.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 A launcher is a file of this folder with an object `LAUNCHER`; its own keys are the section `cluster.<name>`.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ The agent ignores the signals that ask a run to stop, which a scheduler sends to
 before they have saved.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

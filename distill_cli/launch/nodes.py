@@ -5,8 +5,6 @@ their ranks at its commands, and write down how their ranks ended. The file is r
 system may show it some seconds late, which only delays the others.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import socket

@@ -5,8 +5,6 @@ submitit writes the script, gives it to sbatch and starts a task on each node, w
 same folder, as its next attempt. Any other SIGTERM is scancel's: the run stays down.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import math

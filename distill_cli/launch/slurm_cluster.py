@@ -3,8 +3,6 @@
 One question to squeue answers for a whole array; how a run ended is in the run's own folder.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import platform

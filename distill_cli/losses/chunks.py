@@ -1,7 +1,5 @@
 """Number of tokens that the fused head processes at a time. No torch, so that memory is predicted by the same rule."""
 
-from __future__ import annotations
-
 import math
 
 MIN_BUFFER_BYTES = 2**26

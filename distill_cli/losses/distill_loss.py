@@ -6,8 +6,6 @@ Left out: the divergences themselves (divergence.py), reductions and weights ove
 Shape letters: N tokens, K the teacher's top-k, C = K + 1 classes: the top-k, then everything outside it (the rest).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

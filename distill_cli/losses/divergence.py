@@ -9,8 +9,6 @@ To add one, write the function, put it in DIVERGENCES, and write conf/loss/<name
 enumerate both. It may use only methods of tensors.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping

@@ -20,8 +20,6 @@ K the teacher's top-k, C = K + 1 classes: the top-k, then the rest; M the studen
 tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -7,8 +7,6 @@ docs/losses.md has the mathematics.
 Shape letters: R response tokens, K the teacher's top-k, M tokens of the class.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

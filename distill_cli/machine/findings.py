@@ -1,7 +1,5 @@
 """The lines of `distill doctor`: a check each, with its fix if it failed."""
 
-from __future__ import annotations
-
 import urllib.error
 import urllib.request
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Describe NVIDIA GPUs through the driver's library (NVML, in nvidia-ml-py). No torch."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """This machine's GPUs, memory and vLLM build, and the ranks that it runs, without importing torch."""
 
-from __future__ import annotations
-
 import os
 import sys
 from importlib import metadata

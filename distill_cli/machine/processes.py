@@ -1,7 +1,5 @@
 """End a process with the one that started it, describe how one ended, and note signals to stop."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

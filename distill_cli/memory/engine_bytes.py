@@ -1,7 +1,5 @@
 """Memory of an engine, and whether its share of a GPU holds its weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

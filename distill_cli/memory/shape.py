@@ -1,7 +1,5 @@
 """Read the part of a model that its memory depends on, from its config.json and the headers of its files."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Predict a rank's peak, compare it with the device, and find the single keys that make it fit."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Choose the layers of a student that get adapters, by the names and shapes of its weights. No torch."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

@@ -8,8 +8,6 @@ their gradients are summed to their owners in float32. Nothing else changes, and
 Shape letters: T tokens of the row, t of this rank, G key-value heads, D head size.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any

@@ -19,8 +19,6 @@ Ranks count up fastest along tensor, then context: the axes that communicate mos
 exist too, so that every layout takes the same path.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any

@@ -12,8 +12,6 @@ gathers logits.)
 To add a family whose config declares no plan, or one with other styles, put it into PLANS by its `model_type`.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Build a rank's engines from its config: the student's sampler and the teacher."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable

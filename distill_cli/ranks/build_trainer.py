@@ -4,8 +4,6 @@ The order matters: prepare the process before importing vLLM, join the process g
 build the same engines in the same order on every rank.
 """
 
-from __future__ import annotations
-
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path

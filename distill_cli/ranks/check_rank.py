@@ -1,7 +1,5 @@
 """Build one rank's side of `distill check` from the parts of a run, and run it; `self_check` has the questions."""
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import asdict, replace

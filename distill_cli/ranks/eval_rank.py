@@ -1,7 +1,5 @@
 """One rank's part in an evaluation: answer its engine's share of the problems and write the answers to a file."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import IO

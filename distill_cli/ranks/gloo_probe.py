@@ -3,8 +3,6 @@
 The first prints what torch can do on this machine, as JSON, and exits with 0 if the sum is right.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

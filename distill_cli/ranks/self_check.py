@@ -5,8 +5,6 @@ comes the real teacher. Each question is answered by a number against a limit, a
 Limits are those of the arithmetic: float32 throughout, or 16 bits somewhere.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

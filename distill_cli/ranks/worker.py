@@ -5,8 +5,6 @@ its standard output. torch is imported after that redirection. An evaluation's f
 `check_rank`, and otherwise `build_trainer` trains.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

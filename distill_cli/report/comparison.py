@@ -1,7 +1,5 @@
 """The comparison of runs in a terminal: a matrix for each metric if two keys form a grid, else a row for each run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType

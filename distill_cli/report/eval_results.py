@@ -1,7 +1,5 @@
 """Models compared on a benchmark: numbers from their answers, as a table and as JSON. No torch."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

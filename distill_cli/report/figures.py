@@ -6,8 +6,6 @@ returns), `levels` the horizontal lines of the accuracy figure, `stages` seconds
 `positions` the KL by a token's position, `grid` a sweep's results by its two keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Everything that a report shows of one run, read from its folder. What is missing is left out of the report."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -5,8 +5,6 @@ figures, and the recorded answers) is gzipped JSON in base64, which no text from
 script inserts texts as text nodes. Texts in the HTML itself go through Jinja's escaping.
 """
 
-from __future__ import annotations
-
 import base64
 import gzip
 import json

@@ -3,8 +3,6 @@
 Only the end of a metrics.jsonl is read, so that a sweep of a thousand runs is compared in seconds.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import re

@@ -4,8 +4,6 @@ The texts of all tokens are one table; an answer's tokens are indices into it. A
 answers are cut, and the page says so.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The sentences and tables of a report, and the small datasets of its figures."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

@@ -6,8 +6,6 @@ has a fixed seed: the same answers give the same numbers.
 Shape letters: P problems, S answers to each, D bootstrap or permutation draws.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import defaultdict

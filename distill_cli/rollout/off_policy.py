@@ -5,8 +5,6 @@ dataset, or offline distillation on the teacher's answers; if some are, it is th
 algorithm 1).
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence

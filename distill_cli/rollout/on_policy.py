@@ -3,8 +3,6 @@
 A share of a step's sequences may be the dataset's or the teacher's (`off_policy`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 

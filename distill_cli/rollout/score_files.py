@@ -6,8 +6,6 @@ any number, read the tokens of every file, to plan the step, and the scores of t
 Shape letters: S sequences of a file, R response tokens of all of them, K the teacher's top-k.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

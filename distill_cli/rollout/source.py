@@ -8,8 +8,6 @@
 A source may keep sequences from one step for a later one, or wrap another source; `ranks.build_source` chooses it.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

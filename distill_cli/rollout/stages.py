@@ -1,7 +1,5 @@
 """The stages of a step: time them, wake each engine only for its own, and stop the run between two of them."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ The student's tokens are never decoded and encoded again: an observation's token
 around them, are appended to the existing tokens. The loss excludes them (`Sample.trained`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar

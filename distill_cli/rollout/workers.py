@@ -5,8 +5,6 @@ calls it with the same arguments: a collective. An engine is awake only while it
 interrupted the engine, all ranks raise StopRequested instead of returning its results.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace

@@ -5,8 +5,6 @@ adapter at `<name>.lora_A.default.weight` [rank, in] and `<name>.lora_B.default.
 W x + alpha / rank B A x. There is no dropout: its mask would depend on how the work is split over ranks.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator, Sequence

@@ -6,8 +6,6 @@ forward passes the bounds as `documents`, host integers.
 Shape letters: H heads, G key-value heads, T tokens, D head size.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from itertools import pairwise
 

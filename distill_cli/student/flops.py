@@ -5,8 +5,6 @@ appendix B), 4 for a frozen parameter, which has no gradient; the head's only at
 position reaches it. Attention's own and recomputed operations are left out, so the figure errs low.
 """
 
-from __future__ import annotations
-
 import torch
 
 from distill_cli.student.model import Student

@@ -4,8 +4,6 @@
 `load_weights` then puts each rank's part in their place. No rank ever holds more than its shards and one slice.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator

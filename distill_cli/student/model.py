@@ -6,8 +6,6 @@ bfloat16 and reduces gradients in float32.
 Shape letters: T tokens of the packed row, N response tokens, n of a chunk, C the top-k and the rest, H hidden size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path

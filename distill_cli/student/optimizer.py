@@ -1,7 +1,5 @@
 """AdamW, its learning-rate schedule, and one optimizer update over micro-batches."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

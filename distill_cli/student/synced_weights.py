@@ -1,7 +1,5 @@
 """Give the student's weights to the sampler's engine, and write them to a Hugging Face folder."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

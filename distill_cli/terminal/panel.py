@@ -1,7 +1,5 @@
 """The live panel of a run in progress, drawn from its rows of metrics as they come."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -9,8 +9,6 @@ A new one is `track/<name>.py` with a `TRACKER`, `conf/tracker/<name>.yaml`, and
 dataclass and a field `<name>` of TrackerConfig.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib import import_module

@@ -3,8 +3,6 @@
 All of it is read from the run's folder, so that it can be sent later and from another machine.
 """
 
-from __future__ import annotations
-
 import getpass
 import hashlib
 import logging

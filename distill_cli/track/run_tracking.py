@@ -1,7 +1,5 @@
 """A run's trackers while it runs, and sending afterwards what could not be sent before (`distill track sync`)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace

@@ -4,8 +4,6 @@ The names are those of MLflow's own system metrics, so that its page shows them.
 first node.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A rank's record of its run: metrics.jsonl, the user's terminal, and one sequence as it is trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass

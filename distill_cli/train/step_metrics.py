@@ -3,8 +3,6 @@
 Shape letters: N response tokens of a micro-batch, C metrics that are averaged over them.
 """
 
-from __future__ import annotations
-
 import resource
 import time
 from collections.abc import Sequence

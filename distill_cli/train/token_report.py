@@ -6,8 +6,6 @@ of its own, and leaves training steps alone.
 Shape letters: N response tokens of a micro-batch, M likeliest tokens kept of each model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

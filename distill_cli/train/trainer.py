@@ -5,8 +5,6 @@ and enters the same collectives in the same order. `rollout.source` makes the se
 stages, puts engines to sleep and checks for stop requests.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Mapping

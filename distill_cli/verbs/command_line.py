@@ -5,8 +5,6 @@ A verb's module has a docstring (a summary in one line, what the verb does, `exa
 the work is imported inside `main`: help and completion answer without Hydra and Rich.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 from collections.abc import Sequence

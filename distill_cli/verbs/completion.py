@@ -4,8 +4,6 @@ Hydra's function in the shell runs `distill -sc query=bash` with the line in COM
 offers files: right for the folder of `resume RUN`.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence

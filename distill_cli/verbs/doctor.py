@@ -5,8 +5,6 @@ examples
   distill doctor --json
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 

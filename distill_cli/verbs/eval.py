@@ -9,8 +9,6 @@ examples
   distill eval runs/latest eval.repeat=4 eval.temperature=1.0 eval.max_samples=500
 """
 
-from __future__ import annotations
-
 from distill_cli.errors import ConfigError
 from distill_cli.verbs.command_line import Arguments, Parser, complete_with, is_override
 

@@ -9,8 +9,6 @@ examples
   distill export runs/latest best --step best
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -6,8 +6,6 @@ examples
   distill ls data
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from distill_cli.config.choices import conf_dir, group_choices, groups, nearest

@@ -10,8 +10,6 @@ examples
   distill plan cluster.ranks_per_node=2 mesh.tensor=2
 """
 
-from __future__ import annotations
-
 from distill_cli.config.flags import add_hydra_flags
 from distill_cli.verbs.command_line import Arguments, Parser
 

@@ -11,8 +11,6 @@ examples
   distill replay runs/latest eval.at_end=true
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from distill_cli.verbs.command_line import Arguments, Parser

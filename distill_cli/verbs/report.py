@@ -7,8 +7,6 @@ examples
   distill report runs/first runs/second --out both.html
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from distill_cli.verbs.command_line import Arguments, Parser, given

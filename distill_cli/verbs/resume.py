@@ -10,8 +10,6 @@ examples
   distill resume runs/latest --step 40
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from distill_cli.errors import ConfigError

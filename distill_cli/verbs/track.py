@@ -8,8 +8,6 @@ examples
   distill track sync runs/latest --uri http://localhost:5000
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from distill_cli.verbs.command_line import Arguments, Parser

@@ -11,8 +11,6 @@ examples
   distill cluster=slurm cluster.slurm.partition=gpu    the same as a job
 """
 
-from __future__ import annotations
-
 from distill_cli.config.flags import add_hydra_flags
 from distill_cli.verbs.command_line import Arguments, Parser
 

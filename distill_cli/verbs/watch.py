@@ -7,8 +7,6 @@ examples
   distill watch runs/latest
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Environments answer the student between its turns: a file here with a function `make()`, or `pkg.module:function`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 

@@ -3,8 +3,6 @@
 A turn without a call is the answer, which the verifier judges.
 """
 
-from __future__ import annotations
-
 import ast
 import operator
 import re

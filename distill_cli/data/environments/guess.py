@@ -3,8 +3,6 @@
 For any data whose answers are numbers. The last number of a turn is its guess; the reward is 1 once a guess is right.
 """
 
-from __future__ import annotations
-
 import re
 from decimal import Decimal
 

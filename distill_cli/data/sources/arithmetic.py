@@ -10,8 +10,6 @@ No step goes below zero. A hash of the question's text decides which split it be
 one, whatever their sizes and seeds.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 

@@ -3,8 +3,6 @@
 {"question": "What is 3 + 4?", "answer": "7"}
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

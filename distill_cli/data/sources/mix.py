@@ -10,8 +10,6 @@ source that is small for its weight several times: none is lost. Streamed source
 and begin again when they end.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import math

@@ -6,8 +6,6 @@ For example, the row that `data=gsm8k` reads:
     answer:   Natalia sold 48/2 = <<48/2=24>>24 clips in May. ... #### 72
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice

@@ -3,8 +3,6 @@ r"""Multiple choice: the letter that a response settles on, of A to J.
 "The answer is (C)."   "Answer: C"   "\boxed{C}"   "C"
 """
 
-from __future__ import annotations
-
 import re
 
 PATTERNS = (  # the first one that matches counts, and its last match

@@ -5,8 +5,6 @@
 #### 116
 """
 
-from __future__ import annotations
-
 import re
 from decimal import Decimal
 

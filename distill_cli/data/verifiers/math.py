@@ -3,8 +3,6 @@ r"""Mathematical answers through the math-verify library: \boxed{}, fractions, i
 "... so the area is \boxed{\frac{1}{2}}"  equals  0.5
 """
 
-from __future__ import annotations
-
 import logging
 
 from distill_cli.data.rows import boxed_answer

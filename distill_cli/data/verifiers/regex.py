@@ -1,7 +1,5 @@
 """The row's answer is a regular expression, which the response must match somewhere: `(?i)paris|île-de-france`."""
 
-from __future__ import annotations
-
 import re
 
 
