@@ -77,3 +77,9 @@ def test_readme_lists_every_file() -> None:
     script = runpy.run_path(str(ROOT / "scripts/make_file_tree.py"))
     readme = (ROOT / "README.md").read_text()
     assert script["with_tree"](readme) == readme, "run scripts/make_file_tree.py"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "nemo_rl.md"], ids=lambda page: page.name)
+def test_named_python_files_exist(page: Path) -> None:
+    named = set(re.findall(r"`((?:\w+/)+\w+\.py)`", page.read_text()))
+    assert sorted(name for name in named if not any((ROOT / at / name).is_file() for at in (".", "distill_cli"))) == []
