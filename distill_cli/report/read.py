@@ -23,6 +23,8 @@ from distill_cli.metrics import METRICS
 
 COMPARED = [metric for metric in METRICS if metric.compared_in]
 """The metrics that runs are compared by."""
+TAIL_BYTES = 1 << 16
+"""Bytes that are read at a time from the end of a metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def _is_held(run: RunDir) -> bool:
 def last_values(path: Path, names: Iterable[str]) -> dict[str, float]:
     """Return the last value after step 0 (before training) of each metric of a metrics.jsonl.
 
-    Parses rows from the end, and only as many as needed.
+    Reads the file from its end, and only as far as needed.
     """
     values: dict[str, float] = {}
     missing = set(names)
@@ -117,15 +119,22 @@ def last_values(path: Path, names: Iterable[str]) -> dict[str, float]:
 
 
 def _rows_from_the_end(path: Path) -> Iterator[dict[str, Any]]:
-    content = path.read_bytes() if path.is_file() else b""
-    end = content.rfind(b"\n")  # what follows was cut off
-    while end > 0:
-        begin = content.rfind(b"\n", 0, end) + 1
-        try:
-            yield json.loads(content[begin:end])
-        except ValueError as error:
-            raise damaged(path, error) from error
-        end = begin - 1
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        end = file.seek(0, 2)
+        rest, is_last = b"", True
+        while end > 0:
+            begin = max(0, end - TAIL_BYTES)
+            file.seek(begin)
+            lines = (file.read(end - begin) + rest).split(b"\n")
+            rest, end = (lines.pop(0) if begin else b""), begin
+            if is_last and lines:  # after the last newline: nothing, or a line that was cut off
+                lines, is_last = lines[:-1], False
+            try:
+                yield from [json.loads(line) for line in reversed(lines)]
+            except ValueError as error:
+                raise damaged(path, error) from error
 
 
 def read_config(run: RunDir) -> dict[str, Any]:
