@@ -3,6 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +78,7 @@ def make_scoreboard(models: Mapping[str, dict[ProblemKey, Problem]], *, has_vote
         has_votes: the verifier extracts final answers.
     """
     common = sorted(set.intersection(*(set(problems) for problems in models.values())))
-    parts: dict[str, list[ProblemKey]] = defaultdict(list)
-    for key in common:
-        parts[key[0]].append(key)
+    parts = {dataset: list(keys) for dataset, keys in groupby(common, key=itemgetter(0))}
     if len(parts) > 1:
         parts["total"] = common
     first, *others = models

@@ -49,16 +49,14 @@ class Screen:
         progress = Table.grid(padding=(0, 2))
         progress.add_column(width=max(LABEL_WIDTH, len(step)))
         bar = ProgressBar(total=self.num_steps or None, completed=self.step, width=SPARK_STEPS)
-        progress.add_row(Text(step, style="bold"), bar, Text(self._times()))
+        left = self.seconds_left()
+        times = f"{clock(time.time() - self.began)} so far" + ("" if left is None else f", about {clock(left)} left")
+        progress.add_row(Text(step, style="bold"), bar, Text(times))
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", width=LABEL_WIDTH)
         for label, text in self.lines():
             table.add_row(label, Text(text))
         return Panel(Group(progress, table), title=Text(self.title), title_align="left", expand=False)
-
-    def _times(self) -> str:
-        left = self.seconds_left()
-        return f"{clock(time.time() - self.began)} so far" + ("" if left is None else f", about {clock(left)} left")
 
     def seconds_left(self) -> float | None:
         """Return the time left at the pace of the last steps, with their validations and checkpoints."""

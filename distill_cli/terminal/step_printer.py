@@ -27,15 +27,13 @@ class StepPrinter:
         width = None if stream.isatty() else 200  # rich wraps at 80 columns if the output is no terminal
         self.console = Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())
         self._every, self.screen = every, Screen(title, num_steps)
-        self._live: Live | None = None
-        if self.console.is_terminal:  # other output of the process goes to a rank's log: no need to redirect it
-            self._live = Live(
-                self.screen, console=self.console, refresh_per_second=4, transient=True,
-                redirect_stdout=False, redirect_stderr=False,
-            )  # fmt: skip
+        self._live = Live(  # other output of the process goes to a rank's log: no need to redirect it
+            self.screen, console=self.console, refresh_per_second=4, transient=True,
+            redirect_stdout=False, redirect_stderr=False,
+        )  # fmt: skip
 
     def __enter__(self) -> StepPrinter:
-        if self._live is not None:
+        if self.console.is_terminal:
             for handler in logging.getLogger("distill_cli").handlers:  # print warnings above the panel
                 if isinstance(handler, logging.StreamHandler) and handler.stream is self.console.file:
                     handler.setStream(FileProxy(self.console, self.console.file))
@@ -43,8 +41,7 @@ class StepPrinter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._live.stop()
 
     def stage(self, name: str) -> None:
         """Show the current stage; on a terminal only."""
@@ -71,12 +68,8 @@ class StepPrinter:
             return
         self.screen.add(step, metrics, at=at)
         is_due = step % self._every == 0 or step == self.screen.num_steps
-        if validates or (is_due and self._live is None):
+        if validates or (is_due and not self.console.is_terminal):
             self.say(step_line(step, self.screen.num_steps, metrics))
-
-    def expect(self, num_steps: int) -> None:
-        """Set the number of steps, if it was not known at first."""
-        self.screen.num_steps = num_steps
 
 
 def step_line(step: int, num_steps: int | None, metrics: Mapping[str, float]) -> str:
