@@ -55,14 +55,14 @@ def lines(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] = ()
         encoding["color"] = _by_run(runs)
     if several:
         encoding["strokeDash" if runs else "color"] = by_series
-    layer = [_marks("line", _dimmed(runs), clip=True), point]
+    layer = [_marks("line", {"opacity": CHOSEN} if runs else {}, clip=True), point]
     return _spec("steps", figure.height, encoding, transform=transform, layer=layer)
 
 
 def accuracy(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] = ()) -> Spec:
     """Return held-out and sampled accuracy, with the student's start and the teacher as horizontal lines."""
     spec = lines(figure, metrics, runs=runs)
-    points = _marks("point", _dimmed(runs), filled=True, size=36)
+    points = _marks("point", {"opacity": CHOSEN} if runs else {}, filled=True, size=36)
     points["transform"] = [{"filter": "datum.field == 'val_accuracy'"}]
     at_level = {"y": {"field": "value", "type": "quantitative"}, "x": None, "color": None, "strokeDash": None}
     rule = {"type": "rule", "strokeDash": [5, 4], "size": 1.2, "color": {"expr": "muted"}}
@@ -172,10 +172,6 @@ def _groups(name: str, **looks: Any) -> Spec:
 def _by_run(runs: Sequence[str]) -> Spec:
     """Return one colour for each run, the same in every figure; the page has the legend."""
     return {"field": "run", "type": "nominal", "scale": {"domain": list(runs)}, "legend": None}
-
-
-def _dimmed(runs: Sequence[str]) -> Spec:
-    return {"opacity": CHOSEN} if runs else {}
 
 
 def _tooltip(titles: dict[str, str], **formats: str) -> list[Spec]:
