@@ -71,17 +71,13 @@ def render(histories: Sequence[History]) -> str:
         own |= {"memory_note": sections.memory_note(first), "time_note": sections.time_note(first)}
         own["config"] = sections.config_table(first)
     charts = {section: [one for one in data["charts"] if one["section"] == section] for section in PLACES}
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    packed = base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
     strict = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=jinja2.StrictUndefined)
     return strict.from_string(_part("page.html")).render(
-        **own, names=names, many=many, charts=charts, has_samples=bool(answers), data=_packed(data),
+        **own, names=names, many=many, charts=charts, has_samples=bool(answers), data=packed,
         css=Markup(_part("page.css")), script=Markup(_part("page.js")), vega=Markup(_vega()),
     )  # fmt: skip
-
-
-def _packed(data: Any) -> str:
-    """Return gzipped JSON in base64."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 def datasets(histories: Sequence[History], positions: list[Row]) -> dict[str, list[Row]]:

@@ -8,7 +8,7 @@ from distill_cli.metrics import STAGES
 from distill_cli.report.comparison import two_key_grid
 from distill_cli.report.figures import field
 from distill_cli.report.read import COMPARED, History, Row, differing_keys, groups
-from distill_cli.terminal.panel import clock
+from distill_cli.terminal.step_printer import clock
 
 MAX_BARS = 120
 """Bars of the stacked seconds; neighbouring steps share a bar if there are more."""
