@@ -10,8 +10,7 @@ from distill_cli.config.compose import compose
 from distill_cli.config.fields import declared_keys
 from distill_cli.config.schema import Config
 from distill_cli.metrics import METRICS, SECTIONS, STAGES, find
-from distill_cli.terminal.panel import Screen
-from distill_cli.terminal.step_printer import step_line
+from distill_cli.terminal.step_printer import Screen, step_line
 
 RECORDED = Path(__file__).parent / "end_to_end/numbers.json"
 

@@ -80,9 +80,8 @@ def _limits(config: Config) -> Problems:
     for key, metadata in declared_keys(Config).items():
         limits = {name: metadata[name] for name in LIMITS if name in metadata}
         value = attrgetter(key)(config)
-        if not limits or value is None:
-            continue
-        if not math.isfinite(value) or not all(LIMITS[name](value, bound) for name, bound in limits.items()):
+        is_within = value is None or all(LIMITS[name](value, bound) for name, bound in limits.items())
+        if limits and not (is_within and math.isfinite(value or 0)):
             yield key, "must be " + " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in limits.items())
 
 

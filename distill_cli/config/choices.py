@@ -4,13 +4,11 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-PACKAGED_CONF = Path(__file__).parent.parent / "_conf"
-CHECKOUT_CONF = Path(__file__).parent.parent.parent / "conf"
-
 
 def conf_dir() -> Path:
     """Return the folder conf/: inside the package in a wheel, next to the package in a checkout."""
-    return PACKAGED_CONF if PACKAGED_CONF.is_dir() else CHECKOUT_CONF
+    packaged = Path(__file__).parent.parent / "_conf"
+    return packaged if packaged.is_dir() else packaged.parent.parent / "conf"
 
 
 def groups(conf_dirs: Sequence[Path]) -> list[str]:

@@ -24,7 +24,7 @@ from distill_cli.config.choices import conf_dir
 from distill_cli.config.credentials import without_credentials
 from distill_cli.config.flags import conf_dirs
 from distill_cli.config.schema import Config
-from distill_cli.errors import ConfigError
+from distill_cli.errors import ConfigError, refuse
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,12 @@ def compose(overrides: Sequence[str], flags: Sequence[str] = (), *, unread: Sequ
         ConfigError: a key, a type, a choice or an override is wrong; with all problems of what was typed.
     """
     check_overrides(overrides, flags)
-    if ranges := [override.input_line for override in variation.sweeps(overrides) if override.is_interval_sweep()]:
-        rule = "is a range, which `distill train -m` searches with search.trials=N; add that, or give values"
-        raise ConfigError(*(f"{line}: {rule}" for line in ranges))
-    if "--multirun" not in flags and (swept := variation.sweep_keys(overrides)):
+    rule = "is a range, which `distill train -m` searches with search.trials=N; add that, or give values"
+    refuse(f"{one.input_line}: {rule}" for one in variation.sweeps(overrides) if one.is_interval_sweep())
+    if "--multirun" not in flags:
         rule = "several values are a sweep: add -m, or quote a value with commas"
-        raise ConfigError(*(f"{key}: {rule}" for key in sorted(swept)))
-    jobs: list[Job] = []
-    problems: dict[str, None] = {}
+        refuse(f"{key}: {rule}" for key in sorted(variation.sweep_keys(overrides)))
+    jobs, problems = list[Job](), list[str]()
 
     def collect(config: DictConfig) -> None:
         for key in unread:
@@ -68,11 +66,10 @@ def compose(overrides: Sequence[str], flags: Sequence[str] = (), *, unread: Sequ
         try:
             jobs.append(composed_job(config, overrides))
         except ConfigError as error:  # Hydra would print an error that leaves this function
-            problems.update(dict.fromkeys(error.problems))
+            problems.extend(error.problems)
 
     run_hydra(overrides, flags, collect)
-    if problems:
-        raise ConfigError(*problems)
+    refuse(problems)
     return jobs
 
 
@@ -82,8 +79,7 @@ def check_overrides(overrides: Sequence[str], flags: Sequence[str] = ()) -> None
     problems = ["--resolve: is for --cfg; add it, or leave this out"] if has_no_use else []
     if "--shell-completion" not in flags:  # what follows that flag are no overrides
         problems += variation.override_problems(overrides, conf_dirs=conf_dirs(flags))
-    if problems:
-        raise ConfigError(*problems)
+    refuse(problems)
 
 
 def run_hydra(overrides: Sequence[str], flags: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
@@ -116,9 +112,7 @@ def composed_job(config: DictConfig, overrides: Sequence[str]) -> Job:
         ConfigError: a key is unknown, or has no value.
     """
     problems = [f"{key}: unknown key" for key in variation.unknown_keys(config)]
-    problems += [f"{key}: a value is needed" for key in sorted(OmegaConf.missing_keys(config))]
-    if problems:
-        raise ConfigError(*problems)
+    refuse([*problems, *(f"{key}: a value is needed" for key in sorted(OmegaConf.missing_keys(config)))])
     runtime = HydraConfig.get()
     task, swept = [without_credentials(text.removeprefix("++")) for text in runtime.overrides.task], []
     if runtime.mode is not None and runtime.mode.name == "MULTIRUN":

@@ -69,8 +69,7 @@ def micro_batches_per_update(config: Config, *, num_ranks: int) -> int:
 
 def parse_duration(text: str) -> float | None:
     """Parse DD:HH:MM:SS to seconds; None if malformed."""
-    match = re.fullmatch(r"(\d+):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)", text)
-    if match is None:
+    if (match := re.fullmatch(r"(\d+):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)", text)) is None:
         return None
     days, hours, minutes, seconds = map(int, match.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from distill_cli.config.choices import conf_dir, group_choices, groups, nearest
@@ -25,7 +25,7 @@ from distill_cli.config.credentials import credential_keys, without_credentials
 from distill_cli.config.execution_schema import SlurmConfig
 from distill_cli.config.fields import declared_keys, flatten, has_property, is_within
 from distill_cli.config.schema import Config
-from distill_cli.errors import ConfigError
+from distill_cli.errors import ConfigError, refuse
 
 RENAMED: dict[str, str] = {
     **{f"cluster.{field.name}": f"cluster.slurm.{field.name}" for field in dataclasses.fields(SlurmConfig)},
@@ -62,8 +62,7 @@ def override(config: Config, overrides: Overrides, *, typed: Sequence[str] = (),
         for key, value in overrides.items():
             config = _with_value(config, key.split("."), value)
         return config
-    if problems := override_problems(overrides, conf_dirs=[conf_dir()]):
-        raise ConfigError(*problems)
+    refuse(override_problems(overrides, conf_dirs=[conf_dir()]))
     merged, before = OmegaConf.structured(config), OmegaConf.structured(config)
     kept = [key for key in (text.lstrip("+").partition("=")[0] for text in typed) if not (conf_dir() / key).is_dir()]
     parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -83,8 +82,7 @@ def override(config: Config, overrides: Overrides, *, typed: Sequence[str] = (),
             raise ConfigError(f"{line}: {one_line(error)}") from error
     for key in unread:
         OmegaConf.update(merged, key, {}, merge=False)
-    if missing := sorted(OmegaConf.missing_keys(merged)):
-        raise ConfigError(*(f"{key}: a value is needed" for key in missing))
+    refuse(f"{key}: a value is needed" for key in sorted(OmegaConf.missing_keys(merged)))
     changed: Any = OmegaConf.to_object(merged)
     return changed
 
@@ -107,10 +105,7 @@ def _choose(merged: DictConfig, *, group: str, choice: str) -> None:
     content: Any = OmegaConf.to_container(OmegaConf.load(file))
     chosen = [name for entry in content.pop("defaults", []) if isinstance(entry, dict) for name in entry]
     for key in (*(name.removeprefix("override ").removeprefix("/") for name in chosen), *flatten(content)):
-        try:
-            value = OmegaConf.select(composed, key, throw_on_missing=True)
-        except MissingMandatoryValue:
-            value = MISSING
+        value = OmegaConf.select(composed, key, default=MISSING)
         OmegaConf.update(merged, key, value, merge=False, force_add=True)
 
 
@@ -238,10 +233,8 @@ def _problems_of(override: Override, text: str, schema: DictConfig, conf_dirs: S
     group = key.split("@")[0]
     if group in groups(conf_dirs) and all(isinstance(value, str | None) for value in values):
         choices = group_choices(group, conf_dirs)
-        has = f"({key} has: {', '.join(choices)})"
-        return [
-            f"{key}={one}: no such choice{nearest(str(one), choices)} {has}" for one in values if one not in choices
-        ]
+        wrong, has = [one for one in values if one not in choices], f"({key} has: {', '.join(choices)})"
+        return [f"{key}={one}: no such choice{nearest(str(one), choices)} {has}" for one in wrong]
     if _is_known(key):
         return [problem for value in values if (problem := _type_problem(schema, key, value))]
     if override.is_add() and key.startswith("loss."):

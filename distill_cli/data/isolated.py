@@ -18,7 +18,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import Any
 
 from distill_cli.data.environments import Environment, Observation
 from distill_cli.data.registry import resolve_environment, resolve_verifier
@@ -75,8 +75,6 @@ class Worker:
     def __init__(self, kind: str, name: str, *, limit_s: float) -> None:
         self._argv, self._limit_s = [kind, name, str(limit_s)], limit_s
         self._process: subprocess.Popen | None = None
-        self._socket: socket.socket
-        self._answers: IO[bytes]
         self.num_ends = 0
         """Processes that ended so far; each loses its state."""
 

@@ -156,11 +156,9 @@ def permutation(size: int, *, seed: str, shuffle: bool) -> array[int]:
 
 def shuffled(items: Iterable[Item], *, buffer: int, seed: str) -> Iterator[Item]:
     """Yield each item once, drawn at random from the next `buffer` items."""
-    rng, held = random.Random(seed), list[Item]()
+    rng, items = random.Random(seed), iter(items)
+    held = list(itertools.islice(items, buffer))
     for item in items:
-        if len(held) < buffer:
-            held.append(item)
-            continue
         index = rng.randrange(buffer)
         item, held[index] = held[index], item
         yield item

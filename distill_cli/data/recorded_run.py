@@ -107,8 +107,7 @@ def remove_later(root: Path, *, step: int) -> None:
 
 def vocabulary_digest(tokenizer: Path, vocab_size: int) -> str | None:
     """Hash a tokenizer's tokens with ids below `vocab_size`; None if it has no vocabulary that can be read."""
-    vocabulary = model_files.vocabulary(tokenizer)
-    if vocabulary is None:
+    if (vocabulary := model_files.vocabulary(tokenizer)) is None:
         return None
     tokens = sorted((number, token) for token, number in vocabulary.items() if number < vocab_size)
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()

@@ -20,7 +20,7 @@ from typing import Any
 from distill_cli.config.choices import nearest
 from distill_cli.data.environments import Environment
 from distill_cli.data.rows import Stream
-from distill_cli.errors import ConfigError
+from distill_cli.errors import ConfigError, refuse
 from distill_cli.types import Example
 from distill_cli.user_code import load_function
 
@@ -48,8 +48,7 @@ def load_examples(spec: dict[str, Any], *, key: str, context: str | None = None)
         if "context_key" not in inspect.signature(load).parameters:
             raise ConfigError(f"data.teacher_context={context}: the source {name} has no context_key")
         keys["context_key"] = context
-    if problems := _key_problems(load, keys, key=key, source=name):
-        raise ConfigError(*problems)
+    refuse(_key_problems(load, keys, key=key, source=name))
     try:
         examples = load(**keys)
     except ConfigError as error:

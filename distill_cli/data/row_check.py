@@ -50,12 +50,8 @@ def check_data(config: Config, known: dict[str, DataFacts] | None = None, *, tra
     rollout, known = config.rollout, {} if known is None else known
     imitates = rollout.on_policy_fraction < 1 and rollout.off_policy is OffPolicy.dataset
     inputs = repr((config.data, imitates, config.eval.max_samples, config.checkpoint.metric, trains_on_rows))
-    if inputs not in known:
-        known[inputs] = _check(config, trains_on_rows=trains_on_rows, imitates=imitates)
-    return known[inputs]
-
-
-def _check(config: Config, *, trains_on_rows: bool, imitates: bool) -> DataFacts:
+    if inputs in known:
+        return known[inputs]
     warnings: list[str] = []
     (num_train, trained, sample), (num_validation, held_out, _) = collect([
         lambda: _read_training(config, warnings, trains_on_rows=trains_on_rows, imitates=imitates),
@@ -63,7 +59,8 @@ def _check(config: Config, *, trains_on_rows: bool, imitates: bool) -> DataFacts
     ])  # fmt: skip
     if in_both := len(held_out & trained):
         warnings.append(f"{in_both} prompts of data.validation are in data.train too: its scores mean less")
-    return DataFacts(num_train, num_validation, sample, tuple(warnings))
+    known[inputs] = DataFacts(num_train, num_validation, sample, tuple(warnings))
+    return known[inputs]
 
 
 def _read_training(config: Config, warnings: list[str], *, trains_on_rows: bool, imitates: bool) -> Found:

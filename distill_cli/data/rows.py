@@ -16,7 +16,6 @@ from distill_cli.types import Example
 
 log = logging.getLogger(__name__)
 
-FINAL_MARK = "####"
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -126,7 +125,7 @@ def or_blank(make: Callable[[], Example]) -> Example:
 
 def final_answer(text: str) -> str | None:
     """Return what follows the last `####`, without thousands' commas, as GSM8K has it; None if there is no mark."""
-    _, mark, rest = text.rpartition(FINAL_MARK)
+    _, mark, rest = text.rpartition("####")
     return re.sub(r"(?<=\d),(?=\d{3})", "", rest).strip() if mark else None
 
 

@@ -160,7 +160,7 @@ def follow(run: RunDir, *, sleep: Callable[[float], None] = time.sleep) -> int:
                 state = "failed"
             now = run.newest_attempt().now()
             if now is not None:
-                printer.expect(now[1])
+                printer.screen.num_steps = now[1]
             if state == "waiting" or now is not None:
                 printer.stage(now[0] if now and state == "running" else state)
             rows = read_metrics(run.metrics) if run.metrics.exists() else []

@@ -18,7 +18,8 @@ FILE_BYTES = {"F32": 4, "I32": 4, "I64": 8, "BF16": 2, "F16": 2, "F8_E4M3": 1, "
 CPU_KV_CACHE_GIB = 0.25
 """`engines.settings.CPU_KV_CACHE_BYTES`."""
 
-Engine = tuple[str, Path, StudentModel | TeacherModel, EngineModelConfig]
+Model = StudentModel | TeacherModel
+Engine = tuple[str, Path, Model, EngineModelConfig]
 """Role, folder and settings of a model, and the settings of its engine."""
 
 
@@ -31,9 +32,7 @@ def engines_of(config: Config, student: Path, teacher: Path | None) -> Iterator[
         yield "teacher", teacher, config.model.teacher, config.engine.teacher
 
 
-def engine_bytes(
-    folder: Path, model: StudentModel | TeacherModel, engine: EngineModelConfig, *, gpu_bytes: int | None
-) -> int:
+def engine_bytes(folder: Path, model: Model, engine: EngineModelConfig, *, gpu_bytes: int | None) -> int:
     """Return the bytes of an engine while awake, on each of its ranks; `gpu_bytes` is None on a CPU.
 
     Raises:
@@ -45,7 +44,7 @@ def engine_bytes(
     return engine_weights(folder, model, tensor_parallel=engine.tensor_parallel) + round(kv_cache * 2**30)
 
 
-def engine_weights(folder: Path, model: StudentModel | TeacherModel, *, tensor_parallel: int) -> int:
+def engine_weights(folder: Path, model: Model, *, tensor_parallel: int) -> int:
     """Return the bytes of an engine's weights on each of its ranks: those of the files if they are quantized.
 
     Raises:

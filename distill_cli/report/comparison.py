@@ -54,9 +54,8 @@ def _matrix(metric: Metric, grid: Grid) -> Table:
 
 def _rows(results: Sequence[RunResult], metrics: Sequence[Metric]) -> Table:
     keys = list(dict.fromkeys(key for result in results for key in result.settings))
-    table = _new_table(
-        *(keys or ["run"]), "state", "step", *(metric.label for metric in metrics), left=len(keys or [""]) + 2
-    )
+    left = [*(keys or ["run"]), "state", "step"]
+    table = _new_table(*left, *(metric.label for metric in metrics), left=len(left))
     for result in results:
         settings = [result.settings.get(key, "") for key in keys] or [result.name]
         cells = [_cell(result, metric, results) for metric in metrics]

@@ -3,6 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +78,7 @@ def make_scoreboard(models: Mapping[str, dict[ProblemKey, Problem]], *, has_vote
         has_votes: the verifier extracts final answers.
     """
     common = sorted(set.intersection(*(set(problems) for problems in models.values())))
-    parts: dict[str, list[ProblemKey]] = defaultdict(list)
-    for key in common:
-        parts[key[0]].append(key)
+    parts = {dataset: list(keys) for dataset, keys in groupby(common, key=itemgetter(0))}
     if len(parts) > 1:
         parts["total"] = common
     first, *others = models
@@ -129,7 +129,9 @@ def print_scoreboard(console: Console, board: Scoreboard) -> None:
         console.print(f"[bold]{escape(dataset)}[/]", f"{counts}; 95% intervals")
         console.print(_score_table(scores))
         for other, difference in board.differences[dataset].items():
-            console.print(f"{first} - {other}: {_difference_text(difference)}", markup=False)
+            p_value = "p < 0.0001" if difference.p_value < 1e-4 else f"p = {difference.p_value:.4f}"
+            points = f"{100 * difference.estimate.value:+.1f} points {_interval(difference.estimate, '+.1f')}"
+            console.print(f"{first} - {other}: {points}, {p_value} (paired sign flips)", markup=False)
         if gap := board.gap_closed.get(dataset):
             console.print(f"gap closed: {gap.value:.0%} [{gap.low:.0%}, {gap.high:.0%}]", markup=False)
 
@@ -147,9 +149,3 @@ def _score_table(scores: Mapping[str, Score]) -> Table:
 
 def _interval(estimate: Estimate, form: str = ".1f") -> str:
     return f"[{100 * estimate.low:{form}}, {100 * estimate.high:{form}}]"
-
-
-def _difference_text(difference: Difference) -> str:
-    p_value = "p < 0.0001" if difference.p_value < 1e-4 else f"p = {difference.p_value:.4f}"
-    points = f"{100 * difference.estimate.value:+.1f} points {_interval(difference.estimate, '+.1f')}"
-    return f"{points}, {p_value} (paired sign flips)"

@@ -41,14 +41,10 @@ def lines(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] = ()
     columns = {"run": "run"} if runs else {}
     columns |= {"series": "metric"} if several else {}
     nearest = {"type": "point", "on": "pointerover", "clear": "pointerout", "nearest": True}
-    point = {
-        "mark": {"type": "point", "filled": True, "size": 60},
-        "params": [{"name": "near", "select": nearest}],
-        "encoding": {
-            "opacity": {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0},
-            "tooltip": _tooltip(columns | {"step": "step", "value": "value"}, value=".1%" if is_share else ".4~g"),
-        },
-    }
+    if_near = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}
+    tooltip = _tooltip(columns | {"step": "step", "value": "value"}, value=".1%" if is_share else ".4~g")
+    point = _marks("point", {"opacity": if_near, "tooltip": tooltip}, filled=True, size=60)
+    point["params"] = [{"name": "near", "select": nearest}]
     transform = [
         {"fold": list(fields), "as": ["field", "value"]},
         {"filter": "isValid(datum.value)" + (" && datum.value > 0" if figure.log else "")},
@@ -59,18 +55,15 @@ def lines(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] = ()
         encoding["color"] = _by_run(runs)
     if several:
         encoding["strokeDash" if runs else "color"] = by_series
-    layer = [{"mark": {"type": "line", "clip": True}, **_dimmed(runs)}, point]
+    layer = [_marks("line", {"opacity": CHOSEN} if runs else {}, clip=True), point]
     return _spec("steps", figure.height, encoding, transform=transform, layer=layer)
 
 
 def accuracy(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] = ()) -> Spec:
     """Return held-out and sampled accuracy, with the student's start and the teacher as horizontal lines."""
     spec = lines(figure, metrics, runs=runs)
-    points = {
-        "mark": {"type": "point", "filled": True, "size": 36},
-        "transform": [{"filter": "datum.field == 'val_accuracy'"}],
-        **_dimmed(runs),
-    }
+    points = _marks("point", {"opacity": CHOSEN} if runs else {}, filled=True, size=36)
+    points["transform"] = [{"filter": "datum.field == 'val_accuracy'"}]
     at_level = {"y": {"field": "value", "type": "quantitative"}, "x": None, "color": None, "strokeDash": None}
     rule = {"type": "rule", "strokeDash": [5, 4], "size": 1.2, "color": {"expr": "muted"}}
     text = {
@@ -127,8 +120,8 @@ def by_position(*, runs: Sequence[str] = ()) -> Spec:
         "tooltip": _tooltip(({"run": "run"} if runs else {}) | titles, kl=".4f"),
         **({"color": _by_run(runs), "opacity": CHOSEN, "strokeDash": by_step} if runs else {"color": by_step}),
     }
-    marks = [{"mark": {"type": "line", "clip": True}}, {"mark": {"type": "point", "filled": True, "size": 24}}]
-    return _spec("positions", 230, encoding, layer=marks)
+    layer = [_marks("line", {}, clip=True), _marks("point", {}, filled=True, size=24)]
+    return _spec("positions", 230, encoding, layer=layer)
 
 
 def heat_map(row_key: str, column_key: str, metric: Metric, *, num_rows: int) -> Spec:
@@ -150,16 +143,18 @@ def heat_map(row_key: str, column_key: str, metric: Metric, *, num_rows: int) ->
         "x": {"field": "column", "type": "ordinal", "title": column_key, "sort": None, "axis": {"labelAngle": 0}},
         "y": {"field": "row", "type": "ordinal", "title": row_key, "sort": None},
     }
-    layer = [
-        {"mark": {"type": "rect", "cornerRadius": 3}, "encoding": cells},
-        {"mark": {"type": "text", "fontSize": 13, "fontWeight": 600}, "encoding": numbers},
-    ]
+    layer = [_marks("rect", cells, cornerRadius=3), _marks("text", numbers, fontSize=13, fontWeight=600)]
     transform = [{"filter": f"isValid(datum.{value})"}, {"joinaggregate": ends}]
     return _spec("grid", 46 * num_rows, encoding, layer=layer, transform=transform)
 
 
 def _spec(data: str, height: int, encoding: Spec, **parts: Any) -> Spec:
     return {"data": {"name": data}, "height": height, "encoding": encoding, **parts}
+
+
+def _marks(kind: str, encoding: Spec, **looks: Any) -> Spec:
+    """Return a layer of marks; `encoding` adds to what the layers share."""
+    return {"mark": {"type": kind, **looks}, "encoding": encoding}
 
 
 def _axis(name: str, title: str | None, **looks: Any) -> Spec:
@@ -177,10 +172,6 @@ def _groups(name: str, **looks: Any) -> Spec:
 def _by_run(runs: Sequence[str]) -> Spec:
     """Return one colour for each run, the same in every figure; the page has the legend."""
     return {"field": "run", "type": "nominal", "scale": {"domain": list(runs)}, "legend": None}
-
-
-def _dimmed(runs: Sequence[str]) -> Spec:
-    return {"encoding": {"opacity": CHOSEN}} if runs else {}
 
 
 def _tooltip(titles: dict[str, str], **formats: str) -> list[Spec]:

@@ -9,7 +9,7 @@ import base64
 import gzip
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata, resources
@@ -23,16 +23,15 @@ from distill_cli.errors import ConfigError
 from distill_cli.folders.atomic_dir import replacing
 from distill_cli.metrics import ACCURACY, METRICS, SECTIONS
 from distill_cli.report import figures, samples, sections
-from distill_cli.report.history import MAX_ROWS, MAX_ROWS_IN_ALL, History, Row, read_histories, thinned
-from distill_cli.report.read import COMPARED, RunResult
+from distill_cli.report.read import COMPARED, History, Row, RunResult, read_histories, thinned
 
 FILE = "report.html"
+"""Name of the page in its run's or sweep's folder, or, of several, in the current one."""
 PLACES = ("grid", *SECTIONS, "samples")
-
-
-def report_file(paths: Sequence[Path]) -> Path:
-    """Return the default path of a page: in its run's or sweep's folder, in the current folder if there are several."""
-    return paths[0] / FILE if len(paths) == 1 else Path(FILE)
+MAX_ROWS = 1000
+"""Steps of one run in a page; neighbouring steps are averaged if there are more."""
+MAX_ROWS_IN_ALL = 4000
+"""Steps of all runs in a page."""
 
 
 def write_report(results: Sequence[RunResult], path: Path) -> Path:
@@ -55,11 +54,11 @@ def render(histories: Sequence[History]) -> str:
     answers = samples.read_answers(histories)
     names, first, many = [history.name for history in histories], histories[0], len(histories) > 1
     data: dict[str, Any] = {
-        "datasets": datasets(histories, samples.position_rows(histories, answers)),
+        "datasets": datasets(histories, list(samples.position_rows(histories, answers))),
         "runs": names,
         "samples": samples.page_samples(answers) if answers else None,
     }
-    data["charts"] = make_charts(histories, data["datasets"])
+    data["charts"] = list(make_charts(histories, data["datasets"]))
     if many:
         own: dict[str, Any] = {
             "title": f"{len(histories)} runs",
@@ -72,17 +71,13 @@ def render(histories: Sequence[History]) -> str:
         own |= {"memory_note": sections.memory_note(first), "time_note": sections.time_note(first)}
         own["config"] = sections.config_table(first)
     charts = {section: [one for one in data["charts"] if one["section"] == section] for section in PLACES}
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    packed = base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
     strict = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=jinja2.StrictUndefined)
     return strict.from_string(_part("page.html")).render(
-        **own, names=names, many=many, charts=charts, has_samples=bool(answers), data=_packed(data),
+        **own, names=names, many=many, charts=charts, has_samples=bool(answers), data=packed,
         css=Markup(_part("page.css")), script=Markup(_part("page.js")), vega=Markup(_vega()),
     )  # fmt: skip
-
-
-def _packed(data: Any) -> str:
-    """Return gzipped JSON in base64."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 def datasets(histories: Sequence[History], positions: list[Row]) -> dict[str, list[Row]]:
@@ -96,38 +91,36 @@ def datasets(histories: Sequence[History], positions: list[Row]) -> dict[str, li
             for row in thinned(history.rows, most)
         ],
         "levels": sections.level_rows(histories),
-        "stages": sections.stage_rows(histories[0]) if single else [],
+        "stages": list(sections.stage_rows(histories[0])) if single else [],
         "memory": sections.memory_rows(histories[0]) if single else [],
         "positions": positions,
-        "grid": sections.grid_rows(histories),
+        "grid": list(sections.grid_rows(histories)),
     }
 
 
-def make_charts(histories: Sequence[History], data: Mapping[str, list[Row]]) -> list[figures.Spec]:
-    """Return the page's figures, without those that have no data."""
+def make_charts(histories: Sequence[History], data: Mapping[str, list[Row]]) -> Iterator[figures.Spec]:
+    """Yield the page's figures, without those that have no data."""
     runs = [history.name for history in histories] if len(histories) > 1 else []
-    charts = []
     if rows := data["grid"]:
         row_key, column_key = histories[0].result.settings
         for metric in COMPARED:
             if "heat map" in metric.compared_in and any(figures.field(metric.name) in row for row in rows):
                 title = f"{metric.label[0].upper()}{metric.label[1:]}, {metric.unit}"
                 spec = figures.heat_map(row_key, column_key, metric, num_rows=len({row["row"] for row in rows}))
-                charts.append(figures.chart("grid", f"grid-{figures.field(metric.name)}", title, spec))
+                yield figures.chart("grid", f"grid-{figures.field(metric.name)}", title, spec)
     if data["stages"]:
         spec = figures.stacked_time(sections.stages_of(histories[0]))
-        charts.append(figures.chart("time", "time", "Seconds per step, by stage", spec, wide=True))
+        yield figures.chart("time", "time", "Seconds per step, by stage", spec, wide=True)
     if data["memory"]:
-        charts.append(figures.chart("memory", "memory", "Predicted memory of a rank, by part", figures.memory_parts()))
+        yield figures.chart("memory", "memory", "Predicted memory of a rank, by part", figures.memory_parts())
     has = {field for row in data["steps"] for field in row}
     for figure in dict.fromkeys(one.figure for one in METRICS if one.figure and figures.field(one.name) in has):
         draw = figures.accuracy if figure == ACCURACY else figures.lines
         spec = draw(figure, [metric for metric in METRICS if metric.figure == figure], runs=runs)
-        charts.append(figures.chart(figure.section, figure.id, figure.title, spec, wide=figure.wide))
+        yield figures.chart(figure.section, figure.id, figure.title, spec, wide=figure.wide)
     if data["positions"]:
         spec = figures.by_position(runs=runs)
-        charts.append(figures.chart("samples", "positions", "KL by position in the answer", spec, wide=True))
-    return charts
+        yield figures.chart("samples", "positions", "KL by position in the answer", spec, wide=True)
 
 
 def _part(name: str) -> str:

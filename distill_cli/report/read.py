@@ -1,6 +1,7 @@
-"""The result of a run, of several, or of a sweep, read from their folders: the last value of each metric.
+"""The results of runs, read from their folders: the last value of each metric, or everything that a page shows.
 
-Only the end of a metrics.jsonl is read, so that a sweep of a thousand runs is compared in seconds.
+For the last values only the end of a metrics.jsonl is parsed, so that a sweep of a thousand runs is compared in
+seconds. What is missing in a folder is left out of the page.
 """
 
 import json
@@ -8,6 +9,7 @@ import platform
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,17 @@ import yaml
 
 from distill_cli.config.fields import flatten
 from distill_cli.errors import ConfigError
-from distill_cli.folders.attempts import read_outcome
-from distill_cli.folders.metrics_file import damaged
-from distill_cli.folders.run_dir import RunDir, SweepDir
-from distill_cli.metrics import METRICS
+from distill_cli.folders.attempts import Outcome, read_outcome
+from distill_cli.folders.metrics_file import damaged, read_metrics
+from distill_cli.folders.run_dir import RunDir, SweepDir, read_json
+from distill_cli.metrics import METRICS, gap_closed
 
 COMPARED = [metric for metric in METRICS if metric.compared_in]
 """The metrics that runs are compared by."""
 TAIL_BYTES = 1 << 16
 """Bytes that are read at a time from the end of a metrics.jsonl."""
+Row = dict[str, Any]
+"""A row of metrics.jsonl: numbers, or None."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,8 @@ def read_results(paths: Sequence[Path]) -> list[RunResult]:
 
 def read_sweep(sweep: SweepDir) -> list[RunResult]:
     """Return the runs of a sweep in its order; those that have not begun are `waiting`."""
-    return [
-        _read_run(
-            sweep.path / element.folder, dict(override.lstrip("+").split("=", 1) for override in element.overrides)
-        )
-        for element in sweep.elements()
-    ]
+    runs = [(sweep.path / one.folder, [text.lstrip("+") for text in one.overrides]) for one in sweep.elements()]
+    return [_read_run(folder, dict(text.split("=", 1) for text in overrides)) for folder, overrides in runs]
 
 
 def _read_run(folder: Path, settings: dict[str, str]) -> RunResult:
@@ -150,3 +150,94 @@ def differing_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
     """Return the keys whose values differ between configs, except a run's own name and place."""
     keys = dict.fromkeys(key for config in configs for key in config if not key.startswith("run."))
     return [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]
+
+
+@dataclass(frozen=True)
+class History:
+    """One run, from its first step to its last so far."""
+
+    result: RunResult
+    name: str
+    """Unique in the page."""
+    rows: Sequence[Row]
+    config: dict[str, Any]
+    """Dotted keys."""
+    outcome: Outcome | None
+    """None if the run has not ended."""
+    memory: dict[str, Any]
+    """`resolved.PredictedMemory` as resolved.json has it; empty if there is no prediction."""
+    command: str
+
+    @property
+    def steps(self) -> list[Row]:
+        """The rows without step 0, which comes before training."""
+        return [row for row in self.rows if row["step"] > 0]
+
+    @cached_property
+    def sample_files(self) -> list[tuple[int, Path]]:
+        """The recorded steps and their files, the earliest first."""
+        files = [(file.stem[5:], file) for file in RunDir(self.result.folder).rollouts.glob("step_*.parquet")]
+        return sorted((int(step), file) for step, file in files if step.isdigit())
+
+    @property
+    def accuracies(self) -> tuple[float | None, float | None, float | None]:
+        """Held-out accuracy before training, at the last validation after it began, and of the teacher."""
+        return self.first("val/accuracy"), self.last("val/accuracy"), self.first("val/teacher_accuracy")
+
+    @property
+    def gap_closed(self) -> float | None:
+        """See `metrics.gap_closed`."""
+        return gap_closed(*self.accuracies)
+
+    def first(self, key: str) -> float | None:
+        """Return the value at step 0."""
+        return next((row.get(key) for row in self.rows if row["step"] == 0), None)
+
+    def last(self, key: str) -> float | None:
+        """Return the newest value after step 0."""
+        return next((row[key] for row in reversed(self.steps) if row.get(key) is not None), None)
+
+
+def read_histories(results: Sequence[RunResult]) -> list[History]:
+    """Read runs in their order. Each is named by its settings, folder name or path: the first that is unique."""
+    names: list[str] = []
+    for name_of in (_settings, lambda result: result.name, lambda result: str(result.folder)):
+        names = [name_of(result) for result in results]
+        if len(set(names)) == len(names):
+            break
+    return [_read_history(result, name) for result, name in zip(results, names, strict=True)]
+
+
+def _read_history(result: RunResult, name: str) -> History:
+    run = RunDir(result.folder)
+    return History(
+        result=result,
+        name=name,
+        rows=read_metrics(run.metrics) if run.metrics.is_file() else [],
+        config=read_config(run) if run.config.is_file() else {},
+        outcome=read_outcome(run),
+        memory=(read_json(run.resolved).get("memory") if run.resolved.is_file() else None) or {},
+        command=run.command.read_text().strip() if run.command.is_file() else "",
+    )
+
+
+def _settings(result: RunResult) -> str:
+    return " ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in result.settings.items()) or result.name
+
+
+def thinned(rows: Sequence[Row], most: int) -> list[Row]:
+    """Return at most about `most` rows: means over neighbours, each with the last neighbour's step."""
+    return [_mean(group) for group in groups(rows, most)] if len(rows) > most else list(rows)
+
+
+def groups(rows: Sequence[Row], most: int) -> list[Sequence[Row]]:
+    """Return at most `most` groups of neighbouring rows, all but the last of one size."""
+    width = -(-len(rows) // most) or 1
+    return [rows[begin : begin + width] for begin in range(0, len(rows), width)]
+
+
+def _mean(rows: Sequence[Row]) -> Row:
+    values: dict[str, list[float]] = {}
+    for key, value in (item for row in rows for item in row.items() if item[1] is not None):
+        values.setdefault(key, []).append(value)
+    return {key: sum(numbers) / len(numbers) for key, numbers in values.items()} | {"step": rows[-1]["step"]}

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from distill_cli.report.history import History
+from distill_cli.report.read import History
 
 MAX_TOKENS = 35_000
 """Tokens of all answers of a page: what fits into 5 MB with the rest."""
@@ -141,9 +141,8 @@ def _worst_tokens(answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
             }
 
 
-def position_rows(histories: Sequence[History], answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Return the `positions` dataset: mean KL forward by position, of each run's first and last recorded step."""
-    rows = []
+def position_rows(histories: Sequence[History], answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
+    """Yield the `positions` dataset: mean KL forward by position, of each run's first and last recorded step."""
     for run, step, of_step in _first_and_last(answers):
         width = -(-max(len(answer["kl"]) for answer in answers if answer["run"] == run) // MAX_POSITIONS) or 1
         buckets: dict[int, list[tuple[int, float]]] = defaultdict(list)
@@ -151,8 +150,8 @@ def position_rows(histories: Sequence[History], answers: Sequence[Answer]) -> li
             for position, kl in enumerate(answer["kl"]):
                 if _is_finite(kl):
                     buckets[position // width].append((number, kl))
-        rows += [
-            {
+        for bucket, points in sorted(buckets.items()):
+            yield {
                 "run": histories[run].name,
                 "when": f"step {step}" + (", before training" if step == 0 else ""),
                 "position": bucket * width + (width - 1) / 2,
@@ -160,9 +159,6 @@ def position_rows(histories: Sequence[History], answers: Sequence[Answer]) -> li
                 "kl": _rounded(sum(kl for _, kl in points) / len(points)),
                 "count": len({number for number, _ in points}),
             }
-            for bucket, points in sorted(buckets.items())
-        ]
-    return rows
 
 
 def _is_finite(value: float | None) -> TypeGuard[float]:

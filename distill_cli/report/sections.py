@@ -1,15 +1,14 @@
 """The sentences and tables of a report, and the small datasets of its figures."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from distill_cli.metrics import STAGES
 from distill_cli.report.comparison import two_key_grid
 from distill_cli.report.figures import field
-from distill_cli.report.history import History, Row, groups
-from distill_cli.report.read import COMPARED, differing_keys
-from distill_cli.terminal.panel import clock
+from distill_cli.report.read import COMPARED, History, Row, differing_keys, groups
+from distill_cli.terminal.step_printer import clock
 
 MAX_BARS = 120
 """Bars of the stacked seconds; neighbouring steps share a bar if there are more."""
@@ -66,21 +65,20 @@ def _mean_seconds(rows: Sequence[Row], stages: Sequence[str]) -> dict[str, float
     return {stage: sum(row.get(f"time/{stage}_s") or 0.0 for row in rows) / max(len(rows), 1) for stage in stages}
 
 
-def stage_rows(history: History) -> list[Row]:
-    """Return the `stages` dataset: mean seconds of each stage in each bar."""
-    stages, rows = stages_of(history), []
+def stage_rows(history: History) -> Iterator[Row]:
+    """Yield the `stages` dataset: mean seconds of each stage in each bar."""
+    stages = stages_of(history)
     for bar in groups(history.steps, MAX_BARS):
         first, last = int(bar[0]["step"]), int(bar[-1]["step"])
         label = str(first) if first == last else f"{first} to {last}"
         means, low = _mean_seconds(bar, stages), 0.0
         total = sum(means.values()) or 1.0
         for stage, seconds in means.items():
-            rows.append({
+            yield {
                 "from": first - 0.5, "to": last + 0.5, "label": label, "stage": stage, "low": round(low, 5),
                 "high": round(low + seconds, 5), "seconds": round(seconds, 5), "share": round(seconds / total, 4),
-            })  # fmt: skip
+            }  # fmt: skip
             low += seconds
-    return rows
 
 
 def time_note(history: History) -> dict[str, str] | None:
@@ -107,19 +105,17 @@ def memory_rows(history: History) -> list[Row]:
     return [{"part": part, "place": place, "gib": round(size / 2**30, 6)} for place, (part, size) in parts if size]
 
 
-def grid_rows(histories: Sequence[History]) -> list[Row]:
-    """Return the `grid` dataset: the last value of each compared metric, if the runs are a grid of two keys."""
+def grid_rows(histories: Sequence[History]) -> Iterator[Row]:
+    """Yield the `grid` dataset: the last value of each compared metric, if the runs are a grid of two keys."""
     if two_key_grid([history.result for history in histories]) is None:
-        return []
-    rows = []
+        return
     for history in histories:
         row, column = history.result.settings.values()
         cells: Row = {"run": history.name, "row": row, "column": column}
         for metric in COMPARED:
             if (value := history.result.final.get(metric.name)) is not None:
                 cells |= {field(metric.name): value, f"shown_{field(metric.name)}": metric.shown(value)}
-        rows.append(cells)
-    return rows
+        yield cells
 
 
 def comparison(histories: Sequence[History]) -> list[Row]:

@@ -130,8 +130,7 @@ class Validation:
     def score_student(self) -> Score:
         """Score the student with its current weights. A collective."""
         with self.worker.ready() as sampler, self.worker.stages("eval"):
-            score = self.validator.run(sampler)
-        return score
+            return self.validator.run(sampler)
 
     def score_teacher(self) -> Score:
         """Score the teacher. A collective."""

@@ -25,12 +25,12 @@ def main(arguments: Arguments) -> int:
         ConfigError: a folder is neither a run's nor a sweep's.
     """
     from distill_cli.report.comparison import print_comparison
-    from distill_cli.report.html import report_file, write_report
+    from distill_cli.report.html import FILE, write_report
     from distill_cli.report.read import read_results
     from distill_cli.terminal.console import Console
 
     results = read_results(arguments.paths)
     print_comparison(Console(highlight=False), results)
-    file = Path(arguments.out) if arguments.out else report_file(arguments.paths)
-    print(f"report   {write_report(results, file)}")
+    default = arguments.paths[0] / FILE if len(arguments.paths) == 1 else FILE
+    print(f"report   {write_report(results, Path(arguments.out or default))}")
     return 0

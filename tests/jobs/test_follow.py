@@ -18,7 +18,7 @@ from distill_cli.config.compose import compose
 from distill_cli.config.variation import save_config
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.jobs.submit import follow
-from distill_cli.terminal.panel import Screen, sparks
+from distill_cli.terminal.step_printer import Screen, sparks
 from tests.conftest import restore_interrupts
 
 

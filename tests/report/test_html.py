@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from distill_cli.folders.run_dir import Element, SweepDir, element_name
-from distill_cli.report.history import thinned
 from distill_cli.report.html import write_report
-from distill_cli.report.read import read_results
+from distill_cli.report.read import read_results, thinned
 from distill_cli.report.samples import MAX_TOKENS, longest_shown
 from tests.report.browser import CHROMIUM, Browser, browser
 from tests.report.made import make_run
