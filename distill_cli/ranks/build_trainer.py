@@ -6,13 +6,14 @@ build the same engines in the same order on every rank.
 
 import signal
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 import torch
 
 from distill_cli.checkpoint.saver import Saver, Trainable, load
-from distill_cli.checkpoint.store import Checkpoint
+from distill_cli.checkpoint.store import Checkpoint, prune
 from distill_cli.config.derived import parse_duration, updates_per_step
 from distill_cli.config.schema import Config, Precision
 from distill_cli.data.recorded_run import Facts, vocabulary_digest
@@ -131,9 +132,7 @@ def build_saver(config: Config, run: RunDir, trainable: Trainable, *, last_step:
         run,
         trainable,
         last_step=last_step,
-        keep_top_k=settings.keep_top_k,
-        metric=settings.metric,
-        higher_is_better=settings.keeps_highest,
+        prune=partial(prune, settings=settings),
         save_optimizer=settings.save_optimizer,
         async_save=settings.async_save,
     )
