@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.engines.base import Teacher
-from distill_cli.engines.engine import check_settings, reason
+from distill_cli.engines.engine import reason
 from distill_cli.engines.process_setup import prepare_process
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
@@ -49,7 +49,6 @@ class CompanionTeacher(Teacher):
 
     def __init__(self, settings: EngineSettings, *, topk: int, temperature: float = 1.0) -> None:
         """Start the process; the arguments are `VllmTeacher`'s."""
-        check_settings(settings, role="the teacher")
         prepare_process()  # the process inherits its environment
         self.num_ranks = settings.tensor_parallel
         self._settings = settings
@@ -181,12 +180,10 @@ def serve(connection: Connection) -> None:
                 teacher = VllmTeacher(**arguments)
             else:
                 answer = getattr(teacher, method)(**arguments)
-        except DistillError as error:
-            traceback.print_exc()
-            answer = error
         except Exception as error:
             traceback.print_exc()
-            answer = DistillError(f"the teacher failed: {reason(error)}")
+            is_known = isinstance(error, DistillError)
+            answer = error if is_known else DistillError(f"the teacher failed: {reason(error)}")
         connection.send(answer)
 
 

@@ -18,10 +18,9 @@ from distill_cli.config.derived import parse_duration, updates_per_step
 from distill_cli.config.schema import Config, Precision
 from distill_cli.data.recorded_run import Facts, vocabulary_digest
 from distill_cli.errors import ConfigError
-from distill_cli.folders.attempts import launched
 from distill_cli.folders.metrics_file import MetricsFile
 from distill_cli.folders.rollouts_table import RolloutsFolder
-from distill_cli.folders.run_dir import RunDir, write_json
+from distill_cli.folders.run_dir import RunDir, read_json, write_json
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import fingerprint
@@ -54,7 +53,7 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     rank = parts.Rank.join(run)
     config = rank.resolved.config
     limit_s = parse_duration(config.checkpoint.must_save_by or "")
-    stop = StopFlag(deadline=None if limit_s is None else launched(run) + limit_s)
+    stop = StopFlag(deadline=None if limit_s is None else read_json(run.attempt_record)["launched"] + limit_s)
     trainer, engines = build_trainer(rank, run, console, stop=stop, checkpoint=checkpoint)
     stop.listen(signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     with trainer.log.printer:
