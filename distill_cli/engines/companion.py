@@ -54,14 +54,17 @@ class CompanionTeacher(Teacher):
         self._settings = settings
         self._is_ready = False
         host = os.environ.get("MASTER_ADDR", "localhost")
-        self._store, port = open_store(host)  # collective
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
+        self._store = store  # of the companions' process group
+        port = [0 if store is None else store.port]
+        dist.broadcast_object_list(port)  # collective
         self._process, self._connection = start_process(
             {
                 "RANK": str(dist.get_rank()),
                 "WORLD_SIZE": str(dist.get_world_size()),
                 "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
                 "MASTER_ADDR": host,
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": str(port[0]),
             }
         )
         self._send("start", settings=settings, topk=topk, temperature=temperature)
@@ -137,14 +140,6 @@ class CompanionTeacher(Teacher):
         except subprocess.TimeoutExpired:
             return Killed(f"{who} does not answer")
         return (Killed if status < 0 else DistillError)(f"{who} {describe_exit(status)}")
-
-
-def open_store(host: str) -> tuple[dist.TCPStore | None, int]:
-    """Return the store of the companions' process group, which rank 0 serves, and its port. A collective."""
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
-    port = [0 if store is None else store.port]
-    dist.broadcast_object_list(port)  # collective
-    return store, port[0]
 
 
 def start_process(variables: dict[str, str]) -> tuple[subprocess.Popen[bytes], Connection]:

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from distill_cli.engines.weight_sync import Deferred
+from distill_cli.engines.weight_sync import Deferred, whole
 from distill_cli.folders.atomic_dir import replacing
-from distill_cli.student.adapters import exported_name, is_adapter, merged_parameters, whole
+from distill_cli.student.adapters import exported_name, is_adapter, merged_parameters
 from distill_cli.student.model import Student
 
 
