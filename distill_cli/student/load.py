@@ -48,7 +48,10 @@ def load_weights(lm: PreTrainedModel, folder: Path, *, device: torch.device, see
     Raises:
         ConfigError: the folder's *.safetensors lack a parameter, have another one, or one of another shape.
     """
-    files = _files_of(folder)
+    files: dict[str, Path] = {}  # of each tensor, from the files' headers
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as content:
+            files |= dict.fromkeys(content.keys(), file)
     names: dict[int, list[str]] = {}  # a tied parameter has several
     params = dict(lm.named_parameters(remove_duplicate=False))
     for name, param in params.items():
@@ -88,15 +91,6 @@ def placed(param: nn.Parameter, values: Any, *, device: torch.device) -> nn.Para
         local = part.to(device, param.dtype).contiguous()
     # DTensor.from_local would move a parameter in host memory to the mesh's device.
     return nn.Parameter(DTensor(local, param._spec, requires_grad=False), requires_grad=param.requires_grad)
-
-
-def _files_of(folder: Path) -> dict[str, Path]:
-    """Return {tensor name: its file}, from the files' headers."""
-    files: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as content:
-            files |= dict.fromkeys(content.keys(), file)
-    return files
 
 
 def _check_names(lm: PreTrainedModel, names: list[list[str]], files: dict[str, Path], folder: Path) -> None:

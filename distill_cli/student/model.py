@@ -115,8 +115,9 @@ class Student(nn.Module):
 
         The arguments are `forward`'s. A collective: every rank must have as many micro-batches.
         """
-        options = {"num_loss_tokens": num_loss_tokens, "num_top": num_top}
-        outputs = [self(batch.to(self.device), **options)[1] for batch in batches]
+        outputs = [
+            self(batch.to(self.device), num_loss_tokens=num_loss_tokens, num_top=num_top)[1] for batch in batches
+        ]
         if isinstance(self, FSDPModule):
             self.reshard()  # no backward pass does; gathered parameters would outlive a change of the weights
         return outputs
@@ -162,7 +163,7 @@ def wrap(
     checkpointing: Checkpointing = "none",
     compile: bool = False,
     cpu_offload: bool = False,
-) -> Student:
+) -> None:
     """Lay the student out over the mesh, in place. Every rank must call it.
 
     Args:
@@ -177,7 +178,6 @@ def wrap(
         for layer in student.lm.base_model.get_submodule("layers").children():
             layer.compile()
     shard(student, parallel, bf16=bf16, cpu_offload=cpu_offload)
-    return student
 
 
 def checkpoint_activations(lm: PreTrainedModel, which: Checkpointing) -> None:
