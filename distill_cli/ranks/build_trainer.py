@@ -32,10 +32,9 @@ from distill_cli.rollout.score_files import RecordedSteps, Recorder
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.student.adapters import add_adapters
-from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import OptimizerOffload, build_optimizer, build_schedule
-from distill_cli.student.synced_weights import save_student
+from distill_cli.student.weights import load_weights, save_student
 from distill_cli.terminal.step_printer import StepPrinter
 from distill_cli.train.run_log import RunLog
 from distill_cli.train.run_state import Progress
@@ -60,7 +59,7 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
         outcome = trainer.run()
     if outcome.state == "finished" or trainer.saver is None:
         dtype = getattr(torch, config.model.student.dtype.value)
-        save_student(trainer.student, rank.tokenizer, run.student, dtype=dtype)
+        save_student(trainer.student.lm, rank.tokenizer, run.student, dtype=dtype)
     trainer.log.close()
     if rank.parallel.is_main:
         write_json(run.outcome, asdict(outcome))

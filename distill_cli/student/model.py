@@ -28,7 +28,7 @@ from distill_cli.parallel.tensor import apply_tensor_parallel, gather_hidden
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.student import attention
 from distill_cli.student.adapters import rank_of
-from distill_cli.student.load import empty_parameters
+from distill_cli.student.weights import empty_parameters
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -115,9 +115,8 @@ class Student(nn.Module):
 
         The arguments are `forward`'s. A collective: every rank must have as many micro-batches.
         """
-        outputs = [
-            self(batch.to(self.device), num_loss_tokens=num_loss_tokens, num_top=num_top)[1] for batch in batches
-        ]
+        options = {"num_loss_tokens": num_loss_tokens, "num_top": num_top}
+        outputs = [self(batch.to(self.device), **options)[1] for batch in batches]
         if isinstance(self, FSDPModule):
             self.reshard()  # no backward pass does; gathered parameters would outlive a change of the weights
         return outputs

@@ -1,4 +1,4 @@
-"""The ranks of `test_load.py`: python -m tests.student.load_rank FOLDER."""
+"""The ranks of `test_weights.py`: python -m tests.student.load_rank FOLDER."""
 
 import sys
 from pathlib import Path
@@ -14,8 +14,8 @@ from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.parallel.mesh import layout
 from distill_cli.student import attention
 from distill_cli.student.adapters import A, B, add_adapters, initial_value, is_adapter, merged_parameters
-from distill_cli.student.load import load_weights, placed
 from distill_cli.student.model import Student, build_lm, wrap
+from distill_cli.student.weights import load_weights, placed
 from tests.student.forked import fork_ranks
 from tests.student.train_rank import made_up_model
 
