@@ -83,9 +83,8 @@ def prune(root: Path, settings: CheckpointConfig) -> None:
     If fewer than `keep_top_k` have a value for the metric, keep the newest ones of the rest too.
     """
     found = find(root)
-    kept = best(found, settings)[: settings.keep_top_k]
-    without = [checkpoint for checkpoint in reversed(found) if checkpoint not in kept]
-    kept += without[: settings.keep_top_k - len(kept)]
+    ranked = best(found, settings)
+    kept = [*ranked, *(checkpoint for checkpoint in reversed(found) if checkpoint not in ranked)][: settings.keep_top_k]
     for checkpoint in found[:-1]:
         if checkpoint not in kept:
             remove(checkpoint.path)

@@ -54,9 +54,9 @@ class CompanionTeacher(Teacher):
         self._settings = settings
         self._is_ready = False
         host = os.environ.get("MASTER_ADDR", "localhost")
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
-        self._store = store  # of the companions' process group
-        port = [0 if store is None else store.port]
+        # The store of the companions' process group, which rank 0 serves.
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
+        port = [0 if self._store is None else self._store.port]
         dist.broadcast_object_list(port)  # collective
         self._process, self._connection = start_process(
             {

@@ -1,8 +1,8 @@
 """Read a folder's weights into the student, give them to the sampler, and write them to a Hugging Face folder.
 
-The student is laid out before it is read, and each rank reads only its own slices.
-`empty_parameters` builds the model with empty parameters (device meta) and real buffers; `wrap` cuts them;
-`load_weights` then puts each rank's part in their place. No rank ever holds more than its shards and one slice.
+The student is laid out before it is read: `empty_parameters` builds the model with empty parameters (device meta) and
+real buffers; `wrap` cuts them; `load_weights` then puts each rank's part in their place. Each rank reads only its own
+slices, and never holds more than its shards and one slice.
 """
 
 import contextlib
