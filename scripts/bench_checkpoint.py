@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -26,6 +27,8 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_cli.checkpoint.saver import Saver, Trainable
+from distill_cli.checkpoint.store import prune
+from distill_cli.config.execution_schema import CheckpointConfig
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import save_config
 from distill_cli.folders.metrics_file import read_metrics
@@ -68,7 +71,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Path(folder))
         save_config(Config(), run.config)
-        saver = Saver(run, Trainable(student.lm, optimizer, schedule), keep_top_k=0)
+        newest_only = partial(prune, settings=CheckpointConfig(keep_top_k=0))
+        saver = Saver(run, Trainable(student.lm, optimizer, schedule), prune=newest_only)
         scored = rollout(given.tokens, given.vocab)
         plan = plan_batch([given.tokens], num_ranks=1, max_tokens=given.tokens, packing=True, multiple=1)
 

@@ -5,7 +5,6 @@ holds at most `READ_BYTES` or the largest tensor, and the optimizer's state is n
 into the weights that the run started from, or written to a folder of their own, which peft and vLLM load.
 """
 
-import itertools
 import json
 import math
 import os
@@ -176,7 +175,7 @@ def write_safetensors(file: Path, names: Sequence[str], weights: Weights, *, dty
     end = 0
     num_bytes = {name: math.prod(weights.shapes[name]) * dtype.itemsize for name in names}
     parts = split(num_bytes, READ_BYTES).filename_to_tensors.values()
-    for name in itertools.chain(*parts):
+    for name in (name for part in parts for name in part):
         begin, end = end, end + num_bytes[name]
         header[name] = {"dtype": DTYPES[dtype], "shape": list(weights.shapes[name]), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()

@@ -76,10 +76,8 @@ class Saver:
     trainable: Trainable = field(kw_only=False)
     last_step: int = 0
     """The newest step that `save` was called for; at first that of the checkpoint that the run resumes from."""
-    keep_top_k: int = 3
-    """With `metric` and `higher_is_better`: which older checkpoints to keep (`store.prune`)."""
-    metric: str = "val/accuracy"
-    higher_is_better: bool = True
+    prune: Callable[[Path], object] = lambda _root: None
+    """Called with the checkpoints' folder after each is written, to remove older ones: `store.prune`."""
     save_optimizer: bool = True
     """Save AdamW's moments too; a resumed run is exact only with them."""
     async_save: bool = True
@@ -214,8 +212,7 @@ class Saver:
                 if path.exists():
                     atomic_dir.flush(path)
             atomic_dir.seal(temporary, final, entries)
-            higher = self.higher_is_better
-            store.prune(root, keep_top_k=self.keep_top_k, metric=self.metric, higher_is_better=higher)
+            self.prune(root)
         except (OSError, DistillError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             kept = store.find(root)

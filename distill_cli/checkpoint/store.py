@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from distill_cli.config.execution_schema import CheckpointConfig
 from distill_cli.errors import DistillError
 from distill_cli.folders.atomic_dir import MANIFEST, damage, remove
 from distill_cli.folders.run_dir import read_json
@@ -69,22 +70,21 @@ def newest_whole(root: Path, *, warn: Callable[[str], None]) -> Checkpoint | Non
     return None
 
 
-def best(checkpoints: Sequence[Checkpoint], *, metric: str, higher_is_better: bool) -> list[Checkpoint]:
+def best(checkpoints: Sequence[Checkpoint], settings: CheckpointConfig) -> list[Checkpoint]:
     """Return the checkpoints that have a value for `metric`, best first; of equal ones the newer first."""
-    sign = 1 if higher_is_better else -1
-    ranked = [(sign * value, c.step, c) for c in checkpoints if (value := c.metric(metric)) is not None]
+    sign = 1 if settings.keeps_highest else -1
+    ranked = [(sign * value, c.step, c) for c in checkpoints if (value := c.metric(settings.metric)) is not None]
     return [checkpoint for *_, checkpoint in sorted(ranked, key=lambda item: item[:2], reverse=True)]
 
 
-def prune(root: Path, *, keep_top_k: int, metric: str, higher_is_better: bool) -> None:
+def prune(root: Path, settings: CheckpointConfig) -> None:
     """Remove all but the newest and the best `keep_top_k` checkpoints.
 
     If fewer than `keep_top_k` have a value for the metric, keep the newest ones of the rest too.
     """
     found = find(root)
-    kept = best(found, metric=metric, higher_is_better=higher_is_better)[:keep_top_k]
-    without = [checkpoint for checkpoint in reversed(found) if checkpoint not in kept]
-    kept += without[: keep_top_k - len(kept)]
+    ranked = best(found, settings)
+    kept = [*ranked, *(checkpoint for checkpoint in reversed(found) if checkpoint not in ranked)][: settings.keep_top_k]
     for checkpoint in found[:-1]:
         if checkpoint not in kept:
             remove(checkpoint.path)
@@ -101,7 +101,7 @@ def folder(root: Path, step: int) -> Path:
     return root / f"step_{step}"
 
 
-def choose(root: Path, which: str, *, metric: str, higher_is_better: bool, warn: Callable[[str], None]) -> Checkpoint:
+def choose(root: Path, which: str, settings: CheckpointConfig, *, warn: Callable[[str], None]) -> Checkpoint:
     """Return the checkpoint that `which` names: a step's number, `best` by the metric, or `last`, the newest whole one.
 
     Raises:
@@ -110,11 +110,11 @@ def choose(root: Path, which: str, *, metric: str, higher_is_better: bool, warn:
     found = find(root)
     if which == "last" and (newest := newest_whole(root, warn=warn)) is not None:
         return newest
-    by_metric = best(found, metric=metric, higher_is_better=higher_is_better)
-    candidates = {"last": found[-1:], "best": by_metric[:1]}.get(which, [c for c in found if str(c.step) == which])
+    of_step = [checkpoint for checkpoint in found if str(checkpoint.step) == which]
+    candidates = {"last": found[-1:], "best": best(found, settings)[:1]}.get(which, of_step)
     if not candidates:
         steps = ", ".join(str(checkpoint.step) for checkpoint in found) or "none"
-        unranked = f"; none has a value for {metric}" if which == "best" and found else ""
+        unranked = f"; none has a value for {settings.metric}" if which == "best" and found else ""
         raise DistillError(f"{root}: no checkpoint {which} (there are steps: {steps}{unranked})")
     if problem := damage(candidates[0].path):
         raise DistillError(f"{candidates[0].path}: damaged: {problem}; choose another with --step")

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.engines.base import Teacher
-from distill_cli.engines.engine import check_settings, reason
+from distill_cli.engines.engine import reason
 from distill_cli.engines.process_setup import prepare_process
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
@@ -49,20 +49,22 @@ class CompanionTeacher(Teacher):
 
     def __init__(self, settings: EngineSettings, *, topk: int, temperature: float = 1.0) -> None:
         """Start the process; the arguments are `VllmTeacher`'s."""
-        check_settings(settings, role="the teacher")
         prepare_process()  # the process inherits its environment
         self.num_ranks = settings.tensor_parallel
         self._settings = settings
         self._is_ready = False
         host = os.environ.get("MASTER_ADDR", "localhost")
-        self._store, port = open_store(host)  # collective
+        # The store of the companions' process group, which rank 0 serves.
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
+        port = [0 if self._store is None else self._store.port]
+        dist.broadcast_object_list(port)  # collective
         self._process, self._connection = start_process(
             {
                 "RANK": str(dist.get_rank()),
                 "WORLD_SIZE": str(dist.get_world_size()),
                 "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
                 "MASTER_ADDR": host,
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": str(port[0]),
             }
         )
         self._send("start", settings=settings, topk=topk, temperature=temperature)
@@ -140,14 +142,6 @@ class CompanionTeacher(Teacher):
         return (Killed if status < 0 else DistillError)(f"{who} {describe_exit(status)}")
 
 
-def open_store(host: str) -> tuple[dist.TCPStore | None, int]:
-    """Return the store of the companions' process group, which rank 0 serves, and its port. A collective."""
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
-    port = [0 if store is None else store.port]
-    dist.broadcast_object_list(port)  # collective
-    return store, port[0]
-
-
 def start_process(variables: dict[str, str]) -> tuple[subprocess.Popen[bytes], Connection]:
     """Start a companion with these environment variables added; return it and the rank's end of the socket to it.
 
@@ -181,12 +175,10 @@ def serve(connection: Connection) -> None:
                 teacher = VllmTeacher(**arguments)
             else:
                 answer = getattr(teacher, method)(**arguments)
-        except DistillError as error:
-            traceback.print_exc()
-            answer = error
         except Exception as error:
             traceback.print_exc()
-            answer = DistillError(f"the teacher failed: {reason(error)}")
+            is_known = isinstance(error, DistillError)
+            answer = error if is_known else DistillError(f"the teacher failed: {reason(error)}")
         connection.send(answer)
 
 

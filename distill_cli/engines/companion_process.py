@@ -5,7 +5,7 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-from distill_cli.engines.process_setup import hide_broken_packages, import_transformers, prepare_process
+from distill_cli.engines.process_setup import import_transformers, prepare_process
 from distill_cli.machine.processes import die_with_parent
 from distill_cli.terminal.step_printer import log_to
 
@@ -19,7 +19,6 @@ def main() -> None:
     os.set_inheritable(descriptor, False)  # else a child would hold the socket open after this process died
     log_to(sys.stderr)
     prepare_process()  # before torch
-    hide_broken_packages()
     import_transformers()
     from distill_cli.engines.companion import serve
 

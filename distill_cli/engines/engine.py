@@ -6,7 +6,6 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
@@ -14,16 +13,9 @@ import torch.distributed as dist
 from distill_cli.engines import vllm_patches
 from distill_cli.engines.base import AnsweringEngine
 from distill_cli.engines.process_setup import keep_process_state, on_cpu, prepare_process
-from distill_cli.engines.settings import (
-    ADAPTER_RANKS,
-    CPU_KV_CACHE_BYTES,
-    EngineSettings,
-    SamplingSettings,
-    tensor_parallel_problem,
-)
+from distill_cli.engines.settings import ADAPTER_RANKS, CPU_KV_CACHE_BYTES, EngineSettings, SamplingSettings
 from distill_cli.engines.vllm_patches import Interrupted
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.models.model_files import read_object
 from distill_cli.types import Sample
 
 log = logging.getLogger(__name__)
@@ -56,7 +48,8 @@ class VllmEngine(AnsweringEngine):
                 empty. An engine that is shared by several ranks does not call it: they would stop at different tokens.
             kwargs: arguments of `vllm.LLM` for this role; `settings.kwargs` override them.
         """
-        check_settings(settings, role=role)
+        if not dist.is_initialized():
+            raise DistillError(f"{role} needs torch.distributed: call init_process_group before engines are built")
         prepare_process()
         vllm_patches.apply_patches()
         self.role = role
@@ -101,8 +94,6 @@ class VllmEngine(AnsweringEngine):
         Raises:
             DistillError: a bad request, or a failure in the engine, which stays usable.
         """
-        if len(prompts) != len(seeds):
-            raise DistillError(f"{self.role} got {len(prompts)} prompts and {len(seeds)} seeds")
         if sampling.stop and self.llm.model_config.skip_tokenizer_init:  # vLLM would ignore them
             raise DistillError(f"{self.role} has no tokenizer (skip_tokenizer_init): it cannot stop at strings")
         max_len = self.settings.max_model_len
@@ -182,16 +173,6 @@ class VllmEngine(AnsweringEngine):
         vllm_patches.shut_down(llm)
         del llm  # no reference may remain to what must be freed
         vllm_patches.release_memory()
-
-
-def check_settings(settings: EngineSettings, *, role: str) -> None:
-    """Raise what can be known before anything is loaded."""
-    if not dist.is_initialized():
-        raise DistillError(f"{role} needs torch.distributed: call init_process_group before engines are built")
-    model = read_object(Path(settings.path, "config.json"))
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    if problem := tensor_parallel_problem(settings.tensor_parallel, model=model, num_ranks=num_ranks):
-        raise ConfigError(f"tensor_parallel of {role} is {settings.tensor_parallel}: {problem}")
 
 
 def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:

@@ -89,8 +89,10 @@ def import_without_scipy(*modules: str) -> None:
 def import_transformers() -> None:
     """Import what models need from transformers, without what object detection and assisted generation need.
 
-    Trackers install SciPy and scikit-learn: they would be an eighth of a rank's imports.
+    Broken packages are hidden first. Trackers install SciPy and scikit-learn: they would be an eighth of a rank's
+    imports.
     """
+    hide_broken_packages()
     import_without_scipy("transformers.generation.candidate_generator", "transformers.loss.loss_utils")
 
 

@@ -44,8 +44,7 @@ def reaches(
     """Declare a name inside vLLM that the decorated function depends on, or (`replaced`) makes a replacement for."""
 
     def declare(function: Function) -> Function:
-        replacement = function if replaced else None
-        REACHES.append(Reach(module, names, function.__name__, parameter, only, replacement))
+        REACHES.append(Reach(module, names, function.__name__, parameter, only, function if replaced else None))
         return function
 
     return declare

@@ -14,7 +14,7 @@ from distill_cli.engines.base import Teacher
 from distill_cli.engines.engine import VllmEngine, request_params
 from distill_cli.engines.settings import EngineSettings
 from distill_cli.engines.vllm_patches import Interrupted
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.errors import DistillError
 from distill_cli.types import TeacherScores
 
 
@@ -38,14 +38,10 @@ class VllmTeacher(VllmEngine, Teacher):
 
         Args:
             settings: `max_model_len` is the longest sequence that can be scored.
-            topk: at most the vocabulary's size, which is full support.
-            temperature: logits are divided by it (`loss.temperature`).
+            topk: at least 1, at most the vocabulary's size, which is full support.
+            temperature: above 0; logits are divided by it (`loss.temperature`).
             should_stop: see `VllmEngine`.
         """
-        if temperature <= 0:
-            raise ConfigError(f"temperature of the teacher is {temperature}: it must be above 0")
-        if topk < 1:
-            raise ConfigError(f"topk is {topk}: it must be at least 1")
         super().__init__(
             settings,
             role="the teacher",
@@ -65,8 +61,6 @@ class VllmTeacher(VllmEngine, Teacher):
 
     def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:
         """Score with one prefill each; the engine stays usable after a bad request or a failure. See `Teacher`."""
-        if len(sequences) != len(response_starts):
-            raise DistillError(f"the teacher got {len(sequences)} sequences and {len(response_starts)} response starts")
         for index, (ids, start) in enumerate(zip(sequences, response_starts, strict=True)):
             if not 1 <= start <= len(ids):
                 what = f"the teacher: response {index} starts at {start} in a sequence of {len(ids)} tokens"

@@ -29,7 +29,6 @@ KEEP_TENSORS = {"distill_keep_tensors": True}
 
 QUEUES = "vllm.distributed.device_communicators.shm_broadcast"
 CPU_COMMUNICATOR = "vllm.distributed.device_communicators.cpu_communicator"
-EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
 MODEL_UTILS = "vllm.model_executor.models.utils"
 CUMEM = "vllm.device_allocator.cumem"
 
@@ -142,7 +141,7 @@ def skip_token_ranks(_count: Any) -> Any:
     return lambda logp_TV, _sampled_logp_T1: torch.full((len(logp_TV),), -1, device=logp_TV.device)
 
 
-@reaches(EMBEDDING, "get_masked_input_and_mask", only="cpu", replaced=True)
+@reaches("vllm.model_executor.layers.vocab_parallel_embedding", "get_masked_input_and_mask", only="cpu", replaced=True)
 def mask_without_compiler(compiled: Any) -> Any:
     """Run the masking of a vocabulary-parallel embedding as it is written. CPU only.
 

@@ -80,10 +80,15 @@ def full_tensors(weights: NamedTensors, *, dtype: torch.dtype | None) -> Iterato
         tensor = tensor.make() if isinstance(tensor, Deferred) else tensor.detach()
         if dtype is not None and tensor.ndim > 1:
             tensor = tensor.to(dtype)
-        if isinstance(tensor, DTensor):
-            moved = tensor.to(tensor.device_mesh.device_type)
-            tensor = moved.full_tensor()  # type: ignore[attr-defined]  # a DTensor still; collective
-        yield name, tensor
+        yield name, whole(tensor)  # collective
+
+
+def whole(param: torch.Tensor) -> torch.Tensor:
+    """Return the full parameter on its mesh's device, detached. A collective for DTensors."""
+    if not isinstance(param, DTensor):
+        return param.detach()
+    on_mesh: Any = param.detach().to(param.device_mesh.device_type)
+    return on_mesh.full_tensor()
 
 
 def whole_tensors(weights: NamedTensors) -> dict[str, torch.Tensor]:

@@ -68,11 +68,6 @@ def attempts_of(run: RunDir) -> list[Attempt]:
     return sorted(found, key=lambda attempt: attempt.number)
 
 
-def launched(run: RunDir) -> float:
-    """Return the launch time of the command this attempt belongs to."""
-    return read_json(run.attempt_record)["launched"]
-
-
 def attempt_lines(attempts: list[Attempt]) -> list[str]:
     """Return a line for each of the last few, and how many there were before."""
     lines = [str(attempt) for attempt in attempts[-SHOWN:]]

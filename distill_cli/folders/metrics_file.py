@@ -3,8 +3,6 @@
 Only the main rank writes. The file is the truth: everything else that shows metrics, trackers included, reads it.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -53,12 +51,6 @@ class MetricsFile:
         self.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-
-    def __enter__(self) -> MetricsFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def read_metrics(path: Path, *, after_step: int = -1) -> list[dict[str, float]]:

@@ -30,9 +30,8 @@ def finished_steps(run: RunDir) -> int:
 
 def choose_checkpoint(run: RunDir, which: str, config: Config, *, console: Console) -> Checkpoint:
     """Return the checkpoint of a step, `best` or `last`. Raises ConfigError if it is missing or damaged."""
-    metric, highest = config.checkpoint.metric, config.checkpoint.keeps_highest
     try:
-        return store.choose(run.checkpoints, which, metric=metric, higher_is_better=highest, warn=console.warn)
+        return store.choose(run.checkpoints, which, config.checkpoint, warn=console.warn)
     except DistillError as error:
         raise ConfigError(str(error)) from error
 

@@ -22,11 +22,6 @@ class Finding:
     needed: bool = True
     """False if runs on this machine may work without it: a failure is a warning."""
 
-    @property
-    def word(self) -> str:
-        """The result in four characters."""
-        return "ok  " if self.ok else "FAIL" if self.needed else "warn"
-
 
 def find_package(name: str, package: str, *, fix: str) -> Finding:
     """Return the finding of a distribution's installed version."""

@@ -29,28 +29,6 @@ def partition_by_cost(costs: Sequence[float], num_shares: int) -> list[list[int]
     return [sorted(share) for share in shares]
 
 
-def gather_items(
-    mine: Sequence[Item], shares: Sequence[Sequence[int]], *, group: dist.ProcessGroup | None = None
-) -> dict[int, Item]:
-    """Return index -> result of all shares, on every rank of `group` (None is all ranks). A collective.
-
-    Args:
-        mine: the results of this rank's share, in its order. Each share belongs to an equal number of consecutive ranks
-            of the group, in the order of shares; the first of them sends its results.
-    """
-    if len(shares) == 1:
-        return dict(zip(shares[0], mine, strict=True))
-    everyone: list[Sequence[Item]] = [[] for _ in range(dist.get_world_size(group))]
-    ranks_per_share = len(everyone) // len(shares)
-    is_first = dist.get_rank(group) % ranks_per_share == 0
-    dist.all_gather_object(everyone, list(mine) if is_first else [], group=group)
-    return {
-        i: item
-        for share, items in zip(shares, everyone[::ranks_per_share], strict=True)
-        for i, item in zip(share, items, strict=True)
-    }
-
-
 @dataclass(frozen=True)
 class EngineShare:
     """The engine that a rank is part of, among those that share some work; each is `num_ranks` consecutive ranks.
@@ -64,7 +42,7 @@ class EngineShare:
     is_first: bool
     """Whether this is the first rank of its engine, which counts the engine's work."""
     group: dist.ProcessGroup | None
-    """The ranks of these engines, for `gather_items`; None is all ranks."""
+    """The ranks of these engines, which exchange results; None is all ranks."""
     data_ranks: range
     """Data ranks whose sequences these engines share."""
 
@@ -75,7 +53,17 @@ class EngineShare:
             costs: of each index, to partition them by.
         """
         shares = partition_by_cost(costs, self.num_engines)
-        return gather_items(work(shares[self.index]), shares, group=self.group)
+        mine = work(shares[self.index])
+        if len(shares) == 1:
+            return dict(zip(shares[0], mine, strict=True))
+        everyone: list[Sequence[Item]] = [[] for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather_object(everyone, list(mine) if self.is_first else [], group=self.group)
+        of_engines = everyone[:: len(everyone) // len(shares)]  # the first rank of each sends its results
+        return {
+            i: item
+            for share, items in zip(shares, of_engines, strict=True)
+            for i, item in zip(share, items, strict=True)
+        }
 
     @classmethod
     def of_all_ranks(cls, num_ranks: int, parallel: Parallel) -> EngineShare:

@@ -35,7 +35,7 @@ from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.turns import Turns, observation_encoder
 from distill_cli.rollout.workers import Responder, RolloutWorker, ScoringWorker
 from distill_cli.student.model import Student
-from distill_cli.student.synced_weights import synced_parameters
+from distill_cli.student.weights import synced_parameters
 from distill_cli.train.validation import Validator, first_of_each
 
 Order = PromptOrder | PromptStream | RecordedSteps
@@ -188,7 +188,7 @@ def build_source(
 def build_worker(rank: Rank, stages: Stages, sampler: Sampler, student: Student, trainable: Trainable) -> RolloutWorker:
     """Build the worker that samples and judges the student's answers in training. A collective."""
     config, sampling = rank.resolved.config, train_sampling(rank.resolved)
-    weights = partial(synced_parameters, student, as_adapter=config.model.student.lora.syncs_adapter)
+    weights = partial(synced_parameters, student.lm, as_adapter=config.model.student.lora.syncs_adapter)
     responder = build_responder(rank, sampling, max_tokens=config.rollout.max_sequence_length)
     return RolloutWorker(sampler, weights, lambda: trainable.num_updates, responder, stages)
 

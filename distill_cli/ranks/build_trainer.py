@@ -6,21 +6,21 @@ build the same engines in the same order on every rank.
 
 import signal
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 import torch
 
 from distill_cli.checkpoint.saver import Saver, Trainable, load
-from distill_cli.checkpoint.store import Checkpoint
+from distill_cli.checkpoint.store import Checkpoint, prune
 from distill_cli.config.derived import parse_duration, updates_per_step
 from distill_cli.config.schema import Config, Precision
 from distill_cli.data.recorded_run import Facts, vocabulary_digest
 from distill_cli.errors import ConfigError
-from distill_cli.folders.attempts import launched
 from distill_cli.folders.metrics_file import MetricsFile
 from distill_cli.folders.rollouts_table import RolloutsFolder
-from distill_cli.folders.run_dir import RunDir, write_json
+from distill_cli.folders.run_dir import RunDir, read_json, write_json
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import fingerprint
@@ -32,10 +32,9 @@ from distill_cli.rollout.score_files import RecordedSteps, Recorder
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.student.adapters import add_adapters
-from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import OptimizerOffload, build_optimizer, build_schedule
-from distill_cli.student.synced_weights import save_student
+from distill_cli.student.weights import load_weights, save_student
 from distill_cli.terminal.step_printer import StepPrinter
 from distill_cli.train.run_log import RunLog
 from distill_cli.train.run_state import Progress
@@ -53,14 +52,14 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     rank = parts.Rank.join(run)
     config = rank.resolved.config
     limit_s = parse_duration(config.checkpoint.must_save_by or "")
-    stop = StopFlag(deadline=None if limit_s is None else launched(run) + limit_s)
+    stop = StopFlag(deadline=None if limit_s is None else read_json(run.attempt_record)["launched"] + limit_s)
     trainer, engines = build_trainer(rank, run, console, stop=stop, checkpoint=checkpoint)
     stop.listen(signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     with trainer.log.printer:
         outcome = trainer.run()
     if outcome.state == "finished" or trainer.saver is None:
         dtype = getattr(torch, config.model.student.dtype.value)
-        save_student(trainer.student, rank.tokenizer, run.student, dtype=dtype)
+        save_student(trainer.student.lm, rank.tokenizer, run.student, dtype=dtype)
     trainer.log.close()
     if rank.parallel.is_main:
         write_json(run.outcome, asdict(outcome))
@@ -131,9 +130,7 @@ def build_saver(config: Config, run: RunDir, trainable: Trainable, *, last_step:
         run,
         trainable,
         last_step=last_step,
-        keep_top_k=settings.keep_top_k,
-        metric=settings.metric,
-        higher_is_better=settings.keeps_highest,
+        prune=partial(prune, settings=settings),
         save_optimizer=settings.save_optimizer,
         async_save=settings.async_save,
     )

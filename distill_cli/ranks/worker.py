@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import IO
 
-from distill_cli.engines.process_setup import hide_broken_packages, import_transformers, prepare_process
+from distill_cli.engines.process_setup import import_transformers, prepare_process
 from distill_cli.errors import DistillError
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.machine.processes import die_with_torchrun
@@ -52,7 +52,6 @@ def main() -> None:
 def run_program(run: RunDir, console: IO[str], arguments: argparse.Namespace) -> None:
     """Check, evaluate or train."""
     prepare_process()
-    hide_broken_packages()
     import_transformers()
     if arguments.check:
         from distill_cli.ranks.check_rank import check_rank

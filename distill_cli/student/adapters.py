@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from distill_cli.engines.weight_sync import Deferred
+from distill_cli.engines.weight_sync import Deferred, whole
 from distill_cli.errors import ConfigError
 from distill_cli.models.lora_names import targeted
 
@@ -116,11 +116,3 @@ def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) 
     return DTensor.from_local(
         local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
     )
-
-
-def whole(param: torch.Tensor) -> torch.Tensor:
-    """Return the full parameter on its mesh's device, detached. A collective for DTensors."""
-    if not isinstance(param, DTensor):
-        return param.detach()
-    on_mesh: Any = param.detach().to(param.device_mesh.device_type)
-    return on_mesh.full_tensor()

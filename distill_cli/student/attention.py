@@ -20,34 +20,43 @@ from distill_cli.parallel.context import Documents, Span, gather_row
 NAME = "distill_packed"
 
 
-def attend_packed(
-    query_1HTD: torch.Tensor,
-    key_1GTD: torch.Tensor,
-    value_1GTD: torch.Tensor,
-    *,
-    documents: Documents,
-    scale: float | None,
-    window: int | None = None,
-) -> torch.Tensor:
-    """Causal attention within each document.
+# Kept out of compiled layers: the bounds differ from batch to batch, and each set would be compiled again.
+@torch.compiler.disable
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    documents: Documents | None = None,
+    sliding_window: int | None = None,
+    **others: object,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each document, by transformers' attention interface.
 
     Args:
-        query_1HTD: with key and value this rank's part of the row. A collective if context-parallel ranks share it.
+        query: [1, H, T, D], with key and value [1, G, T, D] this rank's part of the row. A collective if
+            context-parallel ranks share it.
         documents: their bounds in the row, and this rank's part of it.
-        window: a token sees itself and the window - 1 tokens before it; None is all before it.
+        sliding_window: a token sees itself and the window - 1 tokens before it; None is all before it.
 
     Returns:
-        [1, H, T, D], in the query's dtype.
+        [1, T, H, D], in the query's dtype, and no weights.
     """
-    key_1GTD, value_1GTD = gather_row(key_1GTD, documents), gather_row(value_1GTD, documents)
-    is_half = query_1HTD.dtype in (torch.bfloat16, torch.float16)
-    attend = _attend_varlen if query_1HTD.is_cuda and is_half else _attend_by_document
+    assert documents is not None, "the packed attention needs the documents' bounds"
+    if others.get("softcap") is not None or others.get("s_aux") is not None or others.get("dropout"):
+        raise DistillError("the packed attention has no soft cap, sinks or dropout, and this model needs one")
+    row = gather_row(key, documents), gather_row(value, documents)
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    attend = _attend_varlen if query.is_cuda and is_half else _attend_by_document
     parts = []
     for span in documents.spans():
-        key, value = (x[:, :, slice(*span.keys)] for x in (key_1GTD, value_1GTD))
-        query = query_1HTD.narrow(2, span.begin, span.query_bounds[-1])
-        parts.append(attend(query, key, value, span, scale, window))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        queries = query.narrow(2, span.begin, span.query_bounds[-1])
+        keys, values = (x[:, :, slice(*span.keys)] for x in row)
+        parts.append(attend(queries, keys, values, span, scaling, sliding_window))
+    out_1HTD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return out_1HTD.transpose(1, 2).contiguous(), None
 
 
 def _attend_by_document(
@@ -89,27 +98,6 @@ def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.dev
     before = num_keys - num_queries
     seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(before)
     return seen.triu(before + 1 - window) if window else seen
-
-
-# Kept out of compiled layers: the bounds differ from batch to batch, and each set would be compiled again.
-@torch.compiler.disable
-def packed_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    scaling: float | None = None,
-    documents: Documents | None = None,
-    sliding_window: int | None = None,
-    **others: object,
-) -> tuple[torch.Tensor, None]:
-    """Implement transformers' attention interface: [1, H, T, D] in, [1, T, H, D] out."""
-    assert documents is not None, "the packed attention needs the documents' bounds"
-    if others.get("softcap") is not None or others.get("s_aux") is not None or others.get("dropout"):
-        raise DistillError("the packed attention has no soft cap, sinks or dropout, and this model needs one")
-    out_1HTD = attend_packed(query, key, value, documents=documents, scale=scaling, window=sliding_window)
-    return out_1HTD.transpose(1, 2).contiguous(), None
 
 
 def register() -> None:

@@ -28,7 +28,7 @@ from distill_cli.parallel.tensor import apply_tensor_parallel, gather_hidden
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.student import attention
 from distill_cli.student.adapters import rank_of
-from distill_cli.student.load import empty_parameters
+from distill_cli.student.weights import empty_parameters
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -162,7 +162,7 @@ def wrap(
     checkpointing: Checkpointing = "none",
     compile: bool = False,
     cpu_offload: bool = False,
-) -> Student:
+) -> None:
     """Lay the student out over the mesh, in place. Every rank must call it.
 
     Args:
@@ -177,7 +177,6 @@ def wrap(
         for layer in student.lm.base_model.get_submodule("layers").children():
             layer.compile()
     shard(student, parallel, bf16=bf16, cpu_offload=cpu_offload)
-    return student
 
 
 def checkpoint_activations(lm: PreTrainedModel, which: Checkpointing) -> None:

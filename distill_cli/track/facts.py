@@ -22,9 +22,8 @@ log = logging.getLogger(__name__)
 
 def models(config: Config) -> dict[str, str]:
     """Return path and revision of each role's model."""
-    student, teacher = config.model.student, config.model.teacher
-    sides = {"student": (student.path, student.revision), "teacher": (teacher.path, teacher.revision)}
-    return {role: path + (f"@{revision}" if revision else "") for role, (path, revision) in sides.items()}
+    both = {role: getattr(config.model, role) for role in ("student", "teacher")}
+    return {role: model.path + (f"@{model.revision}" if model.revision else "") for role, model in both.items()}
 
 
 def data_profile(spec: Mapping[str, Any], *, key: str) -> tuple[str, dict[str, int]]:

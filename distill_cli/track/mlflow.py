@@ -64,8 +64,7 @@ class MlflowTracker(Tracker):
         self._sweep = SweepDir(run.path.parent) if SweepDir(run.path.parent).file.is_file() else None
         self._uri = whole_uri(settings.uri) or f"sqlite:///{self._root / 'mlflow.db'}"
         self.place = without_credentials(self._uri)
-        is_database = self._uri.startswith("sqlite:")
-        self.page = f"mlflow ui --backend-store-uri {self.place}" if is_database else self.place
+        self.page = f"mlflow ui --backend-store-uri {self.place}" if self._uri.startswith("sqlite:") else self.place
         self.logs_model = settings.log_model
         self._run_id = ""
 

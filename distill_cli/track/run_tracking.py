@@ -1,7 +1,7 @@
 """A run's trackers while it runs, and sending afterwards what could not be sent before (`distill track sync`)."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,14 +28,13 @@ STOPPED_S = 2.0
 """The same if the user or the system stops the run."""
 
 
-@contextmanager
-def tracking(resolved: ResolvedRun, run: RunDir) -> Iterator[None]:
+def tracking(resolved: ResolvedRun, run: RunDir) -> AbstractContextManager[None]:
     """Ship the run's folder to the config's trackers during the context, and then how the run ended."""
     trackers = trackers_of(resolved.config, run)
-    if trackers:
-        write_json(run.logs / "tags.json", attempt_tags(resolved, run))
-    with following(run, trackers, use_gpus=resolved.ranks.on_gpus) if trackers else nullcontext():
-        yield
+    if not trackers:
+        return nullcontext()
+    write_json(run.logs / "tags.json", attempt_tags(resolved, run))
+    return following(run, trackers, use_gpus=resolved.ranks.on_gpus)
 
 
 @contextmanager
@@ -81,12 +80,13 @@ def track(paths: Sequence[Path], *, uri: str | None = None) -> int:
         for tracker in trackers_of(recorded_config(run, uri=uri), run):
             try:
                 is_running, known = state_of(run) == "running", recorded(run, tracker.name)
-                sent = ship(run, tracker, end=None if is_running else end_status(run, known.get("end") or "failed"))
+                end = None if is_running else end_status(run, known.get("end") or "failed")
+                num_metrics, num_files = ship(run, tracker, end=end)
             except Exception as error:  # whatever a server or a database raises
                 failed[f"{tracker.label} at {tracker.place}: {reason(error)}"] = None
                 continue
             to = f"{tracker.place}, run {recorded(run, tracker.name)['run_id']}"
-            console.print(escape(f"{run.path}: {sent.metrics} metrics, {sent.artifacts} files sent to {to}"))
+            console.print(escape(f"{run.path}: {num_metrics} metrics, {num_files} files sent to {to}"))
     if failed:
         raise DistillError("; ".join(failed))
     return 0

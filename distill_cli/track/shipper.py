@@ -42,14 +42,6 @@ Seen = set[tuple[str, int]]
 
 
 @dataclass
-class Shipped:
-    """What one call of `ship` sent."""
-
-    metrics: int = 0
-    artifacts: int = 0
-
-
-@dataclass
 class State:
     """What a tracker has of a run: `<tracker>.json`."""
 
@@ -94,8 +86,8 @@ def recorded(run: RunDir, name: str) -> dict[str, Any]:
     return newest[0].state.get("trackers", {}).get(name, {}) if newest else {}
 
 
-def ship(run: RunDir, tracker: Tracker, *, begin: bool = False, end: str | None = None) -> Shipped:
-    """Send what the run's folder holds and the tracker lacks; a second call sends nothing.
+def ship(run: RunDir, tracker: Tracker, *, begin: bool = False, end: str | None = None) -> tuple[int, int]:
+    """Send what the run's folder holds and the tracker lacks; return how many metrics and how many files that was.
 
     Args:
         begin: mark the run as running, whatever its status was.
@@ -114,7 +106,7 @@ def ship(run: RunDir, tracker: Tracker, *, begin: bool = False, end: str | None 
         state.is_sure = True
         state.save()
         try:
-            return Shipped(num_metrics, _send_artifacts(tracker, run, state))
+            return num_metrics, _send_artifacts(tracker, run, state)
         finally:
             if end is not None:
                 tracker.close(end)

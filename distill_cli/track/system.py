@@ -7,7 +7,7 @@ first node.
 import os
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,11 @@ import psutil
 from distill_cli.folders.metrics_file import MetricsFile, read_metrics
 from distill_cli.machine.gpus import Gpu, NoDriver, query_gpus
 
-PERIOD_S = 10.0
-
 
 class SystemSampler:
     """A thread that appends a row every `period_s` seconds; each takes a few milliseconds."""
 
-    def __init__(self, path: Path, *, use_gpus: bool, period_s: float = PERIOD_S) -> None:
+    def __init__(self, path: Path, *, use_gpus: bool, period_s: float = 10.0) -> None:
         self._path, self._use_gpus, self._period_s = path, use_gpus, period_s
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="system", daemon=True)
@@ -36,7 +34,7 @@ class SystemSampler:
     def _loop(self) -> None:
         psutil.cpu_percent()  # the next call measures from here
         network = psutil.net_io_counters()
-        with suppress(OSError), MetricsFile(self._path) as file:
+        with suppress(OSError), closing(MetricsFile(self._path)) as file:
             step, is_last = max((int(row["step"]) for row in read_metrics(self._path)), default=-1), False
             while not is_last:
                 is_last, step = self._closing.wait(self._period_s), step + 1

@@ -25,5 +25,6 @@ def main(arguments: Arguments) -> int:
     else:
         for finding in findings:
             fix = f"; {finding.fix}" if finding.fix and not finding.ok else ""
-            print(f"{finding.word} {finding.name:<14}{finding.detail}{fix}")
+            result = "ok  " if finding.ok else "FAIL" if finding.needed else "warn"
+            print(f"{result} {finding.name:<14}{finding.detail}{fix}")
     return int(any(finding.needed and not finding.ok for finding in findings))

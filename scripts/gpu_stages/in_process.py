@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from distill_cli.engines.process_setup import hide_broken_packages, import_transformers, prepare_process
+from distill_cli.engines.process_setup import import_transformers, prepare_process
 
 prepare_process()
-hide_broken_packages()
 import_transformers()
 
 import os  # noqa: E402

@@ -149,7 +149,6 @@ def test_a_response_ends_at_limits(sampler):
         ([[3], []], [1, 2], GREEDY, "sequence 1 has 0 tokens"),
         ([[3] * MAX_LEN], [1], GREEDY, f"sequence 0 has {MAX_LEN} tokens"),
         ([[3], [VOCAB_SIZE]], [1, 2], GREEDY, "sequence 1 has token ids outside"),
-        ([[3]], [1, 2], GREEDY, "1 prompts and 2 seeds"),
         ([[3]], [1], SamplingSettings(max_new_tokens=0), "max_tokens"),
         ([[3]], [1], SamplingSettings(max_new_tokens=4, temperature=-1.0), "temperature"),
         ([[3]], [1], SamplingSettings(max_new_tokens=4, top_p=1.5), "top_p"),

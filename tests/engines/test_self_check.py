@@ -32,10 +32,9 @@ from distill_cli.ranks.self_check import EXACT, MASSES, ROUNDED, SelfCheck
 from distill_cli.rollout.pack import Planner, plan_batch
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import Responder, RolloutWorker, ScoringWorker
-from distill_cli.student.load import load_weights
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule
-from distill_cli.student.synced_weights import synced_parameters
+from distill_cli.student.weights import load_weights, synced_parameters
 from distill_cli.types import Example, Prompt
 
 from .reference import random_sequences
@@ -130,7 +129,7 @@ def wrong(
             prompts=[Prompt(i, ids, Example("?")) for i, ids in enumerate(random_sequences([5] * 8))],
             worker=RolloutWorker(
                 sampler=Kept(sampler),
-                weights=partial(synced_parameters, trained, as_adapter=False),
+                weights=partial(synced_parameters, trained.lm, as_adapter=False),
                 version=lambda: 0,
                 responder=Responder(SamplingSettings(max_new_tokens=24), seed=config.train.seed, decode=str),
                 stages=stages,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def fill(file: Path) -> None:
 
 def test_rows_wait_on_a_full_disk(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, filler = small_disk / "metrics.jsonl", small_disk / "filler"
-    with MetricsFile(path) as file:
+    with closing(MetricsFile(path)) as file:
         file.write(0, {"train/loss": 1.0})
         with pytest.raises(OSError, match="No space"):
             fill(filler)
@@ -39,9 +40,9 @@ def test_rows_wait_on_a_full_disk(small_disk: Path, caplog: pytest.LogCaptureFix
 
 def test_cut_off_lines_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with MetricsFile(path) as file:
+    with closing(MetricsFile(path)) as file:
         file.write(0, {"a": 0.5})
     path.write_text(path.read_text() + '{"step": 1, "ti')
-    with MetricsFile(path) as file:
+    with closing(MetricsFile(path)) as file:
         file.write(1, {"a": 0.25})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1]

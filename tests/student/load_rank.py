@@ -1,4 +1,4 @@
-"""The ranks of `test_load.py`: python -m tests.student.load_rank FOLDER."""
+"""The ranks of `test_weights.py`: python -m tests.student.load_rank FOLDER."""
 
 import sys
 from pathlib import Path
@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from distill_cli.engines.weight_sync import Deferred
+from distill_cli.engines.weight_sync import Deferred, whole
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.parallel.mesh import layout
 from distill_cli.student import attention
-from distill_cli.student.adapters import A, B, add_adapters, initial_value, is_adapter, merged_parameters, whole
-from distill_cli.student.load import load_weights, placed
+from distill_cli.student.adapters import A, B, add_adapters, initial_value, is_adapter, merged_parameters
 from distill_cli.student.model import Student, build_lm, wrap
+from distill_cli.student.weights import load_weights, placed
 from tests.student.forked import fork_ranks
 from tests.student.train_rank import made_up_model
 

@@ -122,7 +122,8 @@ def build_student(
                 module.to_empty(device=parallel.device)
                 torch.nn.init.normal_(module.weight, std=0.02)
     student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
-    return wrap(student, parallel, bf16=bf16, checkpointing=checkpointing, compile=compile)
+    wrap(student, parallel, bf16=bf16, checkpointing=checkpointing, compile=compile)
+    return student
 
 
 def made_up_batches(

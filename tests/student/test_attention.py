@@ -21,13 +21,20 @@ def dense(
     return scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v.repeat_interleave(groups, 1)
 
 
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, window: int | None = None
+) -> torch.Tensor:
+    out, _ = attention.packed_attention(torch.nn.Identity(), q, k, v, None, documents=documents, sliding_window=window)
+    return out.transpose(1, 2)
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("bounds", [(0, 9), (0, 1, 9), (0, 4, 5, 9)])
 def test_documents_do_not_see_each_other(bounds: tuple[int, ...], window: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 4, 9, 8, generator=generator, dtype=torch.float64)
     k, v = (torch.randn(1, 2, 9, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    out = attention.attend_packed(q, k, v, documents=Documents(bounds), scale=None, window=window)
+    out = attend(q, k, v, Documents(bounds), window)
     torch.testing.assert_close(out, dense(q, k, v, bounds, window))
 
 
@@ -57,11 +64,11 @@ def test_float32_on_gpus_holds_no_scores() -> None:
     length, heads, documents = 2048, 8, Documents((0, 2048))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, length, 64, generator=generator) for h in (heads, 2, 2))
-    expected = attention.attend_packed(q, k, v, documents=documents, scale=None)
+    expected = attend(q, k, v, documents)
     leaves = [x.cuda().requires_grad_() for x in (q, k, v)]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = attention.attend_packed(*leaves, documents=documents, scale=None)
+    out = attend(*leaves, documents)
     out.sum().backward()
     assert torch.cuda.max_memory_allocated() - before < heads * length**2 * 4 / 2
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-4)

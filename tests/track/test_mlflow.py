@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,14 +29,14 @@ from distill_cli.track.base import tracker_problems
 from distill_cli.track.facts import models, run_tags
 from distill_cli.track.mlflow import mlflow_tags, whole_uri
 from distill_cli.track.run_tracking import track, tracking
-from distill_cli.track.shipper import ARTIFACTS, STREAMS, Shipped, Shipper, ship
+from distill_cli.track.shipper import ARTIFACTS, STREAMS, Shipper, ship
 from distill_cli.track.system import SystemSampler
 from tests.track.conftest import history, state_of, tracker
 from tests.track.server import free_port, start_server, stop, wait_until
 
 
 def test_cut_off_lines_are_not_read(run: RunDir) -> None:
-    with MetricsFile(run.metrics) as metrics:
+    with closing(MetricsFile(run.metrics)) as metrics:
         metrics.write(1, {"a": 0.5, "b": float("nan"), "c": 3})
     with run.metrics.open("a") as file:
         file.write('{"step": 2, "a"')
@@ -44,14 +45,14 @@ def test_cut_off_lines_are_not_read(run: RunDir) -> None:
 
 
 def test_every_metric_arrives_once(run: RunDir, uri: str) -> None:
-    with MetricsFile(run.metrics) as metrics:
+    with closing(MetricsFile(run.metrics)) as metrics:
         for step in range(3):
             metrics.write(step, {"train/loss": step / 2, "none": float("inf")})
-        assert ship(run, tracker(run, uri)).metrics == 3
-        assert ship(run, tracker(run, uri)) == Shipped()
+        assert ship(run, tracker(run, uri))[0] == 3
+        assert ship(run, tracker(run, uri)) == (0, 0)
         metrics.write(3, {"train/loss": 1.5})
     state = state_of(run)
-    assert ship(run, tracker(run, uri), end="finished").metrics == 1
+    assert ship(run, tracker(run, uri), end="finished")[0] == 1
     (run.path / "mlflow.json").write_text(json.dumps(state))  # as after a kill between sending and saving
     ship(run, tracker(run, uri))
     assert history(uri, run, "train/loss") == [(0, 0.0), (1, 0.5), (2, 1.0), (3, 1.5)]
@@ -61,7 +62,7 @@ def test_every_metric_arrives_once(run: RunDir, uri: str) -> None:
 
 
 def test_repeated_steps_are_not_doubled(run: RunDir, uri: str) -> None:
-    with MetricsFile(run.metrics) as metrics:
+    with closing(MetricsFile(run.metrics)) as metrics:
         for step in range(5):
             metrics.write(step, {"train/loss": step / 2})
     ship(run, tracker(run, uri), end="failed")
@@ -70,10 +71,10 @@ def test_repeated_steps_are_not_doubled(run: RunDir, uri: str) -> None:
     assert cut_back(run.metrics, last_step=2, removed_to=removed) == 0
     assert [row["step"] for row in read_metrics(run.metrics)] == [0, 1, 2]
     assert [row["step"] for row in read_metrics(removed)] == [3, 4]
-    with MetricsFile(run.metrics) as metrics:
+    with closing(MetricsFile(run.metrics)) as metrics:
         for step in range(3, 7):
             metrics.write(step, {"train/loss": step / 2})
-    assert ship(run, tracker(run, uri), begin=True).metrics == 2
+    assert ship(run, tracker(run, uri), begin=True)[0] == 2
     assert history(uri, run, "train/loss") == [(step, step / 2) for step in range(7)]
     run_id = state_of(run)["run_id"]
     assert MlflowClient(tracking_uri=uri).get_run(run_id).info.status == "RUNNING"
@@ -82,26 +83,26 @@ def test_repeated_steps_are_not_doubled(run: RunDir, uri: str) -> None:
 @pytest.mark.parametrize("arrived", [True, False])
 def test_interrupted_requests_are_looked_up(run: RunDir, uri: str, arrived: bool) -> None:
     state_file = run.path / "mlflow.json"
-    with MetricsFile(run.metrics) as metrics:
+    with closing(MetricsFile(run.metrics)) as metrics:
         metrics.write(0, {"train/loss": 0.5})
     ship(run, tracker(run, uri))
     state = state_of(run)
     if arrived:
-        with MetricsFile(run.metrics) as metrics:
+        with closing(MetricsFile(run.metrics)) as metrics:
             metrics.write(1, {"train/loss": 1.5})
         ship(run, tracker(run, uri))
         cut_back(run.metrics, last_step=0, removed_to=run.path / "cut.jsonl")
     state_file.write_text(json.dumps(state | {"is_sure": False}))
-    with MetricsFile(run.metrics) as metrics:  # done again, at another time
+    with closing(MetricsFile(run.metrics)) as metrics:  # done again, at another time
         metrics.write(1, {"train/loss": 1.5})
-    assert ship(run, tracker(run, uri)).metrics == (0 if arrived else 1)
+    assert ship(run, tracker(run, uri))[0] == (0 if arrived else 1)
     assert history(uri, run, "train/loss") == [(0, 0.5), (1, 1.5)]
 
 
 def test_a_checkpoint_identifies_the_run(run: RunDir, uri: str) -> None:
     checkpoint = run.checkpoints / "step_1"
     checkpoint.mkdir(parents=True)
-    with MetricsFile(run.metrics) as metrics:
+    with closing(MetricsFile(run.metrics)) as metrics:
         metrics.write(1, {"train/loss": 0.5})
         ship(run, tracker(run, uri))
         before = state_of(run)["run_id"]
@@ -113,11 +114,11 @@ def test_a_checkpoint_identifies_the_run(run: RunDir, uri: str) -> None:
     (run.path / "mlflow.json").unlink()
     cut_back(run.metrics, last_step=1, removed_to=run.path / "cut.jsonl")
     sent = []
-    with MetricsFile(run.metrics) as metrics:  # step 2 again, which MLflow has, and one more
+    with closing(MetricsFile(run.metrics)) as metrics:  # step 2 again, which MLflow has, and one more
         for step in (1, 2, 3):
             if step > 1:
                 metrics.write(step, {"train/loss": 0.5 / step})
-            sent.append(ship(run, tracker(run, uri)).metrics)
+            sent.append(ship(run, tracker(run, uri))[0])
     assert sent == [0, 0, 1]
     assert state_of(run)["run_id"] == before
     assert [step for step, _ in history(uri, run, "train/loss")] == [1, 2, 3]
@@ -139,7 +140,7 @@ def test_an_absent_server_misses_nothing(run: RunDir, tmp_path: Path) -> None:
     wanted = tracker(run, uri, log_model=True)
     shipper, server, slowest_s = Shipper(run, wanted, period_s=0.2), None, 0.0
     try:
-        with MetricsFile(run.metrics) as metrics, MetricsFile(run.path / "system.jsonl") as system:
+        with closing(MetricsFile(run.metrics)) as metrics, closing(MetricsFile(run.path / "system.jsonl")) as system:
             for step in range(40):
                 if step == 10:
                     server = start_server(tmp_path, uri)
@@ -161,7 +162,7 @@ def test_an_absent_server_misses_nothing(run: RunDir, tmp_path: Path) -> None:
         assert shipper.wait()
         assert slowest_s < 1.0  # a blocked call would take the server's time-out of ten seconds
         assert_all_there(uri, run, logs_model=True)
-        assert ship(run, wanted) == Shipped()
+        assert ship(run, wanted) == (0, 0)
     finally:
         if server is not None:
             stop(server)
@@ -213,7 +214,7 @@ def make_sweep(folder: Path, *, number: int) -> SweepDir:
     for element in elements:
         run = create(folder / element.folder, command=["distill"])
         save_config(job.config, run.config)
-        with MetricsFile(run.metrics) as metrics:
+        with closing(MetricsFile(run.metrics)) as metrics:
             for step in range(5):
                 metrics.write(step, {"train/loss": step + element.index / 8})
         write_json(run.outcome, {"state": "finished"})
@@ -250,16 +251,16 @@ def runs(sweep: SweepDir) -> list[Path]:
 def test_each_server_gets_everything_once(run: RunDir, uri: str, tmp_path: Path) -> None:
     uris = [uri, f"sqlite:///{tmp_path}/b.db"]
     shutil.copy(tmp_path / "mlflow.db", tmp_path / "b.db")
-    with MetricsFile(run.metrics) as metrics:
+    with closing(MetricsFile(run.metrics)) as metrics:
         metrics.write(0, {"train/loss": 0.5})
-    sent = [ship(run, tracker(run, uri)).metrics for uri in (uris[0], uris[1], uris[0])]
+    sent = [ship(run, tracker(run, uri))[0] for uri in (uris[0], uris[1], uris[0])]
     assert sent == [1, 1, 0]
     assert history(uris[0], run, "train/loss") == [(0, 0.5)]
 
 
 def test_sync_takes_an_untracked_run(run: RunDir, uri: str, config: Config, capsys: pytest.CaptureFixture) -> None:
     save_config(replace(config, tracker=TrackerConfig()), run.config)
-    with MetricsFile(run.metrics) as metrics:
+    with closing(MetricsFile(run.metrics)) as metrics:
         metrics.write(0, {"train/loss": 0.5})
     with pytest.raises(ConfigError, match="tracker.mlflow.uri: must be an address"):
         track([run.path], uri="localhost:5000")

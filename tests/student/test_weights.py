@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from distill_cli.errors import ConfigError
 from distill_cli.student import attention
-from distill_cli.student.load import load_weights
 from distill_cli.student.model import build_lm
+from distill_cli.student.weights import load_weights
 
 from .train_rank import made_up_model
 

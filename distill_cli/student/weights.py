@@ -1,25 +1,30 @@
-"""Read a model folder's weights into a student that is laid out already: each rank reads only its own slices.
+"""Read a folder's weights into the student, give them to the sampler, and write them to a Hugging Face folder.
 
-`empty_parameters` builds the model with empty parameters (device meta) and real buffers; `wrap` cuts them;
-`load_weights` then puts each rank's part in their place. No rank ever holds more than its shards and one slice.
+The student is laid out before it is read: `empty_parameters` builds the model with empty parameters (device meta) and
+real buffers; `wrap` cuts them; `load_weights` then puts each rank's part in their place. Each rank reads only its own
+slices, and never holds more than its shards and one slice.
 """
 
 import contextlib
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill_cli.engines.weight_sync import Deferred, whole
 from distill_cli.errors import ConfigError
-from distill_cli.student.adapters import initial_value, is_adapter, plain_name
+from distill_cli.folders.atomic_dir import replacing
+from distill_cli.student.adapters import exported_name, initial_value, is_adapter, merged_parameters, plain_name
 
 
 @contextlib.contextmanager
@@ -48,7 +53,10 @@ def load_weights(lm: PreTrainedModel, folder: Path, *, device: torch.device, see
     Raises:
         ConfigError: the folder's *.safetensors lack a parameter, have another one, or one of another shape.
     """
-    files = _files_of(folder)
+    files: dict[str, Path] = {}  # of each tensor, from the files' headers
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as content:
+            files |= dict.fromkeys(content.keys(), file)
     names: dict[int, list[str]] = {}  # a tied parameter has several
     params = dict(lm.named_parameters(remove_duplicate=False))
     for name, param in params.items():
@@ -90,15 +98,6 @@ def placed(param: nn.Parameter, values: Any, *, device: torch.device) -> nn.Para
     return nn.Parameter(DTensor(local, param._spec, requires_grad=False), requires_grad=param.requires_grad)
 
 
-def _files_of(folder: Path) -> dict[str, Path]:
-    """Return {tensor name: its file}, from the files' headers."""
-    files: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as content:
-            files |= dict.fromkeys(content.keys(), file)
-    return files
-
-
 def _check_names(lm: PreTrainedModel, names: list[list[str]], files: dict[str, Path], folder: Path) -> None:
     missing = [same[0] for same in names if not any(name in files for name in same)]
     known = {name for same in names for name in same} | {name for name, _ in lm.named_buffers()}
@@ -108,3 +107,30 @@ def _check_names(lm: PreTrainedModel, names: list[list[str]], files: dict[str, P
         if wrong:
             fix = "the folder is damaged, or its names are not the transformers class's"
             raise ConfigError(f"{folder}: its *.safetensors {what} {len(wrong)} tensors, such as {wrong[0]}; {fix}")
+
+
+def synced_parameters(lm: PreTrainedModel, *, as_adapter: bool) -> Iterator[tuple[str, torch.Tensor | Deferred]]:
+    """Yield each parameter for the sampler as it is sharded, adapters merged; a tied head is left out.
+
+    Args:
+        as_adapter: yield the adapters alone, under peft's names.
+    """
+    if not as_adapter:
+        return merged_parameters(lm)
+    return ((exported_name(name), param) for name, param in lm.named_parameters() if is_adapter(name))
+
+
+def save_student(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype) -> None:
+    """Write a Hugging Face folder that transformers and vLLM load. A collective; the main rank gathers and writes."""
+    state, is_main = {}, dist.get_rank() == 0
+    for name, param in merged_parameters(lm):
+        param = whole(param.make() if isinstance(param, Deferred) else param)
+        if is_main:
+            state[name] = param.to("cpu", dtype, copy=True)
+    if not is_main:
+        return
+    lm.config.dtype = dtype
+    with replacing(folder) as temporary:
+        lm.save_pretrained(temporary, state_dict=state)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier attempt's
