@@ -23,8 +23,7 @@ from distill_cli.data.row_check import DataFacts, check_data
 from distill_cli.engines.settings import tensor_parallel_problem
 from distill_cli.errors import ConfigError, broken, refuse
 from distill_cli.jobs import model_checks
-from distill_cli.launch.base import launcher_of
-from distill_cli.launch.nodes import make_folder
+from distill_cli.launch.base import launcher_of, make_folder
 from distill_cli.machine import hardware
 from distill_cli.models import model_files
 from distill_cli.models.model_files import ModelFiles

@@ -26,9 +26,8 @@ from distill_cli.folders.attempts import Outcome, record_attempt, write_outcome
 from distill_cli.folders.metrics_file import cut_back, read_metrics
 from distill_cli.folders.run_dir import JobEnd, RunDir, write_json
 from distill_cli.jobs.run_panels import end_panel, relative
-from distill_cli.launch.base import launcher_of
+from distill_cli.launch.base import ALONE, Leader, launcher_of, node_variables
 from distill_cli.launch.local import STOP_SIGNALS, follow, start_ranks, stop_signals
-from distill_cli.launch.nodes import ALONE, Leader, node_variables
 from distill_cli.report.read import read_results
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console

@@ -23,8 +23,7 @@ import psutil
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, Unrecoverable
 from distill_cli.folders.run_dir import RunDir, write_json
-from distill_cli.launch.base import Launcher
-from distill_cli.launch.nodes import ALONE, POLL_S, Command, Leader, Place, node_variables, read_command
+from distill_cli.launch.base import ALONE, POLL_S, Command, Launcher, Leader, Place, node_variables, read_command
 from distill_cli.machine.processes import LAUNCHER_PID, describe_exit, die_with_parent
 from distill_cli.machine.torch_versions import torchrun_knows
 from distill_cli.models.model_files import CACHE_ONLY
@@ -123,14 +122,10 @@ def start_agent(
 ) -> subprocess.Popen[bytes]:
     """Start this node's torchrun."""
     argv = command(run, options, num_ranks=resolved.ranks.per_node, place=place, port=port)
+    env, begin = environment(resolved), partial(_prepare_agent, launcher=os.getpid())
     with run.torchrun_log(place.node).open("wb") as log:
-        return subprocess.Popen(
-            argv,
-            stderr=log,
-            env=environment(resolved),
-            start_new_session=True,  # Ctrl-C reaches us alone, and we end the ranks
-            preexec_fn=partial(_prepare_agent, launcher=os.getpid()),
-        )
+        # In a session of its own: Ctrl-C reaches us alone, and we end the ranks.
+        return subprocess.Popen(argv, stderr=log, env=env, start_new_session=True, preexec_fn=begin)
 
 
 def _prepare_agent(*, launcher: int) -> None:
