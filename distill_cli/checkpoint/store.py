@@ -20,9 +20,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distill_cli.errors import DistillError
+from distill_cli.config.execution_schema import CheckpointConfig
+from distill_cli.errors import ConfigError
 from distill_cli.folders.atomic_dir import MANIFEST, damage, remove
 from distill_cli.folders.run_dir import read_json
+from distill_cli.models.model_files import ModelFiles, fingerprint
 
 STATE = "state.json"
 CONFIG = "config.yaml"
@@ -101,21 +103,29 @@ def folder(root: Path, step: int) -> Path:
     return root / f"step_{step}"
 
 
-def choose(root: Path, which: str, *, metric: str, higher_is_better: bool, warn: Callable[[str], None]) -> Checkpoint:
+def choose(root: Path, which: str, settings: CheckpointConfig, *, warn: Callable[[str], None]) -> Checkpoint:
     """Return the checkpoint that `which` names: a step's number, `best` by the metric, or `last`, the newest whole one.
 
     Raises:
-        DistillError: there is none, or it is damaged.
+        ConfigError: there is none, or it is damaged.
     """
-    found = find(root)
+    found, metric = find(root), settings.metric
     if which == "last" and (newest := newest_whole(root, warn=warn)) is not None:
         return newest
-    by_metric = best(found, metric=metric, higher_is_better=higher_is_better)
+    by_metric = best(found, metric=metric, higher_is_better=settings.keeps_highest)
     candidates = {"last": found[-1:], "best": by_metric[:1]}.get(which, [c for c in found if str(c.step) == which])
     if not candidates:
         steps = ", ".join(str(checkpoint.step) for checkpoint in found) or "none"
         unranked = f"; none has a value for {metric}" if which == "best" and found else ""
-        raise DistillError(f"{root}: no checkpoint {which} (there are steps: {steps}{unranked})")
+        raise ConfigError(f"{root}: no checkpoint {which} (there are steps: {steps}{unranked})")
     if problem := damage(candidates[0].path):
-        raise DistillError(f"{candidates[0].path}: damaged: {problem}; choose another with --step")
+        raise ConfigError(f"{candidates[0].path}: damaged: {problem}; choose another with --step")
     return candidates[0]
+
+
+def check_base(checkpoint: Checkpoint, student: ModelFiles) -> None:
+    """Raise ConfigError if the frozen weights that a checkpoint's adapters belong to have changed since."""
+    expected = checkpoint.state.get("base")
+    if expected is not None and fingerprint(student.folder) != expected:
+        what = f"its weights are not those that the adapters of {checkpoint.path} were trained on"
+        raise ConfigError(f"model.student.path={student.path}: {what}; put them back in {student.folder}")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from distill_cli.checkpoint import store
 from distill_cli.config.compose import compose
 from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.fields import has_property
@@ -22,8 +23,8 @@ from distill_cli.config.variation import load_config, override
 from distill_cli.data.registry import resolve_extract, resolve_verifier
 from distill_cli.errors import ConfigError, DistillError, collect, refuse
 from distill_cli.folders.answers_table import join_answers
-from distill_cli.folders.run_dir import RunDir, free_name, write_json
-from distill_cli.jobs.existing_run import choose_checkpoint, finished_steps, open_run, typed_overrides
+from distill_cli.folders.attempts import finished_steps
+from distill_cli.folders.run_dir import RunDir, free_name, open_run, write_json
 from distill_cli.jobs.preflight import preflight_evaluation
 from distill_cli.jobs.prepare import make_folder, require_here
 from distill_cli.jobs.run_panels import relative
@@ -112,7 +113,7 @@ def base_config(models: Sequence[str], overrides: Sequence[str]) -> tuple[Config
         read = [name for name in names if has_property(Config, f"cluster.{name}", "evaluation")]
         cluster = ClusterConfig(**{name: getattr(config.cluster, name) for name in read})
         config = override(config, {"mesh": MeshConfig(), "rollout.replay": None, "cluster": cluster})
-        return override(config, [*ALONE, *overrides], typed=typed_overrides(run), unread=UNREAD), run
+        return override(config, [*ALONE, *overrides], typed=run.typed_overrides(), unread=UNREAD), run
     keys = {word.lstrip("+").split("=", 1)[0] for word in overrides}
     if subject.startswith("package://") or keys & {"model", "experiment"}:
         chosen = []
@@ -169,7 +170,8 @@ def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
     """Return a run's student as a Hugging Face folder: the finished one, or an export of a checkpoint."""
     if step is None and finished_steps(run) >= 0 and (run.student / "config.json").is_file():
         return run.student
-    checkpoint = choose_checkpoint(run, step or "last", load_config(run.config), console=console)
+    settings = load_config(run.config).checkpoint
+    checkpoint = store.choose(run.checkpoints, step or "last", settings, warn=console.warn)
     folder = run.path / "export" / checkpoint.path.name
     if not folder.exists():
         console.print(f"exporting the student of step {checkpoint.step}: {escape(relative(folder))}")

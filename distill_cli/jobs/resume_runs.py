@@ -12,9 +12,8 @@ from distill_cli.config.schema import Schedule
 from distill_cli.config.variation import forbidden_changes, load_config, override
 from distill_cli.data.row_check import DataFacts
 from distill_cli.errors import ConfigError, collect, refuse
-from distill_cli.folders.attempts import attempt_lines, attempts_of
+from distill_cli.folders.attempts import attempt_lines, attempts_of, finished_steps
 from distill_cli.folders.run_dir import RunDir, SweepDir
-from distill_cli.jobs.existing_run import check_base, choose_checkpoint, finished_steps, typed_overrides
 from distill_cli.jobs.preflight import preflight
 from distill_cli.jobs.prepare import write_resolved
 from distill_cli.jobs.run_jobs import carry_out_sweep, start
@@ -124,18 +123,18 @@ def resolve_resumed(
     Raises:
         ConfigError: the config is wrong or does not fit the checkpoint, or `step` has none.
     """
-    config = override(load_config(run.config), overrides, typed=typed_overrides(run))
+    config = override(load_config(run.config), overrides, typed=run.typed_overrides())
     if step is None:
         start = store.newest_whole(run.checkpoints, warn=console.warn)
     else:
-        start = choose_checkpoint(run, step, config, console=console)
+        start = store.choose(run.checkpoints, step, config.checkpoint, warn=console.warn)
     made_with = load_config(start.path / store.CONFIG if start else run.config)
     rule = "which has shaped its weights; leave it, or start a new run"
     changes = forbidden_changes(made_with, config, unless="resume")
     refuse(f"{key}={new}: the run was made with {old}, {rule}" for key, old, new in changes)
     resolved = preflight(config, known_data)
     if start is not None:
-        check_base(start, resolved.student)
+        store.check_base(start, resolved.student)
     return resolved, start
 
 

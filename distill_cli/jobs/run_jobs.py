@@ -23,7 +23,6 @@ from distill_cli.data.recorded_run import Recording
 from distill_cli.errors import ConfigError, DistillError, Stopped, refuse
 from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import Element, RunDir, SubmittedJob, SweepDir
-from distill_cli.jobs.existing_run import typed_overrides
 from distill_cli.jobs.prepare import prepare, print_warnings, resolve_jobs, single_path
 from distill_cli.jobs.prepared_run import leave_report, run_to_completion
 from distill_cli.jobs.run_panels import print_lines, relative, start_panel
@@ -60,7 +59,7 @@ def replay_job(run: RunDir, overrides: Sequence[str]) -> Job:
             **{f"tracker.{name}.run_name": None for name in tracker_names()},
         },
     )
-    config = override(config, overrides, typed=typed_overrides(run))
+    config = override(config, overrides, typed=run.typed_overrides())
     losses = [word.partition("=")[2] for word in overrides if word.startswith("loss=")]
     choices = {"model": "replay", "loss": (losses or [config.loss.kl_type.replace(":", "_")])[-1]}
     return Job(config=config, choices=choices, overrides=list(overrides), swept=[])

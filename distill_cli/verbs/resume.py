@@ -29,9 +29,8 @@ def main(arguments: Arguments) -> int:
         ConfigError: there is no such run, it is in use, it is finished, or an override is refused.
         DistillError: the run failed again.
     """
-    from distill_cli.folders.run_dir import SweepDir
+    from distill_cli.folders.run_dir import SweepDir, open_run
     from distill_cli.jobs import resume_runs
-    from distill_cli.jobs.existing_run import open_run
     from distill_cli.terminal.console import Console
 
     path, step, overrides = Path(arguments.subject), arguments.step, arguments.overrides

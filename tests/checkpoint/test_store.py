@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill_cli.checkpoint import store
+from distill_cli.config.execution_schema import CheckpointConfig
 from distill_cli.errors import DistillError
 from distill_cli.folders import atomic_dir
 
@@ -88,9 +89,9 @@ def test_valueless_ones_are_never_best(tmp_path: Path) -> None:
         make(tmp_path, step, **{"val/accuracy": accuracy})
     assert keep(tmp_path, 2) == [1, 3, 4]
     with pytest.raises(DistillError, match="no checkpoint 2"):
-        store.choose(tmp_path, "2", metric="val/accuracy", higher_is_better=True, warn=print)
-    assert store.choose(tmp_path, "best", metric="val/accuracy", higher_is_better=True, warn=print).step == 3
-    assert store.choose(tmp_path, "last", metric="val/accuracy", higher_is_better=True, warn=print).step == 4
+        store.choose(tmp_path, "2", CheckpointConfig(), warn=print)
+    assert store.choose(tmp_path, "best", CheckpointConfig(), warn=print).step == 3
+    assert store.choose(tmp_path, "last", CheckpointConfig(), warn=print).step == 4
 
 
 def test_without_values_newest_are_kept(tmp_path: Path) -> None:
@@ -98,10 +99,10 @@ def test_without_values_newest_are_kept(tmp_path: Path) -> None:
         make(tmp_path, step)
     assert keep(tmp_path, 2) == [4, 5]
     with pytest.raises(DistillError, match="none has a value for val/accuracy"):
-        store.choose(tmp_path, "best", metric="val/accuracy", higher_is_better=True, warn=print)
+        store.choose(tmp_path, "best", CheckpointConfig(), warn=print)
 
 
 def test_damaged_ones_are_not_chosen(tmp_path: Path) -> None:
     flip(make(tmp_path, 10) / "shard-00001-model-00001-of-00002.safetensors")
     with pytest.raises(DistillError, match=r"step_10: damaged: shard-.* has changed"):
-        store.choose(tmp_path, "last", metric="val/accuracy", higher_is_better=True, warn=print)
+        store.choose(tmp_path, "last", CheckpointConfig(), warn=print)
