@@ -19,7 +19,7 @@ from distill_cli.config import derived
 from distill_cli.config.checks import config_problems, evaluation_problems, mesh_problems
 from distill_cli.config.schema import Config, Dtype
 from distill_cli.data.recorded_run import Recording
-from distill_cli.data.row_check import DataFacts, check_data
+from distill_cli.data.row_check import DataFacts, KnownData, check_data
 from distill_cli.engines.settings import tensor_parallel_problem
 from distill_cli.errors import ConfigError, broken, refuse
 from distill_cli.jobs import model_checks
@@ -38,7 +38,7 @@ class Facts:
     config: Config
     roles: tuple[str, ...]
     """The models that get an engine: `student`, `teacher`."""
-    known_data: dict[str, DataFacts]
+    known_data: KnownData
     """Data facts of earlier calls (see `check_data`)."""
     student: ModelFiles | None = None
     teacher: ModelFiles | None = None
@@ -61,9 +61,7 @@ class Facts:
 Check = Callable[..., Iterator[str] | None]
 
 
-def preflight(
-    config: Config, known_data: dict[str, DataFacts] | None = None, problems: Sequence[str] = ()
-) -> ResolvedRun:
+def preflight(config: Config, known_data: KnownData | None = None, problems: Sequence[str] = ()) -> ResolvedRun:
     """Check a composed config against the machine, the models and the data.
 
     Args:
@@ -251,17 +249,16 @@ def check_disk(facts: Facts, config: Config, student: ModelFiles) -> Iterator[st
     """The disk must hold one checkpoint and the student; warn if it cannot hold all checkpoints."""
     with suppress(predictions.NoPrediction):
         shape = predictions.read_shape(student.folder, config.model.student.lora)
-        problem, warning = room(config, num_params=shape.num_params, num_trained=shape.trained_params)
-        facts.warnings += [warning] if warning else []
-        yield from [problem] if problem else []
+        yield from room(config, facts.warnings, num_params=shape.num_params, num_trained=shape.trained_params)
 
 
-def room(config: Config, *, num_params: int, num_trained: int) -> tuple[str | None, str | None]:
-    """Return a problem if the disk cannot hold one checkpoint and the student, and a warning if not all of them."""
+def room(config: Config, warnings: list[str], *, num_params: int, num_trained: int) -> Iterator[str]:
+    """Yield a problem if the disk cannot hold one checkpoint and the student; add a warning if not all of them."""
     root, settings, key = Path(config.run.root).absolute(), config.checkpoint, f"run.root={config.run.root}"
     folder = next(path for path in (root, *root.parents) if path.exists())
     if not folder.is_dir():
-        return f"{key}: {folder} is a file; give a folder", None
+        yield f"{key}: {folder} is a file; give a folder"
+        return
     free = shutil.disk_usage(folder).free
     student = num_params * (4 if config.model.student.dtype is Dtype.float32 else 2)
     one = num_trained * (12 if settings.save_optimizer else 4) if settings.enabled else 0  # float32, and two moments
@@ -269,9 +266,9 @@ def room(config: Config, *, num_params: int, num_trained: int) -> tuple[str | No
     text = f"{key}: {free / 1e9:.2f} GB are free, and {{}}; make room, or {{}}".format
     if free < one + student:
         needs = f"a checkpoint takes {one / 1e9:.2f} GB, the student at the end {student / 1e9:.2f} GB"
-        return text(needs, "choose another run.root"), None
-    needs = f"all checkpoints may take {most / 1e9:.2f} GB"
-    return None, text(needs, "lower checkpoint.keep_top_k") if free < most else None
+        yield text(needs, "choose another run.root")
+    elif free < most:
+        warnings.append(text(f"all checkpoints may take {most / 1e9:.2f} GB", "lower checkpoint.keep_top_k"))
 
 
 COMMON_CHECKS: tuple[Check, ...] = (

@@ -13,7 +13,7 @@ from distill_cli.config.credentials import credentials_environment
 from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import config_text, save_config
-from distill_cli.data.row_check import DataFacts
+from distill_cli.data.row_check import KnownData
 from distill_cli.errors import ConfigError, collect
 from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import RunDir
@@ -32,7 +32,7 @@ def resolve_jobs(jobs: Sequence[Job], *, is_new: bool = True) -> tuple[list[Job]
     Raises:
         ConfigError: all problems of all jobs, each once.
     """
-    known_data: dict[str, DataFacts] = {}
+    known_data: KnownData = {}
     problems = list(folder_problems(jobs)) if is_new else []
 
     def resolve(job: Job) -> ResolvedRun:

@@ -10,7 +10,7 @@ from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.schema import Schedule
 from distill_cli.config.variation import forbidden_changes, load_config, override
-from distill_cli.data.row_check import DataFacts
+from distill_cli.data.row_check import KnownData
 from distill_cli.errors import ConfigError, collect, refuse
 from distill_cli.folders.attempts import attempt_lines, attempts_of, finished_steps
 from distill_cli.folders.run_dir import RunDir, SweepDir
@@ -30,17 +30,16 @@ def resume_run(run: RunDir, step: str | None, overrides: Sequence[str], *, conso
         if step is None and (done := finished_steps(run)) >= resolved.num_steps:
             fix = "give train.max_steps=N to go on, or --step N to go on from an earlier checkpoint"
             raise ConfigError(f"{run.path}: finished after {done} steps; {fix}")
-        warnings = [*resolved.warnings, *schedule_warnings(run, resolved)]
+        for warning in (*resolved.warnings, *schedule_warnings(run, resolved)):
+            console.warn(warning)
         write_resolved(run, resolved)
         if step is not None and begin is not None:
             set_aside(run, later_than=begin.step)
         attempt = run.next_attempt()
-        for warning in warnings:
-            console.warn(warning)
         for line in attempt_lines(attempts_of(run)):
             console.print(escape(line))
         submitted = start(resolved, attempt, console=console)
-    return wait_for_run(run, submitted, console=console) if submitted and resolved.config.cluster.wait else 0
+    return wait_for_run(run, submitted, console=console) if submitted else 0
 
 
 def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> int:
@@ -92,8 +91,8 @@ def reopen(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> li
     queued = in_queue(candidates)
     for path, job in queued.items():
         console.print(f"left     {escape(path.name)}: in the queue as {job}")
-    known_data: dict[str, DataFacts] = {}
-    resolve = partial(resolve_resumed, overrides=overrides, known_data=known_data, console=console)
+    known: KnownData = {}
+    resolve = partial(resolve_resumed, overrides=overrides, known=known, console=console)
     left = [run for run in candidates if run.path not in queued]
     found = zip(left, collect(partial(resolve, run) for run in left), strict=True)
     going_on = [(run, resolved) for run, (resolved, _) in found if finished_steps(run) < resolved.num_steps]
@@ -111,12 +110,7 @@ def check_not_queued(runs: Sequence[RunDir]) -> None:
 
 
 def resolve_resumed(
-    run: RunDir,
-    overrides: Sequence[str],
-    *,
-    step: str | None = None,
-    known_data: dict[str, DataFacts] | None = None,
-    console: Console,
+    run: RunDir, overrides: Sequence[str], *, console: Console, step: str | None = None, known: KnownData | None = None
 ) -> tuple[ResolvedRun, Checkpoint | None]:
     """Check a run with overrides on top; return it, and the checkpoint to go on from (None: the beginning).
 
@@ -132,7 +126,7 @@ def resolve_resumed(
     rule = "which has shaped its weights; leave it, or start a new run"
     changes = forbidden_changes(made_with, config, unless="resume")
     refuse(f"{key}={new}: the run was made with {old}, {rule}" for key, old, new in changes)
-    resolved = preflight(config, known_data)
+    resolved = preflight(config, known)
     if start is not None:
         store.check_base(start, resolved.student)
     return resolved, start

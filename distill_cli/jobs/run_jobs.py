@@ -79,28 +79,27 @@ def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
     if is_sweep:
         check_sweep(jobs)
         sweep = new_sweep(jobs[0].config)
-        runs, folder = add_runs(sweep, jobs, resolved, command=command), sweep.path
+        runs, folder = add_runs(sweep, jobs, resolved, command=command, space={}), sweep.path
     else:
         runs = [prepare(resolved[0], single_path(jobs[0]), command=command)]
         folder = runs[0].path
     print_warnings(resolved, console=console, printed=set())
     with newest(folder, runs[-1], config=jobs[0].config):
-        return carry_out_sweep(runs, console=console) if is_sweep else run_single(resolved[0], runs[0], console=console)
-
-
-def run_single(resolved: ResolvedRun, run: RunDir, *, console: Console) -> int:
-    with run.lock():
-        submitted = start(resolved, run, console=console)
-    return wait_for_run(run, submitted, console=console) if submitted and resolved.config.cluster.wait else 0
+        if is_sweep:
+            return carry_out_sweep(runs, console=console)
+        with runs[0].lock():
+            submitted = start(resolved[0], runs[0], console=console)
+        return wait_for_run(runs[0], submitted, console=console) if submitted else 0
 
 
 def start(resolved: ResolvedRun, run: RunDir, *, console: Console) -> SubmittedJob | None:
-    """Show a run, whose folder is locked, and carry it out to its end; on a cluster submit it and return the job."""
+    """Show a run, whose folder is locked, and carry it out to its end, or submit it; return the job to wait for."""
     console.print(start_panel(resolved, run))
     if launcher_of(resolved.config.cluster.launcher).runs_here:
         run_to_completion(resolved, run, console=console)
         return None
-    return submit(resolved.config, [run], folder=run.path, console=console)[0]
+    job = submit(resolved.config, [run], folder=run.path, console=console)[0]
+    return job if resolved.config.cluster.wait else None
 
 
 @contextmanager
@@ -131,24 +130,19 @@ def new_sweep(config: Config) -> SweepDir:
 
 
 def add_runs(
-    sweep: SweepDir,
-    jobs: Sequence[Job],
-    resolved: Sequence[ResolvedRun],
-    *,
-    command: Sequence[str],
-    space: dict[str, str] | None = None,
+    sweep: SweepDir, jobs: Sequence[Job], found: Sequence[ResolvedRun], *, command: Sequence[str], space: dict[str, str]
 ) -> list[RunDir]:
     """Make the folder of each run. sweep.json comes last: if it names a run, its folder is whole.
 
     Args:
-        space: of a search, the ranges that its trials are drawn from.
+        space: of a search, the ranges that its trials are drawn from; else empty.
     """
     known, env = sweep.elements(), run_dir.environment()
     numbered = enumerate(jobs, len(known))
     new = [Element(index, run_dir.element_name(index, job.swept), job.swept) for index, job in numbered]
     runs = [
         prepare(one, sweep.path / element.folder, command=command, env=env)
-        for element, one in zip(new, resolved, strict=True)
+        for element, one in zip(new, found, strict=True)
     ]
     sweep.write(command=command, elements=[*known, *new], space=space)
     return runs

@@ -180,16 +180,12 @@ def offered(before: Sequence[str], word: str) -> tuple[list[str], list[str] | No
     if word.startswith("-"):
         return starting(word, flags), None
     place = places[min(len(words), len(places) - 1)] if places else None
-    offers = starting(word, values_of(open_flag or place))
+    asked = open_flag or place
+    offers = starting(word, getattr(asked, "choices", None) or getattr(asked, "complete", None) or ())
     needs_value = open_flag is not None and open_flag.nargs != "?" and typed[-1].startswith("-")
     if needs_value or place is None or place.dest != "overrides":
         return offers, None
     return [*starting(word, () if before else VERBS), *offers], [one for one in words if is_override(one)]
-
-
-def values_of(place: argparse.Action | None) -> Iterable[str]:
-    """Return the known values of a flag or a word: its choices, or its `complete` if others are allowed."""
-    return getattr(place, "choices", None) or getattr(place, "complete", None) or ()
 
 
 def starting(word: str, offers: Iterable[str]) -> list[str]:

@@ -269,11 +269,13 @@ def test_sleep_is_for_gpus(make_model: MakeModel) -> None:
 
 def test_full_disks_are_refused(tmp_path: Path) -> None:
     config, free = override(Config(), {"run.root": str(tmp_path / "runs")}), shutil.disk_usage(tmp_path).free
-    assert room(config, num_params=1000, num_trained=1000) == (None, None)
-    problem, _ = room(config, num_params=free // 12, num_trained=free // 12)
+    warnings: list[str] = []
+    assert not list(room(config, warnings, num_params=1000, num_trained=1000))
+    (problem,) = room(config, warnings, num_params=free // 12, num_trained=free // 12)
     assert "are free, and a checkpoint takes" in problem
-    problem, warning = room(config, num_params=free // 30, num_trained=free // 30)
-    assert problem is None
-    assert "lower checkpoint.keep_top_k" in warning
+    assert not warnings
+    assert not list(room(config, warnings, num_params=free // 30, num_trained=free // 30))
+    assert "lower checkpoint.keep_top_k" in warnings.pop()
     config = override(config, {"checkpoint.enabled": False})
-    assert room(config, num_params=free // 12, num_trained=free // 12) == (None, None)
+    assert not list(room(config, warnings, num_params=free // 12, num_trained=free // 12))
+    assert not warnings

@@ -44,7 +44,7 @@ def carry_out(*overrides: str, console: Console) -> None:
     """Carry out a run_jobs."""
     jobs, resolved = checked(*overrides, flags=("--multirun",))
     folder = run_jobs.new_sweep(jobs[0].config)
-    runs = run_jobs.add_runs(folder, jobs, resolved, command=["distill", "-m", *overrides, "tracker=none"])
+    runs = run_jobs.add_runs(folder, jobs, resolved, command=["distill", "-m", *overrides, "tracker=none"], space={})
     run_jobs.carry_out_sweep(runs, console=console)
 
 
