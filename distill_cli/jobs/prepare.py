@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from distill_cli.errors import ConfigError, collect
 from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.preflight import preflight
-from distill_cli.launch.base import launcher_of
+from distill_cli.launch.base import LAUNCHERS, launcher_of
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 
@@ -67,8 +67,7 @@ def require_here(config: Config, command: str) -> None:
 
 def unread_keys(cluster: ClusterConfig, overrides: Sequence[str]) -> Iterator[str]:
     """Warn of overrides that the chosen launcher does not read, such as the section of another one."""
-    sections = {field.name for field in fields(cluster) if is_dataclass(getattr(cluster, field.name))}
-    unread = (sections - {cluster.launcher}) | launcher_of(cluster.launcher).unread
+    unread = ({*LAUNCHERS} - {cluster.launcher}) | launcher_of(cluster.launcher).unread
     for key in dict.fromkeys(override.lstrip("+").partition("=")[0] for override in overrides):
         if key.startswith("cluster.") and key.split(".")[1] in unread:
             yield f"{key} has no effect with cluster.launcher={cluster.launcher}"

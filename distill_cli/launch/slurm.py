@@ -174,7 +174,8 @@ class Slurm(Launcher):
             raise DistillError(f"started again {count} times, more than {limit}; distill resume goes on")
 
     def requeue(self, config: Config, place: Place, *, reason: str) -> None:
-        is_preempted = reason == signal.SIGTERM.name and self.was_preempted(place.job_id)
+        shown = self.ask("scontrol", "show", "job", "-o", str(place.job_id)) if reason == signal.SIGTERM.name else ""
+        is_preempted = re.search(r"PreemptTime=\d", shown) is not None  # by a job of higher priority
         if reason != signal.SIGUSR2.name and not is_preempted:
             return
         if place.num_restarts >= (most := config.cluster.slurm.max_requeues):
@@ -285,10 +286,6 @@ class Slurm(Launcher):
         with suppress(ConfigError, IndexError):
             return self.ask("sacct", "-X", "-n", "-P", "-D", "-j", job_id, "-o", "State").strip().splitlines()[-1]
         return ""
-
-    def was_preempted(self, job_id: str | None) -> bool:
-        """Return whether a job of higher priority is why this one must end."""
-        return re.search(r"PreemptTime=\d", self.ask("scontrol", "show", "job", "-o", str(job_id))) is not None
 
 
 def value_problems(config: Config) -> Iterator[str]:
