@@ -25,8 +25,7 @@ from distill_cli.errors import ConfigError, DistillError, collect, refuse
 from distill_cli.folders.answers_table import join_answers
 from distill_cli.folders.attempts import finished_steps
 from distill_cli.folders.run_dir import RunDir, free_name, open_run, write_json
-from distill_cli.jobs.preflight import preflight_evaluation
-from distill_cli.jobs.prepare import make_folder, require_here
+from distill_cli.jobs.preflight import make_bare_run, preflight_evaluation, require_here
 from distill_cli.jobs.run_panels import relative
 from distill_cli.launch.local import start_ranks
 from distill_cli.report.eval_results import make_scoreboard, print_scoreboard, read_problems
@@ -197,7 +196,7 @@ def evaluation_folder(subject: str, run: RunDir | None) -> Path:
 
 def answer(contender: Contender, resolved: ResolvedRun, folder: Path) -> Path:
     """Start ranks that answer with a model; return the file with its answers. Raises DistillError if they fail."""
-    run = make_folder(folder / free_name(folder, contender.name), resolved)
+    run = make_bare_run(folder / free_name(folder, contender.name), resolved)
     write_json(run.evaluation, {"name": run.path.name, "role": contender.role})
     start_ranks(resolved, run)
     return join_answers(run.path)

@@ -9,7 +9,7 @@ from distill_cli.config.compose import compose
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
 from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.schema import Config
-from distill_cli.jobs.prepare import print_warnings, resolve_jobs, single_path
+from distill_cli.jobs.preflight import print_warnings, resolve_jobs, single_path
 from distill_cli.jobs.run_panels import Rows, rows_table, training_rows, validation_rows
 from distill_cli.jobs.scratch_runs import Pace, check_only_job, measure
 from distill_cli.launch.base import launcher_of

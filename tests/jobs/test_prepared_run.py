@@ -12,7 +12,7 @@ from distill_cli.config.compose import Job, compose
 from distill_cli.errors import Stopped
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.jobs import prepared_run, run_jobs
-from distill_cli.jobs.prepare import prepare, resolve_jobs
+from distill_cli.jobs.preflight import prepare, resolve_jobs
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 
