@@ -40,8 +40,6 @@ ALONE = (
 time."""
 UNREAD = ("data.train",)
 """Dictionaries that an evaluation does not read."""
-ROLES = {"before", "teacher"}
-"""Names of a run's own models: the student before training, and the teacher."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def base_config(models: Sequence[str], overrides: Sequence[str]) -> tuple[Config
         chosen = []
     elif not keys & {"data", "data.validation.source"}:
         raise ConfigError(f"{subject}: no benchmark is given; choose one with data=... (distill ls data)")
-    elif ROLES & set(models[1:]):
+    elif {"before", "teacher"} & set(models[1:]):
         raise ConfigError(f"--against before, teacher: are models of a run, not of {subject}; give a run or model=...")
     else:
         paths = [f"model.{role}.path={json.dumps(subject)}" for role in ("student", "teacher")]

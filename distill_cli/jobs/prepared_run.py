@@ -128,13 +128,11 @@ def run_attempts(resolved: ResolvedRun, run: RunDir, *, console: Console, leader
             with record_attempt(run, launched=launched, from_step=start.step if start else 0):
                 start_ranks(resolved, run, options, leader=leader)
             return
-        except (ConfigError, Unrecoverable):
-            raise
         except DistillError as error:
             before = start.recorded_step if start else 0
             has_progressed = run.metrics.exists() and bool(read_metrics(run.metrics, after_step=before))
-            may_help = has_progressed or isinstance(error, Killed)
-            if number == resolved.config.cluster.max_restarts or not may_help:
+            is_last = isinstance(error, ConfigError | Unrecoverable) or number == resolved.config.cluster.max_restarts
+            if is_last or not (has_progressed or isinstance(error, Killed)):
                 raise
             console.warn(f"attempt {run.attempt} failed: {error}")
             run = run.next_attempt()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -363,15 +363,13 @@ def resolve_resumed(
     return resolved, start
 
 
-def schedule_warnings(run: RunDir, resolved: ResolvedRun) -> list[str]:
+def schedule_warnings(run: RunDir, resolved: ResolvedRun) -> Iterator[str]:
     """Warn if the learning rate's schedule ends at another step than before; call this before `write_resolved`."""
-    try:
-        before = ResolvedRun.read(run, needs_teacher=False).num_steps
-    except ConfigError:  # resolved.json is damaged, or its models have moved
-        return []
     schedule, after = resolved.config.train.schedule, resolved.num_steps
-    text = f"train.schedule={schedule.value} now ends at step {after} instead of {before}: learning rates differ"
-    return [] if schedule is Schedule.constant or after == before else [text]
+    with suppress(ConfigError):  # resolved.json is damaged, or its models have moved
+        before = ResolvedRun.read(run, needs_teacher=False).num_steps
+        if schedule is not Schedule.constant and after != before:
+            yield f"train.schedule={schedule.value} now ends at step {after} instead of {before}: learning rates differ"
 
 
 def set_aside(run: RunDir, *, later_than: int) -> None:

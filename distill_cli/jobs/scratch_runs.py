@@ -39,7 +39,6 @@ STEPS = 4
 | 2, 3 | a step alone |
 | 4 | a step, the checkpoint that is written after step 3, and the validation |
 """
-Row = Mapping[str, float]
 
 
 def check_only_job(jobs: Sequence[Job], command: str) -> None:
@@ -163,7 +162,7 @@ def short(resolved: ResolvedRun) -> ResolvedRun:
     return replace(resolved, config=override(resolved.config, typed.split()))
 
 
-def pace(rows: Sequence[Row], *, began: float) -> Pace:
+def pace(rows: Sequence[Mapping[str, float]], *, began: float) -> Pace:
     """Return what the rows of a short run measure; `rows[0]` may be of step 0, before training.
 
     Raises:
