@@ -252,7 +252,9 @@ class Slurm(Launcher):
                 return None
             listed = f"cluster.slurm.shared_folders: {', '.join(shared_folders) or 'none'}"
             return f"run.root={folder}: not in a folder that all nodes see ({listed}); choose another run.root"
-        kind = file_system(path, mounts)
+        if mounts is None:  # the last mount at a point is the one on top
+            mounts = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
+        kind = next(mounts[str(point)] for point in (path, *path.parents) if str(point) in mounts)
         if kind not in LOCAL_FILE_SYSTEMS or self.node_hosts <= {platform.node().split(".")[0], platform.node()}:
             return None
         what = f"on a {kind} file system of this machine, which other nodes do not see"
@@ -355,13 +357,6 @@ def parse_time_limit(text: str) -> float | None:
 
 def last_line(text: str) -> str:
     return text.strip().rpartition("\n")[2].strip() or "nothing"
-
-
-def file_system(path: Path, mounts: Mapping[str, str] | None = None) -> str:
-    """Return the type of the file system that holds `path`: that of the longest mount point above it."""
-    if mounts is None:  # the last mount at a point is the one on top
-        mounts = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
-    return next(mounts[str(folder)] for folder in (path, *path.parents) if str(folder) in mounts)
 
 
 LAUNCHER = Slurm()

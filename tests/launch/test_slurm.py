@@ -9,7 +9,7 @@ from distill_cli.config.compose import compose
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.launch.base import Place
-from distill_cli.launch.slurm import Slurm, file_system, parameters, parse_time_limit
+from distill_cli.launch.slurm import Slurm, parameters, parse_time_limit
 
 SINFO = """\
 main*|up|infinite|3|1-infinite|gpu:a100:2(S:0-1)|16
@@ -182,11 +182,6 @@ def test_doctor_lists_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0][2] == "4 nodes of 4 GPUs, the default"
 
 
-@pytest.mark.parametrize(("path", "kind"), [("/home/me/runs", "nfs4"), ("/tmp/runs", "tmpfs"), ("/srv", "ext4")])
-def test_longest_mount_point_holds_a_path(path: str, kind: str) -> None:
-    assert file_system(Path(path), MOUNTS) == kind
-
-
 def test_other_nodes_need_shared_disks() -> None:
     others, here = Slurm(lambda *_: "NodeHostName=far NodeHostName=away"), Slurm(lambda *_: "")
     assert "other nodes do not see" in others.unshared(Path("/srv/x"), None, MOUNTS)
@@ -196,5 +191,11 @@ def test_other_nodes_need_shared_disks() -> None:
     assert "/scratch" in here.unshared(Path("/srv/x"), ["/scratch"], MOUNTS)
 
 
-def test_this_machine_has_a_root() -> None:
-    assert file_system(Path("/proc/self")) == "proc"
+@pytest.mark.parametrize(("path", "kind"), [("/home/me/runs", None), ("/tmp/runs", "tmpfs"), ("/srv", "ext4")])
+def test_longest_mount_point_holds_a_path(path: str, kind: str | None) -> None:
+    problem = Slurm(lambda *_: "NodeHostName=far").unshared(Path(path), None, MOUNTS)
+    assert problem is None if kind is None else f"on a {kind} file system" in problem
+
+
+def test_this_machine_s_mounts_are_read() -> None:
+    assert Slurm(lambda *_: "NodeHostName=far").unshared(Path("/proc/self"), None) is None
