@@ -116,16 +116,25 @@ class Slurm(Launcher):
         return config
 
     def problems(self, config: Config, *, num_jobs: int = 1) -> Iterator[str]:
-        yield from value_problems(config)
-        cluster, settings = config.cluster, config.cluster.slurm
+        cluster, settings, at = config.cluster, config.cluster.slurm, "cluster.slurm"
+        for name in sorted(RESERVED_SBATCH & {str(key).replace("_", "-") for key in settings.extra}):
+            yield f"{at}.extra.{name}: is set by distill, which relies on it; leave it out"
+        limit = math.inf if settings.time is None else parse_time_limit(settings.time)
+        typed, signal_s, grace_s = f"{at}.time={settings.time}", settings.signal_s, cluster.grace_s
+        yield from broken(
+            (limit is None, f"{typed}: must be minutes, HH:MM:SS or D-HH:MM:SS"),
+            (limit and limit <= signal_s, f"{typed}: must exceed {at}.signal_s={signal_s} seconds; raise it"),
+            (signal_s < grace_s, f"{at}.signal_s={signal_s}: saving may take cluster.grace_s={grace_s:g} s; raise it"),
+            (any("\n" in line for line in settings.setup), f"{at}.setup: an element is one line; give several"),
+        )
         partition = self.find_partition(settings.partition)
         gpus, nodes = cluster.gpus_per_node or 0, min(partition.num_nodes, partition.max_nodes)
-        limit, minutes = parse_time_limit(settings.time or "") or 0, partition.max_time_s / 60
+        minutes, is_too_long = partition.max_time_s / 60, settings.time and (limit or 0) > partition.max_time_s
         where, fix = f"partition {partition.name}", "lower it, or choose another"
         yield from broken(
-            (not partition.is_up, f"cluster.slurm.partition={partition.name}: is down; choose another, or wait"),
+            (not partition.is_up, f"{at}.partition={partition.name}: is down; choose another, or wait"),
             (cluster.nodes > nodes, f"cluster.nodes={cluster.nodes}: {where} gives a job at most {nodes}; {fix}"),
-            (limit > minutes * 60, f"cluster.slurm.time={settings.time}: {where} allows {minutes:g} minutes; {fix}"),
+            (is_too_long, f"{typed}: {where} allows {minutes:g} minutes; {fix}"),
             (gpus > partition.gpus, f"cluster.gpus_per_node={gpus}: a node of {where} has {partition.gpus}; {fix}"),
         )
         if problem := self.unshared(Path(config.run.root), settings.shared_folders):
@@ -288,21 +297,6 @@ class Slurm(Launcher):
         with suppress(ConfigError, IndexError):
             return self.ask("sacct", "-X", "-n", "-P", "-D", "-j", job_id, "-o", "State").strip().splitlines()[-1]
         return ""
-
-
-def value_problems(config: Config) -> Iterator[str]:
-    """Yield what is wrong with cluster.slurm.* on any cluster."""
-    settings, grace_s, at = config.cluster.slurm, config.cluster.grace_s, "cluster.slurm"
-    typed, signal_s = f"{at}.time={settings.time}", settings.signal_s
-    limit = math.inf if settings.time is None else parse_time_limit(settings.time)
-    for name in sorted(RESERVED_SBATCH & {str(key).replace("_", "-") for key in settings.extra}):
-        yield f"{at}.extra.{name}: is set by distill, which relies on it; leave it out"
-    yield from broken(
-        (limit is None, f"{typed}: must be minutes, HH:MM:SS or D-HH:MM:SS"),
-        (limit and limit <= signal_s, f"{typed}: must exceed {at}.signal_s={signal_s} seconds; raise it"),
-        (signal_s < grace_s, f"{at}.signal_s={signal_s}: saving may take cluster.grace_s={grace_s:g} s; raise it"),
-        (any("\n" in line for line in settings.setup), f"{at}.setup: an element is one line; give several"),
-    )
 
 
 def parameters(config: Config, *, name: str, max_jobs: int) -> dict[str, Any]:
