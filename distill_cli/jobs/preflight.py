@@ -107,7 +107,10 @@ def resolve(
     facts: Facts, config: Config, student: ModelFiles, tokenizer: ModelFiles, ranks: Ranks, data: DataFacts
 ) -> ResolvedRun:
     """Return the facts as one frozen record."""
-    recording = facts.recording
+    recording, train = facts.recording, config.train
+    recorded = epoch = recording.num_steps if recording else None  # in steps; None of a streamed source
+    if epoch is None and data.num_train is not None:
+        epoch = data.num_train // config.rollout.prompts_per_step
     return ResolvedRun(
         config=config,
         student=student,
@@ -122,23 +125,15 @@ def resolve(
             student=config.engine.student.max_model_len or derived.needed_length(config),
             teacher=config.engine.teacher.max_model_len or derived.scored_length(config),
         ),
-        num_steps=num_steps(config, data, recording),
+        num_steps=train.max_steps if epoch is None else min(train.max_steps, train.max_epochs * epoch),
         num_train_rows=data.num_train,
         num_validation_rows=data.num_validation,
-        num_recorded_steps=recording.num_steps if recording else None,
+        num_recorded_steps=recorded,
         recorded_run=recording.folder.parent if recording else None,
         memory=facts.memory,
         no_memory=facts.no_memory,
         warnings=tuple(dict.fromkeys(facts.warnings)),
     )
-
-
-def num_steps(config: Config, data: DataFacts, recording: Recording | None) -> int:
-    """Return the run's steps: max_steps, or fewer if max_epochs ends first."""
-    train, epoch = config.train, recording.num_steps if recording else None
-    if epoch is None and data.num_train is not None:
-        epoch = data.num_train // config.rollout.prompts_per_step
-    return train.max_steps if epoch is None else min(train.max_steps, train.max_epochs * epoch)
 
 
 def ask_cluster(facts: Facts, config: Config) -> Iterator[str]:

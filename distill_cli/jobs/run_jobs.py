@@ -157,9 +157,7 @@ def check_sweep(jobs: Sequence[Job]) -> None:
     """Raise ConfigError if the jobs cannot be one array."""
     cluster = jobs[0].config.cluster
     launcher = launcher_of(cluster.launcher)
-    if launcher.runs_here:
-        return
-    if any(job.config.cluster != cluster for job in jobs):
+    if not launcher.runs_here and any(job.config.cluster != cluster for job in jobs):
         raise ConfigError("cluster: all runs of an array get the same nodes; do not sweep cluster keys")
     refuse(launcher.problems(jobs[0].config, num_jobs=len(jobs)))
 

@@ -184,8 +184,7 @@ class Slurm(Launcher):
 
     def requeue(self, config: Config, place: Place, *, reason: str) -> None:
         shown = self.ask("scontrol", "show", "job", "-o", str(place.job_id)) if reason == signal.SIGTERM.name else ""
-        is_preempted = re.search(r"PreemptTime=\d", shown) is not None  # by a job of higher priority
-        if reason != signal.SIGUSR2.name and not is_preempted:
+        if reason != signal.SIGUSR2.name and not re.search(r"PreemptTime=\d", shown):  # by a job of higher priority
             return
         if place.num_restarts >= (most := config.cluster.slurm.max_requeues):
             print(f"cluster.slurm.max_requeues={most}: the job is not queued again", flush=True)
