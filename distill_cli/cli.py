@@ -27,8 +27,7 @@ from collections.abc import Sequence
 from distill_cli.config.choices import nearest
 from distill_cli.config.flags import ANSWERED
 from distill_cli.errors import ConfigError, DistillError, Stopped
-from distill_cli.verbs import completion
-from distill_cli.verbs.command_line import VERBS, module_of, parser_of, text
+from distill_cli.verbs.command_line import VERBS, complete, is_completion, module_of, parser_of, text
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def main() -> None:
 def run(argv: Sequence[str]) -> int:
     """Run one command line; return its exit status."""
     try:
-        if completion.is_requested(argv, os.environ) and not completion.complete():
+        if is_completion(argv, os.environ) and not complete():
             return 0
         return run_verb(argv)
     except KeyboardInterrupt:

@@ -32,7 +32,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 NO_TORCH = [
     "distill_cli.cli",
     *(f"distill_cli.jobs.{name}" for name in ("doctor_checks", "evaluation", "plan_tables", "prepared_run")),
-    *(f"distill_cli.jobs.{name}" for name in ("resume_runs", "run_jobs", "submit")),
+    *(f"distill_cli.jobs.{name}" for name in ("run_jobs", "submit")),
     "distill_cli.launch.slurm",
     *(f"distill_cli.verbs.{verb}" for verb in VERBS),
     "distill_cli.ranks.worker",

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.config.execution_schema import CheckpointConfig
-from distill_cli.errors import DistillError
+from distill_cli.errors import ConfigError
 from distill_cli.folders.atomic_dir import MANIFEST, damage, remove
 from distill_cli.folders.run_dir import read_json
+from distill_cli.models.model_files import ModelFiles, fingerprint
 
 STATE = "state.json"
 CONFIG = "config.yaml"
@@ -105,7 +106,7 @@ def choose(root: Path, which: str, settings: CheckpointConfig, *, warn: Callable
     """Return the checkpoint that `which` names: a step's number, `best` by the metric, or `last`, the newest whole one.
 
     Raises:
-        DistillError: there is none, or it is damaged.
+        ConfigError: there is none, or it is damaged.
     """
     found = find(root)
     if which == "last" and (newest := newest_whole(root, warn=warn)) is not None:
@@ -115,7 +116,15 @@ def choose(root: Path, which: str, settings: CheckpointConfig, *, warn: Callable
     if not candidates:
         steps = ", ".join(str(checkpoint.step) for checkpoint in found) or "none"
         unranked = f"; none has a value for {settings.metric}" if which == "best" and found else ""
-        raise DistillError(f"{root}: no checkpoint {which} (there are steps: {steps}{unranked})")
+        raise ConfigError(f"{root}: no checkpoint {which} (there are steps: {steps}{unranked})")
     if problem := damage(candidates[0].path):
-        raise DistillError(f"{candidates[0].path}: damaged: {problem}; choose another with --step")
+        raise ConfigError(f"{candidates[0].path}: damaged: {problem}; choose another with --step")
     return candidates[0]
+
+
+def check_base(checkpoint: Checkpoint, student: ModelFiles) -> None:
+    """Raise ConfigError if the frozen weights that a checkpoint's adapters belong to have changed since."""
+    expected = checkpoint.state.get("base")
+    if expected is not None and fingerprint(student.folder) != expected:
+        what = f"its weights are not those that the adapters of {checkpoint.path} were trained on"
+        raise ConfigError(f"model.student.path={student.path}: {what}; put them back in {student.folder}")

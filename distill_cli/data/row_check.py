@@ -37,11 +37,15 @@ class DataFacts:
     warnings: tuple[str, ...] = ()
 
 
-def check_data(config: Config, known: dict[str, DataFacts] | None = None, *, trains_on_rows: bool = True) -> DataFacts:
+KnownData = dict[str, DataFacts]
+"""Facts by what they depend on; a sweep's runs mostly have the same data."""
+
+
+def check_data(config: Config, known: KnownData | None = None, *, trains_on_rows: bool = True) -> DataFacts:
     """Read the data, as far as that is quick.
 
     Args:
-        known: results by what they depend on; a sweep's runs mostly have the same data.
+        known: results of earlier calls, which are added to.
         trains_on_rows: read `data.train`, which a replay does not train on.
 
     Raises:

@@ -104,6 +104,12 @@ def read_outcome(run: RunDir) -> Outcome | None:
     return Outcome(**{field.name: content[field.name] for field in fields(Outcome) if field.name in content})
 
 
+def finished_steps(run: RunDir) -> int:
+    """Return how many steps a finished run has made; -1 if it has not finished."""
+    outcome = read_outcome(run)
+    return outcome.num_steps if outcome and outcome.is_finished else -1
+
+
 def write_outcome(run: RunDir) -> Outcome | None:
     """Add the attempts to `outcome.json`; return the outcome, None if there is none."""
     if run.outcome.is_file():

@@ -126,6 +126,15 @@ class RunDir:
         """Return whether nothing was started in the folder yet."""
         return self._attempts() == [1] and not any(self.newest_attempt().logs.iterdir())
 
+    def typed_overrides(self) -> list[str]:
+        """Return the overrides of the command that made the run; of a sweep's command with the values of this run."""
+        words = shlex.split(self.command.read_text()) if self.command.is_file() else []
+        keys = [(word.partition("=")[0], word) for word in words if "=" in word]
+        typed = {key.lstrip("+"): word for key, word in keys if "/" not in key and key[:1] != "-"}  # no path, no flag
+        elements = [one for one in SweepDir(self.path.parent).elements() if one.folder == self.path.name]
+        swept = [word for element in elements for word in element.overrides]
+        return list((typed | {word.lstrip("+").partition("=")[0]: word for word in swept}).values())
+
     def _attempts(self) -> list[int]:
         names = [folder.name.removeprefix("attempt_") for folder in self.path.glob("logs/attempt_*")]
         return [int(name) for name in names if name.isdigit()]
@@ -137,6 +146,15 @@ class RunDir:
     def holder(self) -> str:
         """Return the process that holds the folder, or that died with it; empty if there is none."""
         return holder(self.path / ".lock")
+
+
+def open_run(path: Path) -> RunDir:
+    """Return the run in a folder. Raises ConfigError if there is none."""
+    run = RunDir(path.resolve())
+    if not run.config.is_file():
+        what = "no run is there (it has no config.yaml)" if path.exists() else "no such folder"
+        raise ConfigError(f"{path}: {what}; give a run's folder, such as runs/latest")
+    return run
 
 
 @dataclass(frozen=True)

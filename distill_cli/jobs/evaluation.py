@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from distill_cli.checkpoint import store
 from distill_cli.config.compose import compose
 from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.fields import has_property
@@ -22,10 +23,9 @@ from distill_cli.config.variation import load_config, override
 from distill_cli.data.registry import resolve_extract, resolve_verifier
 from distill_cli.errors import ConfigError, DistillError, collect, refuse
 from distill_cli.folders.answers_table import join_answers
-from distill_cli.folders.run_dir import RunDir, free_name, write_json
-from distill_cli.jobs.existing_run import choose_checkpoint, finished_steps, open_run, typed_overrides
-from distill_cli.jobs.preflight import preflight_evaluation
-from distill_cli.jobs.prepare import make_folder, require_here
+from distill_cli.folders.attempts import finished_steps
+from distill_cli.folders.run_dir import RunDir, free_name, open_run, write_json
+from distill_cli.jobs.preflight import make_bare_run, preflight_evaluation, require_here
 from distill_cli.jobs.run_panels import relative
 from distill_cli.launch.local import start_ranks
 from distill_cli.report.eval_results import make_scoreboard, print_scoreboard, read_problems
@@ -40,8 +40,6 @@ ALONE = (
 time."""
 UNREAD = ("data.train",)
 """Dictionaries that an evaluation does not read."""
-ROLES = {"before", "teacher"}
-"""Names of a run's own models: the student before training, and the teacher."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +110,13 @@ def base_config(models: Sequence[str], overrides: Sequence[str]) -> tuple[Config
         read = [name for name in names if has_property(Config, f"cluster.{name}", "evaluation")]
         cluster = ClusterConfig(**{name: getattr(config.cluster, name) for name in read})
         config = override(config, {"mesh": MeshConfig(), "rollout.replay": None, "cluster": cluster})
-        return override(config, [*ALONE, *overrides], typed=typed_overrides(run), unread=UNREAD), run
+        return override(config, [*ALONE, *overrides], typed=run.typed_overrides(), unread=UNREAD), run
     keys = {word.lstrip("+").split("=", 1)[0] for word in overrides}
     if subject.startswith("package://") or keys & {"model", "experiment"}:
         chosen = []
     elif not keys & {"data", "data.validation.source"}:
         raise ConfigError(f"{subject}: no benchmark is given; choose one with data=... (distill ls data)")
-    elif ROLES & set(models[1:]):
+    elif {"before", "teacher"} & set(models[1:]):
         raise ConfigError(f"--against before, teacher: are models of a run, not of {subject}; give a run or model=...")
     else:
         paths = [f"model.{role}.path={json.dumps(subject)}" for role in ("student", "teacher")]
@@ -169,7 +167,8 @@ def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
     """Return a run's student as a Hugging Face folder: the finished one, or an export of a checkpoint."""
     if step is None and finished_steps(run) >= 0 and (run.student / "config.json").is_file():
         return run.student
-    checkpoint = choose_checkpoint(run, step or "last", load_config(run.config), console=console)
+    settings = load_config(run.config).checkpoint
+    checkpoint = store.choose(run.checkpoints, step or "last", settings, warn=console.warn)
     folder = run.path / "export" / checkpoint.path.name
     if not folder.exists():
         console.print(f"exporting the student of step {checkpoint.step}: {escape(relative(folder))}")
@@ -195,7 +194,7 @@ def evaluation_folder(subject: str, run: RunDir | None) -> Path:
 
 def answer(contender: Contender, resolved: ResolvedRun, folder: Path) -> Path:
     """Start ranks that answer with a model; return the file with its answers. Raises DistillError if they fail."""
-    run = make_folder(folder / free_name(folder, contender.name), resolved)
+    run = make_bare_run(folder / free_name(folder, contender.name), resolved)
     write_json(run.evaluation, {"name": run.path.name, "role": contender.role})
     start_ranks(resolved, run)
     return join_answers(run.path)

@@ -9,7 +9,7 @@ from distill_cli.config.compose import compose
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
 from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.schema import Config
-from distill_cli.jobs.prepare import print_warnings, resolve_jobs, single_path
+from distill_cli.jobs.preflight import print_warnings, resolve_jobs, single_path
 from distill_cli.jobs.run_panels import Rows, rows_table, training_rows, validation_rows
 from distill_cli.jobs.scratch_runs import Pace, check_only_job, measure
 from distill_cli.launch.base import launcher_of
@@ -18,6 +18,7 @@ from distill_cli.models import model_files
 from distill_cli.models.lora_names import targeted
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
+from distill_cli.terminal.panel import clock
 
 MOST_LINES = 16
 """Lines of the drawn mesh."""
@@ -221,20 +222,13 @@ def expected_rows(resolved: ResolvedRun, pace: Pace) -> Rows:
         "validations": num_validations(config, steps) * (pace.validation or 0.0),
         "checkpoints": (steps // settings.period if settings.enabled else 0) * (pace.checkpoint or 0.0),
     }
-    shares = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
+    shares = ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
     rows, epoch = resolved.num_train_rows, (resolved.num_train_rows or 0) // config.rollout.prompts_per_step
     return {
-        "an epoch": f"{duration(epoch * pace.step)} for {epoch:,} steps" if rows is not None else None,
-        "the run": f"{duration(sum(parts.values()))} ({shares})",
+        "an epoch": f"{clock(epoch * pace.step)} for {epoch:,} steps" if rows is not None else None,
+        "the run": f"{clock(sum(parts.values()))} ({shares})",
         "if": "answers stay as long as they are now: sampling and scoring depend on their length",
     }
-
-
-def duration(seconds: float) -> str:
-    """Return `2.3 h`, `4.5 min` or `12 s`."""
-    if seconds >= 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def _devices(resolved: ResolvedRun) -> str:

@@ -1,4 +1,4 @@
-"""Check a config before an engine starts, and resolve it. No torch.
+"""Check configs before an engine starts, resolve them, and make the folders of their runs. No torch.
 
 Checks run in order. Each yields problems and may note facts and warnings for those after it. A check names the facts
 that it reads as parameters; it is skipped if one of them is None, which another check has reported. All problems are
@@ -10,25 +10,32 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from distill_cli import memory as predictions
 from distill_cli.config import derived
-from distill_cli.config.checks import config_problems, evaluation_problems, mesh_problems
+from distill_cli.config.checks import config_problems, evaluation_problems, inert_overrides, mesh_problems
+from distill_cli.config.compose import Job
+from distill_cli.config.credentials import credentials_environment
+from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.schema import Config, Dtype
+from distill_cli.config.variation import config_text, save_config
 from distill_cli.data.recorded_run import Recording
-from distill_cli.data.row_check import DataFacts, check_data
+from distill_cli.data.row_check import DataFacts, KnownData, check_data
 from distill_cli.engines.settings import tensor_parallel_problem
-from distill_cli.errors import ConfigError, broken, refuse
+from distill_cli.errors import ConfigError, broken, collect, refuse
+from distill_cli.folders import run_dir
+from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs import model_checks
-from distill_cli.launch.base import launcher_of
-from distill_cli.launch.nodes import make_folder
+from distill_cli.launch.base import LAUNCHERS, launcher_of, make_folder
 from distill_cli.machine import hardware
 from distill_cli.models import model_files
 from distill_cli.models.model_files import ModelFiles
 from distill_cli.resolved import Lengths, PredictedMemory, Ranks, ResolvedRun, SharedVocabulary
+from distill_cli.terminal.console import Console
 from distill_cli.track.base import tracker_problems
 
 
@@ -39,7 +46,7 @@ class Facts:
     config: Config
     roles: tuple[str, ...]
     """The models that get an engine: `student`, `teacher`."""
-    known_data: dict[str, DataFacts]
+    known_data: KnownData
     """Data facts of earlier calls (see `check_data`)."""
     student: ModelFiles | None = None
     teacher: ModelFiles | None = None
@@ -62,9 +69,7 @@ class Facts:
 Check = Callable[..., Iterator[str] | None]
 
 
-def preflight(
-    config: Config, known_data: dict[str, DataFacts] | None = None, problems: Sequence[str] = ()
-) -> ResolvedRun:
+def preflight(config: Config, known_data: KnownData | None = None, problems: Sequence[str] = ()) -> ResolvedRun:
     """Check a composed config against the machine, the models and the data.
 
     Args:
@@ -102,7 +107,10 @@ def resolve(
     facts: Facts, config: Config, student: ModelFiles, tokenizer: ModelFiles, ranks: Ranks, data: DataFacts
 ) -> ResolvedRun:
     """Return the facts as one frozen record."""
-    recording = facts.recording
+    recording, train = facts.recording, config.train
+    recorded = epoch = recording.num_steps if recording else None  # in steps; None of a streamed source
+    if epoch is None and data.num_train is not None:
+        epoch = data.num_train // config.rollout.prompts_per_step
     return ResolvedRun(
         config=config,
         student=student,
@@ -117,23 +125,15 @@ def resolve(
             student=config.engine.student.max_model_len or derived.needed_length(config),
             teacher=config.engine.teacher.max_model_len or derived.scored_length(config),
         ),
-        num_steps=num_steps(config, data, recording),
+        num_steps=train.max_steps if epoch is None else min(train.max_steps, train.max_epochs * epoch),
         num_train_rows=data.num_train,
         num_validation_rows=data.num_validation,
-        num_recorded_steps=recording.num_steps if recording else None,
+        num_recorded_steps=recorded,
         recorded_run=recording.folder.parent if recording else None,
         memory=facts.memory,
         no_memory=facts.no_memory,
         warnings=tuple(dict.fromkeys(facts.warnings)),
     )
-
-
-def num_steps(config: Config, data: DataFacts, recording: Recording | None) -> int:
-    """Return the run's steps: max_steps, or fewer if max_epochs ends first."""
-    train, epoch = config.train, recording.num_steps if recording else None
-    if epoch is None and data.num_train is not None:
-        epoch = data.num_train // config.rollout.prompts_per_step
-    return train.max_steps if epoch is None else min(train.max_steps, train.max_epochs * epoch)
 
 
 def ask_cluster(facts: Facts, config: Config) -> Iterator[str]:
@@ -252,17 +252,16 @@ def check_disk(facts: Facts, config: Config, student: ModelFiles) -> Iterator[st
     """The disk must hold one checkpoint and the student; warn if it cannot hold all checkpoints."""
     with suppress(predictions.NoPrediction):
         shape = predictions.read_shape(student.folder, config.model.student.lora)
-        problem, warning = room(config, num_params=shape.num_params, num_trained=shape.trained_params)
-        facts.warnings += [warning] if warning else []
-        yield from [problem] if problem else []
+        yield from room(config, facts.warnings, num_params=shape.num_params, num_trained=shape.trained_params)
 
 
-def room(config: Config, *, num_params: int, num_trained: int) -> tuple[str | None, str | None]:
-    """Return a problem if the disk cannot hold one checkpoint and the student, and a warning if not all of them."""
+def room(config: Config, warnings: list[str], *, num_params: int, num_trained: int) -> Iterator[str]:
+    """Yield a problem if the disk cannot hold one checkpoint and the student; add a warning if not all of them."""
     root, settings, key = Path(config.run.root).absolute(), config.checkpoint, f"run.root={config.run.root}"
     folder = next(path for path in (root, *root.parents) if path.exists())
     if not folder.is_dir():
-        return f"{key}: {folder} is a file; give a folder", None
+        yield f"{key}: {folder} is a file; give a folder"
+        return
     free = shutil.disk_usage(folder).free
     student = num_params * (4 if config.model.student.dtype is Dtype.float32 else 2)
     one = num_trained * (12 if settings.save_optimizer else 4) if settings.enabled else 0  # float32, and two moments
@@ -270,9 +269,9 @@ def room(config: Config, *, num_params: int, num_trained: int) -> tuple[str | No
     text = f"{key}: {free / 1e9:.2f} GB are free, and {{}}; make room, or {{}}".format
     if free < one + student:
         needs = f"a checkpoint takes {one / 1e9:.2f} GB, the student at the end {student / 1e9:.2f} GB"
-        return text(needs, "choose another run.root"), None
-    needs = f"all checkpoints may take {most / 1e9:.2f} GB"
-    return None, text(needs, "lower checkpoint.keep_top_k") if free < most else None
+        yield text(needs, "choose another run.root")
+    elif free < most:
+        warnings.append(text(f"all checkpoints may take {most / 1e9:.2f} GB", "lower checkpoint.keep_top_k"))
 
 
 COMMON_CHECKS: tuple[Check, ...] = (
@@ -284,3 +283,93 @@ CHECKS: tuple[Check, ...] = (
     *(*COMMON_CHECKS, read_recording, model_checks.recorded, model_checks.templates, model_checks.pair),
     *(model_checks.tensor_parallel, model_checks.adapters, check_offload, predict_memory, check_disk),
 )
+
+
+def resolve_jobs(jobs: Sequence[Job], *, is_new: bool = True) -> tuple[list[Job], list[ResolvedRun]]:
+    """Put each job through `preflight`; return the jobs as resolved by their cluster, and the resolved runs.
+
+    Args:
+        is_new: they have no folder yet.
+
+    Raises:
+        ConfigError: all problems of all jobs, each once.
+    """
+    known_data: KnownData = {}
+    problems = list(folder_problems(jobs)) if is_new else []
+
+    def resolve(job: Job) -> ResolvedRun:
+        resolved = preflight(job.config, known_data, problems)
+        inert = inert_overrides(resolved.config, job.overrides)
+        unread = unread_keys(resolved.config.cluster, job.overrides)
+        return replace(resolved, warnings=(*resolved.warnings, *inert, *unread))
+
+    resolved = collect(partial(resolve, job) for job in jobs)
+    return [replace(job, config=one.config) for job, one in zip(jobs, resolved, strict=True)], resolved
+
+
+def folder_problems(jobs: Sequence[Job]) -> Iterator[str]:
+    """Yield one line for each reason why the folders of new runs cannot be made."""
+    for job in jobs:
+        if job.config.run.name and single_path(job).exists():
+            yield f"{single_path(job)}: this run folder exists already; choose another run.name"
+    places = {(job.config.run.root, job.config.run.name) for job in jobs}
+    if "latest" in {name for _, name in places}:
+        yield "run.name=latest: is the link to the newest run; choose another"
+    if len(places) > 1:
+        yield "run.name, run.root: a sweep has one folder, with one in it for each run; do not sweep them"
+
+
+def require_here(config: Config, command: str) -> None:
+    """Raise ConfigError if a command that starts ranks on this machine is given a cluster."""
+    launcher = config.cluster.launcher
+    if not launcher_of(launcher).runs_here:
+        fix = "inside an allocation of one node, type cluster=local"
+        raise ConfigError(f"cluster.launcher={launcher}: {command} runs where it is typed; {fix}")
+
+
+def unread_keys(cluster: ClusterConfig, overrides: Sequence[str]) -> Iterator[str]:
+    """Warn of overrides that the chosen launcher does not read, such as the section of another one."""
+    unread = ({*LAUNCHERS} - {cluster.launcher}) | launcher_of(cluster.launcher).unread
+    for key in dict.fromkeys(override.lstrip("+").partition("=")[0] for override in overrides):
+        if key.startswith("cluster.") and key.split(".")[1] in unread:
+            yield f"{key} has no effect with cluster.launcher={cluster.launcher}"
+
+
+def print_warnings(resolved: Sequence[ResolvedRun], *, console: Console, printed: set[str]) -> None:
+    """Print each warning once; add it to `printed`, which holds those that were printed before."""
+    for warning in (warning for one in resolved for warning in one.warnings):
+        if warning not in printed:
+            console.warn(warning)
+            printed.add(warning)
+
+
+def single_path(job: Job) -> Path:
+    """Return the folder of a run that is part of no sweep; it may not exist yet."""
+    root = Path(job.config.run.root)
+    return root / (job.config.run.name or run_dir.free_name(root, run_dir.default_name(job.choices)))
+
+
+def prepare(resolved: ResolvedRun, path: Path, *, command: Sequence[str], env: dict[str, Any] | None = None) -> RunDir:
+    """Make a run's folder, with what its ranks will read. See `run_dir.create` for `env`.
+
+    Credentials, which are not written, go into this process's environment, for the processes and jobs it starts.
+    """
+    os.environ |= credentials_environment(resolved.config)
+    run = run_dir.create(path.absolute(), command=command, config=config_text(resolved.config), env=env)
+    resolved.write(run)
+    return run
+
+
+def write_resolved(run: RunDir, resolved: ResolvedRun) -> None:
+    """Write config.yaml and resolved.json. Credentials go into this process's environment, as in `prepare`."""
+    save_config(resolved.config, run.config)
+    resolved.write(run)
+    os.environ |= credentials_environment(resolved.config)
+
+
+def make_bare_run(folder: Path, resolved: ResolvedRun) -> RunDir:
+    """Make a folder with only what ranks read and write, for ranks that train no new run."""
+    run = RunDir(folder)
+    run.logs.mkdir(parents=True)
+    write_resolved(run, resolved)
+    return run

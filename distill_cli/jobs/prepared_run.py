@@ -26,9 +26,8 @@ from distill_cli.folders.attempts import Outcome, record_attempt, write_outcome
 from distill_cli.folders.metrics_file import cut_back, read_metrics
 from distill_cli.folders.run_dir import JobEnd, RunDir, write_json
 from distill_cli.jobs.run_panels import end_panel, relative
-from distill_cli.launch.base import launcher_of
+from distill_cli.launch.base import ALONE, Leader, launcher_of, node_variables
 from distill_cli.launch.local import STOP_SIGNALS, follow, start_ranks, stop_signals
-from distill_cli.launch.nodes import ALONE, Leader, node_variables
 from distill_cli.report.read import read_results
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
@@ -129,13 +128,11 @@ def run_attempts(resolved: ResolvedRun, run: RunDir, *, console: Console, leader
             with record_attempt(run, launched=launched, from_step=start.step if start else 0):
                 start_ranks(resolved, run, options, leader=leader)
             return
-        except (ConfigError, Unrecoverable):
-            raise
         except DistillError as error:
             before = start.recorded_step if start else 0
             has_progressed = run.metrics.exists() and bool(read_metrics(run.metrics, after_step=before))
-            may_help = has_progressed or isinstance(error, Killed)
-            if number == resolved.config.cluster.max_restarts or not may_help:
+            is_last = isinstance(error, ConfigError | Unrecoverable) or number == resolved.config.cluster.max_restarts
+            if is_last or not (has_progressed or isinstance(error, Killed)):
                 raise
             console.warn(f"attempt {run.attempt} failed: {error}")
             run = run.next_attempt()

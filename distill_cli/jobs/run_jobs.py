@@ -1,4 +1,4 @@
-"""New runs, carried out here or submitted: one, a replay, or the runs of a sweep.
+"""Runs, carried out here or submitted: one, a replay, the runs of a sweep, and what is left of any that is resumed.
 
 The runs of a sweep are prepared at once and carried out here, some at a time, or as one job array. Every run has its
 folder and its config before the first one starts: `distill resume SWEEP` carries out what did not finish, for whatever
@@ -11,23 +11,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from rich.markup import escape
 
+from distill_cli.checkpoint import store
+from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.compose import Job
-from distill_cli.config.schema import Config
-from distill_cli.config.variation import load_config, override
+from distill_cli.config.schema import Config, Schedule
+from distill_cli.config.variation import forbidden_changes, load_config, override
 from distill_cli.data.recorded_run import Recording
-from distill_cli.errors import ConfigError, DistillError, Stopped, refuse
+from distill_cli.data.row_check import KnownData
+from distill_cli.errors import ConfigError, DistillError, Stopped, collect, refuse
 from distill_cli.folders import run_dir
+from distill_cli.folders.attempts import attempt_lines, attempts_of, finished_steps
 from distill_cli.folders.run_dir import Element, RunDir, SubmittedJob, SweepDir
-from distill_cli.jobs.existing_run import typed_overrides
-from distill_cli.jobs.prepare import prepare, print_warnings, resolve_jobs, single_path
+from distill_cli.jobs.preflight import preflight, prepare, print_warnings, resolve_jobs, single_path, write_resolved
 from distill_cli.jobs.prepared_run import leave_report, run_to_completion
 from distill_cli.jobs.run_panels import print_lines, relative, start_panel
-from distill_cli.jobs.submit import submit, wait_for_run, wait_for_sweep
+from distill_cli.jobs.submit import in_queue, submit, wait_for_run, wait_for_sweep
 from distill_cli.launch.base import NODE_PROGRAM, launcher_of
 from distill_cli.launch.local import stop_signals
 from distill_cli.machine import hardware
@@ -60,7 +64,7 @@ def replay_job(run: RunDir, overrides: Sequence[str]) -> Job:
             **{f"tracker.{name}.run_name": None for name in tracker_names()},
         },
     )
-    config = override(config, overrides, typed=typed_overrides(run))
+    config = override(config, overrides, typed=run.typed_overrides())
     losses = [word.partition("=")[2] for word in overrides if word.startswith("loss=")]
     choices = {"model": "replay", "loss": (losses or [config.loss.kl_type.replace(":", "_")])[-1]}
     return Job(config=config, choices=choices, overrides=list(overrides), swept=[])
@@ -80,28 +84,27 @@ def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:
     if is_sweep:
         check_sweep(jobs)
         sweep = new_sweep(jobs[0].config)
-        runs, folder = add_runs(sweep, jobs, resolved, command=command), sweep.path
+        runs, folder = add_runs(sweep, jobs, resolved, command=command, space={}), sweep.path
     else:
         runs = [prepare(resolved[0], single_path(jobs[0]), command=command)]
         folder = runs[0].path
     print_warnings(resolved, console=console, printed=set())
     with newest(folder, runs[-1], config=jobs[0].config):
-        return carry_out_sweep(runs, console=console) if is_sweep else run_single(resolved[0], runs[0], console=console)
-
-
-def run_single(resolved: ResolvedRun, run: RunDir, *, console: Console) -> int:
-    with run.lock():
-        submitted = start(resolved, run, console=console)
-    return wait_for_run(run, submitted, console=console) if submitted and resolved.config.cluster.wait else 0
+        if is_sweep:
+            return carry_out_sweep(runs, console=console)
+        with runs[0].lock():
+            submitted = start(resolved[0], runs[0], console=console)
+        return wait_for_run(runs[0], submitted, console=console) if submitted else 0
 
 
 def start(resolved: ResolvedRun, run: RunDir, *, console: Console) -> SubmittedJob | None:
-    """Show a run, whose folder is locked, and carry it out to its end; on a cluster submit it and return the job."""
+    """Show a run, whose folder is locked, and carry it out to its end, or submit it; return the job to wait for."""
     console.print(start_panel(resolved, run))
     if launcher_of(resolved.config.cluster.launcher).runs_here:
         run_to_completion(resolved, run, console=console)
         return None
-    return submit(resolved.config, [run], folder=run.path, console=console)[0]
+    job = submit(resolved.config, [run], folder=run.path, console=console)[0]
+    return job if resolved.config.cluster.wait else None
 
 
 @contextmanager
@@ -132,24 +135,19 @@ def new_sweep(config: Config) -> SweepDir:
 
 
 def add_runs(
-    sweep: SweepDir,
-    jobs: Sequence[Job],
-    resolved: Sequence[ResolvedRun],
-    *,
-    command: Sequence[str],
-    space: dict[str, str] | None = None,
+    sweep: SweepDir, jobs: Sequence[Job], found: Sequence[ResolvedRun], *, command: Sequence[str], space: dict[str, str]
 ) -> list[RunDir]:
     """Make the folder of each run. sweep.json comes last: if it names a run, its folder is whole.
 
     Args:
-        space: of a search, the ranges that its trials are drawn from.
+        space: of a search, the ranges that its trials are drawn from; else empty.
     """
     known, env = sweep.elements(), run_dir.environment()
     numbered = enumerate(jobs, len(known))
     new = [Element(index, run_dir.element_name(index, job.swept), job.swept) for index, job in numbered]
     runs = [
         prepare(one, sweep.path / element.folder, command=command, env=env)
-        for element, one in zip(new, resolved, strict=True)
+        for element, one in zip(new, found, strict=True)
     ]
     sweep.write(command=command, elements=[*known, *new], space=space)
     return runs
@@ -159,9 +157,7 @@ def check_sweep(jobs: Sequence[Job]) -> None:
     """Raise ConfigError if the jobs cannot be one array."""
     cluster = jobs[0].config.cluster
     launcher = launcher_of(cluster.launcher)
-    if launcher.runs_here:
-        return
-    if any(job.config.cluster != cluster for job in jobs):
+    if not launcher.runs_here and any(job.config.cluster != cluster for job in jobs):
         raise ConfigError("cluster: all runs of an array get the same nodes; do not sweep cluster keys")
     refuse(launcher.problems(jobs[0].config, num_jobs=len(jobs)))
 
@@ -253,3 +249,132 @@ def start_process(folder: Path, resolved: ResolvedRun, *, slot: int, num_slots: 
         return subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=die_with_parent
         )
+
+
+def resume_run(run: RunDir, step: str | None, overrides: Sequence[str], *, console: Console) -> int:
+    """Resume one run, here or as a job; return the exit status."""
+    with run.lock():
+        check_not_queued([run])
+        resolved, begin = resolve_resumed(run, overrides, step=step, console=console)
+        if step is None and (done := finished_steps(run)) >= resolved.num_steps:
+            fix = "give train.max_steps=N to go on, or --step N to go on from an earlier checkpoint"
+            raise ConfigError(f"{run.path}: finished after {done} steps; {fix}")
+        for warning in (*resolved.warnings, *schedule_warnings(run, resolved)):
+            console.warn(warning)
+        write_resolved(run, resolved)
+        if step is not None and begin is not None:
+            set_aside(run, later_than=begin.step)
+        attempt = run.next_attempt()
+        for line in attempt_lines(attempts_of(run)):
+            console.print(escape(line))
+        submitted = start(resolved, attempt, console=console)
+    return wait_for_run(run, submitted, console=console) if submitted else 0
+
+
+def resume_sweep(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> int:
+    """Resume what did not finish of a sweep, here or as a job array; return the exit status. Queued runs stay queued.
+
+    Raises:
+        ConfigError: nothing is left to do, or some run cannot go on; nothing was started.
+    """
+    runs = reopen(sweep, overrides, console=console)
+    if not runs:
+        fix = "give train.max_steps=N to extend finished runs"
+        raise ConfigError(f"{sweep.path}: every run has finished or is in the queue; {fix}")
+    return carry_out_sweep(runs, console=console)
+
+
+def resume_search(
+    sweep: SweepDir, typed: Sequence[str], flags: Sequence[str], overrides: Sequence[str], *, console: Console
+) -> int:
+    """Resume the trials that did not finish, then draw the remaining ones; return the exit status.
+
+    Args:
+        typed: the overrides that the search was started with; `flags` are Hydra's.
+        overrides: `search.*` are for the trials that remain, the others for all.
+
+    Raises:
+        ConfigError: all trials have finished, some are in the queue, or some trial cannot go on; nothing was started.
+    """
+    from distill_cli.jobs.search import carry_out_search, read_search  # imports Optuna
+
+    newest = {word.partition("=")[0]: word for word in [*typed, *overrides]}
+    search, runs = read_search(list(newest.values()), flags, command=sweep.command()), sweep.runs()
+    with RunDir(sweep.path).lock():
+        check_not_queued(runs)
+        others = [word for word in overrides if not word.startswith("search.")]
+        unfinished = reopen(sweep, others, console=console)
+        if not unfinished and len(runs) >= search.num_trials:
+            raise ConfigError(f"{sweep.path}: all {len(runs)} trials have finished; give search.trials=N for more")
+        return carry_out_search(search, sweep, unfinished, console=console)
+
+
+def reopen(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> list[RunDir]:
+    """Write the overrides into the config of each run that goes on; return these, without those in the queue.
+
+    Raises:
+        ConfigError: some run cannot go on; nothing was written.
+    """
+    runs = sweep.runs()
+    candidates = [run for run in runs if overrides or finished_steps(run) < 0]
+    queued = in_queue(candidates)
+    for path, job in queued.items():
+        console.print(f"left     {escape(path.name)}: in the queue as {job}")
+    known: KnownData = {}
+    resolve = partial(resolve_resumed, overrides=overrides, known=known, console=console)
+    left = [run for run in candidates if run.path not in queued]
+    found = zip(left, collect(partial(resolve, run) for run in left), strict=True)
+    going_on = [(run, resolved) for run, (resolved, _) in found if finished_steps(run) < resolved.num_steps]
+    for run, resolved in going_on:
+        write_resolved(run, resolved)
+    if going_on:
+        console.print(f"{len(going_on)} of {len(runs)} runs go on")
+    return [run for run, _ in going_on]
+
+
+def check_not_queued(runs: Sequence[RunDir]) -> None:
+    """Raise ConfigError if the job of one of these runs has not ended."""
+    queued = in_queue(runs).items()
+    refuse(f"{path}: in the queue as {job}; wait for it to end, or cancel it" for path, job in queued)
+
+
+def resolve_resumed(
+    run: RunDir, overrides: Sequence[str], *, console: Console, step: str | None = None, known: KnownData | None = None
+) -> tuple[ResolvedRun, Checkpoint | None]:
+    """Check a run with overrides on top; return it, and the checkpoint to go on from (None: the beginning).
+
+    Raises:
+        ConfigError: the config is wrong or does not fit the checkpoint, or `step` has none.
+    """
+    config = override(load_config(run.config), overrides, typed=run.typed_overrides())
+    if step is None:
+        start = store.newest_whole(run.checkpoints, warn=console.warn)
+    else:
+        start = store.choose(run.checkpoints, step, config.checkpoint, warn=console.warn)
+    made_with = load_config(start.path / store.CONFIG if start else run.config)
+    rule = "which has shaped its weights; leave it, or start a new run"
+    changes = forbidden_changes(made_with, config, unless="resume")
+    refuse(f"{key}={new}: the run was made with {old}, {rule}" for key, old, new in changes)
+    resolved = preflight(config, known)
+    if start is not None:
+        store.check_base(start, resolved.student)
+    return resolved, start
+
+
+def schedule_warnings(run: RunDir, resolved: ResolvedRun) -> Iterator[str]:
+    """Warn if the learning rate's schedule ends at another step than before; call this before `write_resolved`."""
+    schedule, after = resolved.config.train.schedule, resolved.num_steps
+    with suppress(ConfigError):  # resolved.json is damaged, or its models have moved
+        before = ResolvedRun.read(run, needs_teacher=False).num_steps
+        if schedule is not Schedule.constant and after != before:
+            yield f"train.schedule={schedule.value} now ends at step {after} instead of {before}: learning rates differ"
+
+
+def set_aside(run: RunDir, *, later_than: int) -> None:
+    """Move later checkpoints into checkpoints_aside/, where no attempt looks for them."""
+    for checkpoint in store.find(run.checkpoints):
+        if checkpoint.step > later_than:
+            target = run.path / "checkpoints_aside" / checkpoint.path.name
+            target.parent.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            checkpoint.path.rename(target)

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from distill_cli.folders.attempts import Outcome, attempt_lines, attempts_of
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.jobs.existing_run import typed_overrides
 from distill_cli.losses.divergence import PARAMETERS
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
@@ -76,7 +75,7 @@ def next_command(resolved: ResolvedRun, run: RunDir) -> str:
     verb = ["replay", relative(resolved.recorded_run)] if resolved.recorded_run else []
     own_loss = tuple(f"loss.{name}=" for name in ("kl_type", *PARAMETERS))
     changed = ("loss=", *own_loss, "loss.kwargs", "run.name=", "search.", "hydra/", "hydra.")
-    repeated = [word for word in typed_overrides(run) if not word.lstrip("+").startswith(changed)]
+    repeated = [word for word in run.typed_overrides() if not word.lstrip("+").startswith(changed)]
     loss = "forward" if resolved.config.loss.kl_type == "reverse" else "reverse"
     return shlex.join(["distill", *verb, *repeated, f"loss={loss}"])
 

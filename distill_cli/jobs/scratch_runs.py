@@ -20,7 +20,7 @@ from distill_cli.config.variation import override
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir, read_json
-from distill_cli.jobs.prepare import make_folder, print_warnings, require_here, resolve_jobs
+from distill_cli.jobs.preflight import make_bare_run, print_warnings, require_here, resolve_jobs
 from distill_cli.launch.local import start_ranks
 from distill_cli.metrics import STAGES
 from distill_cli.resolved import ResolvedRun
@@ -39,7 +39,6 @@ STEPS = 4
 | 2, 3 | a step alone |
 | 4 | a step, the checkpoint that is written after step 3, and the validation |
 """
-Row = Mapping[str, float]
 
 
 def check_only_job(jobs: Sequence[Job], command: str) -> None:
@@ -66,7 +65,7 @@ def scratch_run(resolved: ResolvedRun, *, root: Path, prefix: str) -> Iterator[R
         raise ConfigError(what) from error
     kept = ""
     try:
-        yield make_folder(folder, resolved)
+        yield make_bare_run(folder, resolved)
     except DistillError:
         kept = "logs"
         raise
@@ -163,7 +162,7 @@ def short(resolved: ResolvedRun) -> ResolvedRun:
     return replace(resolved, config=override(resolved.config, typed.split()))
 
 
-def pace(rows: Sequence[Row], *, began: float) -> Pace:
+def pace(rows: Sequence[Mapping[str, float]], *, began: float) -> Pace:
     """Return what the rows of a short run measure; `rows[0]` may be of step 0, before training.
 
     Raises:

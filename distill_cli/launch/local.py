@@ -4,6 +4,11 @@ torchrun's agent starts every rank in a session of its own, so a signal to the a
 descendants are ended by process id. Each rank also dies with its agent, and the agent with us (`die_with_parent`).
 The agent ignores the signals that ask a run to stop, which a scheduler sends to every process: it would end its ranks
 before they have saved.
+
+The agent is this file: `python -m distill_cli.launch.local RUN ATTEMPT <torchrun's arguments>`. A rank that raises
+writes `rank_<n>.error.json` itself. One that is killed cannot, and only the process that torchrun runs in learns its
+exit status. The ranks' errors are not written by torch's `@record`: it needs torch before their output is redirected,
+and its times are whole seconds, within which several ranks may fail.
 """
 
 import json
@@ -13,18 +18,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, Unrecoverable
 from distill_cli.folders.run_dir import RunDir, write_json
-from distill_cli.launch.base import Launcher
-from distill_cli.launch.nodes import ALONE, POLL_S, Command, Leader, Place, node_variables, read_command
+from distill_cli.launch.base import ALONE, POLL_S, Command, Launcher, Leader, Place, node_variables, read_command
 from distill_cli.machine.processes import LAUNCHER_PID, describe_exit, die_with_parent
 from distill_cli.machine.torch_versions import torchrun_knows
 from distill_cli.models.model_files import CACHE_ONLY
@@ -60,7 +65,7 @@ def command(
 ) -> list[str]:
     """Return the command that starts a run's ranks on this machine. `options` are arguments of the ranks."""
     return [
-        *(sys.executable, "-m", "distill_cli.launch.agent", str(run.path), str(run.attempt)),
+        *(sys.executable, "-m", "distill_cli.launch.local", str(run.path), str(run.attempt)),
         *(*place.torchrun_arguments(port), f"--nproc-per-node={num_ranks}"),
         *("--max-restarts=0", "--signals-to-handle=SIGINT"),
         # Without it torchrun waits 30 s for each rank that must end; `end_tree` does not.
@@ -123,14 +128,10 @@ def start_agent(
 ) -> subprocess.Popen[bytes]:
     """Start this node's torchrun."""
     argv = command(run, options, num_ranks=resolved.ranks.per_node, place=place, port=port)
+    env, begin = environment(resolved), partial(_prepare_agent, launcher=os.getpid())
     with run.torchrun_log(place.node).open("wb") as log:
-        return subprocess.Popen(
-            argv,
-            stderr=log,
-            env=environment(resolved),
-            start_new_session=True,  # Ctrl-C reaches us alone, and we end the ranks
-            preexec_fn=partial(_prepare_agent, launcher=os.getpid()),
-        )
+        # In a session of its own: Ctrl-C reaches us alone, and we end the ranks.
+        return subprocess.Popen(argv, stderr=log, env=env, start_new_session=True, preexec_fn=begin)
 
 
 def _prepare_agent(*, launcher: int) -> None:
@@ -239,3 +240,36 @@ def failure(run: RunDir, *, status: int) -> DistillError:
     what = f" {describe_exit(first['status'])}" if "status" in first else f": {first['message']}"
     text = f"rank {first['rank']}{what}; log: {run.rank_log(first['rank'])}"
     return kinds.get(first["kind"], DistillError)(text)
+
+
+def run_agent() -> None:
+    """Run torchrun; name the ranks that were killed."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    path, attempt, *arguments = sys.argv[1:]
+    try:
+        torchrun(arguments)
+    except ChildFailedError as error:
+        record_killed(error.failures, RunDir(Path(path), attempt=int(attempt)))
+        raise
+
+
+def record_killed(failures: Mapping[int, Any], run: RunDir) -> None:
+    """Write an error file for each rank that was killed, but not by torchrun.
+
+    After the first failure torchrun sends SIGTERM to the other ranks, and SIGKILL 30 s later.
+
+    Args:
+        failures: torch's `ProcessFailure` of each rank that did not exit with status 0.
+    """
+    first = min(failure.timestamp for failure in failures.values())
+    for rank, failure in failures.items():
+        by_torchrun = failure.exitcode == -signal.SIGTERM or failure.timestamp > first + GRACE_S
+        if failure.exitcode < 0 and not by_torchrun:
+            # Time 0 sorts it before the errors of ranks that waited for it.
+            write_json(run.rank_error(rank), {"time": 0.0, "kind": "Killed", "status": failure.exitcode})
+
+
+if __name__ == "__main__":
+    run_agent()

@@ -3,11 +3,16 @@
 A verb's module has a docstring (a summary in one line, what the verb does, `examples`), `declare(parser)` and
 `main(arguments)`. Parsing, `distill --help`, `distill VERB --help` and completion follow from these three. What does
 the work is imported inside `main`: help and completion answer without Hydra and Rich.
+
+Tab offers verbs, flags and their values where Hydra, which knows groups, choices and keys, offers nothing. Hydra's
+function in the shell runs `distill -sc query=bash` with the line in COMP_LINE. If nothing is offered, the shell offers
+files: right for the folder of `resume RUN`.
 """
 
 import argparse
 import importlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -136,3 +141,52 @@ def parser_of(verb: str) -> Parser:
     parser = Parser(verb)
     module_of(verb).declare(parser)
     return parser
+
+
+def is_completion(argv: Sequence[str], env: Mapping[str, str]) -> bool:
+    """Return whether the shell runs this command for completion."""
+    return not {"-sc", "--shell-completion"}.isdisjoint(argv) and "COMP_LINE" in env
+
+
+def complete(env: MutableMapping[str, str] = os.environ) -> bool:
+    """Print what is offered. Return whether Hydra has more to offer; then only overrides are left of the line."""
+    line = env["COMP_LINE"][: int(env.get("COMP_POINT") or len(env["COMP_LINE"]))]
+    command, *words = line.split(" ")
+    *before, word = words or [""]
+    offers, overrides = offered([typed for typed in before if typed], word)
+    if offers:
+        print(" ".join(offers))
+    if overrides is not None:
+        env["COMP_LINE"] = " ".join([command, *overrides, word])
+        env["COMP_POINT"] = str(len(env["COMP_LINE"]))
+    return overrides is not None
+
+
+def offered(before: Sequence[str], word: str) -> tuple[list[str], list[str] | None]:
+    """Return what is offered for a line's last word, and the overrides before it; None if no override can follow."""
+    verb, *typed = before if before and before[0] in VERBS else ("train", *before)
+    parser = parser_of(verb)
+    flags, places = parser.flags(), parser.positionals()
+    words: list[str] = []
+    open_flag: argparse.Action | None = None
+    for one in typed:
+        if one.startswith("-"):
+            flag = flags.get(one)
+            open_flag = flag if flag is not None and flag.nargs != 0 else None
+        elif open_flag is None:
+            words.append(one)
+        elif open_flag.nargs != "+":
+            open_flag = None
+    if word.startswith("-"):
+        return starting(word, flags), None
+    place = places[min(len(words), len(places) - 1)] if places else None
+    asked = open_flag or place
+    offers = starting(word, getattr(asked, "choices", None) or getattr(asked, "complete", None) or ())
+    needs_value = open_flag is not None and open_flag.nargs != "?" and typed[-1].startswith("-")
+    if needs_value or place is None or place.dest != "overrides":
+        return offers, None
+    return [*starting(word, () if before else VERBS), *offers], [one for one in words if is_override(one)]
+
+
+def starting(word: str, offers: Iterable[str]) -> list[str]:
+    return [offer for offer in offers if offer.startswith(word)]

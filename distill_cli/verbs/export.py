@@ -33,19 +33,21 @@ def main(arguments: Arguments) -> int:
         ConfigError: no such run or checkpoint, the folder exists, or the run has no adapters for `--adapter`.
         DistillError: it could not be written, or not be pushed.
     """
-    from distill_cli.jobs.existing_run import check_base, choose_checkpoint, open_run
+    from distill_cli.checkpoint import store
+    from distill_cli.folders.run_dir import open_run
     from distill_cli.resolved import ResolvedRun
     from distill_cli.terminal.console import Console
 
     run, as_adapter = open_run(Path(arguments.run)), arguments.adapter
     resolved, console = ResolvedRun.read(run, needs_teacher=False), Console(highlight=False, soft_wrap=True)
-    checkpoint = choose_checkpoint(run, arguments.step or "last", resolved.config, console=console)
+    which, settings = arguments.step or "last", resolved.config.checkpoint
+    checkpoint = store.choose(run.checkpoints, which, settings, warn=console.warn)
     if as_adapter and not resolved.config.model.student.lora.is_on:
         raise ConfigError(f"--adapter: {run.path} trained all weights (model.student.lora.rank=null); leave it out")
     folder = arguments.folder or run.path / "export" / (checkpoint.path.name + ("_adapter" if as_adapter else ""))
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; give another folder")
-    check_base(checkpoint, resolved.student)
+    store.check_base(checkpoint, resolved.student)
     from distill_cli.checkpoint.hf_export import write_folder  # imports torch
 
     write_folder(checkpoint, resolved, folder, as_adapter=as_adapter, max_file_bytes=arguments.max_shard_size)

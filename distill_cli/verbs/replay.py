@@ -28,7 +28,7 @@ def main(arguments: Arguments) -> int:
         ConfigError: no such run, or one without scores; an override does not fit what was recorded.
         DistillError: the replay failed.
     """
-    from distill_cli.jobs.existing_run import open_run
+    from distill_cli.folders.run_dir import open_run
     from distill_cli.jobs.run_jobs import replay_job, run_jobs
 
     job = replay_job(open_run(Path(arguments.subject)), arguments.overrides)

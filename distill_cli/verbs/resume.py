@@ -29,19 +29,18 @@ def main(arguments: Arguments) -> int:
         ConfigError: there is no such run, it is in use, it is finished, or an override is refused.
         DistillError: the run failed again.
     """
-    from distill_cli.folders.run_dir import SweepDir
-    from distill_cli.jobs import resume_runs
-    from distill_cli.jobs.existing_run import open_run
+    from distill_cli.folders.run_dir import SweepDir, open_run
+    from distill_cli.jobs import run_jobs
     from distill_cli.terminal.console import Console
 
     path, step, overrides = Path(arguments.subject), arguments.step, arguments.overrides
     console, sweep = Console(highlight=False, soft_wrap=True), SweepDir(path.resolve())
     if not sweep.file.is_file():
-        return resume_runs.resume_run(open_run(path), step, overrides, console=console)
+        return run_jobs.resume_run(open_run(path), step, overrides, console=console)
     if step is not None:
         raise ConfigError(f"--step {step}: goes back in one run; give a run's folder of {path}")
     if not sweep.space():
-        return resume_runs.resume_sweep(sweep, overrides, console=console)
+        return run_jobs.resume_sweep(sweep, overrides, console=console)
     words = sweep.command()[1:]
     typed = parser_of("train").parse(words[1:] if words[0] == "train" else words)
-    return resume_runs.resume_search(sweep, typed.overrides, typed.flags, overrides, console=console)
+    return run_jobs.resume_search(sweep, typed.overrides, typed.flags, overrides, console=console)

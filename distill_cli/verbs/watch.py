@@ -23,7 +23,7 @@ def main(arguments: Arguments) -> int:
     Raises:
         ConfigError: there is no such run.
     """
-    from distill_cli.jobs.existing_run import open_run
+    from distill_cli.folders.run_dir import open_run
     from distill_cli.jobs.submit import follow
     from distill_cli.report.read import state_of
 

@@ -92,7 +92,7 @@ def test_plan_starts_nothing(tmp_path: Path) -> None:
     assert done.status == 0
     for words in ("mesh", "shard 1   [1]", "64 prompts x 1 answers = 64", "GiB each, every", "memory of a rank"):
         assert words in done.stdout
-    for words in ("launch", "distill_cli.launch.agent"):
+    for words in ("launch", "distill_cli.launch.local"):
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,7 @@ from distill_cli.config.compose import compose
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import override
 from distill_cli.errors import ConfigError
-from distill_cli.jobs.preflight import preflight, room
+from distill_cli.jobs.preflight import preflight, require_here, resolve_jobs, room, unread_keys
 from distill_cli.machine import hardware
 
 MakeModel = Callable[..., Path]
@@ -269,11 +269,40 @@ def test_sleep_is_for_gpus(make_model: MakeModel) -> None:
 
 def test_full_disks_are_refused(tmp_path: Path) -> None:
     config, free = override(Config(), {"run.root": str(tmp_path / "runs")}), shutil.disk_usage(tmp_path).free
-    assert room(config, num_params=1000, num_trained=1000) == (None, None)
-    problem, _ = room(config, num_params=free // 12, num_trained=free // 12)
+    warnings: list[str] = []
+    assert not list(room(config, warnings, num_params=1000, num_trained=1000))
+    (problem,) = room(config, warnings, num_params=free // 12, num_trained=free // 12)
     assert "are free, and a checkpoint takes" in problem
-    problem, warning = room(config, num_params=free // 30, num_trained=free // 30)
-    assert problem is None
-    assert "lower checkpoint.keep_top_k" in warning
+    assert not warnings
+    assert not list(room(config, warnings, num_params=free // 30, num_trained=free // 30))
+    assert "lower checkpoint.keep_top_k" in warnings.pop()
     config = override(config, {"checkpoint.enabled": False})
-    assert room(config, num_params=free // 12, num_trained=free // 12) == (None, None)
+    assert not list(room(config, warnings, num_params=free // 12, num_trained=free // 12))
+    assert not warnings
+
+
+@pytest.mark.parametrize(
+    ("overrides", "unread"),
+    [
+        ("cluster.slurm.partition=gpu cluster.max_restarts=1", ["cluster.slurm.partition"]),
+        ("+cluster.slurm.extra.reservation=mine", ["cluster.slurm.extra.reservation"]),
+        ("cluster.wait=true", ["cluster.wait"]),
+        ("cluster=slurm cluster.slurm.partition=gpu cluster.wait=true", []),
+    ],
+)
+def test_keys_of_other_launchers_warn(overrides: str, unread: list[str]) -> None:
+    (job,) = compose(overrides.split())
+    warnings = list(unread_keys(job.config.cluster, job.overrides))
+    assert [warning.split(" ")[0] for warning in warnings] == unread
+    assert all("no effect with cluster.launcher=local" in warning for warning in warnings)
+
+
+def test_checks_run_on_this_machine() -> None:
+    require_here(compose([])[0].config, "distill check")
+    with pytest.raises(ConfigError, match="cluster.launcher=slurm: distill check .* cluster=local"):
+        require_here(compose(["cluster=slurm"])[0].config, "distill check")
+
+
+def test_an_unknown_launcher_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cluster.launcher=pbs: no such launcher"):
+        resolve_jobs(compose(["cluster.launcher=pbs"]))

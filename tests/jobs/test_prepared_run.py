@@ -12,7 +12,7 @@ from distill_cli.config.compose import Job, compose
 from distill_cli.errors import Stopped
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.jobs import prepared_run, run_jobs
-from distill_cli.jobs.prepare import prepare, resolve_jobs
+from distill_cli.jobs.preflight import prepare, resolve_jobs
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 
@@ -44,7 +44,7 @@ def carry_out(*overrides: str, console: Console) -> None:
     """Carry out a run_jobs."""
     jobs, resolved = checked(*overrides, flags=("--multirun",))
     folder = run_jobs.new_sweep(jobs[0].config)
-    runs = run_jobs.add_runs(folder, jobs, resolved, command=["distill", "-m", *overrides, "tracker=none"])
+    runs = run_jobs.add_runs(folder, jobs, resolved, command=["distill", "-m", *overrides, "tracker=none"], space={})
     run_jobs.carry_out_sweep(runs, console=console)
 
 

@@ -44,9 +44,9 @@ def test_a_run_sums_its_parts() -> None:
     measured = Pace(60.0, {"sample": 2.0, "train": 4.0}, (6.0,), 30.0, 40.0, 1.0, 30.0)
     assert num_validations(found.config, 50) == 4  # at the start, 20, 40, the end
     rows = expected_rows(replace(found, num_train_rows=6400), measured)
-    assert rows["an epoch"] == "10.0 min for 100 steps"
+    assert rows["an epoch"] == "10:00 for 100 steps"
     # 60 + 40 + 50 x 6 + 4 x 30 + 5 x 1 = 525 s
-    assert rows["the run"] == "8.8 min (start 1.7 min, 50 steps 5.0 min, validations 2.0 min, checkpoints 5 s)"
+    assert rows["the run"] == "8:45 (start 1:40, 50 steps 5:00, validations 2:00, checkpoints 0:05)"
 
 
 def test_only_the_length_is_cut() -> None:

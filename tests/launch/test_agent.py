@@ -9,7 +9,7 @@ import pytest
 from distill_cli.errors import DistillError, Killed
 from distill_cli.folders.run_dir import RunDir, create, write_json
 from distill_cli.launch import local
-from distill_cli.launch.agent import record_killed
+from distill_cli.launch.local import record_killed
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def script_command(tmp_path: Path, body: str) -> Callable[..., list[str]]:
     script.write_text("import os, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n" + body)
 
     def command(run: RunDir, _options: Sequence[str], *, num_ranks: int, **_: object) -> list[str]:
-        return [sys.executable, "-m", "distill_cli.launch.agent", str(run.path), str(run.attempt), "--standalone",
+        return [sys.executable, "-m", "distill_cli.launch.local", str(run.path), str(run.attempt), "--standalone",
                 f"--nproc-per-node={num_ranks}", str(script), str(run.path)]  # fmt: skip
 
     return command

@@ -1,15 +1,15 @@
 """Slurm without a Slurm: its commands' output is handed in."""
 
 import signal
+from pathlib import Path
 
 import pytest
 
 from distill_cli.config.compose import compose
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.launch.nodes import Place
-from distill_cli.launch.slurm import Slurm, parameters
-from distill_cli.launch.slurm_cluster import parse_time_limit
+from distill_cli.launch.base import Place
+from distill_cli.launch.slurm import Slurm, parameters, parse_time_limit
 
 SINFO = """\
 main*|up|infinite|3|1-infinite|gpu:a100:2(S:0-1)|16
@@ -25,6 +25,7 @@ ANSWERS = {
     "scontrol show node": "NodeName=n1 NodeAddr=10.0.0.1 NodeHostName=far",
     "scontrol show job": "JobId=7 PreemptTime=2026-01-01T00:00:00",
 }
+MOUNTS = {"/": "ext4", "/home": "nfs4", "/tmp": "tmpfs"}
 
 
 def slurm(**changed: str | Exception) -> Slurm:
@@ -179,3 +180,22 @@ def test_doctor_lists_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
         ("slurm main", True), ("slurm short", True), ("slurm old", False),
     ]  # fmt: skip
     assert rows[0][2] == "4 nodes of 4 GPUs, the default"
+
+
+def test_other_nodes_need_shared_disks() -> None:
+    others, here = Slurm(lambda *_: "NodeHostName=far NodeHostName=away"), Slurm(lambda *_: "")
+    assert "other nodes do not see" in others.unshared(Path("/srv/x"), None, MOUNTS)
+    assert others.unshared(Path("/home/x"), None, MOUNTS) is None
+    assert here.unshared(Path("/srv/x"), None, MOUNTS) is None
+    assert others.unshared(Path("/srv/x"), ["/srv"], MOUNTS) is None
+    assert "/scratch" in here.unshared(Path("/srv/x"), ["/scratch"], MOUNTS)
+
+
+@pytest.mark.parametrize(("path", "kind"), [("/home/me/runs", None), ("/tmp/runs", "tmpfs"), ("/srv", "ext4")])
+def test_longest_mount_point_holds_a_path(path: str, kind: str | None) -> None:
+    problem = Slurm(lambda *_: "NodeHostName=far").unshared(Path(path), None, MOUNTS)
+    assert problem is None if kind is None else f"on a {kind} file system" in problem
+
+
+def test_this_machine_s_mounts_are_read() -> None:
+    assert Slurm(lambda *_: "NodeHostName=far").unshared(Path("/proc/self"), None) is None

@@ -11,12 +11,11 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill_cli.checkpoint.store import Checkpoint
+from distill_cli.checkpoint.store import Checkpoint, check_base
 from distill_cli.config.checks import MAX_ENGINE_RANK
 from distill_cli.engines.settings import ADAPTER_RANKS
 from distill_cli.engines.weight_sync import Deferred, adapter_shapes, check_names_and_shapes, whole_tensors
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.jobs.existing_run import check_base
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.models.lora_names import shortened, targeted
 from distill_cli.models.model_files import ModelFiles, fingerprint

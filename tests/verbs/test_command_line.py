@@ -14,7 +14,7 @@ from distill_cli.config.compose import compose
 from distill_cli.errors import ConfigError
 from distill_cli.verbs.command_line import VERBS, is_override, module_of, parser_of, text
 
-NOT_VERBS = {"__init__", "command_line", "completion"}
+NOT_VERBS = {"__init__", "command_line"}
 
 
 def parsed(line: str) -> argparse.Namespace:

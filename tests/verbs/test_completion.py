@@ -2,8 +2,7 @@
 
 import pytest
 
-from distill_cli.verbs.command_line import VERBS, parser_of
-from distill_cli.verbs.completion import complete, offered
+from distill_cli.verbs.command_line import VERBS, complete, offered, parser_of
 
 
 @pytest.mark.parametrize("verb", VERBS)
