@@ -1,4 +1,4 @@
-"""The facts that follow from a config on this machine, with its models and data: derived once, before a run starts.
+"""The facts that follow from a config on this machine, with its models and data: made once, read by all ranks.
 
 Preflight makes a `ResolvedRun` and writes it as resolved.json next to config.yaml. Ranks, evaluation, export and resume
 read it instead of deriving folders, vocabularies, ranks and lengths from the config again.

@@ -1,1 +1,1 @@
-"""Checkpoints: what lies on disk (`store`), and the ranks' side of writing and reading it (`saver`)."""
+"""Checkpoints: files on disk (`store`), and the ranks' side of writing and reading them (`saver`)."""

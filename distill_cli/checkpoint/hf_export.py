@@ -1,4 +1,4 @@
-"""Write a checkpoint as a Hugging Face folder.
+"""Write a checkpoint as a Hugging Face folder, with a model card.
 
 One process reads the ranks' shards, for any number of ranks and any mesh, and writes a few tensors at a time: memory
 holds at most `READ_BYTES` or the largest tensor, and the optimizer's state is not read. Trained adapters are merged

@@ -1,4 +1,4 @@
-"""Problems that a key's type cannot show: limits, and keys that contradict each other.
+"""Check what a key's type cannot express: limits, and keys that contradict each other.
 
 Reads nothing but the config, and the signature of a user's own divergence.
 """

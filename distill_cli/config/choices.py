@@ -1,4 +1,4 @@
-"""The config groups and the files of each, and the known name that is nearest to another. No Hydra."""
+"""Config groups and their files, and suggestions for mistyped names. No Hydra."""
 
 import difflib
 from collections.abc import Iterable, Sequence

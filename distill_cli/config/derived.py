@@ -1,4 +1,4 @@
-"""Values that follow from several keys together, computed in one place."""
+"""Compute the values that follow from several keys of the config alone."""
 
 import math
 import re

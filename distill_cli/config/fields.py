@@ -1,4 +1,4 @@
-"""How config sections and their keys are declared: frozen dataclasses whose fields carry limits and properties.
+"""How config sections are declared: frozen dataclasses whose fields carry limits and where they may change.
 
     @section
     class TrainConfig:

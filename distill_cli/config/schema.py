@@ -1,7 +1,6 @@
-"""The config: every key with its type, default and limits; its meaning stands beneath it. `null` in YAML is None here.
+"""The keys that decide what is learned (model, data, loss, ...), and `Config`, which has all sections.
 
-This file has the sections that decide what is learned: models, loss, data, rollouts, training, mesh, validation. Those
-that decide how a run is executed are in execution_schema.py. Defaults are those of the Qwen3 recipe on GPUs, which is
+Those that decide how a run is executed are in execution_schema.py. `null` in YAML is None here. Defaults are those of the Qwen3 recipe on GPUs, which is
 NeMo RL's; the files of `conf/` choose others by group, and `model=tiny` scales all of them to a laptop.
 """
 

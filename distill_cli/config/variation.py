@@ -1,4 +1,6 @@
-"""Overrides checked and applied, and a config on disk. Configs are frozen: every variation comes from `override`.
+"""Check overrides and apply them to a config (`override`), and read a run's config.yaml.
+
+Configs are frozen: every variation of one comes from `override`.
 
 Overrides are checked against the schema before Hydra composes: every problem at once, with the nearest known name.
 Hydra alone stops at the first problem, and lets `+loss.zz=1` past a structured config.

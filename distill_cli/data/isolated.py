@@ -1,4 +1,4 @@
-"""Verifiers and environments in processes of their own: one that hangs, raises or dies costs a sequence its score.
+"""Run verifiers and environments in separate processes, with time limits.
 
 `python -m distill_cli.data.isolated KIND NAME LIMIT_S SOCKET` reads lines of requests and writes a line with an answer
 and an error for each request, in order. pebble's pool cannot replace it: it fails everything queued if a process dies

@@ -1,4 +1,4 @@
-"""The steps that a run recorded for a replay, and what holds for all of them. No torch.
+"""The steps that a run recorded for a replay, and the facts that hold for all its steps. No torch.
 
 RUN/scores/ holds (`rollout.score_files` writes and reads the tensors):
 

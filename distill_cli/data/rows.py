@@ -1,4 +1,4 @@
-"""Rows of named columns become examples: one row at a time, when it is read.
+"""Convert rows of named columns to examples, lazily.
 
 A table on disk is read by row number and never held whole; a stream is read from its beginning, any number of times.
 Sources return either, or a plain list.

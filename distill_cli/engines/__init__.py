@@ -1,1 +1,1 @@
-"""Two vLLM engines inside a trainer's process: one samples the student, one scores with the teacher."""
+"""Engines of student and teacher: their protocols, vLLM in the trainer's process, and the sync of weights."""

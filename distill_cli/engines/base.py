@@ -1,4 +1,4 @@
-"""What training expects of the models' engines: a `Sampler` writes as the student, a `Teacher` scores what was written.
+"""The protocols `Sampler` and `Teacher`: what training expects of an engine.
 
 | where it runs                  | Sampler               | Teacher                      |
 |--------------------------------|-----------------------|------------------------------|

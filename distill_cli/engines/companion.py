@@ -1,4 +1,4 @@
-"""A teacher in a second process for each rank, on the rank's device, for engines that one process cannot hold.
+"""A teacher in a second process for each rank, if vLLM cannot hold both engines in one process.
 
 The companions of all ranks form a process group of their own, so that a teacher is cut over them as it would be over
 the ranks. Requests and answers go over a socket: shared memory would outlive a process that is killed.

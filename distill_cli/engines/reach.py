@@ -1,4 +1,4 @@
-"""Names inside vLLM that this package depends on: declared where they are used, and looked up before they are.
+"""Declare the vLLM internals that this package uses, and check that they exist before the first use.
 
 Importing this module imports neither vLLM nor torch. `vllm_patches` contains everything that is declared.
 """

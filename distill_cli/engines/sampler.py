@@ -1,4 +1,4 @@
-"""The student's vLLM engine in the trainer's process, where a sync of weights is a copy."""
+"""The student's vLLM engine in the trainer's process; a sync copies weights in memory."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""Check the student's weights, or its adapter, by name and shape, and gather them for the engine, one by one."""
+"""Receive the student's weights or adapter in its engine: check names and shapes, copy them one by one."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""A run's folder: its paths and tables, its lock, its attempts, and folders that are written whole or not at all."""
+"""A run's folder: paths, tables, lock, attempts, and atomic writes."""

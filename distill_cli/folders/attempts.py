@@ -1,4 +1,4 @@
-"""How each attempt of a run began and ended, and the outcome of the run.
+"""Record how each attempt of a run began and ended, and the run's outcome.
 
 `logs/attempt_<n>/attempt.json` is written by the process that starts the ranks, `outcome.json` by the main rank.
 """

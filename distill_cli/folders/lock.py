@@ -1,4 +1,4 @@
-"""A folder belongs to one process at a time, also if several machines share it.
+"""Lock a folder for one process, also on a file system that several machines share.
 
 flock excludes the processes of this machine, and of others if the file system propagates it. Not every one does, so the
 holder also touches the lock's file every `SIGN_S` seconds: before a file that names another machine's process is taken

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per step, on disk at once.
+"""Append one JSON object per step to metrics.jsonl, flushed as written.
 
 Only the main rank writes. The file is the truth: everything else that shows metrics, trackers included, reads it.
 """

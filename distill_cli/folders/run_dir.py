@@ -1,4 +1,4 @@
-"""The folders of runs and sweeps: their names and files. No folder is used twice."""
+"""Names and files of the folders of runs and sweeps. No folder is used twice."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Runs, sweeps and searches: checking, preparing, carrying out, submitting, resuming, evaluating. No torch."""
+"""Runs, sweeps and searches: check, prepare, run, submit, resume, evaluate. No torch."""

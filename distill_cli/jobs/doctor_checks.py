@@ -1,4 +1,4 @@
-"""What `distill doctor` looks at: packages, GPUs, collectives, the machine, the hub, launchers, trackers."""
+"""Checks of `distill doctor`: packages, GPUs, collectives, the machine, the hub, launchers, trackers."""
 
 import json
 import os

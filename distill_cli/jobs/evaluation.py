@@ -1,4 +1,4 @@
-"""Models on a benchmark: what each of them is, the ranks that answer with it, and the numbers of the answers."""
+"""Evaluate models on a benchmark: resolve them, start the ranks that answer, compute the numbers."""
 
 import json
 import os

@@ -30,7 +30,8 @@ from distill_cli.errors import ConfigError, broken, collect, refuse
 from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs import model_checks
-from distill_cli.launch.base import LAUNCHERS, launcher_of, make_folder
+from distill_cli.launch.base import LAUNCHERS, launcher_of
+from distill_cli.launch.nodes import make_folder
 from distill_cli.machine import hardware
 from distill_cli.models import model_files
 from distill_cli.models.model_files import ModelFiles

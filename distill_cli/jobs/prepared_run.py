@@ -1,4 +1,4 @@
-"""`python -m distill_cli.jobs.prepared_run RUN`: carry out a prepared run, one attempt after another.
+"""Run a prepared run to its end, one attempt after another: `python -m distill_cli.jobs.prepared_run RUN`.
 
 On this machine that is one of several runs of a sweep at a time. In a job every node executes it: the first one leads,
 as `distill train` does on one machine, and the others follow it.
@@ -26,8 +26,9 @@ from distill_cli.folders.attempts import Outcome, record_attempt, write_outcome
 from distill_cli.folders.metrics_file import cut_back, read_metrics
 from distill_cli.folders.run_dir import JobEnd, RunDir, write_json
 from distill_cli.jobs.run_panels import end_panel, relative
-from distill_cli.launch.base import ALONE, Leader, launcher_of, node_variables
+from distill_cli.launch.base import ALONE, launcher_of
 from distill_cli.launch.local import STOP_SIGNALS, follow, start_ranks, stop_signals
+from distill_cli.launch.nodes import Leader, node_variables
 from distill_cli.report.read import read_results
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console

@@ -1,4 +1,4 @@
-"""Runs, carried out here or submitted: one, a replay, the runs of a sweep, and what is left of any that is resumed.
+"""Start new runs and resume existing ones, here or as jobs: single runs, replays, sweeps and searches.
 
 The runs of a sweep are prepared at once and carried out here, some at a time, or as one job array. Every run has its
 folder and its config before the first one starts: `distill resume SWEEP` carries out what did not finish, for whatever

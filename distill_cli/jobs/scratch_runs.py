@@ -1,4 +1,4 @@
-"""Short runs in a folder that is removed: `distill check` and `distill plan --measure`.
+"""Short runs in a temporary folder: `distill check` and `distill plan --measure`.
 
 The models, mesh, engines and data are those of the run that was typed; only its length, and for a check its batch, are
 changed. A folder with logs stays if something went wrong.

@@ -1,4 +1,4 @@
-"""A search: Optuna draws the runs of a sweep from ranges, a batch at a time, by what earlier runs reached.
+"""Search with Optuna: draw the runs of a sweep from ranges, a batch at a time, given earlier results.
 
 A batch follows from `search.seed` and the trials in the sweep's folder alone; nothing else is kept between batches. So
 the same command makes the same trials, and an interrupted search resumes as if it had not been interrupted.

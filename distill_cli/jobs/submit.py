@@ -1,4 +1,4 @@
-"""Runs as jobs of a cluster: submitting them, finding them in the queue; and following runs to their end."""
+"""Submit prepared runs as jobs of a cluster, find them in its queue, and follow runs to their end."""
 
 import math
 import shlex

@@ -1,1 +1,1 @@
-"""How the ranks of a run are started and stopped, here and on a cluster."""
+"""Start and stop the ranks of a run, on this machine and on a cluster."""

@@ -1,4 +1,4 @@
-"""Ranks on this machine: one torchrun, watched until it ends, stopped whole when the user stops.
+"""Start ranks on this machine with torchrun, watch it, and end all its processes on a stop signal.
 
 torchrun's agent starts every rank in a session of its own, so a signal to the agent's group does not reach them: its
 descendants are ended by process id. Each rank also dies with its agent, and the agent with us (`die_with_parent`).
@@ -29,7 +29,8 @@ import psutil
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, Unrecoverable
 from distill_cli.folders.run_dir import RunDir, write_json
-from distill_cli.launch.base import ALONE, POLL_S, Command, Launcher, Leader, Place, node_variables, read_command
+from distill_cli.launch.base import ALONE, Launcher, Place
+from distill_cli.launch.nodes import POLL_S, Command, Leader, node_variables, read_command
 from distill_cli.machine.processes import LAUNCHER_PID, describe_exit, die_with_parent
 from distill_cli.machine.torch_versions import torchrun_knows
 from distill_cli.models.model_files import CACHE_ONLY

@@ -1,4 +1,4 @@
-"""Runs as Slurm jobs: their scripts, submitting, requeueing; and what the cluster has, by Slurm's own commands.
+"""Launch runs as Slurm jobs: scripts, submission, requeueing, and what the cluster has.
 
 submitit writes the script, gives it to sbatch and starts a task on each node, which is `run_node_program`. A warning
 (SIGUSR2, before the time limit) or a preemption lets the ranks save and queues the job again: the run goes on in the

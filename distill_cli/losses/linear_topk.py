@@ -1,4 +1,4 @@
-"""The fused head: from hidden states to a loss on the teacher's top-k, without ever holding [tokens, vocabulary].
+"""The fused head: top-k log-probabilities and the loss without keeping the logits.
 
 Tokens pass in chunks. The loss needs only the student's log-probabilities of K + 1 classes (the top-k, and the rest of
 the vocabulary together) and its entropy, and so its gradient is known as soon as a chunk's logits are: the chunk's part

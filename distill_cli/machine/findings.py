@@ -1,4 +1,4 @@
-"""The lines of `distill doctor`: a check each, with its fix if it failed."""
+"""The type of a finding of `distill doctor`: one line, with a fix if something is wrong."""
 
 import urllib.error
 import urllib.request

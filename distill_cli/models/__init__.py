@@ -1,1 +1,1 @@
-"""Models as files on disk: where they are, what they share, which layers get adapters. No torch."""
+"""Model folders: where they are, what a pair shares, which layers get adapters. No torch."""

@@ -1,4 +1,4 @@
-"""Context parallelism: each rank's tokens of a packed row, and keys and values gathered over ranks.
+"""Context parallelism: each rank's tokens of a packed row, and the gathering of keys and values.
 
 A row is cut into 2n pieces for n ranks, and rank r has pieces r and 2n - 1 - r: causal attention costs more towards the
 end of a sequence, so each rank gets as much of it. Hidden states stay cut all the way through the model. In attention

@@ -1,4 +1,4 @@
-"""The device mesh: the purpose of each axis, and what runs over which of them.
+"""The device mesh: the purpose of each axis, and the collectives over it.
 
 | axis      | what differs along it                                              |
 |-----------|--------------------------------------------------------------------|

@@ -1,4 +1,4 @@
-"""Tensor parallelism for dense decoders: the model's own plan for its matrices, ours for everything around them.
+"""Tensor parallelism for dense decoders: the model's own plan for its matrices, and a plan for all other layers.
 
 transformers declares for each family which linear layers are cut by columns and which by rows. The rest follows:
 embedding and head are cut over the vocabulary (tied or not), norms between layers see every token or, under sequence

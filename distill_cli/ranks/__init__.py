@@ -1,1 +1,1 @@
-"""What torchrun's ranks run: they build their side of a job from its config.yaml, and carry it out."""
+"""The programs of torchrun's ranks: build a rank's part of a job from its config, and run it."""

@@ -1,4 +1,4 @@
-"""Build what a rank trains on and validates with: tokenizer, ordered prompts, workers, planner, source, validation."""
+"""Build a rank's source of training sequences, and what validation needs."""
 
 from __future__ import annotations
 

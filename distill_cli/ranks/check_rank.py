@@ -1,4 +1,4 @@
-"""Build one rank's side of `distill check` from the parts of a run, and run it; `self_check` has the questions."""
+"""Build one rank's side of `distill check` from the parts of a run, and run `self_check`."""
 
 import math
 import os

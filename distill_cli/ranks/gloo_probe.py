@@ -1,4 +1,4 @@
-"""Two processes that add a number up over gloo: `python -m distill_cli.ranks.gloo_probe`.
+"""Check collectives with two processes that sum a number over gloo: `python -m distill_cli.ranks.gloo_probe`.
 
 The first prints what torch can do on this machine, as JSON, and exits with 0 if the sum is right.
 """

@@ -1,4 +1,4 @@
-"""`distill check` on the ranks: a small run of the real models, mesh and engines, compared with itself.
+"""The comparisons of `distill check`: sampler, scorer, trainer, gradient and checkpoint on the real models.
 
 The first teacher is the student itself, so that teacher and student are equal and every difference is a defect; then
 comes the real teacher. Each question is answered by a number against a limit, and by a fix if the limit is exceeded.

@@ -1,1 +1,1 @@
-"""What came of runs: read from their folders, and shown."""
+"""Reports about runs, read from their folders."""

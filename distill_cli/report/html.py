@@ -1,4 +1,4 @@
-"""A run, or several, as one HTML file that needs nothing else: no network, no server.
+"""Write the page about one or several runs: one HTML file without network or server.
 
 Figures are drawn by Vega-Lite's own script, which is part of the page. The data that the page's script reads (of the
 figures, and the recorded answers) is gzipped JSON in base64, which no text from a model or a dataset can end early; the

@@ -1,4 +1,4 @@
-"""The results of runs, read from their folders: the last value of each metric, or everything that a page shows.
+"""Read runs from their folders: results for tables and searches, and the history that the page shows.
 
 For the last values only the end of a metrics.jsonl is parsed, so that a sweep of a thousand runs is compared in
 seconds. What is missing in a folder is left out of the page.

@@ -1,4 +1,4 @@
-"""The recorded answers as a page shows them: tokens with both models' predictions, KL by position, the worst tokens.
+"""The recorded answers in the form that the page shows.
 
 The texts of all tokens are one table; an answer's tokens are indices into it. A page holds MAX_TOKENS tokens: longer
 answers are cut, and the page says so.

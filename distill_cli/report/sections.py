@@ -1,4 +1,4 @@
-"""The sentences and tables of a report, and the small datasets of its figures."""
+"""Write the page's sentences and tables, and the datasets of its figures."""
 
 import json
 from collections.abc import Iterator, Sequence

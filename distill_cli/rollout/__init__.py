@@ -1,1 +1,1 @@
-"""From prompts to rollouts, and from rollouts to micro-batches."""
+"""Sample sequences, score them, and pack them into micro-batches."""

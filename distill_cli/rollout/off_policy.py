@@ -1,4 +1,4 @@
-"""The part of a step's sequences that the student did not write: answers of the dataset or of the teacher.
+"""Off-policy sequences of a step: answers of the dataset or of the teacher.
 
 They are scored and trained on like the student's. If all sequences are off-policy, the run is supervised warm-up on the
 dataset, or offline distillation on the teacher's answers; if some are, it is the mixture of GKD (Agarwal et al. 2024,

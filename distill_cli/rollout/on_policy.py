@@ -1,4 +1,4 @@
-"""The student answers prompts with its current weights, and the teacher scores every answer.
+"""On-policy sequences: the student samples with its current weights, the teacher scores every answer.
 
 A share of a step's sequences may be the dataset's or the teacher's (`off_policy`).
 """

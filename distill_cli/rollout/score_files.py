@@ -1,4 +1,4 @@
-"""Each step's sequences with the teacher's scores on disk: `Recorder` writes them, `Replay` trains on them.
+"""Record each step's sequences with the teacher's scores (`Recorder`), and train on them again (`Replay`).
 
 `data.recorded_run` lists the files. Each data rank writes the sequences that it trains on. The ranks of a replay, in
 any number, read the tokens of every file, to plan the step, and the scores of their own sequences.

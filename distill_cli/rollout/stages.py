@@ -1,4 +1,4 @@
-"""The stages of a step: time them, wake each engine only for its own, and stop the run between two of them."""
+"""Time the stages of a step, keep an engine awake only during its stage, and stop the run between stages."""
 
 import time
 from collections import defaultdict

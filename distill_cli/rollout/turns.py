@@ -1,4 +1,4 @@
-"""Several turns: the student writes, an environment answers, the student continues. Tokens in, tokens out.
+"""Multi-turn sequences: the student writes, an environment answers, the student continues. Tokens in, tokens out.
 
 The student's tokens are never decoded and encoded again: an observation's tokens, with the chat template's markers
 around them, are appended to the existing tokens. The loss excludes them (`Sample.trained`).

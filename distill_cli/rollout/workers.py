@@ -1,4 +1,4 @@
-"""The work of all ranks' engines in a step: `RolloutWorker` samples and judges answers, `ScoringWorker` scores them.
+"""Sample and score a step's sequences with the engines of all ranks.
 
 Work is partitioned over the ranks' engines, with the same results on any number of them. Every rank has one of each and
 calls it with the same arguments: a collective. An engine is awake only while it works. If a stop request may have

@@ -1,1 +1,1 @@
-"""The model that is trained: build, wrap, step, and export its weights."""
+"""The trained model: build, shard, update, and its weights for sync and export."""

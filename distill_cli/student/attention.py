@@ -1,4 +1,4 @@
-"""Attention over packed documents: [1, H, T, D] and the documents' bounds, never a mask.
+"""Attention over packed documents by their bounds instead of a mask: flex, varlen and CPU kernels.
 
 Registered with transformers under a name that its mask registry does not know, so that it builds no mask. The model's
 forward passes the bounds as `documents`, host integers.

@@ -1,4 +1,4 @@
-"""Model FLOPs utilization: the operations that training needs, over the device's peak.
+"""Model FLOPs utilization: the FLOPs of training relative to the device's peak.
 
 Training needs 6 floating-point operations per parameter and token (2 forward, 4 backward; PaLM, Chowdhery et al. 2022,
 appendix B), 4 for a frozen parameter, which has no gradient; the head's only at response tokens, since no other

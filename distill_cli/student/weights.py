@@ -1,4 +1,4 @@
-"""Read a folder's weights into the student, give them to the sampler, and write them to a Hugging Face folder.
+"""Read a folder's weights into the sharded student, send them to the sampler, write them to a Hugging Face folder.
 
 The student is laid out before it is read: `empty_parameters` builds the model with empty parameters (device meta) and
 real buffers; `wrap` cuts them; `load_weights` then puts each rank's part in their place. Each rank reads only its own

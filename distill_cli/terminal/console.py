@@ -1,4 +1,4 @@
-"""Rich's console, and what happens to output whose reader is gone."""
+"""Rich's console, and handling of a closed output pipe."""
 
 from __future__ import annotations
 

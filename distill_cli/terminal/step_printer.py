@@ -1,4 +1,4 @@
-"""The user's view of a run in progress: one greppable line for each step, or a panel on a terminal.
+"""Print a run's progress: one greppable line per step, or a live panel with the time left.
 
 The main rank's standard output is the user's; everything else that a rank prints goes to its log file.
 """

@@ -1,1 +1,1 @@
-"""Where a run is recorded: metrics.jsonl, which is the truth, and MLflow, which follows it."""
+"""Trackers such as MLflow: they follow what a run's folder records."""

@@ -1,4 +1,4 @@
-"""The interface of a tracker, and the trackers of a run.
+"""The protocol of a tracker, and the trackers of a run.
 
 A tracker (MLflow; W&B and TensorBoard could be others) shows runs on its own pages. It holds no truth: it follows a
 run's folder (metrics.jsonl, system.jsonl, files), and can follow again from nothing. Its methods run in a thread of the

@@ -1,4 +1,4 @@
-"""What trackers show of a run besides its metrics and files.
+"""What trackers show of a run in addition to its metrics and files.
 
 All of it is read from the run's folder, so that it can be sent later and from another machine.
 """

@@ -1,4 +1,4 @@
-"""MLflow: a SQLite file next to the runs, or a server. A sweep is a parent run of its runs.
+"""MLflow: a SQLite file in run.root, or a server. A sweep is a parent run of its runs.
 
 A run is found again by its token, a tag: if a process is killed between making a run and recording its id, the next
 one does not make a second run. Processes take a lock next to what they share: eight runs that start together would

@@ -1,4 +1,4 @@
-"""A run's trackers while it runs, and sending afterwards what could not be sent before (`distill track sync`)."""
+"""Run a run's trackers while it lasts, and send afterwards what they missed (`distill track sync`)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

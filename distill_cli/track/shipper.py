@@ -1,4 +1,4 @@
-"""Send what a run's folder holds and a tracker lacks, in a thread.
+"""Send new rows and files of a run's folder to a tracker, in a thread.
 
 The thread belongs to the process that launched the ranks, not to a rank: a slow or absent server cannot affect
 training, and what dead ranks had recorded is still sent. What could not be sent is sent when the server answers again,

@@ -1,4 +1,4 @@
-"""Record the machine's load: system.jsonl, written by the process that launched the ranks.
+"""Sample the machine's load during a run into system.jsonl.
 
 The names are those of MLflow's own system metrics, so that its page shows them. A run on several nodes records the
 first node.

@@ -1,4 +1,4 @@
-"""A rank's record of its run: metrics.jsonl, the user's terminal, and one sequence as it is trained on."""
+"""Record a rank's run: metrics.jsonl, the terminal, and the first trained sequence token by token."""
 
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""A run's progress, which checkpoints keep and its outcome is made of."""
+"""A run's progress: what a checkpoint keeps of it, and the outcome computed from it."""
 
 from __future__ import annotations
 

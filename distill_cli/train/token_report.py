@@ -1,4 +1,4 @@
-"""Record both models' predictions at every token of some answers, for the report's disagreement view.
+"""Record both models' predictions at every token of some answers, which the report shows.
 
 One forward pass without gradient over sequences that the teacher has scored. It runs when the run validates, on prompts
 of its own, and leaves training steps alone.

@@ -1,4 +1,4 @@
-"""The verbs, each declared in its own file, and the parser that all of them use.
+"""The list of verbs, the parser that all of them use, and completion by Tab.
 
 A verb's module has a docstring (a summary in one line, what the verb does, `examples`), `declare(parser)` and
 `main(arguments)`. Parsing, `distill --help`, `distill VERB --help` and completion follow from these three. What does

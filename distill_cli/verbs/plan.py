@@ -1,4 +1,4 @@
-"""Compose and check everything, print what would run, start nothing.
+"""Compose and check everything and print what would run, without starting it.
 
 Prints the mesh and who holds what, the arithmetic of a step, memory by part, the command or the job's script, and
 what a run would refuse or warn of.

@@ -15,7 +15,7 @@ import os  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from distill_cli.launch.base import free_port  # noqa: E402
+from distill_cli.launch.nodes import free_port  # noqa: E402
 
 
 @contextmanager

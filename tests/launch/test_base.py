@@ -11,8 +11,9 @@ from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError
 from distill_cli.jobs.preflight import preflight, use_hub_cache
-from distill_cli.launch.base import LAUNCHERS, launcher_of, node_variables
+from distill_cli.launch.base import LAUNCHERS, launcher_of
 from distill_cli.launch.local import environment
+from distill_cli.launch.nodes import node_variables
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

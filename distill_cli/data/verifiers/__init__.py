@@ -1,0 +1,1 @@
+"""Verifiers of answers: one file each, with a function `verify`."""
