@@ -1,7 +1,8 @@
 """The keys that decide what is learned (model, data, loss, ...), and `Config`, which has all sections.
 
-Those that decide how a run is executed are in execution_schema.py. `null` in YAML is None here. Defaults are those of the Qwen3 recipe on GPUs, which is
-NeMo RL's; the files of `conf/` choose others by group, and `model=tiny` scales all of them to a laptop.
+Those that decide how a run is executed are in execution_schema.py. `null` in YAML is None here. Defaults are those of
+the Qwen3 recipe on GPUs, which is NeMo RL's; the files of `conf/` choose others by group, and `model=tiny` scales all
+of them to a laptop.
 """
 
 from enum import Enum

@@ -18,7 +18,7 @@ from distill_cli.models import model_files
 from distill_cli.models.lora_names import targeted
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
-from distill_cli.terminal.panel import clock
+from distill_cli.terminal.step_printer import clock
 
 MOST_LINES = 16
 """Lines of the drawn mesh."""
