@@ -65,7 +65,7 @@ def run_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, minutes: floa
     return run
 
 
-def test_stages_that_end_badly_do_not_stop_the_next(
+def test_failed_stages_do_not_stop_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     run = run_stages(tmp_path, monkeypatch)
@@ -86,7 +86,7 @@ def test_stages_that_end_badly_do_not_stop_the_next(
     assert not [child for child in psutil.Process().children() if "time.sleep(60)" in " ".join(child.cmdline())]
 
 
-def test_what_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_stages(tmp_path, monkeypatch, minutes=0.1)
     found = json.loads((tmp_path / "out" / "results.json").read_text())["stages"]
     assert {stage["state"] for stage in found.values()} == {"left out"}
@@ -129,7 +129,7 @@ def test_wrong_commands_are_refused(argv: tuple[str, ...], named: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_docs_say_what_was_measured_on_a_gpu_alone(
+def test_docs_have_gpu_figures_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     run = run_stages(tmp_path, monkeypatch)
@@ -163,7 +163,7 @@ def test_docs_say_what_was_measured_on_a_gpu_alone(
     capsys.readouterr()
 
 
-def test_a_rehearsal_asks_only_what_holds_anywhere(tmp_path: Path) -> None:
+def test_rehearsals_check_only_general_targets(tmp_path: Path) -> None:
     stage = Stage(tmp_path / "r.json", tmp_path, rehearse=True)
     stage.record("speed", 1.0, at_least=2.0)
     stage.record("right", 1.0, at_least=2.0, wrong_if_missed=True)
@@ -173,7 +173,7 @@ def test_a_rehearsal_asks_only_what_holds_anywhere(tmp_path: Path) -> None:
     assert show(12345.6) == "12,346"
 
 
-def test_teachers_that_lost_their_weights_are_seen() -> None:
+def test_teachers_without_weights_are_noticed() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def scores(shift: float) -> list[TeacherScores]:

@@ -24,7 +24,7 @@ def test_every_metric_is_described() -> None:
         assert not metric.compared_in or (metric.label and metric.better), metric.name
 
 
-def test_metrics_of_a_figure_share_a_unit() -> None:
+def test_figures_have_one_unit() -> None:
     units: dict[str, set[str]] = {}
     for metric in METRICS:
         if metric.figure:
@@ -44,7 +44,7 @@ def test_needed_keys_are_keys() -> None:
     assert {metric.needs for metric in METRICS} - {""} <= declared_keys(Config).keys()
 
 
-def test_families_cover_what_only_a_run_knows() -> None:
+def test_families_cover_unpredictable_metrics() -> None:
     assert find("val/aime24/accuracy").name == "val/<dataset>/accuracy"
     assert find("val/openai/gsm8k/accuracy").name == "val/<dataset>/accuracy"
     assert find("val/accuracy").name == "val/accuracy"

@@ -42,14 +42,14 @@ def test_the_folders_are_complete_and_small() -> None:
     assert sum(file.stat().st_size for file in pair.rglob("*") if file.is_file()) < 8 * 2**20
 
 
-def test_both_have_the_same_vocabulary_and_template() -> None:
+def test_both_share_vocabulary_and_template() -> None:
     teacher, student = FOLDERS["teacher"], FOLDERS["student"]
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (teacher / file).read_bytes() == (student / file).read_bytes(), file
     assert sorted(vocabulary(teacher).values()) == list(range(512))
 
 
-def test_the_model_is_a_tied_float32_qwen3(name: str, model: Qwen3ForCausalLM) -> None:
+def test_the_model_is_tied_float32_qwen3(name: str, model: Qwen3ForCausalLM) -> None:
     assert isinstance(model, Qwen3ForCausalLM)
     assert vocab_size(model.config.to_dict()) == 512
     assert model.config.head_dim % 32 == 0, "what vLLM's attention on CPUs takes"
@@ -89,7 +89,7 @@ def test_every_digit_is_a_token(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode(digits, add_special_tokens=False)) == list(digits)
 
 
-def test_neither_saw_what_it_is_measured_on() -> None:
+def test_validation_problems_were_not_trained_on() -> None:
     seen = {problem.question for problem in SCRIPT["training_problems"]()}
     for split in ("train", "validation"):
         assert not seen & {problem.question for problem in load(split=split, size=20_000, seed=0)}
@@ -114,15 +114,13 @@ class Coin:
         ("What is 44 + 33 - 12?", "44 + 33 = 77\n77 - 12 = 65\n#### 65"),
     ],
 )
-def test_careless_solutions_forget_to_carry_and_borrow(question: str, careless: str) -> None:
+def test_careless_solutions_forget_carries(question: str, careless: str) -> None:
     assert SCRIPT["careless_solution"](question, Coin(0.0)) == careless
     assert SCRIPT["careless_solution"](question, Coin(1.0)) == worked_solution(question)
 
 
 @torch.inference_mode()
-def test_the_teacher_is_right_and_the_student_is_not(
-    name: str, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_only_the_teacher_is_right(name: str, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     problems = load(split="validation", size=128, seed=0)
     texts = [
         tokenizer.apply_chat_template(

@@ -10,7 +10,7 @@ from distill_cli.models.model_files import ASSETS
 from .conftest import distill
 
 
-def test_all_is_as_it_should_be_on_two_ranks(tmp_path: Path) -> None:
+def test_check_passes_on_two_ranks(tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     done = distill(tmp_path, "check", "cluster.ranks_per_node=2", "mesh.context=2", TMPDIR=str(temporary))

@@ -28,7 +28,7 @@ def make_base_like(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_answers_end_when_student_and_teacher_end_with_different_tokens(tmp_path: Path) -> None:
+def test_different_end_tokens_end_answers(tmp_path: Path) -> None:
     student = make_base_like(tmp_path / "base")
     argv = (f"model.student.path={student}", "train.max_steps=12", "rollout.prompts_per_step=32", "tracker=none")
     argv += ("loss.topk=4", "loss.temperature=1.5", "train.eps=1e-5", "rollout.save_scores=true")

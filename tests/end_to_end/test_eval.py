@@ -10,7 +10,7 @@ import pytest
 from tests.end_to_end.conftest import Finished, distill, refused
 
 
-def test_before_after_and_teacher_in_one_command(one_rank: Finished) -> None:
+def test_before_after_and_teacher_at_once(one_rank: Finished) -> None:
     asked = ("eval.max_samples=40", "eval.repeat=2", "eval.temperature=0.5")
     done = distill(one_rank.folder, "eval", "runs/latest", "--against", "before", "teacher", "--json", *asked)
     assert done.status == 0, done.stderr
@@ -35,9 +35,7 @@ def test_before_after_and_teacher_in_one_command(one_rank: Finished) -> None:
     assert all(row["final_answer"] == row["reference"] for row in rows if row["reward"] == 1)
 
 
-def test_greedily_it_is_the_run_s_own_validation_also_of_an_export_and_on_two_ranks(
-    one_rank: Finished, tmp_path: Path
-) -> None:
+def test_greedy_eval_equals_validation(one_rank: Finished, tmp_path: Path) -> None:
     """The run validated its last step on 40 prompts."""
     unfinished = tmp_path / "unfinished"
     shutil.copytree(one_rank.run.path, unfinished, ignore=shutil.ignore_patterns("evals"))
@@ -76,7 +74,7 @@ def test_greedily_it_is_the_run_s_own_validation_also_of_an_export_and_on_two_ra
         (["package://tiny_pair/student", "cluster.gpus_per_node=99"], "visible GPUs"),
     ],
 )
-def test_what_cannot_be_asked_is_said_in_one_line(
+def test_impossible_evaluations_are_refused(
     one_rank: Finished, argv: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert said in "\n".join(refused(one_rank.folder, monkeypatch, capsys, "eval", *argv))

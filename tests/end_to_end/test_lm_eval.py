@@ -32,7 +32,7 @@ metric_list:
 
 
 @pytest.mark.slow
-def test_it_finds_the_accuracy_that_the_run_found(one_rank: Finished, tmp_path: Path) -> None:
+def test_accuracy_equals_the_run_s(one_rank: Finished, tmp_path: Path) -> None:
     """The run validated its last step greedily on these 40 problems."""
     problems = arithmetic.load(split="validation", size=40, seed=0)
     rows = [json.dumps({"question": problem.question, "answer": problem.answer}) for problem in problems]

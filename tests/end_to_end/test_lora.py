@@ -25,7 +25,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 @pytest.mark.slow
-def test_the_sampler_has_the_trainer_s_adapter(two_ranks: Finished) -> None:
+def test_the_sampler_has_the_adapter(two_ranks: Finished) -> None:
     assert two_ranks.status == 0, two_ranks.stderr
     steps = two_ranks.metrics[1:]
     assert all(row["rollout/engine_mismatch"] < 1e-5 for row in steps)
@@ -34,7 +34,7 @@ def test_the_sampler_has_the_trainer_s_adapter(two_ranks: Finished) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_an_export_is_the_student_either_way(two_ranks: Finished, tmp_path: Path) -> None:
+def test_exports_are_the_student(two_ranks: Finished, tmp_path: Path) -> None:
     run = str(two_ranks.run.path)
     assert cli.run(["export", run, str(tmp_path / "merged")]) == 0
     assert cli.run(["export", run, str(tmp_path / "adapter"), "--adapter"]) == 0

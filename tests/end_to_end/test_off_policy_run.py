@@ -7,7 +7,7 @@ from tests.end_to_end.naive import check_numbers
 
 
 @pytest.mark.slow
-def test_half_of_each_step_is_the_teacher_s_and_all_of_it_the_dataset_s(tmp_path) -> None:
+def test_teacher_and_dataset_sequences(tmp_path) -> None:
     off = ("data.validation=null", "tracker=none", "train.max_steps=2", "rollout.save_scores=true")
     half = distill(tmp_path, *SHORT[1:], *off, "rollout.on_policy_fraction=0.5", "rollout.off_policy=teacher")
     assert half.status == 0, half.stderr

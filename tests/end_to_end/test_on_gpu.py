@@ -38,7 +38,7 @@ def test_all_is_as_it_should_be(tmp_path: Path, settings: tuple[str, ...]) -> No
     assert done.status == 0, done.stdout + done.stderr
 
 
-def test_a_run_with_cuda_graphs_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_cuda_graphs_resume_from_a_checkpoint(tmp_path: Path) -> None:
     short = (*SHORT, "eval.max_samples=16", "checkpoint.period=2", "tracker=none")
     done = distill(tmp_path, *short, *BF16, ONE, timeout_s=900)
     assert done.status == 0, done.stdout + done.stderr

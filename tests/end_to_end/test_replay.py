@@ -20,7 +20,7 @@ def no_engines(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(folder / "path")}
 
 
-def test_the_same_loss_gives_the_same_student_bit_for_bit(one_rank: Finished, tmp_path: Path) -> None:
+def test_replay_of_same_loss_is_exact(one_rank: Finished, tmp_path: Path) -> None:
     done = distill(tmp_path, "replay", str(one_rank.run.path), "tracker=none", **no_engines(tmp_path))
     assert done.status == 0, done.stdout + done.stderr
     assert "3 recorded steps of" in done.stdout
@@ -37,7 +37,7 @@ def test_the_same_loss_gives_the_same_student_bit_for_bit(one_rank: Finished, tm
 
 
 @pytest.mark.slow
-def test_another_loss_on_two_ranks_is_stopped_resumed_and_goes_round(one_rank: Finished, tmp_path: Path) -> None:
+def test_replay_stops_resumes_and_starts_over(one_rank: Finished, tmp_path: Path) -> None:
     env = no_engines(tmp_path)
     other = (
         "loss=reverse",

@@ -46,7 +46,7 @@ def learned(rows: list[dict]) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_changes_nothing(one_rank: Finished, tmp_path: Path) -> None:
+def test_a_killed_rank_changes_nothing(one_rank: Finished, tmp_path: Path) -> None:
     process = start(tmp_path, *SHORT, *EVAL, "run.name=r", "checkpoint.period=1")
     run = tmp_path / "runs/r"
     wait_until((run / "checkpoints/step_1").exists, process)
@@ -87,7 +87,7 @@ def same_end(one_rank: Finished, run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_on_other_ranks(one_rank: Finished, tmp_path: Path) -> None:
+def test_stopped_run_resumes_on_other_ranks(one_rank: Finished, tmp_path: Path) -> None:
     """In the middle of a validation: what the step learned is saved, and validated and recorded when it goes on."""
     run, metrics = tmp_path / "runs/r", tmp_path / "runs/r/metrics.jsonl"
     often = ("eval.period=1", "eval.at_start=false", "eval.teacher=false", "eval.max_samples=512", "tracker=none")
@@ -135,7 +135,7 @@ def test_what_cannot_be_resumed_is_said(one_rank: Finished, tmp_path: Path) -> N
     assert (done.status, f"in use by process {os.getpid()}" in done.stderr) == (2, True)
 
 
-def test_a_config_that_was_changed_by_hand_is_refused(one_rank: Finished, tmp_path: Path) -> None:
+def test_a_hand_edited_config_is_refused(one_rank: Finished, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(one_rank.run.path, copy)
     config = (copy / "config.yaml").read_text()
@@ -145,7 +145,7 @@ def test_a_config_that_was_changed_by_hand_is_refused(one_rank: Finished, tmp_pa
     assert "loss.topk=32: the run was made with 16" in done.stderr
 
 
-def test_an_export_is_the_student_that_was_trained(one_rank: Finished, two_ranks: Finished, tmp_path: Path) -> None:
+def test_an_export_is_the_trained_student(one_rank: Finished, two_ranks: Finished, tmp_path: Path) -> None:
     for finished in (one_rank, two_ranks):
         folder = tmp_path / finished.folder.name
         done = distill(finished.folder, "export", "runs/latest", str(folder))
@@ -174,7 +174,7 @@ def test_an_export_is_the_student_that_was_trained(one_rank: Finished, two_ranks
     assert len(offline.stderr.splitlines()) == 1
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_rollouts(tmp_path: Path) -> None:
+def test_infinite_loss_ends_with_rollouts(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def kl(logp, logq):\n    return (logp - logq) * float('nan')\n")
     done = distill(tmp_path, *SHORT, *NO_EVAL, "loss.kl_type=broken:kl", "run.name=r", "train.max_bad_updates=2")
     assert done.status == 1
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_rollouts(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_student_that_never_ends_stops_the_run_where_asked(tmp_path: Path) -> None:
+def test_truncated_answers_stop_the_run(tmp_path: Path) -> None:
     cut = ("rollout.max_new_tokens=2", "rollout.on_truncation=stop", "run.name=r", "train.max_steps=9")
     done = distill(tmp_path, *SHORT, *NO_EVAL, *cut)
     assert done.status == 0, done.stderr

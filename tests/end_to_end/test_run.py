@@ -24,7 +24,7 @@ EVERY_STEP = {
 VALIDATION = {"val/accuracy", "val/mean_length", "val/truncated_rate", "time/eval_s"}
 
 
-def test_the_default_run_ends_well_and_says_what_came_of_it(one_rank: Finished) -> None:
+def test_the_default_run_prints_its_result(one_rank: Finished) -> None:
     assert one_rank.status == 0, one_rank.stderr
     assert one_rank.stderr == ""
     for word in ("student", "teacher", "accuracy", "time", "metrics", "MLflow", "next", "step 3/3 loss="):
@@ -34,7 +34,7 @@ def test_the_default_run_ends_well_and_says_what_came_of_it(one_rank: Finished) 
     assert outcome["teacher"]["accuracy"] > 0.9 > outcome["before"]["accuracy"]
 
 
-def test_no_token_of_the_shell_is_written_or_printed(one_rank: Finished) -> None:
+def test_secrets_are_not_written_or_printed(one_rank: Finished) -> None:
     """The run's folder with all its logs, and MLflow's database and artifacts, which are beside it."""
     assert files_with(SECRETS.values(), one_rank.folder) == []
     assert not any(secret in one_rank.stdout + one_rank.stderr for secret in SECRETS.values())
@@ -51,17 +51,17 @@ def test_every_step_has_every_metric(one_rank: Finished) -> None:
     assert [row.keys() >= VALIDATION for row in rows] == [True, False, True, True]
 
 
-def test_the_sampler_has_the_trainer_s_weights_at_every_step(one_rank: Finished, two_ranks: Finished) -> None:
+def test_the_sampler_has_trained_weights(one_rank: Finished, two_ranks: Finished) -> None:
     for row in one_rank.metrics[1:] + two_ranks.metrics[1:]:
         assert row["rollout/engine_mismatch"] < 1e-4
 
 
-def test_every_number_is_that_of_a_naive_reference(one_rank: Finished) -> None:
+def test_numbers_equal_a_naive_reference(one_rank: Finished) -> None:
     assert 0 < one_rank.metrics[1]["rollout/truncated_rate"] < 1  # cut off or not, an answer's last token counts
     check_numbers(one_rank, steps=3)
 
 
-def test_two_ranks_learn_what_one_rank_learns(one_rank: Finished, two_ranks: Finished) -> None:
+def test_two_ranks_equal_one_rank(one_rank: Finished, two_ranks: Finished) -> None:
     assert two_ranks.status == 0, two_ranks.stderr
     assert one_rank.metrics[1]["train/loss"] == pytest.approx(two_ranks.metrics[1]["train/loss"], rel=1e-5)
     for ours, theirs in zip(one_rank.metrics[1:], two_ranks.metrics[1:], strict=True):
@@ -80,7 +80,7 @@ def test_two_ranks_learn_what_one_rank_learns(one_rank: Finished, two_ranks: Fin
     ],
     ids=["tensor", "context", "teacher"],
 )
-def test_other_layouts_learn_what_one_rank_learns(
+def test_other_layouts_equal_one_rank(
     one_rank: Finished, two_ranks: Finished, tmp_path, layout: tuple[str, ...]
 ) -> None:
     without_eval = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker=none")
@@ -99,7 +99,7 @@ def test_other_layouts_learn_what_one_rank_learns(
                 assert_near(theirs[name], torch.tensor(ours[name]))
 
 
-def test_what_is_recorded_of_each_token_is_what_both_models_say(one_rank: Finished, two_ranks: Finished) -> None:
+def test_recorded_tokens_equal_both_models(one_rank: Finished, two_ranks: Finished) -> None:
     student, teacher = (AutoModelForCausalLM.from_pretrained(distilled_from(role)) for role in ("student", "teacher"))
     assert sorted(file.name for file in one_rank.run.rollouts.iterdir()) == [f"step_{n}.parquet" for n in (0, 2, 3)]
     assert sorted(file.name for file in two_ranks.run.rollouts.iterdir()) == [f"step_{n}.parquet" for n in (0, 3)]
@@ -143,7 +143,7 @@ def recorded(finished: Finished, step: int) -> list[dict]:
     return pyarrow.parquet.read_table(finished.run.rollouts / f"step_{step}.parquet").to_pylist()
 
 
-def test_the_folder_holds_what_the_contract_says(one_rank: Finished) -> None:
+def test_the_folder_has_its_documented_files(one_rank: Finished) -> None:
     run = one_rank.run
     assert re.fullmatch(r"\d{8}-\d{6}_tiny_mixed", run.path.name)
     assert (run.path / "command.txt").read_text().startswith("distill train.max_steps=3 ")
@@ -155,7 +155,7 @@ def test_the_folder_holds_what_the_contract_says(one_rank: Finished) -> None:
     assert not [path for path in one_rank.folder.iterdir() if path.name != "runs"]
 
 
-def test_the_student_that_was_trained_loads(one_rank: Finished) -> None:
+def test_the_trained_student_loads(one_rank: Finished) -> None:
     student = AutoModelForCausalLM.from_pretrained(one_rank.run.student)
     tokenizer = AutoTokenizer.from_pretrained(one_rank.run.student)
     before = AutoModelForCausalLM.from_pretrained(distilled_from("student"))
@@ -181,7 +181,7 @@ def test_mlflow_has_what_the_file_has(one_rank: Finished) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_each_element_in_its_own_folder(tmp_path) -> None:
+def test_sweep_runs_have_own_folders(tmp_path) -> None:
     off = ("eval.period=0", "eval.max_samples=16", "train.max_steps=1", "tracker=none", "eval.teacher=false")
     done = distill(tmp_path, "-m", "loss.topk=4,8", *off)
     assert done.status == 0, done.stdout + done.stderr
@@ -193,7 +193,7 @@ def test_a_sweep_runs_each_element_in_its_own_folder(tmp_path) -> None:
     assert distill(tmp_path, "report", str(sweep)).stdout in done.stdout
 
 
-def test_a_rank_that_fails_is_one_line_and_a_log(tmp_path) -> None:
+def test_failed_rank_prints_line_and_log(tmp_path) -> None:
     (tmp_path / "broken.py").write_text("def kl(logp, logq):\n    raise ValueError('a loss of my own')\n")
     done = distill(tmp_path, "loss.kl_type=broken:kl", "eval.at_start=false", "tracker=none")
     assert done.status == 1
@@ -208,7 +208,7 @@ def distilled_from(role: str) -> str:
     return str(ASSETS / "tiny_pair" / role)
 
 
-def test_what_only_a_rank_can_find_wrong_is_still_the_user_s_mistake(tmp_path) -> None:
+def test_ranks_find_user_mistakes_too(tmp_path) -> None:
     done = distill(tmp_path, "rollout.max_new_tokens=127", "tracker=none")
     assert done.status == 2
     assert done.stderr.startswith("error: data.train: no prompt is left: 8192 of 8192 prompts")

@@ -20,9 +20,7 @@ NO_EVAL = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker
 
 
 @pytest.mark.slow
-def test_two_nodes_learn_what_two_ranks_of_one_node_learn(
-    cluster: Cluster, two_ranks: Finished, tmp_path: Path
-) -> None:
+def test_two_nodes_equal_one_node(cluster: Cluster, two_ranks: Finished, tmp_path: Path) -> None:
     done = cluster.distill(tmp_path, *SHORT, *NO_EVAL, "cluster=slurm", "cluster.nodes=2", "--wait")
     assert done.status == 0, done.stdout + done.stderr
     for said in (
@@ -62,9 +60,7 @@ def wait_for(condition: Callable[[], bool], *, seconds: float = 150) -> None:
 
 
 @pytest.mark.slow
-def test_whatever_ends_a_job_the_run_ends_with_the_same_parameters(
-    cluster: Cluster, one_rank: Finished, tmp_path: Path
-) -> None:
+def test_parameters_survive_every_end_of_jobs(cluster: Cluster, one_rank: Finished, tmp_path: Path) -> None:
     """Its time limit reached, preempted, its node lost, cancelled: each in a step of the same run."""
     (tmp_path / "slow.py").write_text(SLOW_VERIFIER)
     done = cluster.distill(
@@ -132,7 +128,7 @@ WHOLE_LOSS = "def kl(logp, logq):\n    return logp.exp() * (logp - logq)\n"
 
 
 @pytest.mark.slow
-def test_a_sweep_is_one_array_and_goes_on_with_what_failed(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_sweep_array_resumes_failed_runs(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(BROKEN_LOSS)
     done = cluster.distill(
         tmp_path, "-m", "loss.kl_type=forward,mine:kl", *SHORT, *NO_EVAL, "train.max_steps=1", "run.name=s",
@@ -199,7 +195,7 @@ def test_a_grid_is_one_array(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_search_is_an_array_per_batch(cluster: Cluster, tmp_path: Path) -> None:
+def test_each_search_batch_is_an_array(cluster: Cluster, tmp_path: Path) -> None:
     done = cluster.distill(
         tmp_path, "-m", "loss.kl_weight=interval(0.1,0.9)", "loss.topk=4,8", *ONE_STEP, "tracker=none", "run.name=s",
         "search.trials=3", "cluster=slurm", "cluster.parallel_jobs=2", timeout_s=580,
@@ -244,7 +240,7 @@ def elements(folder: Path, sweep: str = "s") -> list[str]:
         ),
     ],
 )
-def test_what_the_cluster_cannot_run_is_refused(cluster: Cluster, tmp_path: Path, argv: list[str], said: str) -> None:
+def test_impossible_jobs_are_refused(cluster: Cluster, tmp_path: Path, argv: list[str], said: str) -> None:
     jobs_before = cluster.ask("sacct", "-X", "-n", "-P", "-S", "now-1day", "-o", "JobID")
     done = cluster.distill(tmp_path, *argv, "cluster=slurm")
     assert done.status == 2, done.stdout
@@ -254,7 +250,7 @@ def test_what_the_cluster_cannot_run_is_refused(cluster: Cluster, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_watching_a_job_that_is_cancelled_ends_and_the_run_goes_on_without_it(cluster: Cluster, tmp_path: Path) -> None:
+def test_watch_ends_with_a_cancelled_job(cluster: Cluster, tmp_path: Path) -> None:
     later = ("cluster=slurm", "+cluster.slurm.extra.begin=now+1hour", "run.name=r", "train.max_steps=1")
     done = cluster.distill(tmp_path, *SHORT[1:], *NO_EVAL, *later)
     assert done.status == 0, done.stderr
@@ -271,7 +267,7 @@ def test_watching_a_job_that_is_cancelled_ends_and_the_run_goes_on_without_it(cl
     assert (watched.status, watched.stdout.count("CANCELLED")) == (0, 0)
 
 
-def test_plan_prints_the_script_and_submits_nothing(cluster: Cluster, tmp_path: Path) -> None:
+def test_plan_prints_the_job_script(cluster: Cluster, tmp_path: Path) -> None:
     done = cluster.distill(
         tmp_path, "plan", "cluster=slurm", "cluster.slurm.partition=short", "cluster.slurm.time=4", "cluster.nodes=2",
         'cluster.slurm.setup=["module load x"]', "+cluster.slurm.container.image=a.sqsh", "cluster.slurm.mem=2G",

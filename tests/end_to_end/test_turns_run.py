@@ -12,7 +12,7 @@ GAME = (
 
 
 @pytest.mark.slow
-def test_a_game_of_several_turns_is_learned_the_same_on_one_rank_and_on_two(tmp_path) -> None:
+def test_turns_on_one_and_two_ranks(tmp_path) -> None:
     one = distill(tmp_path, *GAME, "rollout.save_scores=true")
     assert one.status == 0, one.stderr
     assert one.run.report.is_file(), one.stdout  # of tokens that have a loss and of those that have none

@@ -65,7 +65,7 @@ def test_sign_flips_by_hand() -> None:
     assert st.sign_flip_p(np.array([])) == 1.0
 
 
-def test_drawn_signs_agree_with_the_normal_limit() -> None:
+def test_drawn_signs_approach_the_normal_limit() -> None:
     rng = np.random.default_rng(2)
     differences = rng.normal(0.15, 1.0, size=300)
     z = abs(differences.sum()) / math.sqrt((differences**2).sum())
