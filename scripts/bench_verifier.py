@@ -143,9 +143,9 @@ def main() -> None:
     pairs = labelled(200, seed=0)
     scores = verify([(response, answer) for _, (response, answer, _) in pairs])
     for (kind, (response, answer, right)), score in zip(pairs, scores, strict=True):
-        said = score == 1
-        calls[(right, said)] += 1
-        if said != right:
+        accepted = score == 1
+        calls[(right, accepted)] += 1
+        if accepted != right:
             wrong.append((kind, response, answer))
     print("200 labelled pairs       judged right   judged wrong")
     for right in (True, False):

@@ -301,10 +301,10 @@ def slim(library: Path, *, arch: int) -> None:
     found = list(containers(data))
     entries = [entry for _, part in found for entry in part]
     ours = [entry for entry in entries if entry.kind == ELF and entry.arch == arch]
-    foreign = [entry for entry in entries if entry.kind == ELF and entry.arch != arch]
-    if not foreign:
+    others = [entry for entry in entries if entry.kind == ELF and entry.arch != arch]
+    if not others:
         return
-    smallest = min(foreign, key=lambda entry: entry.end - entry.begin)
+    smallest = min(others, key=lambda entry: entry.end - entry.begin)
     stand_in = bytes(data[smallest.begin : smallest.end])
     for start, part in found:
         kept = b"".join(data[entry.begin : entry.end] for entry in part if entry in ours) or stand_in

@@ -21,7 +21,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import gpu_acceptance  # noqa: E402
 from gpu_stages import STAGES, docs  # noqa: E402
-from gpu_stages.figures import Stage, asked, show  # noqa: E402
+from gpu_stages.figures import Stage, show, target  # noqa: E402
 from gpu_stages.teachers import planted_teachers, teacher_problem  # noqa: E402
 
 RECORDS = """
@@ -33,7 +33,7 @@ stage.record("speed", 2.0, "x", at_least=1.0)
 """
 ENDINGS = {
     "a": "stage.record('too slow', 1.0, at_least=2.0)",
-    "b": "print('the log', flush=True); (stage.scratch / 'check.out').write_text('what a rank said'); "
+    "b": "print('the log', flush=True); (stage.scratch / 'check.out').write_text('output of a rank'); "
     "stage.fail('OutOfMemoryError: CUDA out of memory')",
     "c": "import time; time.sleep(60)",
     "d": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
@@ -74,7 +74,7 @@ def test_failed_stages_do_not_stop_others(
         **{"a": "passed", "b": "failed", "c": "cut off", "d": "failed", "e": "failed"}
     }
     assert found["b"]["error"] == "OutOfMemoryError: CUDA out of memory"
-    assert Path(found["b"]["log"]).read_text() == "the log\n\n===== check.out\nwhat a rank said\n"
+    assert Path(found["b"]["log"]).read_text() == "the log\n\n===== check.out\noutput of a rank\n"
     assert found["c"]["error"] == "took longer than 4 s"
     assert "SIGSEGV" in found["d"]["error"]
     assert found["e"]["error"] == "wrong is 1"
@@ -168,8 +168,8 @@ def test_rehearsals_check_only_general_targets(tmp_path: Path) -> None:
     stage.record("speed", 1.0, at_least=2.0)
     stage.record("right", 1.0, at_least=2.0, wrong_if_missed=True)
     speed, right = json.loads((tmp_path / "r.json").read_text())["figures"]
-    assert (speed["is_met"], asked(speed)) == (None, "")
-    assert (right["is_met"], asked(right)) == (False, "at least 2")
+    assert (speed["is_met"], target(speed)) == (None, "")
+    assert (right["is_met"], target(right)) == (False, "at least 2")
     assert show(12345.6) == "12,346"
 
 

@@ -29,7 +29,7 @@ class EngineSettings:
     max_model_len: int
     """Tokens of the longest sequence, prompt and response together."""
     dtype: str = "bfloat16"
-    """Of the weights and the KV cache: `bfloat16`, `float16` or `float32`."""
+    """Type of the weights and the KV cache: `bfloat16`, `float16` or `float32`."""
     quantization: str | None = None
     """vLLM's name of a quantization; None is that of the model's config.json."""
     trust_remote_code: bool = False

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_stages import STAGES
-from gpu_stages.figures import asked, show
+from gpu_stages.figures import show, target
 
 BEGIN, END = "<!-- gpu_acceptance: begin -->", "<!-- gpu_acceptance: end -->"
 
@@ -72,7 +72,7 @@ def origin(found: dict[str, Any]) -> str:
 def figure_row(figure: dict[str, Any]) -> str:
     met = {True: "yes", False: "**no**", None: ""}[figure["is_met"]]
     value = f"{show(figure['value'])} {figure['unit']}".strip()
-    return f"| {figure['name']} | {value} | {asked(figure)} | {met} |"
+    return f"| {figure['name']} | {value} | {target(figure)} | {met} |"
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

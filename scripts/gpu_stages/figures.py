@@ -75,7 +75,7 @@ def show(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def asked(figure: dict[str, Any]) -> str:
+def target(figure: dict[str, Any]) -> str:
     """Format a figure's target; empty if it has none."""
     parts = [f"at least {show(figure['at_least'])}"] if figure["at_least"] is not None else []
     parts += [f"at most {show(figure['at_most'])}"] if figure["at_most"] is not None else []
@@ -85,4 +85,4 @@ def asked(figure: dict[str, Any]) -> str:
 def figure_line(figure: dict[str, Any]) -> str:
     mark = {True: "met   ", False: "MISSED", None: "      "}[figure["is_met"]]
     value = f"{show(figure['value'])} {figure['unit']}".strip()
-    return f"{mark} {figure['name']:<58} {value:>16}  {asked(figure)}".rstrip()
+    return f"{mark} {figure['name']:<58} {value:>16}  {target(figure)}".rstrip()

@@ -60,9 +60,9 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.chdir(folder)
     capsys.readouterr()
     status = run(argv)
-    said = capsys.readouterr()
-    assert (status, said.out) == (2, ""), (argv, said)
-    lines = said.err.splitlines()
+    printed = capsys.readouterr()
+    assert (status, printed.out) == (2, ""), (argv, printed)
+    lines = printed.err.splitlines()
     assert all(line.startswith("error: ") for line in lines)
     return lines
 

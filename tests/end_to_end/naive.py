@@ -1,7 +1,7 @@
-"""What a run must have said, worked out again from what it left: its config, the tokens it recorded, and two models.
+"""Compute a run's numbers again from its folder: its config, the tokens that it recorded, and the two models.
 
 Plain transformers in float64, one sequence at a time, softmax over the whole vocabulary, AdamW by hand: nothing here
-packs, shards, chunks, or asks an engine. The mathematics is docs/losses.md's, for `loss=mixed` and the `bucket` tail.
+packs, shards, chunks, or calls an engine. The mathematics is docs/losses.md's, for `loss=mixed` and the `bucket` tail.
 
 Shape letters: R response tokens of one sequence, K the teacher's top-k, V vocabulary.
 """
@@ -32,7 +32,7 @@ ABSENT = -1e4
 
 
 def check_numbers(finished: Finished, *, steps: int, read_by_teacher: Callable[[list[int]], list[int]] = list) -> None:
-    """The metrics of the run's first steps, and what its engines said, are those of the reference.
+    """Assert that the first steps' metrics, and the engines' log-probabilities, are those of the reference.
 
     Args:
         read_by_teacher: makes the teacher's prompt of the student's.
@@ -63,7 +63,7 @@ class Reference:
         self.updates = 0
 
     def steps(self) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
-        """Of each step the metrics, and how far at most the recorded log-probabilities are from both models'."""
+        """Yield each step's metrics, and the largest differences of recorded log-probabilities from both models'."""
         size, step = self.config.train.global_batch_size, 1
         while (folder := self.run.scores / f"step_{step}").is_dir():
             rollouts, scores = recorded(folder)
@@ -87,7 +87,7 @@ class Reference:
 
     @torch.no_grad()
     def differences(self, rollouts: list[Rollout], scores_of: list[TeacherScores]) -> dict[str, float]:
-        """How far what the engines said is from what the models say, at the tokens that are trained on."""
+        """Return the largest differences between the engines' and the models' log-probabilities at trained tokens."""
         found: dict[str, float] = defaultdict(float)
         for rollout, scores in zip(rollouts, scores_of, strict=True):
             mask = trained(rollout)
@@ -131,7 +131,7 @@ class Reference:
         return norm
 
     def losses(self, rollout: Rollout, sums: Counter) -> torch.Tensor:
-        """Of each token of the response that the loss is on."""
+        """Return the loss of each trained token of the response."""
         loss, mask = self.config.loss, trained(rollout)
         logits_RV = response_logits(self.student, rollout.prompt.token_ids, rollout) / loss.temperature
         logq_RV = merge_ends(logits_RV.log_softmax(-1), self.ends)[mask]
@@ -215,7 +215,7 @@ def with_rest(logp_RV: torch.Tensor, in_topk: torch.Tensor) -> torch.Tensor:
 
 
 def lr_factor(config: Config, update: int, updates_per_step: int) -> float:
-    """Of `train.schedule=cosine`, at an update that is counted from 0."""
+    """Return the factor of `train.schedule=cosine` at an update, counted from 0."""
     warmup, total = config.train.warmup_updates, config.train.max_steps * updates_per_step
     if update < warmup:
         return (update + 1) / (warmup + 1)
@@ -223,7 +223,7 @@ def lr_factor(config: Config, update: int, updates_per_step: int) -> float:
 
 
 def of_answers(rollouts: list[Rollout]) -> dict[str, float]:
-    """What is said of the student's own answers, or of all where none is its own."""
+    """Return the metrics of the student's own answers, or of all answers if none is its own."""
     rollouts = [one for one in rollouts if one.sample.source == "student"] or rollouts
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     return {

@@ -52,7 +52,7 @@ def test_greedy_eval_equals_validation(one_rank: Finished, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         ([], "give one run or model"),
         (["runs/latest", "--against"], "--against: expected at least one"),
@@ -75,6 +75,6 @@ def test_greedy_eval_equals_validation(one_rank: Finished, tmp_path: Path) -> No
     ],
 )
 def test_impossible_evaluations_are_refused(
-    one_rank: Finished, argv: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    one_rank: Finished, argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    assert said in "\n".join(refused(one_rank.folder, monkeypatch, capsys, "eval", *argv))
+    assert message in "\n".join(refused(one_rank.folder, monkeypatch, capsys, "eval", *argv))

@@ -64,10 +64,10 @@ def test_replay_stops_resumes_and_starts_over(one_rank: Finished, tmp_path: Path
     assert json.loads((tmp_path / "runs/r/outcome.json").read_text())["state"] == "finished"
 
 
-def test_what_cannot_be_replayed_is_said(
+def test_impossible_replays_are_refused(
     one_rank: Finished, two_ranks: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    for argv, said in (
+    for argv, message in (
         ([], "required: RUN"),
         (["loss=reverse"], "loss=reverse: give one RUN"),
         (["runs/none"], "no such folder"),
@@ -78,4 +78,4 @@ def test_what_cannot_be_replayed_is_said(
         (["runs/latest", "rollout.temprature=2"], "did you mean rollout.temperature?"),
         (["runs/latest", "loss.topk=8,16"], "takes no sweep"),
     ):
-        assert said in "\n".join(refused(one_rank.folder, monkeypatch, capsys, "replay", *argv)), argv
+        assert message in "\n".join(refused(one_rank.folder, monkeypatch, capsys, "replay", *argv)), argv

@@ -53,10 +53,10 @@ def test_a_killed_rank_changes_nothing(one_rank: Finished, tmp_path: Path) -> No
     (rank,) = psutil.Process(process.pid).children()[0].children()
     rank.kill()
     assert process.wait(200) == 0, (tmp_path / "output.txt").read_text()
-    said = (tmp_path / "output.txt").read_text()
-    assert "warning: attempt 1 failed: rank 0 was killed by SIGKILL" in said
-    assert "attempt 2 goes on from the checkpoint of step" in said
-    assert re.search(r"earlier +attempt 1, after step \d: rank 0 was killed by SIGKILL", said)
+    printed = (tmp_path / "output.txt").read_text()
+    assert "warning: attempt 1 failed: rank 0 was killed by SIGKILL" in printed
+    assert "attempt 2 goes on from the checkpoint of step" in printed
+    assert re.search(r"earlier +attempt 1, after step \d: rank 0 was killed by SIGKILL", printed)
     assert (run / "logs/attempt_2/rank_0.log").is_file()
     same_end(one_rank, run)
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow.db")
@@ -96,8 +96,8 @@ def test_stopped_run_resumes_on_other_ranks(one_rank: Finished, tmp_path: Path) 
     wait_until(lambda: heartbeat.exists() and heartbeat.read_text().startswith("eval "), process)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(100) == 128 + signal.SIGUSR1
-    said = (tmp_path / "output.txt").read_text()
-    assert "stopped: saved after step 1; distill resume runs/r goes on" in said
+    printed = (tmp_path / "output.txt").read_text()
+    assert "stopped: saved after step 1; distill resume runs/r goes on" in printed
     assert [row["step"] for row in read_metrics(metrics)] == [0]
     (checkpoint,) = store.find(run / "checkpoints")
     assert (checkpoint.step, checkpoint.recorded_step) == (1, 0)
@@ -112,9 +112,9 @@ def test_stopped_run_resumes_on_other_ranks(one_rank: Finished, tmp_path: Path) 
         assert "val/accuracy" in ours
 
 
-def test_what_cannot_be_resumed_is_said(one_rank: Finished, tmp_path: Path) -> None:
+def test_impossible_resumes_are_refused(one_rank: Finished, tmp_path: Path) -> None:
     run = "runs/latest"
-    for argv, said in (
+    for argv, message in (
         (["runs/none"], "no such folder"),
         (["runs"], "no run is there"),
         ([], "required: RUN|SWEEP"),
@@ -128,7 +128,7 @@ def test_what_cannot_be_resumed_is_said(one_rank: Finished, tmp_path: Path) -> N
     ):
         done = distill(one_rank.folder, "resume", *argv)
         assert done.status == 2, (argv, done.stdout, done.stderr)
-        assert said in done.stderr, argv
+        assert message in done.stderr, argv
         assert done.stdout == ""
     with one_rank.run.lock():
         done = distill(one_rank.folder, "resume", run, "train.max_steps=9")
@@ -159,13 +159,13 @@ def test_an_export_is_the_trained_student(one_rank: Finished, two_ranks: Finishe
     card = (tmp_path / one_rank.folder.name / "README.md").read_text()
     assert "mixed KL" in card
     assert "student at this step" in card
-    for argv, said in (
+    for argv, message in (
         (["runs/latest", str(tmp_path)], "exists already"),
         (["runs/latest", "--step", "7"], "no checkpoint 7"),
         (["runs/latest", "--stepp", "7"], "did you mean --step?"),
     ):
         done = distill(one_rank.folder, "export", *argv)
-        assert (done.status, said in done.stderr) == (2, True), done.stderr
+        assert (done.status, message in done.stderr) == (2, True), done.stderr
     offline = distill(
         one_rank.folder, "export", "runs/latest", str(tmp_path / "p"), "--push", "a/b", HF_HUB_OFFLINE="1"
     )

@@ -23,7 +23,7 @@ NO_EVAL = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker
 def test_two_nodes_equal_one_node(cluster: Cluster, two_ranks: Finished, tmp_path: Path) -> None:
     done = cluster.distill(tmp_path, *SHORT, *NO_EVAL, "cluster=slurm", "cluster.nodes=2", "--wait")
     assert done.status == 0, done.stdout + done.stderr
-    for said in (
+    for message in (
         "job ",
         "follow   distill watch",
         "output   tail -F",
@@ -31,7 +31,7 @@ def test_two_nodes_equal_one_node(cluster: Cluster, two_ranks: Finished, tmp_pat
         "resume   distill resume",
         "step 3/3 loss=",
     ):
-        assert said in done.stdout
+        assert message in done.stdout
     for ours, theirs in zip(done.metrics, two_ranks.metrics, strict=True):
         for name in ("train/loss", "train/grad_norm", "train/response_tokens"):
             assert ours.get(name) == theirs.get(name)
@@ -217,7 +217,7 @@ def elements(folder: Path, sweep: str = "s") -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["cluster.slurm.partition=mian"], "cluster.slurm.partition=mian: no such partition; did you mean main?"),
         (["cluster.nodes=9"], "cluster.nodes=9: partition main gives a job at most 4"),
@@ -240,11 +240,11 @@ def elements(folder: Path, sweep: str = "s") -> list[str]:
         ),
     ],
 )
-def test_impossible_jobs_are_refused(cluster: Cluster, tmp_path: Path, argv: list[str], said: str) -> None:
+def test_impossible_jobs_are_refused(cluster: Cluster, tmp_path: Path, argv: list[str], message: str) -> None:
     jobs_before = cluster.ask("sacct", "-X", "-n", "-P", "-S", "now-1day", "-o", "JobID")
     done = cluster.distill(tmp_path, *argv, "cluster=slurm")
     assert done.status == 2, done.stdout
-    assert said in done.stderr
+    assert message in done.stderr
     assert not list(tmp_path.glob("runs/*"))
     assert cluster.ask("sacct", "-X", "-n", "-P", "-S", "now-1day", "-o", "JobID") == jobs_before
 

@@ -20,7 +20,7 @@ def test_turns_on_one_and_two_ranks(tmp_path) -> None:
     rows = one.metrics
     assert 0 <= rows[0]["val/accuracy"] <= 1
     for row in rows[1:]:
-        assert 1 < row["rollout/mean_turns"] <= 3  # the student is wrong as often as not, and is told so
+        assert 1 < row["rollout/mean_turns"] <= 3  # the student is wrong as often as not, and learns so
         assert row["rollout/accuracy"] + row["rollout/turn_limit_rate"] + row["rollout/truncated_rate"] <= 1.0001
         assert row["rollout/engine_mismatch"] < 1e-4  # the tokens that were sampled are those that are trained on
         assert row["train/response_tokens"] == pytest.approx(row["rollout/mean_length"] * 8)

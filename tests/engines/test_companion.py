@@ -48,12 +48,12 @@ def test_a_companion_answers_until_it_dies(scorer, teacher_settings):
 
 def test_loading_fails_alike_in_a_companion(process_group, settings):
     absent = replace(settings, path="/nowhere/at/all")
-    said = []
+    message = []
     for make in (VllmTeacher, lambda *args, **kwargs: CompanionTeacher(*args, **kwargs).wait_ready()):
         with pytest.raises(DistillError) as caught:
             make(absent, topk=4)
-        said.append((type(caught.value), str(caught.value)))
-    assert said[0] == said[1]
+        message.append((type(caught.value), str(caught.value)))
+    assert message[0] == message[1]
 
 
 def test_a_companion_reports_config_errors(process_group, teacher, teacher_settings):

@@ -32,7 +32,7 @@ from distill_cli.models.model_files import locate
 from distill_cli.folders.run_dir import create
 
 folder, rank = Path(sys.argv[1]), sys.argv[2]
-locate("org/model", key="model.student.path")  # as whoever starts the ranks does
+locate("org/model", key="model.student.path")  # as the starter of ranks does
 print("launch", flush=True)
 agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", rank]
 local.command = lambda run, options, **_: agent

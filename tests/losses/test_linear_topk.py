@@ -74,7 +74,7 @@ def test_loss_and_gradients_equal_plain_autograd(kl_type: str, tail: str, temper
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_what_is_said_of_each_token(temperature: float) -> None:
+def test_log_probabilities_of_each_token(temperature: float) -> None:
     hidden, weight, case = make_head()
     loss = DistillLoss(kl_type="forward")
     output = run_head(hidden, weight, case, loss, temperature=temperature, chunk_tokens=5)
