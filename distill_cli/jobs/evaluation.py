@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from distill_cli.checkpoint import store
-from distill_cli.config.compose import compose
+from distill_cli.config.compose import check_overrides, compose
 from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.fields import has_property
 from distill_cli.config.schema import Config, MeshConfig, StudentModel
@@ -102,6 +102,7 @@ def base_config(models: Sequence[str], overrides: Sequence[str]) -> tuple[Config
     Raises:
         ConfigError: an override is refused, there is no benchmark, or the models of a run are named without one.
     """
+    check_overrides(overrides)
     check_is_read(overrides)
     subject, run = models[0], run_around(models[0])
     if run is not None:

@@ -5,9 +5,13 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
+
 from distill_cli.models.model_files import ASSETS
 
 from .conftest import distill
+
+pytestmark = pytest.mark.slow
 
 
 def test_check_passes_on_two_ranks(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_plan_starts_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_plan_measures_and_leaves_nothing(tmp_path: Path) -> None:
     small = ("rollout.prompts_per_step=8", "train.global_batch_size=4", "eval.max_samples=16", "eval.record_samples=2")
     done = distill(tmp_path, "plan", "--measure", *small)

@@ -9,6 +9,8 @@ import pytest
 
 from tests.end_to_end.conftest import Finished, distill, refused
 
+pytestmark = pytest.mark.slow
+
 
 def test_before_after_and_teacher_at_once(one_rank: Finished) -> None:
     asked = ("eval.max_samples=40", "eval.repeat=2", "eval.temperature=0.5")
@@ -54,7 +56,7 @@ def test_greedy_eval_equals_validation(one_rank: Finished, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "give one run or model"),
+        ([], "are required: RUN|MODEL"),
         (["runs/latest", "--against"], "--against: expected at least one"),
         (["runs/latest", "--step", "x"], "must be the number of a step, best or last"),
         (["runs/latest", "train.lr=1"], "train.lr=1: an evaluation does not read it"),

@@ -10,6 +10,8 @@ from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir
 from tests.end_to_end.conftest import Finished, distill, refused
 
+pytestmark = pytest.mark.slow
+
 NO_ENGINES = "raise ImportError('a replay asks no engine')"
 
 
@@ -36,7 +38,6 @@ def test_replay_of_same_loss_is_exact(one_rank: Finished, tmp_path: Path) -> Non
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
-@pytest.mark.slow
 def test_replay_stops_resumes_and_starts_over(one_rank: Finished, tmp_path: Path) -> None:
     env = no_engines(tmp_path)
     other = (

@@ -22,6 +22,8 @@ from distill_cli.checkpoint import store
 from distill_cli.folders.metrics_file import read_metrics
 from tests.end_to_end.conftest import SHORT, Finished, distill
 
+pytestmark = pytest.mark.slow
+
 EVAL = ("eval.period=2", "eval.max_samples=40")
 """As in the fixture `one_rank`."""
 NO_EVAL = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker=none")
@@ -45,7 +47,6 @@ def learned(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(("time", "perf"))} for row in rows]
 
 
-@pytest.mark.slow
 def test_a_killed_rank_changes_nothing(one_rank: Finished, tmp_path: Path) -> None:
     process = start(tmp_path, *SHORT, *EVAL, "run.name=r", "checkpoint.period=1")
     run = tmp_path / "runs/r"
@@ -86,7 +87,6 @@ def same_end(one_rank: Finished, run: Path) -> None:
         assert torch.equal(ours[name], param), name
 
 
-@pytest.mark.slow
 def test_stopped_run_resumes_on_other_ranks(one_rank: Finished, tmp_path: Path) -> None:
     """In the middle of a validation: what the step learned is saved, and validated and recorded when it goes on."""
     run, metrics = tmp_path / "runs/r", tmp_path / "runs/r/metrics.jsonl"
@@ -157,7 +157,7 @@ def test_an_export_is_the_trained_student(one_rank: Finished, two_ranks: Finishe
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     card = (tmp_path / one_rank.folder.name / "README.md").read_text()
-    assert "mixed KL" in card
+    assert "| loss | mixed, kl_weight 0.3, top-16, tail bucket |" in card
     assert "student at this step" in card
     for argv, message in (
         (["runs/latest", str(tmp_path)], "exists already"),
@@ -186,7 +186,6 @@ def test_infinite_loss_ends_with_rollouts(tmp_path: Path) -> None:
     assert all(len(ids) == len(logp) for ids, logp in zip(table["response_ids"], table["sampled_logp"], strict=True))
 
 
-@pytest.mark.slow
 def test_truncated_answers_stop_the_run(tmp_path: Path) -> None:
     cut = ("rollout.max_new_tokens=2", "rollout.on_truncation=stop", "run.name=r", "train.max_steps=9")
     done = distill(tmp_path, *SHORT, *NO_EVAL, *cut)

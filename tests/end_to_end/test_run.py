@@ -14,6 +14,8 @@ from distill_cli.metrics import find
 from tests.end_to_end.conftest import SECRETS, SHORT, Finished, distill, files_with
 from tests.end_to_end.naive import check_numbers
 
+pytestmark = pytest.mark.slow
+
 EVERY_STEP = {
     "step", "time", "train/loss", "train/kl_forward", "train/kl_reverse", "train/grad_norm", "train/lr",
     "train/entropy", "train/teacher_topk_mass", "train/student_topk_mass", "train/top1_agreement",
@@ -70,7 +72,6 @@ def test_two_ranks_equal_one_rank(one_rank: Finished, two_ranks: Finished) -> No
         assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
@@ -151,7 +152,7 @@ def test_the_folder_has_its_documented_files(one_rank: Finished) -> None:
     assert one_rank.config.train.max_steps == 3
     assert run.rank_log(0).is_file()
     assert "of the gap closed" in run.report.read_text()
-    assert {"weights", "sampler"} <= json.loads(run.memory.read_text())["parts"].keys()
+    assert {"weights", "sampler"} <= json.loads(run.resolved.read_text())["memory"]["parts"].keys()
     assert not [path for path in one_rank.folder.iterdir() if path.name != "runs"]
 
 
@@ -180,7 +181,6 @@ def test_mlflow_has_what_the_file_has(one_rank: Finished) -> None:
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
-@pytest.mark.slow
 def test_sweep_runs_have_own_folders(tmp_path) -> None:
     off = ("eval.period=0", "eval.max_samples=16", "train.max_steps=1", "tracker=none", "eval.teacher=false")
     done = distill(tmp_path, "-m", "loss.topk=4,8", *off)

@@ -208,7 +208,7 @@ FEW_RANKS = ["cluster.gpus_per_node=0", "cluster.ranks_per_node=6"]
 def test_mesh_sizes_must_divide_the_ranks(make_model: MakeModel) -> None:
     problems = problems_of(*pair(make_model("s"), make_model("t")), *FEW_RANKS, "mesh.context=4")
     assert "mesh.context=4" in problems
-    assert "their product 4 must divide the 6 ranks; choose one of 1, 2, 3, 6" in problems
+    assert "their product 4 must divide the 6 ranks; make it one of 1, 2, 3, 6" in problems
 
 
 def test_more_ranks_than_sequences(make_model: MakeModel) -> None:
