@@ -19,6 +19,8 @@ from distill_cli.student import attention
 from tests.student.layouts import Layout, Outcome, train
 from tests.student.train_rank import made_up_model
 
+pytestmark = pytest.mark.slow
+
 ONE = Layout(lengths="ragged")
 
 

@@ -18,6 +18,8 @@ from tests.conftest import shared_memory_left
 
 from .reference import VOCAB_SIZE, random_sequences
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_companion_answers_until_it_dies(scorer, teacher_settings):
     left_before = shared_memory_left()

@@ -14,6 +14,8 @@ from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.folders.run_dir import RunDir
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_vllm_loads_an_export(changed_student, sampler, student_settings, tmp_path) -> None:

@@ -11,6 +11,8 @@ from distill_cli.engines.teacher import VllmTeacher
 
 from .reference import random_sequences
 
+pytestmark = pytest.mark.slow
+
 
 def test_process_state_is_kept(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

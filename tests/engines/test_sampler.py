@@ -19,6 +19,8 @@ from .reference import (
     sampled_reference_logp,
 )
 
+pytestmark = pytest.mark.slow
+
 GREEDY = SamplingSettings(max_new_tokens=24, temperature=0.0, ignore_eos=True)
 
 

@@ -39,6 +39,8 @@ from distill_cli.types import Example, Prompt
 
 from .reference import random_sequences
 
+pytestmark = pytest.mark.slow
+
 SYNC = "the sampler has the new weights after a sync"
 OTHER = "teacher != student: the loss is not zero"
 SCORES = "scorer and trainer agree on the teacher"

@@ -13,6 +13,8 @@ from distill_cli.errors import DistillError
 
 from .reference import make_model, random_sequences, sampled_reference_logp
 
+pytestmark = pytest.mark.slow
+
 SAMPLING = SamplingSettings(max_new_tokens=12, ignore_eos=True)
 
 

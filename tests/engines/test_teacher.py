@@ -9,6 +9,8 @@ from distill_cli.errors import ConfigError, DistillError
 
 from .reference import MAX_LEN, VOCAB_SIZE, random_sequences, reference_logp, sampled_reference_logp
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4
 
 
