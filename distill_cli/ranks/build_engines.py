@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.config.derived import needs_sampler, needs_scorer
-from distill_cli.engines.base import AnsweringEngine, Sampler, Teacher
+from distill_cli.engines.base import Sampler, Teacher
 from distill_cli.engines.companion import CompanionTeacher, needs_companion
 from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.settings import Adapter, EngineSettings, SamplingSettings
@@ -53,11 +53,11 @@ def build_teacher(resolved: ResolvedRun, *, should_stop: Callable[[], bool] | No
     return engine
 
 
-def close(*engines: AnsweringEngine | None) -> None:
-    """Close the engines, in the reverse of the order in which they were built, then the process group. A collective."""
-    for engine in engines:
-        if engine is not None:
-            engine.close()
+def leave() -> None:
+    """Leave the process group when every rank has done its part. A collective.
+
+    Engines end with the process: closing them first, which collects garbage several times, takes seconds.
+    """
     dist.barrier()
     dist.destroy_process_group()
 

@@ -26,7 +26,7 @@ from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import fingerprint
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.ranks import build_source as parts
-from distill_cli.ranks.build_engines import Engines, build_engines, close
+from distill_cli.ranks.build_engines import build_engines, leave
 from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.score_files import RecordedSteps, Recorder
 from distill_cli.rollout.stages import Stages
@@ -53,7 +53,7 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     config = rank.resolved.config
     limit_s = parse_duration(config.checkpoint.must_save_by or "")
     stop = StopFlag(deadline=None if limit_s is None else read_json(run.attempt_record)["launched"] + limit_s)
-    trainer, engines = build_trainer(rank, run, console, stop=stop, checkpoint=checkpoint)
+    trainer = build_trainer(rank, run, console, stop=stop, checkpoint=checkpoint)
     stop.listen(signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     with trainer.log.printer:
         outcome = trainer.run()
@@ -63,12 +63,12 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     trainer.log.close()
     if rank.parallel.is_main:
         write_json(run.outcome, asdict(outcome))
-    close(*engines)
+    leave()
 
 
 def build_trainer(
     rank: parts.Rank, run: RunDir, console: IO[str], *, stop: StopFlag, checkpoint: Path | None
-) -> tuple[Trainer, Engines]:
+) -> Trainer:
     """Build everything that a step works with, as at the start of a run or from a checkpoint. A collective."""
     resolved, parallel, config, is_main = rank.resolved, rank.parallel, rank.resolved.config, rank.parallel.is_main
     # Find the user's mistakes first, before engines take their time.
@@ -77,7 +77,7 @@ def build_trainer(
     validator = parts.build_validator(rank)
     if checkpoint is not None:
         check_data(checkpoint, order)
-    sampler, teacher = engines = build_engines(resolved, should_stop=stop.is_set)
+    sampler, teacher = build_engines(resolved, should_stop=stop.is_set)
     student = build_student(resolved, parallel)
     num_steps = count_steps(config, order)
     trainable = build_trainable(resolved, student, num_steps=num_steps, device=parallel.device)
@@ -100,7 +100,7 @@ def build_trainer(
         else:
             prompts = validator.prompts[:number]
         probes = ProbeReport(prompts, worker, scoring, student, rollouts)
-    trainer = Trainer(
+    return Trainer(
         config=config,
         num_steps=num_steps,
         source=parts.build_source(rank, order, planner, stages, worker, scoring, recorder),
@@ -115,7 +115,6 @@ def build_trainer(
         saver=build_saver(config, run, trainable, last_step=progress.step) if config.checkpoint.enabled else None,
         data_fingerprint=order.fingerprint,
     )
-    return trainer, engines
 
 
 def count_steps(config: Config, order: parts.Order) -> int:

@@ -18,7 +18,7 @@ from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import read_config, tensors
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.ranks import build_trainer as parts
-from distill_cli.ranks.build_engines import build_engines, build_teacher, close
+from distill_cli.ranks.build_engines import build_engines, build_teacher, leave
 from distill_cli.ranks.build_source import Rank, build_order, build_planner, build_worker
 from distill_cli.ranks.self_check import MASSES, Finding, SelfCheck
 from distill_cli.resolved import ResolvedRun
@@ -37,7 +37,7 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
     rank = Rank.join(run)
     resolved, config, parallel = rank.resolved, rank.resolved.config, rank.parallel
     order, planner = build_order(rank), build_planner(rank)
-    engines = sampler, own_teacher = build_engines(with_student_as_teacher(with_masses(resolved)))
+    sampler, own_teacher = build_engines(with_student_as_teacher(with_masses(resolved)))
     if isinstance(order, RecordedSteps) or sampler is None or own_teacher is None:
         raise ConfigError("rollout.replay: distill check needs both engines; leave it out")
     student = parts.build_student(resolved, parallel)
@@ -75,7 +75,7 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
     if parallel.is_main:
         is_good = all(finding["is_good"] is not False for finding in findings)
         write_json(run.outcome, {"state": "finished", "is_good": is_good, "findings": findings})
-    close(*engines)
+    leave()
 
 
 def with_student_as_teacher(resolved: ResolvedRun) -> ResolvedRun:

@@ -8,7 +8,7 @@ from distill_cli.data.registry import resolve_extract
 from distill_cli.engines.engine import VllmEngine
 from distill_cli.folders.answers_table import AnswersFile
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.ranks.build_engines import close, engine_settings
+from distill_cli.ranks.build_engines import engine_settings, leave
 from distill_cli.ranks.build_source import Rank, build_validator
 from distill_cli.train.validation import answer_row
 
@@ -34,4 +34,4 @@ def evaluate_rank(run: RunDir, console: IO[str]) -> None:
             print(f"{evaluation['name']}: {done * share.num_engines} of {num_answers} answers", file=console)
     if file is not None:
         file.close()
-    close(engine)
+    leave()

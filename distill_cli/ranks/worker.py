@@ -37,6 +37,9 @@ def main() -> None:
     console = redirect_output(run.rank_log(rank), is_main=rank == 0)
     try:
         run_program(run, console, arguments)
+        for stream in (console, sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(0)  # everything is on disk, and the interpreter takes seconds to free millions of objects
     except Exception as error:
         try:
             traceback.print_exc()
