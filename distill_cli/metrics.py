@@ -1,7 +1,7 @@
 """Every metric of metrics.jsonl, declared once: its meaning, and where and how it is shown. No torch at import time.
 
 The step line, the live panel, the report, the comparison of runs, checkpoint.metric and docs/metrics.md read these
-declarations; MLflow gets every metric. A metric with a formula needs only its declaration: training averages it over
+declarations; trackers get every metric. A metric with a formula needs only its declaration: training averages it over
 the response tokens of each step. The others are computed in train/.
 
 Shape letters: N response tokens of a micro-batch, K the teacher's top-k, C = K + 1 classes: top-k, then the rest.
