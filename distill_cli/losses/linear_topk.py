@@ -5,15 +5,17 @@ the vocabulary together) and its entropy, and so its gradient is known as soon a
 of the gradients of hidden states and weight is made before its logits are forgotten. Logits are made once, three matrix
 products in all, as without fusing. (Liger Kernel's fused linear losses do the same.)
 
-With logits z (divided by the temperature), q = softmax(z), g = dL/dlogq of a class, G = sum g over the classes, entropy
-E and g_E = dL/dE:
+The head's r = h W^T + b become the model's logits z = scale r, or z = cap tanh(scale r / cap) (logit_transform.py).
+With y = z / temperature, q = softmax(y), g = dL/dlogq of a class, G = sum g over the classes, entropy E, g_E = dL/dE:
 
-    dL/dz_v = g_v                   - q_v G - g_E q_v (log q_v + E)      for v in the top-k
-    dL/dz_v = q_v (g_rest / q_rest) - q_v G - g_E q_v (log q_v + E)      for all others
+    dL/dy_v = g_v                   - q_v G - g_E q_v (log q_v + E)      for v in the top-k
+    dL/dy_v = q_v (g_rest / q_rest) - q_v G - g_E q_v (log q_v + E)      for all others
+    dL/dr_v = dL/dy_v (scale / temperature) (1 - (z_v / cap)^2)          without the last factor if there is no cap
 
-The rest's mass is a sum of its own, not 1 - sum q: precise to float32's relative rounding however small it is.
+The rest's mass is a sum of its own, not 1 - sum q: precise to float32's relative rounding however small it is. The
+chunk overwrites its logits, so z / cap is kept in a buffer of its own.
 
-Left out: a bias and capped logits (such models are refused when loaded), backward through backward.
+Left out: backward through backward.
 
 Shape letters: N tokens, n tokens of a chunk, H hidden size, V vocabulary (under tensor parallelism this rank's shard),
 K the teacher's top-k, C = K + 1 classes: the top-k, then the rest; M the student's own likeliest (`num_top`); E merged
@@ -30,6 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from distill_cli.losses.chunks import chunk_size
 from distill_cli.losses.distill_loss import PADDING_LOGP
+from distill_cli.losses.logit_transform import IDENTITY, LogitTransform
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 """(student_logp_nC, student_entropy_n, rows) -> [n], already weighted; `rows` are the chunk's among all N. It must read
@@ -49,7 +52,7 @@ class HeadOutput:
     """The head's results for a micro-batch. All but `loss` are detached."""
 
     loss: torch.Tensor
-    """Scalar float32: the sum of `loss_N`, differentiable in hidden states and weight."""
+    """Scalar float32: the sum of `loss_N`, differentiable in hidden states, weight and bias."""
     loss_N: torch.Tensor
     """float32 [N], as `token_loss` returned it."""
     student_logp_NC: torch.Tensor
@@ -78,8 +81,10 @@ def linear_topk_loss(
     chunk_tokens: int | None = None,
     num_top: int = 0,
     merged_eos_ids: Sequence[int] = (),
+    bias_V: torch.Tensor | None = None,
+    transform: LogitTransform = IDENTITY,
 ) -> HeadOutput:
-    """Return the sum over tokens of `token_loss`, for the student whose logits are hidden_NH weight_VH^T / temperature.
+    """Return the sum over tokens of `token_loss`, for the student with logits transform(h W^T + b) / temperature.
 
     Logits and all that follows are float32 whatever the inputs are (float64 of float64 inputs). GPUs multiply
     low-precision inputs as they are and accumulate in float32; elsewhere they are copied to float32 for the call. If
@@ -94,33 +99,46 @@ def linear_topk_loss(
         token_loss: called once per chunk, in order. It carries the tokens' weights and the one division.
         sampled_ids_N: int [N].
         group: the tensor-parallel ranks, all of which must call with the same tokens. Only [n, K + 4] and smaller
-            cross ranks. Outputs are equal on all of them. Hidden's gradient is partial: sum it over `group`. The
-            weight's is this shard's, and whole.
+            cross ranks. Outputs are equal on all of them. Hidden's gradient is partial: sum it over `group`. Those of
+            weight and bias are this shard's, and whole.
         chunk_tokens: tokens at a time, at most; changes results by rounding only. None: see `chunk_size`.
         num_top: number of the student's own likeliest tokens to return: one more pass over the logits, which training
             does not need. At most a shard's vocabulary.
         merged_eos_ids: tokens that are one class under the first one's id, whose probability is the sum of theirs.
             The other ids must not be among the top-k. Costs two more collectives of [n] and [n, len(merged_eos_ids)].
+        bias_V: [V], of the weight's dtype and split like the weight; added in the logits' dtype.
+        transform: the model's scale and cap of its logits. Training through a cap needs a third buffer [n, V].
     """
-    needs_hidden, needs_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_NH, weight_VH))
+    needs_hidden, needs_weight, needs_bias = (
+        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_NH, weight_VH, bias_V)
+    )
+    needs_gradient = needs_hidden or needs_weight or needs_bias
     with torch.no_grad():
         hidden, weight = _operands(hidden_NH, weight_VH)
         dtype = torch.promote_types(weight.dtype, torch.float32)
+        assert bias_V is None or bias_V.dtype == weight_VH.dtype, f"bias {bias_V.dtype}, head {weight_VH.dtype}"
+        bias = None if bias_V is None else bias_V.to(dtype)
         shard = _Shard(weight.shape[0], group, temperature)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and needs_bias else None
         size = chunk_size(*weight.shape, num_tokens=hidden.shape[0], most=chunk_tokens)
-        buffers = torch.empty(2, size, shard.size, dtype=dtype, device=weight.device)
+        num_buffers = 3 if transform.soft_cap is not None and needs_gradient else 2
+        buffers = torch.empty(num_buffers, size, shard.size, dtype=dtype, device=weight.device)
         parts = []
         for start in range(0, max(hidden.shape[0], 1), size):  # without tokens one empty chunk, for its shapes
             rows = slice(start, start + size)
-            logits_nV, scratch_nV = buffers[:, : hidden[rows].shape[0]]
+            logits_nV, scratch_nV, *kept = buffers[:, : hidden[rows].shape[0]]
+            tanh_nV = kept[0] if kept else scratch_nV  # no gradient reads it there
             _multiply(hidden[rows], weight.t(), out=logits_nV)
+            transform.apply(logits_nV, bias_V=bias, tanh_nV=tanh_nV)
             merged = _Merged(logits_nV, merged_eos_ids, shard=shard) if merged_eos_ids else None
             top_ids_nM, top_logits_nM = shard.likeliest(logits_nV, num_top)
             chunk = _Chunk(logits_nV, scratch_nV, topk_ids_NK[rows], sampled_ids_N[rows], shard=shard, merged=merged)
-            if needs_hidden or needs_weight:
-                loss_n, grad_nV = chunk.differentiate(token_loss, rows)
+            if needs_gradient:
+                loss_n, grad_nV = chunk.differentiate(token_loss, rows, transform=transform, tanh_nV=tanh_nV)
+                if grad_bias is not None:
+                    grad_bias.add_(grad_nV.sum(0))
                 grad_nV = grad_nV.to(weight.dtype)
             else:
                 loss_n = token_loss(chunk.logp_nC, chunk.entropy_n, rows)
@@ -133,8 +151,8 @@ def linear_topk_loss(
             parts.append((loss_n, *head, top_ids_nM, top_logp_nM))
         outputs = [torch.cat(part) for part in zip(*parts, strict=True)]
         loss = outputs[0].sum()
-    if needs_hidden or needs_weight:
-        loss = _KnownGradient.apply(hidden_NH, weight_VH, loss, grad_hidden, grad_weight)
+    if needs_gradient:
+        loss = _KnownGradient.apply(hidden_NH, weight_VH, bias_V, loss, grad_hidden, grad_weight, grad_bias)
     output = HeadOutput(loss, *outputs)
     shard.all_reduce(output.argmax_N, dist.ReduceOp.MIN)
     return output
@@ -262,16 +280,22 @@ class _Chunk:
         self.entropy_n = log_sum_n - (rest_exp_logit_n + (topk_exp_nK * topk_nK).sum(-1)) / self.sum_n
         self.sampled_logp_n = sampled_n - (sums[:, -1].log() if is_scaled else log_sum_n)
 
-    def differentiate(self, token_loss: TokenLoss, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss [n], and its sum's gradient in the logits [n, V], made in their memory.
+    def differentiate(
+        self, token_loss: TokenLoss, rows: slice, *, transform: LogitTransform, tanh_nV: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss [n], and its sum's gradient in h W^T + b [n, V], made in the logits' memory.
 
         The formula stands at the top of the file. A collective if tokens are merged.
+
+        Args:
+            tanh_nV: z / cap, as `transform.apply` left it; read only if there is a cap.
         """
+        divisor = self.temperature / transform.scale  # of [n, C]: the scale's derivative costs no pass over [n, V]
         with torch.enable_grad():
             logp_nC, entropy_n = (x.detach().requires_grad_() for x in (self.logp_nC, self.entropy_n))
             loss_n = token_loss(logp_nC, entropy_n, rows)
             grads = torch.autograd.grad(loss_n.sum(), (logp_nC, entropy_n), allow_unused=True)
-        grad_logp_nC = grads[0] / self.temperature
+        grad_logp_nC = grads[0] / divisor
         grad_nK, grad_rest_n = grad_logp_nC[:, :-1], grad_logp_nC[:, -1]
         logp_nK = self.logp_nC[:, :-1]
         total_n = grad_logp_nC.sum(-1)
@@ -280,7 +304,7 @@ class _Chunk:
         if grads[1] is None:  # the loss does not read the entropy
             grad_nV = self.exp_nV.mul_(factor_n[:, None])
         else:
-            grad_entropy_n = grads[1] / self.temperature
+            grad_entropy_n = grads[1] / divisor
             share_n = grad_entropy_n / self.sum_n
             factor_n = factor_n - share_n * (self.entropy_n - self.sum_n.log())
             grad_nV = self.exp_nV.mul_(factor_n[:, None])
@@ -290,15 +314,21 @@ class _Chunk:
         grad_nV.scatter_add_(1, self.index_nK, grad_nK.masked_fill(~self.owned_nK, 0.0))
         if self.merged is not None:
             self.merged.spread(grad_nV)
+        transform.cap_gradient(grad_nV, tanh_nV=tanh_nV)
         return loss_n.detach(), grad_nV
 
 
 class _KnownGradient(torch.autograd.Function):
-    """Tie a loss to the hidden states and the weight whose gradients were computed with it."""
+    """Tie a loss to the hidden states, the weight and the bias whose gradients were computed with it."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, loss: torch.Tensor, *known: torch.Tensor | None
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        loss: torch.Tensor,
+        *known: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.dtype, ctx.known = weight_VH.dtype, known
         return loss.clone()
@@ -311,7 +341,7 @@ class _KnownGradient(torch.autograd.Function):
         # Given away, not kept: autograd then takes the weight's gradient as it is instead of copying it.
         known, ctx.known = ctx.known, None
         scaled = (None if known_grad is None else known_grad.mul_(grad).to(ctx.dtype) for known_grad in known)
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 def _operands(hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

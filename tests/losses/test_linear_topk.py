@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distill_cli.losses.distill_loss import PADDING_LOGP, TAILS, DistillLoss
 from distill_cli.losses.divergence import DIVERGENCES
 from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
+from distill_cli.losses.logit_transform import LogitTransform
 
 from .reference import Case, reference_loss
 
@@ -324,6 +325,20 @@ def test_no_tensor_of_tokens_by_vocabulary(tail: str, temperature: float) -> Non
     assert max(size for _, size in forward.made) == max(2 * 8 * VOCAB, 200 * HIDDEN, VOCAB * HIDDEN)
     # The weight's gradient is scaled in place and handed over: nothing of its size is made a second time.
     assert {name for name, size in backward.made if size > 1} == {"mul_", "detach"}
+
+
+@pytest.mark.parametrize(
+    ("transform", "trains", "num_buffers"),
+    [(LogitTransform(2.0), True, 2), (LogitTransform(soft_cap=3.0), True, 3), (LogitTransform(soft_cap=3.0), False, 2)],
+)
+def test_only_trained_cap_takes_memory(transform: LogitTransform, trains: bool, num_buffers: int) -> None:
+    hidden, weight, case = make_head(tokens=24)
+    inputs = [x.requires_grad_(trains) for x in (hidden, weight)]
+    with Noted() as noted:
+        run_head(
+            *inputs, case, DistillLoss(kl_type="mixed"), chunk_tokens=12, transform=transform, bias_V=torch.zeros(VOCAB)
+        )
+    assert max(size for _, size in noted.made) == num_buffers * 12 * VOCAB
 
 
 @pytest.mark.gpu
