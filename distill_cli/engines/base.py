@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from distill_cli.engines.settings import SamplingSettings
-from distill_cli.engines.weight_sync import Deferred
+from distill_cli.engines.weight_sync import Outgoing
 from distill_cli.types import Sample, TeacherScores
 
 
@@ -66,10 +66,10 @@ class Sampler(AnsweringEngine, Protocol):
     """The student's engine, whose weights follow the trainer's."""
 
     version: int
-    """Version of its weights: the last one that `sync` was given, 0 for those it was built with, -1 for none."""
+    """Version of its weights: the last one that `sync` was given; negative before the first, and without weights."""
 
     @abstractmethod
-    def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor | Deferred]], *, version: int) -> None:
+    def sync(self, named_tensors: Iterable[Outgoing], *, version: int) -> None:
         """Replace the weights with the trainer's, and clear the prefix cache. A collective if they are DTensors."""
 
     @abstractmethod

@@ -12,7 +12,14 @@ import torch.distributed as dist
 
 from distill_cli.engines import vllm_patches
 from distill_cli.engines.base import AnsweringEngine
-from distill_cli.engines.process_setup import keep_process_state, on_cpu, prepare_process
+from distill_cli.engines.family_settings import read_config, supplied_fields
+from distill_cli.engines.process_setup import (
+    keep_config_classes,
+    keep_process_state,
+    on_cpu,
+    placeholder_torchvision,
+    prepare_process,
+)
 from distill_cli.engines.settings import ADAPTER_RANKS, CPU_KV_CACHE_BYTES, EngineSettings, SamplingSettings
 from distill_cli.engines.vllm_patches import Interrupted
 from distill_cli.errors import ConfigError, DistillError
@@ -194,6 +201,7 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
         # It takes the device of LOCAL_RANK, where the default would put every rank's engine on device 0, and cuts a
         # model over the existing ranks, where the others start processes of their own.
         "distributed_executor_backend": "external_launcher" if "LOCAL_RANK" in os.environ else "uni",
+        "language_model_only": True,  # else a multimodal model needs its processor, and torchvision
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
@@ -201,11 +209,14 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
     if settings.adapter:
         room = next(rank for rank in ADAPTER_RANKS if rank >= settings.adapter.rank)
         implied |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+    arguments = {**implied, **kwargs, **settings.kwargs}
+    if isinstance(overrides := arguments.get("hf_overrides", {}), dict):
+        arguments["hf_overrides"] = supplied_fields(read_config(settings.path)) | overrides
     try:
-        with keep_process_state():
+        with keep_process_state(), keep_config_classes(), placeholder_torchvision():
             if settings.kv_cache_bytes:
                 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the setting
-            return LLM(settings.path, **{**implied, **kwargs, **settings.kwargs})
+            return LLM(settings.path, **arguments)
     except Exception as error:
         raise DistillError(f"{role} could not load {settings.path}: {reason(error)}") from error
 

@@ -4,6 +4,8 @@ vLLM sets environment variables, thread counts and random states. What is replac
 """
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import logging
 import os
@@ -12,6 +14,8 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +76,70 @@ def hide_broken_packages(names: Sequence[str] = ("torchvision", "torchaudio", "t
                 del sys.modules[module]
             sys.modules[name] = None  # type: ignore[assignment]  # `find_spec` and `import` read it as not installed
             log.info("%s does not work with this torch and is left out: %s", name, str(error).splitlines()[0])
+
+
+@contextmanager
+def keep_config_classes() -> Iterator[None]:
+    """Undo what vLLM registers with transformers' `AutoConfig`: configs of its own, even of models in transformers."""
+    from transformers import CONFIG_MAPPING
+
+    registered = dict(CONFIG_MAPPING._extra_content)
+    try:
+        yield
+    finally:
+        CONFIG_MAPPING._extra_content.clear()
+        CONFIG_MAPPING._extra_content.update(registered)
+
+
+@contextmanager
+def placeholder_torchvision() -> Iterator[None]:
+    """Let modules that import torchvision be imported without it: what they import from it is a `Placeholder`.
+
+    vLLM registers some text models through their multimodal wrapper, whose module imports transformers' image code.
+    torchvision is absent again afterwards. Does nothing if it is installed and not hidden.
+    """
+    if importlib.util.find_spec("torchvision") is not None:
+        yield
+        return
+    from transformers.utils import is_torchvision_available
+
+    is_torchvision_available()  # transformers keeps the first answer: False
+    finder, hidden = PlaceholderFinder(), "torchvision" in sys.modules
+    sys.modules.pop("torchvision", None)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        if hidden:
+            sys.modules["torchvision"] = None  # type: ignore[assignment]
+
+
+class Absent(type):
+    """The type of `Placeholder`: each of its attributes is `Placeholder`, too."""
+
+    def __getattr__(cls, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
+
+
+class Placeholder(metaclass=Absent):
+    """Whatever is imported from torchvision: may stand in an annotation or a default, not be used."""
+
+
+class PlaceholderFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Find every module of torchvision, as a package whose attributes are `Placeholder`."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] != "torchvision":
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__getattr__ = lambda name: getattr(Placeholder, name)  # type: ignore[method-assign]
 
 
 def import_without_scipy(*modules: str) -> None:

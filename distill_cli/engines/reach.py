@@ -33,18 +33,26 @@ class Reach:
     """`cpu` or `cuda` if one platform alone needs it, `adapter` if only `model.student.lora.sync=adapter` does."""
     replacement: Callable[[Any], Any] | None = None
     """Returns what replaces the name, given the original; None if the name is only used."""
+    optional: bool = False
+    """Older releases lack the name, and need no replacement, or fail for the models that need it alone."""
 
 
 REACHES: list[Reach] = []
 
 
 def reaches(
-    module: str, *names: str, parameter: str | None = None, only: str | None = None, replaced: bool = False
+    module: str,
+    *names: str,
+    parameter: str | None = None,
+    only: str | None = None,
+    replaced: bool = False,
+    optional: bool = False,
 ) -> Callable[[Function], Function]:
     """Declare a name inside vLLM that the decorated function depends on, or (`replaced`) makes a replacement for."""
 
     def declare(function: Function) -> Function:
-        REACHES.append(Reach(module, names, function.__name__, parameter, only, function if replaced else None))
+        replacement = function if replaced else None
+        REACHES.append(Reach(module, names, function.__name__, parameter, only, replacement, optional))
         return function
 
     return declare
@@ -57,7 +65,7 @@ def check_names(*, platform: str) -> None:
         platform: `cpu` or `cuda` for what every engine there needs; `adapter` for what adapters need in addition.
     """
     missing, wanted = [], {platform} if platform == "adapter" else {platform, None}
-    for reach in (reach for reach in REACHES if reach.only in wanted):
+    for reach in (reach for reach in REACHES if reach.only in wanted and not reach.optional):
         found = []
         for name in reach.names:
             with suppress(ImportError, AttributeError):
@@ -80,5 +88,6 @@ def replace_names(*, platform: str) -> None:
         if reach.replacement is not None and reach.only in (platform, None):
             (name,) = reach.names
             path, _, attribute = f"{reach.module}.{name}".rpartition(".")
-            owner = pkgutil.resolve_name(path)
-            setattr(owner, attribute, reach.replacement(getattr(owner, attribute)))
+            with suppress(*((ImportError, AttributeError) if reach.optional else ())):
+                owner = pkgutil.resolve_name(path)
+                setattr(owner, attribute, reach.replacement(getattr(owner, attribute)))

@@ -2,27 +2,29 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from distill_cli.engines import vllm_patches
+from distill_cli.engines import reload, vllm_patches
 from distill_cli.engines.base import Sampler
 from distill_cli.engines.engine import VllmEngine, reason
 from distill_cli.engines.reach import check_names
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.weight_sync import (
-    Deferred,
+    Outgoing,
     adapter_shapes,
     check_names_and_shapes,
     expected_shapes,
     full_tensors,
+    shapes_of,
     whole_tensors,
 )
-from distill_cli.errors import DistillError
+from distill_cli.errors import DistillError, Unrecoverable
 from distill_cli.types import Sample
 
-NO_WEIGHTS = -1
-"""`VllmSampler.version` after sleep, which drops the weights."""
+NO_WEIGHTS, UNSYNCED = -1, -2
+"""`VllmSampler.version` after sleep, which drops the weights, and before the first sync."""
 
 
 class VllmSampler(VllmEngine, Sampler):
@@ -36,14 +38,15 @@ class VllmSampler(VllmEngine, Sampler):
 
     def __init__(self, settings: EngineSettings, *, should_stop: Callable[[], bool] | None = None) -> None:
         """Load the student; `should_stop` is `VllmEngine`'s."""
-        self.version = 0
+        self.version = UNSYNCED
         self._is_broken = False
         self.sleep_level = 1 if settings.adapter else 2
         super().__init__(settings, role="the sampler", should_stop=should_stop)
         if settings.adapter:
             check_names(platform="adapter")
-        config = self.llm.model_config.hf_config
-        self._expected, self._optional = expected_shapes(config, trust_remote_code=settings.trust_remote_code)
+        self._expected = expected_shapes(Path(settings.path))
+        self._loaded = {} if settings.adapter else self.call_worker(reload.digests)
+        """What the engine's tensors were when it had read the model's files; empty once a sync was compared with it."""
 
     def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
         """Return one answer to each prompt, in their order; see `VllmEngine.sample`."""
@@ -52,7 +55,7 @@ class VllmSampler(VllmEngine, Sampler):
             raise DistillError("the sampler has no weights since it slept: sync() comes before its next use")
         return super().sample(prompts, seeds=seeds, sampling=sampling)
 
-    def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor | Deferred]], *, version: int) -> None:
+    def sync(self, named_tensors: Iterable[Outgoing], *, version: int) -> None:
         """Replace the engine's weights with the trainer's. A collective if they are DTensors.
 
         Names and shapes are compared with the model's before anything is copied. Pass DTensors as they are
@@ -60,33 +63,59 @@ class VllmSampler(VllmEngine, Sampler):
         one after another, so that only one full parameter exists at a time.
 
         Args:
-            named_tensors: every parameter under its name in transformers; tied ones may be left out. With
+            named_tensors: every tensor of the model's files under its name there, except `settings.untouched`. With
                 `settings.adapter` only the adapter's, under their names in peft: the weights stay as they were loaded.
             version: the value of `self.version` afterwards.
 
         Raises:
             DistillError: a name or shape is wrong (the engine keeps its weights), or copying failed half-way (the
                 engine refuses all further use).
+            Unrecoverable: the first sync leaves a weight of the engine as it was, or changes one that is the same.
         """
         self._check_usable()
         weights, adapter = list(named_tensors), self.settings.adapter
-        expected, optional = self._expected, self._optional
+        expected = self._expected
         if adapter:
-            expected, optional = adapter_shapes(weights, rank=adapter.rank, expected=expected), set()
-        check_names_and_shapes(weights, expected=expected, optional=optional)
-        self._is_broken = True
+            expected = adapter_shapes(weights, rank=adapter.rank, expected=expected)
+        check_names_and_shapes(weights, expected=expected, optional=() if adapter else self.settings.untouched)
+        self._is_broken, is_first = True, bool(self._loaded)
         try:
+            if is_first:
+                self.call_worker(reload.fill_with_nan, self._untouched_parts(shapes_of(weights)))
             if adapter:
                 load = partial(vllm_patches.load_adapter, rank=adapter.rank, alpha=adapter.alpha)
                 self.lora_request = self.call_worker(load, whole_tensors(weights))
             else:
                 tensors = full_tensors(weights, dtype=self.llm.model_config.dtype)
-                self.call_worker(vllm_patches.load_weights, tensors)
+                self.call_worker(reload.load_weights, tensors)
         except Exception as error:
             raise DistillError(f"sync of version {version} to the sampler failed: {reason(error)}") from error
+        if is_first:
+            self._check_arrival(version=version)
         self._is_broken = False
         self.reset_prefix_cache()  # else old keys and values would answer for new weights
         self.version = version
+
+    def _check_arrival(self, *, version: int) -> None:
+        """Check tensor by tensor that every weight of the engine came from the first sync, before which it was NaN.
+
+        Version 0 is the weights of the model's files: the engine must then be what it was when it had loaded them.
+        """
+        lost, changed = self.call_worker(reload.nan_tensors), list[str]()
+        if version == 0 and not lost:
+            found = self.call_worker(reload.digests)
+            changed = [name for name, digest in self._loaded.items() if found.get(name) != digest]
+        self._loaded = {}
+        for what, names in (("does not bring", lost), ("changes", changed)):
+            if names:
+                some = f"{len(names)} of the engine's tensors, such as {', '.join(names[:3])}"
+                fix = "this vLLM cannot follow the training of this model; try another release, or another student"
+                raise Unrecoverable(f"{self.settings.path}: a sync {what} {some}: {fix}")
+
+    def _untouched_parts(self, sent: Sequence[tuple[str, torch.Size]]) -> frozenset[str]:
+        """Return the parts of names, such as vision_tower, that only tensors have that no sync brings."""
+        touched = {part for name, _ in sent for part in name.split(".")}
+        return frozenset({part for name in self.settings.untouched for part in name.split(".")} - touched)
 
     def reset_prefix_cache(self) -> None:
         """Clear the prefix cache: the next answers are those of an engine that was just built."""

@@ -49,6 +49,8 @@ class EngineSettings:
     """The sampler's, if `sync` brings an adapter instead of weights."""
     vocab_size: int | None = None
     """First id that is neither sampled nor scored, as the other model of the pair does not have it. None is all."""
+    untouched: tuple[str, ...] = ()
+    """Tensors of the files that no sync brings, as the student does not have them."""
     seed: int = 0
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Passed to `vllm.LLM` as they are; they override everything that the fields above imply."""

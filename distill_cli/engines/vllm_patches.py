@@ -4,7 +4,8 @@ vLLM expects a process to itself, and takes no tensors that are already in memor
 without it and the sign that it is no longer needed; the decorator above it declares the names that it depends on, which
 `apply_patches` looks up when the first engine is built: one error lists all that are missing. A function that is
 declared with `replaced` returns the replacement of a name, given the original.
-`scripts/check_vllm_versions.py` searches unpacked releases for the same names without importing anything.
+`scripts/check_vllm_versions.py` searches unpacked releases for the same names without importing anything. What is
+replaced in vLLM's model code is in `model_patches`, `cpu_gdn` and `cpu_mamba`.
 
 Importing this module imports neither vLLM nor torch.
 """
@@ -14,10 +15,11 @@ from __future__ import annotations
 import gc
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from distill_cli.engines import cpu_gdn, cpu_mamba, model_patches  # noqa: F401, they declare their names
 from distill_cli.engines.process_setup import import_without_scipy, on_cpu
 from distill_cli.engines.reach import check_names, reaches, replace_names
 
@@ -31,6 +33,7 @@ QUEUES = "vllm.distributed.device_communicators.shm_broadcast"
 CPU_COMMUNICATOR = "vllm.distributed.device_communicators.cpu_communicator"
 MODEL_UTILS = "vllm.model_executor.models.utils"
 CUMEM = "vllm.device_allocator.cumem"
+PARALLEL_STATE = "vllm.distributed.parallel_state"
 
 ADAPTER_ID = 1
 """The sampler has one adapter, which each sync replaces."""
@@ -105,6 +108,32 @@ def keep_process_group(_cleanup: Any) -> Any:
     No longer needed when: `EngineCore.shutdown` of an in-process engine leaves groups that it did not make.
     """
     return release_memory
+
+
+@reaches(PARALLEL_STATE, "initialize_model_parallel", replaced=True)
+@reaches(PARALLEL_STATE, "init_model_parallel_group")
+@reaches(PARALLEL_STATE, "_EP")
+def always_group_experts(initialize: Any) -> Any:
+    """Make the group that models with experts need, whatever the first engine's model is.
+
+    Symptom: with a dense student, a teacher with experts fails: `expert parallel group is not initialized`.
+    No longer needed when: a second engine of the process makes the groups that the first did not need.
+    """
+
+    def initialize_all(*args: Any, **kwargs: Any) -> None:
+        import torch.distributed as dist
+        from vllm.distributed import parallel_state
+
+        initialize(*args, **kwargs)
+        if parallel_state._EP is None:  # else the ranks of an engine, too, as vLLM makes it
+            world, size = parallel_state.get_world_group(), parallel_state.get_tp_group().world_size
+            ranks = [list(range(first, first + size)) for first in range(0, world.world_size, size)]
+            backend = dist.get_backend(world.device_group)
+            parallel_state._EP = parallel_state.init_model_parallel_group(
+                ranks, world.local_rank, backend, group_name="ep"
+            )
+
+    return initialize_all
 
 
 @reaches(QUEUES, "MessageQueue.create_from_process_group", replaced=True)
@@ -238,28 +267,6 @@ def cut_vocabulary(worker: Any, size: int) -> None:
     """
     for module in logits_processors(worker):
         module.org_vocab_size = min(module.org_vocab_size, size)
-
-
-@reaches("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.reload_weights", parameter="weights_iterator")
-@reaches("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.reload_weights", only="cuda")  # the newer runner
-def load_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Replace the model's weights in place with full tensors under their names in transformers.
-
-    Symptom: `LLM` takes new weights from disk alone; `model.load_weights` without vLLM's reload around it fails on the
-    layouts that vLLM makes after loading.
-    No longer needed when: `LLM` takes an iterator of tensors.
-
-    On CPUs the head is a packed copy, which vLLM does not make again if it is tied to the embedding: the engine would
-    go on with the old head, silently (log-probabilities off by 0.2 to 0.35).
-    """
-    import torch
-
-    with torch.no_grad():
-        worker.model_runner.reload_weights(weights_iterator=weights)
-        model = worker.get_model()
-        head = getattr(model, "lm_head", None)
-        if worker.device.type == "cpu" and head is not None and getattr(model.config, "tie_word_embeddings", False):
-            head.quant_method.process_weights_after_loading(head)
 
 
 @reaches("vllm.lora.lora_model", "LoRAModel.from_lora_tensors", only="adapter")

@@ -1,13 +1,15 @@
 """Receive the student's weights or adapter in its engine: check names and shapes, copy them one by one."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from distill_cli.errors import DistillError
+from distill_cli.models import model_files
 
 
 @dataclass(frozen=True)
@@ -19,24 +21,37 @@ class Deferred:
     """A collective if it returns a DTensor."""
 
 
-NamedTensors = Sequence[tuple[str, torch.Tensor | Deferred]]
+@dataclass(frozen=True)
+class Converted:
+    """Stored tensors that are made of a model's parameters together, such as each expert's matrices of one tensor."""
+
+    shapes: Mapping[str, torch.Size]
+    """Of the stored tensors."""
+    params: Sequence[tuple[str, torch.Tensor | Deferred]]
+    convert: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+    """Returns the stored tensors, given the parameters whole."""
 
 
-def expected_shapes(hf_config: Any, *, trust_remote_code: bool) -> tuple[dict[str, torch.Size], set[str]]:
-    """Return names and shapes of a model's parameters in transformers, and the names that may be left out.
-
-    The latter are those tied to another parameter. Nothing is allocated.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trust_remote_code)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-    tied = shapes.keys() - {name for name, _ in model.named_parameters()}
-    return shapes, tied
+Outgoing = tuple[str, torch.Tensor | Deferred] | Converted
+"""Weights on their way to an engine, under their names in the model's files."""
 
 
-def adapter_shapes(weights: NamedTensors, *, rank: int, expected: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+def expected_shapes(folder: Path) -> dict[str, torch.Size]:
+    """Return names and shapes of the tensors in a model's files, which an engine is loaded from."""
+    return {name: torch.Size(shape) for name, shape in model_files.shapes(folder).items()}
+
+
+def shapes_of(weights: Sequence[Outgoing]) -> list[tuple[str, torch.Size]]:
+    """Return names and shapes of the tensors that will be sent, in their order."""
+    shapes: list[tuple[str, torch.Size]] = []
+    for one in weights:
+        shapes += one.shapes.items() if isinstance(one, Converted) else [(one[0], one[1].shape)]
+    return shapes
+
+
+def adapter_shapes(
+    weights: Sequence[Outgoing], *, rank: int, expected: Mapping[str, torch.Size]
+) -> dict[str, torch.Size]:
     """Return names and shapes of both matrices of each layer that an adapter's tensors name.
 
     Args:
@@ -44,7 +59,7 @@ def adapter_shapes(weights: NamedTensors, *, rank: int, expected: Mapping[str, t
         expected: the shapes of the model.
     """
     shapes = {}
-    for name, _ in weights:
+    for name, _ in shapes_of(weights):
         prefix = name.rpartition(".lora_")[0]
         if out_in := expected.get(f"{prefix.removeprefix('base_model.model.')}.weight"):
             shapes[f"{prefix}.lora_A.weight"] = torch.Size((rank, out_in[-1]))
@@ -52,17 +67,20 @@ def adapter_shapes(weights: NamedTensors, *, rank: int, expected: Mapping[str, t
     return shapes
 
 
-def check_names_and_shapes(weights: NamedTensors, *, expected: Mapping[str, torch.Size], optional: set[str]) -> None:
+def check_names_and_shapes(
+    weights: Sequence[Outgoing], *, expected: Mapping[str, torch.Size], optional: Collection[str] = ()
+) -> None:
     """Raise DistillError naming what differs: a wrong tensor in the middle of a load would break the engine."""
-    given = {name: tensor.shape for name, tensor in weights}
-    problems = [f"{name} is not a parameter of the model" for name in given.keys() - expected.keys()]
-    problems += [f"{name} is missing" for name in expected.keys() - given.keys() - optional]
+    pairs = shapes_of(weights)
+    given = dict(pairs)
+    problems = [f"{name} is not in the model's files" for name in given.keys() - expected.keys()]
+    problems += [f"{name} is missing" for name in expected.keys() - given.keys() - set(optional)]
     problems += [
-        f"{name} has shape {list(given[name])}, the engine's is {list(expected[name])}"
+        f"{name} has shape {list(given[name])}, the model's files have {list(expected[name])}"
         for name in given.keys() & expected.keys()
         if given[name] != expected[name]
     ]
-    if len(given) != len(weights):
+    if len(given) != len(pairs):
         problems.append("a name is given twice")
     if problems or not weights:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -70,13 +88,17 @@ def check_names_and_shapes(weights: NamedTensors, *, expected: Mapping[str, torc
         raise DistillError(f"weights refused, the engine keeps its own: {what}{more}")
 
 
-def full_tensors(weights: NamedTensors, *, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
+def full_tensors(weights: Iterable[Outgoing], *, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
     """Gather one parameter after another. A collective for DTensors: every rank iterates over all, in the same order.
 
     Matrices are cast to `dtype`, if given, before they are gathered: half as many bytes travel to a 16-bit engine.
     Vectors and scalars are not: vLLM keeps some of them (a router's bias) in float32, and casts the others itself.
     """
-    for name, tensor in weights:
+    for one in weights:
+        if isinstance(one, Converted):
+            yield from one.convert(dict(full_tensors(one.params, dtype=dtype))).items()  # collective
+            continue
+        name, tensor = one
         tensor = tensor.make() if isinstance(tensor, Deferred) else tensor.detach()
         if dtype is not None and tensor.ndim > 1:
             tensor = tensor.to(dtype)
@@ -91,7 +113,7 @@ def whole(param: torch.Tensor) -> torch.Tensor:
     return on_mesh.full_tensor()
 
 
-def whole_tensors(weights: NamedTensors) -> dict[str, torch.Tensor]:
+def whole_tensors(weights: Iterable[Outgoing]) -> dict[str, torch.Tensor]:
     """Return copies of all tensors in host memory, as an adapter is small. A collective for DTensors."""
     # vLLM scales B in place
     return {name: tensor.to("cpu", copy=True) for name, tensor in full_tensors(weights, dtype=None)}

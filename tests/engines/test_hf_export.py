@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from distill_cli.checkpoint import store
-from distill_cli.checkpoint.hf_export import trained, write_weights
+from distill_cli.checkpoint.hf_export import trained
 from distill_cli.checkpoint.saver import Saver, Trainable
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import save_config
 from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.folders.run_dir import RunDir
+from distill_cli.student.safetensors_writer import write_weights
 
 pytestmark = pytest.mark.slow
 

@@ -92,9 +92,10 @@ def build_student(folder: str, parallel: Parallel, *, temperature: float, factor
     def loss(*args: torch.Tensor) -> torch.Tensor:
         return factor * exact(*args)
 
-    made = Student(build_lm(Path(folder)), loss=loss, temperature=temperature, parallel=parallel)
+    lm, published = build_lm(Path(folder))
+    made = Student(lm, loss=loss, temperature=temperature, parallel=parallel, published=published)
     wrap(made, parallel, bf16=False)
-    load_weights(made.lm, Path(folder), device=parallel.device)
+    load_weights(made.lm, published, device=parallel.device)
     return made
 
 
@@ -131,7 +132,7 @@ def wrong(
             prompts=[Prompt(i, ids, Example("?")) for i, ids in enumerate(random_sequences([5] * 8))],
             worker=RolloutWorker(
                 sampler=Kept(sampler),
-                weights=partial(synced_parameters, trained.lm, as_adapter=False),
+                weights=partial(synced_parameters, trained.lm, trained.published, as_adapter=False),
                 version=lambda: 0,
                 responder=Responder(SamplingSettings(max_new_tokens=24), seed=config.train.seed, decode=str),
                 stages=stages,

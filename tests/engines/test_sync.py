@@ -8,8 +8,8 @@ import torch
 
 from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.settings import SamplingSettings
-from distill_cli.engines.weight_sync import check_names_and_shapes, expected_shapes
-from distill_cli.errors import DistillError
+from distill_cli.engines.weight_sync import check_names_and_shapes
+from distill_cli.errors import DistillError, Unrecoverable
 
 from .reference import make_model, random_sequences, sampled_reference_logp
 
@@ -34,7 +34,7 @@ def test_sync_replaces_weights_and_clears_prefixes(sampler, student, changed_stu
     sampler.sync(changed_student.named_parameters(), version=7)
     assert sampler.version == 7
     assert error_of_logp(sampler, changed_student, prompts) < 1e-4
-    sampler.sync(student.state_dict().items(), version=8)  # with the tied head's own name
+    sampler.sync(student.named_parameters(), version=8)
     assert error_of_logp(sampler, student, prompts) < 1e-4
 
 
@@ -61,9 +61,9 @@ NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weights: {**weights, "model.extra": torch.zeros(2)}, "model.extra is not a parameter"),
+        (lambda weights: {**weights, "model.extra": torch.zeros(2)}, "model.extra is not in the model's files"),
         (lambda weights: without(weights, NORM), f"{NORM} is missing"),
-        (lambda weights: {**weights, QUERY: weights[QUERY][:-1]}, f"{QUERY} has shape .127, 128., the engine's"),
+        (lambda weights: {**weights, QUERY: weights[QUERY][:-1]}, f"{QUERY} has shape .127, 128., the model's files"),
     ],
 )
 def test_wrong_weights_are_refused(sampler, student, changed_student, change, message):
@@ -87,12 +87,19 @@ def test_check_of_names_and_shapes():
         check_names_and_shapes([a], expected=expected, optional=set())
 
 
-def test_expected_shapes_are_the_models_own(student):
-    shapes, tied = expected_shapes(student.config, trust_remote_code=False)
-    assert tied == {"lm_head.weight"}
-    assert {name: tensor.shape for name, tensor in student.named_parameters()} == {
-        name: shape for name, shape in shapes.items() if name not in tied
-    }
+def test_first_sync_is_compared(process_group, student, changed_student, student_settings):
+    """Of weights that should be those of the files, and of one that does not come."""
+    sampler = VllmSampler(student_settings)
+    with pytest.raises(Unrecoverable, match=r"a sync changes \d+ of the engine's tensors, such as "):
+        sampler.sync(changed_student.named_parameters(), version=0)
+    sampler.close()
+    lost = "model.layers.1.input_layernorm.weight"
+    sampler = VllmSampler(replace(student_settings, untouched=(lost,)))
+    with pytest.raises(Unrecoverable, match=f"does not bring 1 of the engine's tensors, such as {lost}"):
+        sampler.sync(without(dict(student.named_parameters()), lost).items(), version=3)
+    with pytest.raises(DistillError, match="build it again"):
+        sampler.sample(random_sequences([5]), seeds=[1], sampling=SAMPLING)
+    sampler.close()
 
 
 def test_twenty_syncs_hold_no_memory(sampler, student):

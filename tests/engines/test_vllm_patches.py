@@ -19,8 +19,9 @@ def test_missing_names_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = (
         Reach("vllm.v1.engine.core", ("no_such_name",), "keep_process_group"),
         Reach("vllm.no_such_module", ("old_name", "new_name"), "load_weights"),
-        replace(next(known for known in REACHES if known.parameter), parameter="no_such_argument"),
+        replace(next(known for known in REACHES if known.used_by == "abort_requests"), parameter="no_such_argument"),
         Reach("vllm.elsewhere", ("gone",), "pooled_bytes", only="cuda"),
+        Reach("vllm.newer", ("gone",), "route_in_one_group", replacement=str, optional=True),
     )
     monkeypatch.setattr(reach, "REACHES", (*REACHES, *lost))
     with pytest.raises(DistillError) as raised:
@@ -33,6 +34,13 @@ def test_missing_names_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert part in named
     assert "vllm.elsewhere" not in named  # needed on GPUs alone
+    assert "vllm.newer" not in named
+
+
+def test_missing_optional_name_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Reach("vllm.newer", ("gone",), "route_in_one_group", replacement=str, optional=True)
+    monkeypatch.setattr(reach, "REACHES", (known,))
+    reach.replace_names(platform="cpu")
 
 
 def test_a_name_may_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
