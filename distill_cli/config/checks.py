@@ -139,6 +139,9 @@ def _train(config: Config) -> Problems:
     if train.micro_batch_tokens < rollout.max_sequence_length:
         limit = f"rollout.max_sequence_length={rollout.max_sequence_length}"
         yield "train.micro_batch_tokens", f"must be at least {limit}; raise it, or lower the other"
+    for name in ("tensor", "context"):
+        if mesh.expert > 1 and getattr(mesh, name) > 1:
+            yield "mesh.expert", f"cannot be combined with mesh.{name}={getattr(mesh, name)}; set one of them to 1"
     if mesh.sequence_parallel and mesh.tensor == 1:
         yield "mesh.sequence_parallel", "needs tensor-parallel ranks; raise mesh.tensor, or leave it out"
     if train.compile and mesh.tensor > 1:
@@ -147,7 +150,7 @@ def _train(config: Config) -> Problems:
 
 def mesh_problems(config: Config, *, ranks_per_node: int) -> Iterator[str]:
     """Yield one line for each axis of the mesh that the ranks of the job cannot form."""
-    sizes = {f"mesh.{name}": getattr(config.mesh, name) for name in ("tensor", "context", "replicate")}
+    sizes = {f"mesh.{name}": getattr(config.mesh, name) for name in ("tensor", "context", "expert", "replicate")}
     num_ranks, product = ranks_per_node * config.cluster.nodes, math.prod(sizes.values())
     data_ranks = num_ranks // max(config.mesh.tensor * config.mesh.context, 1)
     if product >= 1 and num_ranks % product:

@@ -3,7 +3,7 @@
 import math
 import re
 
-from distill_cli.config.schema import Config
+from distill_cli.config.schema import Config, Dtype, Precision
 
 
 def max_prompt_tokens(config: Config) -> int:
@@ -17,6 +17,14 @@ def max_teacher_prompt_tokens(config: Config) -> int:
         return config.data.max_teacher_prompt_tokens
     has_context = config.data.teacher_context is not None
     return config.rollout.max_sequence_length if has_context else max_prompt_tokens(config)
+
+
+def max_engine_mismatch(config: Config) -> float:
+    """Return the limit of `rollout/engine_mismatch` (`rollout.max_engine_mismatch`)."""
+    if (given := config.rollout.max_engine_mismatch) is not None:
+        return given
+    is_exact = config.model.student.dtype is Dtype.float32 and config.train.precision is Precision.fp32
+    return 1e-3 if is_exact else 0.1
 
 
 def needed_length(config: Config) -> int:

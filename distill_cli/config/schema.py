@@ -184,6 +184,9 @@ class RolloutConfig:
     stops emitting end-of-sequence tokens trains on noise. 1 disables the check."""
     on_truncation: OnTruncation = key(OnTruncation.warn, resume=True, replay=True)
     """What happens above max_truncated_rate: a warning, or a checkpoint and the end of the run."""
+    max_engine_mismatch: float | None = key(None, above=0, resume=True)
+    """End the run if `rollout/engine_mismatch` exceeds this (nats): the sampler then writes another model's answers.
+    null is 1e-3 if sampler and trainer both compute in float32, else 0.1."""
     on_policy_fraction: float = key(1.0, at_least=0, at_most=1)
     """Share of a step's sequences that the student samples; the others are answers of `off_policy`, scored and trained
     on in the same way. 0 is supervised or offline distillation; between 0 and 1 is GKD's mixture."""
@@ -211,11 +214,16 @@ class TrainConfig:
     """Passes over the training prompts, at most; the run ends at the first of the two limits."""
     global_batch_size: int = key(64, at_least=1)
     """Sequences per optimizer update, over all ranks; it must divide prompts_per_step x generations_per_prompt."""
+    router_aux_loss: float = key(0.0, at_least=0)
+    """Weight of the loss by which a family with experts balances them, as its own code computes it over the tokens of a
+    micro-batch; 0 is off: the sampler's router is the student's own."""
     micro_batch_tokens: int = key(16384, resume=True)
     """Tokens per forward and backward pass, at most: sequences are packed or padded up to it. Context-parallel ranks
     share them. It must hold one sequence of rollout.max_sequence_length."""
     packing: bool = key(True, resume=True)
-    """Lay sequences end to end, each attending to itself alone; false pads sequences of similar length to the same."""
+    """Lay sequences end to end, each attending to itself alone; false pads sequences of similar length to the same.
+    Layers that carry state (Mamba, linear attention, convolutions) would carry it from one sequence into the next: for
+    a student that has some it is always false."""
     lr: float = key(2e-5, above=0)
     """AdamW's learning rate after the warm-up."""
     weight_decay: float = key(0.01, at_least=0)
@@ -262,6 +270,9 @@ class MeshConfig:
     """Ranks that share each sequence: for sequences longer than one rank's memory."""
     sequence_parallel: bool = False
     """Tensor-parallel ranks share the tokens too, outside attention and MLP: less memory for activations."""
+    expert: int = key(1, at_least=1)
+    """Ranks that share each layer's experts and exchange tokens, for students with experts; a part of FSDP's ranks. It
+    must divide the number of experts."""
     replicate: int = key(1, at_least=1)
     """Copies of the sharded model (HSDP): parameters are gathered within a copy, gradients summed over all."""
 

@@ -3,27 +3,107 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_cli.config.derived import needed_length, scored_length, validation_length
 from distill_cli.config.schema import Config, EosMap
-from distill_cli.config.variation import forbidden_changes, load_config
+from distill_cli.config.variation import forbidden_changes, load_config, override
 from distill_cli.data.recorded_run import Recording, vocabulary_digest
 from distill_cli.data.registry import resolve_environment, resolve_verifier
 from distill_cli.data.row_check import DataFacts
 from distill_cli.engines.process_setup import hide_broken_packages
-from distill_cli.errors import broken
-from distill_cli.models import lora_names, model_files, model_pair
+from distill_cli.errors import ConfigError, broken, collect
+from distill_cli.models import known_families, lora_names, model_files, model_pair, tried_families
 from distill_cli.models.model_files import ModelFiles
 from distill_cli.models.model_pair import Vocabularies
+from distill_cli.models.traits import Traits
 from distill_cli.resolved import SharedVocabulary
 from distill_cli.types import Example
 
 if TYPE_CHECKING:
     from distill_cli.jobs.preflight import Facts
+
+OTHER_TASKS = re.compile(r"MaskedLM|Classification|QuestionAnswering|MultipleChoice|RewardModel|PreTraining$")
+"""Architectures whose checkpoints have no head over the vocabulary, or one that does not predict the next token."""
+DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""Method -> the class of transformers that makes a plain copy with `dequantize=True`."""
+
+
+def weights(facts: Facts) -> None:
+    """The files of both models' weights must be whole. Raises ConfigError with those that are not."""
+    found = [files for files in (facts.student, facts.teacher) if files]
+    collect(partial(model_files.tensors, files.folder) for files in found)
+
+
+def causal(facts: Facts, config: Config) -> Iterator[str]:
+    """Student and teacher must be decoders that predict the next token."""
+    for role, files in (("student", facts.student), ("teacher", facts.teacher)):
+        if files is None:
+            continue
+        named, path = model_files.read_config(files.folder), f"model.{role}.path={files.path}"
+        others = [name for name in named.get("architectures") or () if OTHER_TASKS.search(str(name))]
+        if Traits.read(files.folder).is_encoder_decoder:
+            yield f"{path}: {named.get('model_type')} is an encoder-decoder; give a causal LM"
+        elif others:
+            yield f"{path}: {others[0]} does not predict the next token; give a causal LM"
+
+
+def trainable(config: Config, student: ModelFiles) -> Iterator[str]:
+    """The student must be a causal LM of transformers, or of its own code, with plain weights."""
+    traits, path = Traits.read(student.folder), f"model.student.path={student.path}"
+    if problem := _class_problem(config, student, traits):
+        yield f"{path}: {problem}"
+    quantized = {dtype for dtype, _ in _matrices(student).values()} - model_files.PLAIN_DTYPES
+    method = traits.quantization or ", ".join(sorted(quantized))
+    if method:
+        fix = "give a dequantized copy in bfloat16"
+        if method in DEQUANTIZED:
+            fix += (
+                f": load it in transformers with quantization_config={DEQUANTIZED[method]}(dequantize=True) and save it"
+            )
+        yield f"{path}: its weights are quantized ({method}) and cannot be trained; {fix}"
+
+
+def _class_problem(config: Config, student: ModelFiles, traits: Traits) -> str | None:
+    """Return why no class with a head can be built from the student's config.json; None if one can."""
+    content, family = model_files.read_config(student.folder), traits.family
+    families, causal_families = known_families.families(), known_families.causal_families()
+    published = next(iter(content.get("architectures") or ()), None)
+    if family in causal_families or published in known_families.head_classes():
+        return None
+    if "AutoModelForCausalLM" in (content.get("auto_map") or {}):
+        is_run = config.model.trust_remote_code
+        return (
+            None if is_run else f"model_type {family} is code in its folder; set model.trust_remote_code=true to run it"
+        )
+    if family is None:
+        return "config.json has no model_type; give a model of transformers"
+    if not causal_families or traits.is_encoder_decoder:  # the source is laid out otherwise; `causal` reports the other
+        return None
+    transformers = f"transformers {known_families.transformers_version()}"
+    if family not in families:
+        return f"{transformers} has no model_type {family}; give another student, or update transformers"
+    return f"{transformers} has no causal LM of model_type {family}; give another student"
+
+
+def _matrices(files: ModelFiles) -> dict[str, tuple[str, tuple[int, ...]]]:
+    tensors = model_files.tensors(files.folder)
+    return {name: entry for name, entry in tensors.items() if len(entry[1]) > 1 and name.endswith("weight")}
+
+
+def layout(facts: Facts, config: Config, student: ModelFiles) -> Iterator[str]:
+    """Give each document a row of its own if a packed row would carry a layer's state from one into the next."""
+    kinds = ", ".join(Traits.read(student.folder).stateful_kinds)
+    if not kinds:
+        return
+    facts.config = override(config, {"train.packing": False})
+    if (size := config.mesh.context) > 1:
+        yield f"mesh.context={size}: ranks cannot share the sequences of {kinds} layers, which carry state; set it to 1"
 
 
 def names(config: Config) -> Iterator[str]:
@@ -126,10 +206,19 @@ def positions(config: Config, student: ModelFiles) -> Iterator[str]:
 
 
 def tensor_parallel(config: Config, student: ModelFiles) -> None:
-    """The student must divide over mesh.tensor ranks. Raises ConfigError. Imports torch if there is more than one."""
-    if config.mesh.tensor <= 1:
+    """The student must divide over mesh.tensor ranks. Raises ConfigError. May import transformers' config classes."""
+    size, traits = config.mesh.tensor, Traits.read(student.folder)
+    if size <= 1:
         return
+    whole = [f"{kind} layers" for kind in traits.stateful_kinds] + ["experts"] * (traits.experts is not None)
+    if whole:
+        raise ConfigError(f"mesh.tensor={size}: {traits.family} has {', '.join(whole)}, which are not cut; set it to 1")
+    if _class_problem(config, student, traits):
+        return
+    if (why := tried_families.layout_problem(traits.family or "", "tensor")) and "mesh.tensor" not in why:
+        raise ConfigError(f"mesh.tensor={size}: it was tried on {traits.family}, and failed ({why}); set it to 1")
     hide_broken_packages()
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.utils.logging import set_verbosity_error
 
@@ -137,9 +226,29 @@ def tensor_parallel(config: Config, student: ModelFiles) -> None:
 
     set_verbosity_error()  # problems are reported below, in one line
     trusted = config.model.trust_remote_code
-    model = AutoConfig.from_pretrained(student.folder, trust_remote_code=trusted).get_text_config()
+    try:
+        model = AutoConfig.from_pretrained(student.folder, trust_remote_code=trusted).get_text_config()
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{student.folder}: transformers does not take its config.json ({why}); correct it"
+        ) from error
     matrix_plan(model)
-    check_sizes(model, config.mesh.tensor)
+    try:
+        check_sizes(model, size)
+    except (AttributeError, TypeError) as error:
+        what = f"{traits.family} has no single number of heads, or no single size of the MLP"
+        raise ConfigError(f"mesh.tensor={size}: {what} ({error}); set it to 1") from error
+
+
+def expert_parallel(config: Config, student: ModelFiles) -> Iterator[str]:
+    """The student's experts must divide over mesh.expert ranks."""
+    size, traits = config.mesh.expert, Traits.read(student.folder)
+    if size > 1 and traits.experts is None:
+        yield f"mesh.expert={size}: the student ({traits.family}) has no experts; set it to 1"
+    elif size > 1 and traits.experts and traits.experts.number % size:
+        fits = ", ".join(str(n) for n in range(1, traits.experts.number + 1) if traits.experts.number % n == 0)
+        yield f"mesh.expert={size}: does not divide the {traits.experts.number} experts; choose one of {fits}"
 
 
 def adapters(config: Config, student: ModelFiles) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """The tables of `distill plan`: the mesh, a step, the run, memory, the launch, and what `--measure` expects."""
 
-import math
 import platform
 import textwrap
 from collections.abc import Sequence
@@ -10,11 +9,11 @@ from distill_cli.config.derived import micro_batches_per_update, updates_per_ste
 from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.schema import Config
 from distill_cli.jobs.preflight import print_warnings, resolve_jobs, single_path
-from distill_cli.jobs.run_panels import Rows, rows_table, training_rows, validation_rows
+from distill_cli.jobs.run_panels import Rows, layout_row, rows_table, training_rows, validation_rows
 from distill_cli.jobs.scratch_runs import Pace, check_only_job, measure
 from distill_cli.launch.base import launcher_of
 from distill_cli.machine import hardware
-from distill_cli.models import model_files
+from distill_cli.models import model_files, param_counts
 from distill_cli.models.lora_names import targeted
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
@@ -63,9 +62,10 @@ def mesh_rows(resolved: ResolvedRun) -> Rows:
         "replicate": "copies of the sharded student",
         "context": "share each sequence",
         "tensor": f"share each layer's matrices{between}",
+        "expert": "of the shard's ranks: share each layer's experts, and exchange tokens",
     }
     sizes = {axis: getattr(mesh, axis) for axis in axes if axis != "shard"}
-    sizes["shard"] = ranks // math.prod(sizes.values())
+    sizes["shard"] = ranks // (mesh.replicate * mesh.context * mesh.tensor)
     return {
         "ranks": f"{ranks} on {_devices(resolved)}",
         "student's engines": engine_row(resolved, engine.student),
@@ -112,6 +112,7 @@ def step_rows(resolved: ResolvedRun) -> Rows:
         "updates": f"{sequences} / {train.global_batch_size} sequences = {updates_per_step(resolved.config)}",
         "tokens": f"at most {sequences * length:,} ({length:,} a sequence)",
         "micro-batches": f"at most about {rounds} of {train.micro_batch_tokens:,} tokens, {how}, an update",
+        "layout": layout_row(resolved),
     }
 
 
@@ -126,6 +127,7 @@ def run_rows(resolved: ResolvedRun) -> Rows:
     elif resolved.num_train_rows is not None:
         epoch = f"{resolved.num_train_rows // config.rollout.prompts_per_step:,} steps"
     return {
+        "parameters": parameter_row(resolved),
         "trained": trained_row(resolved),
         "rows": f"{training_rows(resolved)}, {validation_rows(resolved)} for validation",
         "epoch": epoch,
@@ -146,13 +148,21 @@ def num_validations(config: Config, steps: int) -> int:
     return settings.at_start + periodic + at_end
 
 
+def parameter_row(resolved: ResolvedRun) -> str:
+    """Return the student's parameters, and those that compute a token if it has experts."""
+    folder = resolved.student.folder
+    total, active = param_counts.count(folder), param_counts.count_active(folder)
+    return _count(total) + (f", {_count(active)} active" if active < total else "")
+
+
 def trained_row(resolved: ResolvedRun) -> str | None:
     """Say how much of the student is trained, if it is not all of it."""
     lora = resolved.config.model.student.lora
     if not lora.rank:
         return None
     layers = targeted(model_files.shapes(resolved.student.folder), lora.targets)
-    trained, sync = sum(lora.rank * sum(shape) for shape in layers.values()), "as an adapter" * lora.syncs_adapter
+    trained = param_counts.count_adapters(resolved.student.folder, rank=lora.rank, targets=lora.targets)
+    sync = "as an adapter" * lora.syncs_adapter
     what = f"adapters of rank {lora.rank} on {len(layers)} linear layers: {trained:,} parameters"
     return f"{what}, with {_num_params(resolved):,} frozen ones, synced {sync or 'merged'}"
 
@@ -236,7 +246,15 @@ def _devices(resolved: ResolvedRun) -> str:
 
 
 def _num_params(resolved: ResolvedRun) -> int:
-    return sum(map(math.prod, model_files.shapes(resolved.student.folder).values()))
+    return param_counts.count(resolved.student.folder)
+
+
+def _count(number: int) -> str:
+    """Return 30532122624 as 30.5B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)
 
 
 def _gib(num_bytes: float) -> str:

@@ -33,7 +33,7 @@ from distill_cli.jobs import model_checks
 from distill_cli.launch.base import LAUNCHERS, launcher_of
 from distill_cli.launch.nodes import make_folder
 from distill_cli.machine import hardware
-from distill_cli.models import model_files
+from distill_cli.models import model_files, param_counts
 from distill_cli.models.model_files import ModelFiles
 from distill_cli.resolved import Lengths, PredictedMemory, Ranks, ResolvedRun, SharedVocabulary
 from distill_cli.terminal.console import Console
@@ -212,7 +212,8 @@ def check_engines(facts: Facts, config: Config, ranks: Ranks) -> Iterator[str]:
     """The ranks of a node must be able to hold the engines."""
     for role in facts.roles:
         engine, files = getattr(config.engine, role), getattr(facts, role)
-        model = model_files.read_config(files.folder) if files else {}  # a missing model is a problem of its own
+        content = model_files.text_config(model_files.read_config(files.folder)) if files else {}
+        model = {name: value for name, value in content.items() if isinstance(value, int)}  # not sizes by layer
         problem = tensor_parallel_problem(engine.tensor_parallel, model=model, num_ranks=ranks.per_node)
         sleep = f"engine.{role}.sleep=true: engines on CPUs cannot give their memory back; leave it out"
         yield from broken(
@@ -251,9 +252,10 @@ def predict_memory(facts: Facts, config: Config, student: ModelFiles, ranks: Ran
 
 def check_disk(facts: Facts, config: Config, student: ModelFiles) -> Iterator[str]:
     """The disk must hold one checkpoint and the student; warn if it cannot hold all checkpoints."""
-    with suppress(predictions.NoPrediction):
-        shape = predictions.read_shape(student.folder, config.model.student.lora)
-        yield from room(config, facts.warnings, num_params=shape.num_params, num_trained=shape.trained_params)
+    folder, lora = student.folder, config.model.student.lora
+    total = param_counts.count(folder)
+    trained = param_counts.count_adapters(folder, rank=lora.rank, targets=lora.targets) if lora.rank else total
+    yield from room(config, facts.warnings, num_params=total, num_trained=trained)
 
 
 def room(config: Config, warnings: list[str], *, num_params: int, num_trained: int) -> Iterator[str]:
@@ -276,13 +278,14 @@ def room(config: Config, warnings: list[str], *, num_params: int, num_trained: i
 
 
 COMMON_CHECKS: tuple[Check, ...] = (
-    *(ask_cluster, use_hub_cache, count_ranks, find_student, find_teacher, read_data),
-    *(model_checks.names, check_engines),
+    *(ask_cluster, use_hub_cache, count_ranks, find_student, find_teacher, model_checks.weights, model_checks.causal),
+    *(read_data, model_checks.names, check_engines),
 )
 EVALUATION_CHECKS: tuple[Check, ...] = (*COMMON_CHECKS, model_checks.positions)
 CHECKS: tuple[Check, ...] = (
-    *(*COMMON_CHECKS, read_recording, model_checks.recorded, model_checks.templates, model_checks.pair),
-    *(model_checks.tensor_parallel, model_checks.adapters, check_offload, predict_memory, check_disk),
+    *(*COMMON_CHECKS, model_checks.trainable, model_checks.layout, read_recording, model_checks.recorded),
+    *(model_checks.templates, model_checks.pair, model_checks.tensor_parallel, model_checks.expert_parallel),
+    *(model_checks.adapters, check_offload, predict_memory, check_disk),
 )
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from distill_cli.folders.attempts import Outcome, attempt_lines, attempts_of
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.divergence import PARAMETERS
+from distill_cli.models.traits import Traits
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 from distill_cli.track.base import trackers_of
@@ -30,9 +31,16 @@ def start_panel(resolved: ResolvedRun, run: RunDir) -> Panel:
         "data": f"{training_rows(resolved)}, {validation_rows(resolved)} for validation",
         "steps": f"{resolved.num_steps} of {config.rollout.prompts_per_step} prompts",
         "ranks": f"{ranks.per_node} on {'GPUs' if ranks.on_gpus else 'the CPU'}{nodes}",
+        "layout": layout_row(resolved),
         "folder": relative(run.path),
     }
     return Panel(rows_table(rows), title="distill", title_align="left", expand=False)
+
+
+def layout_row(resolved: ResolvedRun) -> str | None:
+    """Say why sequences are not packed, if it is the student's layers that cannot have it."""
+    kinds = ", ".join(Traits.read(resolved.student.folder).stateful_kinds)
+    return f"rows of one document each: {kinds} layers carry state" if kinds else None
 
 
 def training_rows(resolved: ResolvedRun) -> str:

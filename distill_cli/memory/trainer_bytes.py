@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from distill_cli.config.derived import micro_batches_per_update
 from distill_cli.config.schema import Checkpointing, Config, MeshConfig, Precision, TrainConfig
 from distill_cli.losses.chunks import chunk_size
+from distill_cli.memory.layers import LayerShape
 from distill_cli.memory.shape import ModelShape
 
 PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "loss")
 TOPK_BYTES = 45
 """Bytes of the fused head's small tensors per token of a chunk and token of its top-k (measured)."""
 FLOAT32 = 4
+QUERY_ROWS = 512
+"""`student.attention.QUERY_ROWS`: queries whose scores exist at a time, where they exist."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Step:
     parameter_ranks: int = 1
     """Ranks that share the parameters."""
     on_gpu: bool = False
+    length: int = 0
+    """Tokens of the longest sequence."""
 
     @classmethod
     def of(cls, config: Config, *, num_ranks: int, on_gpu: bool) -> Step:
@@ -40,7 +45,8 @@ class Step:
         tokens = min(train.micro_batch_tokens, sequences * config.rollout.max_sequence_length)
         micro_batches = micro_batches_per_update(config, num_ranks=num_ranks)
         sharers = max(copies // mesh.replicate, 1) * mesh.context
-        return cls(train, mesh, tokens, config.loss.topk, micro_batches, sharers, on_gpu)
+        length = min(config.rollout.max_sequence_length, tokens)
+        return cls(train, mesh, tokens, config.loss.topk, micro_batches, sharers, on_gpu, length)
 
     @property
     def computed(self) -> int:
@@ -61,86 +67,112 @@ class Moment:
 
 
 class Activations:
-    """Bytes kept for the backward pass on one rank, derived from what transformers' layers save."""
+    """Bytes of a layer kept for the backward pass on one rank, derived from what transformers' layers save."""
 
-    def __init__(self, shape: ModelShape, step: Step) -> None:
+    def __init__(self, shape: ModelShape, layer: LayerShape, step: Step) -> None:
         c, mesh, checkpointing = step.computed, step.mesh, step.train.activation_checkpointing
         tokens = step.tokens / mesh.context
         hidden = tokens * shape.hidden / (mesh.tensor if mesh.sequence_parallel else 1)  # elements between layers
         whole_hidden = tokens * shape.hidden
-        query, key, mlp = (tokens * width / mesh.tensor for width in (shape.query, shape.key, shape.mlp))
+        query, key, mlp, wide, mlp_kept, other = (
+            tokens * width / mesh.tensor
+            for width in (layer.query, layer.key, layer.mlp, layer.mlp_wide, layer.mlp_kept, layer.other)
+        )
 
         def norm(elements: float) -> float:
             """Return the bytes of the float32 input, and of the normalised one for the weight's gradient."""
+            if layer.has_plain_norms:
+                return c * elements
             scaled = FLOAT32 if shape.float32_norms else c
-            return elements * (FLOAT32 + (scaled if shape.adapter_params is None else 0))
+            return elements * (FLOAT32 + (scaled if layer.adapters is None else 0))
 
-        norms = shape.num_norms * norm(hidden) + 2 * c * whole_hidden
-        head_norms = norm(query + key) if shape.has_head_norms else 0
-        attention = c * (3 * query + 2 * mesh.context * key)  # queries, output twice; whole keys, values
-        everything = norms + head_norms + attention + c * 4 * mlp
-        products = query + 2 * key + 2 * mlp + 2 * whole_hidden
+        norms = layer.norms * norm(hidden) + layer.halves * c * whole_hidden
+        head_norms = norm(query + key) if layer.has_head_norms else 0
+        kept_scores, made_scores = _scores(shape, layer, step)
+        keys = max(query, key) if shape.has_scores and not step.on_gpu else key  # one for each head of the query
+        attention = c * (3 * query + 2 * mesh.context * keys + other) + kept_scores  # queries, output twice; whole keys
+        everything = norms + head_norms + attention + c * mlp_kept + c * tokens * (layer.routed + layer.state)
+        products = query + 2 * key + wide + 2 * whole_hidden
         selective, full = c * (hidden + products + query), c * hidden
         self.kept = {"none": everything, "selective": selective, "full": full}[checkpointing.value]
-        """A layer after its forward pass."""
+        """The layer after its forward pass."""
         own_input = c * hidden if c < FLOAT32 and checkpointing is not Checkpointing.none else 0
-        self.at_work = everything + own_input + c * (whole_hidden + 2 * mlp)
-        """A layer during its MLP's backward pass: everything, and three gradients."""
+        self.at_work = everything + own_input + c * (whole_hidden + 2 * mlp + tokens * layer.routed_at_work)
+        """The layer during its MLP's backward pass: everything, and three gradients."""
         self.last_norm = norm(hidden) + c * whole_hidden
-        self.mlp_input = c * whole_hidden
-        """Input of attention and MLP, whole on each rank."""
+        self.mlp_input = c * whole_hidden + made_scores
+        """Input of attention and MLP, whole on each rank; scores that are made again."""
+
+
+def _scores(shape: ModelShape, layer: LayerShape, step: Step) -> tuple[float, float]:
+    """Return the bytes of attention's scores that a layer keeps, and of those that its backward pass makes again."""
+    if not (shape.has_scores and layer.query) or step.on_gpu:
+        return 0, 0
+    c = step.computed
+    rows, each = min(step.length, QUERY_ROWS), FLOAT32 + c * shape.caps_scores + (c if c < FLOAT32 else 0)
+    if step.length <= QUERY_ROWS:
+        return each * shape.num_heads * step.tokens * step.length, 0
+    return 0, each * shape.num_heads * rows * step.length
 
 
 def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:
     """Return every moment of an optimizer update that can be the peak."""
-    c, s, tensor, activations = step.computed, step.parameter_ranks, step.mesh.tensor, Activations(shape, step)
-    layer, root = shape.layer_params / tensor, shape.root_params / tensor
-    frozen = shape.adapter_params is not None
-    own_layer = shape.trained_layer_params / (1 if frozen else tensor)  # adapters are hardly cut
-    own_root = shape.trained_root_params / tensor
+    c, s, tensor, frozen = step.computed, step.parameter_ranks, step.mesh.tensor, shape.is_frozen
+    made = {layer: Activations(shape, layer, step) for layer in dict.fromkeys(shape.layers)}
+    activations = [made[layer] for layer in shape.layers]
+    cut = 1 if frozen else tensor  # adapters are hardly cut
+    own_layers = [(layer.trained if frozen else layer.params_of(step.mesh.expert)) / cut for layer in shape.layers]
+    resting_layers = [layer.trained / cut for layer in shape.layers]  # before they are shared: experts are in part
+    layers = [layer.params_of(step.mesh.expert) / tensor for layer in shape.layers]
+    root, own_root = shape.root_params / tensor, shape.trained_root_params / tensor
     weights = FLOAT32 * shape.num_params / tensor
     if frozen:
-        weights = c * shape.num_params / tensor + FLOAT32 * shape.num_layers * own_layer
-        layer += own_layer
-    own = shape.num_layers * own_layer + own_root
+        weights = c * shape.num_params / tensor + FLOAT32 * sum(own_layers)
+        layers = [layer + own for layer, own in zip(layers, own_layers, strict=True)]
+    own = sum(resting_layers) + own_root
     table = shape.vocab * shape.hidden / tensor if own_root else 0
     on_device = 0 if step.on_gpu and step.train.cpu_offload else 1
     optimizer = on_device * 8 * own / s
     rests_on_host = step.on_gpu and step.train.offload_optimizer
     resting = {"weights": on_device * weights / s, "optimizer": 0 if rests_on_host else optimizer}
     reduced = on_device * FLOAT32 / s  # bytes of a reduced gradient's element
-    fetched = c * layer if s > 1 else 0  # one flat buffer, in addition to the parameters copied out of it
     head_output = FLOAT32 * (step.tokens / step.mesh.context) * (step.topk + 6) * step.micro_batches
-    waiting = FLOAT32 * own if step.micro_batches > 1 else 0
+    waiting = FLOAT32 * (sum(own_layers) + own_root) if step.micro_batches > 1 else 0
     moments = []
+
+    def fetched(index: int) -> float:
+        """Return the bytes of the layer that is gathered ahead: one flat buffer beside what is copied out of it."""
+        return c * layers[index] if s > 1 and index >= 0 else 0
 
     def add(name: str, *, loss: float = head_output, **parts: float) -> None:
         parts = resting | {"loss": loss} | parts
         moments.append(Moment(name, {part: round(parts.get(part, 0)) for part in PARTS}))
 
-    kept = shape.num_layers * activations.kept + activations.last_norm
+    kept = sum(one.kept for one in activations) + activations[-1].last_norm
     loss = _loss_bytes(shape, step) + head_output
-    add("the loss", gradients=waiting, gathered=c * root + fetched, activations=kept, loss=loss)
-    for done in range(shape.num_layers):
-        above = shape.num_layers - 1 - done  # layers whose backward pass is to come
-        held = waiting - FLOAT32 * done * own_layer if waiting else 0
-        held += done * own_layer * reduced + (FLOAT32 * own_layer if done else 0)  # the last reduction's input
-        reducing = _reducing(own_layer, step) + held - (FLOAT32 * own_layer if done else 0)
-        mlp_matrix = c * shape.mlp * shape.hidden / tensor if own_layer else 0
-        gathered = c * (root + layer) + (fetched if above else 0)
-        kept = above * activations.kept
-        below_mlp = kept + activations.mlp_input
-        for name, gradients, shards, active in (
-            ("a layer's backward", held + mlp_matrix, gathered, kept + activations.at_work),
+    add("the loss", gradients=waiting, gathered=c * root + fetched(len(layers) - 1), activations=kept, loss=loss)
+    for index in reversed(range(len(layers))):
+        layer, own_layer, active = layers[index], own_layers[index], activations[index]
+        done, at_rest = sum(own_layers[index + 1 :]), sum(resting_layers[index + 1 :])
+        last = FLOAT32 * own_layers[index + 1] if index + 1 < len(layers) else 0  # the last reduction's input
+        held = (waiting - FLOAT32 * done if waiting else 0) + at_rest * reduced + last
+        reducing = _reducing(own_layer, step) + held - last
+        mlp_matrix = c * shape.layers[index].mlp_matrix_of(step.mesh.expert) / tensor if own_layer else 0
+        gathered = c * (root + layer) + fetched(index - 1)
+        kept = sum(one.kept for one in activations[:index])
+        below_mlp = kept + active.mlp_input
+        for name, gradients, shards, used in (
+            ("a layer's backward", held + mlp_matrix, gathered, kept + active.at_work),
             ("a layer's backward", held + c * own_layer, gathered, below_mlp),
             ("a layer's reduction", reducing, gathered - c * layer, below_mlp),
         ):
-            add(name, gradients=gradients, gathered=shards, activations=active, loss=c * table + head_output)
-    held = shape.num_layers * own_layer * reduced + (FLOAT32 * own_root if waiting else 0)
-    add("the embedding's backward", gradients=held + FLOAT32 * own_layer + 2 * c * table, gathered=c * root)
+            add(name, gradients=gradients, gathered=shards, activations=used, loss=c * table + head_output)
+    held = sum(resting_layers) * reduced + (FLOAT32 * own_root if waiting else 0)
+    add("the embedding's backward", gradients=held + FLOAT32 * own_layers[0] + 2 * c * table, gathered=c * root)
     add("the root's reduction", gradients=held + _reducing(own_root, step))
     if on_device:
-        scratch = FLOAT32 * own / s if step.on_gpu else 2 * FLOAT32 * max(table, shape.mlp * shape.hidden) / s
+        largest = max(layer.mlp_matrix for layer in shape.layers)
+        scratch = FLOAT32 * own / s if step.on_gpu else 2 * FLOAT32 * max(table, largest) / s
         add("the optimizer's step", gradients=FLOAT32 * own / s + scratch, optimizer=optimizer)
     return moments
 
@@ -162,6 +194,8 @@ def _loss_bytes(shape: ModelShape, step: Step) -> float:
         2 * step.computed * hidden,  # the rows that have a loss, and their gradient
         TOPK_BYTES * chunk * step.topk,
     ]
+    if shape.has_soft_cap:
+        parts.append(FLOAT32 * chunk * vocab)
     if step.computed < FLOAT32:
         parts.append(step.computed * chunk * vocab if step.on_gpu else FLOAT32 * (matrix + hidden))
     return sum(parts)

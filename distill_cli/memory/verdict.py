@@ -14,6 +14,8 @@ from distill_cli.memory.shape import ModelShape
 from distill_cli.memory.trainer_bytes import Step, trainer_moments
 from distill_cli.resolved import PredictedMemory
 
+CUT_FAMILIES = {"qwen2", "qwen3", "llama", "mistral", "gemma3_text"}
+"""Families for which `mesh.tensor` is suggested: others may have no plan, which only transformers knows."""
 ENGINES = {"student": "sampler", "teacher": "scorer"}
 """The engine of each role."""
 
@@ -75,9 +77,12 @@ def alternatives(
     modes = [Checkpointing.none, Checkpointing.selective, Checkpointing.full]
     for mode in modes[modes.index(train.activation_checkpointing) + 1 :]:
         yield "train.activation_checkpointing", mode
-    cut = (shape.num_heads, shape.num_key_heads, shape.mlp, shape.vocab)
-    for name, widths in (("context", ()), *([] if train.compile else [("tensor", cut)])):
-        others = mesh.replicate * mesh.tensor * mesh.context // getattr(mesh, name)
+    cut = (shape.num_heads, shape.num_key_heads, shape.layers[0].mlp, shape.vocab)
+    axes: dict[str, tuple[int, ...]] = {} if shape.has_state or mesh.expert > 1 else {"context": ()}
+    axes |= {"tensor": cut} if shape.family in CUT_FAMILIES and not train.compile else {}
+    axes |= {"expert": (shape.num_experts,)} if shape.num_experts and mesh.tensor == mesh.context == 1 else {}
+    for name, widths in axes.items():
+        others = mesh.replicate * mesh.tensor * mesh.context * mesh.expert // getattr(mesh, name)
         for size in range(getattr(mesh, name) + 1, num_ranks + 1):
             if num_ranks % (others * size) == 0 and not any(width % size for width in widths):
                 yield f"mesh.{name}", size

@@ -8,19 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from distill_cli.errors import ConfigError
+from distill_cli.models.safetensors_header import damaged, read_header
+from distill_cli.models.tensor_names import EMBEDDING, text_tensors
 
 ASSETS = Path(__file__).parent.parent / "assets"
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
 """Files downloaded from the hub: no pickles. Python runs only if `model.trust_remote_code` is set."""
 PIECES, PIECE_BYTES = 64, 2**16
 """Pieces of a file that its fingerprint reads, and their size."""
+PLAIN_DTYPES = {"F64", "F32", "F16", "BF16"}
+"""Types of weights that are not quantized, in safetensors' notation."""
+MAX_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""Names in config.json of the length of the longest sequence."""
 CACHE_ONLY = "DISTILL_CACHE_ONLY"
 """Environment variable that keeps a process off the hub; set for ranks, whose models the launcher has downloaded."""
 
@@ -44,12 +49,17 @@ class ModelFiles:
     def find(cls, path: str, *, revision: str | None = None, key: str) -> ModelFiles:
         """Locate a model, downloading it if needed. Raises ConfigError that names `key`."""
         folder = locate(path, revision=revision, key=key)
-        config = read_config(folder)
-        positions = text_config(config).get("max_position_embeddings")
-        ends = [read_object(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
-        ids: list[int] | int = next((one for one in ends if one is not None), [])
-        eos_ids = tuple(sorted(set(ids if isinstance(ids, list) else [ids])))
-        return cls(path, revision, folder, vocab_size(config), positions, eos_ids)
+        config, generation = read_config(folder), read_object(folder / "generation_config.json")
+        parts = (text_config(config), config)
+        positions = [part[name] for part in parts for name in MAX_POSITIONS if isinstance(part.get(name), int)]
+        ends = [part["eos_token_id"] for part in (generation, *parts[::-1]) if part.get("eos_token_id") is not None]
+        ids = ends[0] if ends and isinstance(ends[0], list) else ends[:1]
+        if not all(isinstance(one, int) for one in ids):
+            what = (
+                f"eos_token_id={ends[0]} in generation_config.json or config.json, must be a number or a list of them"
+            )
+            raise ConfigError(f"{key}={path}: {what}; correct it")
+        return cls(path, revision, folder, vocab_size(folder), next(iter(positions), None), tuple(sorted({*ids})))
 
     def on_this_machine(self, *, key: str) -> ModelFiles:
         """Return the same with its folder on this machine, whose cache may be elsewhere. Raises ConfigError."""
@@ -73,13 +83,19 @@ def locate(path: str, *, revision: str | None = None, key: str) -> Path:
     if not path or not folder.is_dir():
         problem = "no such folder" if path else "is empty"
         raise ConfigError(f"{key}={path}: {problem}; give a Hugging Face model's folder or its name on the hub")
+    not_a_model = f"{key}={path}: not a Hugging Face model (config.json: {{}}); give one".format
     try:
-        vocab_size(read_config(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
-        why = error.strerror if isinstance(error, OSError) else repr(error)
-        raise ConfigError(f"{key}={path}: not a Hugging Face model (config.json: {why}); give one") from error
+        config = read_config(folder)
+        if not isinstance(config, dict) or not isinstance(text_config(config), dict):
+            raise ConfigError(not_a_model("not an object"))
+    except OSError as error:
+        raise ConfigError(not_a_model(error.strerror)) from error
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"{key}={path}: no weights are there; *.safetensors are needed (pickles are not loaded)")
+    try:
+        vocab_size(folder)
+    except ValueError as error:
+        raise ConfigError(not_a_model(error)) from error
     return folder.resolve()
 
 
@@ -100,7 +116,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the part of config.json that describes the language model."""
     return config.get("text_config") or config
 
@@ -123,9 +139,21 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def vocab_size(config: dict[str, Any]) -> int:
-    """Return the rows of the embedding according to config.json."""
-    return int(text_config(config)["vocab_size"])
+def vocab_size(folder: Path) -> int:
+    """Return the rows of the embedding: by config.json, or by the weights if it leaves them out (Gemma 3).
+
+    Raises:
+        ValueError: neither says it.
+        ConfigError: a file is damaged.
+    """
+    config = read_config(folder)
+    sizes = [part["vocab_size"] for part in (text_config(config), config) if "vocab_size" in part]
+    if not sizes:
+        rows = {shape[0] for name, shape in text_tensors(shapes(folder)).items() if EMBEDDING.search(name)}
+        sizes = sorted(rows) if len(rows) == 1 else [None]
+    if not isinstance(sizes[0], int) or sizes[0] < 1:
+        raise ValueError(f"vocab_size={str(sizes[0])[:60]}, must be a number from 1")
+    return sizes[0]
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
@@ -156,24 +184,48 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold a model's weights: those of the index, or `model.safetensors`, or all.
+
+    Raises:
+        ConfigError: the index is damaged, or names a file that is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    files = [folder / name for name in sorted({*_weight_map(index).values()})]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise damaged(index, f"{len(missing)} of its {len(files)} files are not there, such as {missing[0]}")
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return the name of the file of each tensor. Raises ConfigError if the index is damaged."""
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise damaged(index, "has no weight_map of tensors and their files")
+    return names
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Return the file of each tensor. Raises ConfigError if one is damaged."""
+    return {name: file for file in weight_files(folder) for name in read_header(file)}
+
+
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return each tensor's shape. Raises ConfigError if a file is damaged."""
     return {name: shape for name, (_, shape) in tensors(folder).items()}
 
 
 def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Read each tensor's dtype (in safetensors' notation: F32, BF16) and shape from the headers of the folder's files.
+    """Return each tensor's dtype (in safetensors' notation: F32, BF16) and shape.
 
-    Raises ConfigError if a file is damaged.
+    Raises:
+        ConfigError: a file is damaged, or lacks a tensor that the index says it has.
     """
+    found = {name: entry for file in weight_files(folder) for name, entry in read_header(file).items()}
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else []
-    headers: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in [folder / name for name in names] or sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="np") as content:
-                slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
-                headers |= {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{file}: no safetensors ({error}); the model's folder is damaged") from error
-    return headers
+    if index.is_file() and (missing := _weight_map(index).keys() - found.keys()):
+        raise damaged(index, f"{len(missing)} of its tensors are in no file, such as {min(missing)}")
+    return found

@@ -34,7 +34,7 @@ class Vocabularies:
     @classmethod
     def of(cls, student: Path, teacher: Path, *, tokenizer: Path | None = None) -> Vocabularies:
         """Compare two folders; `tokenizer` is the folder of the tokenizer in use if that is not the student's."""
-        sizes = tuple(model_files.vocab_size(model_files.read_config(folder)) for folder in (student, teacher))
+        sizes = tuple(model_files.vocab_size(folder) for folder in (student, teacher))
         ours, theirs = model_files.vocabulary(tokenizer or student), model_files.vocabulary(teacher)
         if ours is None or theirs is None:
             return cls(sizes)

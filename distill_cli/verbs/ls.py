@@ -4,18 +4,22 @@ examples
   distill ls               the groups
   distill ls loss
   distill ls data
+  distill ls families      the model families that were tried, and what works with each
 """
 
 from pathlib import Path
 
 from distill_cli.config.choices import conf_dir, group_choices, groups, nearest
 from distill_cli.errors import ConfigError
+from distill_cli.models import tried_families
 from distill_cli.verbs.command_line import Arguments, Parser, complete_with
+
+FAMILIES = "families"
 
 
 def declare(parser: Parser) -> None:
     group = parser.add_argument("group", nargs="?", metavar="GROUP", help="one of the groups that `distill ls` lists")
-    complete_with(group, groups([conf_dir()]))
+    complete_with(group, [*groups([conf_dir()]), FAMILIES])
 
 
 def main(arguments: Arguments) -> int:
@@ -30,11 +34,27 @@ def main(arguments: Arguments) -> int:
         for name in known:
             print(f"{name:<12}{', '.join(group_choices(name, [folder]))}")
         return 0
+    if group == FAMILIES:
+        print("\n".join(family_lines()))
+        return 0
     if group not in known:
         raise ConfigError(f"{group}: no such group{nearest(group, known)} (there are: {', '.join(known)})")
     for choice in group_choices(group, [folder]):
         print(f"{group}={choice:<20}{first_comment(folder / group / f'{choice}.yaml')}")
     return 0
+
+
+def family_lines() -> list[str]:
+    """Return a table: family, what its student can be cut over, adapters, teacher, and the difference that was seen."""
+    lines = [f"{'family':<20}{'student':<32}{'LoRA':<6}{'teacher':<9}difference from plain transformers"]
+    for one in tried_families.tried().values():
+        student = ", ".join(["one rank", *one.axes()]) if one.trains else "no"
+        yes = {True: "yes", False: "no"}
+        lora, teacher = yes[one.checks.get("lora") == "ok"], yes[one.is_served]
+        seen = "" if one.difference is None else f"{one.difference:.0e}"
+        lines.append(f"{one.name:<20}{student:<32}{lora:<6}{teacher:<9}{seen}")
+    shown = ", ".join(f"{package} {version}" for package, version in tried_families.versions().items())
+    return [*lines, f"({shown}; reasons: docs/models.md; others may work: `distill check` tells)"]
 
 
 def first_comment(file: Path) -> str:

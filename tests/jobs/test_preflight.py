@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,7 @@ from distill_cli.config.variation import override
 from distill_cli.errors import ConfigError
 from distill_cli.jobs.preflight import preflight, require_here, resolve_jobs, room, unread_keys
 from distill_cli.machine import hardware
-
-MakeModel = Callable[..., Path]
-
-
-def problems_of(*argv: str) -> str:
-    (job,) = compose(argv)
-    with pytest.raises(ConfigError) as caught:
-        preflight(job.config)
-    return str(caught.value)
-
-
-def pair(student: Path, teacher: Path) -> list[str]:
-    return [f"model.student.path={student}", f"model.teacher.path={teacher}", "loss.topk=4"]
+from tests.jobs.problems import FEW_RANKS, MakeModel, pair, problems_of
 
 
 def test_a_good_pair_passes(make_model: MakeModel) -> None:
@@ -200,9 +187,6 @@ def test_a_plugin_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "torn.py").write_text("def (:")
     monkeypatch.chdir(tmp_path)
     assert "loss.kl_type=torn:kl: SyntaxError" in problems_of("loss.kl_type=torn:kl")
-
-
-FEW_RANKS = ["cluster.gpus_per_node=0", "cluster.ranks_per_node=6"]
 
 
 def test_mesh_sizes_must_divide_the_ranks(make_model: MakeModel) -> None:

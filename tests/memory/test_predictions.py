@@ -7,7 +7,8 @@ import pytest
 from distill_cli.config.schema import Checkpointing, MeshConfig, Precision, TrainConfig
 from distill_cli.engines.settings import CPU_KV_CACHE_BYTES
 from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB
-from distill_cli.memory.trainer_bytes import Step, trainer_moments
+from distill_cli.memory.trainer_bytes import QUERY_ROWS, Step, trainer_moments
+from distill_cli.student import attention
 from tests.student.measured_memory import LARGE, SMALL, WIDE, Case, measure, predict
 
 LIMIT = 0.15
@@ -49,8 +50,9 @@ def test_two_ranks(name: str, measured: dict[Case, dict[str, int]]) -> None:
         assert predicted[part] == pytest.approx(expected[part], rel=LIMIT, abs=2**20), part
 
 
-def test_constant_matches_the_engines() -> None:
+def test_constants_match_engines_and_student() -> None:
     assert CPU_KV_CACHE_GIB * 2**30 == CPU_KV_CACHE_BYTES
+    assert QUERY_ROWS == attention.QUERY_ROWS
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -14,16 +14,19 @@ from distill_cli.errors import ConfigError
 from distill_cli.jobs.plan_tables import memory_rows
 from distill_cli.jobs.preflight import preflight
 from distill_cli.memory.engine_bytes import engine_bytes, engine_weights
+from distill_cli.memory.layers import LayerShape
 from distill_cli.memory.shape import ModelShape, shape_of
 from distill_cli.memory.trainer_bytes import PARTS
 from distill_cli.memory.verdict import peak_bytes
 from distill_cli.models import model_files
 
 STUDENT, TEACHER = (model_files.ASSETS / "tiny_pair" / role for role in ("student", "teacher"))
+LAYER = LayerShape(
+    params=50_335_000, mlp_matrix=6144 * 2048, query=2048, key=1024, mlp=6144, mlp_wide=2 * 6144, has_head_norms=True
+)
 LARGE = ModelShape(
-    vocab=151_936, hidden=2048, query=2048, key=1024, mlp=6144, num_heads=16, num_key_heads=8, num_layers=28,
-    layer_params=50_335_000, tied=True, num_norms=2, has_head_norms=True, float32_norms=False,
-)  # fmt: skip
+    vocab=151_936, hidden=2048, layers=(LAYER,) * 28, root_params=151_936 * 2048 + 2048, num_heads=16, family="qwen3"
+)
 
 
 def config_of(*overrides: str) -> Config:
@@ -50,17 +53,25 @@ def problem(
 
 def test_folder_gives_the_models_shape() -> None:
     shape = memory.read_shape(STUDENT)
-    assert (shape.vocab, shape.hidden, shape.mlp, shape.num_layers) == (512, 128, 256, 3)
-    assert (shape.query, shape.key, shape.num_key_heads, shape.num_norms) == (128, 64, 2, 2)
-    assert shape.has_head_norms
+    layer = shape.layers[0]
+    assert (shape.vocab, shape.hidden, len(shape.layers), shape.num_key_heads) == (512, 128, 3, 2)
+    assert (layer.query, layer.key, layer.mlp, layer.mlp_wide, layer.norms) == (128, 64, 256, 512, 2)
+    assert layer.has_head_norms
     assert shape.num_params == sum(math.prod(size) for _, size in model_files.tensors(STUDENT).values())
 
 
-def test_other_families_have_no_prediction() -> None:
-    with pytest.raises(memory.NoPrediction, match="gpt2 is none of"):
-        shape_of({"model_type": "gpt2"}, {})
-    with pytest.raises(memory.NoPrediction, match="embed_tokens"):
-        shape_of({"model_type": "llama", "num_attention_heads": 4}, {})
+def test_layers_that_are_not_known() -> None:
+    table = {"embed_tokens.weight": (8, 4)}
+    for shapes, why in (
+        ({}, "no matrix is called embed_tokens"),
+        (table, "not called layers"),
+        ({**table, "layers.0.norm.weight": (4,)}, "no attention and no MLP among norm.weight"),
+        ({**table, "layers.0.self_attn.q_proj.weight": (4, 4)}, "no output matrix of attention"),
+    ):
+        with pytest.raises(memory.NoPrediction, match=why):
+            shape_of({"model_type": "llama"}, shapes)
+    with pytest.raises(memory.NoPrediction, match="quantized"):
+        shape_of({"quantization_config": {"quant_method": "fp8"}}, table)
 
 
 def test_engines_by_dtype_quantization_and_cache() -> None:

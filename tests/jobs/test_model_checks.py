@@ -1,0 +1,147 @@
+"""Models that cannot be trained, scored with, or cut: what is said of them before an engine starts."""
+
+import os
+import re
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from distill_cli.config.compose import compose
+from distill_cli.errors import ConfigError
+from distill_cli.jobs.plan_tables import parameter_row, step_rows
+from distill_cli.jobs.preflight import preflight, preflight_evaluation
+from distill_cli.jobs.run_panels import layout_row
+from tests.jobs.problems import FEW_RANKS, MakeModel, pair, problems_of
+
+LFM2 = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}
+EXPERTS = {"model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def test_state_gives_documents_their_rows(make_model: MakeModel) -> None:
+    (job,) = compose([*pair(make_model("s", **LFM2), make_model("t")), "train.packing=true"])
+    found = preflight(job.config)
+    assert not found.config.train.packing
+    assert found.warnings == ()
+    layout = "rows of one document each: conv layers carry state"
+    assert step_rows(found)["layout"] == layout
+    assert layout_row(found) == layout
+    (job,) = compose(pair(make_model("plain"), make_model("t2")))
+    assert preflight(job.config).config.train.packing
+    assert layout_row(preflight(job.config)) is None
+
+
+def test_state_and_experts_are_not_cut(make_model: MakeModel) -> None:
+    teacher = make_model("t")
+    conv, experts = pair(make_model("c", **LFM2), teacher), pair(make_model("e", **EXPERTS), teacher)
+    context, tensor = [*FEW_RANKS, "mesh.context=2"], [*FEW_RANKS, "mesh.tensor=2"]
+    assert "mesh.context=2: ranks cannot share the sequences of conv layers" in problems_of(*conv, *context)
+    assert "mesh.tensor=2: lfm2 has conv layers, which are not cut; set it to 1" in problems_of(*conv, *tensor)
+    assert "mesh.tensor=2: qwen2_moe has experts, which are not cut" in problems_of(*experts, *tensor)
+
+
+def test_sizes_by_layer_are_not_cut(make_model: MakeModel) -> None:
+    sizes = {"num_hidden_layers": 2, "intermediate_size": [16, 32], "layer_types": ["full_attention"] * 2}
+    student = make_model("s", model_type="gemma3n_text", **sizes)
+    problems = problems_of(*pair(student, make_model("t")), *FEW_RANKS, "mesh.tensor=2")
+    assert "mesh.tensor=2: gemma3n_text has no single number of heads, or no single size of the MLP" in problems
+
+
+def test_experts_divide_over_their_ranks(make_model: MakeModel) -> None:
+    teacher, expert = make_model("t"), [*FEW_RANKS, "mesh.expert=3"]
+    experts, dense = make_model("e", **EXPERTS), make_model("d")
+    assert "mesh.expert=3: does not divide the 4 experts; choose one of 1, 2, 4" in problems_of(
+        *pair(experts, teacher), *expert
+    )
+    assert "mesh.expert=3: the student (llama) has no experts" in problems_of(*pair(dense, teacher), *expert)
+    (job,) = compose([*pair(experts, teacher), *FEW_RANKS, "mesh.expert=2"])
+    preflight(job.config)
+
+
+CUSTOM = {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"quantization_config": {"quant_method": "mxfp4"}}, r"quantized \(mxfp4\) .*=Mxfp4Config\(dequantize=True\)"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantized \(awq\) .* dequantized copy in bfloat16"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "t5 is an encoder-decoder; give a causal LM"),
+        ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM does not predict the next token"),
+        ({"model_type": "bert9"}, r"transformers [\d.]+ has no model_type bert9"),
+        ({"model_type": "bert9", **CUSTOM}, "model_type bert9 is code in its folder; set model.trust_remote_code=true"),
+        ({"model_type": None}, "has no model_type"),
+        ({"model_type": "clip"}, "has no causal LM of model_type clip; give another"),
+        ({"model_type": "mistral3"}, "has no causal LM of model_type mistral3"),
+    ],
+)
+def test_students_that_cannot_be_trained(config: dict[str, Any], problem: str, make_model: MakeModel) -> None:
+    student = make_model("s", **config)
+    problems = problems_of(*pair(student, make_model("t")))
+    assert re.fullmatch(f"model.student.path={student}: .*{problem}.*", problems)
+
+
+def test_quantized_tensors_are_no_students(make_model: MakeModel) -> None:
+    student = make_model("s")
+    save_file({"a.weight": torch.zeros(2, 2, dtype=torch.uint8)}, student / "model.safetensors")
+    assert "its weights are quantized (U8)" in problems_of(*pair(student, make_model("t")))
+
+
+def test_teachers_may_be_quantized(make_model: MakeModel) -> None:
+    teacher = make_model("t", model_type="bert9", quantization_config={"quant_method": "mxfp4"})
+    (job,) = compose(pair(make_model("s"), teacher))
+    preflight(job.config)
+    teacher = make_model("t5", is_encoder_decoder=True)
+    assert f"model.teacher.path={teacher}: llama is an encoder-decoder" in problems_of(*pair(make_model("s2"), teacher))
+
+
+def test_trusted_code_is_taken(make_model: MakeModel) -> None:
+    (job,) = compose(
+        [*pair(make_model("s", model_type="own", **CUSTOM), make_model("t")), "model.trust_remote_code=true"]
+    )
+    preflight(job.config)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "lfm2"])
+def test_cut_weights_of_both_models(family: str, make_model: MakeModel) -> None:
+    folders = [make_model(name, model_type=family) for name in ("s", "t")]
+    for folder in folders:
+        os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 8)
+    problems = problems_of(*pair(*folders)).splitlines()
+    assert len(problems) == 2
+    for folder, problem in zip(folders, problems, strict=True):
+        assert re.match(rf"{folder}/model.safetensors: is cut: its header describes \d+ bytes", problem)
+    (job,) = compose(pair(*folders))
+    with pytest.raises(ConfigError, match="is cut"):
+        preflight_evaluation(job.config, role="teacher")
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"num_attention_heads": "four"}, "num_attention_heads=four, must be a number from 1"),
+        ({"num_hidden_layers": [1, 2.5]}, r"num_hidden_layers=\[1, 2.5\], must be a number from 0"),
+        ({"layer_types": "conv"}, "layer_types=conv, must be a list of str"),
+    ],
+)
+def test_wrong_fields_of_a_config(config: dict[str, Any], problem: str, make_model: MakeModel) -> None:
+    student = make_model("s", **config)
+    problems = problems_of(*pair(student, make_model("t")))
+    assert re.fullmatch(f"{student}/config.json: {problem}; correct it, or download the model again", problems)
+
+
+def test_multimodal_classes_are_taken(make_model: MakeModel) -> None:
+    published = {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"]}
+    (job,) = compose(pair(make_model("m", **published), make_model("t")))
+    preflight(job.config)
+
+
+def test_plan_shows_active_parameters(make_model: MakeModel) -> None:
+    student = make_model("s", **EXPERTS)
+    shapes = {"layers.0.mlp.experts.gate_up_proj": (4, 100, 60), "embed_tokens.weight": (8, 150)}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, student / "model.safetensors")
+    (job,) = compose(pair(student, make_model("t")))
+    assert parameter_row(preflight(job.config)) == "25.2k, 13.2k active"
+    (job,) = compose(pair(make_model("plain"), make_model("t2")))
+    assert parameter_row(preflight(job.config)) == "12"
