@@ -77,7 +77,8 @@ def export(folder: Path, max_shard_size: str) -> None:
     import torch
 
     from distill_cli.checkpoint import store
-    from distill_cli.checkpoint.hf_export import trained, write_weights
+    from distill_cli.checkpoint.hf_export import trained
+    from distill_cli.student.safetensors_writer import write_weights
     from distill_cli.verbs.export import parse_size
 
     (checkpoint,) = store.find(folder / "checkpoints")

@@ -1,4 +1,4 @@
-"""Search unpacked vLLM releases for the names that `engines/vllm_patches.py` needs, without importing them.
+"""Search unpacked vLLM releases for the names that the engines need, without importing them.
 
     python scripts/check_vllm_versions.py FOLDER...
 
@@ -29,7 +29,7 @@ def main() -> None:
     lacking = set()
     for reach in REACHES:
         found = [folder for folder in folders if has(folder, reach)]
-        lacking |= set(folders) - set(found)
+        lacking |= set() if reach.optional else set(folders) - set(found)
         spelled = " or ".join(f"{reach.module}.{name}" for name in reach.names)
         where = "all" if len(found) == len(folders) else ", ".join(".".join(map(str, version(f))) for f in found)
         print(f"{spelled}{f' ({reach.parameter}=)' if reach.parameter else ''}: {where or 'none'}")

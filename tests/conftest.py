@@ -42,7 +42,8 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / name
         folder.mkdir()
         vocab = vocab if vocab is not None else {f"t{i}": i for i in range(vocab_size)}
-        (folder / "config.json").write_text(json.dumps({"vocab_size": vocab_size, "eos_token_id": 0, **config}))
+        content = {"model_type": "llama", "vocab_size": vocab_size, "eos_token_id": 0, **config}
+        (folder / "config.json").write_text(json.dumps(content))
         (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": []}))
         save_file({"w": torch.zeros(3, 4)}, folder / "model.safetensors")
         return folder

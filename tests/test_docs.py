@@ -66,7 +66,7 @@ def test_every_key_beside_nemo_rl_exists() -> None:
     assert len(named) > 50
 
 
-@pytest.mark.parametrize("script", ["make_configuration_doc.py", "make_metrics_doc.py"])
+@pytest.mark.parametrize("script", ["make_configuration_doc.py", "make_metrics_doc.py", "make_models_doc.py"])
 def test_generated_page_is_current(script: str) -> None:
     script = ROOT / "scripts" / script
     done = subprocess.run([sys.executable, script, "--check"], check=False, capture_output=True, text=True)

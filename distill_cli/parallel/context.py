@@ -39,6 +39,18 @@ class Documents:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    is_rows: bool = False
+    """The documents, all of one length, are rows of a batch instead of parts of one row."""
+
+    @property
+    def row_span(self) -> Span:
+        """The whole of one of the rows."""
+        length = self.bounds[1]
+        return Span(0, (0, length), (0, length), (0, length))
+
+    def batch(self, x_1T: torch.Tensor) -> torch.Tensor:
+        """Return [1, T] as the model takes it: as it is, or as rows [B, T / B]."""
+        return x_1T.view(-1, self.bounds[1]) if self.is_rows else x_1T
 
     def pieces(self, rank: int) -> tuple[tuple[int, int], ...]:
         """Return (begin, end) in the row of a rank's tokens, in their order."""

@@ -4,6 +4,7 @@
 |-----------|--------------------------------------------------------------------|
 | replicate | sequences; the shards of parameters are the same (HSDP)             |
 | shard     | sequences, and the shards of parameters (FSDP2)                     |
+| expert    | sequences, and experts: a part of the shard axis                    |
 | context   | pieces of the same sequences, and the shards of parameters          |
 | tensor    | pieces of the same layers, for the same tokens                      |
 
@@ -11,6 +12,7 @@
 |---------------------------------------------|---------------------------------|
 | the order of the data: shares of sequences   | replicate x shard               |
 | parameters, gradients and optimizer are cut  | shard x context, and tensor     |
+| experts are cut                             | expert, then the rest of shard x context |
 | the loss's token count, its sum, metrics     | replicate x shard x context     |
 | gradients are summed                        | replicate x shard x context     |
 | the gradient's norm                         | all four (by DTensor)           |
@@ -40,6 +42,10 @@ class Parallel:
     """replicate x shard x context as one axis."""
     context: DeviceMesh
     tensor: DeviceMesh
+    expert: DeviceMesh
+    """Ranks that share the experts of each layer; part of the shard axis."""
+    expert_fsdp: DeviceMesh
+    """Ranks with the same experts: `fsdp` without the expert axis."""
     data_rank: int
     """Index of this rank's share of the sequences."""
     data_size: int
@@ -104,32 +110,41 @@ def init_parallel(*, device: torch.device, timeout_s: float = 1800, **axes: Any)
 
 
 def layout(
-    *, tensor: int = 1, context: int = 1, replicate: int = 1, sequence_parallel: bool = False, device: torch.device
+    *,
+    tensor: int = 1,
+    context: int = 1,
+    replicate: int = 1,
+    expert: int = 1,
+    sequence_parallel: bool = False,
+    device: torch.device,
 ) -> Parallel:
     """Build the mesh over all ranks of the process group; the shard axis takes the remaining ranks. A collective.
 
     Args:
-        tensor: size of the tensor axis; likewise `context` and `replicate`.
+        tensor: size of the tensor axis; likewise `context`, `replicate` and `expert`.
         sequence_parallel: split the tokens over the tensor axis too, outside attention and MLP.
 
     Raises:
         ConfigError: the product of the sizes does not divide the ranks.
     """
-    num_ranks, taken = dist.get_world_size(), replicate * context * tensor
+    num_ranks, taken = dist.get_world_size(), replicate * context * tensor * expert
     if num_ranks % taken:
-        sizes = f"mesh.replicate={replicate}, mesh.context={context}, mesh.tensor={tensor}"
+        sizes = f"mesh.replicate={replicate}, mesh.context={context}, mesh.tensor={tensor}, mesh.expert={expert}"
         raise ConfigError(f"{sizes}: their product {taken} must divide the {num_ranks} ranks")
     shard = num_ranks // taken
-    axes = {"replicate": replicate, "shard": shard, "context": context, "tensor": tensor}
+    axes = {"replicate": replicate, "shard": shard, "expert": expert, "context": context, "tensor": tensor}
     mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    fsdp = mesh["shard", "context"]._flatten("fsdp")
+    fsdp = mesh["shard", "expert", "context"]._flatten("fsdp")
+    expert_fsdp = mesh["shard", "context"]._flatten("expert_fsdp")
     return Parallel(
         fsdp=mesh["replicate", "fsdp"] if replicate > 1 else fsdp,
-        loss=mesh["replicate", "shard", "context"]._flatten("loss"),
+        loss=mesh["replicate", "shard", "expert", "context"]._flatten("loss"),
         context=mesh["context"],
         tensor=mesh["tensor"],
+        expert=mesh["expert"],
+        expert_fsdp=mesh["replicate", "expert_fsdp"] if replicate > 1 else expert_fsdp,
         data_rank=dist.get_rank() // (context * tensor),
-        data_size=replicate * shard,
+        data_size=replicate * shard * expert,
         device=device,
         sequence_parallel=sequence_parallel,
     )

@@ -100,7 +100,7 @@ def apply_tensor_parallel(lm: PreTrainedModel, mesh: DeviceMesh, *, sequence_par
     if sequence_parallel:  # one gathering for each half of a layer, instead of one for each matrix
         cut: dict[str, Placement] = {"hidden_states": between_layers}
         whole: dict[str, Placement] = {"hidden_states": Replicate()}
-        layers = f"{_name_of(lm, lm.base_model)}.layers.*"
+        layers = f"{_name_of(lm, lm.get_decoder())}.layers.*"
         plan[f"{layers}.self_attn"] = PrepareModuleInput(
             input_kwarg_layouts=cut, desired_input_kwarg_layouts=whole, use_local_output=True
         )
@@ -124,7 +124,7 @@ def _matrix_styles(lm: PreTrainedModel, between_layers: Placement) -> dict[str, 
     rowwise = partial(RowwiseParallel, output_layouts=between_layers)
     styles: dict[str, Callable[[], ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": rowwise}
     plan: dict[str, ParallelStyle] = {}
-    matrices = {f"{_name_of(lm, lm.base_model)}.{p}": s for p, s in matrix_plan(lm.config.get_text_config()).items()}
+    matrices = {f"{_name_of(lm, lm.get_decoder())}.{p}": s for p, s in matrix_plan(lm.config.get_text_config()).items()}
     for name, module in lm.named_modules():
         style = next((style for pattern, style in matrices.items() if fnmatch.fnmatch(name, pattern)), None)
         has_adapter = hasattr(module, "lora_A")

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -22,17 +23,21 @@ Engines = tuple[Sampler | None, Teacher | None]
 """A rank's engines; None for an engine that the run does not need."""
 
 
-def build_engines(resolved: ResolvedRun, *, should_stop: Callable[[], bool] | None = None) -> Engines:
+def build_engines(
+    resolved: ResolvedRun, *, should_stop: Callable[[], bool] | None = None, untouched: tuple[str, ...] = ()
+) -> Engines:
     """Build the engines that the run needs, asleep if they can sleep. A collective.
 
     Args:
         should_stop: see `VllmEngine`.
+        untouched: tensors of the student's files that the trainer does not have.
     """
     begin, config, sampler = time.perf_counter(), resolved.config, None
     # Built first: a companion loads while the sampler is built.
     teacher = build_teacher(resolved, should_stop=should_stop) if needs_scorer(config) else None
     if needs_sampler(config):
-        sampler = VllmSampler(engine_settings(resolved, "student"), should_stop=should_stop)
+        settings = replace(engine_settings(resolved, "student"), untouched=untouched)
+        sampler = VllmSampler(settings, should_stop=should_stop)
         sampler.sleep()
     if teacher is not None:
         teacher.wait_ready()

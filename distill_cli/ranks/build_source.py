@@ -188,7 +188,9 @@ def build_source(
 def build_worker(rank: Rank, stages: Stages, sampler: Sampler, student: Student, trainable: Trainable) -> RolloutWorker:
     """Build the worker that samples and judges the student's answers in training. A collective."""
     config, sampling = rank.resolved.config, train_sampling(rank.resolved)
-    weights = partial(synced_parameters, student.lm, as_adapter=config.model.student.lora.syncs_adapter)
+    assert student.published is not None
+    as_adapter = config.model.student.lora.syncs_adapter
+    weights = partial(synced_parameters, student.lm, student.published, as_adapter=as_adapter)
     responder = build_responder(rank, sampling, max_tokens=config.rollout.max_sequence_length)
     return RolloutWorker(sampler, weights, lambda: trainable.num_updates, responder, stages)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from transformers import PreTrainedModel
 
 from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.checkpoint.store import Checkpoint, prune
@@ -34,6 +35,7 @@ from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.student.adapters import add_adapters
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import OptimizerOffload, build_optimizer, build_schedule
+from distill_cli.student.published import Published
 from distill_cli.student.weights import load_weights, save_student
 from distill_cli.terminal.step_printer import StepPrinter
 from distill_cli.train.run_log import RunLog
@@ -59,7 +61,9 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
         outcome = trainer.run()
     if outcome.state == "finished" or trainer.saver is None:
         dtype = getattr(torch, config.model.student.dtype.value)
-        save_student(trainer.student.lm, rank.tokenizer, run.student, dtype=dtype)
+        student = trainer.student
+        assert student.published is not None
+        save_student(student.lm, student.published, rank.tokenizer, run.student, dtype=dtype)
     trainer.log.close()
     if rank.parallel.is_main:
         write_json(run.outcome, asdict(outcome))
@@ -77,8 +81,9 @@ def build_trainer(
     validator = parts.build_validator(rank)
     if checkpoint is not None:
         check_data(checkpoint, order)
-    sampler, teacher = build_engines(resolved, should_stop=stop.is_set)
-    student = build_student(resolved, parallel)
+    built = build_model(resolved)  # before engines: vLLM changes classes of transformers
+    sampler, teacher = build_engines(resolved, should_stop=stop.is_set, untouched=built[1].untouched)
+    student = build_student(resolved, parallel, built)
     num_steps = count_steps(config, order)
     trainable = build_trainable(resolved, student, num_steps=num_steps, device=parallel.device)
     progress = Progress.of(load(checkpoint, trainable)) if checkpoint is not None else Progress()
@@ -163,25 +168,41 @@ def build_recorder(resolved: ResolvedRun, run: RunDir, parallel: Parallel) -> Re
     return Recorder(run.scores, facts, parallel)
 
 
-def build_student(resolved: ResolvedRun, parallel: Parallel, *, role: str = "student") -> Student:
-    """Build the student with its weights, laid out over the mesh. A collective.
+Built = tuple[PreTrainedModel, Published]
+"""A model without its weights, and where they lie."""
+
+
+def build_model(resolved: ResolvedRun, *, role: str = "student") -> Built:
+    """Build `model.<role>` in the student's code, without its weights."""
+    return build_lm(resolved.model(role).folder, trust_remote_code=resolved.config.model.trust_remote_code)
+
+
+def build_student(resolved: ResolvedRun, parallel: Parallel, built: Built, *, role: str = "student") -> Student:
+    """Read a model's weights, laid out over the mesh. A collective.
 
     Args:
-        role: `teacher` builds the teacher in the student's place, without adapters.
+        role: the model's; the teacher gets no adapters.
     """
     config, model, train = resolved.config, resolved.config.model, resolved.config.train
-    folder, lora, bf16 = resolved.model(role).folder, model.student.lora, train.precision is Precision.bf16
-    lm = build_lm(folder, trust_remote_code=model.trust_remote_code)
+    (lm, published), lora, bf16 = built, model.student.lora, train.precision is Precision.bf16
     if lora.rank and role == "student":
         add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, bf16=bf16)
     ends, loss = resolved.vocabulary.merged_eos_ids, build_loss(config)
-    student = Student(lm, loss=loss, temperature=config.loss.temperature, parallel=parallel, merged_eos_ids=ends)
+    student = Student(
+        lm,
+        loss=loss,
+        temperature=config.loss.temperature,
+        parallel=parallel,
+        merged_eos_ids=ends,
+        published=published,
+        router_aux_loss=train.router_aux_loss if role == "student" else 0.0,
+    )
     if ends and lm.generation_config is not None:
         lm.generation_config.eos_token_id = list(ends)  # samplers of the saved student then stop where training did
     kept, offload = train.activation_checkpointing, train.cpu_offload
     wrap(student, parallel, bf16=bf16, checkpointing=kept.value, compile=train.compile, cpu_offload=offload)
     home = torch.device("cpu") if offload else parallel.device
-    load_weights(lm, folder, device=home, seed=train.seed)
+    load_weights(lm, published, device=home, seed=train.seed)
     return student
 
 

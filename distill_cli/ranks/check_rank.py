@@ -37,10 +37,12 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
     rank = Rank.join(run)
     resolved, config, parallel = rank.resolved, rank.resolved.config, rank.parallel
     order, planner = build_order(rank), build_planner(rank)
-    sampler, own_teacher = build_engines(with_student_as_teacher(with_masses(resolved)))
+    built = parts.build_model(resolved)  # before engines: vLLM changes classes of transformers
+    own = with_student_as_teacher(with_masses(resolved))
+    sampler, own_teacher = build_engines(own, untouched=built[1].untouched)
     if isinstance(order, RecordedSteps) or sampler is None or own_teacher is None:
         raise ConfigError("rollout.replay: distill check needs both engines; leave it out")
-    student = parts.build_student(resolved, parallel)
+    student = parts.build_student(resolved, parallel, built)
     trainable = parts.build_trainable(
         resolved, student, num_steps=parts.count_steps(config, order), device=parallel.device
     )
@@ -112,7 +114,7 @@ def load_teacher(resolved: ResolvedRun, parallel: Parallel) -> Student:
     num_bytes = 4 * sum(math.prod(shape) for _, shape in tensors(folder).values()) / shards
     if parallel.all_max(float(num_bytes > free_memory(parallel) / 2)):
         raise DistillError(f"the teacher in float32 needs {num_bytes / 2**30:.1f} GiB on each rank")
-    return parts.build_student(resolved, parallel, role="teacher")
+    return parts.build_student(resolved, parallel, parts.build_model(resolved, role="teacher"), role="teacher")
 
 
 def free_memory(parallel: Parallel) -> float:

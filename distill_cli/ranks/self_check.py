@@ -31,8 +31,13 @@ AtTokens = Callable[[MicroBatch, HeadOutput], torch.Tensor]
 """Returns a value for each response token of a micro-batch, given the head's outputs: [N]."""
 MASSES = (16, 64, 128)
 """Sizes of the teacher's top-k whose probability mass is reported."""
-LOSS_SHIFT = 0.05
-"""Share of the loss by which weights are moved along the gradient to measure the loss's slope."""
+LOSS_SHIFTS = (0.05, 0.01, 0.002)
+"""Shares of the loss by which weights are moved along the gradient to measure the loss's slope, one after another.
+
+Some losses bend within the first, which 16 bits need to see any slope at all.
+"""
+SLOPE_AGREEMENT = 0.1
+"""A slope is measured if a shorter move changes it by less than this share."""
 SYNC_SHIFT = 0.2
 """Share by which all trained weights are reduced to check that the sampler follows."""
 
@@ -226,7 +231,7 @@ class SelfCheck:
         is_mean = abs(result.loss - expected) <= 1e-3 * abs(expected) + self.limits.loss
         yield self.answer("mean", is_mean, f"{result.loss:.6g}, and {expected:.6g} token by token")
         if self.differs(result.loss) and result.is_finite and result.grad_norm > 0:
-            slope = self.slope(batches, result)
+            slope = self.converged_slope(batches, result)
             text = f"norm {result.grad_norm:.4g}, slope {slope:.4g}"
             # Part of what a new adapter adds to a layer's bfloat16 output is too small to change it.
             if self.config.model.student.lora.is_on and self.config.train.precision is Precision.bf16:
@@ -235,11 +240,21 @@ class SelfCheck:
                 yield self.answer("slope", 0.7 <= slope / result.grad_norm <= 1.4, text)
         self.trainable.optimizer.zero_grad(set_to_none=True)
 
+    def converged_slope(self, batches: Sequence[MicroBatch], result: StepResult) -> float:
+        """Return the loss's slope along its gradient, measured over ever shorter moves until they agree."""
+        shifts = LOSS_SHIFTS if self.limits is EXACT else LOSS_SHIFTS[:1]
+        slope = self.slope(batches, result, shift=shifts[0])
+        for shift in shifts[1:]:
+            longer, slope = slope, self.slope(batches, result, shift=shift)
+            if abs(slope - longer) <= SLOPE_AGREEMENT * abs(slope):
+                break
+        return slope
+
     @torch.no_grad()
-    def slope(self, batches: Sequence[MicroBatch], result: StepResult) -> float:
-        """Return the loss's slope along its gradient, from a step either way that changes it by about LOSS_SHIFT."""
+    def slope(self, batches: Sequence[MicroBatch], result: StepResult, *, shift: float) -> float:
+        """Return the loss's slope along its gradient, from a move either way that changes it by about `shift`."""
         params = [(param, param.grad) for param in self.student.parameters() if param.grad is not None]
-        length, losses = LOSS_SHIFT * result.loss / result.grad_norm, []
+        length, losses = shift * result.loss / result.grad_norm, []
         for sign in (1.0, -1.0):
             factor = sign * length / result.grad_norm
             for param, gradient in params:

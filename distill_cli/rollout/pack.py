@@ -1,9 +1,10 @@
 """Pack rollouts into micro-batches: plan from lengths alone, with the same plan on every rank, then lay out tensors.
 
 A row is sequences laid end to end, up to a token budget; none attends to another. Without packing, sequences of similar
-length share a row and are padded to one length. All ranks run the same number of micro-batches, since FSDP's
-collectives need all of them, and micro-batches that run at the same time have about the same number of tokens, since
-the slowest rank delays the others.
+length share a micro-batch and are padded to one length: rows of one sequence each, which layers whose state would cross
+from one sequence into the next need (or, among context-parallel ranks, one row of them). All ranks run the same number
+of micro-batches, since FSDP's collectives need all of them, and micro-batches that run at the same time have about the
+same number of tokens, since the slowest rank delays the others.
 
 The hidden state at position s - 1 of the packed row predicts the response token at position s. Only these positions,
 `rows`, reach the head; other logits are never computed. Observations of an environment are read but have no rows: the
@@ -17,6 +18,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +39,8 @@ class MicroBatch:
     """int64 [1, T]"""
     position_ids: torch.Tensor
     """int64 [1, T], from 0 in each document."""
+    is_real: torch.Tensor
+    """bool [1, T]: False for padding."""
     documents: Documents
     """The end of each sequence; the padding is a document too."""
     scores: TeacherScores
@@ -83,6 +87,7 @@ class MicroBatch:
             self,
             input_ids=documents.take(self.input_ids, 1),
             position_ids=documents.take(self.position_ids, 1),
+            is_real=documents.take(self.is_real, 1),
             documents=documents,
             rows=place[self.rows][mine],
             scores=self.scores.take(mine),
@@ -100,6 +105,8 @@ class RowPlan:
     """Tokens of the row that each member takes: its own and its padding."""
     length: int
     """Tokens of the row."""
+    is_rows: bool = False
+    """Each member is a row of its own, and `places` are all equal."""
 
 
 @dataclass(frozen=True)
@@ -148,24 +155,33 @@ class Planner:
 
 
 def plan_batch(
-    lengths: Sequence[int], *, num_ranks: int, max_tokens: int, packing: bool = True, multiple: int = 1, first: int = 0
+    lengths: Sequence[int],
+    *,
+    num_ranks: int,
+    max_tokens: int,
+    packing: bool = True,
+    rows: bool = False,
+    multiple: int = 1,
+    first: int = 0,
 ) -> BatchPlan:
     """Split sequences of these lengths into micro-batches of at most `max_tokens` tokens.
 
     A sequence longer than `max_tokens` has a micro-batch of its own. Rows are padded to a multiple of `multiple`.
 
     Args:
+        packing: lay sequences end to end; else pad those of a micro-batch to one length.
+        rows: without packing, make each sequence a row of its own.
         first: place in the step of the sequence that `lengths` begins with.
     """
     longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    split = _packed_rows if packing else _padded_rows
-    plans = []
+    split = _packed_rows if packing else partial(_padded_rows, multiple=multiple)
+    is_rows, plans = rows and not packing, []
     for row, padded in split(longest_first, lengths, num_ranks=num_ranks, max_tokens=max_tokens):
         places = tuple(padded or lengths[member] for member in row)
         length = max(-(-sum(places) // multiple), 1) * multiple
-        plans.append(RowPlan(tuple(first + member for member in row), places, length))
+        plans.append(RowPlan(tuple(first + member for member in row), places, length, is_rows))
     plans.sort(key=lambda plan: -plan.length)  # rows of about equal length run at the same time
-    plans += [RowPlan((), (), multiple)] * (-len(plans) % num_ranks)
+    plans += [RowPlan((), (), multiple, is_rows)] * (-len(plans) % num_ranks)
     return BatchPlan(tuple(tuple(plans[rank::num_ranks]) for rank in range(num_ranks)), sum(lengths))
 
 
@@ -184,11 +200,11 @@ def _packed_rows(order: list[int], lengths: Sequence[int], *, num_ranks: int, ma
         num_rows += num_ranks
 
 
-def _padded_rows(order: list[int], lengths: Sequence[int], *, num_ranks: int, max_tokens: int) -> Rows:
+def _padded_rows(order: list[int], lengths: Sequence[int], *, num_ranks: int, max_tokens: int, multiple: int) -> Rows:
     """Return rows of sequences of similar length, each padded to the padded length of the longest."""
     rows: Rows = []
     while order:
-        padded = padded_length(lengths[order[0]])
+        padded = -(-padded_length(lengths[order[0]]) // multiple) * multiple
         size = max(1, max_tokens // padded) * num_ranks
         taken, order = order[:size], order[size:]
         rows += [(taken[rank::num_ranks], padded) for rank in range(min(num_ranks, len(taken)))]
@@ -211,10 +227,12 @@ def lay_out(plan: RowPlan, rollouts: Sequence[Rollout], scores: Mapping[int, Tea
     bounds, none, taken = [0], torch.zeros(0, dtype=torch.int64), []
     columns = [(none, none, none.float(), none.bool(), none.view(0, 2))]  # from `MicroBatch.rows` on
     tokens, positions = torch.zeros(2, 1, plan.length, dtype=torch.int64)
+    is_real = torch.zeros(1, plan.length, dtype=torch.bool)
     for member, place in zip(plan.members, plan.places, strict=True):
         rollout, begin = rollouts[member], bounds[-1]
         sample, ids, trained = rollout.sample, rollout.token_ids, trained_tokens(rollout.sample)
         tokens[0, begin : begin + len(ids)] = torch.tensor(ids)
+        is_real[0, begin : begin + len(ids)] = True
         positions[0, begin : begin + place] = torch.arange(place)
         rows = begin + len(rollout.prompt.token_ids) - 1 + trained  # the hidden state before each token predicts it
         logp = torch.zeros(len(trained)) if sample.logp is None else torch.tensor(sample.logp)[trained]
@@ -227,7 +245,8 @@ def lay_out(plan: RowPlan, rollouts: Sequence[Rollout], scores: Mapping[int, Tea
         positions[0, bounds[-1] :] = torch.arange(plan.length - bounds[-1])
         bounds.append(plan.length)
     own = TeacherScores.cat(taken) if taken else TeacherScores.empty()
-    return MicroBatch(tokens, positions, Documents(tuple(bounds)), own, *map(torch.cat, zip(*columns, strict=True)))
+    documents = Documents(tuple(bounds), is_rows=plan.is_rows)
+    return MicroBatch(tokens, positions, is_real, documents, own, *map(torch.cat, zip(*columns, strict=True)))
 
 
 def trained_tokens(sample: Sample) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.engines.base import AnsweringEngine, Sampler, Teacher
 from distill_cli.engines.settings import SamplingSettings
-from distill_cli.engines.weight_sync import Deferred
+from distill_cli.engines.weight_sync import Outgoing
 from distill_cli.losses.merged_eos import merge_topk
 from distill_cli.parallel.sharing import EngineShare
 from distill_cli.rollout.pack import Planner
@@ -65,7 +65,7 @@ class RolloutWorker:
     """Sample the student's answers and judge them."""
 
     sampler: Sampler
-    weights: Callable[[], Iterable[tuple[str, torch.Tensor | Deferred]]]
+    weights: Callable[[], Iterable[Outgoing]]
     """Returns the student's weights as `sampler.sync` takes them. A collective."""
     version: Callable[[], int]
     """Returns the version of the student's weights: the number of its optimizer updates."""

@@ -7,7 +7,7 @@ W x + alpha / rank B A x. There is no dropout: its mask would depend on how the 
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,9 +67,15 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def exported_name(name: str) -> str:
-    """Return an adapter parameter's name in a folder that peft and vLLM load."""
-    return "base_model.model." + name.replace(".default.", ".")
+def exported_name(name: str, stored: Callable[[str], str] = str) -> str:
+    """Return an adapter parameter's name in a folder that peft and vLLM load.
+
+    Args:
+        stored: returns the name in the checkpoint of a layer's weight (`Published.name_of`).
+    """
+    layer = next(name.removesuffix(end) for end in (A, B) if name.endswith(end))
+    end = name.removeprefix(layer).replace(".default.", ".")
+    return f"base_model.model.{stored(f'{layer}weight').removesuffix('weight')}{end}"
 
 
 def initial_value(name: str, shape: torch.Size, *, seed: int) -> torch.Tensor:

@@ -7,29 +7,37 @@ Shape letters: T tokens of the packed row, N response tokens, n of a chunk, C th
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from distill_cli.errors import ConfigError
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
 from distill_cli.machine.torch_versions import varlen_operator
+from distill_cli.parallel.expert import apply_expert_parallel, experts_of
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.parallel.tensor import apply_tensor_parallel, gather_hidden
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.student import attention
 from distill_cli.student.adapters import rank_of
+from distill_cli.student.decoder import decoder_of, drop_other_modules, layers_of, measure_transform
+from distill_cli.student.published import Published
+from distill_cli.student.router_loss import RouterLoss
 from distill_cli.student.weights import empty_parameters
 
+HEADS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+"""Ends of the names of classes with a head over the vocabulary."""
 Checkpointing = Literal["none", "selective", "full"]
 
 KEPT = {
@@ -54,20 +62,31 @@ class Student(nn.Module):
         temperature: float,
         parallel: Parallel | None = None,
         merged_eos_ids: Sequence[int] = (),
+        published: Published | None = None,
+        router_aux_loss: float = 0.0,
     ) -> None:
         """
         Args:
             parallel: the mesh that `wrap` lays it out over; None is a student of one process, without a mesh.
             merged_eos_ids: tokens that count as one, as they do in the teacher's scores (`losses.merged_eos`).
+            published: where its parameters lie in its checkpoint; None if it has none.
+            router_aux_loss: weight of the family's own loss that balances its experts.
         """
         super().__init__()
+        self.published = published
         self.lm = lm
+        self.transform = measure_transform(lm)
+        self.router_loss = RouterLoss.of(lm, weight=router_aux_loss) if router_aux_loss else None
         self.device = parallel.device if parallel else torch.device("cpu")
         self.tensor = parallel.tensor if parallel and parallel.tensor.size() > 1 else None
         self.sequence_parallel = bool(parallel and parallel.sequence_parallel)
         self.loss = loss
         self.temperature = temperature
         self.merged_eos_ids = tuple(merged_eos_ids)
+
+    @property
+    def decoder(self) -> nn.Module:
+        return decoder_of(self.lm)
 
     def forward(
         self, batch: MicroBatch, *, num_loss_tokens: torch.Tensor, num_top: int = 0
@@ -80,20 +99,23 @@ class Student(nn.Module):
             num_top: number of the student's own most likely tokens to return with the head's output.
 
         Returns:
-            The sum over this micro-batch's response tokens of their loss, divided by `num_loss_tokens` (scalar
-            float32; sum it over micro-batches and ranks), and the head's output at each token, detached.
+            What to differentiate: the sum over this micro-batch's response tokens of their loss, divided by
+            `num_loss_tokens` (scalar float32; sum it over micro-batches and ranks), and the router's loss, if it is
+            on, times the micro-batch's share of `num_loss_tokens`. Then the head's output at each token, detached,
+            whose loss is without the router's.
         """
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "documents": batch.documents}
-        hidden_1TH = self.lm.base_model(**inputs, use_cache=False).last_hidden_state
+        hidden_1TH, router_logits = self._hidden_states(batch)
 
         def token_loss(student_logp_nC: torch.Tensor, entropy_n: torch.Tensor, rows: slice) -> torch.Tensor:
             return self.loss(batch.scores.topk_logp[rows], student_logp_nC, entropy_n) / num_loss_tokens
 
-        weight, group = self.lm.get_output_embeddings().weight, None
+        head, group = self.lm.get_output_embeddings(), None
+        weight, bias = head.weight, getattr(head, "bias", None)
         if self.tensor is not None:
             group = self.tensor.get_group()
-            hidden_1TH = gather_hidden(hidden_1TH, self.tensor, sequence_parallel=self.sequence_parallel)
-            weight = weight.to_local(grad_placements=[Shard(0)])  # the head's gradient is this shard's, and whole
+            # The gradients of weight and bias are this shard's, and whole.
+            weight = weight.to_local(grad_placements=[Shard(0)])
+            bias = None if bias is None else bias.to_local(grad_placements=[Shard(0)])
         out = linear_topk_loss(
             hidden_1TH[0, batch.rows],
             weight,
@@ -104,8 +126,27 @@ class Student(nn.Module):
             group=group,
             merged_eos_ids=self.merged_eos_ids,
             num_top=num_top,
+            bias_V=bias,
+            transform=self.transform,
         )
-        return out.loss, out
+        if self.router_loss is None:
+            return out.loss, out
+        share = batch.num_response_tokens / num_loss_tokens
+        return out.loss + share * self.router_loss(router_logits, batch.is_real), out
+
+    def _hidden_states(self, batch: MicroBatch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return the decoder's output for a micro-batch, its rows end to end, [1, T, H]; and its routers' logits."""
+        documents = batch.documents
+        inputs = {"input_ids": documents.batch(batch.input_ids), "position_ids": documents.batch(batch.position_ids)}
+        # A mask that hides nothing: else transformers looks for documents in the positions, and finds other bounds.
+        mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+        options = {} if self.router_loss is None else {"output_router_logits": True}
+        with attention.documents_of(documents):
+            output = self.decoder(**inputs, attention_mask=mask, use_cache=False, **options)
+        hidden = output.last_hidden_state
+        if self.tensor is not None:
+            hidden = gather_hidden(hidden, self.tensor, sequence_parallel=self.sequence_parallel)
+        return hidden.reshape(1, -1, hidden.shape[-1]), output.router_logits if options else ()
 
     @torch.no_grad()
     def evaluate(
@@ -122,36 +163,68 @@ class Student(nn.Module):
         return outputs
 
 
-def build_lm(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_lm(folder: Path, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Published]:
     """Build the folder's causal LM in float32 with the packed attention and empty parameters (see `load_weights`).
 
+    Of a multimodal model the text model alone is built. It is in evaluation mode, as the sampler's is: no dropout, and
+    no noise in its routers.
+
+    Returns:
+        The model, and where its parameters lie in the folder's files.
+
     Raises:
-        ConfigError: the model changes its logits after the head, or has layers that cannot be packed.
+        ConfigError: the folder does not fit the model, or the family is not supported.
     """
     attention.register()
     disable_progress_bar()
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with empty_parameters():
-        lm = AutoModelForCausalLM.from_config(
-            model_config, dtype=torch.float32, attn_implementation=attention.NAME, trust_remote_code=trust_remote_code
-        )
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention.NAME}
+    with empty_parameters(), without_dropout(model_config):
+        if (published_class := class_of(model_config)) is not None:
+            lm = published_class._from_config(model_config, **options)
+        else:
+            lm = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code, **options)
     if lm.can_generate() and (folder / "generation_config.json").is_file():
         lm.generation_config = GenerationConfig.from_pretrained(folder)
-    if problems := "; ".join(_problems(lm)):
-        raise ConfigError(f"{folder}: {problems}; this model is not supported")
-    return lm.train()
+    if lm.get_output_embeddings() is None:
+        raise ConfigError(f"{folder}: {type(lm).__name__} has no head over its vocabulary; it is not a causal LM")
+    published = Published(lm, folder)
+    drop_other_modules(lm)
+    published.keep(lm.state_dict())
+    return lm.eval(), published
 
 
-def _problems(lm: PreTrainedModel) -> Iterator[str]:
-    config = lm.config.get_text_config()
-    for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
-        if (value := getattr(config, name, neutral)) not in (None, neutral):
-            yield f"{name}={value} changes the logits after the head"
-    if lm.get_output_embeddings().bias is not None:
-        yield "the head has a bias, which the fused head leaves out"
-    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if unknown:  # their state would cross from one packed document into the next
-        yield f"layers of type {', '.join(sorted(unknown))} cannot be packed"
+def class_of(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the class of transformers that a checkpoint was published for; None if it is none with a head.
+
+    A multimodal checkpoint's own class has the names of its tensors.
+    """
+    name = next(iter(config.architectures or ()), "")
+    if "AutoModelForCausalLM" in getattr(config, "auto_map", {}) or not name.endswith(HEADS):
+        return None
+    return getattr(transformers, name, None)
+
+
+@contextmanager
+def without_dropout(config: PretrainedConfig) -> Iterator[None]:
+    """Set the dropout rates of a config to 0 while models are built from it.
+
+    Activation checkpointing needs layers in training mode, and some families drop there instead of in modules.
+    """
+    parts = [config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))]
+    found = [
+        (part, name, value)
+        for part in parts
+        for name, value in vars(part).items()
+        if isinstance(value, float) and value and "drop" in name
+    ]
+    for part, name, _ in found:
+        setattr(part, name, 0.0)
+    try:
+        yield
+    finally:
+        for part, name, value in found:  # they are the model's, and saved with it
+            setattr(part, name, value)
 
 
 def wrap(
@@ -172,9 +245,10 @@ def wrap(
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
     """
     apply_tensor_parallel(student.lm, parallel.tensor, sequence_parallel=parallel.sequence_parallel)
+    apply_expert_parallel(student.lm, parallel.expert)
     checkpoint_activations(student.lm, checkpointing)
     if compile:
-        for layer in student.lm.base_model.get_submodule("layers").children():
+        for layer in layers_of(student.lm):
             layer.compile()
     shard(student, parallel, bf16=bf16, cpu_offload=cpu_offload)
 
@@ -188,6 +262,8 @@ def checkpoint_activations(lm: PreTrainedModel, which: Checkpointing) -> None:
         keep = partial(_keep_products, cheap=rank_of(lm))
         arguments["context_fn"] = partial(create_selective_checkpoint_contexts, keep)
     lm.gradient_checkpointing_enable(arguments)
+    for layer in layers_of(lm):
+        layer.training = True  # transformers checkpoints no others
 
 
 def _keep_products(_context: object, operator: object, *args: Any, cheap: int, **_kwargs: object) -> CheckpointPolicy:
@@ -218,7 +294,10 @@ def shard(student: Student, parallel: Parallel, *, bf16: bool, cpu_offload: bool
     )
     offload = CPUOffloadPolicy(pin_memory=parallel.device.type == "cuda") if cpu_offload else OffloadPolicy()
     settings: dict[str, Any] = {"mesh": parallel.fsdp, "mp_policy": policy, "offload_policy": offload}
-    for layer in student.lm.base_model.get_submodule("layers").children():
+    for layer in layers_of(student.lm):
+        if parallel.expert.size() > 1:
+            for experts in experts_of(layer):
+                fully_shard(experts, **settings | {"mesh": parallel.expert_fsdp})
         fully_shard(layer, **settings)
     # The root's parameters are needed from the head's forward into its backward: gathered once.
     fully_shard(student, **settings, reshard_after_forward=False)

@@ -1,7 +1,7 @@
 """AdamW, its learning-rate schedule, and one optimizer update over micro-batches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -48,10 +48,9 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """Build AdamW over the trained parameters; matrices decay, vectors (norms, biases) do not."""
     params = [param for param in student.parameters() if param.requires_grad]
-    groups = [
-        {"params": [param for param in params if param.ndim > 1], "weight_decay": weight_decay},
-        {"params": [param for param in params if param.ndim <= 1], "weight_decay": 0.0},  # empty with adapters
-    ]
+    matrices, vectors = ([param for param in params if (param.ndim > 1) == is_matrix] for is_matrix in (True, False))
+    groups = [{"params": group, "weight_decay": weight_decay} for group in by_mesh(matrices)]
+    groups += [{"params": group, "weight_decay": 0.0} for group in by_mesh(vectors)]  # none with adapters
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
 
 
@@ -112,11 +111,31 @@ def accumulate_gradient(
         student.set_requires_gradient_sync(number == len(batches) - 1)
         batch_loss, output = student(batch.to(parallel.device), num_loss_tokens=total_tokens.clamp(min=1))
         batch_loss.backward()
-        loss += batch_loss.detach()
+        loss += output.loss.detach()
         outputs.append(output)
     parallel.all_sum(loss)
-    norm: Any = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)  # a DTensor
-    return StepResult(float(loss), float(norm.full_tensor()), int(total_tokens), outputs)
+    norm = clip_gradient(student, max_norm=max_grad_norm)
+    return StepResult(float(loss), norm, int(total_tokens), outputs)
+
+
+def clip_gradient(student: nn.Module, *, max_norm: float) -> float:
+    """Scale the gradient to at most `max_norm` and return its norm before. A collective."""
+    squares = []
+    for params in by_mesh(student.parameters()):
+        norm: Any = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
+        squares.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = torch.linalg.vector_norm(torch.stack(squares)) if len(squares) > 1 else squares[0]
+    for params in by_mesh(student.parameters()):
+        torch.nn.utils.clip_grads_with_norm_(params, max_norm, total)
+    return float(total)
+
+
+def by_mesh(params: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Return parameters by the mesh that they are laid out over: operators on several take no more than one."""
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for param in params:
+        groups.setdefault(param.device_mesh if isinstance(param, DTensor) else None, []).append(param)
+    return list(groups.values())
 
 
 def count_response_tokens(batches: Sequence[MicroBatch], *, parallel: Parallel) -> torch.Tensor:

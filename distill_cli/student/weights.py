@@ -6,9 +6,9 @@ slices, and never holds more than its shards and one slice.
 """
 
 import contextlib
-import re
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill_cli.engines.weight_sync import Deferred, whole
-from distill_cli.errors import ConfigError
+from distill_cli.engines.weight_sync import Outgoing, full_tensors
 from distill_cli.folders.atomic_dir import replacing
 from distill_cli.student.adapters import exported_name, initial_value, is_adapter, merged_parameters, plain_name
+from distill_cli.student.published import Published
+from distill_cli.student.safetensors_writer import write_weights
+
+MAX_FILE_BYTES = 5 * 10**9
+"""Size of the files of a saved student, as transformers' own."""
 
 
 @contextlib.contextmanager
@@ -43,45 +47,33 @@ def empty_parameters() -> Iterator[None]:
         handle.remove()
 
 
-def load_weights(lm: PreTrainedModel, folder: Path, *, device: torch.device, seed: int = 0) -> None:
-    """Give the parameters of a model that `empty_parameters` made the folder's values in their dtype.
+def load_weights(lm: PreTrainedModel, published: Published, *, device: torch.device, seed: int = 0) -> None:
+    """Give a model that `empty_parameters` made the values of its checkpoint, in its parameters' dtype.
 
     Args:
         device: device of the parameters between steps: the CPU under train.cpu_offload.
-        seed: seed of adapters, which the folder does not have.
-
-    Raises:
-        ConfigError: the folder's *.safetensors lack a parameter, have another one, or one of another shape.
+        seed: seed of adapters, which the checkpoint does not have.
     """
-    files: dict[str, Path] = {}  # of each tensor, from the files' headers
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as content:
-            files |= dict.fromkeys(content.keys(), file)
-    names: dict[int, list[str]] = {}  # a tied parameter has several
-    params = dict(lm.named_parameters(remove_duplicate=False))
+    params = {plain_name(name): param for name, param in lm.named_parameters(remove_duplicate=False)}
+    buffers, loaded = dict(lm.named_buffers()), dict[int, nn.Parameter]()
+    for group in published.groups:
+        if group.converter is None and group.params[0] in params:
+            param = params[group.params[0]]
+            with safe_open(published.files[group.tensors[0]], framework="pt") as content:
+                loaded[id(param)] = placed(param, content.get_slice(group.tensors[0]), device=device)
+            continue
+        for name, values in published.read(group).items():
+            if name in params:
+                loaded[id(params[name])] = placed(params[name], values, device=device)
+            else:
+                buffers[name].copy_(values)
     for name, param in params.items():
-        if not is_adapter(name):
-            names.setdefault(id(param), []).append(name)
-    _check_names(lm, [[plain_name(name) for name in same] for same in names.values()], files, folder)
-    loaded: dict[str, torch.Tensor] = {}
-    for same in names.values():
-        stored = next(plain_name(name) for name in same if plain_name(name) in files)
-        loaded |= dict.fromkeys(same, _read(params[same[0]], stored, files[stored], device=device))
-    for name in filter(is_adapter, params):
-        value = initial_value(name, params[name].shape, seed=seed)
-        loaded[name] = placed(params[name], value, device=device)
-    lm.load_state_dict(loaded, assign=True, strict=False)  # names are checked above; buffers stay
+        if is_adapter(name):
+            loaded[id(param)] = placed(param, initial_value(name, param.shape, seed=seed), device=device)
+    named = {name: loaded[id(param)] for name, param in lm.named_parameters(remove_duplicate=False)}
+    lm.load_state_dict(named, assign=True, strict=False)  # buffers stay
     empty = [name for name, param in lm.named_parameters() if param.is_meta]
     assert not empty, f"not loaded: {empty}"
-
-
-def _read(param: nn.Parameter, name: str, file: Path, *, device: torch.device) -> nn.Parameter:
-    with safe_open(file, framework="pt") as content:
-        stored = content.get_slice(name)
-        if (shape := list(stored.get_shape())) != list(param.shape):
-            rule = f"config.json makes it {list(param.shape)}; the model's folder is damaged"
-            raise ConfigError(f"{file}: {name} has the shape {shape}, and {rule}")
-        return placed(param, stored, device=device)
 
 
 def placed(param: nn.Parameter, values: Any, *, device: torch.device) -> nn.Parameter:
@@ -98,39 +90,45 @@ def placed(param: nn.Parameter, values: Any, *, device: torch.device) -> nn.Para
     return nn.Parameter(DTensor(local, param._spec, requires_grad=False), requires_grad=param.requires_grad)
 
 
-def _check_names(lm: PreTrainedModel, names: list[list[str]], files: dict[str, Path], folder: Path) -> None:
-    missing = [same[0] for same in names if not any(name in files for name in same)]
-    known = {name for same in names for name in same} | {name for name, _ in lm.named_buffers()}
-    ignored = [*(getattr(lm, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
-    extra = [n for n in files.keys() - known if not any(re.search(pattern, n) for pattern in ignored)]
-    for what, wrong in (("lack", missing), ("have, and the model lacks,", sorted(extra))):
-        if wrong:
-            fix = "the folder is damaged, or its names are not the transformers class's"
-            raise ConfigError(f"{folder}: its *.safetensors {what} {len(wrong)} tensors, such as {wrong[0]}; {fix}")
-
-
-def synced_parameters(lm: PreTrainedModel, *, as_adapter: bool) -> Iterator[tuple[str, torch.Tensor | Deferred]]:
-    """Yield each parameter for the sampler as it is sharded, adapters merged; a tied head is left out.
+def synced_parameters(lm: PreTrainedModel, published: Published, *, as_adapter: bool) -> Iterator[Outgoing]:
+    """Yield the student's weights for the sampler as they are sharded, adapters merged, under their published names.
 
     Args:
         as_adapter: yield the adapters alone, under peft's names.
     """
     if not as_adapter:
-        return merged_parameters(lm)
-    return ((exported_name(name), param) for name, param in lm.named_parameters() if is_adapter(name))
+        return published.weights(chain(merged_parameters(lm), lm.named_buffers()))
+    adapters = ((name, param) for name, param in lm.named_parameters() if is_adapter(name))
+    return ((exported_name(name, published.name_of), param) for name, param in adapters)
 
 
-def save_student(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype) -> None:
-    """Write a Hugging Face folder that transformers and vLLM load. A collective; the main rank gathers and writes."""
-    state, is_main = {}, dist.get_rank() == 0
-    for name, param in merged_parameters(lm):
-        param = whole(param.make() if isinstance(param, Deferred) else param)
+def save_student(
+    lm: PreTrainedModel, published: Published, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype
+) -> None:
+    """Write a Hugging Face folder that transformers and vLLM load. A collective; the main rank gathers and writes.
+
+    Names and layout are those of the folder that the student was read from.
+    """
+    state, is_main = dict[str, torch.Tensor](), dist.get_rank() == 0
+    for name, tensor in full_tensors(chain(merged_parameters(lm), lm.named_buffers()), dtype=None):
         if is_main:
-            state[name] = param.to("cpu", dtype, copy=True)
+            state[name] = tensor.to("cpu", copy=True)
     if not is_main:
         return
     lm.config.dtype = dtype
+    weights = published.stored(lambda group: {name: state[name] for name in group.params})
     with replacing(folder) as temporary:
-        lm.save_pretrained(temporary, state_dict=state)
+        temporary.mkdir(parents=True)
+        write_weights(weights, temporary, dtype=dtype, max_file_bytes=MAX_FILE_BYTES)
+        lm.config.save_pretrained(temporary)
+        if lm.generation_config is not None:
+            lm.generation_config.save_pretrained(temporary)
+        copy_processors(published.folder, temporary)
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # an earlier attempt's
+
+
+def copy_processors(base: Path, folder: Path) -> None:
+    """Copy the files by which the other inputs of a multimodal model are prepared."""
+    for file in base.glob("*processor*_config.json"):
+        shutil.copyfile(file, folder / file.name)

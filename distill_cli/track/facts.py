@@ -68,6 +68,6 @@ def attempt_tags(resolved: ResolvedRun, run: RunDir) -> dict[str, str]:
 def mesh_text(mesh: MeshConfig, ranks: int) -> str:
     """Return, for example, `8 ranks: replicate 2 x shard 2 x tensor 2`."""
     sizes = {"replicate": mesh.replicate, "shard": ranks // (mesh.replicate * mesh.context * mesh.tensor)}
-    sizes |= {"context": mesh.context, "tensor": mesh.tensor}
+    sizes |= {"expert": mesh.expert, "context": mesh.context, "tensor": mesh.tensor}
     axes = [f"{name} {size}" for name, size in sizes.items() if size > 1]
     return f"{ranks} rank{'s' * (ranks > 1)}" + (": " + " x ".join(axes) if axes else "")

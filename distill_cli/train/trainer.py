@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from distill_cli.checkpoint.saver import Saver, Trainable
+from distill_cli.config.derived import max_engine_mismatch
 from distill_cli.config.schema import Config, OnTruncation
 from distill_cli.errors import Unrecoverable
 from distill_cli.folders.attempts import Outcome
@@ -119,9 +120,11 @@ class Trainer:
             updates.append((batches, result))
         with self.stages("record"):
             train_s = self.stages.seconds["train"]
+            trained = train_metrics(updates, is_current=batch.is_current, parallel=mesh)
+            self.check_mismatch(step, trained.get("rollout/engine_mismatch", 0.0))
             return {
                 "train/lr": lr,
-                **train_metrics(updates, is_current=batch.is_current, parallel=mesh),
+                **trained,
                 **rollout_metrics(batch.rollouts),
                 **batch.metrics,
                 **performance_metrics(batch.plans, updates, self.student, mesh, train_s=train_s, begin=begin),
@@ -170,6 +173,15 @@ class Trainer:
             return
         file = self.rollouts.write(f"bad_step_{step}.parquet", [batch.rollouts[place] for place in plan.members])
         raise Unrecoverable(f"{problem}, {self.progress.bad_updates} updates in a row; the last one's rollouts: {file}")
+
+    def check_mismatch(self, step: int, mismatch: float) -> None:
+        """Raise Unrecoverable if sampler and trainer disagree on the sampled tokens' log-probabilities."""
+        limit = max_engine_mismatch(self.config)
+        if not mismatch > limit:  # `check_finite` counts a NaN
+            return
+        what = f"step {step}: sampler and trainer differ by {mismatch:.2g} nats a token (rollout/engine_mismatch)"
+        fix = "run `distill check` to see where; raise rollout.max_engine_mismatch if such a difference is expected"
+        raise Unrecoverable(f"{what}, and the limit is {limit:g}: the sampler writes another model's answers; {fix}")
 
     def check_truncation(self, truncated_rate: float) -> None:
         """Warn or stop if too many answers reach the length limit: a student that stops emitting EOS trains on noise.

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill_cli.checkpoint import hf_export
-from distill_cli.checkpoint.hf_export import Weights, write_weights
+from distill_cli.student import safetensors_writer
+from distill_cli.student.safetensors_writer import Weights, write_weights
 
 TENSORS = {name: torch.randn(rows, 8) for name, rows in {"a": 4, "b": 3, "large": 40, "c": 2, "d": 5}.items()}
 WEIGHTS = Weights(
@@ -21,7 +21,7 @@ WEIGHTS = Weights(
 def test_files_hold_the_tensors(
     max_file_bytes: int, num_files: int, read_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf_export, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(safetensors_writer, "READ_BYTES", read_bytes)
     write_weights(WEIGHTS, tmp_path, dtype=torch.bfloat16, max_file_bytes=max_file_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == num_files

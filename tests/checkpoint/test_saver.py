@@ -11,11 +11,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from distill_cli.checkpoint import store
-from distill_cli.checkpoint.hf_export import trained, write_weights
+from distill_cli.checkpoint.hf_export import trained
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import save_config
 from distill_cli.folders import atomic_dir
 from distill_cli.student import attention
+from distill_cli.student.safetensors_writer import write_weights
 from tests.student.layouts import Layout, Outcome, train
 from tests.student.train_rank import made_up_model
 

@@ -163,7 +163,8 @@ def test_masked_loss_equals_dense_reference(monkeypatch: pytest.MonkeyPatch) -> 
     attention.register()
     loss = DistillLoss(kl_type="mixed", kl_weight=0.3)
     student = Student(made_up_model("qwen3", tied=True), loss=loss, temperature=1.0)
-    dense = AutoModelForCausalLM.from_config(student.lm.config, attn_implementation="eager")
+    config = copy.deepcopy(student.lm.config)  # a shared one would take our attention away from the student
+    dense = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     dense.load_state_dict(copy.deepcopy(student.lm.state_dict()))
 
     number = torch.tensor(float(sum(mask.sum() for mask in masks)))

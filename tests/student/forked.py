@@ -23,7 +23,7 @@ from distill_cli.student import attention
 ROOT = Path(__file__).parent.parent.parent
 
 
-def run_cases(module: str, cases: Sequence[dict[str, Any]]) -> list[Any]:
+def run_cases(module: str, cases: Sequence[dict[str, Any]], *, timeout_s: float = 900) -> list[Any]:
     """What `python -m module`, whose main is `case_ranks`, makes of each case on its number of `ranks`."""
     numbers = sorted(range(len(cases)), key=lambda number: cases[number]["ranks"])
     groups = [list(group) for _, group in groupby(numbers, key=lambda number: cases[number]["ranks"])]
@@ -31,7 +31,7 @@ def run_cases(module: str, cases: Sequence[dict[str, Any]]) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         groups_json = json.dumps([[cases[number] for number in group] for group in groups])
         command = [sys.executable, "-m", module, folder, groups_json]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
         assert done.returncode == 0, done.stderr[-4000:]
         for index, group in enumerate(groups):
             results = torch.load(Path(folder) / f"{index}.pt", weights_only=True)

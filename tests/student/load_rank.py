@@ -36,11 +36,11 @@ def check(folder: Path, case: tuple) -> None:
     dist.barrier()
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     parallel = layout(**mesh, device=torch.device("cpu"))
-    lm = build_lm(folder)
+    lm, published = build_lm(folder)
     assert all(param.is_meta for param in lm.parameters())
     student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
     wrap(student, parallel, bf16=True, checkpointing="full", cpu_offload=offload)
-    load_weights(lm, folder, device=torch.device("cpu"))
+    load_weights(lm, published, device=torch.device("cpu"))
     expected = dict(reference.named_parameters())
     loaded = dict(lm.named_parameters())
     assert loaded.keys() == expected.keys(), loaded.keys() ^ expected.keys()
@@ -55,11 +55,11 @@ def check(folder: Path, case: tuple) -> None:
 def check_adapters(folder: Path, mesh: dict[str, Any]) -> None:
     """Every layout begins with the same adapters, and adds them up to what one process would."""
     parallel = layout(**mesh, device=torch.device("cpu"))
-    lm = build_lm(folder)
+    lm, published = build_lm(folder)
     add_adapters(lm, rank=3, alpha=6.0, bf16=True)
     student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
     wrap(student, parallel, bf16=True, checkpointing="full")
-    load_weights(lm, folder, device=torch.device("cpu"), seed=7)
+    load_weights(lm, published, device=torch.device("cpu"), seed=7)
     generator, params = torch.Generator().manual_seed(0), dict(lm.named_parameters())
     expected = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
     for name, param in params.items():

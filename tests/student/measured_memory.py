@@ -43,20 +43,23 @@ class Case:
     micro_batches: int = 1
     lora: int | None = None
     """The rank of adapters."""
+    rows: bool = False
+    """One document a row."""
 
     @property
     def step(self) -> Step:
         kept, mesh = Checkpointing[self.activation_checkpointing], MeshConfig(**self.mesh)
         train = TrainConfig(precision=Precision[self.precision], activation_checkpointing=kept)
         num_sharers = self.ranks // (mesh.tensor * mesh.replicate)
-        return Step(train, mesh, self.tokens, self.topk, self.micro_batches, num_sharers)
+        return Step(train, mesh, self.tokens, self.topk, self.micro_batches, num_sharers, length=self.tokens // 2)
 
     @property
     def shape(self) -> ModelShape:
+        config = AutoConfig.for_model(**self.model)
         with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.model))
+            lm = AutoModelForCausalLM.from_config(config)
         shapes = {name: tuple(param.shape) for name, param in lm.named_parameters()}
-        return shape_of(self.model, shapes, LoraConfig(rank=self.lora))
+        return shape_of(config.to_dict(), shapes, LoraConfig(rank=self.lora))
 
 
 CHECKPOINTING = ("none", "selective", "full")

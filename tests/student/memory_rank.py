@@ -84,7 +84,7 @@ def run(case: dict, parallel: Parallel) -> int:
     optimizer = build_optimizer(student, lr=2e-5)
     schedule = build_schedule(optimizer, num_updates=10)
     student.register_forward_pre_hook(lambda *_: mark("forward"))
-    student.lm.base_model.register_forward_hook(lambda *_: mark("head"))
+    student.decoder.register_forward_hook(lambda *_: mark("head"))
     student.register_forward_hook(lambda *_: mark("backward"))
     optimizer.register_step_pre_hook(lambda *_: mark("optimizer"))
     batches = made_up_batches(
@@ -94,6 +94,7 @@ def run(case: dict, parallel: Parallel) -> int:
         number=2 * case["micro_batches"] * parallel.data_size,
         max_tokens=case["tokens"],
         parallel=parallel,
+        rows=case["rows"],
     )
     for _ in range(2):
         begin = live_bytes()
@@ -127,9 +128,13 @@ def build_student(
 
 
 def made_up_batches(
-    *, vocab: int, topk: int, length: int, number: int, max_tokens: int, parallel: Parallel
+    *, vocab: int, topk: int, length: int, number: int, max_tokens: int, parallel: Parallel, rows: bool = False
 ) -> list[MicroBatch]:
-    """This rank's micro-batches of `number` sequences of random tokens, all of them response but for the first."""
+    """This rank's micro-batches of `number` sequences of random tokens, all of them response but for the first.
+
+    Args:
+        rows: make each sequence a row of its own.
+    """
     rollouts, scores = [], {}
     for index in range(number):
         ids = torch.randint(0, vocab, (length,)).tolist()
@@ -139,7 +144,12 @@ def made_up_batches(
         sample = Sample(ids[1:], [-1.0] * (length - 1), "stop")
         rollouts.append(Rollout(Prompt(index, ids[:1], Example("q")), sample))
     plan = plan_batch(
-        [length] * number, num_ranks=parallel.data_size, max_tokens=max_tokens, multiple=parallel.length_multiple
+        [length] * number,
+        num_ranks=parallel.data_size,
+        max_tokens=max_tokens,
+        packing=not rows,
+        rows=rows,
+        multiple=parallel.length_multiple,
     )
     return micro_batches(plan, rollouts, scores, parallel=parallel)
 

@@ -144,8 +144,8 @@ def test_adapter_that_misfits_engine_is_refused() -> None:
     check([a, b])
     for wrong, message in (
         ([a], "lora_B.weight is missing"),
-        ([a, (b[0], b[1].T)], r"shape \[4, 32\], the engine's is \[32, 4\]"),
-        ([(a[0].replace("up", "down"), a[1]), b], "down_proj.lora_A.weight is not a parameter"),
+        ([a, (b[0], b[1].T)], r"shape \[4, 32\], the model's files have \[32, 4\]"),
+        ([(a[0].replace("up", "down"), a[1]), b], "down_proj.lora_A.weight is not in the model's files"),
         ([], "no tensors"),
     ):
         with pytest.raises(DistillError, match=message):

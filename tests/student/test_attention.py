@@ -1,11 +1,21 @@
 """Packed attention against transformers' own, document by document."""
 
 import copy
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
 
+from distill_cli.errors import DistillError
 from distill_cli.parallel.context import Documents
 from distill_cli.student import attention
 
@@ -24,7 +34,8 @@ def dense(
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, window: int | None = None
 ) -> torch.Tensor:
-    out, _ = attention.packed_attention(torch.nn.Identity(), q, k, v, None, documents=documents, sliding_window=window)
+    mask = attention.PackedMask(documents, attention.Sight(window=window))
+    out, _ = attention.packed_attention(torch.nn.Identity(), q, k, v, mask)
     return out.transpose(1, 2)
 
 
@@ -36,6 +47,102 @@ def test_documents_do_not_see_each_other(bounds: tuple[int, ...], window: int | 
     k, v = (torch.randn(1, 2, 9, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     out = attend(q, k, v, Documents(bounds), window)
     torch.testing.assert_close(out, dense(q, k, v, bounds, window))
+
+
+SIGHTS = [attention.Sight(), attention.Sight(window=3), attention.Sight(chunk=4)]
+
+
+def dense_scores(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sight: attention.Sight, scores: attention.Scores
+) -> torch.Tensor:
+    """One document's attention, by its definition."""
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])[None]
+    allowed = (j <= i) & (i - j < (sight.window or 99)) & (i // (sight.chunk or 99) == j // (sight.chunk or 99))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    raw = q @ k.transpose(-1, -2) * scores.scale
+    raw = raw if scores.soft_cap is None else scores.soft_cap * torch.tanh(raw / scores.soft_cap)
+    exp = raw.exp() * allowed
+    total = exp.sum(-1, keepdim=True)
+    if scores.sinks_H is not None:
+        total = total + scores.sinks_H.exp()[:, None, None]
+    return exp / total @ v
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("rows", [2, 512])
+def test_caps_and_sinks_are_exact(rows: int, sight: attention.Sight, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "QUERY_ROWS", rows)  # several parts of a document, as in a long one
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 4, 9, 8), (1, 2, 9, 8), (1, 2, 9, 8), (4,)]
+    q, k, v, sinks = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
+    scores = attention.Scores(0.5, soft_cap=2.0, sinks_H=sinks)
+    bounds = (0, 6, 9)
+    mask = attention.PackedMask(Documents(bounds), sight)
+    out, _ = attention.packed_attention(torch.nn.Identity(), q, k, v, mask, 0.5, softcap=2.0, s_aux=sinks)
+    parts = [slice(a, b) for a, b in pairwise(bounds)]
+    expected = torch.cat([dense_scores(q[:, :, p], k[:, :, p], v[:, :, p], sight, scores) for p in parts], dim=2)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+    weight = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    grads = torch.autograd.grad((out.transpose(1, 2) * weight).sum(), (q, k, v, sinks))
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v, sinks))
+    for one, other in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_flex_kernels_mask_is_equal(size: int, sight: attention.Sight) -> None:
+    """Without a gradient: flex attention has none on CPUs."""
+    generator, bounds = torch.Generator().manual_seed(0), (0, 6, 7, 16)
+    q, k, v = (torch.randn(1, heads, 16, 8, generator=generator) for heads in (4, 4, 4))
+    sinks = torch.randn(4, generator=generator)
+    scores = attention.Scores(0.5, soft_cap=2.0, sinks_H=sinks)
+    for rank in range(size):
+        documents = Documents(bounds, rank=rank, size=size)
+        for span in documents.spans():
+            rows = documents.take(q, 2)[:, :, span.begin :][:, :, : span.query_bounds[-1]]
+            parts = rows, *(x[:, :, slice(*span.keys)] for x in (k, v))
+            cpu = torch.device("cpu")
+            block_mask = attention._block_mask(span, sight, cpu)
+            out, aux = flex_attention(
+                *parts, score_mod=attention.soft_capped(2.0), block_mask=block_mask, scale=0.5,
+                return_aux=AuxRequest(lse=True),
+            )  # fmt: skip
+            expected = attention._attend_eagerly(*parts, span, scores, sight)
+            torch.testing.assert_close(attention.with_sinks(out, aux.lse, sinks), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_are_described() -> None:
+    config = Qwen3Config(
+        use_sliding_window=True, sliding_window=3, attention_chunk_size=4, attn_implementation=attention.NAME
+    )
+    attention.register()
+    inputs = {
+        "config": config, "inputs_embeds": torch.zeros(1, 9, 2), "attention_mask": torch.ones(1, 9, dtype=torch.bool),
+        "past_key_values": None, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]]),
+    }  # fmt: skip
+    documents = Documents((0, 3, 9))
+    attend = partial(attention.packed_attention, torch.nn.Identity(), *torch.zeros(3, 1, 2, 9, 8))
+    with attention.documents_of(documents):
+        masks = [make(**inputs) for make in (create_causal_mask, create_sliding_window_causal_mask)]
+        masks.append(create_chunked_causal_mask(**inputs))
+        both_ways = create_bidirectional_mask(config=config, inputs_embeds=torch.zeros(1, 9, 2), attention_mask=None)
+        attend(masks[0])
+    assert masks == [attention.PackedMask(documents, sight) for sight in (SIGHTS[0], SIGHTS[1], SIGHTS[2])]
+    with pytest.raises(DistillError, match="not causal"):
+        attend(both_ways)
+    with pytest.raises(DistillError, match="does not pass its mask"):
+        attend(None)
+
+
+def test_attention_of_its_own_is_refused() -> None:
+    with (
+        pytest.raises(DistillError, match="documents are mixed up; set train.packing=false"),
+        attention.documents_of(Documents((0, 3, 9))),
+    ):
+        pass
+    with attention.documents_of(Documents((0, 3, 6), is_rows=True)):
+        pass
 
 
 @pytest.mark.gpu
@@ -51,9 +158,10 @@ def test_flash_attention_on_gpus_is_equal(size: int, window: int | None) -> None
                 :, :, : span.query_bounds[-1]
             ]
             parts = rows, *(x[:, :, slice(*span.keys)] for x in (k, v))
-            expected = attention._attend_by_document(*parts, span, None, window)
+            plain, sight = attention.Scores(32**-0.5), attention.Sight(window=window)
+            expected = attention._attend_by_document(*parts, span, plain, sight)
             leaves = [x.to("cuda", torch.bfloat16).requires_grad_() for x in parts]
-            out = attention._attend_varlen(*leaves, span, None, window)
+            out = attention._attend_varlen(*leaves, span, plain, sight)
             torch.testing.assert_close(out.float().cpu(), expected, rtol=0.02, atol=0.02)
             out.float().sum().backward()
             assert all(leaf.grad.isfinite().all() for leaf in leaves)
@@ -99,12 +207,13 @@ def test_packed_model_matches_documents_alone() -> None:
 
     @torch.no_grad()
     def logits_of_row(bounds: tuple[int, ...]) -> torch.Tensor:
-        return packed(
-            input_ids=torch.cat(documents)[None],
-            position_ids=torch.cat([torch.arange(len(d)) for d in documents])[None],
-            documents=Documents(bounds),
-            use_cache=False,
-        ).logits[0]
+        with attention.documents_of(Documents(bounds)):
+            return packed(
+                input_ids=torch.cat(documents)[None],
+                position_ids=torch.cat([torch.arange(len(d)) for d in documents])[None],
+                attention_mask=torch.ones(1, bounds[-1], dtype=torch.bool),
+                use_cache=False,
+            ).logits[0]
 
     with torch.no_grad():
         alone = torch.cat([plain(input_ids=d[None], use_cache=False).logits[0] for d in documents])

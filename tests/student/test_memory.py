@@ -98,6 +98,6 @@ def test_step_memory_is_linear_without_logits(student: Student) -> None:
 
 def test_the_watch_finds_logits(student: Student) -> None:
     batch = one_sequence(512)
-    with Watch() as watch, torch.no_grad():
-        student.lm(input_ids=batch.input_ids, position_ids=batch.position_ids, documents=batch.documents)
+    with Watch() as watch, torch.no_grad(), attention.documents_of(batch.documents):
+        student.lm(input_ids=batch.input_ids, position_ids=batch.position_ids)
     assert watch.largest >= 512 * VOCAB

@@ -40,6 +40,7 @@ CONFIG = override(
     Config(),
     {
         **{"train.max_grad_norm": 1.0, "train.max_bad_updates": 2, "rollout.max_truncated_rate": 0.9},
+        "rollout.max_engine_mismatch": 100.0,  # made-up sequences have made-up log-probabilities
         **{"eval.period": 2, "eval.at_start": True, "eval.at_end": False, "checkpoint.period": 2},
     },
 )
@@ -191,6 +192,12 @@ def test_answers_without_end_are_noticed(make, on_truncation: str, caplog: pytes
     assert result.num_steps == TRUNCATED_STEPS + (on_truncation == "warn")
     assert ("max_truncated_rate=0.9" in (result.reason or "")) == (on_truncation == "stop")
     assert ("end-of-sequence" in caplog.text) == (on_truncation == "warn")
+
+
+def test_another_models_samples_end_run(make: Callable[..., Trainer]) -> None:
+    config = override(CONFIG, {"rollout.max_engine_mismatch": None})
+    with pytest.raises(Unrecoverable, match="step 1: sampler and trainer differ by .* and the limit is 0.1"):
+        make(config=config).run()
 
 
 def test_logp_of_older_weights_is_drift(make, tmp_path: Path) -> None:
