@@ -2,7 +2,8 @@
 
 The trainer's peak is the largest of the moments of an optimizer update, each a sum of parts (`trainer_moments`). With c
 bytes per computed element (2 in bf16, 4 in fp32), s ranks that share the parameters (shard x context) and P parameters
-of this rank's tensor-parallel share, of them P_layer in a layer and P_root in embedding, last norm and head:
+of this rank's tensor-parallel share, of them P_layer in a layer and P_root in embedding, last norm and head (of a
+multimodal model only the text model's):
 
 - weights: 4 P / s.
 - optimizer: AdamW's two moments, 8 P / s. With `train.offload_optimizer` only inside its own update, on GPUs.
@@ -11,10 +12,20 @@ of this rank's tensor-parallel share, of them P_layer in a layer and P_root in e
 - gathered: c P_root from the forward pass into the end of the backward pass, c P_layer of the layer at work, and as
   much of the layer that is fetched meanwhile. One rank alone gathers too: its computed copies.
 - activations: what `train.activation_checkpointing` keeps of every layer, and in the backward pass one layer whole.
-- loss: the head's weight gradient in float32, the chunks' buffers, and the head's results for each token.
+  A layer's widths are read from its matrices, not from its family's name (`layers.read_layer`).
+- loss: the head's weight gradient in float32, the chunks' buffers, one more for a soft cap of the logits, and the
+  head's results for each token.
 
 With adapters, gradients and optimizer cover their parameters alone, the frozen weights are c P / s, and neither a
 norm's normalised input nor the head's gradient is kept.
+
+Experts count whole in weights, gradients, optimizer and gathered, where `mesh.expert` leaves a rank its share of them;
+in activations those count that the router chooses, as if it gave every rank as many tokens.
+
+Approximate, within 7% of measured activations and 5% of measured peaks of the families in tests/memory: the factors
+for activation functions, MLA's latents, gated attention, and layers with state (short convolutions, the gated delta
+rule, Mamba 2), for which transformers' own code is assumed. Kernels of flash-linear-attention and mamba-ssm keep less.
+Other layers with state have no prediction. Scores that attention caps, or adds a sink to, exist on CPUs alone.
 
 `train.cpu_offload` takes weights, optimizer and reduced gradients off a GPU. Lengths are the greatest possible: rows as
 full as `train.micro_batch_tokens` and the global batch allow, every token of them a response. Padding to length buckets

@@ -9,6 +9,7 @@ from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.schema import Config, Dtype, StudentModel, TeacherModel
 from distill_cli.memory.shape import NoPrediction
 from distill_cli.models import model_files
+from distill_cli.models.traits import Traits
 
 DTYPE_BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2, Dtype.float16: 2}
 QUANTIZED_BYTES = {"fp8": 1.0, "bitsandbytes": 0.5}
@@ -50,19 +51,16 @@ def engine_weights(folder: Path, model: Model, *, tensor_parallel: int) -> int:
     Raises:
         NoPrediction: the bytes of an element are not known.
     """
-    tensors, quantization = model_files.tensors(folder), getattr(model, "quantization", None)
-    if "quantization_config" in model_files.read_config(folder):
-        if unknown := {dtype for dtype, _ in tensors.values()} - FILE_BYTES.keys():
+    elements, quantization = model_files.elements(folder), getattr(model, "quantization", None)
+    if Traits.read(folder).quantization is not None:
+        if unknown := {dtype for dtype, _ in elements} - FILE_BYTES.keys():
             raise NoPrediction(f"its files have tensors of type {', '.join(sorted(unknown))}")
-        return round(sum(FILE_BYTES[dtype] * math.prod(shape) for dtype, shape in tensors.values()) / tensor_parallel)
+        return round(sum(FILE_BYTES[dtype] * number for (dtype, _), number in elements.items()) / tensor_parallel)
     if quantization is not None and quantization not in QUANTIZED_BYTES:
         raise NoPrediction(f"the size of weights quantized by {quantization} is not known")
     plain = DTYPE_BYTES[model.dtype]
     in_layers = plain if quantization is None else QUANTIZED_BYTES[quantization]
-    total = sum(
-        math.prod(shape) * (in_layers if ".layers." in name and len(shape) == 2 else plain)
-        for name, (_, shape) in tensors.items()
-    )
+    total = sum(number * (in_layers if is_matrix else plain) for (_, is_matrix), number in elements.items())
     return round(total / tensor_parallel)
 
 

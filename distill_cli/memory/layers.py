@@ -56,12 +56,20 @@ class LayerShape:
     """Elements that its projections from the hidden states make: twice its width if it is gated."""
     routed: int = 0
     """Elements that the chosen experts keep of a token."""
+    routed_inputs: int = 0
+    """Those among them that only the gradients of experts need: inputs of their matrices."""
     routed_at_work: int = 0
     """Elements that their backward pass adds."""
     other: int = 0
     """Elements that attention keeps besides queries, keys, values and output: fused or gated projections, latents."""
     state: int = 0
     """Elements that a mixer with state keeps."""
+    state_float32: int = 0
+    """Elements that it keeps in float32 in addition."""
+    state_wide: int = 0
+    """Elements that its projections from the hidden states make."""
+    state_products: int = 0
+    """Elements of its other matrix products, in float32."""
     halves: int = 2
     """Inputs of attention, mixer, MLP and experts."""
     norms: int = 2
@@ -122,7 +130,9 @@ def read_layer(tensors: Shapes, config: Mapping[str, Any], experts: Experts | No
     if dense:
         name = next((config[key] for key in ACTIVATION_FIELDS if config.get(key)), "")
         found |= _mlp(dense, hidden) | {"activation": ACTIVATIONS.get(name, 0)}
-    found["state"] = sum(_state(_inside(matrices, parent), hidden) for parent in with_state)
+    mixers = ({name: shape for name, shape in plain.items() if _inside_any(name, {parent})} for parent in with_state)
+    for mixer in mixers:
+        found |= _state(mixer, config, hidden)
     if routed and experts:
         found |= _experts(routed, config, experts, hidden)
     names = [name for name in vectors if NORM.search(_parent(name)) and not _inside_any(name, attending | with_state)]
@@ -198,6 +208,7 @@ def _experts(tensors: Shapes, config: Mapping[str, Any], experts: Experts, hidde
     each = experts.number if config.get("model_type") in EVERY_EXPERT else experts.per_token
     return {
         "routed": each * (2 * hidden + kept * inner),
+        "routed_inputs": each * (hidden + inner),
         "routed_at_work": each * (hidden + 2 * inner),
         "mlp_matrix": total - inner_total,  # gate and up are one parameter
     }
@@ -207,12 +218,38 @@ EVERY_EXPERT = {"llama4_text"}
 """Families in which every expert computes every token."""
 
 
-def _state(matrices: Shapes, hidden: int) -> int:
-    output = [_width(shape, hidden) for name, shape in matrices.items() if OUTPUT.search(name)]
+def _state(tensors: Shapes, config: Mapping[str, Any], hidden: int) -> dict[str, int]:
+    """Return the elements that a mixer keeps, as transformers' own code does (measured).
+
+    Args:
+        tensors: those of one mixer.
+    """
+    matrices = {name.removesuffix(".weight"): shape for name, shape in tensors.items() if len(shape) == 2}
     wide = sum(_width(shape, hidden) for name, shape in matrices.items() if not OUTPUT.search(name))
-    return wide + 3 * sum(output)
+    inner = sum(_width(shape, hidden) for name, shape in matrices.items() if OUTPUT.search(name))
+
+    def number(*names: str) -> int:
+        found = (config[name] for name in names if config.get(name) is not None)
+        return next(found, 0)
+
+    if not any(name.endswith("A_log") for name in tensors):  # short convolutions between two gates (LFM2)
+        return {"state": wide + 3 * inner, "state_wide": wide}
+    if heads := number("linear_num_value_heads"):  # the gated delta rule (Qwen3-Next), by chunks
+        key, value = number("linear_key_head_dim"), number("linear_value_head_dim")
+        each, states = heads * (key + value), heads * key * value // DELTA_CHUNK
+        computed = 6 * number("linear_num_key_heads") * key + 7 * each
+        in_float32, products = 4 * each + 5 * DELTA_CHUNK * heads + states, heads * (2 * DELTA_CHUNK + 4 * value)
+        return {"state": computed, "state_float32": in_float32, "state_wide": wide, "state_products": products}
+    heads, size = number("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), number("mamba_d_state", "ssm_state_size")
+    if not (heads and size):
+        raise UnknownLayer("the memory of its layers with state is not known")
+    chunk = number("mamba_chunk_size", "chunk_size")  # Mamba 2, by chunks
+    in_float32 = 10 * inner + heads * (5 * size + 4 * chunk) + 3 * inner * size // chunk
+    return {"state": wide, "state_float32": in_float32, "state_wide": wide, "state_products": 2 * inner}
 
 
+DELTA_CHUNK = 64
+"""Tokens of a chunk of the gated delta rule."""
 IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 

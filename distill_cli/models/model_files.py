@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import ConfigError
-from distill_cli.models.safetensors_header import damaged, read_header
+from distill_cli.models.safetensors_header import Header, damaged, read_header
 from distill_cli.models.tensor_names import EMBEDDING, text_tensors
 
+Shapes = Mapping[str, tuple[int, ...]]
 ASSETS = Path(__file__).parent.parent / "assets"
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
 """Files downloaded from the hub: no pickles. Python runs only if `model.trust_remote_code` is set."""
+INDEX = "model.safetensors.index.json"
 PIECES, PIECE_BYTES = 64, 2**16
 """Pieces of a file that its fingerprint reads, and their size."""
 PLAIN_DTYPES = {"F64", "F32", "F16", "BF16"}
@@ -149,7 +154,7 @@ def vocab_size(folder: Path) -> int:
     config = read_config(folder)
     sizes = [part["vocab_size"] for part in (text_config(config), config) if "vocab_size" in part]
     if not sizes:
-        rows = {shape[0] for name, shape in text_tensors(shapes(folder)).items() if EMBEDDING.search(name)}
+        rows = {shape[0] for name, shape in text_shapes(folder).items() if EMBEDDING.search(name)}
         sizes = sorted(rows) if len(rows) == 1 else [None]
     if not isinstance(sizes[0], int) or sizes[0] < 1:
         raise ValueError(f"vocab_size={str(sizes[0])[:60]}, must be a number from 1")
@@ -190,17 +195,24 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ConfigError: the index is damaged, or names a file that is not there.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.is_file():
         single = folder / "model.safetensors"
         return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    files = [folder / name for name in sorted({*_weight_map(index).values()})]
+    files = [folder / name for name in sorted({*_weight_map(*_state(index)).values()})]
     if missing := [file.name for file in files if not file.is_file()]:
         raise damaged(index, f"{len(missing)} of its {len(files)} files are not there, such as {missing[0]}")
     return files
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _state(file: Path) -> tuple[Path, int, int]:
+    """Return what tells a file from its later content: path, size and time of its last change."""
+    status = file.stat()
+    return file, status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=16)
+def _weight_map(index: Path, *_state: int) -> Mapping[str, str]:
     """Return the name of the file of each tensor. Raises ConfigError if the index is damaged."""
     names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
@@ -213,19 +225,54 @@ def files_of(folder: Path) -> dict[str, Path]:
     return {name: file for file in weight_files(folder) for name in read_header(file)}
 
 
-def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return each tensor's shape. Raises ConfigError if a file is damaged."""
-    return {name: shape for name, (_, shape) in tensors(folder).items()}
-
-
-def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return each tensor's dtype (in safetensors' notation: F32, BF16) and shape.
+def tensors(folder: Path) -> Header:
+    """Return each tensor's dtype (in safetensors' notation: F32, BF16) and shape, read once while files stay the same.
 
     Raises:
         ConfigError: a file is damaged, or lacks a tensor that the index says it has.
     """
-    found = {name: entry for file in weight_files(folder) for name, entry in read_header(file).items()}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and (missing := _weight_map(index).keys() - found.keys()):
+    return _contents(folder).tensors
+
+
+def shapes(folder: Path) -> Shapes:
+    """Return each tensor's shape. Raises ConfigError if a file is damaged."""
+    return _contents(folder).shapes
+
+
+def text_shapes(folder: Path) -> Shapes:
+    """Return the shapes of the tensors of the text model. Raises ConfigError if a file is damaged."""
+    return _contents(folder).text_shapes
+
+
+def elements(folder: Path) -> Mapping[tuple[str, bool], int]:
+    """Return the elements of all tensors by their dtype, and by whether they are matrices in layers.
+
+    Raises:
+        ConfigError: a file is damaged.
+    """
+    return _contents(folder).elements
+
+
+class Contents:
+    """The headers of a model's weight files, put together."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.tensors: Header = {name: entry for file in files for name, entry in read_header(file).items()}
+        self.shapes: Shapes = {name: shape for name, (_, shape) in self.tensors.items()}
+        self.text_shapes: Shapes = text_tensors(self.shapes)
+        self.elements = Counter[tuple[str, bool]]()
+        for name, (dtype, shape) in self.tensors.items():
+            self.elements[dtype, ".layers." in name and len(shape) == 2] += math.prod(shape)
+
+
+def _contents(folder: Path) -> Contents:
+    index, files = folder / INDEX, weight_files(folder)
+    found = _read_contents(tuple(_state(file) for file in files))
+    if index.is_file() and (missing := _weight_map(*_state(index)).keys() - found.tensors.keys()):
         raise damaged(index, f"{len(missing)} of its tensors are in no file, such as {min(missing)}")
     return found
+
+
+@lru_cache(maxsize=16)
+def _read_contents(states: tuple[tuple[Path, int, int], ...]) -> Contents:
+    return Contents([file for file, _, _ in states])

@@ -6,18 +6,18 @@ from pathlib import Path
 
 from distill_cli.models import model_files
 from distill_cli.models.lora_names import targeted
-from distill_cli.models.tensor_names import is_expert, text_tensors
+from distill_cli.models.tensor_names import is_expert
 from distill_cli.models.traits import Experts, Traits
 
 
 def count(folder: Path) -> int:
     """Return the parameters of the text model in a folder."""
-    return sum(map(math.prod, text_tensors(model_files.shapes(folder)).values()))
+    return sum(map(math.prod, model_files.text_shapes(folder).values()))
 
 
 def count_active(folder: Path) -> int:
     """Return those of them that compute a token: of each layer's experts only as many as the router chooses."""
-    experts, shapes = Traits.read(folder).experts, text_tensors(model_files.shapes(folder))
+    experts, shapes = Traits.read(folder).experts, model_files.text_shapes(folder)
     routed = sum(map(math.prod, expert_shapes(shapes, experts).values()))
     share = experts.per_token / experts.number if experts else 1.0
     return count(folder) - routed + round(routed * share)

@@ -34,8 +34,9 @@ EXPERTS_ON = ("enable_moe_block", "is_moe")
 WINDOWS = ("sliding_window", "attention_window_size", "attention_chunk_size")
 OTHER_INPUTS = ("vision_config", "audio_config", "text_config")
 QUANTIZATIONS = ("quantization_config", "compression_config")
-NUMBERS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-"""Fields of most families that are numbers from 1; in some a list, of one for each layer."""
+POSITIVE = ("hidden_size", "num_attention_heads")
+NUMBERS = (*POSITIVE, "intermediate_size", "num_key_value_heads", "max_position_embeddings")
+"""Fields of most families that are numbers; in some a list, of one for each layer."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Traits:
         text = model_files.text_config(config)
         for name in (*NUMBERS, *NUM_LAYERS, *NUM_EXPERTS, *PER_TOKEN):
             value = text.get(name)
-            least = 1 if name in NUMBERS else 0
+            least = int(name in POSITIVE)
             for number in value if isinstance(value, list) else [least if value is None else value]:
                 if not isinstance(number, int) or number < least:
                     raise ValueError(f"{name}={str(value)[:60]}, must be a number from {least}")

@@ -9,7 +9,7 @@ from distill_cli.engines.settings import CPU_KV_CACHE_BYTES
 from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB
 from distill_cli.memory.trainer_bytes import QUERY_ROWS, Step, trainer_moments
 from distill_cli.student import attention
-from tests.student.measured_memory import LARGE, SMALL, WIDE, Case, measure, predict
+from tests.student.measured_memory import FAMILIES, LARGE, SMALL, WIDE, Case, family_case, measure, predict
 
 LIMIT = 0.15
 ALONE = {
@@ -22,10 +22,18 @@ ALONE = {
     "LoRA, wide, bf16": Case(WIDE, tokens=64, precision="bf16", lora=8),
     "large vocabulary": Case(LARGE | {"num_hidden_layers": 2}, activation_checkpointing="full", tokens=256),
 }
+ALONE |= {family: family_case(family, tokens=1024) for family in FAMILIES}
+ALONE |= {
+    "gpt_oss, bf16, full": family_case("gpt_oss", precision="bf16", activation_checkpointing="full", tokens=1024),
+    "qwen3_next, full": family_case("qwen3_next", activation_checkpointing="full", tokens=1024),
+    "qwen3_moe, LoRA": family_case("qwen3_moe", tokens=1024, lora=8),
+}
 TOGETHER = {
     "shard=2": Case(WIDE, 2, tokens=64),
     "shard=2, bf16": Case(SMALL, 2, precision="bf16", activation_checkpointing="full", tokens=1024),
     "tensor=2": Case(SMALL, 2, {"tensor": 2}, tokens=1024),
+    "experts, shard=2": family_case("qwen3_moe", ranks=2, tokens=1024),
+    "experts, expert=2": family_case("qwen3_moe", ranks=2, mesh={"expert": 2}, tokens=1024),
 }
 
 

@@ -29,6 +29,33 @@ WIDE = model(vocab=1024, hidden=512, mlp=2048, layers=4, tied=False)
 """Its parameters are most of its memory."""
 LARGE = model(vocab=151_936, hidden=256, mlp=1024, layers=12)
 """52M parameters, most of them the vocabulary's."""
+EXPERTS = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+DELTA_NET = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+}
+MAMBA = {
+    **{"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1, "mamba_chunk_size": 64},
+    "attn_layer_indices": [3],
+}
+MLA = {
+    **{"q_lora_rank": 96, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64},
+    **{"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "num_key_value_heads": 4,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 64},
+    "phi3": {"pad_token_id": 0},
+    "gpt_neox": {},
+    "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1},
+    "gpt_oss": {**EXPERTS, "intermediate_size": 256, "sliding_window": 128},
+    "deepseek_v3": {**EXPERTS, **MLA},
+    "qwen3_next": {**EXPERTS, **DELTA_NET, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 256},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "bamba": MAMBA,
+}
+"""What sets families apart from SMALL."""
+WITH_STATE = ("qwen3_next", "lfm2", "bamba")
 
 
 @dataclass(frozen=True)
@@ -60,6 +87,13 @@ class Case:
             lm = AutoModelForCausalLM.from_config(config)
         shapes = {name: tuple(param.shape) for name, param in lm.named_parameters()}
         return shape_of(config.to_dict(), shapes, LoraConfig(rank=self.lora))
+
+
+def family_case(family: str, **settings: Any) -> Case:
+    """Return the case of a family's small model."""
+    heads = {} if family in ("qwen3_next", "gemma2", "gpt_oss", "qwen3_moe") else {"head_dim": None}
+    model = {name: value for name, value in (SMALL | heads).items() if value is not None}
+    return Case(model | {"model_type": family} | FAMILIES[family], rows=family in WITH_STATE, **settings)
 
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -104,6 +138,12 @@ TABLE: dict[str, Case] = {
     "large, full": Case(LARGE, activation_checkpointing="full", tokens=1024),
     "large, bf16, full": Case(LARGE, activation_checkpointing="full", precision="bf16", tokens=1024),
     "large, shard=2, bf16, full": Case(LARGE, 2, activation_checkpointing="full", precision="bf16", tokens=1024),
+    **{
+        f"{family}, {precision}, {which}": family_case(family, precision=precision, activation_checkpointing=which)
+        for family in FAMILIES
+        for precision in ("fp32", "bf16")
+        for which in CHECKPOINTING
+    },
     "large, tensor=2, selective": Case(LARGE, 2, {"tensor": 2}, activation_checkpointing="selective", tokens=1024),
 }
 
