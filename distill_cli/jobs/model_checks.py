@@ -73,18 +73,18 @@ def _class_problem(config: Config, student: ModelFiles, traits: Traits) -> str |
     """Return why no class with a head can be built from the student's config.json; None if one can."""
     content, family = model_files.read_config(student.folder), traits.family
     families, causal_families = known_families.families(), known_families.causal_families()
+    own_code = "AutoModelForCausalLM" in (content.get("auto_map") or {})
     published = next(iter(content.get("architectures") or ()), None)
-    if family in causal_families or published in known_families.head_classes():
-        return None
-    if "AutoModelForCausalLM" in (content.get("auto_map") or {}):
-        is_run = config.model.trust_remote_code
-        return (
-            None if is_run else f"model_type {family} is code in its folder; set model.trust_remote_code=true to run it"
-        )
+    if traits.is_encoder_decoder or (own_code and config.model.trust_remote_code):
+        return None  # `causal` reports the first
     if family is None:
         return "config.json has no model_type; give a model of transformers"
-    if not causal_families or traits.is_encoder_decoder:  # the source is laid out otherwise; `causal` reports the other
+    if not causal_families:
+        return None  # transformers' source is laid out in another way
+    if family in causal_families or (family in families and published in known_families.head_classes()):
         return None
+    if own_code:
+        return f"model_type {family} is code in its folder; set model.trust_remote_code=true to run it"
     transformers = f"transformers {known_families.transformers_version()}"
     if family not in families:
         return f"{transformers} has no model_type {family}; give another student, or update transformers"

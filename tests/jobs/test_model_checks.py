@@ -59,7 +59,8 @@ def test_experts_divide_over_their_ranks(make_model: MakeModel) -> None:
     preflight(job.config)
 
 
-CUSTOM = {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}
+HEAD = {"architectures": ["LlamaForCausalLM"]}
+CUSTOM = {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}, **HEAD}
 
 
 @pytest.mark.parametrize(
@@ -69,9 +70,9 @@ CUSTOM = {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}
         ({"quantization_config": {"quant_method": "awq"}}, r"quantized \(awq\) .* dequantized copy in bfloat16"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "t5 is an encoder-decoder; give a causal LM"),
         ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM does not predict the next token"),
-        ({"model_type": "bert9"}, r"transformers [\d.]+ has no model_type bert9"),
+        ({"model_type": "bert9", **HEAD}, r"transformers [\d.]+ has no model_type bert9"),
         ({"model_type": "bert9", **CUSTOM}, "model_type bert9 is code in its folder; set model.trust_remote_code=true"),
-        ({"model_type": None}, "has no model_type"),
+        ({"model_type": None, **HEAD}, "has no model_type"),
         ({"model_type": "clip"}, "has no causal LM of model_type clip; give another"),
         ({"model_type": "mistral3"}, "has no causal LM of model_type mistral3"),
     ],
