@@ -21,6 +21,8 @@ from distill_cli.models.safetensors_header import Header, damaged, read_header
 from distill_cli.models.tensor_names import EMBEDDING, text_tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
+State = tuple[Path, int, int]
+"""What tells a file from its later content: path, size and time of its last change."""
 ASSETS = Path(__file__).parent.parent / "assets"
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
 """Files downloaded from the hub: no pickles. Python runs only if `model.trust_remote_code` is set."""
@@ -205,8 +207,7 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _state(file: Path) -> tuple[Path, int, int]:
-    """Return what tells a file from its later content: path, size and time of its last change."""
+def _state(file: Path) -> State:
     status = file.stat()
     return file, status.st_size, status.st_mtime_ns
 
@@ -267,12 +268,12 @@ class Contents:
 
 def _contents(folder: Path) -> Contents:
     index, files = folder / INDEX, weight_files(folder)
-    found = _read_contents(tuple(_state(file) for file in files))
-    if index.is_file() and (missing := _weight_map(*_state(index)).keys() - found.tensors.keys()):
-        raise damaged(index, f"{len(missing)} of its tensors are in no file, such as {min(missing)}")
-    return found
+    return _read_contents(_state(index) if index.is_file() else None, tuple(_state(file) for file in files))
 
 
 @lru_cache(maxsize=16)
-def _read_contents(states: tuple[tuple[Path, int, int], ...]) -> Contents:
-    return Contents([file for file, _, _ in states])
+def _read_contents(index: State | None, files: tuple[State, ...]) -> Contents:
+    found = Contents([file for file, *_ in files])
+    if index and (missing := _weight_map(*index).keys() - found.tensors.keys()):
+        raise damaged(index[0], f"{len(missing)} of its tensors are in no file, such as {min(missing)}")
+    return found
