@@ -203,6 +203,7 @@ def build_planner(rank: Rank) -> Planner:
         num_ranks=parallel.data_size,
         max_tokens=config.train.micro_batch_tokens,
         packing=config.train.packing,
+        one_row=parallel.context.size() > 1,
         multiple=parallel.length_multiple,
     )
     return Planner(config.train.global_batch_size, parallel.data_rank, cut)

@@ -160,7 +160,7 @@ def plan_batch(
     num_ranks: int,
     max_tokens: int,
     packing: bool = True,
-    rows: bool = False,
+    one_row: bool = False,
     multiple: int = 1,
     first: int = 0,
 ) -> BatchPlan:
@@ -169,13 +169,13 @@ def plan_batch(
     A sequence longer than `max_tokens` has a micro-batch of its own. Rows are padded to a multiple of `multiple`.
 
     Args:
-        packing: lay sequences end to end; else pad those of a micro-batch to one length.
-        rows: without packing, make each sequence a row of its own.
+        packing: lay sequences end to end; else pad those of a micro-batch to one length, each a row of its own.
+        one_row: lay padded sequences end to end too, for context-parallel ranks, which share a row.
         first: place in the step of the sequence that `lengths` begins with.
     """
     longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     split = _packed_rows if packing else partial(_padded_rows, multiple=multiple)
-    is_rows, plans = rows and not packing, []
+    is_rows, plans = not packing and not one_row, []
     for row, padded in split(longest_first, lengths, num_ranks=num_ranks, max_tokens=max_tokens):
         places = tuple(padded or lengths[member] for member in row)
         length = max(-(-sum(places) // multiple), 1) * multiple

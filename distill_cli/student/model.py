@@ -25,6 +25,7 @@ from distill_cli.errors import ConfigError
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
 from distill_cli.machine.torch_versions import varlen_operator
+from distill_cli.models.traits import Traits
 from distill_cli.parallel.expert import apply_expert_parallel, experts_of
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.parallel.tensor import apply_tensor_parallel, gather_hidden
@@ -76,6 +77,7 @@ class Student(nn.Module):
         self.published = published
         self.lm = lm
         self.transform = measure_transform(lm)
+        self.stateful_kinds = Traits.of(lm.config.to_dict()).stateful_kinds
         self.router_loss = RouterLoss.of(lm, weight=router_aux_loss) if router_aux_loss else None
         self.device = parallel.device if parallel else torch.device("cpu")
         self.tensor = parallel.tensor if parallel and parallel.tensor.size() > 1 else None
@@ -137,6 +139,7 @@ class Student(nn.Module):
     def _hidden_states(self, batch: MicroBatch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return the decoder's output for a micro-batch, its rows end to end, [1, T, H]; and its routers' logits."""
         documents = batch.documents
+        assert documents.is_rows or not self.stateful_kinds, f"{self.stateful_kinds} carry state over packed documents"
         inputs = {"input_ids": documents.batch(batch.input_ids), "position_ids": documents.batch(batch.position_ids)}
         # A mask that hides nothing: else transformers looks for documents in the positions, and finds other bounds.
         mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool)

@@ -9,6 +9,8 @@ import pytest
 
 from distill_cli.models.model_files import ASSETS
 
+from tests.families import make_model, save_model
+
 from .conftest import distill
 
 pytestmark = pytest.mark.slow
@@ -25,6 +27,17 @@ def test_check_passes_on_two_ranks(tmp_path: Path) -> None:
     assert lines[-1].startswith("everything is right")
     assert not list(temporary.glob("distill-check-*"))  # nothing is left
     assert os.listdir(tmp_path) == ["tmp"]
+
+
+def test_check_of_a_student_with_state(tmp_path: Path) -> None:
+    """Its sequences are not packed, although train.packing is true."""
+    for seed, role in enumerate(("student", "teacher")):
+        save_model(make_model("qwen3_5_text", seed=seed), tmp_path / role)
+    models = [f"model.{role}.path={tmp_path / role}" for role in ("student", "teacher")]
+    exact = [f"model.{role}.dtype=float32" for role in ("student", "teacher")]
+    done = distill(tmp_path, "check", *models, *exact)
+    assert done.status == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("everything is right")
 
 
 def test_a_tokenizer_with_two_ids_swapped(tmp_path: Path) -> None:

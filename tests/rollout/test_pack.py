@@ -65,6 +65,9 @@ def test_unpacked_sequences_share_a_length() -> None:
     batch = one_row([rollout([1, 2], [3, 4, 5, 6, 7, 8, 9]), rollout([1], [2, 3, 4, 5, 6])], packing=False)
     assert padded_length(9) == 10
     assert batch.documents.bounds == (0, 10, 20)
+    assert batch.documents.batch(batch.input_ids).shape == (2, 10)
+    shared = plan_batch([9, 6], num_ranks=1, max_tokens=100, packing=False, one_row=True)  # by context ranks
+    assert not shared.rows[0][0].is_rows
     assert batch.input_ids[0, 10:].tolist() == [1, 2, 3, 4, 5, 6, 0, 0, 0, 0]
     assert batch.rows.tolist() == [1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14]
 

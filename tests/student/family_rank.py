@@ -80,7 +80,7 @@ def train_student(case: dict, folder: Path, loss: DistillLoss) -> tuple[list[flo
         rows = FAMILIES[case["family"]].rows or case.get("rows", False)
         plan = plan_batch(
             [len(rollout.token_ids) for rollout in rollouts], num_ranks=parallel.data_size, max_tokens=100,
-            packing=not rows, rows=True, multiple=parallel.length_multiple,
+            packing=not rows, multiple=parallel.length_multiple,
         )  # fmt: skip
         batches = micro_batches(plan, rollouts, dict(enumerate(scores)), parallel=parallel)
         result = optimizer_step(student, optimizer, schedule, batches, max_grad_norm=MAX_NORM, parallel=parallel)

@@ -148,7 +148,6 @@ def made_up_batches(
         num_ranks=parallel.data_size,
         max_tokens=max_tokens,
         packing=not rows,
-        rows=rows,
         multiple=parallel.length_multiple,
     )
     return micro_batches(plan, rollouts, scores, parallel=parallel)

@@ -93,7 +93,7 @@ def train(case: dict) -> tuple:
         rollouts, scores = zip(*(made_up_rollout(i, *pair, generator) for i, pair in enumerate(lengths)), strict=True)
         plan = plan_batch(
             [sum(pair) for pair in lengths], num_ranks=parallel.data_size, max_tokens=case["micro_batch_tokens"],
-            packing=case["packing"], multiple=parallel.length_multiple,
+            packing=case["packing"], one_row=case["context"] > 1, multiple=parallel.length_multiple,
         )  # fmt: skip
         batches = micro_batches(plan, rollouts, dict(enumerate(scores)), parallel=parallel)
         results.append(optimizer_step(student, optimizer, schedule, batches, max_grad_norm=0.05, parallel=parallel))
