@@ -140,11 +140,11 @@ def tensors_of(worker: Any) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in persistent.items() if tensor is not None and tensor.numel()}
 
 
-def digests(worker: Any) -> dict[str, tuple[float, float]]:
+def digests(worker: Any) -> dict[str, tuple[int, ...]]:
     """Return a digest of each of `tensors_of`, which changes if one bit does."""
     import torch
 
-    def digest(tensor: torch.Tensor) -> tuple[float, float]:
+    def digest(tensor: torch.Tensor) -> tuple[int, ...]:
         flat = tensor.detach().reshape(-1).view(torch.uint8)
         sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
         for begin in range(0, len(flat), DIGEST_ROWS):

@@ -26,7 +26,7 @@ class Converted:
     """Stored tensors that are made of a model's parameters together, such as each expert's matrices of one tensor."""
 
     shapes: Mapping[str, torch.Size]
-    """Of the stored tensors."""
+    """Shapes of the stored tensors, by name."""
     params: Sequence[tuple[str, torch.Tensor | Deferred]]
     convert: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
     """Returns the stored tensors, given the parameters whole."""

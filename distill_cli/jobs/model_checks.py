@@ -210,9 +210,9 @@ def tensor_parallel(config: Config, student: ModelFiles) -> None:
     size, traits = config.mesh.tensor, Traits.read(student.folder)
     if size <= 1:
         return
-    whole = [f"{kind} layers" for kind in traits.stateful_kinds] + ["experts"] * (traits.experts is not None)
-    if whole:
-        raise ConfigError(f"mesh.tensor={size}: {traits.family} has {', '.join(whole)}, which are not cut; set it to 1")
+    if traits.uncut:
+        what = f"{traits.family} has {', '.join(traits.uncut)}, which are not cut"
+        raise ConfigError(f"mesh.tensor={size}: {what}; set it to 1")
     if _class_problem(config, student, traits):
         return
     if (why := tried_families.layout_problem(traits.family or "", "tensor")) and "mesh.tensor" not in why:

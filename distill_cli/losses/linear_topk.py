@@ -119,9 +119,11 @@ def linear_topk_loss(
         assert bias_V is None or bias_V.dtype == weight_VH.dtype, f"bias {bias_V.dtype}, head {weight_VH.dtype}"
         bias = None if bias_V is None else bias_V.to(dtype)
         shard = _Shard(weight.shape[0], group, temperature)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and needs_bias else None
+        grads = _Gradients(
+            torch.empty_like(hidden) if needs_hidden else None,
+            torch.zeros_like(weight, dtype=dtype) if needs_weight else None,
+            torch.zeros_like(bias) if bias is not None and needs_bias else None,
+        )
         size = chunk_size(*weight.shape, num_tokens=hidden.shape[0], most=chunk_tokens)
         num_buffers = 3 if transform.soft_cap is not None and needs_gradient else 2
         buffers = torch.empty(num_buffers, size, shard.size, dtype=dtype, device=weight.device)
@@ -137,25 +139,38 @@ def linear_topk_loss(
             chunk = _Chunk(logits_nV, scratch_nV, topk_ids_NK[rows], sampled_ids_N[rows], shard=shard, merged=merged)
             if needs_gradient:
                 loss_n, grad_nV = chunk.differentiate(token_loss, rows, transform=transform, tanh_nV=tanh_nV)
-                if grad_bias is not None:
-                    grad_bias.add_(grad_nV.sum(0))
-                grad_nV = grad_nV.to(weight.dtype)
+                grads.add(grad_nV, hidden, weight, rows=rows)
             else:
                 loss_n = token_loss(chunk.logp_nC, chunk.entropy_n, rows)
-            if grad_hidden is not None:
-                torch.mm(grad_nV, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                _add_product(grad_weight, grad_nV.t(), hidden[rows])
             top_logp_nM = (top_logits_nM - top_logits_nM[:, :1]) / temperature - chunk.sum_n.log()[:, None]
             head = (chunk.logp_nC, chunk.entropy_n, chunk.argmax_n, chunk.sampled_logp_n)
             parts.append((loss_n, *head, top_ids_nM, top_logp_nM))
         outputs = [torch.cat(part) for part in zip(*parts, strict=True)]
         loss = outputs[0].sum()
     if needs_gradient:
-        loss = _KnownGradient.apply(hidden_NH, weight_VH, bias_V, loss, grad_hidden, grad_weight, grad_bias)
+        loss = _KnownGradient.apply(hidden_NH, weight_VH, bias_V, loss, grads.hidden_NH, grads.weight_VH, grads.bias_V)
     output = HeadOutput(loss, *outputs)
     shard.all_reduce(output.argmax_N, dist.ReduceOp.MIN)
     return output
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Gradients of the head's inputs, filled chunk by chunk; None for an input that requires none."""
+
+    hidden_NH: torch.Tensor | None
+    weight_VH: torch.Tensor | None
+    bias_V: torch.Tensor | None
+
+    def add(self, grad_nV: torch.Tensor, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, *, rows: slice) -> None:
+        """Add a chunk's, given that of the head's product at its rows."""
+        if self.bias_V is not None:
+            self.bias_V.add_(grad_nV.sum(0))
+        grad_nV = grad_nV.to(weight_VH.dtype)
+        if self.hidden_NH is not None:
+            torch.mm(grad_nV, weight_VH, out=self.hidden_NH[rows])
+        if self.weight_VH is not None:
+            _add_product(self.weight_VH, grad_nV.t(), hidden_NH[rows])
 
 
 @dataclass(frozen=True)

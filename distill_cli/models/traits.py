@@ -109,6 +109,11 @@ class Traits:
         return tuple(dict.fromkeys(kind for kind in self.kinds if kind not in WITHOUT_STATE))
 
     @property
+    def uncut(self) -> tuple[str, ...]:
+        """Parts of the layers that tensor-parallel ranks cannot share, in words."""
+        return (*(f"{kind} layers" for kind in self.stateful_kinds), *(["experts"] if self.experts else []))
+
+    @property
     def crosses_documents(self) -> bool:
         """The student must have rows of one document each."""
         return bool(self.stateful_kinds)

@@ -80,8 +80,8 @@ def expert_parallel_forward(
 
 
 def _exchange(x_MH: torch.Tensor, received: list[int], sent: list[int], mesh: DeviceMesh) -> torch.Tensor:
-    made = all_to_all_single_autograd(x_MH.contiguous(), received, sent, mesh.get_group())
-    return torch.ops._c10d_functional.wait_tensor(made) if not made.requires_grad else made.clone()
+    """Send `sent` rows to each rank and return the `received` ones. A collective, in backward too."""
+    return all_to_all_single_autograd(x_MH.contiguous(), received, sent, mesh.get_group())
 
 
 def _local_forward(module: Any, hidden_MH: torch.Tensor, index_M: torch.Tensor, num_local: int) -> torch.Tensor:

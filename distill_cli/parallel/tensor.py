@@ -33,6 +33,7 @@ from torch.distributed.tensor.placement_types import Placement
 from transformers import PretrainedConfig, PreTrainedModel
 
 from distill_cli.errors import ConfigError
+from distill_cli.models.traits import Traits
 
 PLANS: dict[str, dict[str, str]] = {}
 """model_type -> {name pattern of a linear layer under the base model: colwise | rowwise}, for families whose own config
@@ -49,6 +50,8 @@ def matrix_plan(config: PretrainedConfig) -> dict[str, str]:
     Raises:
         ConfigError: the family has no usable plan.
     """
+    if uncut := Traits.of(config.to_dict()).uncut:
+        raise ConfigError(f"mesh.tensor: {config.model_type} has {', '.join(uncut)}, which are not cut; set it to 1")
     plan = PLANS.get(config.model_type) or getattr(config, "base_model_tp_plan", None) or {}
     matrices = {name: style for name, style in plan.items() if style in ("colwise", "rowwise")}
     ours = {"replicated_with_grad_allreduce", "embedding_rowwise", "colwise", "rowwise"}  # norms, embedding: as below

@@ -25,6 +25,7 @@ from distill_cli.errors import ConfigError
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
 from distill_cli.machine.torch_versions import varlen_operator
+from distill_cli.models.known_families import HEADS
 from distill_cli.models.traits import Traits
 from distill_cli.parallel.expert import apply_expert_parallel, experts_of
 from distill_cli.parallel.mesh import Parallel
@@ -37,8 +38,6 @@ from distill_cli.student.published import Published
 from distill_cli.student.router_loss import RouterLoss
 from distill_cli.student.weights import empty_parameters
 
-HEADS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
-"""Ends of the names of classes with a head over the vocabulary."""
 Checkpointing = Literal["none", "selective", "full"]
 
 KEPT = {

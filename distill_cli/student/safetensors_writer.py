@@ -42,7 +42,7 @@ class Weights:
     read: Callable[[Iterable[str]], dict[str, torch.Tensor]]
     """Return the tensors with these names."""
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
-    """Of tensors that are written as they are; the others are cast."""
+    """dtypes of the tensors that are written unchanged; the others are cast."""
 
     def num_bytes(self, name: str, *, dtype: torch.dtype) -> int:
         """Return the size of a tensor that is cast to `dtype` unless it is written as it is."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from distill_cli.models.model_files import ASSETS
-
 from tests.families import make_model, save_model
 
 from .conftest import distill

@@ -88,7 +88,7 @@ def test_check_of_names_and_shapes():
 
 
 def test_first_sync_is_compared(process_group, student, changed_student, student_settings):
-    """Of weights that should be those of the files, and of one that does not come."""
+    """A changed weight under version 0, then a weight that no sync brings."""
     sampler = VllmSampler(student_settings)
     with pytest.raises(Unrecoverable, match=r"a sync changes \d+ of the engine's tensors, such as "):
         sampler.sync(changed_student.named_parameters(), version=0)
