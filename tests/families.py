@@ -111,7 +111,7 @@ FAMILIES: dict[str, Family] = {
     "stablelm": Family(),
     "starcoder2": Family({"sliding_window": 16}),
     "vaultgemma": Family({**HEAD, **SLIDING, "query_pre_attn_scalar": 32}),
-    "deepseek_v2": Family(MLA),
+    "deepseek_v2": Family({**MLA, "qk_nope_head_dim": 32}),
     "deepseek_v3": Family(MLA),
     "dots1": Family({**HEAD, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
                      "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}),
@@ -123,7 +123,12 @@ FAMILIES: dict[str, Family] = {
     "granitemoe": Family(LOCAL_EXPERTS),
     "granitemoeshared": Family({**LOCAL_EXPERTS, "shared_intermediate_size": 64}),
     "llama4_text": Family({**HEAD, **LOCAL_EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": 128,
-                           "attention_chunk_size": 16, "no_rope_layers": [1, 0], "interleave_moe_layer_step": 1}),
+                           "attention_chunk_size": 16, "no_rope_layers": [1, 0], "interleave_moe_layer_step": 1,
+                           "floor_scale": 8}, rows=True),
+    "bloom": Family({"n_layer": 2, "n_head": 4}, rows=True),
+    "gptj": Family({"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 16}, rows=True),
+    "falcon": Family(rows=True),
+    "mamba": Family({"state_size": 8, "expand": 1, "time_step_rank": 8, "num_hidden_layers": 1}, rows=True),
     "bamba": Family({**MAMBA, "mamba_expand": 1, "attn_layer_indices": [1]}, rows=True),
     "falcon_h1": Family({**HEAD, **MAMBA, "mamba_expand": 1, "mamba_d_ssm": 128, "lm_head_multiplier": 0.5}, rows=True),
     "granitemoehybrid": Family(
@@ -161,6 +166,12 @@ FAMILIES |= {
          "image_token_id": 510, "video_token_id": 509, "vision_start_token_id": 507, "vision_end_token_id": 508},
         text="qwen3_5_text", rows=True,
     ),
+    "llama4": Family(
+        {"vision_config": {**TOWER, "image_size": 28, "patch_size": 14, "vision_output_dim": 32,
+                           "projector_input_dim": 32, "projector_output_dim": 32},
+         "image_token_index": 510, "boi_token_index": 508, "eoi_token_index": 509},
+        text="llama4_text", rows=True,
+    ),
     "mistral3": Family(
         {"vision_config": {**TOWER, "model_type": "pixtral", "head_dim": 16, "image_size": 28, "patch_size": 14},
          "image_token_index": 510},
@@ -187,7 +198,7 @@ def make_model(family: str, *, seed: int = 0) -> PreTrainedModel:
         for name, param in model.named_parameters():
             if FAMILIES[family].small_queries and name.endswith("q_norm.weight"):
                 param.fill_(0.1)
-            elif param.ndim >= 2:
+            elif param.ndim >= 2 and not name.endswith("A_log"):
                 param.mul_(2.0)
             else:  # norms and biases that differ, so that a wrong gradient of theirs shows
                 param.add_(torch.randn(param.shape) * 0.1)

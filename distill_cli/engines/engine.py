@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from distill_cli.engines import vllm_patches
 from distill_cli.engines.base import AnsweringEngine
-from distill_cli.engines.family_settings import read_config, supplied_fields
+from distill_cli.engines.family_settings import format_arguments, read_config, supplied_fields
 from distill_cli.engines.process_setup import (
     keep_config_classes,
     keep_process_state,
@@ -209,7 +209,7 @@ def load(settings: EngineSettings, *, role: str, **kwargs: Any) -> Any:
     if settings.adapter:
         room = next(rank for rank in ADAPTER_RANKS if rank >= settings.adapter.rank)
         implied |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
-    arguments = {**implied, **kwargs, **settings.kwargs}
+    arguments = {**implied, **format_arguments(settings.path), **kwargs, **settings.kwargs}
     if isinstance(overrides := arguments.get("hf_overrides", {}), dict):
         arguments["hf_overrides"] = supplied_fields(read_config(settings.path)) | overrides
     try:

@@ -40,6 +40,15 @@ def supplied_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def format_arguments(folder: str) -> dict[str, str]:
+    """Return arguments of `vllm.LLM` for a folder that holds a model twice, in Mistral's own format too.
+
+    vLLM would read that one, whose names are others than those of config.json's model.
+    """
+    names = ("config_format", "load_format", "tokenizer_mode")
+    return dict.fromkeys(names, "hf") if any(Path(folder).glob("consolidated*.safetensors")) else {}
+
+
 def read_config(folder: str) -> dict[str, Any]:
     """Return a model folder's config.json, {} without one."""
     file = Path(folder) / "config.json"

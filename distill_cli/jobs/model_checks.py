@@ -97,13 +97,13 @@ def _matrices(files: ModelFiles) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def layout(facts: Facts, config: Config, student: ModelFiles) -> Iterator[str]:
-    """Give each document a row of its own if a packed row would carry a layer's state from one into the next."""
-    kinds = ", ".join(Traits.read(student.folder).stateful_kinds)
-    if not kinds:
+    """Give each document a row of its own if the student's layers would mix those of a packed row."""
+    reasons = ", ".join(Traits.read(student.folder).needs_rows)
+    if not reasons:
         return
     facts.config = override(config, {"train.packing": False})
     if (size := config.mesh.context) > 1:
-        yield f"mesh.context={size}: ranks cannot share the sequences of {kinds} layers, which carry state; set it to 1"
+        yield f"mesh.context={size}: ranks cannot share sequences of this student ({reasons}); set it to 1"
 
 
 def names(config: Config) -> Iterator[str]:

@@ -38,9 +38,9 @@ def start_panel(resolved: ResolvedRun, run: RunDir) -> Panel:
 
 
 def layout_row(resolved: ResolvedRun) -> str | None:
-    """Say why sequences are not packed, if it is the student's layers that cannot have it."""
-    kinds = ", ".join(Traits.read(resolved.student.folder).stateful_kinds)
-    return f"rows of one document each: {kinds} layers carry state" if kinds else None
+    """Say why sequences are not packed, if it is the student that cannot have it."""
+    reasons = ", ".join(Traits.read(resolved.student.folder).needs_rows)
+    return f"rows of one document each: {reasons}" if reasons else None
 
 
 def training_rows(resolved: ResolvedRun) -> str:

@@ -22,10 +22,6 @@ class LogitTransform:
     soft_cap: float | None = None
     """Bound of |z|, above 0: `final_logit_softcapping` of Gemma 2 and 4. None: no bound."""
 
-    @property
-    def is_identity(self) -> bool:
-        return self.scale == 1.0 and self.soft_cap is None
-
     def apply(self, logits_nV: torch.Tensor, *, bias_V: torch.Tensor | None, tanh_nV: torch.Tensor) -> None:
         """Turn the product h W^T into z, in place: in at most one pass, in three with a cap.
 

@@ -116,7 +116,7 @@ def shape_of(config: Mapping[str, Any], shapes: Shapes, lora: LoraConfig | None 
         has_scores=caps_scores or any(name.endswith(".sinks") for name in tensors),
         caps_scores=caps_scores,
         has_soft_cap=traits.soft_cap is not None,
-        has_state=traits.crosses_documents,
+        has_state=bool(traits.needs_rows),
         num_experts=traits.experts.number if traits.experts else 0,
         family=family,
     )

@@ -1,12 +1,16 @@
 """The families that the installed transformers has, read from its source: importing its models takes seconds."""
 
 import ast
+import re
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 CONFIGS, CAUSAL_LMS = "CONFIG_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+MASKED_LMS, FOLDERS = "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "SPECIAL_MODEL_TYPE_TO_MODULE_NAME"
+ATTENTION_CLASS = re.compile(r"^class \w*Attention\w*\(", re.MULTILINE)
+ATTENTION_INTERFACE, ROUTER_LOSS = "ALL_ATTENTION_FUNCTIONS", "load_balancing_loss_func"
 HEADS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 """Ends of the names of classes with a head over the vocabulary."""
 
@@ -25,6 +29,25 @@ def causal_families() -> frozenset[str]:
     return _keys("modeling_auto.py", CAUSAL_LMS)
 
 
+def encoder_families() -> frozenset[str]:
+    """Return each `model_type` whose models predict masked tokens, unless their config says `is_decoder`."""
+    return _keys("modeling_auto.py", MASKED_LMS)
+
+
+def has_own_attention(code: str) -> bool:
+    """Return whether a model's code computes attention itself, past transformers' interface of attention functions."""
+    return ATTENTION_INTERFACE not in code and bool(ATTENTION_CLASS.search(code))
+
+
+@cache
+def modeling_code(family: str) -> str:
+    """Return the source of a family's models, by its `model_type`; empty if it is not where it is expected."""
+    models = _models_folder()
+    folder = dict(_pairs("auto_mappings.py", FOLDERS) + _pairs("configuration_auto.py", FOLDERS)).get(family, family)
+    file = models / folder / f"modeling_{folder}.py" if models and folder.isidentifier() else None
+    return file.read_text(encoding="utf-8") if file and file.is_file() else ""
+
+
 @cache
 def head_classes() -> frozenset[str]:
     """Return the classes with a head over the vocabulary; none if the source is not laid out as expected."""
@@ -34,22 +57,43 @@ def head_classes() -> frozenset[str]:
 
 
 @cache
+def class_names(mapping: str = CAUSAL_LMS) -> dict[str, frozenset[str]]:
+    """Return the names of the classes of each `model_type`."""
+    names: dict[str, set[str]] = {}
+    for family, name in _pairs("modeling_auto.py", mapping):
+        names.setdefault(family, set()).add(name)
+    return {family: frozenset(found) for family, found in names.items()}
+
+
 def _keys(file: str, mapping: str) -> frozenset[str]:
-    """Return the keys of a mapping: the first of each pair of texts in its value, and of each entry of a dict."""
-    keys: set[str] = set()
+    return frozenset(key for key, _ in _pairs(file, mapping))
+
+
+@cache
+def _pairs(file: str, mapping: str) -> list[tuple[str, str]]:
+    """Return the entries of a mapping: the pairs of texts in its value, and the entries of a dict."""
+    pairs: list[tuple[ast.expr | None, ast.expr]] = []
     for statement in _source(file):
         targets = getattr(statement, "targets", [getattr(statement, "target", None)])
         if any(isinstance(target, ast.Name) and target.id == mapping for target in targets):
             for node in ast.walk(statement):
-                pair = node.elts[:1] if isinstance(node, ast.Tuple) and len(node.elts) == 2 else []
-                given = node.keys if isinstance(node, ast.Dict) else pair
-                keys |= {one.value for one in given if isinstance(one, ast.Constant) and isinstance(one.value, str)}
-    return frozenset(keys)
+                if isinstance(node, ast.Tuple) and len(node.elts) == 2:
+                    pairs.append((node.elts[0], node.elts[1]))
+                elif isinstance(node, ast.Dict):
+                    pairs += zip(node.keys, node.values, strict=True)
+    texts = [[one.value if isinstance(one, ast.Constant) else None for one in pair] for pair in pairs]
+    return [(key, str(value)) for key, value in texts if isinstance(key, str)]
 
 
 @cache
 def _source(file: str) -> list[ast.stmt]:
     """Return the statements of a file of transformers' `models/auto`; none if there is no such file."""
-    spec = find_spec("transformers")
-    path = Path(spec.origin).parent / "models" / "auto" / file if spec and spec.origin else None
+    models = _models_folder()
+    path = models / "auto" / file if models else None
     return ast.parse(path.read_text(encoding="utf-8")).body if path and path.is_file() else []
+
+
+@cache
+def _models_folder() -> Path | None:
+    spec = find_spec("transformers")
+    return Path(spec.origin).parent / "models" if spec and spec.origin else None

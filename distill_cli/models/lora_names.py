@@ -1,19 +1,21 @@
 """Choose the layers of a student that get adapters, by the names and shapes of its weights. No torch."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from distill_cli.errors import ConfigError
 from distill_cli.models.tensor_names import is_expert, is_router, text_tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
+READ_BY_KERNELS = ("out_proj", "x_proj", "dt_proj")
+"""Matrices of Mamba mixers."""
 
 
 def targeted(shapes: Shapes, targets: Sequence[str] | None) -> dict[str, tuple[int, int]]:
     """Return {name: (out, in)} of the matrices in the decoder's layers that match `targets`; of all if that is None.
 
     Left out are the parts of other inputs (vision towers), what is no linear layer in the model (the experts, which it
-    stacks, routers, norms), and the last matrix of Mamba mixers.
+    stacks, routers, norms), and the matrices of Mamba mixers that kernels read past an adapter.
 
     Args:
         shapes: those of all the student's tensors.
@@ -41,13 +43,14 @@ def targeted(shapes: Shapes, targets: Sequence[str] | None) -> dict[str, tuple[i
     return {name: shape for name, shape in layers.items() if name in chosen}
 
 
-def _is_left_out(name: str, tensors: Iterable[str]) -> bool:
+def _is_left_out(name: str, tensors: Container[str]) -> bool:
     return is_expert(name) or is_router(name) or "norm" in name.split(".")[-2] or _is_read_by_kernel(name, tensors)
 
 
-def _is_read_by_kernel(name: str, tensors: Iterable[str]) -> bool:
-    """Whether the matrix is a Mamba mixer's last one, which its kernels read past an adapter; peft refuses it."""
-    return name.endswith(".out_proj.weight") and f"{name.removesuffix('out_proj.weight')}D" in tensors
+def _is_read_by_kernel(name: str, tensors: Container[str]) -> bool:
+    """Whether a Mamba mixer's kernels read the matrix past an adapter; peft refuses the last one."""
+    layer, _, matrix = name.removesuffix(".weight").rpartition(".")
+    return matrix in READ_BY_KERNELS and f"{layer}.D" in tensors
 
 
 def _matches(name: str, target: str) -> bool:

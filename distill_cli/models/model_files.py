@@ -26,6 +26,8 @@ State = tuple[Path, int, int]
 ASSETS = Path(__file__).parent.parent / "assets"
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
 """Files downloaded from the hub: no pickles. Python runs only if `model.trust_remote_code` is set."""
+NOT_FILES = ["*/*", "consolidated*"]
+"""Files that are not: the same weights once more, in another format."""
 INDEX = "model.safetensors.index.json"
 PIECES, PIECE_BYTES = 64, 2**16
 """Pieces of a file that its fingerprint reads, and their size."""
@@ -112,7 +114,8 @@ def _download(path: str, revision: str | None, key: str) -> Path:
 
     try:
         is_offline = CACHE_ONLY in os.environ
-        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=is_offline))
+        patterns: dict[str, Any] = {"allow_patterns": FILES, "ignore_patterns": NOT_FILES}
+        return Path(snapshot_download(path, revision=revision, local_files_only=is_offline, **patterns))
     except (OSError, ValueError) as error:  # the bases of its HTTP, cache and validation errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ConfigError(f"{key}={path}: no such folder, and not on the hub or in its cache ({reason})") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import ConfigError
-from distill_cli.models import model_files
+from distill_cli.models import known_families, model_files
 
 WITHOUT_STATE = {
     *("full_attention", "sliding_attention", "chunked_attention", "window_attention", "indexed_attention"),
@@ -34,9 +34,10 @@ EXPERTS_ON = ("enable_moe_block", "is_moe")
 WINDOWS = ("sliding_window", "attention_window_size", "attention_chunk_size")
 OTHER_INPUTS = ("vision_config", "audio_config", "text_config")
 QUANTIZATIONS = ("quantization_config", "compression_config")
-POSITIVE = ("hidden_size", "num_attention_heads")
-NUMBERS = (*POSITIVE, "intermediate_size", "num_key_value_heads", "max_position_embeddings")
+POSITIVE = ("hidden_size", "num_attention_heads", "head_dim", "num_hidden_layers", "max_position_embeddings")
+NUMBERS = (*POSITIVE, "intermediate_size", "num_key_value_heads", "sliding_window")
 """Fields of most families that are numbers; in some a list, of one for each layer."""
+FLAGS = ("tie_word_embeddings", "is_encoder_decoder")
 
 
 @dataclass(frozen=True)
@@ -68,25 +69,28 @@ class Traits:
     """Tokens that the layers with the smallest window see."""
     soft_cap: float | None
     """Soft cap of the logits."""
+    has_own_attention: bool
+    """Its code computes attention itself, past transformers' interface of attention functions."""
+    tunes_by_place: bool
+    """Attention's temperature grows with a token's place in the row (Llama 4)."""
 
     @classmethod
     def read(cls, folder: Path) -> Traits:
         """Read a model's folder. Raises ConfigError, with the folder, if config.json contradicts itself."""
         try:
-            return cls.of(model_files.read_config(folder))
+            return cls.of(model_files.read_config(folder), folder=folder)
         except ValueError as error:
             raise ConfigError(f"{folder / 'config.json'}: {error}; correct it, or download the model again") from error
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Traits:
-        """Read the content of config.json. Raises ValueError if a field has a value of another type."""
+    def of(cls, config: Mapping[str, Any], *, folder: Path | None = None) -> Traits:
+        """Read the content of config.json. Raises ValueError if a field has a value that cannot be.
+
+        Args:
+            folder: where the model's own code is, if it has some.
+        """
         text = model_files.text_config(config)
-        for name in (*NUMBERS, *NUM_LAYERS, *NUM_EXPERTS, *PER_TOKEN):
-            value = text.get(name)
-            least = int(name in POSITIVE)
-            for number in value if isinstance(value, list) else [least if value is None else value]:
-                if not isinstance(number, int) or number < least:
-                    raise ValueError(f"{name}={str(value)[:60]}, must be a number from {least}")
+        _check_types(config, text)
         num_layers, kinds = _number(text, NUM_LAYERS), tuple(_kinds(text))
         lists_mlps = bool({"mlp", "moe"} & {*kinds})
         method = [one for part in (config, text) for name in QUANTIZATIONS if (one := part.get(name))]
@@ -101,6 +105,8 @@ class Traits:
             quantization=_method(method[0]) if method else None,
             window=_number(text, WINDOWS) if is_windowed else None,
             soft_cap=text.get("final_logit_softcapping"),
+            has_own_attention=known_families.has_own_attention(_code(config, text, folder)),
+            tunes_by_place="llama4" in str(text.get("model_type")) and text.get("attn_temperature_tuning") is not False,
         )
 
     @property
@@ -114,16 +120,50 @@ class Traits:
         return (*(f"{kind} layers" for kind in self.stateful_kinds), *(["experts"] if self.experts else []))
 
     @property
-    def crosses_documents(self) -> bool:
-        """The student must have rows of one document each."""
-        return bool(self.stateful_kinds)
+    def needs_rows(self) -> tuple[str, ...]:
+        """Why a student must have rows of one document each, in words; empty if packed rows are right too."""
+        kinds = ", ".join(self.stateful_kinds)
+        reasons = {
+            f"its {kinds} layers carry state": bool(kinds),
+            "its attention is code of its own": self.has_own_attention,
+            "its attention counts tokens from the row's begin": self.tunes_by_place,
+        }
+        return tuple(reason for reason, holds in reasons.items() if holds)
+
+
+def _check_types(config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Raise ValueError if a field that is read here has a value that cannot be."""
+    for name in (*NUMBERS, *NUM_LAYERS, *NUM_EXPERTS, *PER_TOKEN):
+        value = text.get(name)
+        least = int(name in POSITIVE)
+        for number in value if isinstance(value, list) else [least if value is None else value]:
+            if not isinstance(number, int) or isinstance(number, bool) or number < least:
+                raise ValueError(f"{name}={value!r:.60}, must be a number from {least}")
+    for name in FLAGS:
+        if not isinstance(text.get(name, False), bool):
+            raise ValueError(f"{name}={text[name]!r:.60}, must be true or false")
+    if not isinstance(family := config.get("model_type"), str | None):
+        raise ValueError(f"model_type={family!r:.60}, must be a text")
+    classes = config.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ValueError(f"architectures={classes!r:.60}, must be a list of texts")
+
+
+def _code(config: Mapping[str, Any], text: Mapping[str, Any], folder: Path | None) -> str:
+    """Return the source of the model: its folder's own, or that of transformers."""
+    if config.get("auto_map") and folder is not None:
+        return "\n".join(file.read_text(errors="replace") for file in sorted(folder.glob("*.py")))
+    return known_families.modeling_code(str(text.get("model_type") or config.get("model_type")))
 
 
 def _kinds(config: Mapping[str, Any]) -> Sequence[str]:
     """Return the kind of each layer from whichever field lists them."""
     for name in ("layer_types", "layers_block_type"):
         if (kinds := config.get(name)) is not None:
-            return _list_of(str, name, kinds)
+            number = _number(config, NUM_LAYERS)
+            if len(_list_of(str, name, kinds)) != (number or len(kinds)):
+                raise ValueError(f"{name} names {len(kinds)} layers, and there are {number}")
+            return kinds
     if pattern := config.get("hybrid_override_pattern"):
         return [PATTERN.get(letter, letter) for letter in str(pattern)]
     layers = range(_number(config, NUM_LAYERS) or 0)
@@ -184,7 +224,7 @@ def _number(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
 
 def _list_of(kind: type, name: str, values: Any) -> list[Any]:
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise ValueError(f"{name}={str(values)[:60]}, must be a list of {kind.__name__}")
+        raise ValueError(f"{name}={values!r:.60}, must be a list of {kind.__name__}")
     return values
 
 

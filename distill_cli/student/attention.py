@@ -30,6 +30,12 @@ from distill_cli.parallel.context import Documents, Span, gather_row
 NAME = "distill_packed"
 QUERY_ROWS = 512
 """Queries whose scores `_attend_eagerly` holds at a time."""
+KERNEL_HEAD_SIZE = 256
+"""Largest size of a head that the varlen and flex kernels take."""
+OTHER_TENSORS = {"position_ids", "cache_position"}
+"""Tensors that models pass on to attention and that change nothing here."""
+
+OWN_ATTENTION = "the student's code reads the attention mask itself, which is not supported; use another student"
 
 _documents: ContextVar[Documents] = ContextVar("documents")
 _num_calls = 0
@@ -65,6 +71,16 @@ class PackedMask:
     documents: Documents
     sight: Sight | None
     """None: not that of a causal model. A model may build masks that none of its layers uses."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise DistillError(OWN_ATTENTION)
+
+    def _refuse(self, *_operands: object) -> Any:
+        raise DistillError(OWN_ATTENTION)
+
+    __getitem__ = __add__ = __radd__ = __mul__ = __rmul__ = __invert__ = __len__ = __bool__ = _refuse
 
 
 @dataclass(frozen=True)
@@ -131,7 +147,7 @@ def packed_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **_others: object,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document, by transformers' attention interface.
 
@@ -144,9 +160,16 @@ def packed_attention(
 
     Returns:
         [B, T, H, D], in the query's dtype, and no weights.
+
+    Raises:
+        DistillError: the layer asks for something else than that, such as a bias of its scores.
     """
     global _num_calls
     _num_calls += 1
+    unknown = [name for name, value in others.items() if isinstance(value, torch.Tensor) and name not in OTHER_TENSORS]
+    if unknown:
+        what = f"{type(module).__name__} passes {', '.join(unknown)} to attention, which is not known here"
+        raise DistillError(f"{what}; use another student")
     if not isinstance(attention_mask, PackedMask):
         what = f"{type(module).__name__} does not pass its mask to transformers' attention interface"
         raise DistillError(f"{what}: this model's documents cannot be told apart; use another")
@@ -154,7 +177,7 @@ def packed_attention(
         raise DistillError(f"{type(module).__name__} is not causal: it cannot be trained on next tokens; use another")
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     documents, sight = attention_mask.documents, attention_mask.sight
-    attend = choose_kernel(query, scores, sight)
+    attend = choose_kernel(query, value, scores, sight)
     if documents.is_rows:
         return attend(query, key, value, documents.row_span, scores, sight).transpose(1, 2).contiguous(), None
     row = gather_row(key, documents), gather_row(value, documents)
@@ -170,10 +193,10 @@ def packed_attention(
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Span, Scores, Sight], torch.Tensor]
 
 
-def choose_kernel(query: torch.Tensor, scores: Scores, sight: Sight) -> Kernel:
+def choose_kernel(query: torch.Tensor, value: torch.Tensor, scores: Scores, sight: Sight) -> Kernel:
     """Return the fastest kernel that is exact for these scores on the query's device and dtype."""
     is_half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and is_half:
+    if query.is_cuda and is_half and max(query.shape[-1], value.shape[-1]) <= KERNEL_HEAD_SIZE:
         return _attend_varlen if scores.is_plain and sight.chunk is None else _attend_flex
     return _attend_by_document if scores.is_plain else _attend_eagerly
 
@@ -181,7 +204,7 @@ def choose_kernel(query: torch.Tensor, scores: Scores, sight: Sight) -> Kernel:
 def _attend_by_document(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, span: Span, scores: Scores, sight: Sight
 ) -> torch.Tensor:
-    if query.is_cuda:  # float32: only the kernel that holds [queries, keys] of every head takes grouped heads
+    if query.is_cuda:  # only a kernel that holds [queries, keys] of every head would take grouped heads here
         key, value = (_one_per_head(x, query.shape[1]) for x in (key, value))
     parts, grouped = [], query.shape[1] != key.shape[1]
     for q, k, v in _each_document(query, key, value, span):
@@ -237,7 +260,8 @@ def _one_per_head(x_BGTD: torch.Tensor, num_heads: int) -> torch.Tensor:
 def _attend_varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, span: Span, scores: Scores, sight: Sight
 ) -> torch.Tensor:
-    num_rows = query.shape[0]
+    num_rows, value_size = query.shape[0], value.shape[-1]
+    query, key, value = same_head_size(query, key, value)
     query_THD, key_TGD, value_TGD = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     ends = [span.query_bounds, span.key_bounds]
     if num_rows > 1:  # rows of one document each
@@ -246,7 +270,16 @@ def _attend_varlen(
     longest = [max(b - a for a, b in pairwise(end)) for end in ends]
     size = (sight.window - 1 if sight.window else -1, 0)  # the last query is aligned with the last key
     out_THD = varlen_attention(query_THD, key_TGD, value_TGD, *bounds, *longest, window_size=size, scale=scores.scale)
-    return out_THD.unflatten(0, (num_rows, -1)).transpose(1, 2)
+    return out_THD.unflatten(0, (num_rows, -1)).transpose(1, 2)[..., :value_size]
+
+
+def same_head_size(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return queries, keys and values with zeros up to one size of head, a multiple of 8, as varlen attention needs.
+
+    Neither scores nor the values' own part of the output change. The scores' scale must be that of the real size.
+    """
+    size = -8 * (max(x.shape[-1] for x in tensors) // -8)
+    return tuple(x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1])) for x in tensors)
 
 
 def _attend_flex(

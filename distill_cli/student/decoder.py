@@ -23,10 +23,13 @@ PROBES = (-200.0, -30.0, -5.0, -0.5, 0.0, 0.25, 1.0, 20.0, 100.0)
 
 def decoder_of(lm: PreTrainedModel) -> nn.Module:
     """Return the module that turns token ids into the hidden states that the head reads."""
-    found = (lm.get_decoder(), lm.base_model)
+    candidates = (lm.get_decoder(), lm.base_model)
     embedding = lm.get_input_embeddings()
     holders = (child for child in lm.children() if any(part is embedding for part in child.modules()))
-    return next(module for module in (*found, *holders) if isinstance(module, nn.Module) and module is not lm)
+    found = next(module for module in (*candidates, *holders) if isinstance(module, nn.Module) and module is not lm)
+    if isinstance(found, PreTrainedModel) and found.get_output_embeddings() is not None:
+        return decoder_of(found)  # Llama 4's wrapper holds a whole causal LM
+    return found
 
 
 def layers_of(lm: PreTrainedModel) -> list[nn.Module]:
@@ -69,6 +72,8 @@ def measure_transform(lm: PreTrainedModel) -> LogitTransform:
         made = _forward_from(lm, raw)
     except Exception as error:  # a family's own code, on stubs
         raise ConfigError(f"{problem} ({type(error).__name__}: {error})") from error
+    if made.shape != raw.shape:
+        raise ConfigError(f"{problem} (it makes {len(made)} of {len(raw)})")
     tiny, one, huge = made[:3].tolist()
     cap = huge if huge < HUGE**0.5 else None
     scale = one if cap is None else tiny / TINY

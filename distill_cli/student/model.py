@@ -76,7 +76,7 @@ class Student(nn.Module):
         self.published = published
         self.lm = lm
         self.transform = measure_transform(lm)
-        self.stateful_kinds = Traits.of(lm.config.to_dict()).stateful_kinds
+        self.needs_rows = Traits.of(lm.config.to_dict()).needs_rows
         self.router_loss = RouterLoss.of(lm, weight=router_aux_loss) if router_aux_loss else None
         self.device = parallel.device if parallel else torch.device("cpu")
         self.tensor = parallel.tensor if parallel and parallel.tensor.size() > 1 else None
@@ -118,7 +118,7 @@ class Student(nn.Module):
             weight = weight.to_local(grad_placements=[Shard(0)])
             bias = None if bias is None else bias.to_local(grad_placements=[Shard(0)])
         out = linear_topk_loss(
-            hidden_1TH[0, batch.rows],
+            hidden_1TH[0, batch.rows].to(weight.dtype),  # Mamba's decoders return float32
             weight,
             batch.scores.topk_ids,
             token_loss,
@@ -130,7 +130,7 @@ class Student(nn.Module):
             bias_V=bias,
             transform=self.transform,
         )
-        if self.router_loss is None:
+        if self.router_loss is None or not batch.num_response_tokens:
             return out.loss, out
         share = batch.num_response_tokens / num_loss_tokens
         return out.loss + share * self.router_loss(router_logits, batch.is_real), out
@@ -138,7 +138,7 @@ class Student(nn.Module):
     def _hidden_states(self, batch: MicroBatch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return the decoder's output for a micro-batch, its rows end to end, [1, T, H]; and its routers' logits."""
         documents = batch.documents
-        assert documents.is_rows or not self.stateful_kinds, f"{self.stateful_kinds} carry state over packed documents"
+        assert documents.is_rows or not self.needs_rows, f"{', '.join(self.needs_rows)}: documents cannot be packed"
         inputs = {"input_ids": documents.batch(batch.input_ids), "position_ids": documents.batch(batch.position_ids)}
         # A mask that hides nothing: else transformers looks for documents in the positions, and finds other bounds.
         mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
@@ -179,13 +179,19 @@ def build_lm(folder: Path, *, trust_remote_code: bool = False) -> tuple[PreTrain
     """
     attention.register()
     disable_progress_bar()
-    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention.NAME}
-    with empty_parameters(), without_dropout(model_config):
-        if (published_class := class_of(model_config)) is not None:
-            lm = published_class._from_config(model_config, **options)
-        else:
-            lm = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code, **options)
+    own_attention = Traits.read(folder).has_own_attention  # read rows of one document each, with a mask of its own
+    options: dict[str, Any] = {"attn_implementation": "eager" if own_attention else attention.NAME}
+    options["dtype"] = torch.float32
+    try:
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with empty_parameters(), without_dropout(model_config):
+            if (published_class := class_of(model_config)) is not None:
+                lm = published_class._from_config(model_config, **options)
+            else:
+                lm = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # a family's own code, on a config.json that may be damaged
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(f"{folder}: transformers makes no model of its config.json ({why}); correct it") from error
     if lm.can_generate() and (folder / "generation_config.json").is_file():
         lm.generation_config = GenerationConfig.from_pretrained(folder)
     if lm.get_output_embeddings() is None:

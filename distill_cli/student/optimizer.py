@@ -102,7 +102,8 @@ def accumulate_gradient(
     Every rank has the same number of micro-batches (`rollout.pack`), some possibly without loss.
 
     How the global batch is split into ranks and micro-batches changes neither loss nor gradient: each token's loss is
-    divided by the token count of all of them, and gradients are summed.
+    divided by the token count of all of them, and gradients are summed. The loss of routers is apart: it compares the
+    tokens of a micro-batch with each other.
     """
     total_tokens = count_response_tokens(batches, parallel=parallel)
     assert isinstance(student, FSDPModule)
@@ -120,12 +121,12 @@ def accumulate_gradient(
 
 def clip_gradient(student: nn.Module, *, max_norm: float) -> float:
     """Scale the gradient to at most `max_norm` and return its norm before. A collective."""
-    squares = []
-    for params in by_mesh(student.parameters()):
+    squares, groups = [], by_mesh(param for param in student.parameters() if param.grad is not None)
+    for params in groups:
         norm: Any = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
         squares.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     total = torch.linalg.vector_norm(torch.stack(squares)) if len(squares) > 1 else squares[0]
-    for params in by_mesh(student.parameters()):
+    for params in groups:
         torch.nn.utils.clip_grads_with_norm_(params, max_norm, total)
     return float(total)
 

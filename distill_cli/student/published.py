@@ -32,6 +32,8 @@ from distill_cli.models.model_files import files_of
 from distill_cli.student.safetensors_writer import DTYPES, Weights
 
 Tensors = Mapping[str, torch.Tensor]
+COMPARED_ROWS = 64
+"""Rows of a tied parameter that are compared where it is stored twice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,20 +43,23 @@ class Group:
     params: tuple[str, ...]
     """Names in the model; buffers too."""
     tensors: tuple[str, ...]
-    """Names in the files."""
+    """Names in the files. Without a converter all of them are the parameter: a tied one may be stored twice."""
     converter: WeightConverter | None = None
-    """From the files to the model; None if one parameter is one tensor."""
+    """From the files to the model; None if a tensor is the parameter."""
 
 
 class Published:
     """The layout of a model's checkpoint. Build it from a whole model, before it is cut over a mesh."""
 
     def __init__(self, lm: PreTrainedModel, folder: Path) -> None:
-        """Match the folder's tensors with the model's parameters and persistent buffers; nothing is read.
+        """Match the folder's tensors with the model's parameters and persistent buffers.
+
+        Nothing is read but some rows of tied parameters that are stored twice.
 
         Raises:
             ConfigError: the folder lacks a parameter, has one of another shape, or has a tensor that is none of the
-                model's and that the model's family does not ignore; or a conversion cannot be undone.
+                model's and that the model's family does not ignore; a tied parameter is stored with two values; or a
+                conversion cannot be undone.
         """
         self.folder, self.config = folder, lm.config
         self.shapes = {name: torch.Size(shape) for name, shape in model_files.shapes(folder).items()}
@@ -62,12 +67,13 @@ class Published:
         self._renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
         self._converters = [one for one in mapping if isinstance(one, WeightConverter)]
         self._prefix = lm.base_model_prefix
-        state = dict(lm.state_dict())
+        state, names = dict(lm.state_dict()), _first_names(lm)
         self.files = files_of(folder)
-        self.groups = self._group(state)
-        self._check_complete(lm, state)
+        self.groups = self._group(state, names)
+        self._check_complete({names[name] for name in state}, {name for name, _ in lm.named_buffers()}, lm)
         for group in self.groups:
             self._check_shapes(group, state)
+            self._check_copies(group)
         self.keep(state)
 
     @property
@@ -82,7 +88,7 @@ class Published:
         self.groups = [group for group in self.groups if kept.issuperset(group.params)]
         self._group_of = {name: group for group in self.groups for name in group.params}
 
-    def _group(self, state: dict[str, torch.Tensor]) -> list[Group]:
+    def _group(self, state: dict[str, torch.Tensor], first_names: Mapping[str, str]) -> list[Group]:
         sources: dict[str, list[str]] = {}
         converters: dict[str, WeightConverter] = {}
         for name in sorted(self.shapes, key=dot_natural_key):
@@ -91,13 +97,14 @@ class Published:
                 found, pattern = name, None
             if found not in state:
                 continue
+            found = first_names[found]
             sources.setdefault(found, []).append(name)
             if pattern is not None:
                 converters[found] = next(one for one in self._converters if pattern in one.source_patterns)
         groups = []
         for first, names in sources.items():
             if first not in converters:
-                groups.append(Group((first,), (names[-1],)))
+                groups.append(Group((first,), tuple(names)))
                 continue
             group = Group((first,), tuple(names), converters[first])
             groups.append(replace(group, params=tuple(self.convert(group, self._empty(names)))))
@@ -117,7 +124,7 @@ class Published:
     def revert(self, group: Group, tensors: Tensors) -> dict[str, torch.Tensor]:
         """Return a group's stored tensors, given its parameters."""
         if group.converter is None:
-            return {group.tensors[0]: tensors[group.params[0]]}
+            return dict.fromkeys(group.tensors, tensors[group.params[0]])
         reverse: Any = group.converter.reverse_transform()
         first = ""
         for name, tensor in tensors.items():
@@ -136,21 +143,25 @@ class Published:
         prefix = f"{self._prefix}."
         return next((one for one in (name, name.removeprefix(prefix), prefix + name) if one in names), name)
 
-    def _check_complete(self, lm: PreTrainedModel, state: Tensors) -> None:
-        aliases: dict[int, list[str]] = {}  # a tied parameter has several names
-        for name, tensor in _named_tensors(lm):
-            if name in state:
-                aliases.setdefault(id(tensor), []).append(name)
-        found = {name for group in self.groups for name in group.params}
-        missing = [names[0] for names in aliases.values() if not found & set(names)]
-        known = {name for name, _ in lm.named_buffers()}
+    def _check_complete(self, params: set[str], buffers: set[str], lm: PreTrainedModel) -> None:
+        missing = sorted(params - {name for group in self.groups for name in group.params}, key=dot_natural_key)
         ignored = [*(getattr(lm, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
-        extra = [n for n in self.untouched if n not in known and not any(re.search(one, n) for one in ignored)]
+        extra = [n for n in self.untouched if n not in buffers and not any(re.search(one, n) for one in ignored)]
         for what, wrong in (("lack", missing), ("have, and the model lacks,", sorted(extra))):
             if wrong:
                 fix = "the folder is damaged, or its names are not the transformers class's"
                 what = f"its *.safetensors {what} {len(wrong)} tensors, such as {wrong[0]}"
                 raise ConfigError(f"{self.folder}: {what}; {fix}")
+
+    def _check_copies(self, group: Group) -> None:
+        """Compare some rows of a tied parameter that is stored twice: the model has one value for both."""
+        if group.converter is not None or len(group.tensors) == 1:
+            return
+        first = self._some_rows(group.tensors[0])
+        for name in group.tensors[1:]:
+            if not torch.equal(first, self._some_rows(name)):
+                what = f"config.json ties {name} to {group.tensors[0]}, and the files have two values for them"
+                raise ConfigError(f"{self.folder}: {what}; set tie_word_embeddings=false there, or remove one of them")
 
     def _check_shapes(self, group: Group, state: Tensors) -> None:
         stored = self._empty(group.tensors)
@@ -174,13 +185,13 @@ class Published:
         """Yield the model's parameters and persistent buffers under their names in the files.
 
         Args:
-            named: names in the model; a tied parameter may have any of its names.
+            named: names in the model; a tied parameter has the first of its names.
         """
         given = dict(named)
         for group in self.groups:
             values = [(name, given[name]) for name in group.params if name in given]
             if group.converter is None:
-                yield from ((group.tensors[0], value) for _, value in values)
+                yield from ((name, value) for _, value in values for name in group.tensors)
             elif values:
                 shapes = {name: self.shapes[name] for name in group.tensors}
                 yield Converted(shapes, values, partial(self.revert, group))
@@ -208,6 +219,12 @@ class Published:
         with safe_open(self.files[name], framework="pt") as content:
             return content.get_tensor(name)
 
+    def _some_rows(self, name: str) -> torch.Tensor:
+        num_rows = self.shapes[name][0]
+        with safe_open(self.files[name], framework="pt") as content:
+            rows = content.get_slice(name)
+            return torch.cat([rows[row : row + 1] for row in range(0, num_rows, max(1, num_rows // COMPARED_ROWS))])
+
     def name_of(self, param: str) -> str:
         """Return the name in the files of a parameter that is stored as one tensor."""
         (name,) = self._group_of[param].tensors
@@ -219,6 +236,8 @@ def _single(made: Mapping[str, torch.Tensor | list[torch.Tensor]]) -> dict[str, 
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-def _named_tensors(lm: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters and buffers under all of their names; a tied one is the same object."""
-    return chain(lm.named_parameters(remove_duplicate=False), lm.named_buffers(remove_duplicate=False))
+def _first_names(lm: PreTrainedModel) -> dict[str, str]:
+    """Return {name: first name of the same tensor} of parameters and buffers; a tied one has several names."""
+    named = chain(lm.named_parameters(remove_duplicate=False), lm.named_buffers(remove_duplicate=False))
+    first = dict[int, str]()
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}

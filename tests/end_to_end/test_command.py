@@ -150,7 +150,7 @@ def test_doctor_names_fixes(tmp_path: Path) -> None:
 LOSSES = ("forward", "jsd", "mixed", "reverse", "skew_forward", "skew_reverse")
 TYPED = {
     "distill loss=": [f"loss={name}" for name in LOSSES],
-    "distill plan model=": ["model=custom", "model=qwen3_1.7b_4b", "model=tiny"],
+    "distill plan model=ll": ["model=llama3_1b_8b"],
     "distill mod": ["model.", "model="],
     "distill pl": ["plan"],
     "distill plan --me": ["--measure"],

@@ -1,10 +1,13 @@
 """Syncs of families that vLLM stores otherwise than their files: experts, sinks, renamed and shared parameters."""
 
+import json
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
@@ -22,8 +25,30 @@ SAMPLING = SamplingSettings(max_new_tokens=12, ignore_eos=True)
 def test_engine_follows_its_student(process_group, family: str, tmp_path: Path) -> None:
     reference = make_model(family)
     save_model(reference, tmp_path)
-    lm, published = build_lm(tmp_path)
-    settings = EngineSettings(str(tmp_path), max_model_len=96, dtype="float32", untouched=published.untouched)
+    check_sync(reference, tmp_path)
+
+
+def test_a_model_that_is_stored_twice(process_group, tmp_path: Path) -> None:
+    """The tied head beside the embedding, and all of it in Mistral's own format (of which only the names count)."""
+    reference = make_model("gemma")
+    save_model(reference, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in state
+    head = {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
+    save_file(head, tmp_path / "model-00002-of-00002.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
+    places = dict.fromkeys(state, "model-00001-of-00002.safetensors") | dict.fromkeys(
+        head, "model-00002-of-00002.safetensors"
+    )
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    save_file({"tok_embeddings.weight": torch.ones(2, 2)}, tmp_path / "consolidated.safetensors")
+    (tmp_path / "params.json").write_text("{}")
+    check_sync(reference, tmp_path)
+
+
+def check_sync(reference: PreTrainedModel, folder: Path) -> None:
+    lm, published = build_lm(folder)
+    settings = EngineSettings(str(folder), max_model_len=96, dtype="float32", untouched=published.untouched)
     sampler = VllmSampler(settings)
     load_weights(lm, published, device=torch.device("cpu"))
 

@@ -24,7 +24,7 @@ def test_state_gives_documents_their_rows(make_model: MakeModel) -> None:
     found = preflight(job.config)
     assert not found.config.train.packing
     assert found.warnings == ()
-    layout = "rows of one document each: conv layers carry state"
+    layout = "rows of one document each: its conv layers carry state"
     assert step_rows(found)["layout"] == layout
     assert layout_row(found) == layout
     (job,) = compose(pair(make_model("plain"), make_model("t2")))
@@ -36,7 +36,9 @@ def test_state_and_experts_are_not_cut(make_model: MakeModel) -> None:
     teacher = make_model("t")
     conv, experts = pair(make_model("c", **LFM2), teacher), pair(make_model("e", **EXPERTS), teacher)
     context, tensor = [*FEW_RANKS, "mesh.context=2"], [*FEW_RANKS, "mesh.tensor=2"]
-    assert "mesh.context=2: ranks cannot share the sequences of conv layers" in problems_of(*conv, *context)
+    assert "mesh.context=2: ranks cannot share sequences of this student (its conv layers carry state)" in problems_of(
+        *conv, *context
+    )
     assert "mesh.tensor=2: lfm2 has conv layers, which are not cut; set it to 1" in problems_of(*conv, *tensor)
     assert "mesh.tensor=2: qwen2_moe has experts, which are not cut" in problems_of(*experts, *tensor)
 
@@ -121,9 +123,9 @@ def test_cut_weights_of_both_models(family: str, make_model: MakeModel) -> None:
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        ({"num_attention_heads": "four"}, "num_attention_heads=four, must be a number from 1"),
-        ({"num_hidden_layers": [1, 2.5]}, r"num_hidden_layers=\[1, 2.5\], must be a number from 0"),
-        ({"layer_types": "conv"}, "layer_types=conv, must be a list of str"),
+        ({"num_attention_heads": "four"}, "num_attention_heads='four', must be a number from 1"),
+        ({"num_hidden_layers": [1, 2.5]}, r"num_hidden_layers=\[1, 2.5\], must be a number from 1"),
+        ({"layer_types": "conv"}, "layer_types='conv', must be a list of str"),
     ],
 )
 def test_wrong_fields_of_a_config(config: dict[str, Any], problem: str, make_model: MakeModel) -> None:

@@ -205,9 +205,3 @@ def test_zero_bias_changes_no_bit() -> None:
     assert losses[0].equal(losses[1])
     for one, other in zip(*(gradients_of(loss, inputs, with_bias=False) for loss in losses), strict=True):
         assert one.equal(other)
-
-
-def test_identity_neither_scales_nor_caps() -> None:
-    assert IDENTITY.is_identity
-    assert not LogitTransform(scale=2.0).is_identity
-    assert not LogitTransform(soft_cap=30.0).is_identity

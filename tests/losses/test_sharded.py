@@ -43,7 +43,7 @@ def run_head(
     if group is not None:
         weight, bias = weight.chunk(RANKS)[rank], bias.chunk(RANKS)[rank]
     hidden, weight, bias = hidden.requires_grad_(), weight.clone().requires_grad_(), bias.clone().requires_grad_()
-    is_plain = transform.is_identity
+    is_plain = transform == IDENTITY
     loss = DistillLoss(kl_type=kl_type, tail=tail)
     output = linear_topk_loss(
         hidden,

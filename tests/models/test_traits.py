@@ -14,7 +14,7 @@ EXPERTS = {
     **dict.fromkeys(("qwen2_moe", "deepseek_v2", "deepseek_v3", "dots1", "glm4_moe"), Experts(4, 2, 1)),
     **dict.fromkeys(("granitemoeshared", "granitemoehybrid", "qwen3_5_moe_text", "qwen3_next"), Experts(4, 2, 1)),
     "ernie4_5_moe": Experts(4, 2, 2),
-    "llama4_text": Experts(4, 1, 0),
+    **dict.fromkeys(("llama4", "llama4_text"), Experts(4, 1, 0)),
 }
 STATEFUL: dict[str, tuple[dict[str, Any], list[int]]] = {
     "LFM2": ({"full_attn_idxs": [1, 3], "num_hidden_layers": 4}, [0, 2]),
@@ -38,7 +38,7 @@ STATEFUL: dict[str, tuple[dict[str, Any], list[int]]] = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_familys_layers_and_experts(name: str) -> None:
     traits = Traits.of(make_config(name).to_diff_dict())
-    assert traits.crosses_documents == FAMILIES[name].rows
+    assert bool(traits.needs_rows) == FAMILIES[name].rows
     assert traits.experts == EXPERTS.get(name)
     assert traits.is_multimodal == (FAMILIES[name].text is not None)
 

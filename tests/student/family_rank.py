@@ -70,7 +70,7 @@ def train_student(case: dict, folder: Path, loss: DistillLoss) -> tuple[list[flo
     parallel = layout(**mesh, sequence_parallel=mesh["tensor"] > 1, device=torch.device("cpu"))
     lm, published = build_lm(folder)
     student = Student(lm, loss=loss, temperature=1.0, parallel=parallel, published=published)
-    wrap(student, parallel, bf16=False, checkpointing=case.get("checkpointing", "none"))
+    wrap(student, parallel, bf16=case.get("bf16", False), checkpointing=case.get("checkpointing", "none"))
     load_weights(lm, published, device=torch.device("cpu"))
     optimizer = build_optimizer(student, **TRAINING)
     schedule = build_schedule(optimizer, warmup_updates=0, num_updates=NUM_STEPS)

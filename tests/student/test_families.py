@@ -10,7 +10,7 @@ from tests.student.forked import run_cases
 
 pytestmark = pytest.mark.slow
 
-LIMIT = 1e-5
+LIMIT, BF16_LIMIT = 1e-5, 0.02
 CASES = {
     "soft caps, window": {"family": "gemma2"},
     "soft caps, tensor=2": {"family": "gemma2", "ranks": 2, "tensor": 2},
@@ -18,11 +18,15 @@ CASES = {
     "sinks, rows": {"family": "gpt_oss", "rows": True, "checkpointing": "full"},
     "sinks, expert=2": {"family": "gpt_oss", "ranks": 2, "expert": 2, "checkpointing": "selective"},
     "shared keys, inputs per layer": {"family": "gemma4_shared"},
-    "chunks, context=2": {"family": "llama4_text", "ranks": 2, "context": 2},
+    "chunks, a causal LM in a wrapper": {"family": "llama4"},
+    "attention of its own": {"family": "bloom", "ranks": 2},
+    "heads of two sizes": {"family": "deepseek_v2", "ranks": 2, "context": 2},
     "head with bias, parallel attention": {"family": "phi"},
     "scaled logits, packed experts": {"family": "granitemoe"},
     "linear attention, experts, shard=2": {"family": "qwen3_next", "ranks": 2},
     "Mamba-2": {"family": "falcon_h1"},
+    "Mamba, bfloat16": {"family": "mamba", "bf16": True},
+    "sinks, bfloat16": {"family": "gpt_oss", "bf16": True},
     "convolutions": {"family": "lfm2"},
     "latent attention, experts, expert=2": {"family": "deepseek_v3", "ranks": 4, "expert": 2},
     "a text model among towers": {"family": "gemma3"},
@@ -40,7 +44,10 @@ def outcomes() -> dict[str, dict]:
 def test_equal_to_plain_transformers(name: str, outcomes: dict[str, dict]) -> None:
     found = dict(outcomes[name])
     worst = found.pop("worst")
-    assert max(found.values()) < LIMIT, f"{found}, {worst}"
+    if CASES[name].get("bf16"):  # gradients are too coarse to be compared
+        assert found["loss"] < BF16_LIMIT
+    else:
+        assert max(found.values()) < LIMIT, f"{found}, {worst}"
 
 
 def test_what_cannot_be_cut_is_said() -> None:

@@ -44,6 +44,16 @@ def test_gradient_adds_familys_own(family: str, tmp_path: Path) -> None:
     assert found > 2
 
 
+def test_row_of_padding_alone(tmp_path: Path) -> None:
+    student = student_of("qwen3_moe", tmp_path, weight=0.5)
+    rollouts, scores = make_step(0)
+    plan = plan_batch([len(rollouts[1].token_ids)], num_ranks=2, max_tokens=99)
+    (row,) = plan.rows[1]  # the other rank's has the one sequence
+    student(lay_out(row, rollouts[1:2], {0: scores[1]}), num_loss_tokens=torch.tensor(30.0))[0].backward()
+    for name, param in student.lm.named_parameters():
+        assert param.grad is None or not param.grad.any(), name
+
+
 def test_family_without_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="router_aux_loss=0.1: Qwen3ForCausalLM has no auxiliary loss"):
         student_of("qwen3", tmp_path, weight=0.1)
