@@ -18,9 +18,10 @@ from distill_cli.data.registry import resolve_environment, resolve_verifier
 from distill_cli.data.row_check import DataFacts
 from distill_cli.engines.process_setup import hide_broken_packages
 from distill_cli.errors import ConfigError, broken, collect
-from distill_cli.models import known_families, lora_names, model_files, model_pair, tried_families
+from distill_cli.models import known_families, lora_names, model_files, model_pair, tensor_plan, tried_families
 from distill_cli.models.model_files import ModelFiles
 from distill_cli.models.model_pair import Vocabularies
+from distill_cli.models.tensor_names import EMBEDDING, HEAD, LAYER
 from distill_cli.models.traits import Traits
 from distill_cli.resolved import SharedVocabulary
 from distill_cli.types import Example
@@ -43,14 +44,51 @@ def weights(facts: Facts) -> None:
 def causal(facts: Facts, config: Config) -> Iterator[str]:
     """Student and teacher must be decoders that predict the next token."""
     for role, files in (("student", facts.student), ("teacher", facts.teacher)):
-        if files is None:
-            continue
-        named, path = model_files.read_config(files.folder), f"model.{role}.path={files.path}"
-        others = [name for name in named.get("architectures") or () if OTHER_TASKS.search(str(name))]
-        if Traits.read(files.folder).is_encoder_decoder:
-            yield f"{path}: {named.get('model_type')} is an encoder-decoder; give a causal LM"
-        elif others:
-            yield f"{path}: {others[0]} does not predict the next token; give a causal LM"
+        if files is not None and (problem := _causal_problem(files)):
+            yield f"model.{role}.path={files.path}: {problem}; give a causal LM"
+
+
+def _causal_problem(files: ModelFiles) -> str | None:
+    """Return why a model does not predict next tokens; None if it may."""
+    config, traits = model_files.read_config(files.folder), Traits.read(files.folder)
+    text = model_files.text_config(config)
+    if traits.is_encoder_decoder:
+        return f"{traits.family} is an encoder-decoder"
+    for name in config.get("architectures") or ():
+        if OTHER_TASKS.search(name):
+            return f"{name} does not predict the next token"
+    if traits.family in known_families.encoder_families() and not text.get("is_decoder"):
+        return f"{traits.family} is an encoder, which sees the tokens that it is to predict"
+    for name, value in (("use_bidirectional_attention", True), ("is_causal", False)):
+        if text.get(name) is value:
+            return f"{name}={str(value).lower()} in config.json: its tokens see later ones"
+    if text.get("tie_word_embeddings", config.get("tie_word_embeddings")) is False:
+        names = model_files.tensors(files.folder)
+        if any(EMBEDDING.search(name) for name in names) and not any(HEAD.search(name) for name in names):
+            return "it has no head over its vocabulary"
+    return None
+
+
+def sizes(facts: Facts) -> Iterator[str]:
+    """Tensors must have the sizes that config.json says."""
+    for role, files in (("student", facts.student), ("teacher", facts.teacher)):
+        if files is not None and (problem := _size_problem(files)):
+            yield f"model.{role}.path={files.path}: {problem}; correct config.json, or download the model again"
+
+
+def _size_problem(files: ModelFiles) -> str | None:
+    shapes = model_files.text_shapes(files.folder)
+    text, traits = model_files.text_config(model_files.read_config(files.folder)), Traits.read(files.folder)
+    rows = {shape[0] for name, shape in shapes.items() if EMBEDDING.search(name) and len(shape) == 2}
+    if len(rows) == 1 and (found := rows.pop()) != files.vocab_size and traits.quantization is None:
+        return f"config.json says vocab_size={files.vocab_size}, and the embedding has {found} rows"
+    hidden = text.get("hidden_size")
+    if hidden and shapes and traits.quantization is None and not any(hidden in shape for shape in shapes.values()):
+        return f"config.json says hidden_size={hidden}, and no tensor has that size"
+    layers = {int(match[1]) for name in shapes if (match := LAYER.search(name))}
+    if layers and traits.num_layers and traits.num_layers > len(layers):
+        return f"config.json says {traits.num_layers} layers, and the files have {len(layers)}"
+    return None
 
 
 def trainable(config: Config, student: ModelFiles) -> Iterator[str]:
@@ -58,6 +96,10 @@ def trainable(config: Config, student: ModelFiles) -> Iterator[str]:
     traits, path = Traits.read(student.folder), f"model.student.path={student.path}"
     if problem := _class_problem(config, student, traits):
         yield f"{path}: {problem}"
+    if traits.chooses_keys:
+        yield f"{path}: an indexer chooses the keys that its attention sees, which is not trained here; give another"
+    if why := tried_families.failure(traits.family or "", "one rank"):
+        yield f"{path}: students of {traits.family} were tried: {why}; give another"
     quantized = {dtype for dtype, _ in _matrices(student).values()} - model_files.PLAIN_DTYPES
     method = traits.quantization or ", ".join(sorted(quantized))
     if method:
@@ -81,7 +123,11 @@ def _class_problem(config: Config, student: ModelFiles, traits: Traits) -> str |
         return "config.json has no model_type; give a model of transformers"
     if not causal_families:
         return None  # transformers' source is laid out in another way
-    if family in causal_families or (family in families and published in known_families.head_classes()):
+    has_head = published in known_families.head_classes()
+    code = known_families.source_of(family, "modeling") if has_head and family in families else ""
+    if code and not re.search(rf"^class {published}\b", code, re.MULTILINE):
+        return f"config.json names {published}, which is no class of its model_type {family}; correct it"
+    if family in causal_families or (family in families and has_head):
         return None
     if own_code:
         return f"model_type {family} is code in its folder; set model.trust_remote_code=true to run it"
@@ -157,7 +203,8 @@ def pair(
     if config.loss.topk > (size := min(*both.sizes, both.limit or math.inf)):
         yield f"loss.topk={config.loss.topk}: must be at most the vocabulary of {size}"
     keys = ("rollout.max_sequence_length", "eval.max_new_tokens", "data.max_teacher_prompt_tokens")
-    what = ", ".join(f"{key}={attrgetter(key)(config)}" for key in keys)
+    given = {key: value for key in keys if (value := attrgetter(key)(config)) is not None}
+    what = ", ".join(f"{key}={value}" for key, value in given.items())
     longest = {"student": (student, needed_length(config)), "teacher": (teacher, scored_length(config))}
     for role, (model, length) in longest.items():
         if length > (most := model.max_positions or math.inf):
@@ -205,40 +252,66 @@ def positions(config: Config, student: ModelFiles) -> Iterator[str]:
         yield f"{student.path}: has {most} positions, and prompt and answer may take {length}; {fix}"
 
 
+def rotary(config: Config, student: ModelFiles) -> Iterator[str]:
+    """Sequences must be of the lengths for which trainer and sampler rotate alike."""
+    text = model_files.text_config(model_files.read_config(student.folder))
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
+    limit = (
+        text.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") if kind else None
+    )
+    if kind == "longrope" and isinstance(limit, int) and (length := needed_length(config)) > limit:
+        why = f"beyond {limit} tokens the student's frequencies are others in transformers than in vLLM (longrope)"
+        yield f"rollout.max_sequence_length, eval.max_new_tokens: sequences of up to {length} tokens: {why}; lower them"
+
+
+def router(config: Config, student: ModelFiles) -> Iterator[str]:
+    """The family of the student must have the loss that balances its experts."""
+    weight, traits = config.train.router_aux_loss, Traits.read(student.folder)
+    if weight and (traits.experts is None or not traits.has_router_loss):
+        yield f"train.router_aux_loss={weight}: {traits.family} has no auxiliary loss for a router; set it to 0"
+
+
 def tensor_parallel(config: Config, student: ModelFiles) -> None:
-    """The student must divide over mesh.tensor ranks. Raises ConfigError. May import transformers' config classes."""
+    """The student must divide over mesh.tensor ranks. Raises ConfigError."""
     size, traits = config.mesh.tensor, Traits.read(student.folder)
-    if size <= 1:
+    if size <= 1 or _class_problem(config, student, traits) or _causal_problem(student):
         return
     if traits.uncut:
         what = f"{traits.family} has {', '.join(traits.uncut)}, which are not cut"
         raise ConfigError(f"mesh.tensor={size}: {what}; set it to 1")
-    if _class_problem(config, student, traits):
-        return
-    if (why := tried_families.layout_problem(traits.family or "", "tensor")) and "mesh.tensor" not in why:
-        raise ConfigError(f"mesh.tensor={size}: it was tried on {traits.family}, and failed ({why}); set it to 1")
+    text = {"model_type": traits.family, **model_files.text_config(model_files.read_config(student.folder))}
+    declared = tensor_plan.declared_plan(text["model_type"]) or _imported_plan(config, student)
+    tensor_plan.matrix_plan(text, declared)
+    tensor_plan.check_sizes(text, size)
+
+
+def _imported_plan(config: Config, student: ModelFiles) -> dict[str, str] | None:
+    """Return the plan of a family whose config class makes it. Imports transformers and torch. Raises ConfigError."""
     hide_broken_packages()
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.utils.logging import set_verbosity_error
 
-    from distill_cli.parallel.tensor import check_sizes, matrix_plan
-
     set_verbosity_error()  # problems are reported below, in one line
     trusted = config.model.trust_remote_code
     try:
         model = AutoConfig.from_pretrained(student.folder, trust_remote_code=trusted).get_text_config()
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         why = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"{student.folder}: transformers does not take its config.json ({why}); correct it"
         ) from error
-    matrix_plan(model)
-    try:
-        check_sizes(model, size)
-    except (AttributeError, TypeError) as error:
-        what = f"{traits.family} has no single number of heads, or no single size of the MLP"
-        raise ConfigError(f"mesh.tensor={size}: {what} ({error}); set it to 1") from error
+    return getattr(model, "base_model_tp_plan", None)
+
+
+def tried_layouts(config: Config, student: ModelFiles) -> Iterator[str]:
+    """No axis of the mesh may be one over which students of this family were tried, and failed."""
+    family = Traits.read(student.folder).family or ""
+    for axis in tried_families.AXES:
+        size = getattr(config.mesh, axis)
+        if size > 1 and (why := tried_families.failure(family, axis)):
+            yield f"mesh.{axis}={size}: students of {family} were tried: {why}; set it to 1"
 
 
 def expert_parallel(config: Config, student: ModelFiles) -> Iterator[str]:

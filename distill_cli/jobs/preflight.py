@@ -279,13 +279,14 @@ def room(config: Config, warnings: list[str], *, num_params: int, num_trained: i
 
 COMMON_CHECKS: tuple[Check, ...] = (
     *(ask_cluster, use_hub_cache, count_ranks, find_student, find_teacher, model_checks.weights, model_checks.causal),
-    *(read_data, model_checks.names, check_engines),
+    *(model_checks.sizes, read_data, model_checks.names, check_engines),
 )
 EVALUATION_CHECKS: tuple[Check, ...] = (*COMMON_CHECKS, model_checks.positions)
 CHECKS: tuple[Check, ...] = (
     *(*COMMON_CHECKS, model_checks.trainable, model_checks.layout, read_recording, model_checks.recorded),
-    *(model_checks.templates, model_checks.pair, model_checks.tensor_parallel, model_checks.expert_parallel),
-    *(model_checks.adapters, check_offload, predict_memory, check_disk),
+    *(model_checks.templates, model_checks.pair, model_checks.rotary, model_checks.router),
+    *(model_checks.tensor_parallel, model_checks.expert_parallel, model_checks.tried_layouts, model_checks.adapters),
+    *(check_offload, predict_memory, check_disk),
 )
 
 

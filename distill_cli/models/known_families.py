@@ -6,6 +6,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 CONFIGS, CAUSAL_LMS = "CONFIG_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 MASKED_LMS, FOLDERS = "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "SPECIAL_MODEL_TYPE_TO_MODULE_NAME"
@@ -40,11 +41,12 @@ def has_own_attention(code: str) -> bool:
 
 
 @cache
-def modeling_code(family: str) -> str:
-    """Return the source of a family's models, by its `model_type`; empty if it is not where it is expected."""
+def source_of(family: str, kind: Literal["modeling", "configuration"]) -> str:
+    """Return the source of a family's classes, by its `model_type`; empty if it is not where it is expected."""
     models = _models_folder()
     folder = dict(_pairs("auto_mappings.py", FOLDERS) + _pairs("configuration_auto.py", FOLDERS)).get(family, family)
-    file = models / folder / f"modeling_{folder}.py" if models and folder.isidentifier() else None
+    folder = folder.replace("-", "_")
+    file = models / folder / f"{kind}_{folder}.py" if models and folder.isidentifier() else None
     return file.read_text(encoding="utf-8") if file and file.is_file() else ""
 
 
@@ -54,15 +56,6 @@ def head_classes() -> frozenset[str]:
     nodes = (node for statement in _source("modeling_auto.py") for node in ast.walk(statement))
     texts = (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
     return frozenset(text for text in texts if text.isidentifier() and text.endswith(HEADS))
-
-
-@cache
-def class_names(mapping: str = CAUSAL_LMS) -> dict[str, frozenset[str]]:
-    """Return the names of the classes of each `model_type`."""
-    names: dict[str, set[str]] = {}
-    for family, name in _pairs("modeling_auto.py", mapping):
-        names.setdefault(family, set()).add(name)
-    return {family: frozenset(found) for family, found in names.items()}
 
 
 def _keys(file: str, mapping: str) -> frozenset[str]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import ConfigError
-from distill_cli.models.safetensors_header import Header, damaged, read_header
+from distill_cli.models.safetensors_header import LFS_POINTER, Header, damaged, read_header
 from distill_cli.models.tensor_names import EMBEDDING, text_tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -29,8 +30,16 @@ FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
 NOT_FILES = ["*/*", "consolidated*"]
 """Files that are not: the same weights once more, in another format."""
 INDEX = "model.safetensors.index.json"
+ADAPTERS = ("adapter_model.safetensors",)
+OTHER_FORMATS = {
+    "adapter_config.json": ("adapters alone", "give their base model with them merged (peft's merge_and_unload)"),
+    "*.gguf": ("a GGUF file", "give the same model's *.safetensors"),
+    "pytorch_model*.bin": ("pickles, which are not loaded", "load and save it with transformers once"),
+}
+"""Files of folders without *.safetensors of a model: what they are, and what to do."""
 PIECES, PIECE_BYTES = 64, 2**16
 """Pieces of a file that its fingerprint reads, and their size."""
+SHARD = re.compile(r"-of-(\d+)\.safetensors$")
 PLAIN_DTYPES = {"F64", "F32", "F16", "BF16"}
 """Types of weights that are not quantized, in safetensors' notation."""
 MAX_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -63,12 +72,12 @@ class ModelFiles:
         positions = [part[name] for part in parts for name in MAX_POSITIONS if isinstance(part.get(name), int)]
         ends = [part["eos_token_id"] for part in (generation, *parts[::-1]) if part.get("eos_token_id") is not None]
         ids = ends[0] if ends and isinstance(ends[0], list) else ends[:1]
-        if not all(isinstance(one, int) for one in ids):
-            what = (
-                f"eos_token_id={ends[0]} in generation_config.json or config.json, must be a number or a list of them"
-            )
-            raise ConfigError(f"{key}={path}: {what}; correct it")
-        return cls(path, revision, folder, vocab_size(folder), next(iter(positions), None), tuple(sorted({*ids})))
+        size = vocab_size(folder)
+        if not all(isinstance(one, int) and 0 <= one < size for one in ids):
+            rule = f"must be an id below {size}, the vocabulary's size, or a list of them"
+            where = "in generation_config.json or config.json"
+            raise ConfigError(f"{key}={path}: eos_token_id={ends[0]!r:.60} {where}, {rule}; correct it")
+        return cls(path, revision, folder, size, next(iter(positions), None), tuple(sorted({*ids})))
 
     def on_this_machine(self, *, key: str) -> ModelFiles:
         """Return the same with its folder on this machine, whose cache may be elsewhere. Raises ConfigError."""
@@ -93,14 +102,21 @@ def locate(path: str, *, revision: str | None = None, key: str) -> Path:
         problem = "no such folder" if path else "is empty"
         raise ConfigError(f"{key}={path}: {problem}; give a Hugging Face model's folder or its name on the hub")
     not_a_model = f"{key}={path}: not a Hugging Face model (config.json: {{}}); give one".format
+    has_weights = any(name.name not in ADAPTERS for name in folder.glob("*.safetensors"))
+    if not has_weights:
+        for file, (what, fix) in OTHER_FORMATS.items():
+            if any(folder.glob(file)):
+                raise ConfigError(f"{key}={path}: holds {what}; {fix}")
     try:
         config = read_config(folder)
-        if not isinstance(config, dict) or not isinstance(text_config(config), dict):
+        if not isinstance(config, dict) or not isinstance(text := config.get("text_config") or {}, dict):
             raise ConfigError(not_a_model("not an object"))
+        if config.get("text_config") is not None and not text:
+            raise ConfigError(not_a_model("its text_config is empty"))
     except OSError as error:
         raise ConfigError(not_a_model(error.strerror)) from error
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"{key}={path}: no weights are there; *.safetensors are needed (pickles are not loaded)")
+    if not has_weights:
+        raise ConfigError(f"{key}={path}: no weights are there; *.safetensors are needed")
     try:
         vocab_size(folder)
     except ValueError as error:
@@ -133,9 +149,12 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def read_json(file: Path) -> Any:
     """Return the content of a JSON file. Raises ConfigError if it is not JSON."""
+    text = file.read_bytes()
+    if text.startswith(LFS_POINTER):
+        raise ConfigError(f"{file}: is a pointer of Git LFS, not the file; run git lfs pull in its folder")
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not JSON ({str(error)[:100]}); the model's folder is damaged") from error
 
 
@@ -161,8 +180,8 @@ def vocab_size(folder: Path) -> int:
     if not sizes:
         rows = {shape[0] for name, shape in text_shapes(folder).items() if EMBEDDING.search(name)}
         sizes = sorted(rows) if len(rows) == 1 else [None]
-    if not isinstance(sizes[0], int) or sizes[0] < 1:
-        raise ValueError(f"vocab_size={str(sizes[0])[:60]}, must be a number from 1")
+    if not isinstance(sizes[0], int) or isinstance(sizes[0], bool) or sizes[0] < 1:
+        raise ValueError(f"vocab_size={sizes[0]!r:.60}, must be a number from 1")
     return sizes[0]
 
 
@@ -198,12 +217,16 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold a model's weights: those of the index, or `model.safetensors`, or all.
 
     Raises:
-        ConfigError: the index is damaged, or names a file that is not there.
+        ConfigError: the index is damaged, or a file of several is not there.
     """
     index = folder / INDEX
     if not index.is_file():
         single = folder / "model.safetensors"
-        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        found = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        numbers = {int(match[1]) for file in found if (match := SHARD.search(file.name))}
+        if numbers and len(found) != max(numbers):
+            raise damaged(found[0], f"{max(numbers)} files belong together, and {len(found)} are there")
+        return found
     files = [folder / name for name in sorted({*_weight_map(*_state(index)).values()})]
     if missing := [file.name for file in files if not file.is_file()]:
         raise damaged(index, f"{len(missing)} of its {len(files)} files are not there, such as {missing[0]}")
@@ -211,7 +234,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _state(file: Path) -> State:
-    status = file.stat()
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a model whose files can be read") from error
     return file, status.st_size, status.st_mtime_ns
 
 

@@ -131,7 +131,10 @@ def chat_template(folder: Path) -> str | None:
         return file.read_text()
     template = model_files.read_object(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        named = [one for one in template if isinstance(one, dict)]
+        template = next((one.get("template") for one in named if one.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise ConfigError(f"{folder / 'tokenizer_config.json'}: chat_template is no text; correct it")
     return template
 
 

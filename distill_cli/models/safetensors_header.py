@@ -5,6 +5,7 @@ the tensors' bytes, to which the offsets refer (the README of huggingface/safete
 """
 
 import json
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,11 @@ MOST_HEADER_BYTES = 100_000_000
 """The library's own limit."""
 LFS_POINTER = b"version "
 """What a file begins with in a clone made without Git LFS."""
+BITS = {
+    **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "BOOL": 8},
+    **{"U64": 64, "U32": 32, "U16": 16, "U8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4},
+}
+"""Of one element, by dtype; of dtypes that are not listed the size is not checked."""
 
 
 def read_header(file: Path) -> Header:
@@ -48,19 +54,32 @@ def _read(file: Path, size: int, _changed: int) -> Header:
         header = stream.read(begins_at - SIZE_BYTES)
     try:
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        places = sorted((*map(int, entry["data_offsets"]), name) for name, entry in entries.items())
         tensors = {name: _dtype_and_shape(entry) for name, entry in entries.items()}
-        ends = [entry["data_offsets"][1] for entry in entries.values()]
-        expected = begins_at + max(map(int, ends), default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        expected = begins_at + max((end for _, end, _ in places), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise damaged(file, f"no safetensors file: its header cannot be read ({error!r:.100})") from error
+    if not tensors:
+        raise damaged(file, "has no tensors")
     if expected != size:
         what = "is cut" if size < expected else "is too long"
         raise damaged(file, f"{what}: its header describes {expected} bytes, and the file has {size}")
+    end_before = 0
+    for begin, end, name in places:
+        dtype, shape = tensors[name]
+        num_bytes = math.prod(shape) * BITS[dtype] // 8 if dtype in BITS else end - begin
+        if begin != end_before or end - begin != num_bytes:
+            where = f"bytes {begin} to {end}, after those to {end_before}"
+            raise damaged(file, f"{name}, {dtype} of shape {list(shape)}, cannot be at {where}")
+        end_before = end
     return tensors
 
 
 def _dtype_and_shape(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
-    return str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+    shape = tuple(entry["shape"])
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"shape {entry['shape']}")
+    return str(entry["dtype"]), shape
 
 
 def damaged(file: Path, what: str) -> ConfigError:

@@ -73,6 +73,10 @@ class Traits:
     """Its code computes attention itself, past transformers' interface of attention functions."""
     tunes_by_place: bool
     """Attention's temperature grows with a token's place in the row (Llama 4)."""
+    chooses_keys: bool
+    """An indexer chooses the keys that a query sees (DeepSeek-V3.2)."""
+    has_router_loss: bool
+    """Its code has an auxiliary loss that balances its experts."""
 
     @classmethod
     def read(cls, folder: Path) -> Traits:
@@ -94,7 +98,7 @@ class Traits:
         num_layers, kinds = _number(text, NUM_LAYERS), tuple(_kinds(text))
         lists_mlps = bool({"mlp", "moe"} & {*kinds})
         method = [one for part in (config, text) for name in QUANTIZATIONS if (one := part.get(name))]
-        is_windowed = text.get("use_sliding_window", True)
+        is_windowed, code = text.get("use_sliding_window", True), _code(config, text, folder)
         return cls(
             family=config.get("model_type"),
             num_layers=num_layers or len(kinds) or None,
@@ -105,8 +109,10 @@ class Traits:
             quantization=_method(method[0]) if method else None,
             window=_number(text, WINDOWS) if is_windowed else None,
             soft_cap=text.get("final_logit_softcapping"),
-            has_own_attention=known_families.has_own_attention(_code(config, text, folder)),
+            has_own_attention=known_families.has_own_attention(code),
             tunes_by_place="llama4" in str(text.get("model_type")) and text.get("attn_temperature_tuning") is not False,
+            chooses_keys=bool(text.get("index_topk")),
+            has_router_loss=known_families.ROUTER_LOSS in code,
         )
 
     @property
@@ -153,7 +159,7 @@ def _code(config: Mapping[str, Any], text: Mapping[str, Any], folder: Path | Non
     """Return the source of the model: its folder's own, or that of transformers."""
     if config.get("auto_map") and folder is not None:
         return "\n".join(file.read_text(errors="replace") for file in sorted(folder.glob("*.py")))
-    return known_families.modeling_code(str(text.get("model_type") or config.get("model_type")))
+    return known_families.source_of(str(text.get("model_type") or config.get("model_type")), "modeling")
 
 
 def _kinds(config: Mapping[str, Any]) -> Sequence[str]:

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).parent / "families.json"
-LAYOUTS = ("shard", "tensor", "context", "expert")
-"""Axes over which a student was trained on two ranks, and compared with plain transformers."""
+AXES = ("tensor", "context", "expert")
+LAYOUTS = ("shard", *AXES)
+"""How a student was trained on two ranks, and compared with plain transformers."""
+
+WRONG = ("failed", "differs")
+"""What results of layouts begin with that are neither right nor refused."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ def versions() -> dict[str, str]:
     return json.loads(FILE.read_text())["versions"]
 
 
-def layout_problem(family: str, axis: str) -> str | None:
-    """Return why a student of a family cannot be cut over an axis, if that was tried and failed."""
+def failure(family: str, layout: str) -> str | None:
+    """Return how a student of a family came out of a layout (`one rank` or an axis), if that was tried and is wrong."""
     known = tried().get(family)
-    value = known.layouts.get(axis) if known else None
-    return value if isinstance(value, str) else None
+    value = known.layouts.get(layout) if known else None
+    return value if isinstance(value, str) and value.startswith(WRONG) else None

@@ -9,11 +9,10 @@ Every parameter becomes a DTensor on the tensor axis, norms too: the gradient of
 different tokens or heads, and the norm of the gradient counts it once. (transformers itself leaves norms plain and
 gathers logits.)
 
-To add a family whose config declares no plan, or one with other styles, put it into PLANS by its `model_type`.
+To add a family whose config declares no plan, or one with other styles, put it into PLANS (models/tensor_plan.py).
 """
 
 import fnmatch
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,55 +29,13 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.distributed.tensor.placement_types import Placement
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from distill_cli.errors import ConfigError
-from distill_cli.models.traits import Traits
+from distill_cli.models.tensor_plan import check_sizes, matrix_plan
 
-PLANS: dict[str, dict[str, str]] = {}
-"""model_type -> {name pattern of a linear layer under the base model: colwise | rowwise}, for families whose own config
-declares no usable plan."""
-
-TESTED = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 TOKENS, HEADS = 1, 2
 """Dims: tokens of [1, T, H]; heads of [1, T, heads, D]."""
-
-
-def matrix_plan(config: PretrainedConfig) -> dict[str, str]:
-    """Return {name pattern: colwise | rowwise} of the linear layers under the base model.
-
-    Raises:
-        ConfigError: the family has no usable plan.
-    """
-    if uncut := Traits.of(config.to_dict()).uncut:
-        raise ConfigError(f"mesh.tensor: {config.model_type} has {', '.join(uncut)}, which are not cut; set it to 1")
-    plan = PLANS.get(config.model_type) or getattr(config, "base_model_tp_plan", None) or {}
-    matrices = {name: style for name, style in plan.items() if style in ("colwise", "rowwise")}
-    ours = {"replicated_with_grad_allreduce", "embedding_rowwise", "colwise", "rowwise"}  # norms, embedding: as below
-    others = set(plan.values()) - ours
-    if not matrices or others:
-        why = f"its plan has the styles {', '.join(sorted(others))}" if others else "it declares no plan"
-        raise ConfigError(
-            f"mesh.tensor: the family {config.model_type} cannot be cut ({why}); take one of {', '.join(TESTED)} or a "
-            "dense family whose transformers config has a base_model_tp_plan of colwise and rowwise layers, add its "
-            "linear layers to PLANS in distill_cli/parallel/tensor.py, or set mesh.tensor=1"
-        )
-    return matrices
-
-
-def check_sizes(config: PretrainedConfig, size: int) -> None:
-    """Raise ConfigError, with the sizes that are possible, if `size` does not divide the dims that are cut."""
-    cut = {
-        "attention heads": config.num_attention_heads,
-        "key-value heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        "the MLP's size": config.intermediate_size,
-        "the vocabulary": config.vocab_size,
-    }
-    if any(number % size for number in cut.values()):
-        common = math.gcd(*cut.values())
-        fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-        sizes = ", ".join(f"{name} ({number})" for name, number in cut.items() if number % size)
-        raise ConfigError(f"mesh.tensor={size}: does not divide {sizes} of the student; choose one of {fits}")
 
 
 def apply_tensor_parallel(lm: PreTrainedModel, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
@@ -89,8 +46,7 @@ def apply_tensor_parallel(lm: PreTrainedModel, mesh: DeviceMesh, *, sequence_par
     """
     if mesh.size() == 1:
         return
-    config = lm.config.get_text_config()
-    check_sizes(config, mesh.size())
+    check_sizes(lm.config.get_text_config().to_dict(), mesh.size())
     between_layers = Shard(TOKENS) if sequence_parallel else Replicate()
     head, embedding, plan = lm.get_output_embeddings(), lm.get_input_embeddings(), _matrix_styles(lm, between_layers)
     plan[_name_of(lm, embedding)] = VocabularyParallelEmbedding(output=between_layers)
@@ -127,7 +83,9 @@ def _matrix_styles(lm: PreTrainedModel, between_layers: Placement) -> dict[str, 
     rowwise = partial(RowwiseParallel, output_layouts=between_layers)
     styles: dict[str, Callable[[], ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": rowwise}
     plan: dict[str, ParallelStyle] = {}
-    matrices = {f"{_name_of(lm, lm.get_decoder())}.{p}": s for p, s in matrix_plan(lm.config.get_text_config()).items()}
+    config, decoder = lm.config.get_text_config(), _name_of(lm, lm.get_decoder())
+    declared = matrix_plan(config.to_dict(), getattr(config, "base_model_tp_plan", None))
+    matrices = {f"{decoder}.{pattern}": style for pattern, style in declared.items()}
     for name, module in lm.named_modules():
         style = next((style for pattern, style in matrices.items() if fnmatch.fnmatch(name, pattern)), None)
         has_adapter = hasattr(module, "lora_A")

@@ -25,8 +25,9 @@ USABLE_GIB = {24: 22.0, 80: 79.1}
 SPARE = 0.05
 """Share of a card for what the prediction leaves out."""
 CHECKS = (
-    *(model_checks.weights, model_checks.causal, model_checks.trainable, model_checks.layout, model_checks.pair),
-    *(model_checks.tensor_parallel, model_checks.expert_parallel, preflight.check_engines),
+    *(model_checks.weights, model_checks.causal, model_checks.sizes, model_checks.trainable, model_checks.layout),
+    *(model_checks.pair, model_checks.rotary, model_checks.router, model_checks.tensor_parallel),
+    *(model_checks.expert_parallel, model_checks.tried_layouts, preflight.check_engines),
 )
 """Checks of preflight that read the models' folders."""
 MODELS_PAGE = Path(__file__).parents[2] / "docs/models.md"

@@ -93,6 +93,79 @@ def test_a_damaged_index(index: object, why: str, tmp_path: Path) -> None:
         model_files.tensors(tmp_path)
 
 
+TWO = {"a": ("F32", [2], [0, 8]), "b": ("F32", [1], [8, 12])}
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"b": ("F32", [2], [0, 8])}, r"b, F32 of shape \[2\], cannot be at bytes 0 to 8, after those to 8"),
+        ({"a": ("F32", [2], [-5, 8])}, "a, F32 .* cannot be at bytes -5 to 8"),
+        ({"a": ("F32", [3], [0, 8])}, r"a, F32 of shape \[3\], cannot be"),
+        ({"a": ("F16", [2], [0, 8])}, r"a, F16 of shape \[2\], cannot be"),
+        ({"b": ("F32", [1], [9, 13])}, "b, F32 .* after those to 8"),
+        ({"a": ("F32", [-2], [0, 8])}, "its header cannot be read"),
+        ({"a": ("F32", [1.5], [0, 8])}, "its header cannot be read"),
+    ],
+)
+def test_a_header_that_contradicts_itself(
+    changed: dict[str, tuple[str, list[int], list[int]]], why: str, tmp_path: Path
+) -> None:
+    entries = {
+        name: {"dtype": dtype, "shape": shape, "data_offsets": place}
+        for name, (dtype, shape, place) in {**TWO, **changed}.items()
+    }
+    end = max(entry["data_offsets"][1] for entry in entries.values())
+    (tmp_path / "model.safetensors").write_bytes(in_a_file(json.dumps(entries).encode()) + bytes(end))
+    with pytest.raises(ConfigError, match=why):
+        model_files.tensors(tmp_path)
+
+
+def test_a_header_without_tensors(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(in_a_file(b"{}"))
+    with pytest.raises(ConfigError, match="has no tensors"):
+        model_files.tensors(tmp_path)
+
+
+def test_a_file_of_several_is_missed_without_an_index(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(ConfigError, match="2 files belong together, and 1 are there"):
+        model_files.tensors(tmp_path)
+
+
+def test_a_link_into_a_cache_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
+    with pytest.raises(ConfigError, match="model.safetensors: cannot be read"):
+        model_files.tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        ("adapter_config.json", "holds adapters alone; give their base model with them merged"),
+        ("model.Q4_K_M.gguf", r"holds a GGUF file; give the same model's \*.safetensors"),
+        ("pytorch_model-00001-of-00002.bin", "holds pickles, which are not loaded; load and save it with transformers"),
+    ],
+)
+def test_folders_in_other_formats(file: str, why: str, make_model: Callable[..., Path]) -> None:
+    folder = make_model("s")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / file).touch()
+    with pytest.raises(ConfigError, match=f"model.student.path={folder}: {why}"):
+        model_files.locate(str(folder), key="model.student.path")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [("version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), ("[" * 100_000, "not JSON")],
+)
+def test_a_config_that_is_no_json(content: str, why: str, make_model: Callable[..., Path]) -> None:
+    folder = make_model("s")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=f"config.json: .*{why}"):
+        model_files.locate(str(folder), key="model.student.path")
+
+
 def test_vocabulary_size_of_the_weights(make_model: Callable[..., Path]) -> None:
     folder = make_model("s")
     (folder / "config.json").write_text('{"text_config": {"model_type": "gemma3_text"}}')
@@ -106,7 +179,10 @@ def test_vocabulary_size_of_the_weights(make_model: Callable[..., Path]) -> None
     [
         ({"vocab_size": None}, "vocab_size=None, must be a number"),
         ({"text_config": "gemma"}, "not an object"),
-        ({"vocab_size": 8, "eos_token_id": "</s>"}, "eos_token_id=</s>"),
+        ({"vocab_size": True}, "vocab_size=True, must be a number"),
+        ({"vocab_size": 8, "text_config": []}, "its text_config is empty"),
+        ({"vocab_size": 8, "eos_token_id": "</s>"}, "eos_token_id='</s>' .* must be an id below 8"),
+        ({"vocab_size": 8, "eos_token_id": [1, 8]}, r"eos_token_id=\[1, 8\] .* must be an id below 8"),
     ],
 )
 def test_a_wrong_config(config: dict[str, object], why: str, make_model: Callable[..., Path]) -> None:

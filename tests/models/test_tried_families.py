@@ -1,6 +1,6 @@
 """The record of families that were tried, and what `distill ls families` prints of it."""
 
-from distill_cli.models.tried_families import Family, layout_problem, tried
+from distill_cli.models.tried_families import Family, failure, tried
 from distill_cli.verbs.ls import family_lines
 from tests.families import FAMILIES
 
@@ -23,4 +23,4 @@ def test_numbers_are_yes_and_texts_no() -> None:
     assert one.difference == 5e-7
     assert one.is_served
     assert not Family("made_up", {"one rank": "differs by 1e-3 in lm_head"}, {}).trains
-    assert layout_problem("never_tried", "tensor") is None
+    assert failure("never_tried", "tensor") is None
