@@ -1,8 +1,10 @@
 """Packed attention against transformers' own, document by document."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +145,45 @@ def test_attention_of_its_own_is_refused() -> None:
         pass
     with attention.documents_of(Documents((0, 3, 6), is_rows=True)):
         pass
+
+
+@pytest.mark.parametrize("argument", ["position_bias", "block_indices"])
+def test_unknown_tensors_are_refused(argument: str) -> None:
+    mask, q = attention.PackedMask(Documents((0, 3)), attention.Sight()), torch.zeros(1, 1, 3, 8)
+    with pytest.raises(DistillError, match=f"Identity passes {argument} to attention, which is not known here"):
+        attention.packed_attention(torch.nn.Identity(), q, q, q, mask, **{argument: torch.zeros(1)})
+    attention.packed_attention(torch.nn.Identity(), q, q, q, mask, position_ids=torch.arange(3), use_cache=False)
+
+
+@pytest.mark.parametrize("read", [lambda m: m[0], lambda m: 1 + m, lambda m: m.dtype, lambda m: m + torch.zeros(1)])
+def test_masks_are_not_read(read: Callable[[attention.PackedMask], object]) -> None:
+    with pytest.raises(DistillError, match="reads the attention mask itself"):
+        read(attention.PackedMask(Documents((0, 3)), attention.Sight()))
+
+
+def test_heads_of_two_sizes_in_one() -> None:
+    """As varlen attention takes them: latent attention has values of another size than queries and keys."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, 5, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+    v = torch.randn(1, 2, 5, 7, generator=generator, dtype=torch.float64)
+    padded = attention.same_head_size(q, k, v)
+    assert [x.shape[-1] for x in padded] == [16] * 3
+    out = torch.nn.functional.scaled_dot_product_attention(*padded, is_causal=True, scale=12**-0.5)[..., :7]
+    torch.testing.assert_close(out, dense(q, k, v, (0, 5), None))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sight", "kernel"),
+    [
+        ((128, 128), attention.Sight(window=8), attention._attend_varlen),
+        ((192, 128), attention.Sight(), attention._attend_varlen),
+        ((128, 128), attention.Sight(chunk=8), attention._attend_flex),
+        ((512, 512), attention.Sight(), attention._attend_by_document),
+    ],
+)
+def test_kernels_on_gpus(sizes: tuple[int, int], sight: attention.Sight, kernel: attention.Kernel) -> None:
+    query, value = (SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 2, 3, size)) for size in sizes)
+    assert attention.choose_kernel(query, value, attention.Scores(1.0), sight) is kernel
 
 
 @pytest.mark.gpu
