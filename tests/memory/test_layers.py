@@ -68,7 +68,7 @@ def test_experts_stacked_and_one_by_one() -> None:
     assert layers[0].mlp == 0
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"mamba"}))  # its first version: no prediction
 def test_every_family_has_a_shape(name: str) -> None:
     kind = AutoModelForCausalLM if FAMILIES[name].text is None else AutoModelForImageTextToText
     config = make_config(name)
