@@ -63,9 +63,10 @@ def apply_tensor_parallel(lm: PreTrainedModel, mesh: DeviceMesh, *, sequence_par
         plan[f"{layers}.self_attn"] = PrepareModuleInput(
             input_kwarg_layouts=cut, desired_input_kwarg_layouts=whole, use_local_output=True
         )
-        plan[f"{layers}.mlp"] = PrepareModuleInput(
-            input_layouts=(between_layers,), desired_input_layouts=(Replicate(),), use_local_output=True
-        )
+        by_place: dict[str, Any] = {"input_layouts": (between_layers,), "desired_input_layouts": (Replicate(),)}
+        plan[f"{layers}.mlp"] = PrepareModuleInput(**by_place, use_local_output=True)
+        if any(name.endswith(".attention") for name, _ in lm.named_modules()):  # GPT-NeoX
+            plan[f"{layers}.attention"] = PrepareModuleInput(**by_place, use_local_output=True)
     tied = head.weight is embedding.weight
     parallelize_module(lm, mesh, plan)
     if tied:  # both were cut over the vocabulary, each on its own
