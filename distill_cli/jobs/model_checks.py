@@ -62,7 +62,7 @@ def _causal_problem(files: ModelFiles) -> str | None:
     for name, value in (("use_bidirectional_attention", True), ("is_causal", False)):
         if text.get(name) is value:
             return f"{name}={str(value).lower()} in config.json: its tokens see later ones"
-    if text.get("tie_word_embeddings", config.get("tie_word_embeddings")) is False:
+    if config.get("tie_word_embeddings") is False and not traits.is_multimodal:  # those say it twice
         names = model_files.tensors(files.folder)
         if any(EMBEDDING.search(name) for name in names) and not any(HEAD.search(name) for name in names):
             return "it has no head over its vocabulary"
