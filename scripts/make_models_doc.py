@@ -5,6 +5,7 @@ python scripts/make_models_doc.py --check    fail if it is not current
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from distill_cli.models.tried_families import LAYOUTS, Family, tried, versions
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
+
+
+REFUSED = re.compile(r"mesh\.\w+(?:=\d+)?: (?:the family )?(?:\w+ (?=has |cannot ))?([^;]*)")
+"""A refusal: what follows the key and the family's name, up to what to do instead."""
 
 
 def main() -> int:
@@ -63,13 +68,13 @@ def note(text: str, where: str, notes: dict[str, list[str]]) -> str:
         return ""
     if text == "not tried":
         return text
-    if text.startswith("mesh.tensor"):
-        text = "its layers are not cut"
+    if refused := REFUSED.match(text):
+        text = refused[1]
     text = text.replace("|", "\\|")
     found = notes.setdefault(text, [])
     if where not in found:
         found.append(where)
-    return f"[{list(notes).index(text) + 1}](#notes)"
+    return f"({list(notes).index(text) + 1})"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from distill_cli.checkpoint.saver import Saver, Trainable
 from distill_cli.config.derived import max_engine_mismatch
-from distill_cli.config.schema import Config, OnTruncation
+from distill_cli.config.schema import Config, Dtype, OnTruncation
 from distill_cli.errors import Unrecoverable
 from distill_cli.folders.attempts import Outcome
 from distill_cli.folders.metrics_file import plain
@@ -180,7 +180,10 @@ class Trainer:
         if not mismatch > limit:  # `check_finite` counts a NaN
             return
         what = f"step {step}: sampler and trainer differ by {mismatch:.2g} nats a token (rollout/engine_mismatch)"
-        fix = "run `distill check` to see where; raise rollout.max_engine_mismatch if such a difference is expected"
+        fix = "run `distill check` to see where"
+        if self.config.model.student.dtype is not Dtype.float32:
+            fix += "; if it is rounding, sample with model.student.dtype=float32"
+        fix += "; raise rollout.max_engine_mismatch if such a difference is expected"
         raise Unrecoverable(f"{what}, and the limit is {limit:g}: the sampler writes another model's answers; {fix}")
 
     def check_truncation(self, truncated_rate: float) -> None:
