@@ -45,8 +45,13 @@ def add_adapters(
             what = f"{name} is a {type(layer).__name__}, not a linear layer"
             raise ConfigError(f"model.student.lora.targets: {what}; name others")
     scaling: Any = alpha  # peft declares int
-    settings = peft.LoraConfig(r=rank, lora_alpha=scaling, target_modules=names, bias="none")
-    peft.inject_adapter_in_model(settings, lm, low_cpu_mem_usage=True)
+    # In a model that has a config peft takes the names of shared experts for those of experts, which have other names
+    # in transformers 4, and gives the experts adapters.
+    holder = nn.ModuleDict({"lm": lm})
+    settings = peft.LoraConfig(r=rank, lora_alpha=scaling, target_modules=[f"lm.{name}" for name in names], bias="none")
+    peft.inject_adapter_in_model(settings, holder, low_cpu_mem_usage=True)
+    adapted = {name.removesuffix(f".{A}") for name, _ in lm.named_parameters() if name.endswith(A)}
+    assert adapted == set(names), adapted ^ set(names)
     for param in lm.parameters():
         if bf16 and not param.requires_grad:
             param.data = param.data.to(torch.bfloat16)

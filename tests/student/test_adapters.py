@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distill_cli.checkpoint.store import Checkpoint, check_base
 from distill_cli.config.checks import MAX_ENGINE_RANK
@@ -22,6 +22,7 @@ from distill_cli.models.model_files import ModelFiles, fingerprint
 from distill_cli.student.adapters import A, B, add_adapters, exported_name, initial_value, is_adapter, merged_parameters
 from distill_cli.student.flops import train_flops
 from distill_cli.student.model import Student
+from tests.families import make_config
 
 
 def small_model() -> LlamaForCausalLM:
@@ -44,6 +45,15 @@ def filled(lm: LlamaForCausalLM) -> LlamaForCausalLM:
             value = torch.randn(param.shape, generator=generator) / 4
             lm.get_submodule(name.removesuffix(".weight")).weight = torch.nn.Parameter(value)
     return lm
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_next", "mixtral"])
+def test_shared_experts_are_not_taken_for_experts(family: str) -> None:
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(make_config(family))
+    layers = targeted(shapes_of(lm), None).keys()
+    add_adapters(lm, rank=2, targets=None, bf16=False)
+    assert {name.removesuffix(f".{A}") for name, _ in lm.named_parameters() if name.endswith(A)} == layers
 
 
 def test_merged_sums_equal_those_of_peft() -> None:
