@@ -76,7 +76,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3n_text": Family(
         {**HEAD, "sliding_window": 16, "num_hidden_layers": 4, "layer_types": SLIDING["layer_types"] * 2,
          "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16,
-         "laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "altup_num_inputs": 2},
+         "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4, "altup_num_inputs": 2},
         small_queries=True,
     ),
     "glm": Family(HEAD),
@@ -102,7 +102,7 @@ FAMILIES: dict[str, Family] = {
     "opt": Family({"ffn_dim": 128, "word_embed_proj_dim": 128}),
     "phi": Family(),
     "phi3": Family({"sliding_window": 16}),
-    "phimoe": Family({**LOCAL_EXPERTS, "router_jitter_noise": 0.01}),
+    "phimoe": Family({**LOCAL_EXPERTS, "router_jitter_noise": 0.01, "attention_bias": True, "lm_head_bias": True}),
     "qwen2": Family(),
     "qwen2_moe": Family({**EXPERTS, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1}),
     "qwen3": Family(HEAD),
@@ -124,8 +124,8 @@ FAMILIES: dict[str, Family] = {
     "granitemoe": Family(LOCAL_EXPERTS),
     "granitemoeshared": Family({**LOCAL_EXPERTS, "shared_intermediate_size": 64}),
     "llama4_text": Family({**HEAD, **LOCAL_EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": 128,
-                           "attention_chunk_size": 16, "no_rope_layers": [1, 0], "interleave_moe_layer_step": 1,
-                           "floor_scale": 8}, rows=True),
+                           "attention_chunk_size": 128, "no_rope_layers": [1, 0], "interleave_moe_layer_step": 1},
+                          rows=True),
     "bloom": Family({"n_layer": 2, "n_head": 4}, rows=True),
     "gptj": Family({"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 16}, rows=True),
     "falcon": Family(rows=True),
@@ -181,24 +181,26 @@ FAMILIES |= {
 }  # fmt: skip
 
 
-def make_config(name: str) -> Any:
-    """The family's tiny config; keys that it does not know are left out."""
+def make_config(name: str, **changes: Any) -> Any:
+    """The family's tiny config; keys that it does not know are left out. Changes are the text model's."""
     family = FAMILIES[name]
     if family.text is not None:
-        return CONFIG_MAPPING[name](text_config=make_config(family.text).to_dict(), **family.config)
-    return CONFIG_MAPPING[family.model_type or name](**{**DENSE, **family.config})
+        return CONFIG_MAPPING[name](text_config=make_config(family.text, **changes).to_dict(), **family.config)
+    return CONFIG_MAPPING[family.model_type or name](**{**DENSE, **family.config, **changes})
 
 
-def make_model(family: str, *, seed: int = 0) -> PreTrainedModel:
+def make_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model with random weights, far enough from its initialisation to tell tokens apart."""
     torch.manual_seed(seed)
-    config = make_config(family)
+    config = make_config(family, **changes)
     kind = AutoModelForCausalLM if FAMILIES[family].text is None else AutoModelForImageTextToText
     model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for name, param in model.named_parameters():
             if FAMILIES[family].small_queries and name.endswith("q_norm.weight"):
                 param.fill_(0.1)
+            elif param.ndim >= 2 and not param.any():  # a router's: its experts would tie
+                param.normal_(std=0.04)
             elif param.ndim >= 2 and not name.endswith("A_log"):
                 param.mul_(2.0)
             else:  # norms and biases that differ, so that a wrong gradient of theirs shows

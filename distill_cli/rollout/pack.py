@@ -226,7 +226,9 @@ def lay_out(plan: RowPlan, rollouts: Sequence[Rollout], scores: Mapping[int, Tea
     """
     bounds, none, taken = [0], torch.zeros(0, dtype=torch.int64), []
     columns = [(none, none, none.float(), none.bool(), none.view(0, 2))]  # from `MicroBatch.rows` on
-    tokens, positions = torch.zeros(2, 1, plan.length, dtype=torch.int64)
+    # Padding is a token of the step: a padding token's embedding may be 0, where Gemma 3n's gradient is NaN.
+    tokens = torch.full((1, plan.length), rollouts[0].token_ids[0] if rollouts else 0)
+    positions = torch.zeros(1, plan.length, dtype=torch.int64)
     is_real = torch.zeros(1, plan.length, dtype=torch.bool)
     for member, place in zip(plan.members, plan.places, strict=True):
         rollout, begin = rollouts[member], bounds[-1]

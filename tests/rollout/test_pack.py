@@ -32,7 +32,7 @@ def one_row(rollouts: list[Rollout], *, multiple: int = 1, packing: bool = True)
 
 def test_rows_precede_response_tokens() -> None:
     batch = one_row([rollout([1, 2, 3], [4, 5]), rollout([6], [7, 8, 9])], multiple=4)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0]]
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 1, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]
     assert batch.documents.bounds == (0, 5, 9, 12)
     assert batch.rows.tolist() == [2, 3, 5, 6, 7]
@@ -68,7 +68,7 @@ def test_unpacked_sequences_share_a_length() -> None:
     assert batch.documents.batch(batch.input_ids).shape == (2, 10)
     shared = plan_batch([9, 6], num_ranks=1, max_tokens=100, packing=False, one_row=True)  # by context ranks
     assert not shared.rows[0][0].is_rows
-    assert batch.input_ids[0, 10:].tolist() == [1, 2, 3, 4, 5, 6, 0, 0, 0, 0]
+    assert batch.input_ids[0, 10:].tolist() == [1, 2, 3, 4, 5, 6, 1, 1, 1, 1]
     assert batch.rows.tolist() == [1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14]
 
 

@@ -98,7 +98,7 @@ def differences(case: dict) -> dict[str, float]:
         dist.broadcast_object_list(names)
         folder = Path(names[0])
         if dist.get_rank() == 0:
-            save_model(make_model(case["family"]), folder)
+            save_model(make_model(case["family"], **case.get("config", {})), folder)
         dist.barrier()
         losses, norms, params = train_student(case, folder, loss)
         if dist.get_rank() > 0:  # rank 0 compares
