@@ -99,26 +99,30 @@ def check_layouts(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def check(name: str, overrides: str) -> str:
     """Return `ok`, or what `distill check` said; the check runs in a fork of this process, whose imports it keeps."""
+    with tempfile.TemporaryDirectory() as folder:
+        return check_in(Path(folder), name, overrides).replace(f"{folder}/", "")
+
+
+def check_in(folder: Path, name: str, overrides: str) -> str:
     from distill_cli.config.compose import compose
     from distill_cli.errors import ConfigError
     from distill_cli.folders.run_dir import read_json
     from distill_cli.jobs.preflight import resolve_jobs
     from distill_cli.jobs.scratch_runs import scratch_run, small
 
-    with tempfile.TemporaryDirectory() as folder:
-        run_apart(lambda: make_pair(name, Path(folder)))
-        paths = [f"model.{role}.path={folder}/{role}" for role in ("student", "teacher")]
-        try:
-            jobs = compose(["model=custom", *paths, *TINY.split(), *overrides.split()], [])
-            _, (resolved,) = resolve_jobs(jobs, is_new=False)
-        except ConfigError as error:
-            return " ".join(str(error).split())
-        with scratch_run(small(resolved), root=Path(folder), prefix="check-") as run:
-            problem = run_apart(lambda: run_check(run))
-            if problem:
-                return problem
-            wrong = [one for one in read_json(run.outcome)["findings"] if one["is_good"] is False]
-            return "; ".join(f"{one['what']}: {one['answer']}" for one in wrong) or "ok"
+    run_apart(lambda: make_pair(name, folder))
+    paths = [f"model.{role}.path={folder}/{role}" for role in ("student", "teacher")]
+    try:
+        jobs = compose(["model=custom", *paths, *TINY.split(), *overrides.split()], [])
+        _, (resolved,) = resolve_jobs(jobs, is_new=False)
+    except ConfigError as error:
+        return " ".join(str(error).split())
+    with scratch_run(small(resolved), root=folder, prefix="check-") as run:
+        problem = run_apart(lambda: run_check(run))
+        if problem:
+            return problem
+        wrong = [one for one in read_json(run.outcome)["findings"] if one["is_good"] is False]
+        return "; ".join(f"{one['what']}: {one['answer']}" for one in wrong) or "ok"
 
 
 def make_pair(name: str, folder: Path) -> None:

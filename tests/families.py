@@ -199,7 +199,7 @@ def make_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel
         for name, param in model.named_parameters():
             if FAMILIES[family].small_queries and name.endswith("q_norm.weight"):
                 param.fill_(0.1)
-            elif param.ndim >= 2 and not param.any():  # a router's: its experts would tie
+            elif name.endswith("gate.weight") and not param.any():  # its experts would tie
                 param.normal_(std=0.04)
             elif param.ndim >= 2 and not name.endswith("A_log"):
                 param.mul_(2.0)
