@@ -24,7 +24,7 @@ BITS = {
     **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "BOOL": 8},
     **{"U64": 64, "U32": 32, "U16": 16, "U8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4},
 }
-"""Of one element, by dtype; of dtypes that are not listed the size is not checked."""
+"""Size of one element of each dtype, in bits. Tensors of any other dtype are not checked for their size."""
 
 
 def read_header(file: Path) -> Header:

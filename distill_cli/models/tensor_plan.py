@@ -18,7 +18,7 @@ declares no usable plan."""
 TESTED = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 STYLES = ("colwise", "rowwise")
 OTHER_STYLES = ("replicated_with_grad_allreduce", "embedding_rowwise")
-"""Of norms and the embedding, which parallel/tensor.py lays out itself."""
+"""Styles of norms and the embedding: `parallel/tensor.py` chooses their layout itself."""
 CUT = {
     "attention heads": ("num_attention_heads", "num_attention_heads"),
     "key-value heads": ("num_key_value_heads", "num_attention_heads"),
