@@ -236,12 +236,17 @@ def sampling_params(sampling: SamplingSettings, *, seed: int, max_tokens: int) -
     )
 
 
-def request_params(**fields: Any) -> Any:
-    """Return the `vllm.SamplingParams` of a request whose log-probabilities stay tensors."""
+def request_params(*, score_from: int | None = None, **fields: Any) -> Any:
+    """Return the `vllm.SamplingParams` of a request whose log-probabilities stay tensors.
+
+    Args:
+        score_from: first token of the prompt whose log-probabilities are read.
+    """
     from vllm import SamplingParams
 
+    marks = vllm_patches.KEEP_TENSORS | ({} if score_from is None else {vllm_patches.SCORE_FROM: score_from})
     try:
-        return SamplingParams(extra_args=dict(vllm_patches.KEEP_TENSORS), **fields)
+        return SamplingParams(extra_args=marks, **fields)
     except Exception as error:  # vLLM's validation errors have no common base in the supported versions
         raise DistillError(f"vLLM refuses the sampling settings: {reason(error)}") from error
 

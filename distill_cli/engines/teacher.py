@@ -69,10 +69,11 @@ class VllmTeacher(VllmEngine, Teacher):
         scored = {index: start for index, start in enumerate(response_starts) if start < len(sequences[index])}
         scores = [TeacherScores.empty(self._topk) for _ in sequences]
         # Every request of vLLM samples a token; it is not read.
-        params = request_params(max_tokens=1, temperature=0.0, prompt_logprobs=self._topk, detokenize=False)
+        one = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": self._topk, "detokenize": False}
+        params = [request_params(score_from=start, skip_clone=True, **one) for start in scored.values()]
         try:
             with self._divided_logits():
-                outputs = self.generate([sequences[index] for index in scored], [params] * len(scored))
+                outputs = self.generate([sequences[index] for index in scored], params)
         except Interrupted:
             return scores
         for (index, start), output in zip(scored.items(), outputs, strict=True):
@@ -97,10 +98,10 @@ class VllmTeacher(VllmEngine, Teacher):
 
 def to_scores(output: Any, *, start: int) -> TeacherScores:
     """Return the scores from position `start` on of a `vllm.RequestOutput` that kept its tensors."""
-    # One tuple per chunk of the prompt: ids and log-probabilities of the prompt's own token, then of the top-k. Row i
-    # is the distribution of token i + 1.
-    chunks, rows = output.prompt_logprobs, slice(start - 1, None)
-    ids_RK1, logp_RK1 = (torch.cat([chunk[part] for chunk in chunks])[rows].cpu() for part in (0, 1))
-    assert len(ids_RK1) == len(output.prompt_token_ids) - start, "vLLM left positions of a prompt out"
+    # One tuple per chunk of the prompt: ids and log-probabilities of the prompt's own token, then of the top-k. Rows
+    # are those of the prompt's last tokens, on GPUs of all but the first.
+    chunks, num = output.prompt_logprobs, len(output.prompt_token_ids) - start
+    ids_RK1, logp_RK1 = (torch.cat([chunk[part] for chunk in chunks])[-num:].cpu() for part in (0, 1))
+    assert len(ids_RK1) == num, "vLLM left positions of a prompt out"
     topk_ids, logp_RK1 = ids_RK1[:, 1:].int(), logp_RK1.float()
     return TeacherScores(topk_ids.contiguous(), logp_RK1[:, 1:].contiguous(), logp_RK1[:, 0].contiguous())

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 KEEP_TENSORS = {"distill_keep_tensors": True}
 """`SamplingParams.extra_args` of a request whose log-probabilities stay tensors."""
+SCORE_FROM = "distill_score_from"
+"""Key of `extra_args`: the first token of the prompt whose log-probabilities are read, at least 1."""
+SCORED_LOGITS = 2**24
+"""Logits that are held at a time while prompts are scored on CPUs."""
 
 QUEUES = "vllm.distributed.device_communicators.shm_broadcast"
 CPU_COMMUNICATOR = "vllm.distributed.device_communicators.cpu_communicator"
@@ -155,6 +159,47 @@ def avoid_shared_memory(_share_name: Any) -> Any:
     No longer needed when: the name of vLLM's shared-memory group differs from run to run.
     """
     return lambda *_args, **_kwargs: False
+
+
+@reaches("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._get_prompt_logprobs_dict", only="cpu", replaced=True)
+@reaches("vllm.v1.outputs", "LogprobsTensors")
+def score_responses_together(score_prompts: Any) -> Any:
+    """Score all marked requests of a step together, from `SCORE_FROM` on; the output has no earlier rows. CPU only.
+
+    Symptom: vLLM makes the logits of every token of a prompt, request by request: of prompts that nobody reads, and
+    with calls that take as long as a small model (`scripts/bench_score.py`).
+    No longer needed when: `prompt_logprobs` can start at a token, and are computed for a whole batch.
+    """
+    import torch
+    from vllm.v1.outputs import LogprobsTensors
+
+    def score(self: Any, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
+        rows, targets, lengths, begins = list[torch.Tensor](), list[int](), list[int](), self.query_start_loc.np
+        num_topk = set(self.num_prompt_logprobs.values())
+        for request_id in self.num_prompt_logprobs:
+            request = self.requests[request_id]
+            first = (request.sampling_params.extra_args or {}).get(SCORE_FROM)
+            ids, num_new = request.prompt_token_ids, num_scheduled_tokens.get(request_id, 0)
+            if first is None or ids is None or request.num_computed_tokens or num_new < len(ids) or len(num_topk) > 1:
+                return score_prompts(self, hidden_states, num_scheduled_tokens)
+            begin = int(begins[self.input_batch.req_id_to_index[request_id]])
+            rows.append(torch.arange(begin + first - 1, begin + len(ids) - 1))
+            targets += ids[first:]
+            lengths.append(len(ids) - first)
+        if not rows:
+            return {}
+        row, target, parts = torch.cat(rows), torch.tensor(targets), []
+        size = max(1, SCORED_LOGITS // self.model_config.get_vocab_size())
+        for some, ids in zip(row.split(size), target.split(size), strict=True):
+            scores = self.sampler.compute_logprobs(self.model.compute_logits(hidden_states[some]))
+            parts.append(self.sampler.gather_logprobs(scores, *num_topk, ids)[:3])
+        fields = [torch.cat(field).split(lengths) for field in zip(*parts, strict=True)]
+        scored = list(self.num_prompt_logprobs)
+        for request_id in scored:
+            del self.num_prompt_logprobs[request_id]
+        return {one: LogprobsTensors(*own) for one, *own in zip(scored, *fields, strict=True)}
+
+    return score
 
 
 @reaches("vllm.v1.sample.sampler", "batched_count_greater_than", only="cpu", replaced=True)

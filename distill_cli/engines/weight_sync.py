@@ -1,15 +1,23 @@
 """Receive the student's weights or adapter in its engine: check names and shapes, copy them one by one."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, Shard
 
 from distill_cli.errors import DistillError
 from distill_cli.models import model_files
+
+BUCKET_BYTES = 2**26
+"""Bytes of tensors that are gathered by one collective; a larger tensor has its own."""
+ALIGNMENT = 16
+"""Tensors begin at multiples of it in a bucket, so that their bytes can be read as any dtype."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +97,70 @@ def check_names_and_shapes(
 
 
 def full_tensors(weights: Iterable[Outgoing], *, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Gather one parameter after another. A collective for DTensors: every rank iterates over all, in the same order.
+    """Gather parameters, as many at a time as fit into BUCKET_BYTES. A collective for DTensors: every rank iterates
+    over all, in the same order.
 
     Matrices are cast to `dtype`, if given, before they are gathered: half as many bytes travel to a 16-bit engine.
     Vectors and scalars are not: vLLM keeps some of them (a router's bias) in float32, and casts the others itself.
     """
+    bucket, group = list[tuple[str, DTensor]](), None
     for one in weights:
         if isinstance(one, Converted):
+            yield from _gathered(bucket, group)  # collective
+            bucket = []
             yield from one.convert(dict(full_tensors(one.params, dtype=dtype))).items()  # collective
             continue
         name, tensor = one
         tensor = tensor.make() if isinstance(tensor, Deferred) else tensor.detach()
         if dtype is not None and tensor.ndim > 1:
             tensor = tensor.to(dtype)
-        yield name, whole(tensor)  # collective
+        its_group = _shard_group(tensor)
+        if bucket and (its_group is not group or _num_bytes(tensor, *(other for _, other in bucket)) > BUCKET_BYTES):
+            yield from _gathered(bucket, group)  # collective
+            bucket = []
+        if isinstance(tensor, DTensor) and its_group is not None:
+            bucket, group = [*bucket, (name, tensor)], its_group
+        else:
+            yield name, whole(tensor)  # collective
+    yield from _gathered(bucket, group)  # collective
+
+
+def _num_bytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _shard_group(tensor: torch.Tensor) -> dist.ProcessGroup | None:
+    """Return the ranks that a small tensor's rows, and nothing else, are cut over; None if it is laid out otherwise."""
+    if not isinstance(tensor, DTensor) or _num_bytes(tensor) > BUCKET_BYTES:
+        return None
+    mesh = tensor.device_mesh
+    cut = [axis for axis, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    if len(cut) != 1 or type(tensor.placements[cut[0]]) is not Shard or tensor.placements[cut[0]] != Shard(0):
+        return None
+    return mesh.get_group(cut[0]) if mesh.size(cut[0]) > 1 else None
+
+
+def _gathered(
+    bucket: Sequence[tuple[str, DTensor]], group: dist.ProcessGroup | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gather tensors whose rows are cut over `group` in one collective, as bytes."""
+    if not bucket or group is None:
+        return
+    size, parts, places, length = group.size(), list[torch.Tensor](), list[tuple[int, int, int]](), 0
+    for _, tensor in bucket:
+        rows = -(-tensor.shape[0] // size)  # of all ranks but the last ones
+        local = tensor.to_local().to(tensor.device_mesh.device_type).contiguous()
+        row_bytes = math.prod(tensor.shape[1:]) * tensor.element_size()
+        padded = -(-rows * row_bytes // ALIGNMENT) * ALIGNMENT
+        parts.append(F.pad(local.flatten().view(torch.uint8), (0, padded - local.shape[0] * row_bytes)))
+        places.append((length, rows, row_bytes))
+        length += padded
+    mine = torch.cat(parts)
+    everyone = mine.new_empty(size, length)
+    dist.all_gather_into_tensor(everyone.view(-1), mine, group=group)
+    for (name, tensor), (begin, rows, row_bytes) in zip(bucket, places, strict=True):
+        whole_bytes = everyone[:, begin : begin + rows * row_bytes].reshape(-1)[: tensor.shape[0] * row_bytes]
+        yield name, whole_bytes.view(tensor.dtype).view(tensor.shape)
 
 
 def whole(param: torch.Tensor) -> torch.Tensor:

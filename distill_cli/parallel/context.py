@@ -9,6 +9,7 @@ Shape letters: T tokens of the row, t of this rank, G key-value heads, D head si
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -59,8 +60,9 @@ class Documents:
         length = self.bounds[-1] // (2 * self.size)
         return tuple((piece * length, (piece + 1) * length) for piece in (rank, 2 * self.size - 1 - rank))
 
+    @cached_property
     def spans(self) -> list[Span]:
-        """Return a span for each of this rank's pieces."""
+        """A span for each of this rank's pieces."""
         spans, begin = [], 0
         for first, last in self.pieces(self.rank):
             visible = [(a, min(b, last)) for a, b in pairwise(self.bounds) if a < last and b > first]

@@ -20,7 +20,7 @@ def test_queries_see_their_document_so_far(sizes: list[int], num_ranks: int) -> 
     for rank in range(num_ranks):
         documents = Documents(bounds, rank=rank, size=num_ranks)
         mine = documents.take(torch.arange(bounds[-1]), 0).tolist()
-        for span in documents.spans():
+        for span in documents.spans:
             for (q0, q1), (k0, k1) in zip(pairwise(span.query_bounds), pairwise(span.key_bounds), strict=True):
                 for offset in range(q1 - q0):  # the last query is aligned with the last key
                     last = span.keys[0] + k1 - (q1 - q0) + offset

@@ -92,6 +92,32 @@ def test_caps_and_sinks_are_exact(rows: int, sight: attention.Sight, monkeypatch
 
 
 @pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_short_documents_in_one_call(
+    sight: attention.Sight, soft_cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "SHORT", 6)
+    documents = Documents((0, 4, 5, 9, 20, 26, 29, 33, 35))
+    batches = attention._batches(documents.spans[0], torch.device("cpu"))
+    assert batches.sizes == ((1, 11, 11), (1, 6, 6), (4, 4, 4), (1, 2, 2), (1, 1, 1))
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 35, 4, 8), (1, 35, 2, 8), (1, 35, 2, 8)]
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).transpose(1, 2) for s in shapes)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    mask = attention.PackedMask(documents, sight)
+    out, _ = attention.packed_attention(torch.nn.Identity(), q, k, v, mask, softcap=soft_cap)
+    scores = attention.Scores(8**-0.5, soft_cap)
+    parts = [slice(a, b) for a, b in pairwise(documents.bounds)]
+    expected = torch.cat([dense_scores(q[:, :, p], k[:, :, p], v[:, :, p], sight, scores) for p in parts], dim=2)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+    weight = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    grads = torch.autograd.grad((out.transpose(1, 2) * weight).sum(), leaves)
+    wanted = torch.autograd.grad((expected * weight).sum(), leaves)
+    for one, other in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
 @pytest.mark.parametrize("size", [1, 2])
 def test_flex_kernels_mask_is_equal(size: int, sight: attention.Sight) -> None:
     """Without a gradient: flex attention has none on CPUs."""
@@ -101,7 +127,7 @@ def test_flex_kernels_mask_is_equal(size: int, sight: attention.Sight) -> None:
     scores = attention.Scores(0.5, soft_cap=2.0, sinks_H=sinks)
     for rank in range(size):
         documents = Documents(bounds, rank=rank, size=size)
-        for span in documents.spans():
+        for span in documents.spans:
             rows = documents.take(q, 2)[:, :, span.begin :][:, :, : span.query_bounds[-1]]
             parts = rows, *(x[:, :, slice(*span.keys)] for x in (k, v))
             cpu = torch.device("cpu")
@@ -194,7 +220,7 @@ def test_flash_attention_on_gpus_is_equal(size: int, window: int | None) -> None
     q = torch.randn(1, 4, 64, 32, generator=generator)
     k, v = (torch.randn(1, 2, 64, 32, generator=generator) for _ in range(2))
     for rank in range(size):  # a context rank's queries are fewer than its keys
-        for span in Documents(documents.bounds, rank=rank, size=size).spans():
+        for span in Documents(documents.bounds, rank=rank, size=size).spans:
             rows = Documents(documents.bounds, rank=rank, size=size).take(q, 2)[:, :, span.begin :][
                 :, :, : span.query_bounds[-1]
             ]
