@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 SMALL = ("rollout.prompts_per_step=16", "train.global_batch_size=8", "rollout.save_scores=true", "tracker=none")
 UNMEASURED = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "eval.record_samples=0")
 COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "default": (("train.max_steps=3", "eval.max_samples=32", "rollout.save_scores=true"),),
+    "default": (("train.max_steps=3", "eval.max_samples=32", "rollout.save_scores=true", "cluster.ranks_per_node=1"),),
     "lora": ((*SMALL, *UNMEASURED, "train.max_steps=2", "model.student.lora.rank=8"),),
     "two_ranks": ((*SMALL, *UNMEASURED, "train.max_steps=2", "cluster.ranks_per_node=2", "loss=jsd"),),
     "resume": (

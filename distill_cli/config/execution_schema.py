@@ -112,7 +112,8 @@ class ClusterConfig:
     gpus_per_node: int | None = key(None, at_least=0, evaluation=True)
     """GPUs of each node; null is all visible ones, or all of a cluster's node; 0 runs on CPUs."""
     ranks_per_node: int | None = key(None, at_least=1, evaluation=True)
-    """Processes of each node; null is one per GPU, or one on CPUs. On GPUs it must be the number of GPUs."""
+    """Processes of each node. On GPUs it must be the number of GPUs. null is one per GPU; on this machine's CPU the
+    number that is fastest: one per core for small models, else one; on a cluster's CPUs one."""
     max_restarts: int = key(3, at_least=0)
     """How often a failed run restarts by itself from its newest checkpoint. An attempt that fails before its first step
     is not repeated."""

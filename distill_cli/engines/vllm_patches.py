@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from distill_cli.engines import cpu_gdn, cpu_mamba, model_patches  # noqa: F401, they declare their names
 from distill_cli.engines.process_setup import import_without_scipy, on_cpu
@@ -30,6 +31,8 @@ KEEP_TENSORS = {"distill_keep_tensors": True}
 """`SamplingParams.extra_args` of a request whose log-probabilities stay tensors."""
 SCORE_FROM = "distill_score_from"
 """Key of `extra_args`: the first token of the prompt whose log-probabilities are read, at least 1."""
+DRAWN_AHEAD = 64
+"""Numbers that are drawn from a request's generator at a time."""
 SCORED_LOGITS = 2**24
 """Logits that are held at a time while prompts are scored on CPUs."""
 
@@ -97,7 +100,10 @@ def keep_logprobs_as_tensors(processor_class: Any) -> Any:
         def _update_sample_logprobs(self, logprobs_lists: Any) -> None:
             if self.keeps_tensors:
                 _ids, logp, *_ = logprobs_lists
-                self.logprobs.extend(logp[:, 0].tolist())  # the sampled token comes first
+                if len(logp) == 1:  # the sampled token comes first
+                    self.logprobs.append(logp.item(0))
+                else:
+                    self.logprobs.extend(logp[:, 0].tolist())
             else:
                 super()._update_sample_logprobs(logprobs_lists)
 
@@ -202,17 +208,56 @@ def score_responses_together(score_prompts: Any) -> Any:
     return score
 
 
-@reaches("vllm.v1.sample.sampler", "batched_count_greater_than", only="cpu", replaced=True)
-def skip_token_ranks(_count: Any) -> Any:
+@reaches("vllm.v1.sample.ops.topk_topp_sampler", "TopKTopPSampler.forward_cpu", only="cpu", replaced=True)
+@reaches("vllm.v1.sample.ops.topk_topp_sampler", "apply_top_k_top_p", only="cpu")
+def draw_ahead(sample: Any) -> Any:
+    """Draw many numbers at once from the generator of a request with a seed: the same numbers. CPU only.
+
+    Symptom: one draw a request and token takes a twentieth of the sampling of a small model.
+    No longer needed when: a request's seed is hashed with the number of the token.
+    """
+    import torch
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    drawn = WeakKeyDictionary[Any, list[int]]()  # of generators, until their requests end
+
+    def sample_with_drawn(self: Any, logits: Any, generators: dict[int, Any], k: Any, p: Any) -> Any:
+        is_known = hasattr(torch.ops._C, "fused_gumbel_argmax") and self.logprobs_mode == "raw_logprobs"
+        if not is_known or getattr(self, "use_fp64_gumbel", False) or len(generators) < len(logits):
+            return sample(self, logits, generators, k, p)
+        chosen = [0] * len(logits)
+        for place, generator in generators.items():
+            numbers = drawn.setdefault(generator, [])
+            if not numbers:
+                ahead = torch.randint(0, 2**31, (DRAWN_AHEAD,), generator=generator)
+                numbers.extend(reversed(ahead.tolist()))
+            chosen[place] = numbers.pop()
+        logits = topk_topp_sampler.apply_top_k_top_p(logits, k, p).to(torch.float32)
+        return torch.ops._C.fused_gumbel_argmax(logits, torch.tensor(chosen, dtype=torch.int64)), None
+
+    return sample_with_drawn
+
+
+@reaches("vllm.v1.sample.sampler", "Sampler.gather_logprobs", only="cpu", replaced=True)
+def gather_without_ranks(_gather: Any) -> Any:
     """Leave out the rank of each token among all candidates, which nobody here reads: int64 [T] of -1. CPU only.
 
-    Symptom: the function is compiled at the first request for log-probabilities, 7 to 19 s; without a compiler it costs
-    1.5 times the top-k of a vocabulary of 152k.
+    Symptom: what counts the ranks is compiled at the first request for log-probabilities, 7 to 19 s; without a compiler
+    it costs 1.5 times the top-k of a vocabulary of 152k.
     No longer needed when: ranks are optional in `SamplingParams`.
     """
     import torch
+    from vllm.v1.outputs import LogprobsTensors
 
-    return lambda logp_TV, _sampled_logp_T1: torch.full((len(logp_TV),), -1, device=logp_TV.device)
+    def gather(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
+        ids = token_ids[:, None]
+        values, ranks = logprobs.gather(-1, ids), torch.full((len(ids),), -1)
+        if num_logprobs:
+            top_values, top_ids = torch.topk(logprobs, num_logprobs, dim=-1)
+            ids, values = torch.cat([ids, top_ids], dim=1), torch.cat([values, top_values], dim=1)
+        return LogprobsTensors(ids.int(), values, ranks)
+
+    return staticmethod(gather)
 
 
 @reaches("vllm.model_executor.layers.vocab_parallel_embedding", "get_masked_input_and_mask", only="cpu", replaced=True)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, Shard
 
 from distill_cli.errors import DistillError
+from distill_cli.machine.torch_versions import all_gather
 from distill_cli.models import model_files
 
 BUCKET_BYTES = 2**26
@@ -157,7 +158,7 @@ def _gathered(
         length += padded
     mine = torch.cat(parts)
     everyone = mine.new_empty(size, length)
-    dist.all_gather_into_tensor(everyone.view(-1), mine, group=group)
+    all_gather(everyone.view(-1), mine, group=group)
     for (name, tensor), (begin, rows, row_bytes) in zip(bucket, places, strict=True):
         whole_bytes = everyone[:, begin : begin + rows * row_bytes].reshape(-1)[: tensor.shape[0] * row_bytes]
         yield name, whole_bytes.view(tensor.dtype).view(tensor.shape)

@@ -100,7 +100,7 @@ def check_machine() -> list[Finding]:
     shared_gib = shutil.disk_usage("/dev/shm").free / 2**30 if os.path.isdir("/dev/shm") else 0
     shared = f"{shared_gib:.1f} GiB free in /dev/shm"
     return [
-        Finding("cpus", True, f"{len(os.sched_getaffinity(0))} usable"),
+        Finding("cpus", True, f"{hardware.cores()} usable"),
         Finding("memory", memory_gib > 6, f"{memory_gib:.0f} GiB", "the embedded run needs about 6 GiB"),
         Finding("disk", disk_gib > 5, f"{disk_gib:.0f} GiB free here", "free some, or set run.root elsewhere"),
         Finding("shared memory", shared_gib > 0.5, shared, "mount a larger tmpfs there (docker: --shm-size)"),

@@ -22,7 +22,7 @@ from distill_cli.config.compose import Job
 from distill_cli.config.credentials import credentials_environment
 from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.schema import Config, Dtype
-from distill_cli.config.variation import config_text, save_config
+from distill_cli.config.variation import config_text, override, save_config
 from distill_cli.data.recorded_run import Recording
 from distill_cli.data.row_check import DataFacts, KnownData, check_data
 from distill_cli.engines.settings import tensor_parallel_problem
@@ -30,6 +30,7 @@ from distill_cli.errors import ConfigError, broken, collect, refuse
 from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs import model_checks
+from distill_cli.jobs.cpu_ranks import best_ranks
 from distill_cli.launch.base import LAUNCHERS, launcher_of
 from distill_cli.launch.nodes import make_folder
 from distill_cli.machine import hardware
@@ -155,6 +156,13 @@ def use_hub_cache(config: Config) -> None:
             os.environ["HF_HOME"] = make_folder(folder, "hf_home")
 
 
+def share_cores(facts: Facts, config: Config, student: ModelFiles) -> None:
+    """Choose the number of ranks on this machine's CPU, if it is not given."""
+    on_cpu = launcher_of(config.cluster.launcher).runs_here and not hardware.gpus_per_node(config)
+    if on_cpu and config.cluster.ranks_per_node is None and not facts.problems:
+        facts.config = override(config, {"cluster.ranks_per_node": best_ranks(config, student, facts.teacher)})
+
+
 def count_ranks(facts: Facts, config: Config) -> Iterator[str]:
     """Count the ranks. This machine must have their GPUs, and the installed vLLM must be the build for them."""
     given, jobs, visible = config.cluster.gpus_per_node or 0, config.cluster.parallel_jobs or 1, hardware.visible_gpus()
@@ -278,8 +286,8 @@ def room(config: Config, warnings: list[str], *, num_params: int, num_trained: i
 
 
 COMMON_CHECKS: tuple[Check, ...] = (
-    *(ask_cluster, use_hub_cache, count_ranks, find_student, find_teacher, model_checks.weights, model_checks.causal),
-    *(model_checks.sizes, read_data, model_checks.names, check_engines),
+    *(ask_cluster, use_hub_cache, find_student, find_teacher, model_checks.weights, model_checks.causal),
+    *(model_checks.sizes, share_cores, count_ranks, read_data, model_checks.names, check_engines),
 )
 EVALUATION_CHECKS: tuple[Check, ...] = (*COMMON_CHECKS, model_checks.positions)
 CHECKS: tuple[Check, ...] = (
@@ -335,7 +343,7 @@ def require_here(config: Config, command: str) -> None:
 def unread_keys(cluster: ClusterConfig, overrides: Sequence[str]) -> Iterator[str]:
     """Warn of overrides that the chosen launcher does not read, such as the section of another one."""
     unread = ({*LAUNCHERS} - {cluster.launcher}) | launcher_of(cluster.launcher).unread
-    for key in dict.fromkeys(override.lstrip("+").partition("=")[0] for override in overrides):
+    for key in dict.fromkeys(word.lstrip("+").partition("=")[0] for word in overrides):
         if key.startswith("cluster.") and key.split(".")[1] in unread:
             yield f"{key} has no effect with cluster.launcher={cluster.launcher}"
 

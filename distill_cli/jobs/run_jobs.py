@@ -238,8 +238,7 @@ def run_side_by_side(runs: Sequence[RunDir], resolved: ResolvedRun, *, num_slots
 def start_process(folder: Path, resolved: ResolvedRun, *, slot: int, num_slots: int) -> subprocess.Popen[bytes]:
     """Start a prepared run in a process of its own, with its share of this machine's cores and GPUs."""
     per_node = resolved.ranks.per_node
-    threads = len(os.sched_getaffinity(0)) // (num_slots * per_node)
-    env = {"OMP_NUM_THREADS": str(max(threads, 1)), **os.environ}
+    env = {"OMP_NUM_THREADS": str(hardware.threads_of_rank(num_slots * per_node)), **os.environ}
     if resolved.ranks.on_gpus:
         listed = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = listed.split(",") if listed else list(map(str, range(hardware.visible_gpus())))

@@ -31,6 +31,7 @@ from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, Unrec
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.launch.base import ALONE, Launcher, Place
 from distill_cli.launch.nodes import POLL_S, Command, Leader, node_variables, read_command
+from distill_cli.machine.hardware import threads_of_rank
 from distill_cli.machine.processes import LAUNCHER_PID, describe_exit, die_with_parent
 from distill_cli.machine.torch_versions import torchrun_knows
 from distill_cli.models.model_files import CACHE_ONLY
@@ -180,9 +181,9 @@ def environment(resolved: ResolvedRun) -> dict[str, str]:
         ConfigError: a folder of cluster.* cannot be made here.
     """
     cluster, ranks = resolved.config.cluster, resolved.ranks
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks.per_node)
     # Threads that wait by spinning make a step twenty times slower as soon as anything else wants a core.
-    defaults = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    threads = {"OMP_NUM_THREADS": str(threads_of_rank(ranks.per_node)), "OMP_WAIT_POLICY": "PASSIVE"}
+    defaults = {**threads, "TOKENIZERS_PARALLELISM": "false"}
     env = {**defaults, **os.environ, **node_variables(cluster), CACHE_ONLY: "1", LAUNCHER_PID: str(os.getpid())}
     return env if ranks.on_gpus else env | {"CUDA_VISIBLE_DEVICES": ""}
 

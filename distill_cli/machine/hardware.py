@@ -61,6 +61,21 @@ def gpu_memory() -> int | None:
         return None
 
 
+def cores() -> int:
+    """Return the number of CPUs that this process may use: of its affinity, or of its control group if that is less."""
+    usable = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(usable, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control group, or "max"
+        return usable
+
+
+def threads_of_rank(num_ranks: int) -> int:
+    """Return the threads of each of `num_ranks` ranks that share this machine's CPUs."""
+    return max(1, cores() // num_ranks)
+
+
 def host_memory() -> int:
     """Return the bytes of this machine's memory, or the limit of its control group if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

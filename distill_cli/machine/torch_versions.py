@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
 
 @cache
@@ -46,6 +47,28 @@ def varlen_attention(
         key_TGD, value_TGD = (x.repeat_interleave(num_groups, dim=1) for x in (key_TGD, value_TGD))
     # A tuple only with `return_aux`.
     return varlen_attn(query_THD, key_TGD, value_TGD, *arguments, **keywords)  # type: ignore[return-value]
+
+
+def all_gather(output: torch.Tensor, part: torch.Tensor, *, group: dist.ProcessGroup | None) -> None:
+    """Gather each rank's `part`, one after the other, into `output`. A collective.
+
+    Symptom: torch 2.13 warns that `all_gather_into_tensor` is now `all_gather_single`; 2.11 has only the former.
+    """
+    import torch.distributed as dist
+
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(output, part, group=group)
+
+
+def reduce_scatter(output: torch.Tensor, parts: torch.Tensor, *, group: dist.ProcessGroup | None) -> None:
+    """Sum the ranks' `parts`, and keep this rank's piece of the sum in `output`. A collective.
+
+    Symptom: as for `all_gather`, `reduce_scatter_tensor` is now `reduce_scatter_single`.
+    """
+    import torch.distributed as dist
+
+    reduce: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    reduce(output, parts, op=dist.ReduceOp.SUM, group=group)
 
 
 def varlen_operator() -> object:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distill_cli.machine.torch_versions import all_gather, reduce_scatter
+
 
 @dataclass(frozen=True)
 class Span:
@@ -96,7 +98,7 @@ class _GatherRow(torch.autograd.Function):
         ctx.order = documents.order().to(x_1GtD.device)
         part = x_1GtD.movedim(2, 0).contiguous()
         gathered = part.new_empty(part.shape[0] * documents.size, *part.shape[1:])
-        dist.all_gather_into_tensor(gathered, part, group=documents.group)
+        all_gather(gathered, part, group=documents.group)
         row = torch.empty_like(gathered)
         row[ctx.order] = gathered
         return row.movedim(0, 2)
@@ -106,5 +108,5 @@ class _GatherRow(torch.autograd.Function):
         # Summed in float32: the ranks' parts of a key's gradient may cancel.
         grad = grad_1GTD.movedim(2, 0)[ctx.order].to(torch.promote_types(ctx.dtype, torch.float32)).contiguous()
         mine = grad.new_empty(grad.shape[0] // ctx.documents.size, *grad.shape[1:])
-        dist.reduce_scatter_tensor(mine, grad, op=dist.ReduceOp.SUM, group=ctx.documents.group)
+        reduce_scatter(mine, grad, group=ctx.documents.group)
         return mine.movedim(0, 2).to(ctx.dtype), None

@@ -1,12 +1,16 @@
 """The names inside vLLM that we need: present in this version, and listed if missing."""
 
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import torch
 import vllm  # noqa: F401
 
-from distill_cli.engines import reach, vllm_patches
+from distill_cli.engines import model_patches, reach, vllm_patches
 from distill_cli.engines.reach import REACHES, Reach
+from distill_cli.engines.vllm_patches import apply_patches
 from distill_cli.errors import DistillError
 
 
@@ -57,3 +61,69 @@ def test_either_spelling_of_the_rename_mapper(spelling: str) -> None:
     mapper = type("Mapper", (), {spelling: lambda self: "renaming alone"})()
     assert vllm_patches.rename_mapper(mapper) == "renaming alone"
     assert vllm_patches.rename_mapper(None) is None
+
+
+def test_numbers_drawn_ahead_are_the_requests_own() -> None:
+    """While requests come, go and change places."""
+    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+
+    apply_patches()
+
+    def vllms_own(_self: object, logits: torch.Tensor, generators: dict, *_limits: object) -> tuple:
+        seeds = [torch.randint(0, 2**31, (1,), generator=generators[place]).item() for place in range(len(logits))]
+        return torch.ops._C.fused_gumbel_argmax(logits, torch.tensor(seeds)), None
+
+    sampler = SimpleNamespace(logprobs_mode="raw_logprobs", use_fp64_gumbel=False)
+    sides = [
+        (partial(vllm_patches.draw_ahead(vllms_own), sampler), [torch.Generator() for _ in range(8)]),
+        (partial(vllms_own, sampler), [torch.Generator() for _ in range(8)]),
+    ]
+    for _, generators in sides:
+        for seed, generator in enumerate(generators):
+            generator.manual_seed(seed)
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    for step in range(200):
+        alive = [place for place in range(8) if (step + place) % 9 != 7][: 8 - step // 40]
+        alive = alive[::-1] if step % 3 else alive
+        first, second = (
+            sample(logits[: len(alive)], {place: generators[one] for place, one in enumerate(alive)}, None, None)[0]
+            for sample, generators in sides
+        )
+        assert first.equal(second), step
+    assert TopKTopPSampler.forward_cpu.__name__ == "sample_with_drawn"
+
+
+def test_requests_without_a_seed_are_left_to_vllm() -> None:
+    sampler = SimpleNamespace(logprobs_mode="raw_logprobs", use_fp64_gumbel=False)
+    sample = vllm_patches.draw_ahead(lambda *arguments: "vLLM's")
+    assert sample(sampler, torch.zeros(2, 5), {0: torch.Generator()}, None, None) == "vLLM's"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_in_one_call_are_equal(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    apply_patches()
+    norm, calls = RMSNorm.__new__(RMSNorm), []
+    torch.nn.Module.__init__(norm)
+    generator = torch.Generator().manual_seed(0)
+    norm.weight = torch.nn.Parameter(torch.randn(32, generator=generator, dtype=dtype), requires_grad=False)
+    norm.variance_epsilon, norm.variance_size_override = 1e-6, None
+    norm.has_weight = norm.pass_weight = norm.pass_weight_add = True
+
+    def native(_self: object, x: torch.Tensor, residual: torch.Tensor | None = None) -> object:
+        calls.append(1)
+        total = x.float() if residual is None else x.float() + residual.float()
+        out = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6) * norm.weight
+        return out.to(dtype) if residual is None else (out.to(dtype), total.to(dtype))
+
+    forward = model_patches.normalize_in_one_call(native)
+    x, residual = (torch.randn(6, 4, 32, generator=generator, dtype=dtype) for _ in range(2))
+    heads = x.transpose(0, 1)  # not contiguous, as queries and keys are
+    for inputs in ((x,), (heads,), (x, residual), (heads, residual.transpose(0, 1))):
+        expected, calls_before = native(norm, *inputs), len(calls)
+        found = forward(norm, *(one.clone(memory_format=torch.preserve_format) for one in inputs))
+        torch.testing.assert_close(found, expected)
+        in_one_call = dtype == torch.float32 and (len(inputs) == 1 or inputs[0].is_contiguous())
+        assert len(calls) == calls_before + (not in_one_call)
+    assert RMSNorm.forward_native.__name__ == "forward"

@@ -16,8 +16,8 @@ from distill_cli.engines.weight_sync import Converted, Deferred, full_tensors
 def gather_on_rank(rank: int, store: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(store, 4), rank=rank, world_size=4)
     collectives = []
-    gather_bytes = dist.all_gather_into_tensor
-    dist.all_gather_into_tensor = lambda *args, **kwargs: collectives.append(1) or gather_bytes(*args, **kwargs)
+    gather_bytes = weight_sync.all_gather
+    weight_sync.all_gather = lambda *args, **kwargs: collectives.append(1) or gather_bytes(*args, **kwargs)
     flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "cut"))
     generator = torch.Generator().manual_seed(0)
     rows, columns, copied, both = [Shard(0)], [Shard(1)], [Replicate(), Shard(0)], [Shard(0), Shard(1)]

@@ -1,0 +1,45 @@
+"""How many ranks share this machine's cores, if it is left to distill: the number that trains fastest."""
+
+import math
+
+from distill_cli import memory as predictions
+from distill_cli.config.schema import Config
+from distill_cli.machine import hardware
+from distill_cli.models import param_counts
+from distill_cli.models.model_files import ModelFiles
+
+SEQUENCES_OF_A_RANK = 16
+"""A rank with fewer sequences of an update does not pay for what it does once a token and once a layer."""
+SMALL_PARAMS = 30_000_000
+"""Up to this many parameters a second thread of a rank waits more than it works (docs/performance.md)."""
+
+
+def best_ranks(config: Config, student: ModelFiles, teacher: ModelFiles | None) -> int:
+    """Return the number of ranks for the cores of this machine that a run may use.
+
+    A rank has one thread if the models are small: their operators are too short to be shared, and much of a step is
+    Python, which one core runs. Larger models have one rank with all threads.
+
+    Args:
+        teacher: None if no engine of it is needed.
+    """
+    cores = hardware.cores() // (config.cluster.parallel_jobs or 1)
+    most = min(cores, config.train.global_batch_size // SEQUENCES_OF_A_RANK)
+    models = [files.folder for files in (student, teacher) if files is not None]
+    if most < 2 or max(map(param_counts.count, models)) > SMALL_PARAMS:
+        return 1
+    mesh, engine = config.mesh, config.engine
+    axes = mesh.replicate * mesh.context * mesh.tensor * mesh.expert
+    unit = math.lcm(axes, engine.student.tensor_parallel, engine.teacher.tensor_parallel) or 1
+    numbers = (number for number in range(most, 1, -1) if number % unit == 0)
+    return next((number for number in numbers if _fits(config, student, teacher, number)), 1)
+
+
+def _fits(config: Config, student: ModelFiles, teacher: ModelFiles | None, num_ranks: int) -> bool:
+    device = predictions.Device(hardware.host_memory(), False, num_ranks)
+    folders = student.folder, teacher.folder if teacher is not None else None
+    try:
+        shape = predictions.read_shape(student.folder, config.model.student.lora)
+        return predictions.problem(config, shape, *folders, num_ranks=num_ranks, device=device) is None
+    except predictions.NoPrediction:
+        return False
