@@ -12,6 +12,8 @@ SEQUENCES_OF_A_RANK = 16
 """A rank with fewer sequences of an update does not pay for what it does once a token and once a layer."""
 SMALL_PARAMS = 30_000_000
 """Up to this many parameters a second thread of a rank waits more than it works (docs/performance.md)."""
+PROCESS_BYTES = 2**30
+"""What a rank's libraries hold, which predictions leave out."""
 
 
 def best_ranks(config: Config, student: ModelFiles, teacher: ModelFiles | None) -> int:
@@ -36,7 +38,7 @@ def best_ranks(config: Config, student: ModelFiles, teacher: ModelFiles | None) 
 
 
 def _fits(config: Config, student: ModelFiles, teacher: ModelFiles | None, num_ranks: int) -> bool:
-    device = predictions.Device(hardware.host_memory(), False, num_ranks)
+    device = predictions.Device(hardware.host_memory() - num_ranks * PROCESS_BYTES, False, num_ranks)
     folders = student.folder, teacher.folder if teacher is not None else None
     try:
         shape = predictions.read_shape(student.folder, config.model.student.lora)
