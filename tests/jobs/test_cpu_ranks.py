@@ -28,7 +28,7 @@ def test_ranks_follow_from_cores_and_batch(
     cores: int, overrides: list[str], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "cores", lambda: cores)
-    monkeypatch.setattr(hardware, "host_memory", lambda: 64 << 30)
+    monkeypatch.setattr(hardware, "host_memory", lambda: 256 << 30)
     resolved = preflight(compose(overrides)[0].config)
     assert resolved.ranks.per_node == resolved.config.cluster.ranks_per_node == expected
 
