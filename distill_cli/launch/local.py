@@ -1,16 +1,18 @@
 """Start ranks on this machine with torchrun, watch it, and end all its processes on a stop signal.
 
-torchrun's agent starts every rank in a session of its own, so a signal to the agent's group does not reach them: its
-descendants are ended by process id. Each rank also dies with its agent, and the agent with us (`die_with_parent`).
-The agent ignores the signals that ask a run to stop, which a scheduler sends to every process: it would end its ranks
-before they have saved.
+Every rank is in a session of its own, so a signal to the agent's group does not reach it: the agent's descendants are
+ended by process id. Each rank also dies with its agent, and the agent with us (`die_with_parent`). The agent ignores
+the signals that ask a run to stop, which a scheduler sends to every process: it would end its ranks before they have
+saved.
 
-The agent is this file: `python -m distill_cli.launch.local RUN ATTEMPT <torchrun's arguments>`. A rank that raises
-writes `rank_<n>.error.json` itself. One that is killed cannot, and only the process that torchrun runs in learns its
-exit status. The ranks' errors are not written by torch's `@record`: it needs torch before their output is redirected,
-and its times are whole seconds, within which several ranks may fail.
+torchrun's agent is this file: `python -m distill_cli.launch.local RUN ATTEMPT [--fork=N] <torchrun's arguments>`.
+Ranks on CPUs are forked from it (`forked_ranks`). A rank that raises writes `rank_<n>.error.json` itself. One that is
+killed cannot, and only the process that torchrun runs in learns its exit status. The ranks' errors are not written by
+torch's `@record`: it needs torch before their output is redirected, and its times are whole seconds, within which
+several ranks may fail.
 """
 
+import importlib.util
 import json
 import os
 import shlex
@@ -18,11 +20,12 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -30,6 +33,7 @@ from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, Unrecoverable
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.launch.base import ALONE, Launcher, Place
+from distill_cli.launch.forked_ranks import fork_ranks
 from distill_cli.launch.nodes import POLL_S, Command, Leader, node_variables, read_command
 from distill_cli.machine.hardware import threads_of_rank
 from distill_cli.machine.processes import LAUNCHER_PID, describe_exit, die_with_parent
@@ -37,6 +41,8 @@ from distill_cli.machine.torch_versions import torchrun_knows
 from distill_cli.models.model_files import CACHE_ONLY
 from distill_cli.resolved import ResolvedRun
 
+FORK = "--fork="
+"""The agent's argument with which it forks so many ranks itself."""
 GRACE_S = 3.0
 """Between asking the ranks to end and killing them."""
 
@@ -56,18 +62,25 @@ class Local(Launcher):
             yield f"cluster.nodes={config.cluster.nodes}: cluster.launcher=local is one machine; choose cluster=slurm"
 
     def script(self, resolved: ResolvedRun, *, folder: Path, num_jobs: int = 1) -> str:
-        return shlex.join(command(RunDir(folder), num_ranks=resolved.ranks.per_node))
+        ranks = resolved.ranks
+        return shlex.join(command(RunDir(folder), num_ranks=ranks.per_node, forks=not ranks.on_gpus))
 
 
 LAUNCHER = Local()
 
 
 def command(
-    run: RunDir, options: Sequence[str] = (), *, num_ranks: int, place: Place = ALONE, port: int = 0
+    run: RunDir, options: Sequence[str] = (), *, num_ranks: int, forks: bool, place: Place = ALONE, port: int = 0
 ) -> list[str]:
-    """Return the command that starts a run's ranks on this machine. `options` are arguments of the ranks."""
+    """Return the command that starts a run's ranks on this machine.
+
+    Args:
+        options: arguments of the ranks.
+        forks: fork the ranks from the agent, see `forked_ranks`. Linux only.
+    """
     return [
         *(sys.executable, "-m", "distill_cli.launch.local", str(run.path), str(run.attempt)),
+        *([f"{FORK}{num_ranks}"] if forks and sys.platform == "linux" else []),
         *(*place.torchrun_arguments(port), f"--nproc-per-node={num_ranks}"),
         *("--max-restarts=0", "--signals-to-handle=SIGINT"),
         # Without it torchrun waits 30 s for each rank that must end; `end_tree` does not.
@@ -129,7 +142,8 @@ def start_agent(
     resolved: ResolvedRun, run: RunDir, options: Sequence[str], *, place: Place, port: int
 ) -> subprocess.Popen[bytes]:
     """Start this node's torchrun."""
-    argv = command(run, options, num_ranks=resolved.ranks.per_node, place=place, port=port)
+    ranks = resolved.ranks
+    argv = command(run, options, num_ranks=ranks.per_node, forks=not ranks.on_gpus, place=place, port=port)
     env, begin = environment(resolved), partial(_prepare_agent, launcher=os.getpid())
     with run.torchrun_log(place.node).open("wb") as log:
         # In a session of its own: Ctrl-C reaches us alone, and we end the ranks.
@@ -184,8 +198,23 @@ def environment(resolved: ResolvedRun) -> dict[str, str]:
     # Threads that wait by spinning make a step twenty times slower as soon as anything else wants a core.
     threads = {"OMP_NUM_THREADS": str(threads_of_rank(ranks.per_node)), "OMP_WAIT_POLICY": "PASSIVE"}
     defaults = {**threads, "TOKENIZERS_PARALLELISM": "false"}
-    env = {**defaults, **os.environ, **node_variables(cluster), CACHE_ONLY: "1", LAUNCHER_PID: str(os.getpid())}
+    env = {**defaults, **os.environ, **bytecode_variables(), **node_variables(cluster)}
+    env |= {CACHE_ONLY: "1", LAUNCHER_PID: str(os.getpid())}
     return env if ranks.on_gpus else env | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def bytecode_variables() -> dict[str, str]:
+    """Return what lets ranks keep bytecode in the user's cache, if the installed torch has none and Python writes none.
+
+    Compiling its six thousand modules takes each process 15 s: images that set PYTHONDONTWRITEBYTECODE may have none.
+    """
+    torch = importlib.util.find_spec("torch")  # imports nothing
+    if not sys.dont_write_bytecode or torch is None or torch.origin is None:
+        return {}
+    if Path(importlib.util.cache_from_source(torch.origin)).exists():
+        return {}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distill" / "bytecode"
+    return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(cache)}
 
 
 @contextmanager
@@ -244,12 +273,21 @@ def failure(run: RunDir, *, status: int) -> DistillError:
     return kinds.get(first["kind"], DistillError)(text)
 
 
+def leave(status: int) -> NoReturn:
+    """Exit without the interpreter's own end, which takes a second to free what the agent imported for its ranks."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
+
 def run_agent() -> None:
     """Run torchrun; name the ranks that were killed."""
+    path, attempt, *arguments = sys.argv[1:]
+    if arguments[0].startswith(FORK):
+        fork_ranks(arguments, num_ranks=int(arguments.pop(0).removeprefix(FORK)))
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    path, attempt, *arguments = sys.argv[1:]
     try:
         torchrun(arguments)
     except ChildFailedError as error:
@@ -274,4 +312,9 @@ def record_killed(failures: Mapping[int, Any], run: RunDir) -> None:
 
 
 if __name__ == "__main__":
-    run_agent()
+    try:
+        run_agent()
+    except Exception:
+        traceback.print_exc()
+        leave(1)
+    leave(0)

@@ -8,7 +8,9 @@ import time
 
 import psutil
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *arguments: 0
+"""Looked up here: in a process that was forked while another thread loaded a library, a look-up would not end."""
 LAUNCHER_PID = "DISTILL_LAUNCHER"
 """Environment variable of a rank: the process id of the launcher that started its torchrun."""
 
@@ -22,9 +24,14 @@ def die_with_parent(*, parent: int | None = None) -> None:
     """
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
+
+
+def name_process(name: str) -> None:
+    """Set the name that `top` and `ps -o comm` show of this process. Linux only."""
+    PRCTL(PR_SET_NAME, name.encode())
 
 
 def die_with_torchrun() -> None:

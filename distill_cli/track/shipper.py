@@ -184,10 +184,8 @@ class Shipper:
 
     def _loop(self) -> None:
         wait_s, begin, give_up = self._period_s, True, math.inf
-        # Clients take seconds to import, which must not delay the start of the ranks.
-        while self._run.metrics.stat().st_size == 0 and not self._closing.wait(self._period_s):
-            pass
         while not self._sent and time.monotonic() < give_up:
+            # The first call takes seconds, most of them to import the client, while the ranks' imports occupy one core.
             last = self._closing.wait(wait_s)
             try:
                 ship(self._run, self.tracker, begin=begin, end=self._status if last else None)

@@ -1,5 +1,6 @@
 """The launcher names ranks that failed, and leaves nothing behind; the ranks are small scripts."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -65,6 +66,22 @@ def test_cpu_ranks_see_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for on_gpus, devices in ((False, ""), (True, "0,1")):
         env = local.environment(replace(resolved, ranks=Ranks(1, 2, on_gpus)))
         assert env["CUDA_VISIBLE_DEVICES"] == devices
+
+
+def test_bytecode_is_kept_if_packages_have_none(tmp_path: Path) -> None:
+    code = "import sys; sys.pycache_prefix = sys.argv[1]; from distill_cli.launch.local import bytecode_variables; "
+    code += "print(sorted(bytecode_variables().values()))"
+    cached = tmp_path / str(importlib.util.find_spec("torch").origin).lstrip("/")
+    cached = cached.with_name(f"__init__.{sys.implementation.cache_tag}.pyc")
+    kept = ["", str(tmp_path / "distill/bytecode")]
+    for has_bytecode, writes, expected in ((False, False, kept), (False, True, []), (True, False, [])):
+        if has_bytecode:
+            cached.parent.mkdir(parents=True)
+            cached.touch()
+        env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "" if writes else "1"}
+        argv = [sys.executable, "-c", code, str(tmp_path)]
+        found = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == str(expected)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
