@@ -14,7 +14,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 @pytest.mark.parametrize(
     ("seconds", "slope"), [([1.0, 2.0, 4.0], 1.0), ([3.0, 3.0, 3.0], 0.0), ([1.0, 4.0, 16.0], 2.0)]
 )
-def test_exponents_of_power_laws(seconds: list[float], slope: float) -> None:
+def test_exponents_of_power_laws(seconds: list[int], slope: int) -> None:
     script = runpy.run_path(str(SCRIPTS / "bench_scaling.py"))
     assert script["exponent"]([10, 20, 40], seconds) == pytest.approx(slope)
 
