@@ -59,7 +59,7 @@ def main() -> None:
     peaks = {row["step"]: row["perf/peak_mem_gib"] for row in rows if row["step"] > 0}
     steps = (WARM_UP, (WARM_UP + arguments.steps) // 2, arguments.steps)
     print("| process |", *(f"MiB at step {step} |" for step in steps), "growth |\n" + "|---" * (2 + len(steps)) + "|")
-    failed = False
+    failed = not any(name.startswith("rank") for name in samples)
     for name, found in sorted(samples.items()):
         sizes = [at_step(found, step, times) for step in steps]
         if None not in sizes and max(sizes) >= SMALLEST_MIB:
@@ -81,21 +81,21 @@ def follow(process: psutil.Popen) -> Samples:
         with suppress(psutil.NoSuchProcess):
             for one in (process, *process.children(recursive=True)):
                 with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                    names[one] = name_of(one, process)
-                    samples.setdefault(names[one], []).append((time.time(), one.memory_info().rss))
+                    name = names.get(one) or names.setdefault(one, name_of(one, process))
+                    samples.setdefault(name, []).append((time.time(), one.memory_info().rss))
         time.sleep(PERIOD_S)
     return samples
 
 
 def name_of(process: psutil.Process, command: psutil.Popen) -> str:
-    """Return the name of a process; one that belongs to a rank but is not the rank itself has its id, too."""
+    """Return the name of a process: ranks are children of torchrun's agent, forked from it on CPUs."""
     if process.pid == command.pid:
         return "command"
-    rank, parent = process.environ().get("RANK"), process.parent()
-    if rank is None:
+    parent = process.parent()
+    is_ours = any(argument.startswith(("distill_cli.launch", "distill_cli.ranks")) for argument in process.cmdline())
+    if not is_ours or parent is None:
         return f"process {process.pid}"
-    is_rank = parent is not None and "RANK" not in parent.environ()
-    return f"rank {rank}" if is_rank else f"child of rank {rank} {process.pid}"
+    return f"{'torchrun' if parent.pid == command.pid else 'rank'} ({process.pid})"
 
 
 def at_step(samples: list[tuple[float, int]], step: int, times: dict[int, float]) -> float | None:
