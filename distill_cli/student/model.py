@@ -46,6 +46,8 @@ KEPT = {
     varlen_operator(),  # `attention` on GPUs: one opaque operator
 }
 """Operators whose outputs selective checkpointing keeps: the most expensive ones to recompute."""
+SMALL_BYTES = 2**22
+"""A student of up to this size is gathered whole: each further collective takes longer than the layers around it."""
 
 
 class Student(nn.Module):
@@ -291,7 +293,7 @@ def _keep_products(_context: object, operator: object, *args: Any, cheap: int, *
 
 
 def shard(student: Student, parallel: Parallel, *, bf16: bool, cpu_offload: bool) -> None:
-    """Apply FSDP2: one group per layer, and the root's for embedding, last norm and head.
+    """Apply FSDP2: one group per layer, and the root's for embedding, last norm and head; one in all for small models.
 
     FSDP divides gradients by the number of ranks by default; here they are summed, since the loss is divided already.
     """
@@ -302,7 +304,8 @@ def shard(student: Student, parallel: Parallel, *, bf16: bool, cpu_offload: bool
     )
     offload = CPUOffloadPolicy(pin_memory=parallel.device.type == "cuda") if cpu_offload else OffloadPolicy()
     settings: dict[str, Any] = {"mesh": parallel.fsdp, "mp_policy": policy, "offload_policy": offload}
-    for layer in layers_of(student.lm):
+    is_small = sum(param.numel() * param.element_size() for param in student.parameters()) <= SMALL_BYTES
+    for layer in layers_of(student.lm) if not is_small or parallel.expert.size() > 1 else []:
         if parallel.expert.size() > 1:
             for experts in experts_of(layer):
                 fully_shard(experts, **settings | {"mesh": parallel.expert_fsdp})

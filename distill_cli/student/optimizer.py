@@ -51,7 +51,8 @@ def build_optimizer(
     matrices, vectors = ([param for param in params if (param.ndim > 1) == is_matrix] for is_matrix in (True, False))
     groups = [{"params": group, "weight_decay": weight_decay} for group in by_mesh(matrices)]
     groups += [{"params": group, "weight_decay": 0.0} for group in by_mesh(vectors)]  # none with adapters
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+    on_cpu = all(param.device.type == "cpu" for param in params)  # where torch's default goes parameter by parameter
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=on_cpu or None)
 
 
 def build_schedule(

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distill_cli.student import attention
+from distill_cli.student import attention, model
+
+model.SMALL_BYTES = 0  # the models here are small, and laid out like large ones
 
 ROOT = Path(__file__).parent.parent.parent
 MOST_CASES = 16
