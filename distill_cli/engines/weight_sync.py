@@ -1,4 +1,4 @@
-"""Receive the student's weights or adapter in its engine: check names and shapes, copy them one by one."""
+"""Receive the student's weights or adapter in its engine: check names and shapes, gather them by the bucket."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
