@@ -43,7 +43,8 @@ def main() -> None:
 
         discard()
         status = READER_GONE
-    gc.freeze()  # else the interpreter's end collects garbage several times: a second after MLflow was imported
+    if "torch" not in sys.modules:  # whose bindings would report what is left as leaked
+        gc.freeze()  # else the interpreter's end collects garbage several times: a second after MLflow was imported
     sys.exit(status)
 
 
