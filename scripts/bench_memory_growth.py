@@ -35,7 +35,7 @@ SMALLEST_MIB = 64
 """Smaller processes, such as Python's resource trackers, are left out."""
 
 Samples = dict[str, list[tuple[float, int]]]
-"""Of each process, by name: times and resident bytes."""
+"""Times and resident bytes of each process, by name."""
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from distill_cli.engines import vllm_patches
 from distill_cli.engines.base import AnsweringEngine
+from distill_cli.engines.cpu_sampling import SCORE_FROM
 from distill_cli.engines.family_settings import format_arguments, read_config, supplied_fields
 from distill_cli.engines.process_setup import (
     keep_config_classes,
@@ -244,7 +245,7 @@ def request_params(*, score_from: int | None = None, **fields: Any) -> Any:
     """
     from vllm import SamplingParams
 
-    marks = vllm_patches.KEEP_TENSORS | ({} if score_from is None else {vllm_patches.SCORE_FROM: score_from})
+    marks = vllm_patches.KEEP_TENSORS | ({} if score_from is None else {SCORE_FROM: score_from})
     try:
         return SamplingParams(extra_args=marks, **fields)
     except Exception as error:  # vLLM's validation errors have no common base in the supported versions

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from distill_cli.machine.hardware import threads_of_rank
+
 log = logging.getLogger(__name__)
 
 CHANGED_VARIABLES = (
@@ -46,7 +48,7 @@ def prepare_process() -> None:
     if importlib.util.find_spec("flashinfer") is None:  # vLLM samples with it by default, installed or not
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     # Without it vLLM cuts torch to one thread, the trainer's forward and backward included.
-    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads_per_rank()))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_rank(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
         # Else the CPU worker announces its memory binding. Read when torch is imported.
@@ -162,11 +164,6 @@ def import_transformers() -> None:
     """
     hide_broken_packages()
     import_without_scipy("transformers.generation.candidate_generator", "transformers.loss.loss_utils")
-
-
-def num_threads_per_rank() -> int:
-    """Return this process's share of the CPUs that it may run on."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def fork_ranks(arguments: Sequence[str], *, num_ranks: int) -> None:
 
     Symptom: torchrun can fork a function itself (`start_method`), but then reports one failed rank only, not the killed
     one that others waited for, gives the others 30 s to end, and has threads when it forks.
-    No longer needed when: it reports the exit status of every forked rank, and heeds `--shutdown-timeout`.
+    No longer needed when: it reports the exit status of every forked rank, and respects `--shutdown-timeout`.
     """
     name, *argv = arguments[arguments.index("-m") + 1 :]
     output = os.dup(1)

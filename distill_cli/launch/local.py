@@ -264,7 +264,8 @@ def end_tree(agent: subprocess.Popen[bytes]) -> None:
 def failure(run: RunDir, *, status: int) -> DistillError:
     """Return what went wrong first, in one line, with the path of its log.
 
-    A rank that was killed comes before the errors of those that waited for it.
+    A rank that was killed comes before the errors of those that waited for it. Of several ranks with the same error the
+    lowest is named, whichever was first.
     """
     errors = []
     for file in run.logs.glob("rank_*.error.json"):
@@ -274,7 +275,9 @@ def failure(run: RunDir, *, status: int) -> DistillError:
     if not errors:
         lost = Killed if status < 0 else DistillError
         return lost(f"torchrun {describe_exit(status)}; log: {run.torchrun_log(0)}")
-    first = min(errors, key=lambda error: (error["time"], error["rank"]))
+    what_first = min(errors, key=lambda error: (error["time"], error["rank"])).get("message")
+    alike = (error for error in errors if error.get("message") == what_first)
+    first = min(alike, key=lambda error: error["rank"])
     if first["kind"] == "ConfigError":
         return ConfigError(first["message"])
     kinds: dict[str, type[DistillError]] = {"Killed": Killed, "Unrecoverable": Unrecoverable}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill_cli.engines.process_setup import hide_broken_packages, keep_process_state, num_threads_per_rank
+from distill_cli.engines.process_setup import hide_broken_packages, keep_process_state
 from distill_cli.engines.teacher import VllmTeacher
 
 from .reference import random_sequences
@@ -28,13 +28,6 @@ def test_process_state_is_kept(monkeypatch):
     assert torch.set_num_threads is set_num_threads
     assert torch.get_num_threads() == num_threads
     assert torch.equal(torch.get_rng_state(), random_state)
-
-
-def test_ranks_of_a_node_share_threads(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert num_threads_per_rank() == len(os.sched_getaffinity(0))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100000")
-    assert num_threads_per_rank() == 1
 
 
 def test_an_engine_leaves_the_process_intact(scorer, teacher_settings, monkeypatch):

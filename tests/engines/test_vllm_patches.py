@@ -8,7 +8,7 @@ import pytest
 import torch
 import vllm  # noqa: F401
 
-from distill_cli.engines import model_patches, reach, vllm_patches
+from distill_cli.engines import cpu_sampling, model_patches, reach, vllm_patches
 from distill_cli.engines.reach import REACHES, Reach
 from distill_cli.engines.vllm_patches import apply_patches
 from distill_cli.errors import DistillError
@@ -75,7 +75,7 @@ def test_numbers_drawn_ahead_are_the_requests_own() -> None:
 
     sampler = SimpleNamespace(logprobs_mode="raw_logprobs", use_fp64_gumbel=False)
     sides = [
-        (partial(vllm_patches.draw_ahead(vllms_own), sampler), [torch.Generator() for _ in range(8)]),
+        (partial(cpu_sampling.draw_ahead(vllms_own), sampler), [torch.Generator() for _ in range(8)]),
         (partial(vllms_own, sampler), [torch.Generator() for _ in range(8)]),
     ]
     for _, generators in sides:
@@ -95,7 +95,7 @@ def test_numbers_drawn_ahead_are_the_requests_own() -> None:
 
 def test_requests_without_a_seed_are_left_to_vllm() -> None:
     sampler = SimpleNamespace(logprobs_mode="raw_logprobs", use_fp64_gumbel=False)
-    sample = vllm_patches.draw_ahead(lambda *arguments: "vLLM's")
+    sample = cpu_sampling.draw_ahead(lambda *arguments: "vLLM's")
     assert sample(sampler, torch.zeros(2, 5), {0: torch.Generator()}, None, None) == "vLLM's"
 
 

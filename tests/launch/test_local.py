@@ -60,6 +60,13 @@ def test_the_first_failed_rank_is_named(run: RunDir) -> None:
     assert str(local.failure(run, status=1)) == f"rank 1: ValueError: bad; log: {run.rank_log(1)}"
 
 
+def test_of_ranks_with_the_same_error_the_lowest_is_named(run: RunDir) -> None:
+    for rank, time_s in enumerate((3.0, 2.0, 1.0)):
+        message = "another" if rank == 0 else "ValueError: bad"
+        run.rank_error(rank).write_text(json.dumps({"time": time_s, "message": message}))
+    assert str(local.failure(run, status=1)) == f"rank 1: ValueError: bad; log: {run.rank_log(1)}"
+
+
 def test_cpu_ranks_see_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     resolved = resolved_of("cluster.gpus_per_node=0")

@@ -19,7 +19,7 @@ from transformers.masking_utils import (
 
 from distill_cli.errors import DistillError
 from distill_cli.parallel.context import Documents
-from distill_cli.student import attention
+from distill_cli.student import attention, document_batches
 
 
 def dense(
@@ -96,9 +96,9 @@ def test_caps_and_sinks_are_exact(rows: int, sight: attention.Sight, monkeypatch
 def test_short_documents_in_one_call(
     sight: attention.Sight, soft_cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "SHORT", 6)
+    monkeypatch.setattr(document_batches, "SHORT", 6)
     documents = Documents((0, 4, 5, 9, 20, 26, 29, 33, 35))
-    batches = attention._batches(documents.spans[0], torch.device("cpu"))
+    batches = document_batches.batches_of(documents.spans[0], torch.device("cpu"))
     assert batches.sizes == ((1, 11, 11), (1, 6, 6), (4, 4, 4), (1, 2, 2), (1, 1, 1))
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 35, 4, 8), (1, 35, 2, 8), (1, 35, 2, 8)]
