@@ -1,6 +1,7 @@
 """How many ranks share this machine's cores, if it is left to distill: the number that trains fastest."""
 
 import math
+from collections.abc import Iterable, Iterator
 
 from distill_cli import memory as predictions
 from distill_cli.config.schema import Config
@@ -12,6 +13,8 @@ SEQUENCES_OF_A_RANK = 16
 """A rank with fewer sequences of an update does not pay for what it does once a token and once a layer."""
 SMALL_PARAMS = 30_000_000
 """Up to this many parameters a second thread of a rank waits more than it works (docs/performance.md)."""
+ANSWERS_OF_A_RANK = 64
+"""A rank of an evaluation with fewer answers costs more to start than it saves."""
 PROCESS_BYTES = 2**30
 """What a rank's libraries hold, which predictions leave out."""
 
@@ -25,16 +28,30 @@ def best_ranks(config: Config, student: ModelFiles, teacher: ModelFiles | None) 
     Args:
         teacher: None if no engine of it is needed.
     """
-    cores = hardware.cores() // (config.cluster.parallel_jobs or 1)
-    most = min(cores, config.train.global_batch_size // SEQUENCES_OF_A_RANK)
-    models = [files.folder for files in (student, teacher) if files is not None]
-    if most < 2 or max(map(param_counts.count, models)) > SMALL_PARAMS:
-        return 1
     mesh, engine = config.mesh, config.engine
     axes = mesh.replicate * mesh.context * mesh.tensor * mesh.expert
     unit = math.lcm(axes, engine.student.tensor_parallel, engine.teacher.tensor_parallel) or 1
-    numbers = (number for number in range(most, 1, -1) if number % unit == 0)
+    most = config.train.global_batch_size // SEQUENCES_OF_A_RANK
+    numbers = _candidates(config, (student, teacher), most=most, unit=unit)
     return next((number for number in numbers if _fits(config, student, teacher, number)), 1)
+
+
+def best_evaluation_ranks(config: Config, model: ModelFiles, *, role: str) -> int:
+    """Return the number of ranks for an evaluation of a model with the engine of `role`, as `best_ranks`."""
+    engine, section = getattr(config.engine, role), getattr(config.model, role)
+    try:
+        size = PROCESS_BYTES + predictions.engine_bytes(model.folder, section, engine, gpu_bytes=None)
+    except predictions.NoPrediction:
+        return 1
+    most = min(hardware.host_memory() // size, config.eval.max_samples * config.eval.repeat // ANSWERS_OF_A_RANK)
+    return next(_candidates(config, (model,), most=most, unit=engine.tensor_parallel), 1)
+
+
+def _candidates(config: Config, models: Iterable[ModelFiles | None], *, most: int, unit: int) -> Iterator[int]:
+    """Yield numbers of ranks above one, from `most` downwards; none for models that need all threads."""
+    largest = max(param_counts.count(files.folder) for files in models if files is not None)
+    most = min(most, hardware.cores() // (config.cluster.parallel_jobs or 1))
+    return (number for number in range(most, 1, -1) if largest <= SMALL_PARAMS and number % unit == 0)
 
 
 def _fits(config: Config, student: ModelFiles, teacher: ModelFiles | None, num_ranks: int) -> bool:

@@ -30,7 +30,7 @@ from distill_cli.errors import ConfigError, broken, collect, refuse
 from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs import model_checks
-from distill_cli.jobs.cpu_ranks import best_ranks
+from distill_cli.jobs.cpu_ranks import best_evaluation_ranks, best_ranks
 from distill_cli.launch.base import LAUNCHERS, launcher_of
 from distill_cli.launch.nodes import make_folder
 from distill_cli.machine import hardware
@@ -50,6 +50,8 @@ class Facts:
     """The models that get an engine: `student`, `teacher`."""
     known_data: KnownData
     """Data facts of earlier calls (see `check_data`)."""
+    trains: bool = True
+    """False: an evaluation, by the one model in `roles`."""
     student: ModelFiles | None = None
     teacher: ModelFiles | None = None
     tokenizer: ModelFiles | None = None
@@ -89,7 +91,8 @@ def preflight(config: Config, known_data: KnownData | None = None, problems: Seq
 
 def preflight_evaluation(config: Config, *, role: str) -> ResolvedRun:
     """Check an evaluation of `model.<role>`, which trains nothing. Raises ConfigError with all problems."""
-    return run_checks(Facts(config, (role,), {}, problems=evaluation_problems(config)), EVALUATION_CHECKS)
+    facts = Facts(config, (role,), {}, trains=False, problems=evaluation_problems(config))
+    return run_checks(facts, EVALUATION_CHECKS)
 
 
 def run_checks(facts: Facts, checks: Sequence[Check]) -> ResolvedRun:
@@ -160,7 +163,11 @@ def share_cores(facts: Facts, config: Config, student: ModelFiles) -> None:
     """Choose the number of ranks on this machine's CPU, if it is not given."""
     on_cpu = launcher_of(config.cluster.launcher).runs_here and not hardware.gpus_per_node(config)
     if on_cpu and config.cluster.ranks_per_node is None and not facts.problems:
-        facts.config = override(config, {"cluster.ranks_per_node": best_ranks(config, student, facts.teacher)})
+        if facts.trains:
+            number = best_ranks(config, student, facts.teacher)
+        else:
+            number = best_evaluation_ranks(config, student, role=facts.roles[0])
+        facts.config = override(config, {"cluster.ranks_per_node": number})
 
 
 def count_ranks(facts: Facts, config: Config) -> Iterator[str]:

@@ -4,7 +4,7 @@ import pytest
 
 from distill_cli.config.compose import compose
 from distill_cli.jobs import cpu_ranks
-from distill_cli.jobs.preflight import preflight
+from distill_cli.jobs.preflight import preflight, preflight_evaluation
 from distill_cli.machine import hardware
 
 
@@ -45,6 +45,29 @@ def test_ranks_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "cores", lambda: 4)
     monkeypatch.setattr(hardware, "host_memory", lambda: 3 << 30)
     assert preflight(compose([])[0].config).ranks.per_node == 2
+
+
+@pytest.mark.parametrize(
+    ("cores", "overrides", "expected"),
+    [
+        (2, [], 2),
+        (64, [], 4),  # 256 answers
+        (64, ["eval.repeat=2", "eval.temperature=1"], 8),
+        (64, ["eval.max_samples=10000"], 30),  # what 32 GiB hold
+        (2, ["eval.max_samples=100"], 1),
+        (3, ["engine.student.tensor_parallel=2"], 2),
+        (2, ["cluster.ranks_per_node=1"], 1),
+    ],
+)
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_ranks_of_an_evaluation(
+    cores: int, overrides: list[str], expected: int, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A student alone has no teacher whose memory could be asked for."""
+    monkeypatch.setattr(hardware, "cores", lambda: cores)
+    monkeypatch.setattr(hardware, "host_memory", lambda: 32 << 30)
+    config = compose([word.replace("student", role) for word in overrides])[0].config
+    assert preflight_evaluation(config, role=role).ranks.per_node == expected
 
 
 @pytest.mark.parametrize(
