@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"
+COPIES_DIRECTLY = "_distill_copies_directly"
+"""Attribute of a model that was loaded once: whether tensors are copied into its parameters without a loader."""
 DIGEST_ROWS = 2**22
 """Elements of a tensor that are digested at a time."""
 
@@ -37,8 +39,10 @@ def load_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> No
     model = worker.get_model()
     if worker.device.type == "cpu":
         _forget_kernels(model)
+    if vars(model).get(COPIES_DIRECTLY, True):  # not known before the first time
+        weights = with_direct_copies(model, weights)
     with torch.no_grad():
-        worker.model_runner.reload_weights(weights_iterator=with_direct_copies(model, weights))
+        worker.model_runner.reload_weights(weights_iterator=weights)
     if worker.device.type == "cpu":
         _pack_tied_head(model)
 
@@ -94,6 +98,7 @@ def with_direct_copies(model: Any, weights: Iterator[tuple[str, torch.Tensor]]) 
     copies = _direct_copies(owners)
     with copies:
         yield from weights
+    setattr(model, COPIES_DIRECTLY, bool(copies.by_layer))
     for layer, found in copies.by_layer.items():
         info = layerwise.get_layerwise_info(layer)
         layerwise.materialize_layer(layer, info)
