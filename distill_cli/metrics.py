@@ -126,7 +126,8 @@ STAGES = {
         "rollout.generations_per_prompt set how much is sampled; more ranks or a larger "
         "engine.student.gpu_memory_utilization sample more at once"),
     "pack": Stage("packing sequences into micro-batches", "train.packing"),
-    "score": Stage("the teacher scores the answers", "engine.teacher.gpu_memory_utilization gives the teacher memory; "
+    "score": Stage("the teacher scores the answers, or those that are left when all have ended "
+        "(rollout.score_while_sampling)", "engine.teacher.gpu_memory_utilization gives the teacher memory; "
         "engine.teacher.tensor_parallel splits it; model.teacher.quantization makes it smaller"),
     "train": Stage("forward and backward passes, and the optimizer", "train.micro_batch_tokens as large as memory "
         "allows; train.activation_checkpointing=selective or none recomputes less; train.compile=true on GPUs"),

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 
 from distill_cli.config.schema import Config, Dtype, Precision
 
@@ -61,6 +62,22 @@ def needs_scorer(config: Config) -> bool:
     """Whether the teacher has an engine: in a replay only for its accuracy and for recorded samples."""
     is_asked = config.eval.teacher or config.eval.record_samples > 0
     return config.rollout.replay is None or (validates(config) and is_asked)
+
+
+def scores_while_sampling(config: Config, *, on_gpus: bool) -> bool:
+    """Whether answers are scored as they end; `overlap_problems` says why they cannot be."""
+    given = config.rollout.score_while_sampling
+    return (on_gpus and not any(overlap_problems(config, on_gpus=on_gpus))) if given is None else given
+
+
+def overlap_problems(config: Config, *, on_gpus: bool) -> Iterator[str]:
+    """Yield what keeps the teacher from scoring while the student samples, and the key that changes it."""
+    engines = {"student": config.engine.student, "teacher": config.engine.teacher}
+    if on_gpus and engines["teacher"].sleep is not False:
+        yield "the teacher sleeps meanwhile; set engine.teacher.sleep=false"
+    for role, engine in engines.items():
+        if engine.tensor_parallel > 1:
+            yield f"each engine must have one rank; set engine.{role}.tensor_parallel=1"
 
 
 def updates_per_step(config: Config) -> int:

@@ -192,6 +192,9 @@ class RolloutConfig:
     on in the same way. 0 is supervised or offline distillation; between 0 and 1 is GKD's mixture."""
     off_policy: OffPolicy = OffPolicy.dataset
     """Source of the off-policy answers: the dataset's (`response_key`), or the teacher's, sampled as the student's."""
+    score_while_sampling: bool | None = key(None, resume=True)
+    """Let the teacher score an answer when it ends, in a process of its own, while the student still writes others. It
+    must stay awake, and each engine have one rank. null: on GPUs if engine.teacher.sleep=false, on CPUs not."""
     save_scores: bool = key(False, resume=True, replay=True)
     """Keep each step's sequences with the teacher's top-k in the run's `scores/`, for `distill replay`: about
     8 x (loss.topk + 2) bytes per response token."""

@@ -10,7 +10,7 @@ chosen in `ranks.build_engines`; no other module depends on which one it calls.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -19,6 +19,9 @@ import torch
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.weight_sync import Outgoing
 from distill_cli.types import Sample, TeacherScores
+
+OnEnd = Callable[[int, Sample], object]
+"""Takes the index of a prompt and its answer."""
 
 
 class AnsweringEngine(Protocol):
@@ -32,10 +35,21 @@ class AnsweringEngine(Protocol):
     """Ranks that share it; rank r belongs to engine r // num_ranks."""
 
     @abstractmethod
-    def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        seeds: Sequence[int],
+        sampling: SamplingSettings,
+        on_end: OnEnd | None = None,
+    ) -> list[Sample]:
         """Return one answer to each prompt, in their order; prompt, seed and weights determine it.
 
         Answers are empty if the engine was interrupted because the run must stop.
+
+        Args:
+            on_end: called with each answer by the time that this method returns, where possible as soon as it has
+                ended; not if the engine was interrupted.
         """
 
     def wake(self) -> None:
@@ -92,3 +106,13 @@ class Teacher(AnsweringEngine, Protocol):
             sequences: token ids of prompt and response.
             response_starts: index of the response's first token, at least 1.
         """
+
+    def submit(
+        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]
+    ) -> Callable[[], list[TeacherScores]]:
+        """Begin to score, and return a function that waits for the result of `score`.
+
+        In a process of its own the teacher works while this one goes on.
+        """
+        scores = self.score(sequences, response_starts=response_starts)
+        return lambda: scores

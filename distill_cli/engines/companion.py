@@ -1,16 +1,22 @@
-"""A teacher in a second process for each rank, if vLLM cannot hold both engines in one process.
+"""A teacher in a second process for each rank: if vLLM cannot hold both engines in one, or if both work at once.
 
 The companions of all ranks form a process group of their own, so that a teacher is cut over them as it would be over
 the ranks. Requests and answers go over a socket: shared memory would outlive a process that is killed.
 `CompanionTeacher` is the rank's side of it, `serve` the companion's.
 """
 
+from __future__ import annotations
+
 import os
+import queue
 import socket
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -18,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distill_cli.engines.base import Teacher
+from distill_cli.engines.base import OnEnd, Teacher
 from distill_cli.engines.engine import reason
 from distill_cli.engines.process_setup import prepare_process
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
@@ -32,12 +38,23 @@ EXIT_S = 10.0
 
 
 def needs_companion(sampler: EngineSettings, teacher: EngineSettings, *, on_gpu: bool) -> bool:
-    """Return whether the two engines cannot live in one process.
+    """Return whether the two engines cannot live in one process, even if they work in turns.
 
     vLLM cuts the models of a process over the same number of ranks. On CUDA it lets one engine of a process sleep, and
     engines of a process share what their models have in common (the rotary tables), which sleeps with the first.
     """
     return sampler.tensor_parallel != teacher.tensor_parallel or (on_gpu and teacher.sleep_mode)
+
+
+class Request:
+    """A request to a companion, and its answer once it has come."""
+
+    is_answered = False
+    answer: Any = None
+
+    def give(self, answer: Any) -> None:
+        """Keep the answer."""
+        self.answer, self.is_answered = answer, True
 
 
 class CompanionTeacher(Teacher):
@@ -53,6 +70,7 @@ class CompanionTeacher(Teacher):
         self.num_ranks = settings.tensor_parallel
         self._settings = settings
         self._is_ready = False
+        self._requests = deque[Request]()
         host = os.environ.get("MASTER_ADDR", "localhost")
         # The store of the companions' process group, which rank 0 serves.
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
@@ -67,7 +85,7 @@ class CompanionTeacher(Teacher):
                 "MASTER_PORT": str(port[0]),
             }
         )
-        self._send("start", settings=settings, topk=topk, temperature=temperature)
+        self._start = self._send("start", settings=settings, topk=topk, temperature=temperature)
         if torch.cuda.is_available():
             # Two engines that load at once on one GPU would each count the other's memory as its own.
             self.wait_ready()
@@ -76,7 +94,7 @@ class CompanionTeacher(Teacher):
         """Block until the teacher can score; raises what building it raised, after ending the process."""
         if not self._is_ready:
             try:
-                self._receive()
+                self._answer(self._start)
             except DistillError:
                 self.close()
                 raise
@@ -86,9 +104,28 @@ class CompanionTeacher(Teacher):
         """Score in the companion; see `Teacher`."""
         return self._call("score", sequences=list(sequences), response_starts=list(response_starts))
 
-    def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
-        """Sample in the companion; see `VllmEngine.sample`."""
-        return self._call("sample", prompts=list(prompts), seeds=list(seeds), sampling=sampling)
+    def submit(
+        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]
+    ) -> Callable[[], list[TeacherScores]]:
+        """Let the companion score meanwhile; see `Teacher`."""
+        self.wait_ready()
+        request = self._send("score", sequences=list(sequences), response_starts=list(response_starts))
+        return lambda: self._answer(request)
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        seeds: Sequence[int],
+        sampling: SamplingSettings,
+        on_end: OnEnd | None = None,
+    ) -> list[Sample]:
+        """Sample in the companion; see `VllmEngine.sample`. `on_end` is called when all have ended."""
+        samples = self._call("sample", prompts=list(prompts), seeds=list(seeds), sampling=sampling)
+        if on_end is not None:
+            for index, sample in enumerate(samples):
+                on_end(index, sample)
+        return samples
 
     def sleep(self) -> None:
         """Move the weights to host memory and drop the KV cache; does nothing without `settings.sleep_mode`."""
@@ -109,27 +146,30 @@ class CompanionTeacher(Teacher):
 
     def _call(self, method: str, **arguments: Any) -> Any:
         self.wait_ready()
-        self._send(method, **arguments)
-        return self._receive()
+        return self._answer(self._send(method, **arguments))
 
-    def _send(self, method: str, **arguments: Any) -> None:
+    def _send(self, method: str, **arguments: Any) -> Request:
+        request = Request()
         try:
             self._connection.send((method, arguments))
         except OSError:
             raise self._death() from None
+        self._requests.append(request)
+        return request
 
-    def _receive(self) -> Any:
-        """Return the answer to the oldest request; a dead process closes its end, or is noticed within a second."""
-        try:
-            while not self._connection.poll(1.0):
-                if self._process.poll() is not None:
-                    raise self._death()
-            answer = self._connection.recv()
-        except (EOFError, OSError):
-            raise self._death() from None
-        if isinstance(answer, DistillError):
-            raise answer
-        return answer
+    def _answer(self, request: Request) -> Any:
+        """Return the answer to a request; a dead process closes its end, or is noticed within a second."""
+        while not request.is_answered:  # answers come in the order of the requests
+            try:
+                while not self._connection.poll(1.0):
+                    if self._process.poll() is not None:
+                        raise self._death()
+                self._requests.popleft().give(self._connection.recv())
+            except (EOFError, OSError):
+                raise self._death() from None
+        if isinstance(request.answer, DistillError):
+            raise request.answer
+        return request.answer
 
     def _death(self) -> DistillError:
         if self._connection.closed:
@@ -159,9 +199,14 @@ def start_process(variables: dict[str, str]) -> tuple[subprocess.Popen[bytes], C
 
 
 def serve(connection: Connection) -> None:
-    """Answer the rank's requests in the companion, one after another, until the rank is gone. The first builds it."""
+    """Answer the rank's requests in the companion, one after another, until the rank is gone. The first builds it.
+
+    A thread sends the answers: the rank may submit more before it reads them, and both would wait for the other.
+    """
     # torch would send a tensor as shared memory.
     ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
+    answers = queue.SimpleQueue[Any]()
+    threading.Thread(target=_send_all, args=(connection, answers), daemon=True).start()
     teacher = None
     while True:
         try:
@@ -179,7 +224,13 @@ def serve(connection: Connection) -> None:
             traceback.print_exc()
             is_known = isinstance(error, DistillError)
             answer = error if is_known else DistillError(f"the teacher failed: {reason(error)}")
-        connection.send(answer)
+        answers.put(answer)
+
+
+def _send_all(connection: Connection, answers: queue.SimpleQueue[Any]) -> None:
+    with suppress(OSError):  # the rank is gone
+        while True:
+            connection.send(answers.get())
 
 
 def join_companions() -> None:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from distill_cli.engines import vllm_patches
-from distill_cli.engines.base import AnsweringEngine
+from distill_cli.engines.base import AnsweringEngine, OnEnd
 from distill_cli.engines.cpu_sampling import SCORE_FROM
 from distill_cli.engines.family_settings import format_arguments, read_config, supplied_fields
 from distill_cli.engines.process_setup import (
@@ -70,8 +70,7 @@ class VllmEngine(AnsweringEngine):
         self.llm = load(settings, role=role, **kwargs)
         if settings.vocab_size is not None:
             self.call_worker(vllm_patches.cut_vocabulary, settings.vocab_size)
-        if should_stop is not None and settings.tensor_parallel == 1:
-            vllm_patches.interrupt_between_tokens(self.llm, should_stop)
+        self._steps = vllm_patches.WatchedSteps(self.llm, should_stop if settings.tensor_parallel == 1 else None)
         limit = vllm_patches.num_positions(self.llm.model_config)
         if settings.max_model_len > limit:  # vLLM's own check is off, see `prepare_process`
             has = f"{settings.path} has {limit} positions"
@@ -87,13 +86,21 @@ class VllmEngine(AnsweringEngine):
         """Number of ids that are sampled and scored."""
         return min(self.llm.model_config.get_vocab_size(), self.settings.vocab_size or sys.maxsize)
 
-    def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        seeds: Sequence[int],
+        sampling: SamplingSettings,
+        on_end: OnEnd | None = None,
+    ) -> list[Sample]:
         """Return one answer to each prompt, in their order.
 
         Args:
             prompts: token ids; shorter than `settings.max_model_len`.
             seeds: one a prompt, any integers. Prompt, seed and weights determine the answer; prompts that share a seed
                 get correlated answers.
+            on_end: called with an answer's index and the answer between two tokens of the others.
 
         Returns:
             Samples whose `logp` is raw: at temperature 1 over the whole vocabulary, whatever `sampling` contains, and
@@ -110,25 +117,37 @@ class VllmEngine(AnsweringEngine):
             sampling_params(sampling, seed=seed, max_tokens=min(sampling.max_new_tokens, max_len - len(prompt)))
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
+
+        def ended(index: int, output: Any) -> None:
+            assert on_end is not None
+            on_end(index, to_sample(output, logp=sampling.logp))
+
         try:
-            return [to_sample(output, logp=sampling.logp) for output in self.generate(prompts, params)]
+            outputs = self.generate(prompts, params, on_end=None if on_end is None else ended)
+            return [to_sample(output, logp=sampling.logp) for output in outputs]
         except Interrupted:
             return [Sample([], [] if sampling.logp else None, "length") for _ in prompts]
 
-    def generate(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> list[Any]:
+    def generate(
+        self, prompts: Sequence[list[int]], params: Sequence[Any], *, on_end: Callable[[int, Any], None] | None = None
+    ) -> list[Any]:
         """Run requests until they end; return one `vllm.RequestOutput` for each prompt, in their order.
+
+        Args:
+            on_end: called with the index of a request that has ended, and its output.
 
         Raises DistillError if vLLM refuses a request or fails in a step, and `Interrupted`; the engine stays usable.
         """
         self.check_awake()
         if not prompts:
             return []
+        self._steps.watch(on_end)
         try:
             inputs = [{"prompt_token_ids": ids} for ids in prompts]
             return self.llm.generate(inputs, list(params), use_tqdm=False, lora_request=self.lora_request)
         except BaseException as error:
             vllm_patches.abort_requests(self.llm)
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and not isinstance(error, DistillError):
                 raise DistillError(f"{self.role} failed ({self.settings.path}): {reason(error)}") from error
             raise
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from distill_cli.engines import reload, vllm_patches
-from distill_cli.engines.base import Sampler
+from distill_cli.engines.base import OnEnd, Sampler
 from distill_cli.engines.engine import VllmEngine, reason
 from distill_cli.engines.reach import check_names
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
@@ -48,12 +48,19 @@ class VllmSampler(VllmEngine, Sampler):
         self._loaded = {} if settings.adapter else self.call_worker(reload.digests)
         """What the engine's tensors were when it had read the model's files; empty once a sync was compared with it."""
 
-    def sample(self, prompts: Sequence[list[int]], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        seeds: Sequence[int],
+        sampling: SamplingSettings,
+        on_end: OnEnd | None = None,
+    ) -> list[Sample]:
         """Return one answer to each prompt, in their order; see `VllmEngine.sample`."""
         self._check_usable()
         if self.version == NO_WEIGHTS:
             raise DistillError("the sampler has no weights since it slept: sync() comes before its next use")
-        return super().sample(prompts, seeds=seeds, sampling=sampling)
+        return super().sample(prompts, seeds=seeds, sampling=sampling, on_end=on_end)
 
     def sync(self, named_tensors: Iterable[Outgoing], *, version: int) -> None:
         """Replace the engine's weights with the trainer's. A collective if they are DTensors.

@@ -188,20 +188,35 @@ class Interrupted(BaseException):
 
 
 @reaches("vllm.v1.engine.llm_engine", "LLMEngine.step")
-def interrupt_between_tokens(llm: Any, should_stop: Callable[[], bool]) -> None:
-    """Call `should_stop` before each step of `llm` (one token of every request), and raise `Interrupted` if it is true.
+@reaches("vllm.utils.counter", "Counter")
+class WatchedSteps:
+    """Act between the steps of an engine (one token of every request).
 
-    Symptom: `LLM.generate` returns when the last answer ends, minutes after a signal requested the run's stop.
+    Symptom: `LLM.generate` returns when the last answer ends, minutes after a signal requested the run's stop, and
+    after most answers have ended.
     No longer needed when: `generate` takes a callback.
     """
-    step = llm.llm_engine.step
 
-    def checked_step() -> Any:
-        if should_stop():
+    def __init__(self, llm: Any, should_stop: Callable[[], bool] | None) -> None:
+        """Call `should_stop`, if given, before each step of `llm`, and raise `Interrupted` if it is true."""
+        self._llm, self._step, self._should_stop = llm, llm.llm_engine.step, should_stop
+        self._on_end: Callable[[int, Any], None] | None = None
+        self._first = 0
+        llm.llm_engine.step = self._watched
+
+    def watch(self, on_end: Callable[[int, Any], None] | None) -> None:
+        """Call `on_end` with the place of each request of the next `generate`, and its output, when it has ended."""
+        self._on_end, self._first = on_end, self._llm.request_counter.counter  # requests are numbered as they come
+
+    def _watched(self) -> Any:
+        if self._should_stop is not None and self._should_stop():
             raise Interrupted
-        return step()
-
-    llm.llm_engine.step = checked_step
+        outputs = self._step()
+        if self._on_end is not None:
+            for output in outputs:
+                if output.finished:
+                    self._on_end(int(output.request_id) - self._first, output)
+        return outputs
 
 
 @reaches("vllm.v1.engine.llm_engine", "LLMEngine.abort_request", parameter="internal")

@@ -72,7 +72,8 @@ def gpu_findings(gpus: Sequence[Gpu]) -> list[Finding]:
         fix = "end what uses it, or choose CUDA_VISIBLE_DEVICES"
         findings.append(Finding(f"gpu {gpu.index}", free > 0.8, detail, fix, False))
         if gpu.is_exclusive:  # student and teacher are two processes on it
-            fix = f"nvidia-smi -i {gpu.index} -c DEFAULT, as root; or engine.teacher.sleep=false"
+            one_process = "engine.teacher.sleep=false rollout.score_while_sampling=false"
+            fix = f"nvidia-smi -i {gpu.index} -c DEFAULT, as root; or {one_process}"
             findings.append(Finding(f"gpu {gpu.index} mode", False, "exclusive: one process at a time", fix, False))
     return findings
 

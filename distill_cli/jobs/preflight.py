@@ -237,6 +237,13 @@ def check_engines(facts: Facts, config: Config, ranks: Ranks) -> Iterator[str]:
         )
 
 
+def check_overlap(config: Config, ranks: Ranks) -> Iterator[str]:
+    """Both engines must be able to work at once, if they are to."""
+    if config.rollout.score_while_sampling:
+        for problem in derived.overlap_problems(config, on_gpus=ranks.on_gpus):
+            yield f"rollout.score_while_sampling=true: {problem}"
+
+
 def check_offload(facts: Facts, config: Config, ranks: Ranks) -> None:
     """Warn of offloading on CPUs."""
     for name in ("cpu_offload", "offload_optimizer"):
@@ -301,7 +308,7 @@ CHECKS: tuple[Check, ...] = (
     *(*COMMON_CHECKS, model_checks.trainable, model_checks.layout, read_recording, model_checks.recorded),
     *(model_checks.templates, model_checks.pair, model_checks.rotary, model_checks.router),
     *(model_checks.tensor_parallel, model_checks.expert_parallel, model_checks.tried_layouts, model_checks.adapters),
-    *(check_offload, predict_memory, check_disk),
+    *(check_overlap, check_offload, predict_memory, check_disk),
 )
 
 

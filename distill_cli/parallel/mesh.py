@@ -54,6 +54,11 @@ class Parallel:
     sequence_parallel: bool = False
 
     @property
+    def data_ranks(self) -> list[int]:
+        """`data_rank` of each rank."""
+        return [rank // (self.size // self.data_size) for rank in range(self.size)]
+
+    @property
     def length_multiple(self) -> int:
         """Pad the length of a packed row to a multiple of this: two pieces per context rank, each split evenly over the
         tensor ranks under sequence parallelism."""

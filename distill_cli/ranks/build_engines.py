@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from distill_cli.config.derived import needs_sampler, needs_scorer
+from distill_cli.config.derived import needs_sampler, needs_scorer, scores_while_sampling
 from distill_cli.engines.base import Sampler, Teacher
 from distill_cli.engines.companion import CompanionTeacher, needs_companion
 from distill_cli.engines.sampler import VllmSampler
@@ -50,7 +50,8 @@ def build_teacher(resolved: ResolvedRun, *, should_stop: Callable[[], bool] | No
     student, teacher = engine_settings(resolved, "student"), engine_settings(resolved, "teacher")
     loss = resolved.config.loss
     engine: Teacher
-    if needs_companion(student, teacher, on_gpu=torch.cuda.is_available()):
+    on_gpu = torch.cuda.is_available()
+    if scores_while_sampling(resolved.config, on_gpus=on_gpu) or needs_companion(student, teacher, on_gpu=on_gpu):
         engine = CompanionTeacher(teacher, topk=loss.topk, temperature=loss.temperature)
     else:
         engine = VllmTeacher(teacher, topk=loss.topk, temperature=loss.temperature, should_stop=should_stop)

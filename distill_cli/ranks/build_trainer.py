@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.checkpoint.store import Checkpoint, prune
-from distill_cli.config.derived import parse_duration, updates_per_step
+from distill_cli.config.derived import parse_duration, scores_while_sampling, updates_per_step
 from distill_cli.config.schema import Config, Precision
 from distill_cli.data.recorded_run import Facts, vocabulary_digest
 from distill_cli.errors import ConfigError
@@ -92,7 +92,8 @@ def build_trainer(
     log = RunLog(run, printer, MetricsFile(run.metrics) if is_main else None, num_steps, show)
     stages, planner = Stages(parallel, stop, on_stage=log.stage), parts.build_planner(rank)
     worker = None if sampler is None else parts.build_worker(rank, stages, sampler, student, trainable)
-    scoring = None if teacher is None else ScoringWorker(teacher, planner, stages, student.merged_eos_ids)
+    early = scores_while_sampling(config, on_gpus=resolved.ranks.on_gpus)
+    scoring = None if teacher is None else ScoringWorker(teacher, planner, stages, student.merged_eos_ids, early)
     validation = probes = None
     recorder = build_recorder(resolved, run, parallel) if config.rollout.save_scores else None
     rollouts = RolloutsFolder(run.rollouts, decode, lambda token: show([token]), is_written=is_main)

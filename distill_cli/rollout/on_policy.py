@@ -16,7 +16,7 @@ from distill_cli.types import Prompt, Rollout, Sample
 
 @dataclass
 class OnPolicy(RolloutSource):
-    """Sync, sample, score."""
+    """Sync, sample, score; see `ScoringWorker.begins_early`."""
 
     prompts: PromptOrder | PromptStream
     generations_per_prompt: int
@@ -35,16 +35,17 @@ class OnPolicy(RolloutSource):
         fraction, seed = self.on_policy_fraction, responder.seed
         off = off_policy_places(len(prompts), on_policy_fraction=fraction, seed=seed, step=step)
         on = sorted(set(range(len(prompts))) - set(off))
+        early = self.scoring.begin()
         with self.worker.ready():
             stages.check_stop(within_s=stages.longest_s)
             with stages("sample"):
-                own = self.worker.sample([prompts[place] for place in on], step=step, places=on)
+                own = self.worker.sample([prompts[place] for place in on], step=step, places=on, early=early)
         rollouts = dict(zip(on, own, strict=True))
         if off and self.write_others is not None:
             seeds = [responder.seed_of(step=step, sequence=place) for place in off]
             samples = self.write_others([prompts[place] for place in off], seeds)
             rollouts |= {place: Rollout(prompts[place], sample) for place, sample in zip(off, samples, strict=True)}
-        batch = self.scoring.score([rollouts[place] for place in range(len(prompts))])
+        batch = self.scoring.score([rollouts[place] for place in range(len(prompts))], early=early)
         if self.recorder is not None:
             with stages("record"):
                 self.recorder.write(step, batch)

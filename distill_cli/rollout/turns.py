@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill_cli.data.environments import Environment, Observation
 from distill_cli.data.isolated import Failures
-from distill_cli.engines.base import AnsweringEngine
+from distill_cli.engines.base import AnsweringEngine, OnEnd
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.types import Prompt, Rollout, Sample
 
@@ -56,25 +56,34 @@ def turn_seed(seed: int, turn: int) -> int:
 
 
 def sample_turns(
-    prompts: Sequence[Prompt], turns: Turns, seeds: Sequence[int], engine: AnsweringEngine, sampling: SamplingSettings
+    prompts: Sequence[Prompt],
+    turns: Turns,
+    seeds: Sequence[int],
+    engine: AnsweringEngine,
+    sampling: SamplingSettings,
+    *,
+    on_end: OnEnd | None = None,
 ) -> list[Rollout]:
     """Sample a sequence of up to `turns.max_turns` turns for each prompt, rewarded by the environment.
 
     Args:
         sampling: `max_new_tokens` limits each turn.
+        on_end: called with the answers that ended with a turn of all.
     """
     empty = Sample([], [] if sampling.logp else None, finish_reason="", trained=[], num_turns=0)
     pairs = zip(prompts, seeds, strict=True)
     sequences = [Growing(prompt, seed, start(prompt, turns), empty) for prompt, seed in pairs]
     for turn in range(turns.max_turns):
-        going = [sequence for sequence in sequences if not sequence.sample.finish_reason]
+        going = {i: sequence for i, sequence in enumerate(sequences) if not sequence.sample.finish_reason}
         if not going:
             break
-        token_ids = [sequence.prompt.token_ids + sequence.sample.token_ids for sequence in going]
-        turn_seeds = [turn_seed(sequence.seed, turn) for sequence in going]
+        token_ids = [sequence.prompt.token_ids + sequence.sample.token_ids for sequence in going.values()]
+        turn_seeds = [turn_seed(sequence.seed, turn) for sequence in going.values()]
         samples = engine.sample(token_ids, seeds=turn_seeds, sampling=sampling)
-        for sequence, sample in zip(going, samples, strict=True):
+        for (index, sequence), sample in zip(going.items(), samples, strict=True):
             take_turn(sequence, sample, turns)
+            if on_end is not None and sequence.sample.finish_reason:
+                on_end(index, sequence.sample)
     return [Rollout(sequence.prompt, sequence.sample, sequence.reward) for sequence in sequences]
 
 

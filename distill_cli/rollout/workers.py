@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from distill_cli.data.isolated import IsolatedVerifier
-from distill_cli.engines.base import AnsweringEngine, Sampler, Teacher
+from distill_cli.engines.base import AnsweringEngine, OnEnd, Sampler, Teacher
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.weight_sync import Outgoing
-from distill_cli.losses.merged_eos import merge_topk
 from distill_cli.parallel.sharing import EngineShare
+from distill_cli.rollout.early_scores import BATCH_TOKENS, EarlyScores, deliver, submit_rollouts
 from distill_cli.rollout.pack import Planner
 from distill_cli.rollout.source import ScoredBatch
 from distill_cli.rollout.stages import Stages
@@ -40,11 +40,23 @@ class Responder:
         """Return the seed of one answer: unique to it, and the same on any number of ranks."""
         return ((self.seed * 1_000_003 + step) * 1_000_003 + sequence) % 2**63
 
-    def respond(self, engine: AnsweringEngine, prompts: Sequence[Prompt], *, seeds: Sequence[int]) -> list[Rollout]:
-        """Return one answer of this rank's engine to each prompt, rewarded by the environment or the verifier."""
+    def respond(
+        self,
+        engine: AnsweringEngine,
+        prompts: Sequence[Prompt],
+        *,
+        seeds: Sequence[int],
+        on_end: OnEnd | None = None,
+    ) -> list[Rollout]:
+        """Return one answer of this rank's engine to each prompt, rewarded by the environment or the verifier.
+
+        Args:
+            on_end: called with each answer, all its turns, when it has ended.
+        """
         if self.turns is not None:
-            return self.judge(sample_turns(prompts, self.turns, seeds, engine, self.sampling))
-        samples = engine.sample([prompt.token_ids for prompt in prompts], seeds=seeds, sampling=self.sampling)
+            return self.judge(sample_turns(prompts, self.turns, seeds, engine, self.sampling, on_end=on_end))
+        token_ids = [prompt.token_ids for prompt in prompts]
+        samples = engine.sample(token_ids, seeds=seeds, sampling=self.sampling, on_end=on_end)
         return self.judge([Rollout(prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)])
 
     def judge(self, rollouts: list[Rollout]) -> list[Rollout]:
@@ -89,18 +101,32 @@ class RolloutWorker:
             yield self.sampler
         self.stages.check_stop()
 
-    def sample(self, prompts: Sequence[Prompt], *, step: int, places: Sequence[int] | None = None) -> list[Rollout]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        step: int,
+        places: Sequence[int] | None = None,
+        early: EarlyScores | None = None,
+    ) -> list[Rollout]:
         """Return one judged answer to each prompt, on all ranks. Call it inside `ready`.
 
         Args:
             places: of the prompts' sequences in the step; None counts up from 0. Step and place make an answer's seed,
                 so that every engine samples the same answer.
+            early: takes the sequences of this rank as they end.
         """
         places = range(len(prompts)) if places is None else places
 
         def answer(mine: list[int]) -> list[tuple[Sample, float | None]]:
+            own = [prompts[index] for index in mine]
             seeds = [self.responder.seed_of(step=step, sequence=places[index]) for index in mine]
-            rollouts = self.responder.respond(self.sampler, [prompts[index] for index in mine], seeds=seeds)
+
+            def end(index: int, sample: Sample) -> None:
+                assert early is not None
+                early.add(places[mine[index]], Rollout(own[index], sample))
+
+            rollouts = self.responder.respond(self.sampler, own, seeds=seeds, on_end=None if early is None else end)
             return [(rollout.sample, rollout.reward) for rollout in rollouts]
 
         sampled = self.share.map(answer, [len(prompt.token_ids) for prompt in prompts])
@@ -126,30 +152,48 @@ class ScoringWorker:
     planner: Planner
     stages: Stages
     merged_eos_ids: tuple[int, ...] = ()
+    begins_early: bool = False
+    """Whether a sequence is scored when it ends, while others are still sampled (`rollout.score_while_sampling`)."""
     share: EngineShare = field(init=False)
 
     def __post_init__(self) -> None:
         self.share = EngineShare.near_training(self.teacher.num_ranks, self.stages.parallel)
 
-    def score(self, rollouts: Sequence[Rollout], *, stage: str = "score") -> ScoredBatch:
+    def begin(self) -> EarlyScores | None:
+        """Return what scores a step's sequences as they end; None if they are scored when all have ended."""
+        if not self.begins_early:
+            return None
+        batch_tokens = BATCH_TOKENS[self.stages.parallel.device.type]
+        return EarlyScores(self.teacher, batch_tokens=batch_tokens, merged_eos_ids=self.merged_eos_ids)
+
+    def score(
+        self, rollouts: Sequence[Rollout], *, stage: str = "score", early: EarlyScores | None = None
+    ) -> ScoredBatch:
         """Plan the micro-batches of a step's sequences, and score this rank's.
 
         Neighbouring ranks partition their sequences over their engines and exchange the scores.
 
         Args:
             stage: the stage that the time counts for.
+            early: has taken the student's answers already.
         """
         plans = self.planner.plan(rollouts)
-        places = [place for plan in plans for rank in self.share.data_ranks for place in plan.members_of(rank)]
+        members = [place for plan in plans for rank in self.share.data_ranks for place in plan.members_of(rank)]
+        is_done = [early is not None and rollout.sample.source == "student" for rollout in rollouts]
+        places = [place for place in members if not is_done[place]]
 
         def score(mine: list[int]) -> list[TeacherScores]:
             own = [rollouts[places[index]] for index in mine]
-            return score_rollouts(own, teacher=self.teacher, merged_eos_ids=self.merged_eos_ids)
+            return submit_rollouts(own, self.teacher, merged_eos_ids=self.merged_eos_ids)()
 
         with self.stages.awake(self.teacher), self.stages(stage):
-            scored = self.share.map(score, [len(rollouts[place].ids_for_teacher) for place in places])
+            costs = [len(rollouts[place].ids_for_teacher) for place in places]
+            scored = self.share.map(score, costs) if places else {}
+            by_place = {places[index]: scores for index, scores in scored.items()}
+            if early is not None:
+                ranks = self.stages.parallel.data_ranks
+                by_place |= deliver(early.collect(), [[p for plan in plans for p in plan.members_of(r)] for r in ranks])
         self.stages.check_stop()
-        by_place = {places[index]: scores for index, scores in scored.items()}
         return ScoredBatch(rollouts, plans, {place: by_place[place] for place in self.planner.local_places(plans)})
 
     def sample(self, prompts: Sequence[Prompt], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
@@ -164,23 +208,3 @@ class ScoringWorker:
             sampled = engines.map(answer, [len(prompt.ids_for_teacher) for prompt in prompts])
         self.stages.check_stop()
         return [sampled[index] for index in range(len(prompts))]
-
-
-def score_rollouts(
-    rollouts: Sequence[Rollout], *, teacher: Teacher, merged_eos_ids: Sequence[int] = ()
-) -> list[TeacherScores]:
-    """Score answers with the teacher, which may read prompts of its own before them.
-
-    Args:
-        merged_eos_ids: tokens that count as one (`model.eos_map`).
-    """
-    samples = [rollout.sample for rollout in rollouts]
-    assert all(one.logp is not None or one.source != "student" for one in samples), "sampled with logp=False"
-    scores = teacher.score(
-        [rollout.ids_for_teacher for rollout in rollouts],
-        response_starts=[len(rollout.prompt.ids_for_teacher) for rollout in rollouts],
-    )
-    return [
-        merge_topk(score, sampled_ids=sample.token_ids, merged_eos_ids=merged_eos_ids)
-        for sample, score in zip(samples, scores, strict=True)
-    ]

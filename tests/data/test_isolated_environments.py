@@ -81,7 +81,7 @@ def test_places_are_used_again(mine: IsolatedEnvironments) -> None:
 class Scripted:
     """A sampler whose answers are the prompt's last token."""
 
-    def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
+    def sample(self, prompts, *, seeds, sampling, on_end=None) -> list[Sample]:
         return [Sample([ids[-1]], [0.0], "stop") for ids in prompts]
 
 

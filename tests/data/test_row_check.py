@@ -96,7 +96,7 @@ class Echo(AnsweringEngine):
 
     num_ranks = 1
 
-    def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
+    def sample(self, prompts, *, seeds, sampling, on_end=None) -> list[Sample]:
         return [Sample(list(ids), [0.0] * len(ids), "stop") for ids in prompts]
 
 
@@ -147,7 +147,7 @@ def test_teacher_is_validated_on_own_prompts(parallel: Parallel) -> None:
     texts: list[str] = []
 
     class Recording(Echo):
-        def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
+        def sample(self, prompts, *, seeds, sampling, on_end=None) -> list[Sample]:
             texts.extend(validator.responder.decode(ids) for ids in prompts)
             return super().sample(prompts, seeds=seeds, sampling=sampling)
 

@@ -11,6 +11,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 BF16 = ("train.precision=bf16", "model.student.dtype=bfloat16", "model.teacher.dtype=bfloat16")
 ONE, TWO = "cluster.gpus_per_node=1", "cluster.gpus_per_node=2"
+AWAKE = ("engine.student.sleep=false", "engine.teacher.sleep=false")
 LORA = ("model.student.lora.rank=8", "model.student.lora.sync=adapter")
 
 
@@ -20,7 +21,8 @@ LORA = ("model.student.lora.rank=8", "model.student.lora.sync=adapter")
         (ONE,),  # float32
         (ONE, *BF16),
         (ONE, *BF16, "engine.student.sleep=false"),
-        (ONE, *BF16, "engine.student.sleep=false", "engine.teacher.sleep=false"),  # both engines in the rank's process
+        (ONE, *BF16, *AWAKE),  # the teacher scores answers as they end
+        (ONE, *BF16, *AWAKE, "rollout.score_while_sampling=false"),  # both engines in the rank's process
         (ONE, *BF16, "train.activation_checkpointing=selective", "train.offload_optimizer=true"),
         (ONE, *BF16, "train.cpu_offload=true"),
         (ONE, *BF16, "train.compile=true"),

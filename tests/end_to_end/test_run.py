@@ -53,6 +53,22 @@ def test_every_step_has_every_metric(one_rank: Finished) -> None:
     assert [row.keys() >= VALIDATION for row in rows] == [True, False, True, True]
 
 
+def test_numbers_are_the_same_if_answers_are_scored_as_they_end(tmp_path: Path) -> None:
+    """The teacher has a process of its own, and scores travel between the ranks. Some answers are the dataset's."""
+    off = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker=none", "cluster.ranks_per_node=2")
+    mixed = ("rollout.prompts_per_step=64", "rollout.on_policy_fraction=0.8", "rollout.off_policy=dataset")
+    late, early = (
+        distill(tmp_path, *SHORT, *off, *mixed, "train.max_steps=2", f"run.name={name}", *more)
+        for name, more in {"late": [], "early": ["rollout.score_while_sampling=true"]}.items()
+    )
+    assert (late.status, early.status) == (0, 0), early.stderr
+    assert len(late.metrics) == 3
+    for row, other in zip(late.metrics, early.metrics, strict=True):
+        for key, value in row.items():
+            if key.startswith(("train/", "rollout/")) and key != "rollout/engine_mismatch":
+                assert other[key] == pytest.approx(value, rel=1e-4), key
+
+
 def test_the_sampler_has_trained_weights(one_rank: Finished, two_ranks: Finished) -> None:
     for row in one_rank.metrics[1:] + two_ranks.metrics[1:]:
         assert row["rollout/engine_mismatch"] < 1e-4

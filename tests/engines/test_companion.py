@@ -32,12 +32,21 @@ def test_a_companion_answers_until_it_dies(scorer, teacher_settings):
     ):
         for name in ("topk_ids", "topk_logp", "sampled_logp"):
             torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=1e-5, rtol=0)
+    parts = [slice(0, 2), slice(2, 3), slice(3, 4)]
+    waits = [companion.submit(sequences[part], response_starts=starts[part]) for part in parts]
+    whole = companion.score(sequences, response_starts=starts)  # asked for last, and read first
+    for part, wait in zip(parts[::2], waits[::2], strict=True):  # the second one's are never read
+        for ours, theirs in zip(wait(), whole[part], strict=True):
+            torch.testing.assert_close(ours.topk_logp, theirs.topk_logp, atol=1e-5, rtol=0)
+            assert len(ours.sampled_logp) == len(theirs.sampled_logp)
     request = {"seeds": [1, 2], "sampling": SamplingSettings(max_new_tokens=8)}
     sampled = [engine.sample(sequences[:2], **request) for engine in (companion, scorer)]
     assert [sample.token_ids for sample in sampled[0]] == [sample.token_ids for sample in sampled[1]]
     assert companion.score([], response_starts=[]) == []
     with pytest.raises(DistillError, match="response 0 starts at 0"):
         companion.score(sequences[:1], response_starts=[0])
+    many = [companion.submit(sequences * 40, response_starts=starts * 40) for _ in range(20)]  # more than sockets hold
+    assert [len(wait()) for wait in many] == [160] * 20
 
     os.kill(companion._process.pid, signal.SIGKILL)
     with pytest.raises(DistillError, match=rf"the teacher \({teacher_settings.path}\) was killed by SIGKILL"):

@@ -59,6 +59,31 @@ def test_answers_are_equal_without_logp(sampler):
     assert bare == [replace(sample, logp=None) for sample in samples]
 
 
+def test_answers_are_reported_as_they_end(sampler):
+    prompts, seeds = random_sequences([1, 5, 33, 140]), [1, 2, 3, 4]
+    sampling = SamplingSettings(max_new_tokens=200, stop_token_ids=tuple(range(20)))
+    ended: dict[int, tuple] = {}
+
+    def on_end(index, sample):
+        going = len(sampler.llm.llm_engine.output_processor.request_states)
+        assert index not in ended
+        ended[index] = (sample, going)
+
+    samples = sampler.sample(prompts, seeds=seeds, sampling=sampling, on_end=on_end)
+    assert [ended[index][0] for index in range(4)] == samples == sampler.sample(prompts, seeds=seeds, sampling=sampling)
+    lengths = [len(samples[index].token_ids) for index in ended]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1]
+    assert next(iter(ended.values()))[1] > 0  # while others were sampled
+
+    def fail(index, sample):
+        raise DistillError("the process of the teacher was killed")
+
+    with pytest.raises(DistillError, match="^the process of the teacher was killed$"):
+        sampler.sample(prompts, seeds=seeds, sampling=sampling, on_end=fail)
+    assert sampler.sample(prompts, seeds=seeds, sampling=sampling) == samples
+
+
 def test_greedy_equals_transformers_argmax(sampler, student):
     prompts = random_sequences([4, 9])
     samples = sampler.sample(prompts, seeds=[0, 0], sampling=GREEDY)

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from distill_cli.config.compose import compose
+from distill_cli.config.derived import scores_while_sampling
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import override
 from distill_cli.errors import ConfigError
-from distill_cli.jobs.preflight import preflight, require_here, resolve_jobs, room, unread_keys
+from distill_cli.jobs.preflight import check_overlap, preflight, require_here, resolve_jobs, room, unread_keys
 from distill_cli.machine import hardware
+from distill_cli.resolved import Ranks
 from tests.jobs.problems import FEW_RANKS, MakeModel, pair, problems_of
 
 
@@ -147,6 +149,26 @@ def test_validation_rows_without_an_answer(tmp_path: Path) -> None:
     file.write_text('{"question": "a", "answer": "1"}\n{"question": "b", "answer": null}\n' * 40)
     problems = problems_of("data=jsonl", f"data.train.path={file}", f"data.validation.path={file}")
     assert problems.startswith("data.validation: 40 of 80 rows have no answer to check")
+
+
+@pytest.mark.parametrize(
+    ("on_gpus", "overrides", "problem"),
+    [
+        (False, [], ""),
+        (False, ["engine.teacher.tensor_parallel=2"], "each engine must have one rank; set engine.teacher.tensor_par"),
+        (True, [], "the teacher sleeps meanwhile; set engine.teacher.sleep=false"),
+        (True, ["engine.teacher.sleep=false"], ""),
+        (True, ["engine.teacher.sleep=false", "engine.student.tensor_parallel=2"], "each engine must have one rank"),
+    ],
+)
+def test_what_keeps_the_engines_from_working_at_once(on_gpus: bool, overrides: list[str], problem: str) -> None:
+    """By default they do on GPUs if they can, and not on CPUs, whose cores one engine keeps busy."""
+    (job,) = compose(["cluster.ranks_per_node=2", "rollout.score_while_sampling=true", *overrides])
+    found = list(check_overlap(job.config, Ranks(1, 2, on_gpus)))
+    assert [one.startswith(f"rollout.score_while_sampling=true: {problem}") for one in found] == [True] * bool(problem)
+    (default,) = compose(overrides)
+    assert list(check_overlap(default.config, Ranks(1, 2, on_gpus))) == []
+    assert scores_while_sampling(default.config, on_gpus=on_gpus) == (on_gpus and not problem)
 
 
 def test_cpu_vllm_leaves_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,9 +37,12 @@ class Recording:
     def sleep(self) -> None:
         self.call(f"{self.name} sleeps")
 
-    def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
+    def sample(self, prompts, *, seeds, sampling, on_end=None) -> list[Sample]:
         self.call(f"{self.name} samples {len(prompts)}")
-        return [Sample([5, 6], [-1.0, -1.0] if sampling.logp else None, "stop") for _ in prompts]
+        samples = [Sample([5, 6], [-1.0, -1.0] if sampling.logp else None, "stop") for _ in prompts]
+        for index, sample in enumerate(samples if on_end is not None else ()):
+            on_end(index, sample)
+        return samples
 
 
 class RecordingSampler(Recording, Sampler):

@@ -42,6 +42,25 @@ def test_engines_are_awake_in_turn(make, calls: list[str]) -> None:
     assert list(batch.scores) == [place for plan in batch.plans for place in plan.members] == [0, 1]
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.0])
+def test_answers_may_be_scored_as_they_end(make, calls: list[str], fraction: float) -> None:
+    """Those of the student; others when it has finished. Each in its place."""
+    source = replace(
+        make(num_prompts=4),
+        on_policy_fraction=fraction,
+        write_others=partial(dataset_samples, encode=lambda text: [7], max_new_tokens=4),
+    )
+    late = source.step(1)
+    source = replace(source, scoring=replace(source.scoring, begins_early=True))
+    calls.clear()
+    batch = source.step(1)
+    assert (batch.rollouts, batch.plans) == (late.rollouts, late.plans)
+    assert batch.scores.keys() == late.scores.keys() == {0, 1, 2, 3}
+    number = round(4 * fraction)
+    parts = [f"teacher scores {one}" for one in (4 - number, number) if one]
+    assert [call for call in calls if call.startswith("teacher scores")] == parts
+
+
 def test_stages_are_timed(make) -> None:
     source = make()
     source.step(1)

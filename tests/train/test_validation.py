@@ -33,7 +33,7 @@ class Oracle(AnsweringEngine):
         self.seeds: list[int] = []
         self.largest_batch = 0
 
-    def sample(self, prompts, *, seeds, sampling) -> list[Sample]:
+    def sample(self, prompts, *, seeds, sampling, on_end=None) -> list[Sample]:
         self.seeds += seeds
         self.largest_batch = max(self.largest_batch, len(prompts))
         num_answers: dict[int, int] = {}

@@ -1,0 +1,86 @@
+"""Score the sequences that end first while the student still writes the others.
+
+Only for a teacher that works in a process of its own and stays awake: `Teacher.submit` returns at once. What is scored
+together follows from the order in which sequences end, not from the clock, so that a step's numbers are the same each
+time. A sequence is scored by the teacher of the rank that sampled it, and its scores then travel to the ranks that
+train on it.
+"""
+
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distill_cli.engines.base import Teacher
+from distill_cli.losses.merged_eos import merge_topk
+from distill_cli.types import Rollout, TeacherScores
+
+BATCH_TOKENS = {"cpu": 512, "cuda": 4096}
+"""Tokens of prompts and answers that are scored together, at least, by device: a prefill that fills it."""
+
+
+class EarlyScores:
+    """The scores of one step's sequences that this rank's engine samples."""
+
+    def __init__(self, teacher: Teacher, *, batch_tokens: int, merged_eos_ids: Sequence[int] = ()) -> None:
+        """Score `batch_tokens` tokens at a time, or more; `merged_eos_ids` count as one token (`model.eos_map`)."""
+        self._teacher, self._merged_eos_ids, self._batch_tokens = teacher, merged_eos_ids, batch_tokens
+        self._waiting: dict[int, Rollout] = {}
+        self._submitted: list[tuple[list[int], Callable[[], list[TeacherScores]]]] = []
+
+    def add(self, place: int, rollout: Rollout) -> None:
+        """Take a sequence that has ended, at its place in the step."""
+        self._waiting[place] = rollout
+        if sum(len(one.ids_for_teacher) for one in self._waiting.values()) >= self._batch_tokens:
+            self._submit()
+
+    def collect(self) -> dict[int, TeacherScores]:
+        """Wait for the scores of all sequences that were added."""
+        if self._waiting:
+            self._submit()
+        return {place: scores for places, wait in self._submitted for place, scores in zip(places, wait(), strict=True)}
+
+    def _submit(self) -> None:
+        wait = submit_rollouts(list(self._waiting.values()), self._teacher, merged_eos_ids=self._merged_eos_ids)
+        self._submitted.append((list(self._waiting), wait))
+        self._waiting = {}
+
+
+def submit_rollouts(
+    rollouts: Sequence[Rollout], teacher: Teacher, *, merged_eos_ids: Sequence[int] = ()
+) -> Callable[[], list[TeacherScores]]:
+    """Begin to score answers with the teacher, which may read prompts of its own; return what waits for the scores."""
+    samples = [rollout.sample for rollout in rollouts]
+    assert all(one.logp is not None or one.source != "student" for one in samples), "sampled with logp=False"
+    wait = teacher.submit(
+        [rollout.ids_for_teacher for rollout in rollouts],
+        response_starts=[len(rollout.prompt.ids_for_teacher) for rollout in rollouts],
+    )
+    return lambda: [
+        merge_topk(scores, sampled_ids=sample.token_ids, merged_eos_ids=merged_eos_ids)
+        for sample, scores in zip(samples, wait(), strict=True)
+    ]
+
+
+def deliver(scores: Mapping[int, TeacherScores], needed: Sequence[Iterable[int]]) -> dict[int, TeacherScores]:
+    """Send each rank the scores that it trains on, and return this rank's. A collective.
+
+    Args:
+        scores: this rank's, by place.
+        needed: the places that each rank trains on.
+    """
+    parts = [{place: scores[place] for place in places if place in scores} for places in needed]
+    return {place: one for part in exchange(parts) for place, one in part.items()}
+
+
+def exchange(objects: Sequence[Any]) -> list[Any]:
+    """Send each rank an object, and return what the ranks sent to this one, in their order. A collective."""
+    out = [pickle.dumps(one, protocol=pickle.HIGHEST_PROTOCOL) for one in objects]
+    sizes, sizes_in = torch.tensor([len(one) for one in out]), torch.empty(len(out), dtype=torch.int64)
+    dist.all_to_all_single(sizes_in, sizes)
+    sent = torch.frombuffer(bytearray(b"".join(out)), dtype=torch.uint8)
+    received = torch.empty(int(sizes_in.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(received, sent, sizes_in.tolist(), sizes.tolist())
+    return [pickle.loads(part.numpy().tobytes()) for part in received.split(sizes_in.tolist())]
