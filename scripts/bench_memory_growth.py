@@ -2,8 +2,8 @@
 
     python scripts/bench_memory_growth.py [OVERRIDES ...] [--steps 500]
 
-The default run with short answers (8 prompts per step, 16 tokens), and with everything else that it does: validation
-every 20 steps, records, checkpoints, tracking. Once a second the resident memory of the command, of each rank and of
+The default run with short answers (8 prompts per step, 16 tokens) and small KV caches, and with everything else that it
+does: validation every 20 steps, records, checkpoints, tracking. Once a second the resident memory of the command, of each rank and of
 other processes (torchrun) is read from outside; a rank's engines are part of it. Memory at a step is the median of the
 samples within the ten steps that end there; *perf/peak_mem_gib* is the metric that a run records itself, and can only
 grow.
@@ -28,6 +28,8 @@ import psutil
 
 SMALL = ("rollout.prompts_per_step=8", "train.global_batch_size=8", "rollout.max_new_tokens=16")
 SMALL_EVAL = ("eval.max_samples=32",)
+SMALL_CACHES = tuple(f"engine.{role}.kv_cache_gib=0.002" for role in ("student", "teacher"))
+"""Else the engines would go on for hundreds of steps to use blocks of their caches for the first time."""
 WARM_UP, WINDOW = 20, 10
 PERIOD_S = 1.0
 LIMIT = 0.01
@@ -47,7 +49,7 @@ def main() -> None:
         parser.error(f"--steps={arguments.steps}: must be at least {WARM_UP + WINDOW}")
     with tempfile.TemporaryDirectory() as folder:
         named = (f"train.max_steps={arguments.steps}", f"run.root={folder}", "run.name=r")
-        command = [sys.executable, "-m", "distill_cli", *named, *SMALL, *SMALL_EVAL, *arguments.overrides]
+        command = [sys.executable, "-m", "distill_cli", *named, *SMALL, *SMALL_EVAL, *SMALL_CACHES, *arguments.overrides]
         with (Path(folder) / "log").open("w+") as log:
             process = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT)
             samples = follow(process)

@@ -53,6 +53,7 @@ KEPT_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_MMAP_THRESHOLD_": str(2**25),  # the most that glibc takes
     "MALLOC_TOP_PAD_": str(2**26),
+    "MALLOC_ARENA_MAX": "1",  # else each thread that saves a checkpoint may leave its buffers behind in another heap
 }
 """Lets glibc keep what an operator's tensors leave for the next ones. By default every tensor of megabytes is memory
 that the kernel hands out page by page and takes back, an eighth of a small model's training step on CPUs."""
