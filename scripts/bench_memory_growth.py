@@ -49,7 +49,16 @@ def main() -> None:
         parser.error(f"--steps={arguments.steps}: must be at least {WARM_UP + WINDOW}")
     with tempfile.TemporaryDirectory() as folder:
         named = (f"train.max_steps={arguments.steps}", f"run.root={folder}", "run.name=r")
-        command = [sys.executable, "-m", "distill_cli", *named, *SMALL, *SMALL_EVAL, *SMALL_CACHES, *arguments.overrides]
+        command = [
+            sys.executable,
+            "-m",
+            "distill_cli",
+            *named,
+            *SMALL,
+            *SMALL_EVAL,
+            *SMALL_CACHES,
+            *arguments.overrides,
+        ]
         with (Path(folder) / "log").open("w+") as log:
             process = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT)
             samples = follow(process)
