@@ -3,10 +3,10 @@
     python scripts/bench_memory_growth.py [OVERRIDES ...] [--steps 500]
 
 The default run with short answers (8 prompts per step, 16 tokens) and small KV caches, and with everything else that it
-does: validation every 20 steps, records, checkpoints, tracking. Once a second the resident memory of the command, of each rank and of
-other processes (torchrun) is read from outside; a rank's engines are part of it. Memory at a step is the median of the
-samples within the ten steps that end there; *perf/peak_mem_gib* is the metric that a run records itself, and can only
-grow.
+does: validation every 20 steps, records, checkpoints, tracking. Once a second the resident memory of the command, of
+each rank and of other processes (torchrun) is read from outside; a rank's engines are part of it. Memory at a step is
+the median of the samples within the ten steps that end there; *perf/peak_mem_gib* is the metric that a run records
+itself, and can only grow.
 
 Print one row per process, and exit with status 1 if a rank grew by 1% or more. The command's own process imports
 packages for tracking and the report while it runs.

@@ -56,9 +56,9 @@ KEPT_MEMORY = {
     "MALLOC_ARENA_MAX": "1",  # else each thread that saves a checkpoint may leave its buffers behind in another heap
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # of kernels, one for each number of tokens; by default 1,024
 }
-"""Lets glibc keep what an operator's tensors leave for the next ones, and little else be kept. By default every tensor of
-megabytes is memory that the kernel hands out page by page and takes back, an eighth of a small model's training step
-on CPUs; and oneDNN's kernels grow by half a megabyte a step."""
+"""Lets glibc keep what an operator's tensors leave for the next ones, and nothing else be kept. By default every tensor
+of megabytes is memory that the kernel hands out page by page and takes back, an eighth of a small model's training step
+on CPUs; and oneDNN's kernels take half a megabyte more with each step."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """Ctrl-C; how a system or scheduler ends a process; a scheduler's warnings; a closed terminal."""
