@@ -13,9 +13,9 @@ opposite sign there, so its probability is about e^-20; the embedding is also th
 to change that. No validation, no checkpoints, no tracker.
 
 Print a table in Markdown for each axis: medians in seconds over all steps but the first, then exponents of the axis,
-log(time ratio) / log(size ratio) between neighbouring points, and the least-squares slope over the upper half of the
-points (at least two): 1.0 is straight. *sample* includes sampling's fixed cost per token position, *train* the
-optimizer. Points whose answers were not of full length are marked.
+log(time ratio) / log(size ratio) between neighbouring points, and the least-squares slope over all: 1.0 is straight.
+*sample* includes sampling's fixed cost per token position, *train* the optimizer. Points whose answers were not of full
+length are marked.
 """
 
 from __future__ import annotations
@@ -170,8 +170,7 @@ def table(axis: str, sizes: Sequence[int], found: Sequence[dict[str, float]]) ->
         lines.append(f"| {size:,}{mark} | {' | '.join(f'{row[stage]:.3f}' for stage in STAGES)} |")
     columns = {stage: [row[stage] for row in found] for stage in STAGES}
     spans = [slice(start, start + 2) for start in range(len(sizes) - 1)]
-    upper = slice(min(len(sizes) // 2, len(sizes) - 2), None)
-    for span in [*spans, upper] if len(sizes) > 2 else spans:
+    for span in [*spans, slice(None)] if len(sizes) > 2 else spans:
         what = f"exponent, {sizes[span][0]:,} to {sizes[span][-1]:,}"
         exponents = [exponent(sizes[span], columns[stage][span]) for stage in STAGES]
         lines.append(f"| {what} | {' | '.join(f'{value:.2f}' for value in exponents)} |")
