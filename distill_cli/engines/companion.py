@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -46,17 +47,6 @@ def needs_companion(sampler: EngineSettings, teacher: EngineSettings, *, on_gpu:
     return sampler.tensor_parallel != teacher.tensor_parallel or (on_gpu and teacher.sleep_mode)
 
 
-class Request:
-    """A request to a companion, and its answer once it has come."""
-
-    is_answered = False
-    answer: Any = None
-
-    def give(self, answer: Any) -> None:
-        """Keep the answer."""
-        self.answer, self.is_answered = answer, True
-
-
 class CompanionTeacher(Teacher):
     """A `VllmTeacher` in another process. Every rank builds one at the same point: a collective.
 
@@ -70,7 +60,7 @@ class CompanionTeacher(Teacher):
         self.num_ranks = settings.tensor_parallel
         self._settings = settings
         self._is_ready = False
-        self._requests = deque[Request]()
+        self._requests = deque[Future[Any]]()
         host = os.environ.get("MASTER_ADDR", "localhost")
         # The store of the companions' process group, which rank 0 serves.
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
@@ -148,8 +138,8 @@ class CompanionTeacher(Teacher):
         self.wait_ready()
         return self._answer(self._send(method, **arguments))
 
-    def _send(self, method: str, **arguments: Any) -> Request:
-        request = Request()
+    def _send(self, method: str, **arguments: Any) -> Future[Any]:
+        request = Future[Any]()
         try:
             self._connection.send((method, arguments))
         except OSError:
@@ -157,19 +147,19 @@ class CompanionTeacher(Teacher):
         self._requests.append(request)
         return request
 
-    def _answer(self, request: Request) -> Any:
+    def _answer(self, request: Future[Any]) -> Any:
         """Return the answer to a request; a dead process closes its end, or is noticed within a second."""
-        while not request.is_answered:  # answers come in the order of the requests
+        while not request.done():  # answers come in the order of the requests
             try:
                 while not self._connection.poll(1.0):
                     if self._process.poll() is not None:
                         raise self._death()
-                self._requests.popleft().give(self._connection.recv())
+                self._requests.popleft().set_result(self._connection.recv())
             except (EOFError, OSError):
                 raise self._death() from None
-        if isinstance(request.answer, DistillError):
-            raise request.answer
-        return request.answer
+        if isinstance(answer := request.result(), DistillError):
+            raise answer
+        return answer
 
     def _death(self) -> DistillError:
         if self._connection.closed:

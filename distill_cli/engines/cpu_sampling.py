@@ -26,8 +26,8 @@ SCORED_LOGITS = 2**24
 def score_responses_together(score_prompts: Any) -> Any:
     """Score all marked requests of a step together, from `SCORE_FROM` on; the output has no earlier rows. CPU only.
 
-    Symptom: vLLM computes logits for every token of a prompt, one request at a time. Nobody reads those of the
-    question, and for small models the calls take as long as the forward pass (`scripts/bench_score.py`).
+    Symptom: vLLM computes logits for every token of a prompt, one request at a time. Those of the question are not
+    read, and for small models the calls take as long as the forward pass (`scripts/bench_score.py`).
     No longer needed when: `prompt_logprobs` can start at a token, and are computed for a whole batch.
     """
     import torch
