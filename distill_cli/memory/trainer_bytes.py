@@ -88,14 +88,14 @@ class Activations:
 
         norms = layer.norms * norm(hidden) + layer.halves * c * whole_hidden
         head_norms = norm(query + key) if layer.has_head_norms else 0
-        kept_scores, score_products, made_scores = _scores(shape, layer, step)
+        kept_scores, made_scores = _scores(shape, layer, step)
         keys = max(query, key) if shape.has_scores and not step.on_gpu else key  # one for each head of the query
         attention = c * (3 * query + 2 * mesh.context * keys + other) + kept_scores  # queries, output twice; whole keys
         routed = layer.routed if layer.adapters is None else layer.routed - layer.routed_inputs
         everything = norms + head_norms + attention + c * mlp_kept + c * tokens * (routed + layer.state)
         everything += FLOAT32 * tokens * layer.state_float32
         products = query + 2 * key + wide + 2 * whole_hidden + tokens * layer.state_wide
-        selective = c * (hidden + products + query) + FLOAT32 * tokens * layer.state_products + score_products
+        selective = c * (hidden + products + query) + FLOAT32 * tokens * layer.state_products
         full = c * hidden
         self.kept = {"none": everything, "selective": selective, "full": full}[checkpointing.value]
         """The layer after its forward pass."""
@@ -107,18 +107,18 @@ class Activations:
         """Input of attention and MLP, whole on each rank; scores that are made again."""
 
 
-def _scores(shape: ModelShape, layer: LayerShape, step: Step) -> tuple[float, float, float]:
-    """Return the bytes of attention's scores that a layer keeps, of their products alone, and of those made again.
+def _scores(shape: ModelShape, layer: LayerShape, step: Step) -> tuple[float, float]:
+    """Return the bytes of attention's scores that a layer keeps, and of those made again.
 
     Only CPUs make them (`student.attention`): short documents keep them, others make some at a time in backward.
     """
     if not (shape.has_scores and layer.query) or step.on_gpu:
-        return 0, 0, 0
+        return 0, 0
     c, number = step.computed, shape.num_heads * step.length
     each = FLOAT32 + c * shape.caps_scores + (c if c < FLOAT32 else 0)
     if step.length <= QUERY_ROWS:
-        return each * number * step.tokens, c * number * step.tokens, 0
-    return 0, 0, each * number * QUERY_ROWS
+        return each * number * step.tokens, 0
+    return 0, each * number * QUERY_ROWS
 
 
 def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:

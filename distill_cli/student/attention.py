@@ -224,7 +224,9 @@ def _attend_eagerly(
     """Attend with the scores of QUERY_ROWS queries in memory at a time, made again in backward if there are more."""
 
     def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        weights = (q @ k.transpose(-1, -2)) * scores.scale
+        # Not `q @ k`: of that selective checkpointing would keep the result, which grows with the square of the length.
+        products = torch.baddbmm(q.new_empty(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scores.scale)
+        weights = products.unflatten(0, q.shape[:2])
         if scores.soft_cap is not None:
             weights = scores.soft_cap * (weights / scores.soft_cap).tanh()
         weights = weights.masked_fill(~mask, -torch.inf)

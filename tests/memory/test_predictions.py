@@ -24,6 +24,7 @@ ALONE = {
 }
 ALONE |= {family: family_case(family, tokens=1024) for family in FAMILIES}
 ALONE |= {
+    "gemma2, selective, long documents": family_case("gemma2", activation_checkpointing="selective", tokens=2048),
     "gpt_oss, bf16, full": family_case("gpt_oss", precision="bf16", activation_checkpointing="full", tokens=1024),
     "qwen3_next, full": family_case("qwen3_next", activation_checkpointing="full", tokens=1024),
     "qwen3_moe, LoRA": family_case("qwen3_moe", tokens=1024, lora=8),
