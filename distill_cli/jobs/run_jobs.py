@@ -238,7 +238,7 @@ def run_side_by_side(runs: Sequence[RunDir], resolved: ResolvedRun, *, num_slots
 def start_process(folder: Path, resolved: ResolvedRun, *, slot: int, num_slots: int) -> subprocess.Popen[bytes]:
     """Start a prepared run in a process of its own, with its share of this machine's cores and GPUs."""
     per_node = resolved.ranks.per_node
-    env = {"OMP_NUM_THREADS": str(hardware.threads_of_rank(num_slots * per_node)), **os.environ}
+    env = {**os.environ, "OMP_NUM_THREADS": str(hardware.threads_of_rank(num_slots * per_node))}
     if resolved.ranks.on_gpus:
         listed = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = listed.split(",") if listed else list(map(str, range(hardware.visible_gpus())))

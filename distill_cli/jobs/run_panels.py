@@ -1,6 +1,5 @@
 """The panels that a run prints before its first step and after its last."""
 
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.divergence import PARAMETERS
 from distill_cli.machine.hardware import threads_of_rank
 from distill_cli.models.traits import Traits
-from distill_cli.resolved import Ranks, ResolvedRun
+from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 from distill_cli.track.base import trackers_of
 
@@ -32,17 +31,17 @@ def start_panel(resolved: ResolvedRun, run: RunDir) -> Panel:
         "loss": f"{loss.kl_type}, top-{loss.topk}, tail {loss.tail.value}",
         "data": f"{training_rows(resolved)}, {validation_rows(resolved)} for validation",
         "steps": f"{resolved.num_steps} of {config.rollout.prompts_per_step} prompts",
-        "ranks": f"{ranks.per_node} on {'GPUs' if ranks.on_gpus else cores_row(ranks)}{nodes}",
+        "ranks": f"{ranks.per_node} on {'GPUs' if ranks.on_gpus else cores_row(resolved)}{nodes}",
         "layout": layout_row(resolved),
         "folder": relative(run.path),
     }
     return Panel(rows_table(rows), title="distill", title_align="left", expand=False)
 
 
-def cores_row(ranks: Ranks) -> str:
-    """Say how many threads a rank has, if that is known here."""
-    threads = int(os.environ.get("OMP_NUM_THREADS", threads_of_rank(ranks.per_node)))
-    return f"the CPU, {threads} {'thread' if threads == 1 else 'threads'} each"
+def cores_row(resolved: ResolvedRun) -> str:
+    """Say how many threads a rank has."""
+    threads = str(resolved.config.cluster.env.get("OMP_NUM_THREADS", threads_of_rank(resolved.ranks.per_node)))
+    return f"the CPU, {threads} {'thread' if threads == '1' else 'threads'} each"
 
 
 def layout_row(resolved: ResolvedRun) -> str | None:

@@ -211,9 +211,9 @@ def environment(resolved: ResolvedRun) -> dict[str, str]:
         ConfigError: a folder of cluster.* cannot be made here.
     """
     cluster, ranks = resolved.config.cluster, resolved.ranks
-    threads = {"OMP_NUM_THREADS": str(threads_of_rank(ranks.per_node)), **SHORT_SPIN}
-    defaults = {**threads, **({} if ranks.on_gpus else KEPT_MEMORY), "TOKENIZERS_PARALLELISM": "false"}
-    env = {**defaults, **os.environ, **bytecode_variables(), **node_variables(cluster)}
+    threads = {"OMP_NUM_THREADS": str(threads_of_rank(ranks.per_node))}
+    defaults = {**SHORT_SPIN, **({} if ranks.on_gpus else KEPT_MEMORY), "TOKENIZERS_PARALLELISM": "false"}
+    env = {**defaults, **os.environ, **threads, **bytecode_variables(), **node_variables(cluster)}
     env |= {CACHE_ONLY: "1", LAUNCHER_PID: str(os.getpid())}
     return env if ranks.on_gpus else env | {"CUDA_VISIBLE_DEVICES": ""}
 

@@ -72,8 +72,12 @@ def cores() -> int:
 
 
 def threads_of_rank(num_ranks: int) -> int:
-    """Return the threads of each of `num_ranks` ranks that share this machine's CPUs."""
-    return max(1, cores() // num_ranks)
+    """Return the threads of each of `num_ranks` ranks that share this machine's CPUs.
+
+    A shell's OMP_NUM_THREADS is the most that one has: with more threads than cores all wait for each other.
+    """
+    share, most = max(1, cores() // num_ranks), os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return min(share, int(most)) if most.isdecimal() and int(most) > 0 else share
 
 
 def host_memory() -> int:

@@ -76,5 +76,15 @@ def test_ranks_of_an_evaluation(
 def test_cores_of_a_control_group(quota: str, expected: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.Path, "read_text", lambda _path: quota)
     monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _process: set(range(12)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert hardware.cores() == (expected or 12)
     assert hardware.threads_of_rank(5) == max(1, hardware.cores() // 5)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("1", 1), ("2", 2), ("12", 3), ("2,4", 2), (" 2 ", 2), ("", 3), ("0", 3), ("many", 3)]
+)
+def test_a_shell_sets_the_most_threads_of_a_rank(given: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "cores", lambda: 12)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert hardware.threads_of_rank(4) == expected

@@ -19,7 +19,9 @@ from distill_cli.config.compose import compose
 from distill_cli.errors import ConfigError, DistillError, Killed, Unrecoverable
 from distill_cli.folders.run_dir import RunDir, create
 from distill_cli.jobs.preflight import preflight
+from distill_cli.jobs.run_panels import cores_row
 from distill_cli.launch import local
+from distill_cli.machine import hardware
 from distill_cli.resolved import Ranks, ResolvedRun
 from tests.conftest import restore_interrupts
 
@@ -163,3 +165,12 @@ def test_errors_keep_their_kind(run: RunDir) -> None:
     for kind in (ConfigError, Unrecoverable, Killed):
         run.rank_error(0).write_text(json.dumps({"time": 1.0, "message": "so", "kind": kind.__name__}))
         assert type(local.failure(run, status=1)) is kind
+
+
+def test_more_threads_than_cores_are_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    resolved = replace(resolved_of(), ranks=Ranks(1, 2, False))
+    assert local.environment(resolved)["OMP_NUM_THREADS"] == str(max(1, hardware.cores() // 2))
+    chosen = replace(resolved_of("+cluster.env.OMP_NUM_THREADS=64"), ranks=Ranks(1, 2, False))
+    assert local.environment(chosen)["OMP_NUM_THREADS"] == "64"
+    assert "64 threads each" in cores_row(chosen)
