@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distill_cli.machine.hardware import threads_of_rank
 from distill_cli.student import attention, model
 
 model.SMALL_BYTES = 0  # the models here are small, and laid out like large ones
@@ -83,7 +84,7 @@ def _fork(rank: int, num_ranks: int, store: str, rank_main: Callable[[], None]) 
     try:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
         os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)}
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
+        torch.set_num_threads(threads_of_rank(num_ranks))
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=num_ranks)
         rank_main()
         dist.barrier()
