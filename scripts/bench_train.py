@@ -38,9 +38,8 @@ TOPK = 64
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29631")):
-        os.environ.setdefault(name, value)
-    dist.init_process_group("gloo")
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo", **alone)
     parallel = layout(device=torch.device("cpu"))
     bare_lm = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, attn_implementation="sdpa")
     ours, bare = trainer(arguments.model, parallel), bare_pass(bare_lm.train())
@@ -56,10 +55,8 @@ def main() -> None:
             dist.barrier()
     if parallel.is_main:
         tokens = arguments.prompts * (arguments.prompt_tokens + sum(arguments.tokens) / 2)
-        print(
-            f"{parallel.size} ranks of {arguments.threads} threads, about {tokens:.0f} tokens a rank, {arguments.model}"
-        )
-        (mine, plain) = (median(found) for found in seconds)
+        print(f"{parallel.size} ranks of {arguments.threads} threads, about {tokens:.0f} tokens a rank")
+        mine, plain = map(median, seconds)
         print(f"pack and train {mine:.4f} s, bare {plain:.4f} s: {mine / plain:.2f} times")
     dist.destroy_process_group()
 
@@ -75,10 +72,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-Sequence = tuple[Rollout, TeacherScores]
+Scored = tuple[Rollout, TeacherScores]
 
 
-def made_up(arguments: argparse.Namespace, vocab: int, generator: torch.Generator) -> Sequence:
+def made_up(arguments: argparse.Namespace, vocab: int, generator: torch.Generator) -> Scored:
     """Return a sequence of random tokens and random scores of its response."""
     fewest, most = arguments.tokens
     length = int(torch.randint(fewest, most + 1, (), generator=generator))
@@ -88,7 +85,7 @@ def made_up(arguments: argparse.Namespace, vocab: int, generator: torch.Generato
     return rollout, TeacherScores(top.int(), logp, logp[:, 0])
 
 
-def trainer(folder: Path, parallel: Parallel) -> Callable[[list[Sequence]], None]:
+def trainer(folder: Path, parallel: Parallel) -> Callable[[list[Scored]], None]:
     """Return an update of the student by sequences of this rank."""
     lm, published = build_lm(folder)
     load_weights(lm, published, device=parallel.device)
@@ -97,7 +94,7 @@ def trainer(folder: Path, parallel: Parallel) -> Callable[[list[Sequence]], None
     optimizer = build_optimizer(student, lr=1e-4)
     schedule = build_schedule(optimizer, warmup_updates=0, num_updates=10_000)
 
-    def update(sequences: list[Sequence]) -> None:
+    def update(sequences: list[Scored]) -> None:
         rollouts, scores = zip(*sequences, strict=True)
         plan = plan_batch([len(rollout.token_ids) for rollout in rollouts], num_ranks=1, max_tokens=16384)
         batches = [lay_out(row, rollouts, dict(enumerate(scores))) for row in plan.rows[0]]
@@ -106,10 +103,10 @@ def trainer(folder: Path, parallel: Parallel) -> Callable[[list[Sequence]], None
     return update
 
 
-def bare_pass(lm: PreTrainedModel) -> Callable[[list[Sequence]], None]:
+def bare_pass(lm: PreTrainedModel) -> Callable[[list[Scored]], None]:
     """Return the forward and backward pass of a plain model."""
 
-    def run(sequences: list[Sequence]) -> None:
+    def run(sequences: list[Scored]) -> None:
         longest = max(len(rollout.token_ids) for rollout, _scores in sequences)
         ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
         labels = torch.full_like(ids, -100)

@@ -54,7 +54,7 @@ KEPT_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),  # the most that glibc takes
     "MALLOC_TOP_PAD_": str(2**26),
     "MALLOC_ARENA_MAX": "1",  # else each thread that saves a checkpoint may leave its buffers behind in another heap
-    # Else what is cut off to align a tensor is kept apart, and the place it leaves never fits a tensor of that size.
+    # Else the heap grows by a tenth in 500 steps (docs/performance.md, "Memory over time").
     "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # of kernels, one for each number of tokens; by default 1,024
 }
