@@ -93,7 +93,7 @@ class Metric:
     @property
     def ranks_checkpoints(self) -> bool:
         """Return whether checkpoint.metric may name it: whether it is known when a step's checkpoint is written."""
-        return self.name.startswith(("train/", "rollout/", "val/")) and not self.before_training_only
+        return self.name.startswith(("train/", "rollout/", "val/", "teacher/")) and not self.before_training_only
 
     def shown(self, value: float | None) -> str:
         """Return a value as tables show it; empty if there is none."""
@@ -151,6 +151,11 @@ PEAK = Figure("peak", "memory", "Measured peak of a rank", height=150)
 SAMPLED, HELD_OUT = "sampled in training", "held out"
 ANSWERS, TOKENS, SEQUENCES = "share of answers", "share of tokens", "share of sequences"
 EVERYWHERE: tuple[Place, ...] = ("terminal", "page", "heat map")
+BY_TEACHER: dict[str, tuple[str, Literal["higher", "lower"]]] = {
+    "loss": ("nats", "lower"), "kl_forward": ("nats", "lower"), "kl_reverse": ("nats", "lower"),
+    "teacher_topk_mass": ("probability", "higher"), "top1_agreement": (TOKENS, "higher"),
+}
+"""Metrics train/<name> that are recorded by teacher too, if there are several: unit, and the better direction."""
 
 METRICS = (
     Metric("val/accuracy", "held-out answers that the verifier accepts, at the steps of eval.period",
@@ -189,6 +194,17 @@ METRICS = (
     Metric("train/lr", "the learning rate of the step's last update"),
     Metric("train/response_tokens", "tokens with a loss", "tokens"),
     Metric("train/skipped_updates", "updates skipped because loss or gradient were not finite", "updates", "lower"),
+
+    Metric("train/mixture_uncertainty", "probability that may lie in the rest instead of at a token where a row's "
+        "teachers are mixed: theirs outside their top-k (teachers.md)", "probability", "lower", needs="model.teachers"),
+
+    *(Metric(f"teacher/<name>/{name}", f"train/{name} over the tokens of one of several teachers, or of a mixture of "
+        "them (`a+b`)", unit, better, needs="model.teachers") for name, (unit, better) in BY_TEACHER.items()),
+    Metric("teacher/<name>/token_share", "its share of the step's response tokens", TOKENS, needs="model.teachers"),
+    Metric("teacher/<name>/rollout_accuracy", "rollout/accuracy of its rows", ANSWERS, "higher",
+        needs="model.teachers"),
+    Metric("teacher/<name>/val_accuracy", "its accuracy on its held-out rows, measured once before training "
+        "(eval.teacher)", ANSWERS, "higher", before_training_only=True, needs="model.teachers"),
 
     Metric("rollout/accuracy", "the step's sampled answers that the verifier accepts", ANSWERS, "higher",
         step_line="acc={:.3f}", panel=("accuracy", "{value:.1%} sampled"), figure=ACCURACY, series=SAMPLED,

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill_cli.config import derived
 from distill_cli.config.schema import Config
+from distill_cli.config.teachers import ONLY, path_key, teacher_configs
 from distill_cli.config.variation import load_config
 from distill_cli.errors import ConfigError
 from distill_cli.folders.run_dir import RunDir, write_json
@@ -79,8 +81,8 @@ class ResolvedRun:
 
     config: Config
     student: ModelFiles
-    teacher: ModelFiles | None
-    """None if the run needs no teacher: a replay, or the evaluation of a student."""
+    teachers: dict[str, ModelFiles]
+    """By name, in the config's order; empty if the run needs no teacher: a replay, or the evaluation of a student."""
     tokenizer: ModelFiles
     """The model whose tokenizer renders the prompts: the student, unless `model.tokenizer` names another."""
     vocabulary: SharedVocabulary
@@ -101,10 +103,21 @@ class ResolvedRun:
     warnings: tuple[str, ...]
 
     def model(self, role: str) -> ModelFiles:
-        """Return the files of the model with the role `student` or `teacher`."""
-        files = self.student if role == "student" else self.teacher
-        assert files is not None, f"the run has no {role}"
-        return files
+        """Return the files of the model with the role `student` or `teacher`, which must be the only one."""
+        return self.student if role == "student" else self.teachers[ONLY]
+
+    def by_teacher(self) -> dict[str, ResolvedRun]:
+        """Return, by name, the run with each teacher alone (see `config.teachers`)."""
+        return {name: self._alone(name, config) for name, config in teacher_configs(self.config).items()}
+
+    def _alone(self, name: str, config: Config) -> ResolvedRun:
+        lengths = dataclasses.replace(
+            self.lengths,
+            teacher_prompt=derived.max_teacher_prompt_tokens(config),
+            teacher=config.engine.teacher.max_model_len or derived.scored_length(config),
+        )
+        teachers = {ONLY: self.teachers[name]} if name in self.teachers else {}
+        return dataclasses.replace(self, config=config, lengths=lengths, teachers=teachers)
 
     def write(self, run: RunDir) -> None:
         """Write resolved.json. The config has its own file, config.yaml."""
@@ -127,9 +140,10 @@ class ResolvedRun:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{run.resolved}: cannot be read ({error}); `distill resume` writes it anew") from error
         keys = {"student": "model.student.path", "tokenizer": "model.tokenizer"}
-        if resolved.teacher is not None and needs_teacher:
-            keys["teacher"] = "model.teacher.path"
-        moved = {name: getattr(resolved, name).on_this_machine(key=key) for name, key in keys.items()}
+        moved: dict[str, Any] = {name: getattr(resolved, name).on_this_machine(key=key) for name, key in keys.items()}
+        if needs_teacher:
+            found = resolved.teachers.items()
+            moved["teachers"] = {name: files.on_this_machine(key=path_key(name)) for name, files in found}
         return dataclasses.replace(resolved, **moved)
 
 
@@ -142,6 +156,8 @@ def _build(kind: Any, value: Any) -> Any:
         return Path(value)
     if typing.get_origin(kind) is tuple:
         return tuple(value)
+    if typing.get_origin(kind) is dict:
+        return {name: _build(typing.get_args(kind)[1], item) for name, item in value.items()}
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         return kind(**{name: _build(hints[name], item) for name, item in value.items()})

@@ -31,6 +31,20 @@ class Example:
     """A conversation up to the user's last message, each with `role` and `content`; empty is the question alone."""
     context: str | None = None
     """Text for the teacher alone, such as a reference solution (`data.teacher_context`)."""
+    teachers: tuple[tuple[str, float], ...] = ()
+    """Names and weights of the teachers that the row asks for (`data.teacher_key`); empty if it does not say."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A teacher that scores the answers to a prompt."""
+
+    teacher: int = 0
+    """Its index among the run's teachers, in the config's order."""
+    weight: float = 1.0
+    """Its share in the mixture of the prompt's teachers."""
+    token_ids: list[int] | None = None
+    """The prompt as it reads it; None if it is the student's."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +55,22 @@ class Prompt:
     """Position in the order of the data, which seeds and reports refer to."""
     token_ids: list[int]
     example: Example
-    teacher_token_ids: list[int] | None = None
-    """The teacher's prompt; None if it is the student's."""
+    targets: tuple[Target, ...] = (Target(),)
+    """The teachers that score its answers, by rising index: one, or several whose distributions are mixed."""
+
+    def ids_for(self, target: Target) -> list[int]:
+        """Return the token ids of the prompt as a teacher reads it."""
+        return self.token_ids if target.token_ids is None else target.token_ids
 
     @property
-    def ids_for_teacher(self) -> list[int]:
-        """Token ids of the prompt as the teacher reads it."""
-        return self.token_ids if self.teacher_token_ids is None else self.teacher_token_ids
+    def main_target(self) -> Target:
+        """The teacher with the largest weight, the first of several."""
+        return max(self.targets, key=lambda target: target.weight)
+
+    @property
+    def teachers(self) -> int:
+        """The set of its teachers: bit i stands for the teacher with index i."""
+        return sum(1 << target.teacher for target in self.targets)
 
 
 @dataclass(frozen=True)
@@ -94,10 +117,9 @@ class Rollout:
         """Token ids of prompt and answer."""
         return self.prompt.token_ids + self.sample.token_ids
 
-    @property
-    def ids_for_teacher(self) -> list[int]:
-        """Token ids of the teacher's prompt and the answer, which the teacher scores."""
-        return self.prompt.ids_for_teacher + self.sample.token_ids
+    def ids_for(self, target: Target) -> list[int]:
+        """Return the token ids of the prompt as a teacher reads it and the answer, which it scores."""
+        return self.prompt.ids_for(target) + self.sample.token_ids
 
 
 @dataclass(frozen=True)

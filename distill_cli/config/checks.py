@@ -13,6 +13,7 @@ from distill_cli.config.credentials import secret_problems
 from distill_cli.config.derived import needed_length, parse_duration, scored_length, validates
 from distill_cli.config.fields import LIMITS, declared_keys
 from distill_cli.config.schema import Config, Tail
+from distill_cli.config.teachers import teacher_configs, teacher_problems
 from distill_cli.config.variation import plain
 from distill_cli.losses.divergence import DIVERGENCES, PARAMETERS, parameter_problems, parameters_of
 from distill_cli.metrics import METRICS, find
@@ -34,12 +35,25 @@ MAX_ENGINE_RANK = 512
 
 def config_problems(config: Config) -> list[str]:
     """Return one line for each value that cannot be: key=value: rule; fix."""
-    loss = config.loss
-    return [
-        *_lines(config, _limits, _models, _rollout, _train, _data, _eval, _engine, _checkpoint, _run),
-        *parameter_problems(loss.kl_type, loss.parameters, kwargs=loss.kwargs),
+    found = [
+        *_lines(config, _limits, _rollout, _train, _data, _eval, _checkpoint, _run),
+        *_teacher_dependent(config),
         *secret_problems(asdict(config)),
     ]
+    if wrong := list(teacher_problems(config)):
+        return found + wrong
+    if config.model.teachers:
+        for name, alone in teacher_configs(config).items():
+            own = [*_lines(alone, _limits), *_teacher_dependent(alone)]
+            found += [f"model.teachers.{name}: {problem}" for problem in own if problem not in found]
+    return found
+
+
+def _teacher_dependent(config: Config) -> list[str]:
+    """Return the problems of keys that a teacher may have of its own."""
+    loss = config.loss
+    problems = parameter_problems(loss.kl_type, loss.parameters, kwargs=loss.kwargs)
+    return [*_lines(config, _models, _engine), *problems]
 
 
 def evaluation_problems(config: Config) -> list[str]:
@@ -97,6 +111,8 @@ def _run(config: Config) -> Problems:
 
 def _models(config: Config) -> Problems:
     lora, at = config.model.student.lora, "model.student.lora"
+    if config.model.teacher.path is None and not config.model.teachers:
+        yield "model.teacher.path", "a value is needed; give a folder or a hub name"
     if lora.targets is not None and not lora.is_on:
         yield f"{at}.targets", f"no adapters are trained; give {at}.rank, or leave it out"
     if lora.targets == []:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 
 from distill_cli.config.schema import Config, Dtype, Precision
+from distill_cli.config.teachers import engine_key, teacher_configs
 
 
 def max_prompt_tokens(config: Config) -> int:
@@ -72,12 +73,13 @@ def scores_while_sampling(config: Config, *, on_gpus: bool) -> bool:
 
 def overlap_problems(config: Config, *, on_gpus: bool) -> Iterator[str]:
     """Yield what keeps the teacher from scoring while the student samples, and the key that changes it."""
-    engines = {"student": config.engine.student, "teacher": config.engine.teacher}
-    if on_gpus and engines["teacher"].sleep is not False:
-        yield "the teacher sleeps meanwhile; set engine.teacher.sleep=false"
-    for role, engine in engines.items():
+    teachers = {engine_key(name): one.engine.teacher for name, one in teacher_configs(config).items()}
+    for key, engine in teachers.items():
+        if on_gpus and engine.sleep is not False:
+            yield f"the teacher sleeps meanwhile; set {key}.sleep=false"
+    for key, engine in {"engine.student": config.engine.student, **teachers}.items():
         if engine.tensor_parallel > 1:
-            yield f"each engine must have one rank; set engine.{role}.tensor_parallel=1"
+            yield f"each engine must have one rank; set {key}.tensor_parallel=1"
 
 
 def updates_per_step(config: Config) -> int:

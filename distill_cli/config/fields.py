@@ -45,16 +45,19 @@ def section(cls: type[Section]) -> type[Section]:
 
 
 def key(
-    default: Any = dataclasses.MISSING, *, factory: Callable[[], Any] | None = None, **metadata: bool | float | str
+    default: Any = dataclasses.MISSING,
+    *,
+    factory: Callable[[], Any] | None = None,
+    **metadata: bool | float | str | Mapping[str, str],
 ) -> Any:
     """Declare a key, or a section in a section.
 
     Args:
         metadata: any of `PROPERTIES` and `LIMITS`; `only_with` is a key without which this one has no effect;
             `credentials` is the environment variable that carries an address whole, if it may hold credentials: files
-            have it without them.
+            have it without them; `entries` makes a dictionary one of named sections (see `declared_as`).
     """
-    assert metadata.keys() <= PROPERTIES | LIMITS.keys() | {"only_with", "credentials"}
+    assert metadata.keys() <= PROPERTIES | LIMITS.keys() | {"only_with", "credentials", "entries"}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata, repr="credentials" not in metadata)
@@ -74,12 +77,27 @@ def declared_keys(root: type) -> dict[str, Mapping[str, Any]]:
     return keys
 
 
+def declared_as(root: type, dotted: str) -> str:
+    """Return the key that declares `dotted`: another one for a key of a named section, else itself.
+
+    The sections of a dictionary with `entries` are declared elsewhere: below <dictionary>.<name> a key whose first part
+    is in `entries` is declared in the section that it names, and any other key in that of the part "".
+    """
+    for known, data in declared_keys(root).items():
+        if "entries" in data and dotted.startswith(f"{known}."):
+            _, *parts = dotted.removeprefix(f"{known}.").split(".")
+            if parts:
+                rest = parts[1:] if parts[0] in data["entries"] else parts
+                return ".".join([data["entries"].get(parts[0], data["entries"][""]), *rest])
+    return dotted
+
+
 def has_property(root: type, dotted: str, name: str) -> bool:
     """Whether the key `dotted` of the section `root` has the property `name`. A section has it if any key in it does.
 
     Keys below a dictionary have the dictionary's properties.
     """
-    keys = declared_keys(root).items()
+    keys, dotted = declared_keys(root).items(), declared_as(root, dotted)
     return any(data.get(name, False) for key, data in keys if is_within(key, dotted) or is_within(dotted, key))
 
 

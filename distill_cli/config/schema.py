@@ -63,7 +63,7 @@ class StudentModel:
 
 @section
 class TeacherModel:
-    path: str = key(MISSING, evaluation=True)
+    path: str | None = key(None, evaluation=True)
     """A Hugging Face folder or hub name. Its vocabulary must be the student's."""
     revision: str | None = key(None, evaluation=True)
     """Branch, tag or commit on the hub; null is the newest."""
@@ -77,11 +77,23 @@ class TeacherModel:
     chat_template_kwargs: dict[str, Any] = key(factory=dict)
     """Arguments of the template for the teacher alone; they override `model.chat_template_kwargs`."""
 
+    @property
+    def shown(self) -> str:
+        """Its path, with the revision if one is given."""
+        return f"{self.path}@{self.revision}" if self.revision else str(self.path)
+
 
 @section
 class ModelConfig:
     student: StudentModel = key(factory=StudentModel, replay=True)
     teacher: TeacherModel = key(factory=TeacherModel)
+    teachers: dict[str, Any] = key(
+        factory=dict, entries={"": "model.teacher", "loss": "loss", "engine": "engine.teacher", "data": "data"}
+    )
+    """Several teachers by name, each with the keys of `model.teacher`, and its own `loss`, `engine` (as engine.teacher)
+    and `data` (teacher_prompt_template, teacher_context=null). What a teacher does not set is that of the run:
+    `model.teachers.math.path=...` `model.teachers.code.loss.kl_type=reverse`. `data.teacher_key` says whose a row
+    is."""
     tokenizer: str | None = key(None, evaluation=True)
     """Folder or hub name of the tokenizer; null is the student's own."""
     chat_template: str | None = key(None, evaluation=True)
@@ -141,6 +153,10 @@ class DataConfig:
     """Greatest length of a prompt in tokens; null is rollout.max_sequence_length - rollout.max_new_tokens."""
     overlong_prompts: OverlongPrompts = key(OverlongPrompts.drop, evaluation=True)
     """Prompts above that length: drop leaves them out, truncate cuts the end of the question. Both are counted."""
+    teacher_key: str | None = key(None, only_with="model.teachers")
+    """The column of the data that says whose a row is, if there are several teachers (`model.teachers`): a name, or for
+    a mixture of their distributions a list of names or an object of names and weights. null is the name of the row's
+    source (`data=mix`)."""
     teacher_context: str | None = None
     """A column of the training data that only the teacher sees, such as a reference solution."""
     teacher_prompt_template: str = key(

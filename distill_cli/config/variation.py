@@ -25,7 +25,7 @@ from yaml import YAMLError
 from distill_cli.config.choices import conf_dir, group_choices, groups, nearest
 from distill_cli.config.credentials import credential_keys, without_credentials
 from distill_cli.config.execution_schema import SlurmConfig
-from distill_cli.config.fields import declared_keys, flatten, has_property, is_within
+from distill_cli.config.fields import declared_as, declared_keys, flatten, has_property, is_within
 from distill_cli.config.schema import Config
 from distill_cli.errors import ConfigError, refuse
 
@@ -238,7 +238,9 @@ def _problems_of(override: Override, text: str, schema: DictConfig, conf_dirs: S
         wrong, has = [one for one in values if one not in choices], f"({key} has: {', '.join(choices)})"
         return [f"{key}={one}: no such choice{nearest(str(one), choices)} {has}" for one in wrong]
     if _is_known(key):
-        return [problem for value in values if (problem := _type_problem(schema, key, value))]
+        declared = declared_as(Config, key)
+        problems = (_type_problem(schema, declared, value) for value in values)
+        return [problem.replace(declared, key, 1) for problem in problems if problem]
     if override.is_add() and key.startswith("loss."):
         return [f"{key}: unknown key; a parameter of a divergence of your own is loss.kwargs.{key[len('loss.') :]}"]
     if (now := current_key(key)) is not None:
@@ -264,7 +266,7 @@ def _plain(value: Any) -> Any:
 
 def _is_known(key: str) -> bool:
     """Whether a dotted key is one of the schema, one of its sections, or inside a dictionary."""
-    keys = declared_keys(Config).items()
+    keys, key = declared_keys(Config).items(), declared_as(Config, key)
     return any(is_within(known, key) or (data["is_dictionary"] and is_within(key, known)) for known, data in keys)
 
 

@@ -49,7 +49,9 @@ class PromptOrder:
         """Hash of all prompts in the order of the data; a resumed run compares it."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
-            digest.update(f"{prompt.token_ids} {prompt.teacher_token_ids}".encode())
+            (first, *others) = prompt.targets
+            teachers = first.token_ids if not others and first.teacher == 0 else prompt.targets
+            digest.update(f"{prompt.token_ids} {teachers}".encode())
         return digest.hexdigest()
 
     @property

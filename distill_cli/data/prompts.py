@@ -10,14 +10,16 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from distill_cli.data.routing import asked_for, route
 from distill_cli.errors import ConfigError
 from distill_cli.models.model_pair import OWN_TEMPLATE, read_template
-from distill_cli.types import Example, Prompt
+from distill_cli.types import Example, Prompt, Target
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,25 @@ def load_template(folder: Path, *, trust_remote_code: bool = False) -> str:
 
 
 @dataclass(frozen=True)
+class TeacherPromptSettings:
+    """How an example becomes a teacher's prompt."""
+
+    name: str = "teacher"
+    max_tokens: int | None = None
+    """Most tokens of its prompt; None is the student's limit."""
+    chat_template: str | None = None
+    """The text of its chat template; None is the student's."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of its chat template, in addition to the student's and overriding them."""
+    has_context: bool = False
+    """Whether it reads the examples' contexts."""
+    prompt_template: str = "{question}\n\nA reference solution, for you alone:\n\n{context}"
+    """The user message if the example has a context; `{question}` stands for the student's user message."""
+
+
+@dataclass(frozen=True)
 class PromptSettings:
-    """How an example becomes the student's prompt, and the teacher's."""
+    """How an example becomes the student's prompt, and those of its teachers."""
 
     max_tokens: int
     """Most tokens of the student's prompt."""
@@ -59,26 +78,23 @@ class PromptSettings:
     """Arguments of the chat template."""
     overlong: Literal["drop", "truncate"] = "drop"
     """Drop a prompt that is too long, or truncate its question (of the teacher's, its context)."""
-    teacher_max_tokens: int | None = None
-    """Most tokens of the teacher's prompt; None is `max_tokens`."""
-    teacher_chat_template: str | None = None
-    """The text of the teacher's chat template; None is the student's."""
-    teacher_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the teacher's chat template, in addition to `template_kwargs` and overriding them."""
-    has_teacher_context: bool = False
-    """Whether examples have a context, which only the teacher reads."""
-    teacher_prompt_template: str = "{question}\n\nA reference solution, for you alone:\n\n{context}"
-    """The teacher's user message if it has a context; `{question}` stands for the student's user message."""
+    teachers: tuple[TeacherPromptSettings, ...] = (TeacherPromptSettings(),)
+    """Those of the run, in the config's order."""
+    mixes: bool = True
+    """Whether an example may have several teachers: they need one temperature."""
 
-    @property
-    def teacher_kwargs(self) -> Mapping[str, Any]:
-        return {**self.template_kwargs, **self.teacher_template_kwargs}
+    def kwargs_of(self, teacher: TeacherPromptSettings) -> Mapping[str, Any]:
+        """Return the arguments of a teacher's chat template."""
+        return {**self.template_kwargs, **teacher.template_kwargs}
 
-    @property
-    def has_teacher_prompt(self) -> bool:
-        """Whether the teacher's prompt may differ from the student's."""
-        has_own_template = self.teacher_chat_template is not None or self.teacher_kwargs != self.template_kwargs
-        return self.has_teacher_context or has_own_template
+    def limit_of(self, teacher: TeacherPromptSettings) -> int:
+        """Return the most tokens of a teacher's prompt."""
+        return teacher.max_tokens or self.max_tokens
+
+    def has_own_prompt(self, teacher: TeacherPromptSettings) -> bool:
+        """Return whether a teacher's prompt may differ from the student's."""
+        has_own_template = teacher.chat_template is not None or self.kwargs_of(teacher) != self.template_kwargs
+        return teacher.has_context or has_own_template
 
 
 Opening = Callable[[Example], str]
@@ -88,17 +104,23 @@ class PromptMaker:
     """Make prompts of examples, and count those that are left out or truncated."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, settings: PromptSettings, *, opening: Opening | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: PromptSettings,
+        *,
+        opening: Opening | None = None,
+        is_scored: bool = True,
     ) -> None:
         """
         Args:
             opening: returns an environment's first message, which replaces the example's question.
+            is_scored: leave out examples that ask for no known teacher; else they have all teachers equally.
         """
+        self.is_scored = is_scored
         self.tokenizer, self.settings, self.opening = tokenizer, settings, opening
-        self.teacher_max_tokens = settings.teacher_max_tokens or settings.max_tokens
         self.counts: Counter[str] = Counter()
-        self.refusal = ""
-        """The environment's error on the last row that it refused."""
+        self.last: dict[str, str] = {}
+        """What was wrong with the last row that was left out, by reason."""
 
     def __call__(self, example: Example, index: int) -> Prompt | None:
         """Return the prompt of one example, or None to leave it out: its question is blank, or it is too long.
@@ -114,37 +136,65 @@ class PromptMaker:
             opened = replace(example, question=self.opening(example)) if self.opening else example
         except Exception as error:  # an environment may be the user's code, too
             self.counts["refused"] += 1
-            self.refusal = f"row {index}: {error}"
+            self.last["refused"] = f"row {index}: {error}"
             return None
+        weights = route(example, [teacher.name for teacher in self.settings.teachers])
+        if not weights and self.is_scored:
+            self.counts["unknown"] += 1
+            self.last["unknown"] = f"row {index}: {asked_for(example)}"
+            return None
+        if len(weights) > 1 and not self.settings.mixes:
+            self.counts["mixed"] += 1
+            return None
+        number = len(self.settings.teachers)
+        weights = weights or dict.fromkeys(range(number), 1 / number)
         try:
-            token_ids, teacher_ids = self._fit(opened, self.student_ids, self.settings.max_tokens), None
-            if token_ids and self.settings.has_teacher_prompt:
-                teacher_ids = self._fit(opened, self.teacher_ids, self.teacher_max_tokens)
+            token_ids = self._fit(opened, self.student_ids, self.settings.max_tokens)
+            targets = self._targets(opened, weights) if token_ids else ()
         except Exception as error:  # a template is the user's code and may raise anything
             what = f"row {index}: the prompt's template failed: {type(error).__name__}: {error}"
             raise ConfigError(f"{what}; mend the row, or the template (model.chat_template)") from error
-        if not token_ids or teacher_ids == []:
+        if not token_ids or any(target.token_ids == [] for target in targets):
             self.counts["long"] += 1
             return None
-        return Prompt(index, token_ids, example, teacher_token_ids=teacher_ids)
+        return Prompt(index, token_ids, example, targets)
+
+    def _targets(self, example: Example, weights: Mapping[int, float]) -> tuple[Target, ...]:
+        """Return the teachers with these weights, each with its prompt; an empty one does not fit."""
+        targets = []
+        for index, weight in sorted(weights.items()):
+            teacher, ids = self.settings.teachers[index], None
+            if self.settings.has_own_prompt(teacher):
+                ids_of = partial(self.teacher_ids, teacher)
+                cuts_context = teacher.has_context and example.context is not None
+                ids = self._fit(example, ids_of, self.settings.limit_of(teacher), cuts_context=cuts_context)
+            targets.append(Target(index, weight, ids))
+        return tuple(targets)
 
     def student_ids(self, example: Example, cut: int) -> list[int]:
         """Return the token ids of the student's prompt, with the question cut to `cut` characters."""
         text = _fill(self.settings.prompt_template, question=example.question[:cut])
         return self._render(example, text, self.settings.template_kwargs, None)
 
-    def teacher_ids(self, example: Example, cut: int) -> list[int]:
-        """Return the token ids of the teacher's prompt, with the context cut, or the question if there is none."""
-        if example.context is None:
+    def teacher_ids(self, teacher: TeacherPromptSettings, example: Example, cut: int) -> list[int]:
+        """Return the token ids of a teacher's prompt, with the context cut, or the question if it reads none."""
+        if example.context is None or not teacher.has_context:
             text = _fill(self.settings.prompt_template, question=example.question[:cut])
         else:
             question = _fill(self.settings.prompt_template, question=example.question)
-            text = _fill(self.settings.teacher_prompt_template, question=question, context=example.context[:cut])
-        return self._render(example, text, self.settings.teacher_kwargs, self.settings.teacher_chat_template)
+            text = _fill(teacher.prompt_template, question=question, context=example.context[:cut])
+        return self._render(example, text, self.settings.kwargs_of(teacher), teacher.chat_template)
 
-    def _fit(self, example: Example, ids_of: Callable[[Example, int], list[int]], limit: int) -> list[int]:
+    def _fit(
+        self,
+        example: Example,
+        ids_of: Callable[[Example, int], list[int]],
+        limit: int,
+        *,
+        cuts_context: bool = False,
+    ) -> list[int]:
         """Return at most `limit` token ids; none if there are more and `overlong` is drop, or nothing fits."""
-        part = example.context if ids_of == self.teacher_ids and example.context is not None else example.question
+        part = (example.context or "") if cuts_context else example.question
         longest = min(len(part), limit * MAX_TOKEN_CHARACTERS)
         if self.settings.overlong == "drop":
             ids = ids_of(example, longest) if longest == len(part) else []
@@ -173,11 +223,19 @@ class PromptMaker:
 
     def warnings(self) -> list[str]:
         """Return one line for each way in which prompts were left out or truncated."""
-        teacher = f" (the teacher's: {self.teacher_max_tokens})" if self.settings.has_teacher_prompt else ""
-        limit = f"{self.settings.max_tokens} tokens{teacher}"
+        settings = self.settings
+        own = {teacher.name: settings.limit_of(teacher) for teacher in settings.teachers}
+        has_own = any(map(settings.has_own_prompt, settings.teachers))
+        limits = ", ".join(f"{name}: {limit}" for name, limit in own.items())
+        if len(own) == 1:
+            limits = f"the teacher's: {limits.rpartition(' ')[2]}"
+        limit = f"{settings.max_tokens} tokens" + (f" ({limits})" if has_own else "")
+        names = ", ".join(own)
         reasons = {
             "empty": "have no question and are left out",
-            "refused": f"are refused by the environment and left out; the last: {self.refusal}",
+            "refused": f"are refused by the environment and left out; the last: {self.last.get('refused')}",
+            "mixed": "ask for several teachers, whose temperatures differ, and are left out",
+            "unknown": f"ask for no known teacher ({names}) and are left out; the last: {self.last.get('unknown')}",
             "long": f"are longer than {limit} and left out",
             "cut": f"are truncated to {limit}",
         }

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill_cli.errors import ConfigError
@@ -42,6 +42,8 @@ class Facts:
     """Ids from here on do not occur."""
     vocabulary: str | None
     """`vocabulary_digest` of the ids below; None if the tokenizer could not be read."""
+    temperatures: dict[str, float] = field(default_factory=dict)
+    """By name, those of teachers whose temperature is not the run's."""
 
     @classmethod
     def of(cls, replay: str) -> Facts:

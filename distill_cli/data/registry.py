@@ -27,13 +27,16 @@ from distill_cli.user_code import load_function
 Verifier = Callable[[str, str], float]
 
 
-def load_examples(spec: dict[str, Any], *, key: str, context: str | None = None) -> Sequence[Example] | Stream:
+def load_examples(
+    spec: dict[str, Any], *, key: str, context: str | None = None, teacher: str | None = None
+) -> Sequence[Example] | Stream:
     """Return the rows of the source that `spec` describes.
 
     Args:
         spec: `source` and that source's own keys.
         key: the config key of `spec`, for messages.
         context: the column that only the teacher reads (`data.teacher_context`).
+        teacher: the column that names a row's teachers (`data.teacher_key`).
 
     Raises:
         ConfigError: no such source, keys it does not take, or data it cannot read.
@@ -44,10 +47,11 @@ def load_examples(spec: dict[str, Any], *, key: str, context: str | None = None)
         raise ConfigError(f"{key}.source: a value is needed; one of {choices}, or pkg.module:function")
     load = _resolve(name, "sources", "load", key=f"{key}.source")
     keys = {name: value for name, value in spec.items() if name != "source"}
-    if context is not None:
-        if "context_key" not in inspect.signature(load).parameters:
-            raise ConfigError(f"data.teacher_context={context}: the source {name} has no context_key")
-        keys["context_key"] = context
+    for parameter, column, at in (("context_key", context, "context"), ("teacher_key", teacher, "key")):
+        if column is not None:
+            if parameter not in inspect.signature(load).parameters:
+                raise ConfigError(f"data.teacher_{at}={column}: the source {name} has no {parameter}")
+            keys[parameter] = column
     refuse(_key_problems(load, keys, key=key, source=name))
     try:
         examples = load(**keys)

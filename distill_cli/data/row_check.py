@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 from distill_cli.config.schema import Config, OffPolicy
+from distill_cli.config.teachers import model_key, own_temperatures, teacher_names
 from distill_cli.data.registry import load_examples
+from distill_cli.data.routing import asked_for, route
 from distill_cli.data.rows import Stream
 from distill_cli.errors import ConfigError, collect
 from distill_cli.metrics import find
@@ -53,7 +55,8 @@ def check_data(config: Config, known: KnownData | None = None, *, trains_on_rows
     """
     rollout, known = config.rollout, {} if known is None else known
     imitates = rollout.on_policy_fraction < 1 and rollout.off_policy is OffPolicy.dataset
-    inputs = repr((config.data, imitates, config.eval.max_samples, config.checkpoint.metric, trains_on_rows))
+    teachers = teacher_names(config), own_temperatures(config) if config.model.teachers else None
+    inputs = repr((config.data, teachers, imitates, config.eval.max_samples, config.checkpoint.metric, trains_on_rows))
     if inputs in known:
         return known[inputs]
     warnings: list[str] = []
@@ -71,12 +74,15 @@ def _read_training(config: Config, warnings: list[str], *, trains_on_rows: bool,
     data, hashes, num, lacks = config.data, set[bytes](), 0, Counter[str]()
     sample: Example | None = None
     reads = data.train and trains_on_rows
-    train = load_examples(data.train, key="data.train", context=data.teacher_context) if reads else ()
+    columns = {"context": data.teacher_context, "teacher": data.teacher_key}
+    train = load_examples(data.train, key="data.train", **columns) if reads else ()
+    routing = Routing(config)
     rows = islice(train, STREAMED_ROWS_READ if isinstance(train, Stream) else MOST_ROWS_READ)
     for example in _with_question(rows, "data.train", warnings):
         num += 1
         sample = sample or example
         hashes.add(_hash(example))
+        routing.add(example, place=num - 1)
         lacks.update(answer=example.answer is None, context=example.context is None, response=not example.response)
     if imitates and lacks["response"]:
         raise ConfigError(
@@ -92,7 +98,38 @@ def _read_training(config: Config, warnings: list[str], *, trains_on_rows: bool,
         )
     if data.verifier is not None and lacks["answer"] and data.train.get("answer_key", "") is not None:
         warnings.append(f"data.train: {lacks['answer']} of {num} rows have no answer: rollout/accuracy leaves them out")
+    if num:
+        warnings += routing.warnings(num)
     return None if isinstance(train, Stream) else len(train), hashes, sample
+
+
+class Routing:
+    """Count the rows of each teacher, if there are several. Raises ConfigError at the first row of an unknown one."""
+
+    def __init__(self, config: Config) -> None:
+        self._names, self._key = teacher_names(config), config.data.teacher_key
+        self._temperatures = own_temperatures(config) if len(self._names) > 1 else {}
+        self._counts = Counter[int]()
+
+    def add(self, example: Example, *, place: int) -> None:
+        """Take the row at `place` among those with a question."""
+        weights, names = route(example, self._names), ", ".join(self._names)
+        self._counts.update(list(weights))
+        if not weights and self._key is not None:
+            what = f"data.teacher_key={self._key}: row {place} of data.train asks for {asked_for(example)}"
+            raise ConfigError(f"{what}; the teachers are {names}")
+        if not weights:
+            what = f"data.train: row {place} is of {asked_for(example)}, which is no teacher; they are {names}"
+            fix = "give data.teacher_key, the column that says whose a row is, or name the sources of data=mix so"
+            raise ConfigError(f"{what}; {fix}")
+        if len(weights) > 1 and self._temperatures:
+            what = f"data.train: row {place} mixes teachers, which need one temperature"
+            raise ConfigError(f"{what}; leave out model.teachers.{next(iter(self._temperatures))}.loss.temperature")
+
+    def warnings(self, num: int) -> list[str]:
+        """Return a warning for each teacher without a row, of `num`."""
+        idle = [name for index, name in enumerate(self._names) if not self._counts[index]]
+        return [f"{model_key(name)}: none of {num} rows of data.train is this teacher's" for name in idle]
 
 
 def _read_validation(config: Config, warnings: list[str]) -> Found:

@@ -5,6 +5,7 @@ Sources return either, or a plain list.
 """
 
 import logging
+import math
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ class Columns:
     answer_from: str | None = None
     """Where in its column the answer stands: one of ANSWERS; None takes all of the text."""
     dataset: str = ""
+    teacher_key: str | None = None
 
     def __post_init__(self) -> None:
         if self.answer_from is not None and self.answer_from not in ANSWERS:
@@ -77,6 +79,7 @@ class Columns:
             messages=messages if len(messages) > 1 else (),
             context=context if context and context.strip() else None,
             response=response,
+            teachers=_teachers(row, self.teacher_key, where),
         )
 
 
@@ -160,6 +163,27 @@ def _text(row: Mapping[str, Any], column: str | None, where: str) -> str | None:
     if value is not None and not isinstance(value, str | int | float):
         raise ConfigError(f"{where}: {column} must be a text or a number, not {_shown(value)}")
     return None if value is None else str(value)
+
+
+def _teachers(row: Mapping[str, Any], column: str | None, where: str) -> tuple[tuple[str, float], ...]:
+    """Return the teachers of a row with weights that add up to 1: one name, a list of names, or names with weights."""
+    value = None if column is None else _value(row, column, where)
+    named = {value: 1.0} if isinstance(value, str) and value else value
+    if isinstance(named, list) and all(isinstance(name, str) for name in named):
+        named = dict.fromkeys(named, 1.0)
+    if not named:
+        return ()
+    # A table fills in null for the names that another row has.
+    weights = {name: weight or 0.0 for name, weight in named.items()} if isinstance(named, dict) else {}
+    if not weights or not all(map(_is_weight, weights.values())) or not sum(weights.values()):
+        rule = "must be a name, a list of names, or an object of names and weights of at least 0, some above"
+        raise ConfigError(f"{where}: {column} {rule}, not {_shown(value)}")
+    total = sum(weights.values())
+    return tuple((str(name), weight / total) for name, weight in weights.items() if weight)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _conversation(value: Any, where: str) -> tuple[tuple[dict[str, str], ...], str | None]:

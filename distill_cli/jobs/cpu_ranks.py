@@ -1,10 +1,11 @@
 """How many ranks share this machine's cores, if it is left to distill: the number that trains fastest."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from distill_cli import memory as predictions
 from distill_cli.config.schema import Config
+from distill_cli.config.teachers import teacher_configs
 from distill_cli.machine import hardware
 from distill_cli.models import param_counts
 from distill_cli.models.model_files import ModelFiles
@@ -19,21 +20,22 @@ PROCESS_BYTES = 2**30
 """What a rank's libraries hold, which predictions leave out."""
 
 
-def best_ranks(config: Config, student: ModelFiles, teacher: ModelFiles | None) -> int:
+def best_ranks(config: Config, student: ModelFiles, teachers: Mapping[str, ModelFiles]) -> int:
     """Return the number of ranks for the cores of this machine that a run may use.
 
     A rank has one thread if the models are small: their operators are too short to be shared, and much of a step is
     Python, which one core runs. Larger models have one rank with all threads.
 
     Args:
-        teacher: None if no engine of it is needed.
+        teachers: by name; none if no engine of them is needed.
     """
     mesh, engine = config.mesh, config.engine
     axes = mesh.replicate * mesh.context * mesh.tensor * mesh.expert
-    unit = math.lcm(axes, engine.student.tensor_parallel, engine.teacher.tensor_parallel) or 1
+    shared = [one.engine.teacher.tensor_parallel for one in teacher_configs(config).values()]
+    unit = math.lcm(axes, engine.student.tensor_parallel, *shared) or 1
     most = config.train.global_batch_size // SEQUENCES_OF_A_RANK
-    numbers = _candidates(config, (student, teacher), most=most, unit=unit)
-    return next((number for number in numbers if _fits(config, student, teacher, number)), 1)
+    numbers = _candidates(config, (student, *teachers.values()), most=most, unit=unit)
+    return next((number for number in numbers if _fits(config, student, teachers, number)), 1)
 
 
 def best_evaluation_ranks(config: Config, model: ModelFiles, *, role: str) -> int:
@@ -47,16 +49,16 @@ def best_evaluation_ranks(config: Config, model: ModelFiles, *, role: str) -> in
     return next(_candidates(config, (model,), most=most, unit=engine.tensor_parallel), 1)
 
 
-def _candidates(config: Config, models: Iterable[ModelFiles | None], *, most: int, unit: int) -> Iterator[int]:
+def _candidates(config: Config, models: Iterable[ModelFiles], *, most: int, unit: int) -> Iterator[int]:
     """Yield numbers of ranks above one, from `most` downwards; none for models that need all threads."""
-    largest = max(param_counts.count(files.folder) for files in models if files is not None)
+    largest = max(param_counts.count(files.folder) for files in models)
     most = min(most, hardware.cores() // (config.cluster.parallel_jobs or 1))
     return (number for number in range(most, 1, -1) if largest <= SMALL_PARAMS and number % unit == 0)
 
 
-def _fits(config: Config, student: ModelFiles, teacher: ModelFiles | None, num_ranks: int) -> bool:
+def _fits(config: Config, student: ModelFiles, teachers: Mapping[str, ModelFiles], num_ranks: int) -> bool:
     device = predictions.Device(hardware.host_memory() - num_ranks * PROCESS_BYTES, False, num_ranks)
-    folders = student.folder, teacher.folder if teacher is not None else None
+    folders = student.folder, {name: files.folder for name, files in teachers.items()}
     try:
         shape = predictions.read_shape(student.folder, config.model.student.lora)
         return predictions.problem(config, shape, *folders, num_ranks=num_ranks, device=device) is None

@@ -19,6 +19,7 @@ from distill_cli.config.compose import check_overrides, compose
 from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.fields import has_property
 from distill_cli.config.schema import Config, MeshConfig, StudentModel
+from distill_cli.config.teachers import ONLY, teacher_configs, teacher_names
 from distill_cli.config.variation import load_config, override
 from distill_cli.data.registry import resolve_extract, resolve_verifier
 from distill_cli.errors import ConfigError, DistillError, collect, refuse
@@ -153,10 +154,14 @@ def find(word: str, config: Config, *, step: str | None, console: Console) -> Co
     """Return the model that a word of the command line names. Raises ConfigError if there is none."""
     if word == "before":
         return Contender(word, config, "student")
-    if word == "teacher":
+    names = teacher_names(config)
+    if word in names:
+        config = teacher_configs(config)[word]
         teacher = config.model.teacher
-        as_student = StudentModel(path=teacher.path, revision=teacher.revision)
+        as_student = StudentModel(path=str(teacher.path), revision=teacher.revision)
         return Contender(word, override(config, {"model.student": as_student}), "teacher")
+    if word == ONLY:
+        raise ConfigError(f"--against teacher: the run has several; give one of {', '.join(names)}")
     name, path = Path(word).resolve().name if Path(word).exists() else word.removeprefix("package://"), word
     name = re.sub(r"[^\w.,=+-]+", "_", name).strip("_.")[-80:] or "model"
     if RunDir(Path(word)).config.is_file() and not Path(word, "config.json").is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_cli.config.derived import needed_length, scored_length, validation_length
 from distill_cli.config.schema import Config, EosMap
+from distill_cli.config.teachers import ONLY, model_key, own_temperatures, path_key, teacher_configs
 from distill_cli.config.variation import forbidden_changes, load_config, override
 from distill_cli.data.recorded_run import Recording, vocabulary_digest
 from distill_cli.data.registry import resolve_environment, resolve_verifier
@@ -37,15 +38,14 @@ DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 
 def weights(facts: Facts) -> None:
     """The files of both models' weights must be whole. Raises ConfigError with those that are not."""
-    found = [files for files in (facts.student, facts.teacher) if files]
-    collect(partial(model_files.tensors, files.folder) for files in found)
+    collect(partial(model_files.tensors, files.folder) for files in facts.models().values())
 
 
 def causal(facts: Facts, config: Config) -> Iterator[str]:
     """Student and teacher must be decoders that predict the next token."""
-    for role, files in (("student", facts.student), ("teacher", facts.teacher)):
-        if files is not None and (problem := _causal_problem(files)):
-            yield f"model.{role}.path={files.path}: {problem}; give a causal LM"
+    for key, files in facts.models().items():
+        if problem := _causal_problem(files):
+            yield f"{key}={files.path}: {problem}; give a causal LM"
 
 
 def _causal_problem(files: ModelFiles) -> str | None:
@@ -71,9 +71,9 @@ def _causal_problem(files: ModelFiles) -> str | None:
 
 def sizes(facts: Facts) -> Iterator[str]:
     """Tensors must have the sizes that config.json says."""
-    for role, files in (("student", facts.student), ("teacher", facts.teacher)):
-        if files is not None and (problem := _size_problem(files)):
-            yield f"model.{role}.path={files.path}: {problem}; correct config.json, or download the model again"
+    for key, files in facts.models().items():
+        if problem := _size_problem(files):
+            yield f"{key}={files.path}: {problem}; correct config.json, or download the model again"
 
 
 def _size_problem(files: ModelFiles) -> str | None:
@@ -173,12 +173,14 @@ def templates(config: Config, tokenizer: ModelFiles, data: DataFacts) -> None:
 
 def _given_templates(config: Config) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield key, template (a file or its text) and arguments of each template that the config gives."""
-    model, teacher = config.model, config.model.teacher
+    model = config.model
     if model.chat_template is not None:
         yield "model.chat_template", model.chat_template, model.chat_template_kwargs
-    if teacher.chat_template is not None and teacher.chat_template != model_pair.OWN_TEMPLATE:
-        kwargs = {**model.chat_template_kwargs, **teacher.chat_template_kwargs}
-        yield "model.teacher.chat_template", teacher.chat_template, kwargs
+    for name, alone in teacher_configs(config).items():
+        teacher = alone.model.teacher
+        if teacher.chat_template is not None and teacher.chat_template != model_pair.OWN_TEMPLATE:
+            kwargs = {**model.chat_template_kwargs, **teacher.chat_template_kwargs}
+            yield f"{model_key(name)}.chat_template", teacher.chat_template, kwargs
 
 
 def _sample_messages(config: Config, sample: Example) -> list[dict[str, str]]:
@@ -190,32 +192,55 @@ def _sample_messages(config: Config, sample: Example) -> list[dict[str, str]]:
 
 
 def pair(
-    facts: Facts, config: Config, student: ModelFiles, teacher: ModelFiles, tokenizer: ModelFiles
+    facts: Facts, config: Config, student: ModelFiles, teachers: dict[str, ModelFiles], tokenizer: ModelFiles
 ) -> Iterator[str]:
-    """Student and teacher must share a vocabulary; warn of other differences between them."""
+    """Student and teachers must share a vocabulary; warn of other differences between them."""
     if config.model.tokenizer and (other := Vocabularies.of(tokenizer.folder, student.folder).problem()):
         yield f"model.tokenizer={config.model.tokenizer}: not the student's vocabulary: {other}; leave it out"
-    both = Vocabularies.of(student.folder, teacher.folder, tokenizer=tokenizer.folder)
-    facts.vocabulary = facts.vocabulary or shared_vocabulary(config, both, student, teacher)  # a recording's goes first
-    if problem := both.problem():
-        what = f"its vocabulary is not the student's ({config.model.student.path}): {problem}"
-        yield f"model.teacher.path={config.model.teacher.path}: {what}; choose a pair with the same tokenizer"
-    if config.loss.topk > (size := min(*both.sizes, both.limit or math.inf)):
-        yield f"loss.topk={config.loss.topk}: must be at most the vocabulary of {size}"
+    alone = teacher_configs(config)
+    pairs = {
+        name: Vocabularies.of(student.folder, files.folder, tokenizer=tokenizer.folder)
+        for name, files in teachers.items()
+    }
+    vocabulary = shared_vocabulary(config, list(pairs.values()), student, list(teachers.values()))
+    facts.vocabulary = facts.vocabulary or vocabulary  # a recording's goes first
+    for name, both in pairs.items():
+        if problem := both.problem():
+            what = f"its vocabulary is not the student's ({config.model.student.path}): {problem}"
+            yield f"{path_key(name)}={teachers[name].path}: {what}; choose a pair with the same tokenizer"
+    if config.loss.topk > vocabulary.size:
+        yield f"loss.topk={config.loss.topk}: must be at most the vocabulary of {vocabulary.size}"
+    yield from _too_long(config, "the student", student, needed_length(config))
+    for name, files in teachers.items():
+        yield from _too_long(alone[name], _shown(name), files, scored_length(alone[name]))
+    for name, both in pairs.items():
+        prefix = "" if len(pairs) == 1 else f"{model_key(name)}: "
+        warnings = _pair_warnings(facts, alone[name], both, student, teachers[name], tokenizer)
+        facts.warnings += [f"{prefix}{warning}" for warning in warnings]
+
+
+def _shown(name: str) -> str:
+    return "the teacher" if name == ONLY else f"the teacher {name}"
+
+
+def _too_long(config: Config, who: str, model: ModelFiles, length: int) -> Iterator[str]:
+    """Yield a problem if sequences of `length` tokens have more positions than the model."""
     keys = ("rollout.max_sequence_length", "eval.max_new_tokens", "data.max_teacher_prompt_tokens")
     given = {key: value for key in keys if (value := attrgetter(key)(config)) is not None}
     what = ", ".join(f"{key}={value}" for key, value in given.items())
-    longest = {"student": (student, needed_length(config)), "teacher": (teacher, scored_length(config))}
-    for role, (model, length) in longest.items():
-        if length > (most := model.max_positions or math.inf):
-            yield f"{what}: sequences of up to {length} tokens, and the {role} has {most} positions; lower the largest"
-    facts.warnings += _pair_warnings(facts, both, student, teacher, tokenizer)
+    if length > (most := model.max_positions or math.inf):
+        yield f"{what}: sequences of up to {length} tokens, and {who} has {most} positions; lower the largest"
 
 
 def _pair_warnings(
-    facts: Facts, both: Vocabularies, student: ModelFiles, teacher: ModelFiles, tokenizer: ModelFiles
+    facts: Facts,
+    config: Config,
+    both: Vocabularies,
+    student: ModelFiles,
+    teacher: ModelFiles,
+    tokenizer: ModelFiles,
 ) -> Iterator[str]:
-    config, sample = facts.config, facts.data.sample if facts.data else None
+    sample = facts.data.sample if facts.data else None
     for folder in {tokenizer.folder, teacher.folder}:
         if model_files.vocabulary(folder) is None:
             yield f"{folder} has no tokenizer.json: cannot check whether its vocabulary fits the other's"
@@ -233,16 +258,23 @@ def _pair_warnings(
             yield f"student and teacher have different chat templates, {text}; {fix}"
 
 
-def shared_vocabulary(config: Config, both: Vocabularies, student: ModelFiles, teacher: ModelFiles) -> SharedVocabulary:
-    """Return the ids that both models have, and the end-of-sequence tokens that the loss merges, the student's first.
+def shared_vocabulary(
+    config: Config, pairs: Sequence[Vocabularies], student: ModelFiles, teachers: Sequence[ModelFiles]
+) -> SharedVocabulary:
+    """Return the ids that all models have, and the end-of-sequence tokens that the loss merges, the student's first.
 
     The merged tokens end an answer, and the loss compares the probability of any of them; none if the models agree.
+
+    Args:
+        pairs: the student with each of the teachers.
     """
+    limit = min((both.limit for both in pairs if both.limit is not None), default=None)
     merged: tuple[int, ...] = ()
-    if config.model.eos_map is not EosMap.off and student.eos_ids != teacher.eos_ids:
-        merged = (*student.eos_ids, *sorted({*teacher.eos_ids} - {*student.eos_ids}))
-    below = tuple(token for token in merged if both.limit is None or token < both.limit)
-    return SharedVocabulary(both.limit or min(both.sizes), both.limit, below)
+    if config.model.eos_map is not EosMap.off and any(teacher.eos_ids != student.eos_ids for teacher in teachers):
+        theirs = {token for teacher in teachers for token in teacher.eos_ids}
+        merged = (*student.eos_ids, *sorted(theirs - {*student.eos_ids}))
+    below = tuple(token for token in merged if limit is None or token < limit)
+    return SharedVocabulary(limit or min(size for both in pairs for size in both.sizes), limit, below)
 
 
 def positions(config: Config, student: ModelFiles) -> Iterator[str]:
@@ -348,6 +380,8 @@ def recorded(recording: Recording, config: Config, student: ModelFiles, tokenize
         yield f"rollout.max_sequence_length={rollout.max_sequence_length}: {longest}; raise it"
     topk, positions = f"{facts.topk} tokens of the teacher were recorded", student.max_positions or math.inf
     key, path = f"model.student.path={student.path}", before.model.student.path
+    if (own := own_temperatures(config)) != facts.temperatures and loss.temperature == facts.temperature:
+        yield f"model.teachers: temperatures of their own are {own}, and {facts.temperatures} were recorded; drop them"
     yield from broken(
         (loss.temperature != facts.temperature, f"loss.temperature={loss.temperature}: the teacher {scores}; drop it"),
         (loss.topk > facts.topk, f"loss.topk={loss.topk}: {topk}; lower it"),

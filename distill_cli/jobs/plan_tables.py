@@ -8,11 +8,13 @@ from distill_cli.config.compose import compose
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
 from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.schema import Config
+from distill_cli.config.teachers import ONLY, teacher_configs
 from distill_cli.jobs.preflight import print_warnings, resolve_jobs, single_path
 from distill_cli.jobs.run_panels import Rows, layout_row, rows_table, training_rows, validation_rows
 from distill_cli.jobs.scratch_runs import Pace, check_only_job, measure
 from distill_cli.launch.base import launcher_of
 from distill_cli.machine import hardware
+from distill_cli.memory.engine_bytes import engines_of
 from distill_cli.models import model_files, param_counts
 from distill_cli.models.lora_names import targeted
 from distill_cli.resolved import ResolvedRun
@@ -69,7 +71,10 @@ def mesh_rows(resolved: ResolvedRun) -> Rows:
     return {
         "ranks": f"{ranks} on {_devices(resolved)}",
         "student's engines": engine_row(resolved, engine.student),
-        "teacher's engines": engine_row(resolved, engine.teacher),
+        **{
+            "teacher's engines" if name == ONLY else f"{name}'s engines": engine_row(resolved, one.engine.teacher)
+            for name, one in teacher_configs(resolved.config).items()
+        },
         **{axis: f"{sizes[axis]}: {use}" for axis, use in axes.items() if sizes[axis] > 1 or axis == "shard"},
         "of a rank": f"1/{ranks // mesh.replicate} of weights, gradients and optimizer",
     }
@@ -190,15 +195,16 @@ def scores_row(config: Config, steps: int) -> str | None:
 
 def memory_rows(resolved: ResolvedRun) -> Rows:
     """Return a rank's peak by part, in GiB, or why there is no prediction."""
-    predicted, ranks, engines = resolved.memory, resolved.ranks, resolved.config.engine
+    predicted, ranks = resolved.memory, resolved.ranks
     if predicted is None:
         return {"no prediction": resolved.no_memory}
     rows: Rows = {name: _gib(size) for name, size in predicted.parts.items()}
     total = hardware.gpu_memory() if ranks.on_gpus else hardware.host_memory()
     if total is None:
-        for name, engine in (("sampler", engines.student), ("scorer", engines.teacher)):
-            if engine.kv_cache_gib is None and name in rows:
-                rows[name] = f"{engine.gpu_memory_utilization:.0%} of a GPU whose size is not known here"
+        folders = {name: files.folder for name, files in resolved.teachers.items()}
+        for one in engines_of(resolved.config, resolved.student.folder, folders):
+            if one.settings.kv_cache_gib is None:
+                rows[one.name] = f"{one.settings.gpu_memory_utilization:.0%} of a GPU whose size is not known here"
     share, of = (1, "a GPU") if ranks.on_gpus else (ranks.per_node, f"the host's memory over {ranks.per_node} ranks")
     peak = f"{_gib(predicted.peak)}, at most, the trainer's in {predicted.moment}"
     return rows | {"peak": peak, "of": f"{_gib(total / share)}, {of}" if total else None}

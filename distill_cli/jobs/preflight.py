@@ -22,6 +22,7 @@ from distill_cli.config.compose import Job
 from distill_cli.config.credentials import credentials_environment
 from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.schema import Config, Dtype
+from distill_cli.config.teachers import engine_key, path_key, teacher_configs
 from distill_cli.config.variation import config_text, override, save_config
 from distill_cli.data.recorded_run import Recording
 from distill_cli.data.row_check import DataFacts, KnownData, check_data
@@ -53,7 +54,8 @@ class Facts:
     trains: bool = True
     """False: an evaluation, by the one model in `roles`."""
     student: ModelFiles | None = None
-    teacher: ModelFiles | None = None
+    teachers: dict[str, ModelFiles] | None = None
+    """By name; None if the run needs none."""
     tokenizer: ModelFiles | None = None
     ranks: Ranks | None = None
     data: DataFacts | None = None
@@ -63,6 +65,11 @@ class Facts:
     no_memory: str | None = None
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    def models(self) -> dict[str, ModelFiles]:
+        """Return the models that were found, by the keys of their paths."""
+        found = {path_key(name): files for name, files in (self.teachers or {}).items()}
+        return ({"model.student.path": self.student} if self.student else {}) | found
 
     def named_by(self, function: Callable[..., Any]) -> dict[str, Any]:
         """Return the facts that are parameters of a function; the parameter `facts` is all of them."""
@@ -112,23 +119,23 @@ def resolve(
     facts: Facts, config: Config, student: ModelFiles, tokenizer: ModelFiles, ranks: Ranks, data: DataFacts
 ) -> ResolvedRun:
     """Return the facts as one frozen record."""
-    recording, train = facts.recording, config.train
+    recording, train, alone = facts.recording, config.train, teacher_configs(config).values()
     recorded = epoch = recording.num_steps if recording else None  # in steps; None of a streamed source
     if epoch is None and data.num_train is not None:
         epoch = data.num_train // config.rollout.prompts_per_step
     return ResolvedRun(
         config=config,
         student=student,
-        teacher=facts.teacher,
+        teachers=facts.teachers or {},
         tokenizer=tokenizer,
         vocabulary=facts.vocabulary or SharedVocabulary(student.vocab_size, None, ()),
         ranks=ranks,
         lengths=Lengths(
             prompt=derived.max_prompt_tokens(config),
-            teacher_prompt=derived.max_teacher_prompt_tokens(config),
+            teacher_prompt=max(map(derived.max_teacher_prompt_tokens, alone)),
             validation=derived.validation_length(config),
             student=config.engine.student.max_model_len or derived.needed_length(config),
-            teacher=config.engine.teacher.max_model_len or derived.scored_length(config),
+            teacher=max(one.engine.teacher.max_model_len or derived.scored_length(one) for one in alone),
         ),
         num_steps=train.max_steps if epoch is None else min(train.max_steps, train.max_epochs * epoch),
         num_train_rows=data.num_train,
@@ -164,7 +171,7 @@ def share_cores(facts: Facts, config: Config, student: ModelFiles) -> None:
     on_cpu = launcher_of(config.cluster.launcher).runs_here and not hardware.gpus_per_node(config)
     if on_cpu and config.cluster.ranks_per_node is None and not facts.problems:
         if facts.trains:
-            number = best_ranks(config, student, facts.teacher)
+            number = best_ranks(config, student, facts.teachers or {})
         else:
             number = best_evaluation_ranks(config, student, role=facts.roles[0])
         facts.config = override(config, {"cluster.ranks_per_node": number})
@@ -201,10 +208,18 @@ def find_student(facts: Facts, config: Config) -> None:
     facts.tokenizer = facts.student if other is None else ModelFiles.find(other, key="model.tokenizer")
 
 
-def find_teacher(facts: Facts, config: Config) -> None:
-    teacher = config.model.teacher
-    if "teacher" in facts.roles:
-        facts.teacher = ModelFiles.find(teacher.path, revision=teacher.revision, key="model.teacher.path")
+def find_teachers(facts: Facts, config: Config) -> None:
+    """Raises ConfigError with all that are not found."""
+    if "teacher" not in facts.roles:
+        return
+    models = {name: one.model.teacher for name, one in teacher_configs(config).items()}
+    found = collect(
+        partial(ModelFiles.find, teacher.path, revision=teacher.revision, key=path_key(name))
+        for name, teacher in models.items()
+        if teacher.path is not None
+    )
+    if len(found) == len(models):  # `config_problems` reports those without a path
+        facts.teachers = dict(zip(models, found, strict=True))
 
 
 def read_data(facts: Facts, config: Config) -> Iterator[str]:
@@ -225,14 +240,16 @@ def read_recording(facts: Facts, config: Config) -> None:
 
 def check_engines(facts: Facts, config: Config, ranks: Ranks) -> Iterator[str]:
     """The ranks of a node must be able to hold the engines."""
-    for role in facts.roles:
-        engine, files = getattr(config.engine, role), getattr(facts, role)
+    engines = {"engine.student": (config.engine.student, facts.student)} if "student" in facts.roles else {}
+    for name, one in teacher_configs(config).items() if "teacher" in facts.roles else ():
+        engines[engine_key(name)] = (one.engine.teacher, (facts.teachers or {}).get(name))
+    for key, (engine, files) in engines.items():
         content = model_files.text_config(model_files.read_config(files.folder)) if files else {}
         model = {name: value for name, value in content.items() if isinstance(value, int)}  # not sizes by layer
         problem = tensor_parallel_problem(engine.tensor_parallel, model=model, num_ranks=ranks.per_node)
-        sleep = f"engine.{role}.sleep=true: engines on CPUs cannot give their memory back; leave it out"
+        sleep = f"{key}.sleep=true: engines on CPUs cannot give their memory back; leave it out"
         yield from broken(
-            (problem, f"engine.{role}.tensor_parallel={engine.tensor_parallel}: {problem}"),
+            (problem, f"{key}.tensor_parallel={engine.tensor_parallel}: {problem}"),
             (engine.sleep and not ranks.on_gpus, sleep),
         )
 
@@ -253,11 +270,11 @@ def check_offload(facts: Facts, config: Config, ranks: Ranks) -> None:
 
 def predict_memory(facts: Facts, config: Config, student: ModelFiles, ranks: Ranks) -> Iterator[str]:
     """Predict a rank's memory; it must fit the device, if the device is on this machine and its size is known."""
-    if facts.problems or ("teacher" in facts.roles and facts.teacher is None):
+    if facts.problems or ("teacher" in facts.roles and facts.teachers is None):
         return
     total = hardware.gpu_memory() if ranks.on_gpus else hardware.host_memory()
     gpu_bytes = (total or 0) if ranks.on_gpus else None
-    folders = student.folder, facts.teacher.folder if facts.teacher else None
+    folders = student.folder, {name: files.folder for name, files in (facts.teachers or {}).items()}
     try:
         shape = predictions.read_shape(student.folder, config.model.student.lora)
         facts.memory = predictions.predict(config, shape, *folders, num_ranks=ranks.total, gpu_bytes=gpu_bytes)
@@ -300,7 +317,7 @@ def room(config: Config, warnings: list[str], *, num_params: int, num_trained: i
 
 
 COMMON_CHECKS: tuple[Check, ...] = (
-    *(ask_cluster, use_hub_cache, find_student, find_teacher, model_checks.weights, model_checks.causal),
+    *(ask_cluster, use_hub_cache, find_student, find_teachers, model_checks.weights, model_checks.causal),
     *(model_checks.sizes, share_cores, count_ranks, read_data, model_checks.names, check_engines),
 )
 EVALUATION_CHECKS: tuple[Check, ...] = (*COMMON_CHECKS, model_checks.positions)

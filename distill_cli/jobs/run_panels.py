@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from distill_cli.config.teachers import ONLY, teacher_configs
 from distill_cli.folders.attempts import Outcome, attempt_lines, attempts_of
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.divergence import PARAMETERS
@@ -27,7 +28,7 @@ def start_panel(resolved: ResolvedRun, run: RunDir) -> Panel:
     nodes = f" of each of {ranks.num_nodes} nodes" if ranks.num_nodes > 1 else ""
     rows: Rows = {
         "student": config.model.student.path,
-        "teacher": config.model.teacher.path + (" (recorded)" if resolved.recorded_run else ""),
+        **teacher_rows(resolved),
         "loss": f"{loss.kl_type}, top-{loss.topk}, tail {loss.tail.value}",
         "data": f"{training_rows(resolved)}, {validation_rows(resolved)} for validation",
         "steps": f"{resolved.num_steps} of {config.rollout.prompts_per_step} prompts",
@@ -36,6 +37,16 @@ def start_panel(resolved: ResolvedRun, run: RunDir) -> Panel:
         "folder": relative(run.path),
     }
     return Panel(rows_table(rows), title="distill", title_align="left", expand=False)
+
+
+def teacher_rows(resolved: ResolvedRun) -> Rows:
+    """Return the path of each teacher."""
+    recorded = " (recorded)" if resolved.recorded_run else ""
+    alone = teacher_configs(resolved.config)
+    return {
+        "teacher" if name == ONLY else f"teacher {name}": f"{one.model.teacher.path}{recorded}"
+        for name, one in alone.items()
+    }
 
 
 def cores_row(resolved: ResolvedRun) -> str:

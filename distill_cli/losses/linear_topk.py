@@ -69,6 +69,13 @@ class HeadOutput:
     """float32 [N, M], at `temperature`."""
 
 
+def join(outputs: Sequence[HeadOutput], rows: Sequence[torch.Tensor]) -> HeadOutput:
+    """Return the results for all tokens, given those for the tokens at `rows`, which together are all rows once."""
+    order_N = torch.cat(list(rows)).argsort()
+    loss, *parts = zip(*(vars(output).values() for output in outputs), strict=True)
+    return HeadOutput(torch.stack(loss).sum(), *(torch.cat(part)[order_N] for part in parts))
+
+
 def linear_topk_loss(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,

@@ -1,12 +1,14 @@
 """Memory of an engine, and whether its share of a GPU holds its weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from distill_cli.config.derived import needs_sampler, needs_scorer
 from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.schema import Config, Dtype, StudentModel, TeacherModel
+from distill_cli.config.teachers import ONLY, engine_key, teacher_configs
 from distill_cli.memory.shape import NoPrediction
 from distill_cli.models import model_files
 from distill_cli.models.traits import Traits
@@ -20,17 +22,33 @@ CPU_KV_CACHE_GIB = 0.25
 """`engines.settings.CPU_KV_CACHE_BYTES`."""
 
 Model = StudentModel | TeacherModel
-Engine = tuple[str, Path, Model, EngineModelConfig]
-"""Role, folder and settings of a model, and the settings of its engine."""
 
 
-def engines_of(config: Config, student: Path, teacher: Path | None) -> Iterator[Engine]:
-    """Yield the engines that a run starts. `teacher` is None if it has none."""
+@dataclass(frozen=True)
+class Engine:
+    """An engine that a run starts."""
+
+    name: str
+    """In tables: sampler, scorer, or `scorer <teacher>` if there are several."""
+    key: str
+    """The section of its settings."""
+    folder: Path
+    model: Model
+    settings: EngineModelConfig
+
+
+def engines_of(config: Config, student: Path, teachers: Mapping[str, Path]) -> Iterator[Engine]:
+    """Yield the engines that a run starts.
+
+    Args:
+        teachers: their folders by name; not read if none has an engine.
+    """
     if needs_sampler(config):
-        yield "student", student, config.model.student, config.engine.student
+        yield Engine("sampler", "engine.student", student, config.model.student, config.engine.student)
     if needs_scorer(config):
-        assert teacher is not None
-        yield "teacher", teacher, config.model.teacher, config.engine.teacher
+        for name, one in teacher_configs(config).items():
+            shown = "scorer" if name == ONLY else f"scorer {name}"
+            yield Engine(shown, engine_key(name), teachers[name], one.model.teacher, one.engine.teacher)
 
 
 def engine_bytes(folder: Path, model: Model, engine: EngineModelConfig, *, gpu_bytes: int | None) -> int:
@@ -64,17 +82,17 @@ def engine_weights(folder: Path, model: Model, *, tensor_parallel: int) -> int:
     return round(total / tensor_parallel)
 
 
-def engine_problems(config: Config, student: Path, teacher: Path | None, *, gpu_bytes: int) -> Iterator[str]:
+def engine_problems(config: Config, student: Path, teachers: Mapping[str, Path], *, gpu_bytes: int) -> Iterator[str]:
     """Yield one line for each engine whose weights alone exceed its share of the GPU. Raises NoPrediction."""
-    for role, folder, model, engine in engines_of(config, student, teacher):
-        if engine.kv_cache_gib is not None:
+    for one in engines_of(config, student, teachers):
+        if one.settings.kv_cache_gib is not None:
             continue
-        weights = engine_weights(folder, model, tensor_parallel=engine.tensor_parallel)
-        share = engine.gpu_memory_utilization
+        weights = engine_weights(one.folder, one.model, tensor_parallel=one.settings.tensor_parallel)
+        share = one.settings.gpu_memory_utilization
         if weights >= share * gpu_bytes:
             rule = f"the engine's weights are {gib(weights)} GiB, and its share {gib(share * gpu_bytes)} GiB"
             least = math.ceil(100 * weights / gpu_bytes) / 100
-            yield f"engine.{role}.gpu_memory_utilization={share}: {rule}; raise it above {least}"
+            yield f"{one.key}.gpu_memory_utilization={share}: {rule}; raise it above {least}"
 
 
 def gib(size: float) -> str:

@@ -16,8 +16,8 @@ from distill_cli.resolved import PredictedMemory
 
 CUT_FAMILIES = {"qwen2", "qwen3", "llama", "mistral", "gemma3_text"}
 """Families for which `mesh.tensor` is suggested: others may have no plan, which only transformers knows."""
-ENGINES = {"student": "sampler", "teacher": "scorer"}
-"""The engine of each role."""
+ROLES = ("student", "teacher")
+"""Sections of `engine`."""
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,28 @@ class Device:
 
 
 def predict(
-    config: Config, shape: ModelShape, student: Path, teacher: Path | None, *, num_ranks: int, gpu_bytes: int | None
+    config: Config,
+    shape: ModelShape,
+    student: Path,
+    teachers: Mapping[str, Path],
+    *,
+    num_ranks: int,
+    gpu_bytes: int | None,
 ) -> PredictedMemory:
     """Return the memory of a rank.
 
     Args:
-        student, teacher: the models' folders; None if the teacher has no engine.
+        student, teachers: the models' folders, the teachers' by name; none if they have no engines.
         gpu_bytes: memory of the rank's GPU; 0 if it is not known, None on a CPU.
 
     Raises:
         NoPrediction: the size of an engine's weights is not known.
     """
     engines, asleep = dict[str, int](), list[str]()
-    for role, folder, model, engine in engines_of(config, student, teacher):
-        engines[ENGINES[role]] = engine_bytes(folder, model, engine, gpu_bytes=gpu_bytes)
-        if gpu_bytes is not None and engine.sleep is not False:
-            asleep.append(ENGINES[role])
+    for one in engines_of(config, student, teachers):
+        engines[one.name] = engine_bytes(one.folder, one.model, one.settings, gpu_bytes=gpu_bytes)
+        if gpu_bytes is not None and one.settings.sleep is not False:
+            asleep.append(one.name)
     moments = trainer_moments(shape, Step.of(config, num_ranks=num_ranks, on_gpu=gpu_bytes is not None))
     trainer, rest = max(moments, key=lambda moment: moment.total), moments[0].parts
     peak = peak_bytes(trainer.total, rest["weights"] + rest["optimizer"], engines, asleep)
@@ -88,7 +94,7 @@ def alternatives(
                 yield f"mesh.{name}", size
     if mesh.replicate > 1:
         yield "mesh.replicate", 1
-    for role in ENGINES:
+    for role in ROLES:
         engine = getattr(config.engine, role)
         if engine.kv_cache_gib is not None or gpu_bytes is None:
             less = math.floor(1000 * ((engine.kv_cache_gib or CPU_KV_CACHE_GIB) - excess / 2**30)) / 1000
@@ -102,7 +108,7 @@ def alternatives(
 
 
 def problem(
-    config: Config, shape: ModelShape, student: Path, teacher: Path | None, *, num_ranks: int, device: Device
+    config: Config, shape: ModelShape, student: Path, teachers: Mapping[str, Path], *, num_ranks: int, device: Device
 ) -> str | None:
     """Return one line if a rank's peak does not fit, with the keys that alone make it fit; None if it does.
 
@@ -112,7 +118,7 @@ def problem(
     gpu_bytes, room = (device.total, device.total) if device.is_gpu else (None, device.total // device.num_ranks)
 
     def predicted(other: Config) -> PredictedMemory:
-        return predict(other, shape, student, teacher, num_ranks=num_ranks, gpu_bytes=gpu_bytes)
+        return predict(other, shape, student, teachers, num_ranks=num_ranks, gpu_bytes=gpu_bytes)
 
     now = predicted(config)
     excess = now.peak - room
@@ -124,7 +130,7 @@ def problem(
         peak = predicted(other).peak
         if peak > room or key in best:
             continue
-        if gpu_bytes is None or not any(engine_problems(other, student, teacher, gpu_bytes=gpu_bytes)):
+        if gpu_bytes is None or not any(engine_problems(other, student, teachers, gpu_bytes=gpu_bytes)):
             shown = value.value if isinstance(value, Enum) else str(value).lower()
             best[key] = (peak, f"{key}={shown} ({gib(peak)} GiB)")
     place = "its GPU has" if device.is_gpu else f"its share of the host's memory ({device.num_ranks} ranks) is"

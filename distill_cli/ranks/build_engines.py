@@ -19,8 +19,8 @@ from distill_cli.resolved import ResolvedRun
 log = logging.getLogger(__name__)
 
 
-Engines = tuple[Sampler | None, Teacher | None]
-"""A rank's engines; None for an engine that the run does not need."""
+Engines = tuple[Sampler | None, list[Teacher]]
+"""A rank's sampler, None if the run needs none, and its teachers in the config's order, none if it needs none."""
 
 
 def build_engines(
@@ -34,24 +34,32 @@ def build_engines(
     """
     begin, config, sampler = time.perf_counter(), resolved.config, None
     # Built first: a companion loads while the sampler is built.
-    teacher = build_teacher(resolved, should_stop=should_stop) if needs_scorer(config) else None
+    alone = resolved.by_teacher().values() if needs_scorer(config) else []
+    early = scores_while_sampling(config, on_gpus=torch.cuda.is_available())
+    teachers = [build_teacher(one, works_apart=early, should_stop=should_stop) for one in alone]
     if needs_sampler(config):
         settings = replace(engine_settings(resolved, "student"), untouched=untouched)
         sampler = VllmSampler(settings, should_stop=should_stop)
         sampler.sleep()
-    if teacher is not None:
+    for teacher in teachers:
         teacher.wait_ready()
     log.info("engines ready in %.1f s", time.perf_counter() - begin)
-    return sampler, teacher
+    return sampler, teachers
 
 
-def build_teacher(resolved: ResolvedRun, *, should_stop: Callable[[], bool] | None = None) -> Teacher:
-    """Build the teacher, asleep if it can sleep; call `wait_ready` before using it. A collective."""
+def build_teacher(
+    resolved: ResolvedRun, *, works_apart: bool = False, should_stop: Callable[[], bool] | None = None
+) -> Teacher:
+    """Build the run's only teacher, asleep if it can sleep; call `wait_ready` before using it. A collective.
+
+    Args:
+        works_apart: give it a process of its own, whether or not vLLM needs that.
+        should_stop: see `VllmEngine`.
+    """
     student, teacher = engine_settings(resolved, "student"), engine_settings(resolved, "teacher")
     loss = resolved.config.loss
     engine: Teacher
-    on_gpu = torch.cuda.is_available()
-    if scores_while_sampling(resolved.config, on_gpus=on_gpu) or needs_companion(student, teacher, on_gpu=on_gpu):
+    if works_apart or needs_companion(student, teacher, on_gpu=torch.cuda.is_available()):
         engine = CompanionTeacher(teacher, topk=loss.topk, temperature=loss.temperature)
     else:
         engine = VllmTeacher(teacher, topk=loss.topk, temperature=loss.temperature, should_stop=should_stop)

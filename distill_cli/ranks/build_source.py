@@ -13,9 +13,17 @@ from transformers import PreTrainedTokenizerBase
 from distill_cli.checkpoint.saver import Trainable
 from distill_cli.config.derived import validates
 from distill_cli.config.schema import OffPolicy
+from distill_cli.config.teachers import own_temperatures
 from distill_cli.data.isolated import IsolatedEnvironments, IsolatedVerifier
 from distill_cli.data.order import PromptOrder, PromptStream
-from distill_cli.data.prompts import PromptMaker, PromptSettings, load_template, load_tokenizer, make_prompts
+from distill_cli.data.prompts import (
+    PromptMaker,
+    PromptSettings,
+    TeacherPromptSettings,
+    load_template,
+    load_tokenizer,
+    make_prompts,
+)
 from distill_cli.data.recorded_run import Recording
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
@@ -71,32 +79,42 @@ def pick_device() -> torch.device:
     return device
 
 
-def prompt_maker(rank: Rank) -> PromptMaker:
+def prompt_maker(rank: Rank, *, is_scored: bool = True) -> PromptMaker:
     """Build the maker of prompts, which begin with the environment's opening if there is an environment."""
     environment = rank.resolved.config.rollout.environment
     opening = IsolatedEnvironments(environment).make().reset if environment else None
-    return PromptMaker(rank.tokenizer, prompt_settings(rank.resolved), opening=opening)
+    return PromptMaker(rank.tokenizer, prompt_settings(rank.resolved), opening=opening, is_scored=is_scored)
 
 
 def prompt_settings(resolved: ResolvedRun) -> PromptSettings:
     """Return how examples become prompts."""
-    data, model = resolved.config.data, resolved.config.model
-    template = model.teacher.chat_template  # None is the student's
-    if template == OWN_TEMPLATE:
-        template = load_template(resolved.model("teacher").folder, trust_remote_code=model.trust_remote_code)
-    elif template is not None:
-        template = read_template(template)
+    data, model, alone = resolved.config.data, resolved.config.model, resolved.by_teacher()
     return PromptSettings(
         max_tokens=resolved.lengths.prompt,
         prompt_template=data.prompt_template,
         system_prompt=data.system_prompt,
         template_kwargs=model.chat_template_kwargs,
         overlong=data.overlong_prompts.value,
-        teacher_max_tokens=resolved.lengths.teacher_prompt,
-        teacher_chat_template=template,
-        teacher_template_kwargs=model.teacher.chat_template_kwargs,
-        has_teacher_context=data.teacher_context is not None,
-        teacher_prompt_template=data.teacher_prompt_template,
+        teachers=tuple(teacher_prompt_settings(name, one) for name, one in alone.items()),
+        mixes=not own_temperatures(resolved.config),
+    )
+
+
+def teacher_prompt_settings(name: str, resolved: ResolvedRun) -> TeacherPromptSettings:
+    """Return how examples become prompts of the run's only teacher."""
+    data, model = resolved.config.data, resolved.config.model
+    template = model.teacher.chat_template  # None is the student's
+    if template == OWN_TEMPLATE:
+        template = load_template(resolved.model("teacher").folder, trust_remote_code=model.trust_remote_code)
+    elif template is not None:
+        template = read_template(template)
+    return TeacherPromptSettings(
+        name=name,
+        max_tokens=resolved.lengths.teacher_prompt,
+        chat_template=template,
+        template_kwargs=model.teacher.chat_template_kwargs,
+        has_context=data.teacher_context is not None,
+        prompt_template=data.teacher_prompt_template,
     )
 
 
@@ -108,7 +126,7 @@ def build_validator(rank: Rank) -> Validator | None:
     assert config.data.verifier is not None, "config.checks refuses a validation without one"
     examples = load_examples(config.data.validation, key="data.validation")
     limit = settings.max_samples if isinstance(examples, Stream) else None
-    prompts = make_prompts(examples, prompt_maker(rank), key="data.validation", limit=limit)
+    prompts = make_prompts(examples, prompt_maker(rank, is_scored=False), key="data.validation", limit=limit)
     sampling = replace(train_sampling(resolved), temperature=settings.temperature, top_p=settings.top_p, top_k=0)
     sampling = replace(sampling, max_new_tokens=settings.max_new_tokens or sampling.max_new_tokens, logp=False)
     responder = build_responder(rank, sampling, max_tokens=resolved.lengths.validation)
@@ -130,7 +148,8 @@ def build_turns(rank: Rank, *, max_tokens: int) -> Turns | None:
         return None
     ends = {tokenizer.eos_token_id, *rollout.stop_token_ids, *resolved.vocabulary.merged_eos_ids}
     if resolved.recorded_run is None:
-        ends |= {token for model in (resolved.student, resolved.teacher) if model for token in model.eos_ids}
+        models = (resolved.student, *resolved.teachers.values())
+        ends |= {token for model in models for token in model.eos_ids}
     kwargs = resolved.config.model.chat_template_kwargs
     return Turns(
         make=IsolatedEnvironments(rollout.environment).make,
@@ -151,7 +170,8 @@ def build_order(rank: Rank) -> Order:
     config, data, recorded = rank.resolved.config, rank.resolved.config.data, rank.resolved.recorded_run
     if recorded is not None:
         return RecordedSteps(Recording.of(str(recorded)), topk=config.loss.topk, parallel=rank.parallel)
-    examples = load_examples(data.train, key="data.train", context=data.teacher_context)
+    columns = {"context": data.teacher_context, "teacher": data.teacher_key}
+    examples = load_examples(data.train, key="data.train", **columns)
     make = prompt_maker(rank)
     batch_size, seed, shuffle = config.rollout.prompts_per_step, config.train.seed, data.shuffle
     if isinstance(examples, Stream) or len(examples) > MAX_PROMPTS_AT_START:

@@ -17,6 +17,7 @@ from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.checkpoint.store import Checkpoint, prune
 from distill_cli.config.derived import parse_duration, scores_while_sampling, updates_per_step
 from distill_cli.config.schema import Config, Precision
+from distill_cli.config.teachers import own_temperatures, teacher_configs, teacher_names
 from distill_cli.data.recorded_run import Facts, vocabulary_digest
 from distill_cli.errors import ConfigError
 from distill_cli.folders.metrics_file import MetricsFile
@@ -33,7 +34,7 @@ from distill_cli.rollout.score_files import RecordedSteps, Recorder
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.student.adapters import add_adapters
-from distill_cli.student.model import Student, build_lm, wrap
+from distill_cli.student.model import Student, TeacherLoss, build_lm, wrap
 from distill_cli.student.optimizer import OptimizerOffload, build_optimizer, build_schedule
 from distill_cli.student.published import Published
 from distill_cli.student.weights import load_weights, save_student
@@ -82,7 +83,7 @@ def build_trainer(
     if checkpoint is not None:
         check_data(checkpoint, order)
     built = build_model(resolved)  # before engines: vLLM changes classes of transformers
-    sampler, teacher = build_engines(resolved, should_stop=stop.is_set, untouched=built[1].untouched)
+    sampler, teachers = build_engines(resolved, should_stop=stop.is_set, untouched=built[1].untouched)
     student = build_student(resolved, parallel, built)
     num_steps = count_steps(config, order)
     trainable = build_trainable(resolved, student, num_steps=num_steps, device=parallel.device)
@@ -93,12 +94,12 @@ def build_trainer(
     stages, planner = Stages(parallel, stop, on_stage=log.stage), parts.build_planner(rank)
     worker = None if sampler is None else parts.build_worker(rank, stages, sampler, student, trainable)
     early = scores_while_sampling(config, on_gpus=resolved.ranks.on_gpus)
-    scoring = None if teacher is None else ScoringWorker(teacher, planner, stages, student.merged_eos_ids, early)
+    scoring = ScoringWorker(teachers, planner, stages, student.merged_eos_ids, early) if teachers else None
     validation = probes = None
     recorder = build_recorder(resolved, run, parallel) if config.rollout.save_scores else None
     rollouts = RolloutsFolder(run.rollouts, decode, lambda token: show([token]), is_written=is_main)
     if validator is not None and worker is not None:
-        validation = Validation(validator, worker, teacher if config.eval.teacher else None)
+        validation = Validation(validator, worker, teachers if config.eval.teacher else [])
     if (number := config.eval.record_samples) and worker is not None and scoring is not None:
         if validator is None:
             assert not isinstance(order, RecordedSteps), "config.checks refuses it"
@@ -120,6 +121,7 @@ def build_trainer(
         probes=probes,
         saver=build_saver(config, run, trainable, last_step=progress.step) if config.checkpoint.enabled else None,
         data_fingerprint=order.fingerprint,
+        teachers=teacher_names(config),
     )
 
 
@@ -155,12 +157,23 @@ def build_loss(config: Config) -> DistillLoss:
     return DistillLoss(kl_type=loss.kl_type, tail=loss.tail.value, **loss.parameters, **loss.kwargs)
 
 
+def build_own_losses(config: Config) -> dict[int, TeacherLoss]:
+    """Return the losses of the teachers whose loss is not the run's, by `Prompt.teachers`."""
+    alone = enumerate(teacher_configs(config).values())
+    return {
+        1 << index: TeacherLoss(build_loss(one), one.loss.temperature)
+        for index, one in alone
+        if one.loss != config.loss
+    }
+
+
 def build_recorder(resolved: ResolvedRun, run: RunDir, parallel: Parallel) -> Recorder:
     """Build the writer of each step's sequences and scores into the run's folder."""
     loss, vocabulary = resolved.config.loss, resolved.vocabulary
     facts = Facts(
         topk=loss.topk,
         temperature=loss.temperature,
+        temperatures=own_temperatures(resolved.config),
         merged_eos_ids=list(vocabulary.merged_eos_ids),
         end_tokens=list(resolved.student.eos_ids),
         vocab_size=vocabulary.size,
@@ -193,6 +206,7 @@ def build_student(resolved: ResolvedRun, parallel: Parallel, built: Built, *, ro
         lm,
         loss=loss,
         temperature=config.loss.temperature,
+        own_losses=build_own_losses(config),
         parallel=parallel,
         merged_eos_ids=ends,
         published=published,

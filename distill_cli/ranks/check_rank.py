@@ -3,13 +3,15 @@
 import math
 import os
 from dataclasses import asdict, replace
-from typing import IO
+from itertools import chain
+from typing import IO, Any
 
 import psutil
 import torch
 from rich.markup import escape
 
 from distill_cli.config.schema import TeacherModel
+from distill_cli.config.teachers import ONLY
 from distill_cli.config.variation import override
 from distill_cli.engines.base import Teacher
 from distill_cli.errors import ConfigError, DistillError
@@ -27,6 +29,7 @@ from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.student.model import Student
 from distill_cli.terminal.console import Console
+from distill_cli.types import Target
 
 CHECKED_TOKENS = 64
 """Most tokens of an answer: enough to measure, few enough to be quick."""
@@ -34,13 +37,15 @@ CHECKED_TOKENS = 64
 
 def check_rank(run: RunDir, console: IO[str]) -> None:
     """Run a rank's part of `distill check`; the main rank writes the findings to outcome.json. A collective."""
-    rank = Rank.join(run)
+    whole = Rank.join(run)
+    names, alone = list(whole.resolved.by_teacher()), list(whole.resolved.by_teacher().values())
+    order, planner = build_order(whole), build_planner(whole)
+    rank = replace(whole, resolved=alone[0])  # the other teachers are checked one by one
     resolved, config, parallel = rank.resolved, rank.resolved.config, rank.parallel
-    order, planner = build_order(rank), build_planner(rank)
     built = parts.build_model(resolved)  # before engines: vLLM changes classes of transformers
     own = with_student_as_teacher(with_masses(resolved))
-    sampler, own_teacher = build_engines(own, untouched=built[1].untouched)
-    if isinstance(order, RecordedSteps) or sampler is None or own_teacher is None:
+    sampler, own_teachers = build_engines(own, untouched=built[1].untouched)
+    if isinstance(order, RecordedSteps) or sampler is None or not own_teachers:
         raise ConfigError("rollout.replay: distill check needs both engines; leave it out")
     student = parts.build_student(resolved, parallel, built)
     trainable = parts.build_trainable(
@@ -53,23 +58,31 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
     screen = Console(file=console, highlight=False, soft_wrap=not console.isatty())
 
     def scoring_by(teacher: Teacher) -> ScoringWorker:
-        return ScoringWorker(teacher, planner, stages, student.merged_eos_ids)
+        return ScoringWorker([teacher], planner, stages, student.merged_eos_ids)
+
+    def of_teacher(index: int) -> dict[str, Any]:
+        one = alone[index]
+        return {
+            "name": names[index] if len(names) > 1 else "",
+            "config": one.config,
+            "make_scoring": lambda: scoring_by(build_teacher(with_masses(one))),
+            "load_teacher": lambda: load_teacher(one, parallel),
+        }
 
     check = SelfCheck(
-        config=config,
         parallel=parallel,
-        prompts=order.batch(0),
+        prompts=[replace(prompt, targets=(Target(),)) for prompt in order.batch(0)],
         worker=replace(worker, responder=replace(worker.responder, sampling=sampling)),
-        own_scoring=scoring_by(own_teacher),
-        make_scoring=lambda: scoring_by(build_teacher(with_masses(resolved))),
+        own_scoring=scoring_by(own_teachers[0]),
         student=student,
         trainable=trainable,
-        load_teacher=lambda: load_teacher(resolved, parallel),
         saver=parts.build_saver(config, run, trainable),
         checkpoints=run.checkpoints,
+        **of_teacher(0),
     )
+    others = (replace(check, **of_teacher(index)).run_other_teacher() for index in range(1, len(alone)))
     findings = []
-    for finding in check.run():
+    for finding in chain(check.run(), *others):
         findings.append(asdict(finding))
         screen.print(finding_line(finding))
         if parallel.is_main:
@@ -84,7 +97,8 @@ def with_student_as_teacher(resolved: ResolvedRun) -> ResolvedRun:
     """Return the run with the student as its own teacher."""
     student = resolved.config.model.student
     teacher = TeacherModel(path=student.path, revision=student.revision, dtype=student.dtype)
-    return replace(resolved, config=override(resolved.config, {"model.teacher": teacher}), teacher=resolved.student)
+    config = override(resolved.config, {"model.teacher": teacher})
+    return replace(resolved, config=config, teachers={ONLY: resolved.student})
 
 
 def finding_line(finding: Finding) -> str:

@@ -5,7 +5,7 @@ comes the real teacher. Each question is answered by a number against a limit, a
 Limits are those of the arithmetic: float32 throughout, or 16 bits somewhere.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from distill_cli.ranks.build_trainer import build_loss
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
 from distill_cli.student.adapters import B
-from distill_cli.student.model import Student
+from distill_cli.student.model import Student, TeacherLoss
 from distill_cli.student.optimizer import StepResult, accumulate_gradient, count_response_tokens, optimizer_step
 from distill_cli.types import Prompt, Rollout
 
@@ -111,21 +111,28 @@ class SelfCheck:
     saver: Saver
     checkpoints: Path
     """The saver's folder."""
+    name: str = ""
+    """The teacher's, if there are several."""
 
     def run(self) -> Findings:
         """Answer every question in turn, the same on every rank."""
         rollouts = self.sample(version=0)
         own, _ = self.score(rollouts, self.own_scoring)
         yield from self.check_student_against_itself(own)
-        self.own_scoring.teacher.close()
+        self.own_scoring.teachers[0].close()
         scoring = self.make_scoring()
-        batches, masses = self.score(rollouts, scoring)
-        yield self.answer("mass", None, ", ".join(f"{mass:.4f} at {k}" for k, mass in masses.items()))
-        yield from self.check_teacher(batches)
+        batches = yield from self.check_scores(rollouts, scoring)
         yield from self.check_gradient(batches)
         yield self.check_step(batches)
         yield from self.check_sync_and_checkpoint(scoring)
-        scoring.teacher.close()
+        scoring.teachers[0].close()
+
+    def run_other_teacher(self) -> Findings:
+        """Answer the questions about one more teacher of the run, after `run` has ended; the loss is this one's."""
+        self.student.loss = TeacherLoss(build_loss(self.config), self.config.loss.temperature)
+        scoring = self.make_scoring()
+        yield from self.check_scores(self.sample(version=2), scoring)
+        scoring.teachers[0].close()
 
     @property
     def limits(self) -> Limits:
@@ -137,6 +144,7 @@ class SelfCheck:
     def answer(self, question: str, is_good: bool | None, text: str) -> Finding:
         """Return the answer to one of QUESTIONS."""
         what, fix = QUESTIONS[question]
+        what = f"{self.name}: {what}" if self.name else what
         return Finding(what, is_good, text, fix.format(model=self.config.model, loss=self.config.loss))
 
     def within(self, question: str, value: float, limit: float) -> Finding:
@@ -197,6 +205,15 @@ class SelfCheck:
         yield self.within("sampler", self.sampler_difference(batches, outputs), self.limits.logp)
         yield self.within("own scorer", self.scorer_difference(batches, outputs), self.limits.logp)
         yield self.within("zero", loss, self.limits.loss)
+
+    def check_scores(
+        self, rollouts: Sequence[Rollout], scoring: ScoringWorker
+    ) -> Generator[Finding, None, list[MicroBatch]]:
+        """Check the teacher on these answers; return the scored micro-batches."""
+        batches, masses = self.score(rollouts, scoring)
+        yield self.answer("mass", None, ", ".join(f"{mass:.4f} at {k}" for k, mass in masses.items()))
+        yield from self.check_teacher(batches)
+        return batches
 
     def check_teacher(self, batches: Sequence[MicroBatch]) -> Findings:
         """Check that the teacher is another model, if the config says so, and compare it in scorer and trainer."""

@@ -1,12 +1,13 @@
 """Score the sequences that end first while the student still writes the others.
 
-Only for a teacher that works in a process of its own and stays awake: `Teacher.submit` returns at once. What is scored
+Only for teachers that work outside this process and stay awake: `Teacher.submit` returns at once. What is scored
 together follows from the order in which sequences end, not from the clock, so that a step's numbers are the same each
 time. A sequence is scored by the teacher of the rank that sampled it, and its scores then travel to the ranks that
 train on it.
 """
 
 import pickle
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,48 +16,55 @@ import torch.distributed as dist
 
 from distill_cli.engines.base import Teacher
 from distill_cli.losses.merged_eos import merge_topk
-from distill_cli.types import Rollout, TeacherScores
+from distill_cli.types import Rollout, Target, TeacherScores
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 4096}
 """Tokens of prompts and answers that are scored together, at least, by device: a prefill that fills it."""
+
+Place = tuple[int, int]
+"""The place of a sequence in the step, and the index of one of its teachers."""
+Request = tuple[Rollout, Target]
+"""A sequence, and a teacher that scores it."""
 
 
 class EarlyScores:
     """The scores of one step's sequences that this rank's engine samples."""
 
-    def __init__(self, teacher: Teacher, *, batch_tokens: int, merged_eos_ids: Sequence[int] = ()) -> None:
+    def __init__(self, teachers: Sequence[Teacher], *, batch_tokens: int, merged_eos_ids: Sequence[int] = ()) -> None:
         """Score `batch_tokens` tokens at a time, or more; `merged_eos_ids` count as one token (`model.eos_map`)."""
-        self._teacher, self._merged_eos_ids, self._batch_tokens = teacher, merged_eos_ids, batch_tokens
-        self._waiting: dict[int, Rollout] = {}
-        self._submitted: list[tuple[list[int], Callable[[], list[TeacherScores]]]] = []
+        self._teachers, self._merged_eos_ids, self._batch_tokens = teachers, merged_eos_ids, batch_tokens
+        self._waiting: dict[int, dict[int, Request]] = defaultdict(dict)  # by teacher, then by place of the sequence
+        self._submitted: list[tuple[list[Place], Callable[[], list[TeacherScores]]]] = []
 
     def add(self, place: int, rollout: Rollout) -> None:
         """Take a sequence that has ended, at its place in the step."""
-        self._waiting[place] = rollout
-        if sum(len(one.ids_for_teacher) for one in self._waiting.values()) >= self._batch_tokens:
-            self._submit()
+        for target in rollout.prompt.targets:
+            waiting = self._waiting[target.teacher]
+            waiting[place] = (rollout, target)
+            if sum(len(one.ids_for(its)) for one, its in waiting.values()) >= self._batch_tokens:
+                self._submit(target.teacher)
 
-    def collect(self) -> dict[int, TeacherScores]:
+    def collect(self) -> dict[Place, TeacherScores]:
         """Wait for the scores of all sequences that were added."""
-        if self._waiting:
-            self._submit()
+        for teacher in [teacher for teacher, waiting in self._waiting.items() if waiting]:
+            self._submit(teacher)
         return {place: scores for places, wait in self._submitted for place, scores in zip(places, wait(), strict=True)}
 
-    def _submit(self) -> None:
-        wait = submit_rollouts(list(self._waiting.values()), self._teacher, merged_eos_ids=self._merged_eos_ids)
-        self._submitted.append((list(self._waiting), wait))
-        self._waiting = {}
+    def _submit(self, teacher: int) -> None:
+        waiting = self._waiting.pop(teacher)
+        wait = submit(list(waiting.values()), self._teachers[teacher], merged_eos_ids=self._merged_eos_ids)
+        self._submitted.append(([(place, teacher) for place in waiting], wait))
 
 
-def submit_rollouts(
-    rollouts: Sequence[Rollout], teacher: Teacher, *, merged_eos_ids: Sequence[int] = ()
+def submit(
+    requests: Sequence[Request], teacher: Teacher, *, merged_eos_ids: Sequence[int] = ()
 ) -> Callable[[], list[TeacherScores]]:
-    """Begin to score answers with the teacher, which may read prompts of its own; return what waits for the scores."""
-    samples = [rollout.sample for rollout in rollouts]
+    """Begin to score answers with a teacher, which may read prompts of its own; return what waits for the scores."""
+    samples = [rollout.sample for rollout, _ in requests]
     assert all(one.logp is not None or one.source != "student" for one in samples), "sampled with logp=False"
     wait = teacher.submit(
-        [rollout.ids_for_teacher for rollout in rollouts],
-        response_starts=[len(rollout.prompt.ids_for_teacher) for rollout in rollouts],
+        [rollout.ids_for(target) for rollout, target in requests],
+        response_starts=[len(rollout.prompt.ids_for(target)) for rollout, target in requests],
     )
     return lambda: [
         merge_topk(scores, sampled_ids=sample.token_ids, merged_eos_ids=merged_eos_ids)
@@ -64,7 +72,7 @@ def submit_rollouts(
     ]
 
 
-def deliver(scores: Mapping[int, TeacherScores], needed: Sequence[Iterable[int]]) -> dict[int, TeacherScores]:
+def deliver(scores: Mapping[Place, TeacherScores], needed: Sequence[Iterable[Place]]) -> dict[Place, TeacherScores]:
     """Send each rank the scores that it trains on, and return this rank's. A collective.
 
     Args:

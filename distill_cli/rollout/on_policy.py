@@ -49,4 +49,4 @@ class OnPolicy(RolloutSource):
         if self.recorder is not None:
             with stages("record"):
                 self.recorder.write(step, batch)
-        return replace(batch, metrics=self.worker.failures())
+        return replace(batch, metrics={**batch.metrics, **self.worker.failures()})

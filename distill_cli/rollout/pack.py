@@ -55,6 +55,8 @@ class MicroBatch:
     """bool [N]: True if known, as for tokens that the student wrote."""
     origins: torch.Tensor
     """int64 [N, 2]: place of the sequence in the step, and of the token in the sequence's response."""
+    teachers: torch.Tensor
+    """int64 [N]: the set of the token's teachers (`Prompt.teachers`)."""
 
     @property
     def num_tokens(self) -> int:
@@ -82,7 +84,7 @@ class MicroBatch:
         place = torch.full((self.num_tokens,), -1)
         place[documents.take(torch.arange(self.num_tokens), 0)] = torch.arange(self.num_tokens // size)
         mine = (place[self.rows] >= 0).nonzero()[:, 0]
-        per_token = ("sampled_ids", "sampler_logp", "has_sampler_logp", "origins")
+        per_token = ("sampled_ids", "sampler_logp", "has_sampler_logp", "origins", "teachers")
         return replace(
             self,
             input_ids=documents.take(self.input_ids, 1),
@@ -225,7 +227,7 @@ def lay_out(plan: RowPlan, rollouts: Sequence[Rollout], scores: Mapping[int, Tea
         scores: by place in `rollouts`, at least those of the row's members.
     """
     bounds, none, taken = [0], torch.zeros(0, dtype=torch.int64), []
-    columns = [(none, none, none.float(), none.bool(), none.view(0, 2))]  # from `MicroBatch.rows` on
+    columns = [(none, none, none.float(), none.bool(), none.view(0, 2), none)]  # from `MicroBatch.rows` on
     # Padding is a token of the step: a padding token's embedding may be 0, where Gemma 3n's gradient is NaN.
     tokens = torch.full((1, plan.length), rollouts[0].token_ids[0] if rollouts else 0)
     positions = torch.zeros(1, plan.length, dtype=torch.int64)
@@ -240,7 +242,8 @@ def lay_out(plan: RowPlan, rollouts: Sequence[Rollout], scores: Mapping[int, Tea
         logp = torch.zeros(len(trained)) if sample.logp is None else torch.tensor(sample.logp)[trained]
         has_logp = torch.full((len(trained),), sample.logp is not None)
         origins = torch.stack([torch.full_like(trained, member), trained], dim=1)
-        columns.append((rows, torch.tensor(sample.token_ids)[trained], logp, has_logp, origins))
+        teachers = torch.full_like(trained, rollout.prompt.teachers)
+        columns.append((rows, torch.tensor(sample.token_ids)[trained], logp, has_logp, origins, teachers))
         taken.append(scores[member].take(trained))
         bounds.append(begin + place)
     if bounds[-1] < plan.length:

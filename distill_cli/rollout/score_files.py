@@ -28,7 +28,7 @@ from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import Planner
 from distill_cli.rollout.source import RolloutSource, ScoredBatch
 from distill_cli.rollout.stages import Stages
-from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
+from distill_cli.types import Example, Prompt, Rollout, Sample, Target, TeacherScores
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ def write_sequences(file: Path, rollouts: Sequence[Rollout], scores: Mapping[int
             "has_logp": rollout.sample.logp is not None,
             "has_observations": rollout.sample.trained is not None,
             "reward": rollout.reward,
+            "teachers": [[target.teacher, target.weight] for target in rollout.prompt.targets],
             **{name: getattr(rollout.sample, name) for name in SAMPLE_FACTS},
         }
         for rollout in rollouts
@@ -128,7 +129,8 @@ def read_sequences(file: Path) -> dict[int, Rollout]:
     token_ids, trained, logp = map(iter, flat)
     by_place = {}
     for place, num_prompt, num_response, fact in zip(places, prompts, responses, facts, strict=True):
-        prompt = Prompt(fact["prompt_index"], list(islice(token_ids, num_prompt)), Example(""))
+        targets = tuple(Target(*one) for one in fact.get("teachers", [[0, 1.0]]))  # older files have none
+        prompt = Prompt(fact["prompt_index"], list(islice(token_ids, num_prompt)), Example(""), targets)
         ids, mask, logps = (list(islice(values, num_response)) for values in (token_ids, trained, logp))
         sample = Sample(
             ids,

@@ -1,11 +1,12 @@
 """Sample and score a step's sequences with the engines of all ranks.
 
 Work is partitioned over the ranks' engines, with the same results on any number of them. Every rank has one of each and
-calls it with the same arguments: a collective. An engine is awake only while it works. If a stop request may have
+calls it with the same arguments: a collective. An engine is awake only while it works; several teachers take turns,
+in the config's order. If a stop request may have
 interrupted the engine, all ranks raise StopRequested instead of returning its results.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -15,13 +16,14 @@ from distill_cli.data.isolated import IsolatedVerifier
 from distill_cli.engines.base import AnsweringEngine, OnEnd, Sampler, Teacher
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.weight_sync import Outgoing
+from distill_cli.losses.mixture import mix, uncertain_mass
 from distill_cli.parallel.sharing import EngineShare
-from distill_cli.rollout.early_scores import BATCH_TOKENS, EarlyScores, deliver, submit_rollouts
-from distill_cli.rollout.pack import Planner
+from distill_cli.rollout.early_scores import BATCH_TOKENS, EarlyScores, Place, deliver, submit
+from distill_cli.rollout.pack import BatchPlan, Planner
 from distill_cli.rollout.source import ScoredBatch
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.turns import Turns, sample_turns
-from distill_cli.types import Prompt, Rollout, Sample, TeacherScores
+from distill_cli.types import Prompt, Rollout, Sample, Target, TeacherScores
 
 
 @dataclass(frozen=True)
@@ -146,25 +148,28 @@ class RolloutWorker:
 
 @dataclass
 class ScoringWorker:
-    """Score the sequences that each rank trains on with the teacher. Building it is a collective."""
+    """Score the sequences that each rank trains on with their teachers. Building it is a collective."""
 
-    teacher: Teacher
+    teachers: Sequence[Teacher]
+    """In the config's order (`Target.teacher`), in which they score."""
     planner: Planner
     stages: Stages
     merged_eos_ids: tuple[int, ...] = ()
     begins_early: bool = False
     """Whether a sequence is scored when it ends, while others are still sampled (`rollout.score_while_sampling`)."""
-    share: EngineShare = field(init=False)
+    shares: list[EngineShare] = field(init=False)
+    """By teacher."""
 
     def __post_init__(self) -> None:
-        self.share = EngineShare.near_training(self.teacher.num_ranks, self.stages.parallel)
+        parallel = self.stages.parallel
+        self.shares = [EngineShare.near_training(teacher.num_ranks, parallel) for teacher in self.teachers]
 
     def begin(self) -> EarlyScores | None:
         """Return what scores a step's sequences as they end; None if they are scored when all have ended."""
         if not self.begins_early:
             return None
         batch_tokens = BATCH_TOKENS[self.stages.parallel.device.type]
-        return EarlyScores(self.teacher, batch_tokens=batch_tokens, merged_eos_ids=self.merged_eos_ids)
+        return EarlyScores(self.teachers, batch_tokens=batch_tokens, merged_eos_ids=self.merged_eos_ids)
 
     def score(
         self, rollouts: Sequence[Rollout], *, stage: str = "score", early: EarlyScores | None = None
@@ -178,33 +183,96 @@ class ScoringWorker:
             early: has taken the student's answers already.
         """
         plans = self.planner.plan(rollouts)
-        members = [place for plan in plans for rank in self.share.data_ranks for place in plan.members_of(rank)]
-        is_done = [early is not None and rollout.sample.source == "student" for rollout in rollouts]
-        places = [place for place in members if not is_done[place]]
+        left = [early is None or rollout.sample.source != "student" for rollout in rollouts]
+        scored: dict[Place, TeacherScores] = {}
+        for index, teacher in enumerate(self.teachers):
+            wanted = {
+                place: target
+                for place, rollout in enumerate(rollouts)
+                for target in rollout.prompt.targets
+                if left[place] and target.teacher == index
+            }
+            if wanted:
+                with self.stages.awake(teacher), self.stages(stage):
+                    scored |= self._score_with(index, rollouts, wanted, plans)
+        if early is not None:
+            with self.stages(stage):
+                ranks = self.stages.parallel.data_ranks
+                needed = [_places(rollouts, (p for plan in plans for p in plan.members_of(rank))) for rank in ranks]
+                scored |= deliver(early.collect(), needed)
+        self.stages.check_stop()
+        return self._batch(rollouts, plans, scored)
+
+    def _score_with(
+        self, index: int, rollouts: Sequence[Rollout], wanted: Mapping[int, Target], plans: Sequence[BatchPlan]
+    ) -> dict[Place, TeacherScores]:
+        """Score the sequences of this rank's engine's neighbourhood with one teacher. A collective.
+
+        Args:
+            wanted: the sequences of the whole step that the teacher scores, by place.
+        """
+        share, teacher = self.shares[index], self.teachers[index]
+        members = [place for plan in plans for rank in share.data_ranks for place in plan.members_of(rank)]
+        places = [place for place in members if place in wanted]
 
         def score(mine: list[int]) -> list[TeacherScores]:
-            own = [rollouts[places[index]] for index in mine]
-            return submit_rollouts(own, self.teacher, merged_eos_ids=self.merged_eos_ids)()
+            own = [(rollouts[places[one]], wanted[places[one]]) for one in mine]
+            return submit(own, teacher, merged_eos_ids=self.merged_eos_ids)()
 
-        with self.stages.awake(self.teacher), self.stages(stage):
-            costs = [len(rollouts[place].ids_for_teacher) for place in places]
-            scored = self.share.map(score, costs) if places else {}
-            by_place = {places[index]: scores for index, scores in scored.items()}
-            if early is not None:
-                ranks = self.stages.parallel.data_ranks
-                by_place |= deliver(early.collect(), [[p for plan in plans for p in plan.members_of(r)] for r in ranks])
-        self.stages.check_stop()
-        return ScoredBatch(rollouts, plans, {place: by_place[place] for place in self.planner.local_places(plans)})
+        costs = [len(rollouts[place].ids_for(wanted[place])) for place in places]
+        found = share.map(score, costs) if places else {}
+        return {(places[one], index): scores for one, scores in found.items()}
+
+    def _batch(
+        self, rollouts: Sequence[Rollout], plans: Sequence[BatchPlan], scored: Mapping[Place, TeacherScores]
+    ) -> ScoredBatch:
+        """Return this rank's part of the step, with one distribution for each token. A collective if teachers mix."""
+        scores, uncertain = {}, torch.zeros(2, dtype=torch.float64)
+        for place in self.planner.local_places(plans):
+            targets = rollouts[place].prompt.targets
+            parts, weights = [scored[place, one.teacher] for one in targets], [one.weight for one in targets]
+            scores[place] = parts[0] if len(parts) == 1 else mix(parts, weights)
+            if len(parts) > 1:
+                mass_R = uncertain_mass(parts, weights)
+                uncertain += torch.tensor([float(mass_R.sum()), len(mass_R)], dtype=torch.float64)
+        metrics = {}
+        if any(len(rollout.prompt.targets) > 1 for rollout in rollouts):
+            parallel = self.stages.parallel
+            total, number = parallel.all_sum(uncertain.float().to(parallel.device)).tolist()
+            metrics["train/mixture_uncertainty"] = total / max(number, 1)
+        return ScoredBatch(rollouts, plans, scores, metrics=metrics)
 
     def sample(self, prompts: Sequence[Prompt], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
-        """Return the teacher's answer to its version of each prompt, on all ranks."""
+        """Return the answer of each prompt's main teacher to its version of the prompt, on all ranks."""
+        answers: dict[int, Sample] = {}
+        for index, teacher in enumerate(self.teachers):
+            mine = {place: one.main_target for place, one in enumerate(prompts) if one.main_target.teacher == index}
+            if mine:
+                answers |= self._sample_with(teacher, prompts, mine, seeds=seeds, sampling=sampling)
+        self.stages.check_stop()
+        return [answers[place] for place in range(len(prompts))]
+
+    def _sample_with(
+        self,
+        teacher: Teacher,
+        prompts: Sequence[Prompt],
+        wanted: Mapping[int, Target],
+        *,
+        seeds: Sequence[int],
+        sampling: SamplingSettings,
+    ) -> dict[int, Sample]:
+        places, ids = list(wanted), [prompts[place].ids_for(target) for place, target in wanted.items()]
 
         def answer(mine: list[int]) -> list[Sample]:
-            own, own_seeds = [prompts[index].ids_for_teacher for index in mine], [seeds[index] for index in mine]
-            return self.teacher.sample(own, seeds=own_seeds, sampling=sampling)
+            own_seeds = [seeds[places[one]] for one in mine]
+            return teacher.sample([ids[one] for one in mine], seeds=own_seeds, sampling=sampling)
 
-        engines = EngineShare.of_all_ranks(self.teacher.num_ranks, self.stages.parallel)
-        with self.stages.awake(self.teacher), self.stages("sample"):
-            sampled = engines.map(answer, [len(prompt.ids_for_teacher) for prompt in prompts])
-        self.stages.check_stop()
-        return [sampled[index] for index in range(len(prompts))]
+        engines = EngineShare.of_all_ranks(teacher.num_ranks, self.stages.parallel)
+        with self.stages.awake(teacher), self.stages("sample"):
+            sampled = engines.map(answer, [len(one) for one in ids])
+        return {places[one]: sample for one, sample in sampled.items()}
+
+
+def _places(rollouts: Sequence[Rollout], places: Iterable[int]) -> list[Place]:
+    """Return the places of all scores of these sequences."""
+    return [(place, target.teacher) for place in places for target in rollouts[place].prompt.targets]

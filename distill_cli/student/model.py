@@ -6,8 +6,9 @@ bfloat16 and reduces gradients in float32.
 Shape letters: T tokens of the packed row, N response tokens, n of a chunk, C the top-k and the rest, H hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from distill_cli.errors import ConfigError
 from distill_cli.losses.distill_loss import DistillLoss
-from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
+from distill_cli.losses.linear_topk import HeadOutput, join, linear_topk_loss
 from distill_cli.machine.torch_versions import varlen_operator
 from distill_cli.models.known_families import HEADS
 from distill_cli.models.traits import Traits
@@ -50,6 +51,15 @@ SMALL_BYTES = 2**22
 """A student of up to this size is gathered whole: each further collective takes longer than the layers around it."""
 
 
+@dataclass(frozen=True)
+class TeacherLoss:
+    """The loss against a teacher."""
+
+    loss: DistillLoss
+    temperature: float
+    """Divides both models' logits."""
+
+
 class Student(nn.Module):
     """The root that FSDP2 wraps: tokens in, the micro-batch's share of the loss out.
 
@@ -62,6 +72,7 @@ class Student(nn.Module):
         *,
         loss: DistillLoss,
         temperature: float,
+        own_losses: Mapping[int, TeacherLoss] | None = None,
         parallel: Parallel | None = None,
         merged_eos_ids: Sequence[int] = (),
         published: Published | None = None,
@@ -69,6 +80,8 @@ class Student(nn.Module):
     ) -> None:
         """
         Args:
+            loss, temperature: of all tokens but those of `own_losses`.
+            own_losses: by set of teachers (`Prompt.teachers`), for those with a loss of their own.
             parallel: the mesh that `wrap` lays it out over; None is a student of one process, without a mesh.
             merged_eos_ids: tokens that count as one, as they do in the teacher's scores (`losses.merged_eos`).
             published: where its parameters lie in its checkpoint; None if it has none.
@@ -83,8 +96,8 @@ class Student(nn.Module):
         self.device = parallel.device if parallel else torch.device("cpu")
         self.tensor = parallel.tensor if parallel and parallel.tensor.size() > 1 else None
         self.sequence_parallel = bool(parallel and parallel.sequence_parallel)
-        self.loss = loss
-        self.temperature = temperature
+        self.loss = TeacherLoss(loss, temperature)
+        self.own_losses = dict(own_losses or {})
         self.merged_eos_ids = tuple(merged_eos_ids)
 
     @property
@@ -108,10 +121,16 @@ class Student(nn.Module):
             whose loss is without the router's.
         """
         hidden_1TH, router_logits = self._hidden_states(batch)
+        out = self._apply_head(hidden_1TH[0, batch.rows], batch, num_loss_tokens=num_loss_tokens, num_top=num_top)
+        if self.router_loss is None or not batch.num_response_tokens:
+            return out.loss, out
+        share = batch.num_response_tokens / num_loss_tokens
+        return out.loss + share * self.router_loss(router_logits, batch.is_real), out
 
-        def token_loss(student_logp_nC: torch.Tensor, entropy_n: torch.Tensor, rows: slice) -> torch.Tensor:
-            return self.loss(batch.scores.topk_logp[rows], student_logp_nC, entropy_n) / num_loss_tokens
-
+    def _apply_head(
+        self, hidden_NH: torch.Tensor, batch: MicroBatch, *, num_loss_tokens: torch.Tensor, num_top: int
+    ) -> HeadOutput:
+        """Return the head's output at each response token, whose loss is divided by `num_loss_tokens`."""
         head, group = self.lm.get_output_embeddings(), None
         weight, bias = head.weight, getattr(head, "bias", None)
         if self.tensor is not None:
@@ -119,23 +138,64 @@ class Student(nn.Module):
             # The gradients of weight and bias are this shard's, and whole.
             weight = weight.to_local(grad_placements=[Shard(0)])
             bias = None if bias is None else bias.to_local(grad_placements=[Shard(0)])
-        out = linear_topk_loss(
-            hidden_1TH[0, batch.rows].to(weight.dtype),  # Mamba's decoders return float32
-            weight,
-            batch.scores.topk_ids,
-            token_loss,
-            sampled_ids_N=batch.sampled_ids,
-            temperature=self.temperature,
-            group=group,
-            merged_eos_ids=self.merged_eos_ids,
-            num_top=num_top,
-            bias_V=bias,
-            transform=self.transform,
-        )
-        if self.router_loss is None or not batch.num_response_tokens:
-            return out.loss, out
-        share = batch.num_response_tokens / num_loss_tokens
-        return out.loss + share * self.router_loss(router_logits, batch.is_real), out
+        hidden_NH = hidden_NH.to(weight.dtype)  # Mamba's decoders return float32
+
+        def outputs(rows: torch.Tensor | slice, temperature: float) -> HeadOutput:
+            logp_NK, teachers_N = batch.scores.topk_logp[rows], batch.teachers[rows]
+
+            def token_loss(student_logp_nC: torch.Tensor, entropy_n: torch.Tensor, chunk: slice) -> torch.Tensor:
+                loss_n = self._losses(logp_NK[chunk], student_logp_nC, entropy_n, teachers_n=teachers_N[chunk])
+                return loss_n / num_loss_tokens
+
+            return linear_topk_loss(
+                hidden_NH[rows],
+                weight,
+                batch.scores.topk_ids[rows],
+                token_loss,
+                sampled_ids_N=batch.sampled_ids[rows],
+                temperature=temperature,
+                group=group,
+                merged_eos_ids=self.merged_eos_ids,
+                num_top=num_top,
+                bias_V=bias,
+                transform=self.transform,
+            )
+
+        by_temperature = self._rows_by_temperature(batch)
+        if len(by_temperature) == 1:
+            return outputs(slice(None), *by_temperature)
+        return join([outputs(rows, one) for one, rows in by_temperature.items()], list(by_temperature.values()))
+
+    def _rows_by_temperature(self, batch: MicroBatch) -> dict[float, torch.Tensor]:
+        """Return the response tokens of each temperature of the loss; a batch without tokens has one temperature."""
+        if not any(own.temperature != self.loss.temperature for own in self.own_losses.values()):
+            return {self.loss.temperature: batch.rows}
+        rows: dict[float, list[torch.Tensor]] = {}
+        for teachers in batch.teachers.unique().tolist():
+            temperature = self.own_losses.get(teachers, self.loss).temperature
+            rows.setdefault(temperature, []).append((batch.teachers == teachers).nonzero()[:, 0])
+        return {one: torch.cat(parts) for one, parts in rows.items()} or {self.loss.temperature: batch.rows}
+
+    def _losses(
+        self,
+        teacher_logp_nK: torch.Tensor,
+        student_logp_nC: torch.Tensor,
+        entropy_n: torch.Tensor,
+        *,
+        teachers_n: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return each token's loss, by its teachers, before the division: float [n]."""
+        kinds = teachers_n.unique().tolist() if self.own_losses else []
+        if len(kinds) < 2:
+            loss = self.own_losses.get(kinds[0], self.loss) if kinds else self.loss
+            return loss.loss(teacher_logp_nK, student_logp_nC, entropy_n)
+        loss_n = torch.zeros_like(student_logp_nC[:, 0])
+        for teachers in kinds:
+            mine_n = teachers_n == teachers
+            loss = self.own_losses.get(teachers, self.loss)
+            part = loss.loss(teacher_logp_nK[mine_n], student_logp_nC[mine_n], entropy_n[mine_n])
+            loss_n = loss_n.masked_scatter(mine_n, part)
+        return loss_n
 
     def _hidden_states(self, batch: MicroBatch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return the decoder's output for a micro-batch, its rows end to end, [1, T, H]; and its routers' logits."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distill_cli.config.schema import Config, MeshConfig
+from distill_cli.config.teachers import ONLY, teacher_configs
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
 from distill_cli.folders.run_dir import RunDir, read_json
@@ -22,8 +23,11 @@ log = logging.getLogger(__name__)
 
 def models(config: Config) -> dict[str, str]:
     """Return path and revision of each role's model."""
-    both = {role: getattr(config.model, role) for role in ("student", "teacher")}
-    return {role: model.path + (f"@{model.revision}" if model.revision else "") for role, model in both.items()}
+    student = config.model.student
+    found = {"student": student.path + (f"@{student.revision}" if student.revision else "")}
+    for name, one in teacher_configs(config).items():
+        found[name if name == ONLY else f"teacher.{name}"] = one.model.teacher.shown
+    return found
 
 
 def data_profile(spec: Mapping[str, Any], *, key: str) -> tuple[str, dict[str, int]]:

@@ -13,7 +13,7 @@ import torch
 from distill_cli.engines.vllm_patches import pooled_bytes
 from distill_cli.losses.distill_loss import bucket_classes
 from distill_cli.losses.linear_topk import HeadOutput
-from distill_cli.metrics import METRICS, Tokens
+from distill_cli.metrics import BY_TEACHER, METRICS, Tokens
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import BatchPlan, MicroBatch
 from distill_cli.student.flops import peak_flops, train_flops
@@ -56,6 +56,45 @@ def train_metrics(updates: Updates, *, is_current: bool, parallel: Parallel) -> 
         **{name: total / max(num_tokens, 1) for name, total in zip(TOKEN_METRICS, totals, strict=True)},
         **({difference: mismatch / num_sampled} if num_sampled else {}),
     }
+
+
+def teacher_metrics(
+    updates: Updates, rollouts: Sequence[Rollout], *, names: Sequence[str], parallel: Parallel
+) -> dict[str, float]:
+    """Return `teacher/<name>/...`: means over the response tokens of each teacher, or mixture of them. A collective.
+
+    Args:
+        rollouts: all of the step.
+        names: the teachers', by index.
+    """
+    kinds = sorted({rollout.prompt.teachers for rollout in rollouts})
+    columns = [f"train/{name}" for name in BY_TEACHER]
+    sums = torch.zeros(len(kinds), len(columns) + 1, device=parallel.device)
+    for batches, result in updates:
+        for batch, output in zip(batches, result.outputs, strict=True):
+            batch = batch.to(parallel.device)
+            values_CN = dict(zip(TOKEN_METRICS, token_metrics_CN(batch, output), strict=True))
+            values_CN["train/loss"] = output.loss_N * result.num_response_tokens
+            rows_NC = torch.stack([*(values_CN[name] for name in columns), torch.ones_like(output.loss_N)], dim=1)
+            place_N = torch.searchsorted(torch.tensor(kinds, device=parallel.device), batch.teachers)
+            sums.index_add_(0, place_N, rows_NC)
+    totals = parallel.all_sum(sums).tolist()
+    num_tokens, metrics = sum(row[-1] for row in totals), dict[str, float]()
+    for kind, (*values, number) in zip(kinds, totals, strict=True):
+        at = f"teacher/{label(kind, names)}"
+        means = {name.partition("/")[2]: value / max(number, 1) for name, value in zip(columns, values, strict=True)}
+        metrics |= {f"{at}/{name}": value for name, value in means.items()}
+        metrics[f"{at}/token_share"] = number / max(num_tokens, 1)
+        own = (rollout for rollout in rollouts if rollout.prompt.teachers == kind)
+        rewards = [one.reward for one in own if one.reward is not None and one.sample.source == "student"]
+        if rewards:
+            metrics[f"{at}/rollout_accuracy"] = fmean(rewards)
+    return metrics
+
+
+def label(teachers: int, names: Sequence[str]) -> str:
+    """Return the name of a set of teachers (`Prompt.teachers`), such as `math` or `math+code`."""
+    return "+".join(name for index, name in enumerate(names) if teachers >> index & 1)
 
 
 def token_metrics_CN(batch: MicroBatch, output: HeadOutput) -> torch.Tensor:

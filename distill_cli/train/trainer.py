@@ -7,12 +7,13 @@ stages, puts engines to sleep and checks for stop requests.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from distill_cli.checkpoint.saver import Saver, Trainable
 from distill_cli.config.derived import max_engine_mismatch
 from distill_cli.config.schema import Config, Dtype, OnTruncation
+from distill_cli.config.teachers import ONLY
 from distill_cli.errors import Unrecoverable
 from distill_cli.folders.attempts import Outcome
 from distill_cli.folders.metrics_file import plain
@@ -24,7 +25,7 @@ from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, optimizer_step
 from distill_cli.train.run_log import RunLog
 from distill_cli.train.run_state import Progress
-from distill_cli.train.step_metrics import performance_metrics, rollout_metrics, train_metrics
+from distill_cli.train.step_metrics import performance_metrics, rollout_metrics, teacher_metrics, train_metrics
 from distill_cli.train.token_report import ProbeReport
 from distill_cli.train.validation import Validation
 
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 TRUNCATED_STEPS = 3
 """Warn or stop after this many steps in a row above `rollout.max_truncated_rate`."""
-RANKED = ("train", "rollout", "val")
+RANKED = ("train", "rollout", "val", "teacher")
 """Kinds of metrics that a checkpoint keeps: checkpoints can be ranked by them."""
 
 
@@ -59,6 +60,8 @@ class Trainer:
     """None if checkpoint.enabled=false."""
     data_fingerprint: str | None
     """Identifies the training data, whose order a resumed run relies on; None if unknown."""
+    teachers: Sequence[str] = (ONLY,)
+    """The teachers' names, in the config's order."""
 
     def run(self) -> Outcome:
         """Take every remaining step; validate and save as the config says. A collective."""
@@ -94,9 +97,12 @@ class Trainer:
         """Measure student and teacher before the first step: step 0 of the metrics. A collective."""
         metrics = self.validate(0) if self.config.eval.at_start else {}
         self.progress.before = self.progress.latest
-        if self.validation is not None and self.validation.teacher is not None:
-            self.progress.teacher = self.validation.score_teacher()
+        if self.validation is not None and self.validation.teachers:
+            self.progress.teacher, each = self.validation.score_teachers()
             metrics["val/teacher_accuracy"] = self.progress.teacher.accuracy
+            if len(self.teachers) > 1:
+                names = zip(self.teachers, each, strict=True)
+                metrics |= {f"teacher/{name}/val_accuracy": one.accuracy for name, one in names if one.num_samples}
         if self.probes is not None:
             self.probes.write(0)
         self.log.step(0, metrics | self.stages.lap())
@@ -121,6 +127,8 @@ class Trainer:
         with self.stages("record"):
             train_s = self.stages.seconds["train"]
             trained = train_metrics(updates, is_current=batch.is_current, parallel=mesh)
+            if len(self.teachers) > 1:
+                trained |= teacher_metrics(updates, batch.rollouts, names=self.teachers, parallel=mesh)
             self.check_mismatch(step, trained.get("rollout/engine_mismatch", 0.0))
             return {
                 "train/lr": lr,

@@ -30,6 +30,15 @@ class Score:
     datasets: dict[str, float] = field(default_factory=dict)
     """Accuracy by dataset, if there are several."""
 
+    @classmethod
+    def of(cls, totals: torch.Tensor, datasets: Sequence[str]) -> Score:
+        """Return the means of `Validator.totals`; zeros if there are no answers."""
+        right, length, truncated, number = totals.sum(0).tolist()
+        rows = zip(datasets, totals.tolist(), strict=True)
+        by_dataset = {name: row[0] / row[3] for name, row in rows if row[3]}
+        accuracy, mean_length, truncated_rate = (total / max(number, 1e-9) for total in (right, length, truncated))
+        return cls(accuracy, mean_length, truncated_rate, round(number), by_dataset if len(datasets) > 1 else {})
+
     def metrics(self) -> dict[str, float]:
         """Return the metrics of a validation."""
         means = {name: getattr(self, name) for name in ("accuracy", "mean_length", "truncated_rate")}
@@ -83,23 +92,37 @@ class Validator:
     repeat: int = 1
     """Answers to each problem."""
 
-    def for_teacher(self) -> Validator:
-        """Return the same problems as the teacher reads them."""
-        return replace(self, prompts=[replace(prompt, token_ids=prompt.ids_for_teacher) for prompt in self.prompts])
+    @property
+    def datasets(self) -> list[str]:
+        """The names of the problems' datasets, in alphabetical order."""
+        return sorted({prompt.example.dataset for prompt in self.prompts})
+
+    def for_teacher(self, index: int) -> Validator:
+        """Return the problems of one teacher, as it reads them; they keep their weights for it."""
+        prompts = [
+            replace(prompt, token_ids=prompt.ids_for(target), targets=(target,))
+            for prompt in self.prompts
+            for target in prompt.targets
+            if target.teacher == index
+        ]
+        return replace(self, prompts=prompts)
 
     def run(self, engine: AnsweringEngine) -> Score:
         """Score the engine's answers. A collective: each engine answers its share."""
-        names = sorted({prompt.example.dataset for prompt in self.prompts})
-        totals = torch.zeros(len(names), 4, dtype=torch.float64, device=self.parallel.device)
+        return Score.of(self.totals(engine, self.datasets), self.datasets)
+
+    def totals(self, engine: AnsweringEngine, datasets: Sequence[str]) -> torch.Tensor:
+        """Return sums over the engine's answers, each with the weight of its problem: float64 [datasets, 4].
+
+        The columns are rewards, tokens, truncated answers and answers. A collective.
+        """
+        totals = torch.zeros(len(datasets), 4, dtype=torch.float64, device=self.parallel.device)
         for _, rollout in (answer for answers in self.answers(engine) for answer in answers):
             truncated = float(rollout.sample.finish_reason == "length")
             row = torch.tensor([rollout.reward or 0.0, len(rollout.sample.written_ids), truncated, 1.0])
-            totals[names.index(rollout.prompt.example.dataset)] += row.to(totals)
-        totals = self.parallel.sum_of_ranks(totals * self.share(engine).is_first)
-        right, length, truncated, number = totals.sum(0).tolist()
-        by_dataset = {name: row[0] / row[3] for name, row in zip(names, totals.tolist(), strict=True)}
-        means = (right / number, length / number, truncated / number)
-        return Score(*means, int(number), by_dataset if len(names) > 1 else {})
+            weight = sum(target.weight for target in rollout.prompt.targets)
+            totals[datasets.index(rollout.prompt.example.dataset)] += weight * row.to(totals)
+        return self.parallel.sum_of_ranks(totals * self.share(engine).is_first)
 
     def answers(self, engine: AnsweringEngine) -> Iterator[list[Answer]]:
         """Yield the answers of this rank's engine in batches; one engine gives all answers to a problem."""
@@ -124,19 +147,20 @@ class Validation:
 
     validator: Validator
     worker: RolloutWorker
-    teacher: Teacher | None = None
-    """The teacher, if it is measured."""
+    teachers: Sequence[Teacher] = ()
+    """The teachers, in the config's order, if they are measured."""
 
     def score_student(self) -> Score:
         """Score the student with its current weights. A collective."""
         with self.worker.ready() as sampler, self.worker.stages("eval"):
             return self.validator.run(sampler)
 
-    def score_teacher(self) -> Score:
-        """Score the teacher. A collective."""
-        assert self.teacher is not None
-        stages = self.worker.stages
-        with stages.awake(self.teacher), stages("eval"):
-            score = self.validator.for_teacher().run(self.teacher)
-        stages.check_stop()
-        return score
+    def score_teachers(self) -> tuple[Score, list[Score]]:
+        """Score all teachers together, each on its own problems, and each of them alone. A collective."""
+        stages, datasets, each = self.worker.stages, self.validator.datasets, []
+        for index, teacher in enumerate(self.teachers):
+            validator = self.validator.for_teacher(index)
+            with stages.awake(teacher), stages("eval"):
+                each.append(validator.totals(teacher, datasets))
+            stages.check_stop()
+        return Score.of(torch.stack(each).sum(0), datasets), [Score.of(totals, datasets) for totals in each]

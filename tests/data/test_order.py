@@ -9,11 +9,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from distill_cli.data.order import PromptOrder, PromptStream, shuffled
-from distill_cli.data.prompts import PromptMaker, PromptSettings, make_prompts
+from distill_cli.data.prompts import PromptMaker, PromptSettings, TeacherPromptSettings, make_prompts
 from distill_cli.data.rows import Stream
 from distill_cli.errors import ConfigError
 from distill_cli.models.model_files import ASSETS
-from distill_cli.types import Example, Prompt
+from distill_cli.types import Example, Prompt, Target
 
 ROWS = [Example(f"q{i}") for i in range(20)]
 
@@ -104,8 +104,9 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ASSETS / "tiny_pair/student")
 
 
-def make(tokenizer, *, max_tokens: int = 40, **settings) -> PromptMaker:
-    return PromptMaker(tokenizer, PromptSettings(max_tokens=max_tokens, **settings))
+def make(tokenizer, *, max_tokens: int = 40, teacher: dict | None = None, **settings) -> PromptMaker:
+    teachers = (TeacherPromptSettings(**teacher or {}),)
+    return PromptMaker(tokenizer, PromptSettings(max_tokens=max_tokens, teachers=teachers, **settings))
 
 
 def test_long_and_empty_prompts_are_counted(tokenizer) -> None:
@@ -141,18 +142,19 @@ def test_conversations_and_system_prompts_are_rendered(tokenizer) -> None:
         "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
         "<|im_start|>user\n<three><|im_end|>\n<|im_start|>assistant\n"
     )
-    assert prompt.teacher_token_ids is None
+    assert prompt.targets == (Target(),)
 
 
 def test_teacher_alone_reads_the_context(tokenizer) -> None:
     example = Example("{context}?", context="because {question}")
-    maker = make(tokenizer, has_teacher_context=True, teacher_prompt_template="{question} ({context})")
+    maker = make(tokenizer, teacher={"has_context": True, "prompt_template": "{question} ({context})"})
     prompt = maker(example, 0)
     assert "because" not in tokenizer.decode(prompt.token_ids)
-    assert "{context}? (because {question})<|im_end|>" in tokenizer.decode(prompt.teacher_token_ids)
-    own = make(tokenizer, teacher_chat_template="T:{{ messages[0].content }}", max_tokens=80)(Example("{context}?"), 0)
-    assert tokenizer.decode(own.teacher_token_ids) == "T:{context}?"
-    maker = make(tokenizer, has_teacher_context=True, overlong="truncate", max_tokens=60, teacher_max_tokens=90)
+    assert "{context}? (because {question})<|im_end|>" in tokenizer.decode(prompt.targets[0].token_ids)
+    maker = make(tokenizer, teacher={"chat_template": "T:{{ messages[0].content }}"}, max_tokens=80)
+    own = maker(Example("{context}?"), 0)
+    assert tokenizer.decode(own.targets[0].token_ids) == "T:{context}?"
+    maker = make(tokenizer, teacher={"has_context": True, "max_tokens": 90}, overlong="truncate", max_tokens=60)
     prompt = maker(Example("What is 1 + 1?", context="1" * 500), 0)
     assert len(prompt.token_ids) < 40
-    assert 85 <= len(prompt.teacher_token_ids) <= 90
+    assert 85 <= len(prompt.targets[0].token_ids) <= 90

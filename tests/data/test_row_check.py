@@ -151,7 +151,7 @@ def test_teacher_is_validated_on_own_prompts(parallel: Parallel) -> None:
             texts.extend(validator.responder.decode(ids) for ids in prompts)
             return super().sample(prompts, seeds=seeds, sampling=sampling)
 
-    validator.for_teacher().run(Recording())
+    validator.for_teacher(0).run(Recording())
     validator.run(Recording())
     assert all(text.startswith("TEACHER What is") for text in texts[:3])
     assert not any("TEACHER" in text for text in texts[3:])

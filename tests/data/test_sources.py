@@ -61,6 +61,7 @@ def test_every_yaml_loads_published_columns(name: str, tmp_path: Path, tokenizer
         spec = spec if name in OWN_FILES else localize(spec, tmp_path)
         examples = load_examples(spec, key=f"data.{key}")
         found = SimpleNamespace(config=config, lengths=SimpleNamespace(prompt=500, teacher_prompt=None))
+        found.by_teacher = lambda found=found: {"teacher": found}
         make = PromptMaker(tokenizer, prompt_settings(found))
         limit = 12 if isinstance(examples, Stream) else None
         prompts = make_prompts(examples, make, key=key, limit=limit)

@@ -19,23 +19,25 @@ from statistics import fmean
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from distill_cli.config.schema import Config
+from distill_cli.config.schema import Config, LossConfig
+from distill_cli.config.teachers import teacher_configs
 from distill_cli.config.variation import load_config
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.models.model_files import locate
 from distill_cli.rollout.score_files import read_scores, read_sequences
-from distill_cli.types import Rollout, TeacherScores
+from distill_cli.types import Rollout, Target, TeacherScores
 from tests.end_to_end.conftest import Finished
 
+Reader = Callable[[list[int]], list[int]]
 ABSENT = -1e4
 """Log-probability of what cannot be."""
 
 
-def check_numbers(finished: Finished, *, steps: int, read_by_teacher: Callable[[list[int]], list[int]] = list) -> None:
+def check_numbers(finished: Finished, *, steps: int, read_by_teacher: Reader | dict[str, Reader] = list) -> None:
     """Assert that the first steps' metrics, and the engines' log-probabilities, are those of the reference.
 
     Args:
-        read_by_teacher: makes the teacher's prompt of the student's.
+        read_by_teacher: makes the teacher's prompt of the student's; of several teachers one for each name.
     """
     rows = [row for row in finished.metrics if row["step"] > 0]
     reference = Reference(finished.run, read_by_teacher)
@@ -55,9 +57,12 @@ def check_numbers(finished: Finished, *, steps: int, read_by_teacher: Callable[[
 class Reference:
     """The student as it should be, from one step to the next."""
 
-    def __init__(self, run: RunDir, read_by_teacher: Callable[[list[int]], list[int]]) -> None:
-        self.run, self.config, self.read_by_teacher = run, load_config(run.config), read_by_teacher
-        self.student, self.teacher = load(self.config.model.student.path), load(self.config.model.teacher.path)
+    def __init__(self, run: RunDir, read_by_teacher: Reader | dict[str, Reader]) -> None:
+        self.run, self.config = run, load_config(run.config)
+        self.student, self.alone = load(self.config.model.student.path), teacher_configs(self.config)
+        self.teachers = [load(one.model.teacher.path) for one in self.alone.values()]
+        readers = read_by_teacher if isinstance(read_by_teacher, dict) else dict.fromkeys(self.alone, read_by_teacher)
+        self.readers = [readers[name] for name in self.alone]
         self.ends = json.loads((run.scores / "recording.json").read_text())["merged_eos_ids"]
         self.moments = {name: (0.0, 0.0) for name, _ in self.student.named_parameters()}
         self.updates = 0
@@ -73,9 +78,11 @@ class Reference:
                 lr = self.config.train.lr * lr_factor(self.config, self.updates, len(rollouts) // size)
                 norms.append(self.update(rollouts[begin : begin + size], lr=lr, sums=sums))
             number = sums.pop("number")
+            by_teacher = {name: sums.pop(name) for name in list(sums) if name.startswith("teacher/")}
             yield (
                 {
                     **{f"train/{name}": total / number for name, total in sums.items()},
+                    **means_by_teacher(by_teacher, number),
                     "train/response_tokens": number,
                     "train/grad_norm": fmean(norms),
                     "train/lr": lr,
@@ -132,7 +139,7 @@ class Reference:
 
     def losses(self, rollout: Rollout, sums: Counter) -> torch.Tensor:
         """Return the loss of each trained token of the response."""
-        loss, mask = self.config.loss, trained(rollout)
+        loss, mask = self.loss_of(rollout), trained(rollout)
         logits_RV = response_logits(self.student, rollout.prompt.token_ids, rollout) / loss.temperature
         logq_RV = merge_ends(logits_RV.log_softmax(-1), self.ends)[mask]
         logp_RV, in_topk = self.teacher_topk(rollout)
@@ -144,6 +151,11 @@ class Reference:
         with torch.no_grad():
             sums["loss"] += float(loss_R.sum())
             sums["kl_forward"] += float(forward.sum())
+            if len(self.teachers) > 1:
+                at = f"teacher/{'+'.join(list(self.alone)[one.teacher] for one in rollout.prompt.targets)}"
+                sums[f"{at}/token_share"] += len(loss_R)
+                sums[f"{at}/loss"] += float(loss_R.sum())
+                sums[f"{at}/kl_forward"] += float(forward.sum())
             sums["kl_reverse"] += float(reverse.sum())
             sums["entropy"] -= float((logq_RV.exp() * logq_RV).sum())
             sums["teacher_topk_mass"] += float(p[:, :-1].sum())
@@ -151,14 +163,35 @@ class Reference:
             sums["top1_agreement"] += int((logq_RV.argmax(-1) == logp_RV.argmax(-1)).sum())
         return loss_R
 
+    def loss_of(self, rollout: Rollout) -> LossConfig:
+        """A teacher's own loss; the run's if several are mixed."""
+        target, *others = rollout.prompt.targets
+        return self.config.loss if others else list(self.alone.values())[target.teacher].loss
+
     @torch.no_grad()
+    def logp_of(self, target: Target, rollout: Rollout) -> torch.Tensor:
+        prompt = self.readers[target.teacher](rollout.prompt.token_ids)
+        logits_RV = response_logits(self.teachers[target.teacher], prompt, rollout)
+        return (logits_RV / self.loss_of(rollout).temperature).log_softmax(-1)
+
     def teacher_logp(self, rollout: Rollout) -> torch.Tensor:
-        prompt = self.read_by_teacher(rollout.prompt.token_ids)
-        return (response_logits(self.teacher, prompt, rollout) / self.config.loss.temperature).log_softmax(-1)
+        parts = [self.logp_of(target, rollout) + math.log(target.weight) for target in rollout.prompt.targets]
+        return torch.stack(parts).logsumexp(0)
 
     def teacher_topk(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities [R, V], and which of them are the teacher's top-k: one class of those ends that are."""
-        logp_RV = self.teacher_logp(rollout)
+        """Log-probabilities [R, V], and which of them are the top-k: of a mixture that of all teachers' top-k."""
+        targets = rollout.prompt.targets
+        parts = [self.topk_of(target, rollout) for target in targets]
+        if len(parts) == 1:
+            return parts[0]
+        weights = [target.weight for target in targets]
+        p_RV = sum(w * logp_RV.exp() * in_topk for w, (logp_RV, in_topk) in zip(weights, parts, strict=True))
+        in_topk = torch.zeros_like(p_RV, dtype=torch.bool).scatter(1, p_RV.topk(self.config.loss.topk).indices, 1)
+        return p_RV.clamp_min(1e-300).log(), in_topk & (p_RV > 0)
+
+    def topk_of(self, target: Target, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of one teacher: one class of those ends that are."""
+        logp_RV = self.logp_of(target, rollout)
         in_topk = torch.zeros_like(logp_RV, dtype=torch.bool).scatter(1, logp_RV.topk(self.config.loss.topk).indices, 1)
         if self.ends:
             logp_RV[:, self.ends] = logp_RV[:, self.ends].masked_fill(~in_topk[:, self.ends], ABSENT)
@@ -212,6 +245,12 @@ def with_rest(logp_RV: torch.Tensor, in_topk: torch.Tensor) -> torch.Tensor:
     """Probabilities [R, V + 1]: of the top-k, 0 for others, and what is left to these together."""
     p_RV = logp_RV.exp() * in_topk
     return torch.cat([p_RV, 1 - p_RV.sum(-1, keepdim=True)], -1)
+
+
+def means_by_teacher(sums: dict[str, float], number: int) -> dict[str, float]:
+    """Return each teacher's means over its own tokens, and its share of all `number` tokens."""
+    own = {name: sums[f"{name.rpartition('/')[0]}/token_share"] for name in sums}
+    return {name: total / (number if name.endswith("share") else own[name]) for name, total in sums.items()}
 
 
 def lr_factor(config: Config, update: int, updates_per_step: int) -> float:

@@ -48,8 +48,8 @@ class Recipe:
     @property
     def folders(self) -> tuple[Path, Path]:
         assert self.facts.student
-        assert self.facts.teacher
-        return self.facts.student.folder, self.facts.teacher.folder
+        assert self.facts.teachers
+        return self.facts.student.folder, {name: files.folder for name, files in self.facts.teachers.items()}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def make(published: Callable[[str], Path]) -> Callable[[str], Recipe]:
             for model in (config.model.student, config.model.teacher)
         )
         facts = preflight.Facts(
-            config, ("student", "teacher"), {}, student=student, teacher=teacher, tokenizer=student,
+            config, ("student", "teacher"), {}, student=student, teachers={"teacher": teacher}, tokenizer=student,
             ranks=Ranks(1, num_gpus, on_gpus=True),
         )  # fmt: skip
         return Recipe(facts, num_gpus, round(gib * 2**30))

@@ -45,7 +45,7 @@ def problem(
         config,
         shape or memory.read_shape(STUDENT),
         STUDENT,
-        TEACHER,
+        {"teacher": TEACHER},
         num_ranks=ranks,
         device=memory.Device(total, is_gpu, ranks),
     )

@@ -104,5 +104,5 @@ def make_source(parallel: Parallel, calls: list[str], *, num_prompts: int = 2, s
             responder=Responder(SamplingSettings(max_new_tokens=4), seed=1, decode=str),
             stages=stages,
         ),
-        scoring=ScoringWorker(teacher, planner, stages),
+        scoring=ScoringWorker([teacher], planner, stages),
     )

@@ -7,7 +7,7 @@ import torch
 
 from distill_cli.engines.base import Teacher
 from distill_cli.rollout.early_scores import EarlyScores
-from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
+from distill_cli.types import Example, Prompt, Rollout, Sample, Target, TeacherScores
 from tests.student.forked import run_cases
 
 
@@ -38,13 +38,13 @@ def scores_of(token_ids: list[int]) -> TeacherScores:
 
 def rollout(*token_ids: int) -> Rollout:
     """Three tokens of a prompt, which is five for the teacher, and an answer."""
-    prompt = Prompt(0, [1, 2, 3], Example("?"), teacher_token_ids=[1, 2, 3, 4, 5])
+    prompt = Prompt(0, [1, 2, 3], Example("?"), (Target(token_ids=[1, 2, 3, 4, 5]),))
     return Rollout(prompt, Sample(list(token_ids), [0.0] * len(token_ids), "stop"))
 
 
 def test_sequences_are_scored_by_the_batch_as_they_end() -> None:
     teacher = Later()
-    early = EarlyScores(teacher, batch_tokens=12)
+    early = EarlyScores([teacher], batch_tokens=12)
     for place, answer in {7: [50], 2: [60, 61], 9: [70], 0: [80, 81]}.items():
         early.add(place, rollout(*answer))
     assert teacher.submitted == [2, 2]  # 13 tokens in each
@@ -53,9 +53,9 @@ def test_sequences_are_scored_by_the_batch_as_they_end() -> None:
     found = early.collect()
     assert (teacher.submitted, teacher.waits) == ([2, 2, 1], 3)
     assert {place: scores.sampled_logp.tolist() for place, scores in found.items()} == {
-        **{7: [-50], 2: [-60, -61], 9: [-70], 0: [-80, -81], 4: [-90]}
+        **{(7, 0): [-50], (2, 0): [-60, -61], (9, 0): [-70], (0, 0): [-80, -81], (4, 0): [-90]}
     }
-    assert EarlyScores(teacher, batch_tokens=12).collect() == {}
+    assert EarlyScores([teacher], batch_tokens=12).collect() == {}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

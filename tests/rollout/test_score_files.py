@@ -209,4 +209,4 @@ def test_replay_needs_no_teacher_or_data(recorded: Path) -> None:
     config = override(job.config, gone)
     save_config(override(config, {"rollout.replay": None}), recorded / "config.yaml")
     resolved = preflight(config)
-    assert (resolved.teacher, resolved.num_recorded_steps, resolved.num_steps) == (None, 2, 6)
+    assert (resolved.teachers, resolved.num_recorded_steps, resolved.num_steps) == ({}, 2, 6)

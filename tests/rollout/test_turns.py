@@ -19,14 +19,14 @@ from distill_cli.engines.settings import SamplingSettings
 from distill_cli.losses import linear_topk
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.models.model_files import ASSETS
-from distill_cli.rollout.early_scores import submit_rollouts
+from distill_cli.rollout.early_scores import submit
 from distill_cli.rollout.pack import micro_batches, plan_batch, trained_tokens
 from distill_cli.rollout.turns import Turns, observation_encoder
 from distill_cli.rollout.workers import Responder
 from distill_cli.student import attention
 from distill_cli.student.model import Student
 from distill_cli.train.step_metrics import rollout_metrics
-from distill_cli.types import Example, Prompt, Rollout, Sample
+from distill_cli.types import Example, Prompt, Rollout, Sample, Target
 from tests.student.train_rank import made_up_model, made_up_rollout
 
 END = 2
@@ -112,7 +112,7 @@ def test_samples_without_logp_are_refused() -> None:
     whole, bare = sample(["3"])[0], sample(["3"], logp=False)[0]
     assert bare.sample == replace(whole.sample, logp=None)
     with pytest.raises(AssertionError, match="logp=False"):
-        submit_rollouts([whole, bare], None)
+        submit([(whole, Target()), (bare, Target())], None)
 
 
 def test_sequences_do_not_depend_on_others() -> None:

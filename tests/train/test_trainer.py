@@ -1,7 +1,7 @@
 """The loop on a made-up source and a small student: what is learned, recorded, validated and saved, in which order."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -118,7 +118,7 @@ def make(parallel: Parallel, tmp_path: Path) -> Callable[..., Trainer]:
 class Measured:
     """Stands for `Validation`."""
 
-    teacher = None
+    teachers = ()
 
     def __init__(self, scored: list[int], *, stop_at: int | None = None) -> None:
         self.scored, self.stop_at = scored, stop_at
@@ -214,18 +214,24 @@ def test_validation_wakes_what_it_measures(parallel: Parallel) -> None:
     source = make_source(parallel, calls := [])
 
     class Validator:
-        def for_teacher(self) -> "Validator":
-            calls.append("as the teacher reads")
+        datasets = ("",)
+
+        def for_teacher(self, index: int) -> "Validator":
+            calls.append(f"as teacher {index} reads")
             return self
+
+        def totals(self, engine: RecordingTeacher, datasets: Sequence[str]) -> torch.Tensor:
+            self.run(engine)
+            return torch.ones(1, 4)
 
         def run(self, engine: RecordingSampler | RecordingTeacher) -> Score:
             calls.append(f"validate {engine.name}")
             return Score(1.0, 1.0, 0.0, 1)
 
-    validation = Validation(Validator(), source.worker, source.scoring.teacher)
+    validation = Validation(Validator(), source.worker, source.scoring.teachers)
     validation.score_student()
-    validation.score_teacher()
+    validation.score_teachers()
     assert calls == [
         *("sampler wakes", "sync 0", "validate sampler", "sampler sleeps"),
-        *("teacher wakes", "as the teacher reads", "validate teacher", "teacher sleeps"),
+        *("teacher wakes", "as teacher 0 reads", "validate teacher", "teacher sleeps"),
     ]

@@ -22,10 +22,11 @@ MAX_SIZE = 100_000
 """Most rows of a split: about half of the smallest split, so that drawing stays quick."""
 
 
-def load(*, split: str, size: int, seed: int, context_key: str | None = None) -> list[Example]:
+def load(*, split: str, size: int, seed: int, operators: str = "+-", context_key: str | None = None) -> list[Example]:
     """Return `size` different problems of a split, the same on every machine; a smaller size gives the first ones.
 
     Args:
+        operators: those that problems have: `+`, `-` or `+-`.
         context_key: `solution` shows the worked steps to the teacher only; `data.teacher_context` sets it.
 
     Raises:
@@ -35,11 +36,13 @@ def load(*, split: str, size: int, seed: int, context_key: str | None = None) ->
         raise ConfigError(f"split={split}: must be one of {', '.join(SPLITS)}")
     if not 1 <= size <= MAX_SIZE:
         raise ConfigError(f"size={size}: must be between 1 and {MAX_SIZE}")
+    if operators not in ("+-", "+", "-"):
+        raise ConfigError(f"operators={operators}: must be +, - or +-")
     if context_key not in (None, "solution"):
         raise ConfigError(f"context_key={context_key}: must be solution or null")
     rng, examples = random.Random(f"{split}-{seed}"), dict[str, Example]()
     while len(examples) < size:
-        question = _draw_question(rng)
+        question = _draw_question(rng, operators)
         if question is not None and _hundredth(question) in SPLITS[split]:
             solution = worked_solution(question)
             context, answer = solution if context_key else None, solution.rsplit(" ", 1)[1]
@@ -62,10 +65,10 @@ def worked_solution(question: str) -> str:
     return "\n".join([*lines, f"#### {value}"])
 
 
-def _draw_question(rng: random.Random) -> str | None:
+def _draw_question(rng: random.Random, operators: str) -> str | None:
     """Draw a question; None if one of its steps goes below zero."""
     a, b, c = (rng.randrange(10, 100) for _ in range(3))
-    first, second = rng.choice("+-"), rng.choice("+-")
+    first, second = rng.choice(operators), rng.choice(operators)
     partial = a + b if first == "+" else a - b
     if partial < 0 or (second == "-" and partial < c):
         return None

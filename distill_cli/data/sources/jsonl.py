@@ -20,6 +20,7 @@ def load(
     answer_key: str | None = "answer",
     context_key: str | None = None,
     response_key: str | None = None,
+    teacher_key: str | None = None,
 ) -> Sequence[Example]:
     """Return the example of every row of the file; blank lines are skipped.
 
@@ -27,12 +28,13 @@ def load(
         answer_key: null if the rows carry no answers to check.
         context_key: column that only the teacher reads; `data.teacher_context` sets it.
         response_key: column of a whole answer to imitate.
+        teacher_key: column that names a row's teachers; `data.teacher_key` sets it.
 
     Raises:
         ConfigError: the file is missing or empty, or a line is not a JSON object with these keys (file and line).
     """
     dataset = Path(path).stem.lower()
-    columns = Columns(question_key, None, answer_key, context_key, response_key, dataset=dataset)
+    columns = Columns(question_key, None, answer_key, context_key, response_key, None, dataset, teacher_key)
     return [read_example(*line, columns) for line in read_lines(path)]
 
 

@@ -28,9 +28,17 @@ MAX_ROWS = 100_000_000
 
 
 def load(
-    *, sources: dict[str, Any], weights: dict[str, Any] | None = None, seed: int = 0
+    *,
+    sources: dict[str, Any],
+    weights: dict[str, Any] | None = None,
+    seed: int = 0,
+    context_key: str | None = None,
+    teacher_key: str | None = None,
 ) -> Sequence[Example] | Stream:
     """Return the rows of all sources, in their order; `seed` is for the draws from streams.
+
+    Args:
+        context_key, teacher_key: columns of every source (`data.teacher_context`, `data.teacher_key`).
 
     Raises:
         ConfigError: no sources, weights that do not fit them or are far too small, or a source's own error.
@@ -41,7 +49,8 @@ def load(
         raise ConfigError("sources: a value is needed; name each source, as in sources.NAME.source=table")
     if weights is not None:
         _check_weights(sources, weights)
-    loaded = {name: load_examples(dict(spec), key=f"sources.{name}") for name, spec in sources.items()}
+    columns = {"context": context_key, "teacher": teacher_key}
+    loaded = {name: load_examples(dict(spec), key=f"sources.{name}", **columns) for name, spec in sources.items()}
     tables = {name: rows for name, rows in loaded.items() if not isinstance(rows, Stream)}
     if len(tables) == len(loaded):
         return Mixed(tables, weights)

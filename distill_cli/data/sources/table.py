@@ -35,6 +35,7 @@ def load(
     messages_key: str | None = None,
     response_key: str | None = None,
     context_key: str | None = None,
+    teacher_key: str | None = None,
     dataset: str | None = None,
     repeat: int = 1,
     limit: int | None = None,
@@ -54,6 +55,7 @@ def load(
         messages_key: column of a conversation, in place of question_key.
         response_key: column of a whole answer to imitate.
         context_key: column that only the teacher reads; `data.teacher_context` sets it.
+        teacher_key: column that names a row's teachers; `data.teacher_key` sets it.
         dataset: name of these rows in scores by dataset; null is the last part of the path.
         repeat: how often each row is used, for averages over several answers.
         limit: use the first rows only, at most so many.
@@ -66,7 +68,9 @@ def load(
         if value is not None and value < 1:
             raise ConfigError(f"{key}={value}: must be at least 1")
     dataset = dataset or Path(path).stem.lower()
-    columns = Columns(question_key, messages_key, answer_key, context_key, response_key, answer_from, dataset)
+    columns = Columns(
+        question_key, messages_key, answer_key, context_key, response_key, answer_from, dataset, teacher_key
+    )
     if path.endswith(".jsonl"):
         if not streaming:
             return [read_example(*line, columns) for line in islice(read_lines(path), limit)] * repeat
