@@ -53,6 +53,10 @@ class Unrecoverable(DistillError):
     """A failure that would come again: the run is not started once more by itself."""
 
 
+class TeacherLost(DistillError):
+    """A teacher outside the job did not answer for too long: the run saves what it has, and stops."""
+
+
 class Killed(DistillError):
     """A process was ended from outside, or hung: nothing says that it would happen again."""
 

@@ -10,10 +10,10 @@ Shape letters: N response tokens of a micro-batch, K the teacher's top-k, C = K 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill_cli.losses.divergence import forward, reverse
 
@@ -75,8 +75,8 @@ class Metric:
     step_line: str = ""
     """Its part of the line printed after each step."""
     panel: tuple[str, str] | None = None
-    """Its row in the live panel (several metrics may share one), and a format of its last `value`, its `first` and its
-    `spark` line."""
+    """Its row in the live panel (several metrics may share one), and a format of its last `value`, its `first`, its
+    `spark` line and, of one of a family, its `name`."""
     figure: Figure | None = None
     series: str = ""
     """Its name in a figure with several metrics; empty means the label."""
@@ -99,9 +99,25 @@ class Metric:
         """Return a value as tables show it; empty if there is none."""
         return "" if value is None else format(value, self.number_format or (".1%" if self.is_share else ".4g"))
 
+    @property
+    def is_family(self) -> bool:
+        return "<" in self.name
+
+    def name_in(self, key: str) -> str | None:
+        """Return the name of a metric of this family that a key of metrics.jsonl has; None if it is no such key."""
+        match = re.fullmatch(re.sub(r"<\w+>", "(.+)", self.name), key)
+        return match[1] if match else None
+
     def covers(self, key: str) -> bool:
         """Return whether a key of metrics.jsonl is this metric, or one of this family."""
-        return re.fullmatch(re.sub(r"<\w+>", ".+", self.name), key) is not None
+        return self.name_in(key) is not None if self.is_family else key == self.name
+
+    def among(self, keys: Iterable[str]) -> list[Metric]:
+        """Return this metric, or those of this family, whose keys are among these; a family's series are the names."""
+        if not self.is_family:
+            return [self] if self.name in keys else []
+        names = {key: name for key in keys if (name := self.name_in(key))}
+        return [replace(self, name=key, series=name) for key, name in names.items()]
 
 
 @dataclass(frozen=True)
@@ -131,6 +147,7 @@ STAGES = {
         "engine.teacher.tensor_parallel splits it; model.teacher.quantization makes it smaller"),
     "train": Stage("forward and backward passes, and the optimizer", "train.micro_batch_tokens as large as memory "
         "allows; train.activation_checkpointing=selective or none recomputes less; train.compile=true on GPUs"),
+    "handshake": Stage("checking the teachers before the first step", within_step=False),
     "record": Stage("writing metrics, recorded answers and scores", "eval.record_samples", within_step=False),
     "eval": Stage("validation", "eval.period, eval.max_samples and eval.max_new_tokens", within_step=False),
     "checkpoint": Stage("waiting for a checkpoint", "checkpoint.period; checkpoint.async_save=true", within_step=False),
@@ -143,6 +160,10 @@ LOSS = Figure("loss", "divergence", "Loss", log=True)
 ENTROPY = Figure("entropy", "divergence", "Entropy of the student")
 MASS = Figure("mass", "divergence", "Mass on the teacher's top-k")
 AGREEMENT = Figure("agreement", "divergence", "Tokens at which both models agree on the likeliest token")
+TEACHERS_KL = Figure("teachers_kl", "divergence", "KL forward per token, by teacher", log=True)
+TEACHERS_AGREEMENT = Figure("teachers_agreement", "divergence", "Agreement on the likeliest token, by teacher")
+TEACHERS_ACCURACY = Figure("teachers_accuracy", "accuracy", "Right answers sampled in training, by teacher",
+    from_0_to_1=True, wide=True)
 GRAD_NORM = Figure("grad_norm", "divergence", "Gradient norm, before clipping")
 LENGTH = Figure("length", "lengths", "Tokens per answer")
 TRUNCATED = Figure("truncated", "lengths", "Answers cut off at their length limit", from_0_to_1=True)
@@ -156,6 +177,11 @@ BY_TEACHER: dict[str, tuple[str, Literal["higher", "lower"]]] = {
     "teacher_topk_mass": ("probability", "higher"), "top1_agreement": (TOKENS, "higher"),
 }
 """Metrics train/<name> that are recorded by teacher too, if there are several: unit, and the better direction."""
+SHOWN_BY_TEACHER: dict[str, dict[str, Any]] = {
+    "kl_forward": {"panel": ("teachers", "{name} {value:.4f}"), "figure": TEACHERS_KL, "label": "KL forward"},
+    "top1_agreement": {"figure": TEACHERS_AGREEMENT, "label": "agreement"},
+}
+"""Where those are shown."""
 
 METRICS = (
     Metric("val/accuracy", "held-out answers that the verifier accepts, at the steps of eval.period",
@@ -199,10 +225,11 @@ METRICS = (
         "teachers are mixed: theirs outside their top-k (teachers.md)", "probability", "lower", needs="model.teachers"),
 
     *(Metric(f"teacher/<name>/{name}", f"train/{name} over the tokens of one of several teachers, or of a mixture of "
-        "them (`a+b`)", unit, better, needs="model.teachers") for name, (unit, better) in BY_TEACHER.items()),
+        "them (`a+b`)", unit, better, needs="model.teachers", **SHOWN_BY_TEACHER.get(name, {}))
+        for name, (unit, better) in BY_TEACHER.items()),
     Metric("teacher/<name>/token_share", "its share of the step's response tokens", TOKENS, needs="model.teachers"),
     Metric("teacher/<name>/rollout_accuracy", "rollout/accuracy of its rows", ANSWERS, "higher",
-        needs="model.teachers"),
+        label="accuracy", figure=TEACHERS_ACCURACY, needs="model.teachers"),
     Metric("teacher/<name>/val_accuracy", "its accuracy on its held-out rows, measured once before training "
         "(eval.teacher)", ANSWERS, "higher", before_training_only=True, needs="model.teachers"),
 

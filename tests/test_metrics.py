@@ -10,6 +10,7 @@ from distill_cli.config.compose import compose
 from distill_cli.config.fields import declared_keys
 from distill_cli.config.schema import Config
 from distill_cli.metrics import METRICS, SECTIONS, STAGES, find
+from distill_cli.report.figures import lines
 from distill_cli.terminal.step_printer import Screen, step_line
 
 RECORDED = Path(__file__).parent / "end_to_end/numbers.json"
@@ -119,3 +120,16 @@ def test_panel_rows_hold_declared_parts() -> None:
         ("accuracy", "50.0% held out, 25.0% at the start, 90.0% the teacher"),
         ("loss", "0.5000  "),
     ]
+
+
+def test_families_show_each_name() -> None:
+    recorded = ["train/kl_forward", "teacher/a/kl_forward", "teacher/b.c+a/kl_forward", "teacher/a/token_share"]
+    found = [(one.name, one.series) for metric in METRICS if metric.figure for one in metric.among(recorded)]
+    assert ("teacher/b.c+a/kl_forward", "b.c+a") in found
+    screen = Screen("a run", 3)
+    screen.add(1, dict.fromkeys(recorded, 0.25))
+    assert ("teachers", "a 0.2500, b.c+a 0.2500") in screen.lines()
+    family = next(metric for metric in METRICS if metric.name == "teacher/<name>/kl_forward")
+    assert family.figure
+    spec = json.dumps(lines(family.figure, family.among(recorded)))
+    assert "'teacher_b_c+a_kl_forward': 'b.c+a'" in spec

@@ -94,6 +94,9 @@ class Sampler(AnsweringEngine, Protocol):
 class Teacher(AnsweringEngine, Protocol):
     """Scores sequences with the teacher's distribution; its own answers are sampled to measure it."""
 
+    comebacks: int = 0
+    """How often it came back after it could not be reached."""
+
     def wait_ready(self) -> None:
         """Block until the teacher can score; raises what building it would have raised."""
         return

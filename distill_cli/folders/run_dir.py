@@ -67,6 +67,8 @@ class RunDir:
         """What each tracker finds the run again by; checkpoints have a copy."""
         self.scores = path / "scores"
         """Each step's sequences with the teacher's scores, with rollout.save_scores."""
+        self.teachers = path / "teachers"
+        """Who each teacher is, with the scores of its handshake: see `ranks.handshakes`."""
         self.evaluation = path / "evaluation.json"
         """In the folder of an evaluation: the model that the ranks sample from instead of training."""
         self.logs = path / "logs" / f"attempt_{attempt}"

@@ -64,6 +64,10 @@ class StopFlag:
         for signum in signums:
             signal.signal(signum, self._on_signal)
 
+    def set(self, reason: str) -> None:
+        """Set the flag for a reason of this process's own."""
+        self._is_set, self.reason = True, reason
+
     def is_set(self, *, within_s: float = 0.0) -> bool:
         """Return whether a signal came, or the deadline is at most `within_s` seconds away."""
         if self._deadline is not None and not self._is_set and time.time() + within_s > self._deadline:

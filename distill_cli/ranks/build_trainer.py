@@ -29,6 +29,7 @@ from distill_cli.models.model_files import fingerprint
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.ranks import build_source as parts
 from distill_cli.ranks.build_engines import build_engines, leave
+from distill_cli.ranks.handshakes import shake_hands
 from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.score_files import RecordedSteps, Recorder
 from distill_cli.rollout.stages import Stages
@@ -92,6 +93,7 @@ def build_trainer(
     printer = StepPrinter(console, num_steps=num_steps, every=config.run.print_every)
     log = RunLog(run, printer, MetricsFile(run.metrics) if is_main else None, num_steps, show)
     stages, planner = Stages(parallel, stop, on_stage=log.stage), parts.build_planner(rank)
+    teachers = shake_hands(rank, run, teachers, stages)
     worker = None if sampler is None else parts.build_worker(rank, stages, sampler, student, trainable)
     early = scores_while_sampling(config, on_gpus=resolved.ranks.on_gpus)
     scoring = ScoringWorker(teachers, planner, stages, student.merged_eos_ids, early) if teachers else None

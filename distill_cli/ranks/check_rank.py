@@ -78,6 +78,7 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
         trainable=trainable,
         saver=parts.build_saver(config, run, trainable),
         checkpoints=run.checkpoints,
+        vocab_size=resolved.vocabulary.size,
         **of_teacher(0),
     )
     others = (replace(check, **of_teacher(index)).run_other_teacher() for index in range(1, len(alone)))

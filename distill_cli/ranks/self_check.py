@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.config.schema import Config, Dtype, Precision
+from distill_cli.engines import handshake
 from distill_cli.errors import DistillError
 from distill_cli.losses.linear_topk import HeadOutput
 from distill_cli.parallel.mesh import Parallel
@@ -51,6 +52,13 @@ QUESTIONS = {
     "zero": ("teacher = student: the loss is zero", "the two sides differ in loss, order of tokens or temperature"),
     "other": ("teacher != student: the loss is not zero", "the scores are not model.teacher.path={model.teacher.path}"),
     "same": ("the teacher is the student itself", ""),
+    "scores": ("the teacher's scores say something", "it has no weights: see model.teacher.path={model.teacher.path}"),
+    "top-k": ("the teacher's top-k is in order", "see engine.teacher.kwargs"),
+    "position": ("the teacher scores the tokens it is given", "see engine.teacher.kwargs"),
+    "temperature": (
+        "the teacher scores at the loss's temperature",
+        "see loss.temperature={loss.temperature}, engine.teacher.kwargs",
+    ),
     "scorer": (
         "scorer and trainer agree on the teacher",
         "see model.teacher.path={model.teacher.path}, model.teacher.dtype and engine.teacher.kwargs",
@@ -111,6 +119,8 @@ class SelfCheck:
     saver: Saver
     checkpoints: Path
     """The saver's folder."""
+    vocab_size: int
+    """Ids that are scored."""
     name: str = ""
     """The teacher's, if there are several."""
 
@@ -210,10 +220,22 @@ class SelfCheck:
         self, rollouts: Sequence[Rollout], scoring: ScoringWorker
     ) -> Generator[Finding, None, list[MicroBatch]]:
         """Check the teacher on these answers; return the scored micro-batches."""
+        yield from self.shake_hands(scoring)
         batches, masses = self.score(rollouts, scoring)
         yield self.answer("mass", None, ", ".join(f"{mass:.4f} at {k}" for k, mass in masses.items()))
         yield from self.check_teacher(batches)
         return batches
+
+    def shake_hands(self, scoring: ScoringWorker) -> Findings:
+        """Answer the questions of the handshake, as a run does before its first step."""
+        (teacher,), stages = scoring.teachers, scoring.stages
+        with stages.awake(teacher), stages("handshake"):
+            probe = handshake.make_probe(teacher, [prompt.token_ids for prompt in self.prompts])
+        number = probe.scores[0].topk_ids.shape[1]  # more than loss.topk: see MASSES
+        limit = handshake.EXACT if self.limits is EXACT else handshake.ROUNDED
+        size, temperature = self.vocab_size, self.config.loss.temperature
+        for one in handshake.answers(probe, topk=number, vocab_size=size, temperature=temperature, limit=limit):
+            yield self.answer(one.what, one.problem is None, one.text)
 
     def check_teacher(self, batches: Sequence[MicroBatch]) -> Findings:
         """Check that the teacher is another model, if the config says so, and compare it in scorer and trainer."""

@@ -6,6 +6,7 @@ returns), `levels` the horizontal lines of the accuracy figure, `stages` seconds
 `positions` the KL by a token's position, `grid` a sweep's results by its two keys.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ CHOSEN: Spec = {"condition": {"test": "chosen == '' || datum.run == chosen", "va
 
 def field(metric: str) -> str:
     """Return a metric's name as a field: Vega takes `.`, `[` and `]` for paths into objects."""
-    return metric.replace("/", "_")
+    return re.sub(r"[/.\[\]]", "_", metric)
 
 
 def chart(section: str, id: str, title: str, spec: Spec, *, wide: bool = False) -> Spec:
@@ -33,7 +34,7 @@ def lines(figure: Figure, metrics: Sequence[Metric], *, runs: Sequence[str] = ()
     metrics."""
     fields = {field(metric.name): metric.series or metric.label for metric in metrics}
     is_share, several = metrics[0].is_share, len(fields) > 1
-    labels = ", ".join(f"{name}: '{label}'" for name, label in fields.items())  # declared in metrics.py: no quotes
+    labels = ", ".join(f"{name!r}: {label!r}" for name, label in fields.items())  # without quotes or backslashes
     linear = {"domain": [0, 1]} if figure.from_0_to_1 else {"zero": False, "nice": True}
     axis = {"format": "~%" if is_share else ".4~g", "tickCount": 5}
     y = _axis("value", metrics[0].unit, scale={"type": "log"} if figure.log else linear, axis=axis)

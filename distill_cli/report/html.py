@@ -113,10 +113,13 @@ def make_charts(histories: Sequence[History], data: Mapping[str, list[Row]]) -> 
         yield figures.chart("time", "time", "Seconds per step, by stage", spec, wide=True)
     if data["memory"]:
         yield figures.chart("memory", "memory", "Predicted memory of a rank, by part", figures.memory_parts())
-    has = {field for row in data["steps"] for field in row}
-    for figure in dict.fromkeys(one.figure for one in METRICS if one.figure and figures.field(one.name) in has):
+    recorded = dict.fromkeys(key for history in histories for row in history.rows for key in row)
+    has = [one for metric in METRICS if metric.figure for one in metric.among(recorded)]
+    for figure in dict.fromkeys(one.figure for one in has):
+        assert figure
         draw = figures.accuracy if figure == ACCURACY else figures.lines
-        spec = draw(figure, [metric for metric in METRICS if metric.figure == figure], runs=runs)
+        shown = [one for one in METRICS if one.figure == figure and not one.is_family]
+        spec = draw(figure, shown or [one for one in has if one.figure == figure], runs=runs)
         yield figures.chart(figure.section, figure.id, figure.title, spec, wide=figure.wide)
     if data["positions"]:
         spec = figures.by_position(runs=runs)

@@ -1,7 +1,7 @@
 """Write the page's sentences and tables, and the datasets of its figures."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from distill_cli.metrics import STAGES
@@ -35,13 +35,20 @@ def facts(history: History) -> list[tuple[str, str]]:
     config, seconds = history.config, history.outcome.seconds if history.outcome else 0
     rows = {
         "student": config.get("model.student.path"),
-        "teacher": config.get("model.teacher.path"),
+        "teacher": teachers(config),
         "loss": f"{config.get('loss.kl_type')}, top-{config.get('loss.topk')}, tail {config.get('loss.tail')}",
         "time": f"{history.result.step} steps in {clock(seconds)}" if seconds else None,
         "folder": history.result.folder,
         "command": history.command,
     }
     return [(name, str(value)) for name, value in rows.items() if value]
+
+
+def teachers(config: Mapping[str, Any]) -> str | None:
+    """Return the path of the teacher, or names and paths of several."""
+    only, begin = config.get("model.teacher.path"), "model.teachers."
+    names = dict.fromkeys(key.split(".")[2] for key in config if key.startswith(begin))
+    return ", ".join(f"{name}: {config.get(f'{begin}{name}.path', only)}" for name in names) or only
 
 
 def level_rows(histories: Sequence[History]) -> list[Row]:

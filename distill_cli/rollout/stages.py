@@ -5,7 +5,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch.distributed as dist
+
 from distill_cli.engines.base import AnsweringEngine
+from distill_cli.errors import TeacherLost
 from distill_cli.machine.processes import StopFlag
 from distill_cli.parallel.mesh import Parallel
 
@@ -58,8 +61,19 @@ class Stages:
 
     def check_stop(self, *, within_s: float = 0.0) -> None:
         """Raise StopRequested on all ranks if one received a stop request or is due to in `within_s`. A collective."""
-        if self.parallel.all_max(float(self._stop.is_set(within_s=within_s))):
-            raise StopRequested(self._stop.reason)
+        mine = self._stop.is_set(within_s=within_s)
+        if self.parallel.all_max(float(mine)):
+            reasons: list[str | None] = [None] * self.parallel.size
+            dist.all_gather_object(reasons, self._stop.reason if mine else None)
+            raise StopRequested(next(reason for reason in reasons if reason is not None))
+
+    @contextmanager
+    def unless_lost(self) -> Iterator[None]:
+        """Let the next `check_stop` stop the run on all ranks if a teacher is lost in the block, which then ends."""
+        try:
+            yield
+        except TeacherLost as error:
+            self._stop.set(str(error))
 
     def lap(self) -> dict[str, float]:
         """Return `time/<stage>_s` since the last lap, and begin another."""

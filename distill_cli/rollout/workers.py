@@ -199,7 +199,10 @@ class ScoringWorker:
             with self.stages(stage):
                 ranks = self.stages.parallel.data_ranks
                 needed = [_places(rollouts, (p for plan in plans for p in plan.members_of(rank))) for rank in ranks]
-                scored |= deliver(early.collect(), needed)
+                found: dict[Place, TeacherScores] = {}
+                with self.stages.unless_lost():
+                    found = early.collect()
+                scored |= deliver(found, needed)
         self.stages.check_stop()
         return self._batch(rollouts, plans, scored)
 
@@ -217,7 +220,9 @@ class ScoringWorker:
 
         def score(mine: list[int]) -> list[TeacherScores]:
             own = [(rollouts[places[one]], wanted[places[one]]) for one in mine]
-            return submit(own, teacher, merged_eos_ids=self.merged_eos_ids)()
+            with self.stages.unless_lost():
+                return submit(own, teacher, merged_eos_ids=self.merged_eos_ids)()
+            return [TeacherScores.empty() for _ in mine]
 
         costs = [len(rollouts[place].ids_for(wanted[place])) for place in places]
         found = share.map(score, costs) if places else {}
@@ -265,7 +270,9 @@ class ScoringWorker:
 
         def answer(mine: list[int]) -> list[Sample]:
             own_seeds = [seeds[places[one]] for one in mine]
-            return teacher.sample([ids[one] for one in mine], seeds=own_seeds, sampling=sampling)
+            with self.stages.unless_lost():
+                return teacher.sample([ids[one] for one in mine], seeds=own_seeds, sampling=sampling)
+            return [Sample([], None, "length") for _ in mine]
 
         engines = EngineShare.of_all_ranks(teacher.num_ranks, self.stages.parallel)
         with self.stages.awake(teacher), self.stages("sample"):

@@ -138,12 +138,12 @@ class Screen:
     def lines(self) -> list[tuple[str, str]]:
         """Return label and text of each line: the stage, then the metrics that have a value."""
         rows = {"now": [self.stage]}
-        for metric in METRICS:
-            if metric.panel and metric.name in self.last_seen:
-                label, text = metric.panel
-                value, first = self.last_seen[metric.name], self.first_seen[metric.name]
-                spark = sparks([row[metric.name] for _, row in self.rows[-SPARK_STEPS:] if metric.name in row])
-                rows.setdefault(label, []).append(text.format(value=value, first=first, spark=spark))
+        for metric in (one for declared in METRICS if declared.panel for one in declared.among(self.last_seen)):
+            assert metric.panel
+            label, text = metric.panel
+            value, first = self.last_seen[metric.name], self.first_seen[metric.name]
+            spark = sparks([row[metric.name] for _, row in self.rows[-SPARK_STEPS:] if metric.name in row])
+            rows.setdefault(label, []).append(text.format(value=value, first=first, spark=spark, name=metric.series))
         return [(label, ", ".join(parts)) for label, parts in rows.items()]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -111,17 +112,27 @@ class Validator:
         """Score the engine's answers. A collective: each engine answers its share."""
         return Score.of(self.totals(engine, self.datasets), self.datasets)
 
-    def totals(self, engine: AnsweringEngine, datasets: Sequence[str]) -> torch.Tensor:
+    def totals(
+        self,
+        engine: AnsweringEngine,
+        datasets: Sequence[str],
+        *,
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> torch.Tensor:
         """Return sums over the engine's answers, each with the weight of its problem: float64 [datasets, 4].
 
         The columns are rewards, tokens, truncated answers and answers. A collective.
+
+        Args:
+            within: returns a context in which the engine answers.
         """
         totals = torch.zeros(len(datasets), 4, dtype=torch.float64, device=self.parallel.device)
-        for _, rollout in (answer for answers in self.answers(engine) for answer in answers):
-            truncated = float(rollout.sample.finish_reason == "length")
-            row = torch.tensor([rollout.reward or 0.0, len(rollout.sample.written_ids), truncated, 1.0])
-            weight = sum(target.weight for target in rollout.prompt.targets)
-            totals[datasets.index(rollout.prompt.example.dataset)] += weight * row.to(totals)
+        with within():
+            for _, rollout in (answer for answers in self.answers(engine) for answer in answers):
+                truncated = float(rollout.sample.finish_reason == "length")
+                row = torch.tensor([rollout.reward or 0.0, len(rollout.sample.written_ids), truncated, 1.0])
+                weight = sum(target.weight for target in rollout.prompt.targets)
+                totals[datasets.index(rollout.prompt.example.dataset)] += weight * row.to(totals)
         return self.parallel.sum_of_ranks(totals * self.share(engine).is_first)
 
     def answers(self, engine: AnsweringEngine) -> Iterator[list[Answer]]:
@@ -159,8 +170,8 @@ class Validation:
         """Score all teachers together, each on its own problems, and each of them alone. A collective."""
         stages, datasets, each = self.worker.stages, self.validator.datasets, []
         for index, teacher in enumerate(self.teachers):
-            validator = self.validator.for_teacher(index)
             with stages.awake(teacher), stages("eval"):
-                each.append(validator.totals(teacher, datasets))
+                validator = self.validator.for_teacher(index)
+                each.append(validator.totals(teacher, datasets, within=stages.unless_lost))
             stages.check_stop()
         return Score.of(torch.stack(each).sum(0), datasets), [Score.of(totals, datasets) for totals in each]

@@ -10,7 +10,7 @@ from distill_cli.ranks.self_check import QUESTIONS, SelfCheck
 
 def test_every_question_has_a_line() -> None:
     config = override(Config(), {"model.teacher.path": "other/teacher", "loss.temperature": 2.0})
-    check = SimpleNamespace(config=config)
+    check = SimpleNamespace(config=config, name="")
     reported = [SelfCheck.answer(check, question, False, "1 (limit 0)") for question in QUESTIONS]
     lines = {finding.what: finding_line(finding) for finding in reported}
     assert len(lines) == len(QUESTIONS)

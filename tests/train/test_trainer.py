@@ -220,7 +220,7 @@ def test_validation_wakes_what_it_measures(parallel: Parallel) -> None:
             calls.append(f"as teacher {index} reads")
             return self
 
-        def totals(self, engine: RecordingTeacher, datasets: Sequence[str]) -> torch.Tensor:
+        def totals(self, engine: RecordingTeacher, datasets: Sequence[str], *, within: object) -> torch.Tensor:
             self.run(engine)
             return torch.ones(1, 4)
 

@@ -1,0 +1,124 @@
+"""Check the teachers before the first step, and that a resumed run has the same ones (`engines.handshake`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from distill_cli.config.schema import Dtype
+from distill_cli.config.teachers import ONLY, path_key
+from distill_cli.data.prompts import PromptMaker
+from distill_cli.engines import handshake
+from distill_cli.engines.base import Teacher
+from distill_cli.engines.guarded import GuardedTeacher
+from distill_cli.errors import ConfigError, Unrecoverable
+from distill_cli.folders.run_dir import RunDir
+from distill_cli.models.model_files import fingerprint
+from distill_cli.ranks.build_source import Rank, prompt_settings
+from distill_cli.resolved import ResolvedRun
+from distill_cli.rollout.stages import Stages
+from distill_cli.types import Example
+
+QUESTIONS = (
+    "Which number is larger, 17 or 23?",
+    "Name three colours of the rainbow, and say which of them you like best.",
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells a teacher from another one."""
+
+    path: str | None
+    revision: str | None
+    weights: str | None
+    """`model_files.fingerprint`; None if it is not known."""
+
+
+def guard(resolved: ResolvedRun, teacher: Teacher, *, name: str) -> GuardedTeacher:
+    """Guard the run's only teacher; `name` is its among several."""
+    model, loss = resolved.config.model.teacher, resolved.config.loss
+    shown = "the teacher" if name == ONLY else f"the teacher {name}"
+    is_exact = model.dtype is Dtype.float32 and not resolved.ranks.on_gpus
+    return GuardedTeacher(
+        teacher,
+        name=f"{shown} ({model.shown})",
+        topk=loss.topk,
+        vocab_size=resolved.vocabulary.size,
+        temperature=loss.temperature,
+        limit=handshake.EXACT if is_exact else handshake.ROUNDED,
+    )
+
+
+def shake_hands(rank: Rank, run: RunDir, teachers: Sequence[Teacher], stages: Stages) -> list[Teacher]:
+    """Check each teacher, and return them guarded. A collective.
+
+    The first attempt writes down who they are; each one after it compares.
+
+    Raises:
+        ConfigError: the run began with another teacher under a name.
+        Unrecoverable: a teacher's scores are not what the loss takes them for.
+    """
+    guarded: list[Teacher] = []
+    for (name, alone), teacher in zip(rank.resolved.by_teacher().items(), teachers, strict=True):
+        one, file = guard(alone, teacher, name=name), run.teachers / f"{name}.safetensors"
+        is_known = bool(rank.parallel.all_max(float(rank.parallel.is_main and file.exists())))
+        with stages.awake(one), stages("handshake"):
+            for answer in one.shake_hands(probe_prompts(rank, name)):
+                if answer.problem is not None:
+                    raise Unrecoverable(f"{one.name} {answer.problem}; see `distill check`")
+            if is_known:
+                check_identity(file, alone, one, name=name)
+        if rank.parallel.is_main and not is_known:
+            write_identity(file, alone, one)
+        guarded.append(one)
+    stages.check_stop()
+    return guarded
+
+
+def probe_prompts(rank: Rank, name: str) -> list[list[int]]:
+    """Return the handshake's questions as a teacher reads them, cut to what its engine takes."""
+    settings = prompt_settings(rank.resolved)
+    index = [teacher.name for teacher in settings.teachers].index(name)
+    make, room = PromptMaker(rank.tokenizer, settings, is_scored=False), rank.resolved.lengths.teacher
+    most = max(1, min(room - handshake.ANSWER_TOKENS, rank.resolved.lengths.prompt))
+    ids = []
+    for number, question in enumerate(QUESTIONS):
+        prompt = make(Example(question), number)
+        found = {target.teacher: prompt.ids_for(target) for target in prompt.targets} if prompt is not None else {}
+        ids.append((found.get(index) or rank.tokenizer.encode(question, add_special_tokens=False))[:most])
+    return ids
+
+
+def identity_of(resolved: ResolvedRun) -> Identity:
+    """Return the identity of the run's only teacher."""
+    model = resolved.config.model.teacher
+    return Identity(model.path, model.revision, fingerprint(resolved.model(ONLY).folder))
+
+
+def write_identity(file: Path, resolved: ResolvedRun, teacher: GuardedTeacher) -> None:
+    """Write down who a teacher is, with the probe of its handshake."""
+    file.parent.mkdir(exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    metadata = {"identity": json.dumps(asdict(identity_of(resolved)))}
+    save_file(handshake.to_tensors(teacher.probe), temporary, metadata=metadata)
+    temporary.rename(file)
+
+
+def check_identity(file: Path, resolved: ResolvedRun, teacher: GuardedTeacher, *, name: str) -> None:
+    """Raise ConfigError or Unrecoverable if the awake teacher is not the one that was written down."""
+    with safe_open(file, framework="pt") as stored:
+        before = Identity(**json.loads(stored.metadata()["identity"]))
+        probe = handshake.from_tensors({key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118
+    now = identity_of(resolved)
+    if None not in (before.weights, now.weights) and before.weights != now.weights:
+        what = f"{path_key(name)}={now.path}: its weights are not those that the run began with ({before.path})"
+        raise ConfigError(f"{what}; restore them, or start a new run")
+    teacher.compare(probe)
