@@ -2,10 +2,10 @@
 
     python scripts/compare_teachers.py docs/two_teachers.svg [--root runs/two_teachers] [--seeds 42 43 44]
 
-Make the two teachers (the tiny pair's recipe, on problems of one operator), then run the command once per seed and
-kind, except what was done before. Each training step has as many additions as subtractions; a student of both is scored
-by the teacher of each row. Left: accuracy on held-out additions and subtractions together. Right: by operator at the
-end. Print one row per run. Needs matplotlib (in the dev group).
+Make the two teachers, then run the command once per seed and kind, except what was done before. A teacher is made as
+the tiny pair's is, but its steps of the other operator are careless (`make_tiny_pair.careless_solution`). Half of the
+rows are additions, half subtractions; a student of both is scored by the teacher of each row. Left: accuracy on
+held-out rows of both kinds. Right: by kind at the end. Print one row per run. Needs matplotlib (in the dev group).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -26,14 +27,21 @@ matplotlib.rcParams |= {"svg.hashsalt": "distill", "svg.fonttype": "none"}
 
 import matplotlib.pyplot as plt
 import torch
-from make_tiny_pair import NUM_VALIDATION_PROBLEMS, OUT, RECIPES, make_model, measure_accuracy, train
+from make_tiny_pair import (
+    NUM_VALIDATION_PROBLEMS,
+    OUT,
+    RECIPES,
+    careless_solution,
+    make_model,
+    measure_accuracy,
+    train,
+    training_problems,
+)
 from transformers import AutoTokenizer
 
 from distill_cli.data.sources.arithmetic import load
 
 OPERATORS = {"add": "+", "subtract": "-"}
-NUM_PROBLEMS = 20_000
-"""Problems that a teacher is trained on: there are few subtractions that never go below zero."""
 KINDS = {
     "both": ("both teachers", "#2a6fdb"),
     "add": ("the one that adds", "#d9722a"),
@@ -69,16 +77,16 @@ def main() -> None:
 
 
 def make_teacher(name: str, root: Path) -> Path:
-    """Return the folder of a teacher that knows one operator; train it first if necessary."""
+    """Return the folder of a teacher that is right about one operator; train it first if necessary."""
     folder = root / name
     if (folder / "tokenizer.json").is_file():
         return folder
     torch.set_num_threads(1)
     tokenizer, recipe = AutoTokenizer.from_pretrained(OUT / "teacher"), RECIPES["teacher"]
-    problems = load(split="pair", size=NUM_PROBLEMS, seed=0, operators=OPERATORS[name])
+    (course,), (other,) = recipe.courses, OPERATORS.keys() - {name}
+    course = replace(course, solve=partial(careless_solution, operators=OPERATORS[other]))
     model = make_model(recipe, tokenizer)
-    for course in recipe.courses:
-        train(model, course, problems, tokenizer, seed=recipe.seed)
+    train(model, course, training_problems(), tokenizer, seed=recipe.seed)
     for other, operators in OPERATORS.items():
         held_out = load(split="validation", size=NUM_VALIDATION_PROBLEMS, seed=0, operators=operators)
         accuracy = measure_accuracy(model, tokenizer, held_out, temperature=0.0)

@@ -78,8 +78,10 @@ def right_solution(question: str, rng: random.Random) -> str:
     return worked_solution(question)
 
 
-def careless_solution(question: str, rng: random.Random) -> str:
+def careless_solution(question: str, rng: random.Random, *, operators: str = "+-") -> str:
     """Return a worked solution whose steps may forget to carry or borrow; each continues from the last result.
+
+    Steps of other operators than `operators` are right.
 
     Both are classic errors of children: 47 + 85 = 122 (no carry), and 132 - 16 = 124 (each column the smaller from the
     larger; Brown and VanLehn 1980).
@@ -88,7 +90,7 @@ def careless_solution(question: str, rng: random.Random) -> str:
     value, lines = int(first), []
     for operator, operand in zip(rest[::2], rest[1::2], strict=True):
         tens, ones = divmod(int(operand), 10)
-        if rng.random() >= FORGETFULNESS:
+        if operator not in operators or rng.random() >= FORGETFULNESS:
             result = value + int(operand) if operator == "+" else value - int(operand)
         elif operator == "+":
             result = 10 * (value // 10 + tens) + (value + ones) % 10
