@@ -53,6 +53,10 @@ class Unrecoverable(DistillError):
     """A failure that would come again: the run is not started once more by itself."""
 
 
+class TeacherLost(DistillError):
+    """No scoring server has answered for as long as a run waits (`model.teacher.patience_s`)."""
+
+
 class Killed(DistillError):
     """A process was ended from outside, or hung: nothing says that it would happen again."""
 
