@@ -1,6 +1,6 @@
 """The program of a companion, a teacher in a process of its own, and how it is started and ends. No torch at first.
 
-    python -m distill_cli.engines.companion_process SOCKET PARENT
+python -m distill_cli.engines.companion_process SOCKET PARENT
 """
 
 import os

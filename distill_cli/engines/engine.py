@@ -151,9 +151,7 @@ class VllmEngine(AnsweringEngine):
                 raise DistillError(f"{self.role} failed ({self.settings.path}): {reason(error)}") from error
             raise
 
-    def check_token_ids(
-        self, sequences: Sequence[list[int]], *, max_len: int, vocab_size: int | None = None
-    ) -> None:
+    def check_token_ids(self, sequences: Sequence[list[int]], *, max_len: int, vocab_size: int | None = None) -> None:
         """Refuse what would fail inside a step: an empty or too long sequence, an id outside the vocabulary."""
         size = self.vocab_size if vocab_size is None else vocab_size
         for index, ids in enumerate(sequences):

@@ -133,9 +133,10 @@ class ScoreRequest:
         """Return the request in a body. Raises BadBody; values are not checked."""
         arrays, metadata = unpack(body)
         one = (numpy.int32, 1)
-        tensors = take(arrays, token_ids=one, lengths=one, response_starts=one)
+        tokens, lengths, starts = take(arrays, token_ids=one, lengths=one, response_starts=one)
         vocab_size = number(metadata, "vocab_size", int) if "vocab_size" in metadata else None
-        return cls(*tensors, number(metadata, "topk", int), number(metadata, "temperature", float), vocab_size)
+        topk, temperature = number(metadata, "topk", int), number(metadata, "temperature", float)
+        return cls(tokens, lengths, starts, topk, temperature, vocab_size)
 
     def body(self) -> bytes:
         metadata = {"topk": str(self.topk), "temperature": repr(float(self.temperature)), **_limit(self.vocab_size)}
@@ -175,9 +176,10 @@ class SampleRequest:
     def parse(cls, body: bytes | bytearray) -> SampleRequest:
         """Return the request in a body. Raises BadBody; values are not checked."""
         arrays, metadata = unpack(body)
-        tensors = take(arrays, token_ids=(numpy.int32, 1), lengths=(numpy.int32, 1), seeds=(numpy.int64, 1))
+        vector = (numpy.int32, 1)
+        tokens, lengths, seeds = take(arrays, token_ids=vector, lengths=vector, seeds=(numpy.int64, 1))
         vocab_size = number(metadata, "vocab_size", int) if "vocab_size" in metadata else None
-        return cls(*tensors, parse_sampling(metadata.get("sampling", "")), vocab_size)
+        return cls(tokens, lengths, seeds, parse_sampling(metadata.get("sampling", "")), vocab_size)
 
     def body(self) -> bytes:
         metadata = {"sampling": json.dumps(asdict(self.sampling)), **_limit(self.vocab_size)}
@@ -219,7 +221,7 @@ def parse_sampling(text: str) -> SamplingSettings:
 
 
 def _value(name: str, kind: str, value: Any) -> Any:
-    kinds = {"<class 'int'>": int, "<class 'float'>": (int, float), "<class 'bool'>": bool}
+    kinds: dict[str, Any] = {"<class 'int'>": int, "<class 'float'>": (int, float), "<class 'bool'>": bool}
     if kind.startswith("tuple"):
         element = str if "str" in kind else int
         if not isinstance(value, list) or any(type(one) is not element for one in value):

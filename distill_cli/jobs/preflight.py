@@ -102,7 +102,7 @@ def preflight_evaluation(config: Config, *, role: str) -> ResolvedRun:
 
 
 def preflight_serving(config: Config) -> Facts:
-    """Check `model.teacher`, which is served, and its engines; return the facts. Raises ConfigError with all problems."""
+    """Check `model.teacher`, which is served, and its engines. Raises ConfigError with all problems."""
     facts = Facts(config, ("teacher",), {}, trains=False, problems=serving_problems(config))
     establish(facts, SERVING_CHECKS)
     return facts

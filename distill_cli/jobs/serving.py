@@ -13,11 +13,12 @@ from distill_cli.engines.settings import CPU_KV_CACHE_BYTES, EngineSettings
 from distill_cli.engines.wire import TOKEN
 from distill_cli.errors import ConfigError, refuse
 from distill_cli.jobs.preflight import Facts, preflight_serving, require_here
+from distill_cli.launch.local import KEPT_MEMORY, SHORT_SPIN, bytecode_variables
 from distill_cli.launch.nodes import node_variables
 from distill_cli.machine.hardware import installed_version, threads_of_rank
 from distill_cli.memory import NoPrediction, read_shape
 from distill_cli.models import model_files, model_pair
-from distill_cli.models.model_files import ModelFiles
+from distill_cli.models.model_files import CACHE_ONLY, ModelFiles
 from distill_cli.serving.engine_processes import EngineProcesses
 from distill_cli.serving.server import CPU_BUDGET, GPU_BUDGET, Listen, ScoringServer, check_listen
 
@@ -53,9 +54,8 @@ def serve(
         raise ConfigError(f"--max-topk {topk}: the vocabulary has {facts.teacher.vocab_size} ids; lower it")
     settings = engine_settings(facts)
     info = describe(facts, settings, max_topk=topk, max_queued_tokens=max_queued_tokens)
-    processes = EngineProcesses(
-        settings, num_ranks=facts.ranks.per_node, on_gpus=facts.ranks.on_gpus, env=node_variables(config.cluster)
-    )
+    env = engine_environment(facts)
+    processes = EngineProcesses(settings, num_ranks=facts.ranks.per_node, on_gpus=facts.ranks.on_gpus, env=env)
     print(f"loading   {info.name}", flush=True)
     server = ScoringServer(
         info,
@@ -114,6 +114,15 @@ def engine_settings(facts: Facts) -> EngineSettings:
     if settings.kv_cache_bytes is None and not facts.ranks.on_gpus:
         settings = EngineSettings(**{**vars(settings), "kv_cache_bytes": cpu_kv_cache(config, model, length)})
     return settings
+
+
+def engine_environment(facts: Facts) -> dict[str, str]:
+    """Return what the engines' processes have besides this one's environment, as ranks have it."""
+    assert facts.ranks is not None
+    defaults = {**SHORT_SPIN, **({} if facts.ranks.on_gpus else KEPT_MEMORY), "TOKENIZERS_PARALLELISM": "false"}
+    unset = {name: value for name, value in defaults.items() if name not in os.environ}
+    device = {} if facts.ranks.on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**unset, **bytecode_variables(), **node_variables(facts.config.cluster), CACHE_ONLY: "1", **device}
 
 
 def cpu_kv_cache(config: Config, model: ModelFiles, length: int) -> int:

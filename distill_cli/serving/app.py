@@ -169,7 +169,7 @@ class Bodies:
         """Return the answers. Raises Gone if the client has left, whose work is dropped, and the engine's error."""
         left = asyncio.create_task(_disconnect(request))
         try:
-            await asyncio.wait([work.done, left], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work.done, left}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done.done():
                 self._dispatcher.cancel(work)
                 raise Gone
@@ -243,5 +243,3 @@ async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}: {error.detail}; the routes are {', '.join(sorted(ROUTES))}"
     return _error(error.status_code, what, error.headers)
-
-

@@ -22,7 +22,7 @@ from distill_cli.errors import ConfigError, DistillError
 from distill_cli.serving import app as application
 from distill_cli.serving.app import State, make_app
 from distill_cli.serving.dispatcher import Budget, Dispatcher
-from distill_cli.serving.engine_processes import EngineProcesses
+from distill_cli.serving.engine_processes import EngineProcesses, OnDeath
 from distill_cli.serving.fair_queue import FairQueue
 from distill_cli.serving.server_metrics import ServerMetrics
 
@@ -74,7 +74,7 @@ def check_listen(listen: Listen, token: str | None) -> None:
             fix = "give --certificate and --key, or --host 127.0.0.1"
             problems.append(f"{others}, and the token would travel in the clear; {fix}")
     if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token and token):
-        problems.append(f"{TOKEN}: is empty, or has spaces at an end or characters that no header may have; set another")
+        problems.append(f"{TOKEN}: is empty, or has characters that no header may have; set another")
     if not problems and listen.certificate is not None and listen.key is not None:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(listen.certificate, listen.key)
@@ -183,7 +183,7 @@ class ScoringServer:
         finally:
             self._processes.kill()
 
-    async def _load(self, dispatcher: Dispatcher, listener: socket.socket, fail: Callable[[DistillError], None]) -> None:
+    async def _load(self, dispatcher: Dispatcher, listener: socket.socket, fail: OnDeath) -> None:
         try:
             await self._processes.start(max_topk=self._info.max_topk, on_death=fail)
         except DistillError as error:

@@ -15,12 +15,13 @@ class ServerMetrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        own = {"registry": self._registry}
-        self._requests = Counter("distill_requests", "Requests answered.", ["route", "status"], **own)
-        self._tokens = Counter("distill_tokens", "Tokens of the sequences in batches.", ["kind"], **own)
+        self._requests = Counter("distill_requests", "Requests answered.", ["route", "status"], registry=self._registry)
+        self._tokens = Counter(
+            "distill_tokens", "Tokens of the sequences in batches.", ["kind"], registry=self._registry
+        )
         self._batches = Histogram(
             "distill_batch_seconds", "Seconds from giving a batch to an engine to its answer.", ["kind"],
-            buckets=SECONDS, **own,
+            buckets=SECONDS, registry=self._registry,
         )  # fmt: skip
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
