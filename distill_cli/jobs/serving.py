@@ -26,6 +26,8 @@ ALONE = ("engine.teacher.gpu_memory_utilization=0.9",)
 """What differs from training unless it is typed: the engine has the device to itself."""
 READ = ("model", "experiment", "engine", "model.teacher", "model.trust_remote_code", "engine.teacher")
 """Groups and keys that are read, with those of `cluster` that an evaluation reads."""
+UNREAD = ("data.train", "data.validation")
+"""Dictionaries that are not: a value may be missing in them."""
 MAX_TOPK = 128
 MAX_QUEUED_TOKENS = 2**20
 MOST_POSITIONS = 32768
@@ -83,7 +85,7 @@ def compose_server(overrides: Sequence[str]) -> Config:
         chosen.append("model=custom")  # the sizes of the embedded pair's engines are not the model's
     if path is not None:
         chosen.append(f"model.student.path={json.dumps(path)}")  # never looked at; `custom` has none
-    jobs = compose([*chosen, *ALONE, *overrides])
+    jobs = compose([*chosen, *ALONE, *overrides], unread=UNREAD)
     if len(jobs) != 1:
         raise ConfigError("distill serve: takes no sweep; start a server for each model")
     require_here(jobs[0].config, "distill serve")

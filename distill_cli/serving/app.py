@@ -169,7 +169,8 @@ class Bodies:
         """Return the answers. Raises Gone if the client has left, whose work is dropped, and the engine's error."""
         left = asyncio.create_task(_disconnect(request))
         try:
-            await asyncio.wait({work.done, left}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {work.done, left}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not work.done.done():
                 self._dispatcher.cancel(work)
                 raise Gone
