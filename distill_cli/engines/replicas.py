@@ -267,7 +267,7 @@ class Replicas:
             if self._identity is None:
                 self._identity = info
             elif info.identity != self._identity.identity:
-                what = f"{replica.address} serves {info.name}, and {self._identity.name} was served before"
+                what = f"{replica.address} serves {info.name}, and the scores so far are those of {self._identity.name}"
                 raise Unrecoverable(f"{what}; start it with the same model")
             replica.is_known = True
         await self._notify()  # it takes more than one request now

@@ -24,6 +24,7 @@ from distill_cli.engines.wire import TOKEN, BadBody, SampleRequest, ScoreRequest
 from distill_cli.errors import DistillError
 from distill_cli.types import Sample, TeacherScores
 
+Request = TypeVar("Request", ScoreRequest, SampleRequest)
 Result = TypeVar("Result")
 
 REQUEST_TOKENS = 4096
@@ -125,7 +126,7 @@ class ServedTeacher(Teacher):
             )
             for group in groups
         ]
-        future = self._run(self._all([self._score(request) for request in requests]))
+        future = self._run(self._all(self._score, requests))
 
         def wait() -> list[TeacherScores]:
             scores = [TeacherScores.empty(topk) for _ in sequences]
@@ -153,7 +154,7 @@ class ServedTeacher(Teacher):
             SampleRequest.of(prompts[group], seeds[group], sampling=sampling, vocab_size=vocab_size) for group in groups
         ]
         try:
-            parts = self._wait(self._run(self._all([self._sample(request) for request in requests])))
+            parts = self._wait(self._run(self._all(self._sample, requests)))
         except Interrupted:
             return [Sample([], [] if sampling.logp else None, "length") for _ in prompts]
         samples = [sample for part in parts for sample in part]
@@ -204,9 +205,11 @@ class ServedTeacher(Teacher):
                     future.cancel()
                     raise Interrupted from None
 
-    async def _all(self, requests: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    async def _all(
+        self, send: Callable[[Request], Coroutine[Any, Any, Result]], requests: Sequence[Request]
+    ) -> list[Result]:
         """Return all results. When one request fails, drop the others and raise its error."""
-        tasks = [asyncio.ensure_future(request) for request in requests]
+        tasks = [asyncio.ensure_future(send(request)) for request in requests]
         try:
             return await asyncio.gather(*tasks)
         finally:

@@ -71,6 +71,9 @@ def unpack(body: bytes | bytearray) -> tuple[Arrays, dict[str, str]]:
         header = json.loads(bytes(body[SIZE_BYTES:begins_at]))
         metadata = header.pop("__metadata__", {})
         entries = sorted((entry["data_offsets"], name, entry) for name, entry in header.items())
+        end = max((end for (_, end), *_ in entries), default=0)
+        if begins_at + end != len(body):
+            raise BadBody(f"the body has {len(body)} bytes, its header describes {begins_at + end}")
         arrays, end_before = Arrays(), 0
         for (begin, end), name, entry in entries:
             dtype, shape = numpy.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
@@ -83,8 +86,6 @@ def unpack(body: bytes | bytearray) -> tuple[Arrays, dict[str, str]]:
             raise ValueError("metadata is not text")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BadBody(f"the safetensors header of the body cannot be read ({error!r:.100})") from error
-    if begins_at + end_before != len(body):
-        raise BadBody(f"the body has {len(body)} bytes, its header describes {begins_at + end_before}")
     return arrays, metadata
 
 
