@@ -51,6 +51,9 @@ def evaluation_problems(config: Config) -> list[str]:
 def serving_problems(config: Config) -> list[str]:
     """Return the problems of what a scoring server reads, as `config_problems` does those of a run."""
     problems = _lines(config, _limits, _engine_kwargs)
+    length = config.engine.teacher.max_model_len
+    if length is not None and length < 1:
+        problems.append(f"engine.teacher.max_model_len={length}: must be at least 1; leave it out")
     return [problem for problem in problems if problem.startswith(("engine.teacher.", "cluster."))]
 
 

@@ -30,7 +30,7 @@ from distill_cli.engines.process_setup import prepare_process
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.engines.teacher_batches import BatchTeacher
-from distill_cli.errors import DistillError
+from distill_cli.errors import ConfigError, DistillError
 from distill_cli.types import Sample, TeacherScores
 
 BUILDERS: dict[str, Callable[..., VllmTeacher]] = {"start": VllmTeacher, "start_batches": BatchTeacher}
@@ -189,7 +189,8 @@ def serve(connection: Connection) -> None:
             else:
                 answer = getattr(teacher, method)(**arguments)
         except Exception as error:
-            traceback.print_exc()
+            if not isinstance(error, ConfigError):  # that is the user's, and says it all
+                traceback.print_exc()
             is_known = isinstance(error, DistillError)
             answer = error if is_known else DistillError(f"the teacher failed: {reason(error)}")
         answers.put(answer)
@@ -204,7 +205,8 @@ def _send_all(connection: Connection, answers: queue.SimpleQueue[Any]) -> None:
 def join_companions() -> None:
     """Join the process group of all companions, apart from the ranks'. A collective.
 
-    They meet at rank 0's store; those of a scoring server, which has no torch, at the file `STORE_FILE`.
+    They meet at rank 0's store; those of a scoring server, which has no torch, at the file `STORE_FILE`, if it is not
+    empty: a companion alone needs none.
     """
     backend = "gloo"
     if torch.cuda.is_available():
@@ -212,8 +214,8 @@ def join_companions() -> None:
         backend = "cpu:gloo,cuda:nccl"
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store: dist.Store
-    if STORE_FILE in os.environ:
-        store = dist.FileStore(os.environ[STORE_FILE], world_size)
+    if (file := os.environ.get(STORE_FILE)) is not None:
+        store = dist.FileStore(file, world_size) if file else dist.HashStore()
     else:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)

@@ -28,7 +28,7 @@ from distill_cli.errors import ConfigError, DistillError, TeacherLost, Unrecover
 Answer = TypeVar("Answer")
 
 CONNECT_S = 10.0
-FIRST_REST_S, MOST_REST_S = 0.25, 15.0
+FIRST_REST_S, MOST_REST_S = 0.25, 5.0
 """How long a server rests after its first failure in a row, and at most; the time doubles with each."""
 MOST_SHOWN = 120
 """Characters that messages show of an answer."""

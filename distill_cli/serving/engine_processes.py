@@ -112,7 +112,7 @@ class EngineProcesses:
         self.settings = settings
         self._num_ranks, self._on_gpus, self._env = num_ranks, on_gpus, env
         self._companions: list[Companion] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="distill-serve-")
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.engines: list[Engine] = []
 
     @property
@@ -121,10 +121,11 @@ class EngineProcesses:
 
     async def start(self, *, max_topk: int, on_death: OnDeath) -> None:
         """Start the processes and load the model in all of them. Raises DistillError if one cannot."""
-        name = f"an engine's process ({self.settings.path})"
+        name, size = f"an engine's process ({self.settings.path})", self.settings.tensor_parallel
+        if size > 1:
+            self._folder = tempfile.TemporaryDirectory(prefix="distill-serve-")
         for rank in range(self._num_ranks):
             self._companions.append(Companion(self._variables(rank), name=name, on_death=on_death))
-        size = self.settings.tensor_parallel
         cut = [self._companions[first : first + size] for first in range(0, self._num_ranks, size)]
         engines = [Engine(companions) for companions in cut]
         loads = [engine.call("start_batches", settings=self.settings, topk=max_topk) for engine in engines]
@@ -138,7 +139,7 @@ class EngineProcesses:
             "RANK": str(inner),
             "LOCAL_RANK": str(inner),
             "WORLD_SIZE": str(self.settings.tensor_parallel),
-            STORE_FILE: str(Path(self._folder.name, f"engine_{engine}")),
+            STORE_FILE: str(Path(self._folder.name, f"engine_{engine}")) if self._folder else "",
         }
         if self._on_gpus:
             first, size = engine * self.settings.tensor_parallel, self.settings.tensor_parallel
@@ -152,7 +153,8 @@ class EngineProcesses:
         for companion in self._companions:
             companion.kill()
         self._companions.clear()
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 def visible_devices(number: int) -> list[str]:
