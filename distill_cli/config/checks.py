@@ -62,6 +62,15 @@ def evaluation_problems(config: Config) -> list[str]:
     return [problem for problem in problems if problem.startswith(("data.", "eval.", "engine.", "cluster."))]
 
 
+def serving_problems(config: Config) -> list[str]:
+    """Return the problems of what a scoring server reads, as `config_problems` does those of a run."""
+    problems = _lines(config, _limits, _engine_kwargs)
+    length = config.engine.teacher.max_model_len
+    if length is not None and length < 1:
+        problems.append(f"engine.teacher.max_model_len={length}: must be at least 1; leave it out")
+    return [problem for problem in problems if problem.startswith(("engine.teacher.", "cluster."))]
+
+
 def _lines(config: Config, *checks: Callable[[Config], Problems]) -> list[str]:
     values = plain(config)
 
@@ -206,6 +215,12 @@ def _engine(config: Config) -> Problems:
         engine, at = getattr(config.engine, role), f"engine.{role}"
         if engine.max_model_len is not None and engine.max_model_len < needed:
             yield f"{at}.max_model_len", f"sequences have up to {needed} tokens; leave it out"
+    yield from _engine_kwargs(config)
+
+
+def _engine_kwargs(config: Config) -> Problems:
+    for role in ("student", "teacher"):
+        engine, at = getattr(config.engine, role), f"engine.{role}"
         for name in sorted(RESERVED_ENGINE_KWARGS & {str(key) for key in engine.kwargs}):
             yield f"{at}.kwargs.{name}", "is set by distill, which relies on it; leave it out"
 

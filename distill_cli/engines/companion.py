@@ -2,16 +2,14 @@
 
 The companions of all ranks form a process group of their own, so that a teacher is cut over them as it would be over
 the ranks. Requests and answers go over a socket: shared memory would outlive a process that is killed.
-`CompanionTeacher` is the rank's side of it, `serve` the companion's.
+`CompanionTeacher` is the rank's side of it, `serve` the companion's. The engines of a scoring server
+(`serving.engine_processes`) are companions too.
 """
 
 from __future__ import annotations
 
 import os
 import queue
-import socket
-import subprocess
-import sys
 import threading
 import traceback
 from collections import deque
@@ -26,16 +24,17 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.engines.base import OnEnd, Teacher
+from distill_cli.engines.companion_process import STORE_FILE, death_of, start_process
 from distill_cli.engines.engine import reason
 from distill_cli.engines.process_setup import prepare_process
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
-from distill_cli.errors import DistillError, Killed
-from distill_cli.machine.processes import describe_exit
+from distill_cli.engines.teacher_batches import BatchTeacher
+from distill_cli.errors import ConfigError, DistillError
 from distill_cli.types import Sample, TeacherScores
 
-EXIT_S = 10.0
-"""How long a companion that closed its socket may take to exit."""
+BUILDERS: dict[str, Callable[..., VllmTeacher]] = {"start": VllmTeacher, "start_batches": BatchTeacher}
+"""What the first request builds, by its name."""
 
 
 def needs_companion(sampler: EngineSettings, teacher: EngineSettings, *, on_gpu: bool) -> bool:
@@ -164,28 +163,7 @@ class CompanionTeacher(Teacher):
     def _death(self) -> DistillError:
         if self._connection.closed:
             return DistillError("the teacher is closed")
-        who = f"the process of the teacher ({self._settings.path})"
-        try:
-            status = self._process.wait(EXIT_S)
-        except subprocess.TimeoutExpired:
-            return Killed(f"{who} does not answer")
-        return (Killed if status < 0 else DistillError)(f"{who} {describe_exit(status)}")
-
-
-def start_process(variables: dict[str, str]) -> tuple[subprocess.Popen[bytes], Connection]:
-    """Start a companion with these environment variables added; return it and the rank's end of the socket to it.
-
-    Its output goes where the rank's goes.
-    """
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "distill_cli.engines.companion_process", str(theirs.fileno()), str(os.getpid())],
-            env={**os.environ, **variables},
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-    return process, Connection(ours.detach())
+        return death_of(self._process, f"the process of the teacher ({self._settings.path})")
 
 
 def serve(connection: Connection) -> None:
@@ -207,11 +185,12 @@ def serve(connection: Connection) -> None:
         try:
             if teacher is None:
                 join_companions()  # collective
-                teacher = VllmTeacher(**arguments)
+                teacher = BUILDERS[method](**arguments)
             else:
                 answer = getattr(teacher, method)(**arguments)
         except Exception as error:
-            traceback.print_exc()
+            if not isinstance(error, ConfigError):  # that is the user's, and says it all
+                traceback.print_exc()
             is_known = isinstance(error, DistillError)
             answer = error if is_known else DistillError(f"the teacher failed: {reason(error)}")
         answers.put(answer)
@@ -224,11 +203,19 @@ def _send_all(connection: Connection, answers: queue.SimpleQueue[Any]) -> None:
 
 
 def join_companions() -> None:
-    """Join the process group of all companions, apart from the ranks'. A collective."""
+    """Join the process group of all companions, apart from the ranks'. A collective.
+
+    They meet at rank 0's store; those of a scoring server, which has no torch, at the file `STORE_FILE`, if it is not
+    empty: a companion alone needs none.
+    """
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store: dist.Store
+    if (file := os.environ.get(STORE_FILE)) is not None:
+        store = dist.FileStore(file, world_size) if file else dist.HashStore()
+    else:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)

@@ -5,6 +5,7 @@ Declared and checked like `vllm_patches`, which puts it in place. Importing this
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -34,30 +35,35 @@ def score_responses_together(score_prompts: Any) -> Any:
     from vllm.v1.outputs import LogprobsTensors
 
     def score(self: Any, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
-        rows, targets, lengths, begins = list[torch.Tensor](), list[int](), list[int](), self.query_start_loc.np
-        num_topk = set(self.num_prompt_logprobs.values())
-        for request_id in self.num_prompt_logprobs:
+        begins, by_topk = self.query_start_loc.np, dict[int, list[tuple[str, int, list[int]]]]()
+        for request_id, topk in self.num_prompt_logprobs.items():
             request = self.requests[request_id]
             first = (request.sampling_params.extra_args or {}).get(SCORE_FROM)
             ids, num_new = request.prompt_token_ids, num_scheduled_tokens.get(request_id, 0)
-            if first is None or ids is None or request.num_computed_tokens or num_new < len(ids) or len(num_topk) > 1:
+            if first is None or ids is None or request.num_computed_tokens or num_new < len(ids):
                 return score_prompts(self, hidden_states, num_scheduled_tokens)
             begin = int(begins[self.input_batch.req_id_to_index[request_id]])
-            rows.append(torch.arange(begin + first - 1, begin + len(ids) - 1))
-            targets += ids[first:]
-            lengths.append(len(ids) - first)
-        if not rows:
-            return {}
-        row, target, parts = torch.cat(rows), torch.tensor(targets), []
+            by_topk.setdefault(topk, []).append((request_id, begin + first - 1, ids[first:]))
+        self.num_prompt_logprobs.clear()
+        return {
+            request_id: LogprobsTensors(*fields)
+            for topk, requests in by_topk.items()
+            for request_id, fields in score_alike(self, hidden_states, requests, topk=topk)
+        }
+
+    def score_alike(
+        self: Any, hidden_states: torch.Tensor, requests: list[tuple[str, int, list[int]]], *, topk: int
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield the scores of requests with one top-k: id, row that predicts the first token, tokens."""
+        row = torch.cat([torch.arange(first, first + len(ids)) for _, first, ids in requests])
+        target, parts = torch.tensor([token for *_, ids in requests for token in ids]), []
         size = max(1, SCORED_LOGITS // self.model_config.get_vocab_size())
         for some, ids in zip(row.split(size), target.split(size), strict=True):
             scores = self.sampler.compute_logprobs(self.model.compute_logits(hidden_states[some]))
-            parts.append(self.sampler.gather_logprobs(scores, *num_topk, ids)[:3])
+            parts.append(self.sampler.gather_logprobs(scores, topk, ids)[:3])
+        lengths = [len(ids) for *_, ids in requests]
         fields = [torch.cat(field).split(lengths) for field in zip(*parts, strict=True)]
-        scored = list(self.num_prompt_logprobs)
-        for request_id in scored:
-            del self.num_prompt_logprobs[request_id]
-        return {one: LogprobsTensors(*own) for one, *own in zip(scored, *fields, strict=True)}
+        return zip((request_id for request_id, *_ in requests), zip(*fields, strict=True), strict=True)
 
     return score
 

@@ -151,13 +151,14 @@ class VllmEngine(AnsweringEngine):
                 raise DistillError(f"{self.role} failed ({self.settings.path}): {reason(error)}") from error
             raise
 
-    def check_token_ids(self, sequences: Sequence[list[int]], *, max_len: int) -> None:
+    def check_token_ids(self, sequences: Sequence[list[int]], *, max_len: int, vocab_size: int | None = None) -> None:
         """Refuse what would fail inside a step: an empty or too long sequence, an id outside the vocabulary."""
+        size = self.vocab_size if vocab_size is None else vocab_size
         for index, ids in enumerate(sequences):
             if not 1 <= len(ids) <= max_len:
                 raise DistillError(f"{self.role}: sequence {index} has {len(ids)} tokens, allowed are 1 to {max_len}")
-            if min(ids) < 0 or max(ids) >= self.vocab_size:
-                raise DistillError(f"{self.role}: sequence {index} has token ids outside 0 to {self.vocab_size - 1}")
+            if min(ids) < 0 or max(ids) >= size:
+                raise DistillError(f"{self.role}: sequence {index} has token ids outside 0 to {size - 1}")
 
     def check_awake(self) -> None:
         """Raise DistillError if the engine is asleep: vLLM would wait forever."""

@@ -3,6 +3,7 @@
 Shape letters: R response tokens of one sequence, K the teacher's top-k.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 
 from distill_cli.engines import vllm_patches
-from distill_cli.engines.base import Teacher
+from distill_cli.engines.base import OnEnd, Teacher
 from distill_cli.engines.engine import VllmEngine, request_params
-from distill_cli.engines.settings import EngineSettings
+from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.vllm_patches import Interrupted
 from distill_cli.errors import DistillError
-from distill_cli.types import TeacherScores
+from distill_cli.types import Sample, TeacherScores
 
 
 class VllmTeacher(VllmEngine, Teacher):
@@ -59,20 +60,37 @@ class VllmTeacher(VllmEngine, Teacher):
         if temperature != 1.0 and not self._logits_processors:
             self.refuse(f"loss.temperature is {temperature}: {settings.path} allows only 1 in vLLM")
 
-    def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:
-        """Score with one prefill each; the engine stays usable after a bad request or a failure. See `Teacher`."""
-        for index, (ids, start) in enumerate(zip(sequences, response_starts, strict=True)):
-            if not 1 <= start <= len(ids):
-                what = f"the teacher: response {index} starts at {start} in a sequence of {len(ids)} tokens"
-                raise DistillError(f"{what}, allowed are 1 to {len(ids)}")
-        self.check_token_ids(sequences, max_len=self.settings.max_model_len)
+    def score(
+        self,
+        sequences: Sequence[list[int]],
+        *,
+        response_starts: Sequence[int],
+        topk: int | Sequence[int] | None = None,
+        temperature: float | None = None,
+        vocab_size: int | None = None,
+    ) -> list[TeacherScores]:
+        """Score with one prefill each; the engine stays usable after a bad request or a failure. See `Teacher`.
+
+        Args:
+            topk: tokens that are kept at each position, for all sequences or for each; at most the teacher's own.
+                None is the teacher's own, like the two below.
+            temperature: above 0.
+            vocab_size: first id that gets no probability; at most the teacher's own.
+        """
+        self._check_starts(sequences, response_starts)
+        kept = [self._topk if topk is None else topk] * len(sequences) if not isinstance(topk, Sequence) else topk
+        self._check_options(kept, temperature=temperature, vocab_size=vocab_size)
+        self.check_token_ids(sequences, max_len=self.settings.max_model_len, vocab_size=vocab_size)
         scored = {index: start for index, start in enumerate(response_starts) if start < len(sequences[index])}
-        scores = [TeacherScores.empty(self._topk) for _ in sequences]
+        scores = [TeacherScores.empty(number) for number in kept]
         # Every request of vLLM samples a token; it is not read.
-        one = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": self._topk, "detokenize": False}
-        params = [request_params(score_from=start, skip_clone=True, **one) for start in scored.values()]
+        one = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+        params = [
+            request_params(score_from=start, skip_clone=True, prompt_logprobs=kept[index], **one)
+            for index, start in scored.items()
+        ]
         try:
-            with self._divided_logits():
+            with self._changed_logits(temperature=temperature or self._temperature, vocab_size=vocab_size):
                 outputs = self.generate([sequences[index] for index in scored], params)
         except Interrupted:
             return scores
@@ -80,20 +98,57 @@ class VllmTeacher(VllmEngine, Teacher):
             scores[index] = to_scores(output, start=start)
         return scores
 
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        seeds: Sequence[int],
+        sampling: SamplingSettings,
+        on_end: OnEnd | None = None,
+        vocab_size: int | None = None,
+    ) -> list[Sample]:
+        """Return one answer to each prompt, of ids below `vocab_size` if it is given. See `VllmEngine.sample`."""
+        self._check_options([], temperature=None, vocab_size=vocab_size)
+        self.check_token_ids(prompts, max_len=self.settings.max_model_len - 1, vocab_size=vocab_size)
+        with self._changed_logits(temperature=1.0, vocab_size=vocab_size):
+            return super().sample(prompts, seeds=seeds, sampling=sampling, on_end=on_end)
+
+    def _check_starts(self, sequences: Sequence[list[int]], response_starts: Sequence[int]) -> None:
+        for index, (ids, start) in enumerate(zip(sequences, response_starts, strict=True)):
+            if not 1 <= start <= len(ids):
+                what = f"the teacher: response {index} starts at {start} in a sequence of {len(ids)} tokens"
+                raise DistillError(f"{what}, allowed are 1 to {len(ids)}")
+
+    def _check_options(self, topks: Sequence[int], *, temperature: float | None, vocab_size: int | None) -> None:
+        """Raise DistillError for options of a call that this engine cannot apply."""
+        size = self.vocab_size if vocab_size is None else vocab_size
+        if not 1 <= size <= self.vocab_size:
+            raise DistillError(f"the teacher: vocab_size is {size}, allowed are 1 to {self.vocab_size}")
+        most = min(self._topk, size)
+        if wrong := [topk for topk in topks if not 1 <= topk <= most]:
+            raise DistillError(f"the teacher: topk is {wrong[0]}, allowed are 1 to {most}")
+        if temperature is not None and not 0 < temperature < math.inf:
+            raise DistillError(f"the teacher: temperature is {temperature}, must be above 0")
+        if not self._logits_processors and (temperature or 1.0, size) != (1.0, self.vocab_size):
+            raise DistillError(f"the teacher: {self.settings.path} allows only temperature 1 and its whole vocabulary")
+
     @contextmanager
-    def _divided_logits(self) -> Iterator[None]:
+    def _changed_logits(self, *, temperature: float, vocab_size: int | None) -> Iterator[None]:
         """Divide the model's logits by the temperature, which vLLM leaves out of a prompt's log-probabilities.
 
-        A 16-bit model rounds its logits once more, unless the temperature is a power of two.
+        With `vocab_size` they end before that id. A 16-bit model rounds its logits once more, unless the temperature is
+        a power of two.
         """
-        scales = [processor.scale for processor in self._logits_processors]
+        before = [(processor.scale, processor.org_vocab_size) for processor in self._logits_processors]
         try:
             for processor in self._logits_processors:
-                processor.scale /= self._temperature
+                processor.scale /= temperature
+            if vocab_size is not None:
+                self.call_worker(vllm_patches.cut_vocabulary, vocab_size)
             yield
         finally:
-            for processor, scale in zip(self._logits_processors, scales, strict=True):
-                processor.scale = scale
+            for processor, (scale, size) in zip(self._logits_processors, before, strict=True):
+                processor.scale, processor.org_vocab_size = scale, size
 
 
 def to_scores(output: Any, *, start: int) -> TeacherScores:

@@ -17,7 +17,13 @@ from typing import Any
 
 from distill_cli import memory as predictions
 from distill_cli.config import derived
-from distill_cli.config.checks import config_problems, evaluation_problems, inert_overrides, mesh_problems
+from distill_cli.config.checks import (
+    config_problems,
+    evaluation_problems,
+    inert_overrides,
+    mesh_problems,
+    serving_problems,
+)
 from distill_cli.config.compose import Job
 from distill_cli.config.credentials import credentials_environment
 from distill_cli.config.execution_schema import ClusterConfig
@@ -102,8 +108,21 @@ def preflight_evaluation(config: Config, *, role: str) -> ResolvedRun:
     return run_checks(facts, EVALUATION_CHECKS)
 
 
+def preflight_serving(config: Config) -> Facts:
+    """Check `model.teacher`, which is served, and its engines. Raises ConfigError with all problems."""
+    facts = Facts(config, ("teacher",), {}, trains=False, problems=serving_problems(config))
+    establish(facts, SERVING_CHECKS)
+    return facts
+
+
 def run_checks(facts: Facts, checks: Sequence[Check]) -> ResolvedRun:
     """Run the checks whose facts are known; return the checked run. Raises ConfigError with all problems."""
+    establish(facts, checks)
+    return resolve(**facts.named_by(resolve))
+
+
+def establish(facts: Facts, checks: Sequence[Check]) -> None:
+    """Run the checks whose facts are known. Raises ConfigError with all problems."""
     for check in checks:
         arguments = facts.named_by(check)
         if all(value is not None for value in arguments.values()):
@@ -112,7 +131,6 @@ def run_checks(facts: Facts, checks: Sequence[Check]) -> ResolvedRun:
             except ConfigError as error:
                 facts.problems += error.problems
     refuse(facts.problems)
-    return resolve(**facts.named_by(resolve))
 
 
 def resolve(
@@ -199,7 +217,11 @@ def count_ranks(facts: Facts, config: Config) -> Iterator[str]:
         (gpus and per_node != gpus, per_gpu),
         (config.train.compile and has_no_compiler, compiler),
     )
-    yield from mesh_problems(config, ranks_per_node=per_node)
+
+
+def check_mesh(config: Config, ranks: Ranks) -> Iterator[str]:
+    """The ranks must be able to form the mesh."""
+    yield from mesh_problems(config, ranks_per_node=ranks.per_node)
 
 
 def find_student(facts: Facts, config: Config) -> None:
@@ -318,7 +340,11 @@ def room(config: Config, warnings: list[str], *, num_params: int, num_trained: i
 
 COMMON_CHECKS: tuple[Check, ...] = (
     *(ask_cluster, use_hub_cache, find_student, find_teachers, model_checks.weights, model_checks.causal),
-    *(model_checks.sizes, share_cores, count_ranks, read_data, model_checks.names, check_engines),
+    *(model_checks.sizes, share_cores, count_ranks, check_mesh, read_data, model_checks.names, check_engines),
+)
+SERVING_CHECKS: tuple[Check, ...] = (
+    *(use_hub_cache, find_teachers, model_checks.weights, model_checks.causal, model_checks.sizes),
+    *(count_ranks, check_engines),
 )
 EVALUATION_CHECKS: tuple[Check, ...] = (*COMMON_CHECKS, model_checks.positions)
 CHECKS: tuple[Check, ...] = (

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from distill_cli.config.derived import needs_sampler, needs_scorer, scores_while_sampling
 from distill_cli.engines.base import Sampler, Teacher
 from distill_cli.engines.companion import CompanionTeacher, needs_companion
+from distill_cli.engines.from_config import settings_of
 from distill_cli.engines.sampler import VllmSampler
-from distill_cli.engines.settings import Adapter, EngineSettings, SamplingSettings
+from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.resolved import ResolvedRun
 
@@ -78,24 +79,14 @@ def leave() -> None:
 
 def engine_settings(resolved: ResolvedRun, role: str) -> EngineSettings:
     """Return the settings of `model.<role>` and `engine.<role>`."""
-    config = resolved.config
-    model, engine = getattr(config.model, role), getattr(config.engine, role)
-    lora = getattr(model, "lora", None)
-    return EngineSettings(
-        path=str(resolved.model(role).folder),
+    sleep = getattr(resolved.config.engine, role).sleep
+    return settings_of(
+        resolved.config,
+        role,
+        folder=resolved.model(role).folder,
         max_model_len=getattr(resolved.lengths, role),
-        dtype=model.dtype.value,
-        quantization=getattr(model, "quantization", None),
-        trust_remote_code=config.model.trust_remote_code,
         vocab_size=resolved.vocabulary.limit,
-        tensor_parallel=engine.tensor_parallel,
-        gpu_memory_utilization=engine.gpu_memory_utilization,
-        kv_cache_bytes=None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 2**30),
-        enforce_eager=True if engine.enforce_eager else None,
-        adapter=Adapter(lora.rank, lora.alpha) if lora and lora.syncs_adapter else None,
-        sleep_mode=torch.cuda.is_available() if engine.sleep is None else engine.sleep,
-        seed=config.train.seed,
-        kwargs=engine.kwargs,
+        sleep_mode=torch.cuda.is_available() if sleep is None else sleep,
     )
 
 

@@ -23,7 +23,10 @@ from distill_cli.config.choices import nearest
 from distill_cli.errors import ConfigError, refuse
 
 Arguments = argparse.Namespace
-VERBS = ("train", "plan", "check", "resume", "replay", "watch", "eval", "export", "report", "track", "ls", "doctor")
+VERBS = (
+    *("train", "plan", "check", "resume", "replay", "watch", "eval", "export", "serve", "report", "track", "ls"),
+    "doctor",
+)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,6 +1,7 @@
 """Two tiny random models and an engine of each, shared by all tests here: an engine takes seconds to start."""
 
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
 
 from distill_cli.engines.process_setup import prepare_process
@@ -20,9 +21,16 @@ from .reference import MAX_LEN, make_model  # noqa: E402
 
 @pytest.fixture(scope="package")
 def process_group(tmp_path_factory):
+    with group_of_one(tmp_path_factory.mktemp("store")):
+        yield
+
+
+@contextmanager
+def group_of_one(folder):
+    """The process group that engines of this process need."""
     from vllm.distributed import parallel_state
 
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
+    store = dist.FileStore(str(folder / "file"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # models as small as these only wait for a second thread

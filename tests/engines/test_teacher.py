@@ -108,6 +108,43 @@ def test_empty_responses_give_empty_tensors(scorer, teacher):
     assert scorer.score([], response_starts=[]) == []
 
 
+def test_a_call_has_its_options(scorer, teacher):
+    """Top-k of each sequence, temperature and vocabulary are those of the call; the next call has the teacher's own."""
+    shared, topks, starts = 200, [3, 16, 1, 3], [8, 30, 2, 5]
+    sequences = [[token % shared for token in ids] for ids in random_sequences([40, 90, 17, 5])]
+    options = {"topk": topks, "temperature": 1.7, "vocab_size": shared}
+    scored = scorer.score(sequences, response_starts=starts, **options)
+    for ids, start, topk, scores in zip(sequences, starts, topks, scored, strict=True):
+        logits = teacher(torch.tensor([ids])).logits[0, start - 1 : -1, :shared] / 1.7
+        assert scores.topk_ids.shape == (len(ids) - start, topk)
+        expected = logits.log_softmax(-1)
+        torch.testing.assert_close(scores.topk_logp, expected.topk(topk).values, atol=TOLERANCE, rtol=0)
+        own = expected.gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
+        torch.testing.assert_close(scores.sampled_logp, own, atol=TOLERANCE, rtol=0)
+    sampling = SamplingSettings(max_new_tokens=50, ignore_eos=True)
+    answers = [scorer.sample([[3, 4, 5], [6]], seeds=[1, 2], sampling=sampling, vocab_size=size) for size in (20, None)]
+    assert max(max(sample.token_ids) for sample in answers[0]) < 20
+    assert max(max(sample.token_ids) for sample in answers[1]) >= 20
+    for ids, start, scores in zip(sequences, starts, scorer.score(sequences, response_starts=starts), strict=True):
+        assert_scores_equal_reference(scores, teacher, ids, start=start, topk=16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topk": 17}, "topk is 17, allowed are 1 to 16"),
+        ({"topk": [0]}, "topk is 0, allowed are 1 to 16"),
+        ({"topk": 9, "vocab_size": 8}, "topk is 9, allowed are 1 to 8"),
+        ({"vocab_size": VOCAB_SIZE + 1}, "vocab_size is 301, allowed are 1 to 300"),
+        ({"topk": 1, "vocab_size": 4}, "token ids outside 0 to 3"),
+        ({"temperature": 0.0}, "temperature is 0.0, must be above 0"),
+    ],
+)
+def test_impossible_options_are_refused(scorer, options, message):
+    with pytest.raises(DistillError, match=message):
+        scorer.score([[3, 4]], response_starts=[1], **options)
+
+
 @pytest.mark.parametrize(
     ("sequences", "starts", "message"),
     [

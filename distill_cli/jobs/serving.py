@@ -1,0 +1,179 @@
+"""`distill serve`: compose and check what a scoring server reads, and start it."""
+
+import json
+import os
+from collections.abc import Sequence
+
+from distill_cli.config.compose import check_overrides, compose
+from distill_cli.config.fields import has_property, is_within
+from distill_cli.config.schema import Config, Dtype
+from distill_cli.config.teachers import ONLY
+from distill_cli.engines.from_config import settings_of
+from distill_cli.engines.server_info import ServerInfo
+from distill_cli.engines.settings import CPU_KV_CACHE_BYTES, EngineSettings
+from distill_cli.engines.wire import TOKEN
+from distill_cli.errors import ConfigError, refuse
+from distill_cli.jobs.preflight import Facts, preflight_serving, require_here
+from distill_cli.launch.local import KEPT_MEMORY, SHORT_SPIN, bytecode_variables
+from distill_cli.launch.nodes import node_variables
+from distill_cli.machine.hardware import installed_version, threads_of_rank
+from distill_cli.memory import NoPrediction, read_shape
+from distill_cli.models import model_files, model_pair
+from distill_cli.models.model_files import CACHE_ONLY, ModelFiles
+from distill_cli.serving.engine_processes import EngineProcesses
+from distill_cli.serving.server import CPU_BUDGET, GPU_BUDGET, Listen, ScoringServer, check_listen
+
+ALONE = ("engine.teacher.gpu_memory_utilization=0.9",)
+"""What differs from training unless it is typed: the engine has the device to itself."""
+READ = ("model", "experiment", "engine", "model.teacher", "model.trust_remote_code", "engine.teacher")
+"""Groups and keys that are read, with those of `cluster` that an evaluation reads."""
+UNREAD = ("data.train", "data.validation")
+"""Dictionaries that are not: a value may be missing in them."""
+MAX_TOPK = 128
+MAX_QUEUED_TOKENS = 2**20
+MOST_POSITIONS = 32768
+"""Longest sequence unless engine.teacher.max_model_len is given: models have up to a million positions, whose KV cache
+fits no device."""
+MAX_ANSWER_BYTES = 2**28
+
+
+def serve(
+    overrides: Sequence[str], *, listen: Listen, max_topk: int | None = None, max_queued_tokens: int = MAX_QUEUED_TOKENS
+) -> int:
+    """Serve `model.teacher` until a signal; return 0.
+
+    Raises:
+        ConfigError: an override is refused, the model cannot be served, or the address would be unsafe.
+        DistillError: an engine failed.
+    """
+    token = os.environ.get(TOKEN)
+    check_listen(listen, token)
+    config = compose_server(overrides)
+    facts = preflight_serving(config)
+    assert facts.teachers is not None
+    assert facts.ranks is not None
+    model = facts.teachers[ONLY]
+    topk = min(MAX_TOPK, model.vocab_size) if max_topk is None else max_topk
+    if topk > model.vocab_size:
+        raise ConfigError(f"--max-topk {topk}: the vocabulary has {model.vocab_size} ids; lower it")
+    settings = engine_settings(facts)
+    info = describe(facts, settings, max_topk=topk, max_queued_tokens=max_queued_tokens)
+    env = engine_environment(facts)
+    processes = EngineProcesses(settings, num_ranks=facts.ranks.per_node, on_gpus=facts.ranks.on_gpus, env=env)
+    print(f"loading   {info.name}", flush=True)
+    server = ScoringServer(
+        info,
+        model.folder,
+        listen=listen,
+        processes=processes,
+        budget=GPU_BUDGET if facts.ranks.on_gpus else CPU_BUDGET,
+        token=token,
+        on_ready=lambda address: print_ready(info, facts, address),
+    )
+    return server.run()
+
+
+def compose_server(overrides: Sequence[str]) -> Config:
+    """Return the config of a server: of the teacher that is typed alone, or of a pair.
+
+    Raises:
+        ConfigError: an override is wrong, or a server does not read it.
+    """
+    check_overrides(overrides)
+    typed = {word.lstrip("+").partition("=")[0]: word.partition("=")[2] for word in overrides}
+    refuse(_unread_problems(overrides))
+    path, chosen = typed.get("model.teacher.path"), list[str]()
+    if path is not None and not path.startswith("package://") and not typed.keys() & {"model", "experiment"}:
+        chosen.append("model=custom")  # the sizes of the embedded pair's engines are not the model's
+    if path is not None:
+        chosen.append(f"model.student.path={json.dumps(path)}")  # never looked at; `custom` has none
+    jobs = compose([*chosen, *ALONE, *overrides], unread=UNREAD)
+    if len(jobs) != 1:
+        raise ConfigError("distill serve: takes no sweep; start a server for each model")
+    require_here(jobs[0].config, "distill serve")
+    return jobs[0].config
+
+
+def _unread_problems(overrides: Sequence[str]) -> list[str]:
+    problems = []
+    for word in overrides:
+        key = word.lstrip("+~").partition("=")[0]
+        is_read = any(key == name or ("." in name and is_within(key, name)) for name in READ)
+        if not is_read and not (is_within(key, "cluster") and has_property(Config, key, "evaluation")):
+            fix = "give --max-topk" if key == "loss.topk" else "leave it out"
+            problems.append(f"{word}: a scoring server does not read it; {fix}")
+    return problems
+
+
+def engine_settings(facts: Facts) -> EngineSettings:
+    """Return the settings of the engines: long enough for the model, or for what a device holds."""
+    assert facts.teachers is not None
+    config, model = facts.config, facts.teachers[ONLY]
+    assert facts.ranks is not None
+    given = config.engine.teacher.max_model_len
+    length = given or min(model.max_positions or MOST_POSITIONS, MOST_POSITIONS)
+    settings = settings_of(
+        config, "teacher", folder=model.folder, max_model_len=length, vocab_size=None, sleep_mode=False
+    )
+    if settings.kv_cache_bytes is None and not facts.ranks.on_gpus:
+        settings = EngineSettings(**{**vars(settings), "kv_cache_bytes": cpu_kv_cache(config, model, length)})
+    return settings
+
+
+def engine_environment(facts: Facts) -> dict[str, str]:
+    """Return what the engines' processes have besides this one's environment, as ranks have it."""
+    assert facts.ranks is not None
+    defaults = {**SHORT_SPIN, **({} if facts.ranks.on_gpus else KEPT_MEMORY), "TOKENIZERS_PARALLELISM": "false"}
+    unset = {name: value for name, value in defaults.items() if name not in os.environ}
+    device = {} if facts.ranks.on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**unset, **bytecode_variables(), **node_variables(facts.config.cluster), CACHE_ONLY: "1", **device}
+
+
+def cpu_kv_cache(config: Config, model: ModelFiles, length: int) -> int:
+    """Return the bytes of an engine's KV cache on a CPU: the usual ones, or those of the longest sequence."""
+    try:
+        keys = sum(layer.key for layer in read_shape(model.folder).layers)
+    except NoPrediction:
+        return CPU_KV_CACHE_BYTES
+    token = 2 * keys * (4 if config.model.teacher.dtype is Dtype.float32 else 2)
+    return max(CPU_KV_CACHE_BYTES, token * (length + 256) * 5 // 4)  # whole blocks, and a few that vLLM keeps
+
+
+def describe(facts: Facts, settings: EngineSettings, *, max_topk: int, max_queued_tokens: int) -> ServerInfo:
+    """Return what the server says of itself. Raises ConfigError if a file of the model is damaged."""
+    assert facts.teachers is not None
+    model, ranks = facts.teachers[ONLY], facts.ranks
+    assert ranks is not None
+    return ServerInfo(
+        version=installed_version("distill-cli") or "unknown",
+        path=model.path,
+        revision=model.revision,
+        digest=model_files.fingerprint(model.folder),
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        vocab_size=model.vocab_size,
+        eos_ids=model.eos_ids,
+        max_model_len=settings.max_model_len,
+        max_topk=max_topk,
+        chat_template=model_pair.chat_template(model.folder),
+        special_tokens=model_pair.special_tokens(model.folder),
+        num_engines=ranks.per_node // settings.tensor_parallel,
+        max_queued_tokens=max_queued_tokens,
+        max_answer_bytes=MAX_ANSWER_BYTES,
+    )
+
+
+def print_ready(info: ServerInfo, facts: Facts, address: str) -> None:
+    """Print what is served, where, and the override with which a run uses it."""
+    assert facts.ranks is not None
+    ranks = facts.ranks.per_node
+    device = f"{ranks} GPUs" if facts.ranks.on_gpus else f"the CPU, {threads_of_rank(ranks)} threads a process"
+    limits = f"{info.max_model_len} tokens a sequence, top-{info.max_topk}, {info.max_queued_tokens} tokens waiting"
+    lines = {
+        "model": info.name,
+        "engines": f"{info.num_engines} on {device}",
+        "limits": limits,
+        "address": address,
+        "use it": f"distill model.teacher.url={address} ...",
+    }
+    print(*(f"{name:<10}{line}" for name, line in lines.items()), sep="\n", flush=True)
