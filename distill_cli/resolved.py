@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import types
 import typing
 from dataclasses import dataclass
@@ -120,8 +121,14 @@ class ResolvedRun:
         return dataclasses.replace(self, config=config, lengths=lengths, teachers=teachers)
 
     def write(self, run: RunDir) -> None:
-        """Write resolved.json. The config has its own file, config.yaml."""
+        """Write resolved.json, and copies of the files of served teachers. config.yaml has the config."""
         content = {name: value for name, value in dataclasses.asdict(self).items() if name != "config"}
+        for name, alone in teacher_configs(self.config).items():
+            if name in self.teachers and alone.model.teacher.addresses:
+                folder = run.teachers / name
+                if folder != self.teachers[name].folder:
+                    shutil.copytree(self.teachers[name].folder, folder, dirs_exist_ok=True)
+                content["teachers"][name]["folder"] = folder
         write_json(run.resolved, json.loads(json.dumps(content, default=str)))
 
     @classmethod

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from operator import attrgetter
+from typing import Any
 
 from distill_cli.config.choices import nearest
 from distill_cli.config.credentials import secret_problems
@@ -120,8 +121,14 @@ def _run(config: Config) -> Problems:
 
 def _models(config: Config) -> Problems:
     lora, at = config.model.student.lora, "model.student.lora"
-    if config.model.teacher.path is None and not config.model.teachers:
-        yield "model.teacher.path", "a value is needed; give a folder or a hub name"
+    teacher = config.model.teacher
+    if teacher.path is None and not teacher.addresses and not config.model.teachers:
+        yield "model.teacher.path", "a value is needed; give a folder or a hub name, or model.teacher.url"
+    if teacher.url is not None and not _are_addresses(teacher.url):
+        yield "model.teacher.url", "must be an address such as http://127.0.0.1:8008, or a list of some"
+    if teacher.addresses and 0 < config.cluster.hang_timeout_s <= teacher.patience_s:
+        rule = f"must be less than cluster.hang_timeout_s={config.cluster.hang_timeout_s:g}, which ends a silent run"
+        yield "model.teacher.patience_s", f"{rule}; lower it, or raise the other"
     if lora.targets is not None and not lora.is_on:
         yield f"{at}.targets", f"no adapters are trained; give {at}.rank, or leave it out"
     if lora.targets == []:
@@ -130,6 +137,13 @@ def _models(config: Config) -> Problems:
         yield f"{at}.rank", f"must be at most {MAX_ENGINE_RANK} in vLLM; lower it, or set {at}.sync=merged"
     if config.loss.tail is Tail.renormalize and config.loss.topk == 1:
         yield "loss.topk", "the loss is always zero with loss.tail=renormalize; raise it, or choose loss.tail=bucket"
+
+
+def _are_addresses(url: Any) -> bool:
+    """Whether this is an address or a list of different ones; what they are is checked when they are asked."""
+    if isinstance(url, str):
+        return bool(url.strip())
+    return isinstance(url, list) and bool(url) and all(isinstance(one, str) for one in url) and len({*url}) == len(url)
 
 
 def _rollout(config: Config) -> Problems:

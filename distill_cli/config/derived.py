@@ -73,7 +73,8 @@ def scores_while_sampling(config: Config, *, on_gpus: bool) -> bool:
 
 def overlap_problems(config: Config, *, on_gpus: bool) -> Iterator[str]:
     """Yield what keeps the teacher from scoring while the student samples, and the key that changes it."""
-    teachers = {engine_key(name): one.engine.teacher for name, one in teacher_configs(config).items()}
+    local = {name: one for name, one in teacher_configs(config).items() if not one.model.teacher.addresses}
+    teachers = {engine_key(name): one.engine.teacher for name, one in local.items()}
     for key, engine in teachers.items():
         if on_gpus and engine.sleep is not False:
             yield f"the teacher sleeps meanwhile; set {key}.sleep=false"

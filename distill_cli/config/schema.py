@@ -65,6 +65,14 @@ class StudentModel:
 class TeacherModel:
     path: str | None = key(None, evaluation=True)
     """A Hugging Face folder or hub name. Its vocabulary must be the student's."""
+    url: Any = key(None, resume=True)
+    """Address of a scoring server (`distill serve`) that has the teacher, or a list of addresses of several that share
+    the work; null is an engine in this job. `path` and `engine.teacher` then have no effect."""
+    certificate: str | None = key(None, resume=True, only_with="model.teacher.url")
+    """A file with the certificate (PEM) to trust at an https:// address, such as a self-signed one; null is the
+    system's."""
+    patience_s: float = key(600.0, above=0, resume=True, only_with="model.teacher.url")
+    """Seconds without an answer of any server after which the run saves and stops. `distill resume` goes on."""
     revision: str | None = key(None, evaluation=True)
     """Branch, tag or commit on the hub; null is the newest."""
     dtype: Dtype = key(Dtype.bfloat16, evaluation=True)
@@ -78,8 +86,17 @@ class TeacherModel:
     """Arguments of the template for the teacher alone; they override `model.chat_template_kwargs`."""
 
     @property
+    def addresses(self) -> list[str]:
+        """Its servers; empty if its engine is in this job."""
+        if self.url is None:
+            return []
+        return [self.url] if isinstance(self.url, str) else [str(one) for one in self.url]
+
+    @property
     def shown(self) -> str:
-        """Its path, with the revision if one is given."""
+        """Its addresses, or its path, with the revision if one is given."""
+        if self.addresses:
+            return ", ".join(self.addresses)
         return f"{self.path}@{self.revision}" if self.revision else str(self.path)
 
 

@@ -61,6 +61,8 @@ class Replica:
     rests_until: float = 0.0
     is_known: bool = False
     """It has said who it is since its last failure."""
+    was_known: bool = False
+    """It has said so at some time."""
     seen: str = ""
     """The last failure."""
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -109,6 +111,8 @@ class Replicas:
         self._replicas = [Replica(address) for address in addresses]
         self._patience_s, self._probe_s, self._in_flight = patience_s, probe_s, in_flight
         self._identity: ServerInfo | None = None
+        self.comebacks = 0
+        """How often a server was known again after a failure."""
         self._last_success = time.monotonic()
         self._changed = asyncio.Condition()
         # Not httpx's own: it would import certifi's authorities, and read a proxy's address from the environment.
@@ -269,7 +273,8 @@ class Replicas:
             elif info.identity != self._identity.identity:
                 what = f"{replica.address} serves {info.name}, and the scores so far are those of {self._identity.name}"
                 raise Unrecoverable(f"{what}; start it with the same model")
-            replica.is_known = True
+            self.comebacks += replica.was_known
+            replica.is_known = replica.was_known = True
         await self._notify()  # it takes more than one request now
 
     def _reject(self, replica: Replica, response: httpx.Response, why: str) -> None:

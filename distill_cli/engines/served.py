@@ -88,6 +88,11 @@ class ServedTeacher(Teacher):
         self._replicas: Replicas = self._run(_made(self._addresses, arguments)).result()
         self._is_closed = False
 
+    @property
+    def comebacks(self) -> int:  # type: ignore[override]
+        """How often a server answered again after it had failed."""
+        return self._replicas.comebacks
+
     def wait_ready(self) -> None:
         """Block until a server can score.
 

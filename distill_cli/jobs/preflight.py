@@ -5,6 +5,8 @@ that it reads as parameters; it is skipped if one of them is None, which another
 raised at once. The checks of this file are about the machine and the data.
 """
 
+from __future__ import annotations
+
 import inspect
 import os
 import shutil
@@ -13,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_cli import memory as predictions
 from distill_cli.config import derived
@@ -27,8 +29,8 @@ from distill_cli.config.checks import (
 from distill_cli.config.compose import Job
 from distill_cli.config.credentials import credentials_environment
 from distill_cli.config.execution_schema import ClusterConfig
-from distill_cli.config.schema import Config, Dtype
-from distill_cli.config.teachers import engine_key, path_key, teacher_configs
+from distill_cli.config.schema import Config, Dtype, TeacherModel
+from distill_cli.config.teachers import engine_key, model_key, path_key, teacher_configs
 from distill_cli.config.variation import config_text, override, save_config
 from distill_cli.data.recorded_run import Recording
 from distill_cli.data.row_check import DataFacts, KnownData, check_data
@@ -47,6 +49,9 @@ from distill_cli.resolved import Lengths, PredictedMemory, Ranks, ResolvedRun, S
 from distill_cli.terminal.console import Console
 from distill_cli.track.base import tracker_problems
 
+if TYPE_CHECKING:
+    from distill_cli.jobs.served_teachers import Served
+
 
 @dataclass
 class Facts:
@@ -62,6 +67,8 @@ class Facts:
     student: ModelFiles | None = None
     teachers: dict[str, ModelFiles] | None = None
     """By name; None if the run needs none."""
+    served: dict[str, Served] = field(default_factory=dict)
+    """By name, what the servers of a teacher say that has some."""
     tokenizer: ModelFiles | None = None
     ranks: Ranks | None = None
     data: DataFacts | None = None
@@ -72,9 +79,13 @@ class Facts:
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
+    def local_teachers(self) -> dict[str, ModelFiles]:
+        """Return the teachers with an engine in the job, by name."""
+        return {name: files for name, files in (self.teachers or {}).items() if name not in self.served}
+
     def models(self) -> dict[str, ModelFiles]:
         """Return the models that were found, by the keys of their paths."""
-        found = {path_key(name): files for name, files in (self.teachers or {}).items()}
+        found = {path_key(name): files for name, files in self.local_teachers().items()}
         return ({"model.student.path": self.student} if self.student else {}) | found
 
     def named_by(self, function: Callable[..., Any]) -> dict[str, Any]:
@@ -189,7 +200,7 @@ def share_cores(facts: Facts, config: Config, student: ModelFiles) -> None:
     on_cpu = launcher_of(config.cluster.launcher).runs_here and not hardware.gpus_per_node(config)
     if on_cpu and config.cluster.ranks_per_node is None and not facts.problems:
         if facts.trains:
-            number = best_ranks(config, student, facts.teachers or {})
+            number = best_ranks(config, student, facts.local_teachers())
         else:
             number = best_evaluation_ranks(config, student, role=facts.roles[0])
         facts.config = override(config, {"cluster.ranks_per_node": number})
@@ -235,13 +246,30 @@ def find_teachers(facts: Facts, config: Config) -> None:
     if "teacher" not in facts.roles:
         return
     models = {name: one.model.teacher for name, one in teacher_configs(config).items()}
-    found = collect(
-        partial(ModelFiles.find, teacher.path, revision=teacher.revision, key=path_key(name))
-        for name, teacher in models.items()
-        if teacher.path is not None
-    )
-    if len(found) == len(models):  # `config_problems` reports those without a path
-        facts.teachers = dict(zip(models, found, strict=True))
+    if all(model.path is not None or model.addresses for model in models.values()):  # else `config_problems` says so
+        found = collect(partial(find_teacher, model, name=name) for name, model in models.items())
+        facts.served = {name: one for name, one in zip(models, found, strict=True) if not isinstance(one, ModelFiles)}
+        files = [one if isinstance(one, ModelFiles) else one.files for one in found]
+        facts.teachers = dict(zip(models, files, strict=True))
+
+
+def find_teacher(model: TeacherModel, *, name: str) -> ModelFiles | Served:
+    """Return a teacher's files, or what its servers say. Raises ConfigError."""
+    if model.addresses:
+        from distill_cli.jobs.served_teachers import look_at  # its libraries take a while to import
+
+        return look_at(model, key=model_key(name))
+    assert model.path is not None
+    return ModelFiles.find(model.path, revision=model.revision, key=path_key(name))
+
+
+def check_servers(facts: Facts, config: Config) -> Iterator[str]:
+    """The servers of teachers must give what the run needs."""
+    alone = teacher_configs(config) if facts.served else {}
+    for name, served in facts.served.items():
+        from distill_cli.jobs.served_teachers import limit_problems
+
+        yield from limit_problems(alone[name], served, key=model_key(name))
 
 
 def read_data(facts: Facts, config: Config) -> Iterator[str]:
@@ -264,6 +292,8 @@ def check_engines(facts: Facts, config: Config, ranks: Ranks) -> Iterator[str]:
     """The ranks of a node must be able to hold the engines."""
     engines = {"engine.student": (config.engine.student, facts.student)} if "student" in facts.roles else {}
     for name, one in teacher_configs(config).items() if "teacher" in facts.roles else ():
+        if name in facts.served:
+            continue
         engines[engine_key(name)] = (one.engine.teacher, (facts.teachers or {}).get(name))
     for key, (engine, files) in engines.items():
         content = model_files.text_config(model_files.read_config(files.folder)) if files else {}
@@ -296,7 +326,7 @@ def predict_memory(facts: Facts, config: Config, student: ModelFiles, ranks: Ran
         return
     total = hardware.gpu_memory() if ranks.on_gpus else hardware.host_memory()
     gpu_bytes = (total or 0) if ranks.on_gpus else None
-    folders = student.folder, {name: files.folder for name, files in (facts.teachers or {}).items()}
+    folders = student.folder, {name: files.folder for name, files in facts.local_teachers().items()}
     try:
         shape = predictions.read_shape(student.folder, config.model.student.lora)
         facts.memory = predictions.predict(config, shape, *folders, num_ranks=ranks.total, gpu_bytes=gpu_bytes)
@@ -351,7 +381,7 @@ CHECKS: tuple[Check, ...] = (
     *(*COMMON_CHECKS, model_checks.trainable, model_checks.layout, read_recording, model_checks.recorded),
     *(model_checks.templates, model_checks.pair, model_checks.rotary, model_checks.router),
     *(model_checks.tensor_parallel, model_checks.expert_parallel, model_checks.tried_layouts, model_checks.adapters),
-    *(check_overlap, check_offload, predict_memory, check_disk),
+    *(check_servers, check_overlap, check_offload, predict_memory, check_disk),
 )
 
 

@@ -113,6 +113,9 @@ def run_to_completion(
     assert outcome is not None, "ranks that end with status 0 write their outcome"
     if outcome.is_finished:
         console.print(end_panel(resolved, outcome, run))
+    elif outcome.state == "failed":
+        saved = f"saved after step {outcome.num_steps}" if outcome.num_steps else "no step is done yet"
+        raise DistillError(f"{outcome.reason}; {saved}; {resume} goes on")
     else:
         console.print(f"stopped by {escape(str(outcome.reason))} after step {outcome.num_steps}")
         console.print(f"go on    {escape(resume)}")

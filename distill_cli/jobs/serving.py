@@ -38,7 +38,12 @@ MAX_ANSWER_BYTES = 2**28
 
 
 def serve(
-    overrides: Sequence[str], *, listen: Listen, max_topk: int | None = None, max_queued_tokens: int = MAX_QUEUED_TOKENS
+    overrides: Sequence[str],
+    *,
+    listen: Listen,
+    max_topk: int | None = None,
+    max_queued_tokens: int = MAX_QUEUED_TOKENS,
+    fixed_batches: bool = False,
 ) -> int:
     """Serve `model.teacher` until a signal; return 0.
 
@@ -68,6 +73,7 @@ def serve(
         processes=processes,
         budget=GPU_BUDGET if facts.ranks.on_gpus else CPU_BUDGET,
         token=token,
+        fixed_batches=fixed_batches,
         on_ready=lambda address: print_ready(info, facts, address),
     )
     return server.run()

@@ -55,7 +55,9 @@ class StopFlag:
 
     def __init__(self, *, deadline: float | None = None) -> None:
         """`deadline` is in seconds since 1970; None is no limit."""
-        self.reason = "another rank is stopping"
+        self.reason = ""
+        self.is_failure = False
+        """Whether what set the flag is a failure."""
         self._is_set = False
         self._deadline = deadline
 
@@ -64,9 +66,9 @@ class StopFlag:
         for signum in signums:
             signal.signal(signum, self._on_signal)
 
-    def set(self, reason: str) -> None:
-        """Set the flag for a reason of this process's own."""
-        self._is_set, self.reason = True, reason
+    def fail(self, reason: str) -> None:
+        """Set the flag because something failed that the run may survive."""
+        self._is_set, self.reason, self.is_failure = True, reason, True
 
     def is_set(self, *, within_s: float = 0.0) -> bool:
         """Return whether a signal came, or the deadline is at most `within_s` seconds away."""

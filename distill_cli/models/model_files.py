@@ -27,6 +27,11 @@ State = tuple[Path, int, int]
 ASSETS = Path(__file__).parent.parent / "assets"
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
 """Files downloaded from the hub: no pickles. Python runs only if `model.trust_remote_code` is set."""
+FILE_NAMES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json"),
+)
+"""Text files that say what a model reads and how it ends; its weights are not among them."""
 NOT_FILES = ["*/*", "consolidated*"]
 """Files that are not: the same weights once more, in another format."""
 INDEX = "model.safetensors.index.json"
@@ -64,9 +69,9 @@ class ModelFiles:
     """Tokens that end an answer (`generation_config.json`, else `config.json`)."""
 
     @classmethod
-    def find(cls, path: str, *, revision: str | None = None, key: str) -> ModelFiles:
+    def find(cls, path: str, *, revision: str | None = None, key: str, needs_weights: bool = True) -> ModelFiles:
         """Locate a model, downloading it if needed. Raises ConfigError that names `key`."""
-        folder = locate(path, revision=revision, key=key)
+        folder = locate(path, revision=revision, key=key, needs_weights=needs_weights)
         config, generation = read_config(folder), read_object(folder / "generation_config.json")
         parts = (text_config(config), config)
         positions = [part[name] for part in parts for name in MAX_POSITIONS if isinstance(part.get(name), int)]
@@ -86,7 +91,7 @@ class ModelFiles:
         return replace(self, folder=locate(self.path, revision=self.revision, key=key))
 
 
-def locate(path: str, *, revision: str | None = None, key: str) -> Path:
+def locate(path: str, *, revision: str | None = None, key: str, needs_weights: bool = True) -> Path:
     """Return the folder of a model, downloaded from the hub if needed.
 
     Raises:
@@ -102,7 +107,7 @@ def locate(path: str, *, revision: str | None = None, key: str) -> Path:
         problem = "no such folder" if path else "is empty"
         raise ConfigError(f"{key}={path}: {problem}; give a Hugging Face model's folder or its name on the hub")
     not_a_model = f"{key}={path}: not a Hugging Face model (config.json: {{}}); give one".format
-    has_weights = any(name.name not in ADAPTERS for name in folder.glob("*.safetensors"))
+    has_weights = not needs_weights or any(name.name not in ADAPTERS for name in folder.glob("*.safetensors"))
     if not has_weights:
         for file, (what, fix) in OTHER_FORMATS.items():
             if any(folder.glob(file)):
@@ -198,6 +203,12 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
         return vocab | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{file}: no tokenizer of the tokenizers library ({error!r})") from error
+
+
+def small_files(folder: Path) -> dict[str, str]:
+    """Return name and text of each of FILE_NAMES that a folder has."""
+    found = {name: folder / name for name in FILE_NAMES}
+    return {name: file.read_text(encoding="utf-8") for name, file in found.items() if file.is_file()}
 
 
 def fingerprint(folder: Path) -> str:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from distill_cli.engines.base import Sampler, Teacher
 from distill_cli.engines.companion import CompanionTeacher, needs_companion
 from distill_cli.engines.from_config import settings_of
 from distill_cli.engines.sampler import VllmSampler
+from distill_cli.engines.served import ServedTeacher
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.resolved import ResolvedRun
@@ -57,8 +59,18 @@ def build_teacher(
         works_apart: give it a process of its own, whether or not vLLM needs that.
         should_stop: see `VllmEngine`.
     """
+    loss, model = resolved.config.loss, resolved.config.model.teacher
+    if model.addresses:
+        return ServedTeacher(
+            model.addresses,
+            topk=loss.topk,
+            temperature=loss.temperature,
+            vocab_size=resolved.vocabulary.limit,
+            patience_s=model.patience_s,
+            certificate=None if model.certificate is None else Path(model.certificate),
+            should_stop=should_stop,
+        )
     student, teacher = engine_settings(resolved, "student"), engine_settings(resolved, "teacher")
-    loss = resolved.config.loss
     engine: Teacher
     if works_apart or needs_companion(student, teacher, on_gpu=torch.cuda.is_available()):
         engine = CompanionTeacher(teacher, topk=loss.topk, temperature=loss.temperature)

@@ -11,11 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from distill_cli.config.schema import Dtype
-from distill_cli.config.teachers import ONLY, path_key
+from distill_cli.config.teachers import ONLY, model_key
 from distill_cli.data.prompts import PromptMaker
 from distill_cli.engines import handshake
 from distill_cli.engines.base import Teacher
 from distill_cli.engines.guarded import GuardedTeacher
+from distill_cli.engines.served import ServedTeacher
 from distill_cli.errors import ConfigError, Unrecoverable
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.models.model_files import fingerprint
@@ -46,14 +47,18 @@ def guard(resolved: ResolvedRun, teacher: Teacher, *, name: str) -> GuardedTeach
     """Guard the run's only teacher; `name` is its among several."""
     model, loss = resolved.config.model.teacher, resolved.config.loss
     shown = "the teacher" if name == ONLY else f"the teacher {name}"
-    is_exact = model.dtype is Dtype.float32 and not resolved.ranks.on_gpus
+    limit = handshake.ROUNDED
+    if isinstance(teacher, ServedTeacher):
+        limit = handshake.NEARLY_EXACT if teacher.info().dtype == "float32" else limit
+    elif model.dtype is Dtype.float32 and not resolved.ranks.on_gpus:
+        limit = handshake.EXACT
     return GuardedTeacher(
         teacher,
         name=f"{shown} ({model.shown})",
         topk=loss.topk,
         vocab_size=resolved.vocabulary.size,
         temperature=loss.temperature,
-        limit=handshake.EXACT if is_exact else handshake.ROUNDED,
+        limit=limit,
     )
 
 
@@ -74,10 +79,11 @@ def shake_hands(rank: Rank, run: RunDir, teachers: Sequence[Teacher], stages: St
             for answer in one.shake_hands(probe_prompts(rank, name)):
                 if answer.problem is not None:
                     raise Unrecoverable(f"{one.name} {answer.problem}; see `distill check`")
+            identity = identity_of(alone, teacher)
             if is_known:
-                check_identity(file, alone, one, name=name)
+                check_identity(file, identity, one, key=model_key(name))
         if rank.parallel.is_main and not is_known:
-            write_identity(file, alone, one)
+            write_identity(file, identity, one)
         guarded.append(one)
     stages.check_stop()
     return guarded
@@ -97,28 +103,30 @@ def probe_prompts(rank: Rank, name: str) -> list[list[int]]:
     return ids
 
 
-def identity_of(resolved: ResolvedRun) -> Identity:
+def identity_of(resolved: ResolvedRun, teacher: Teacher) -> Identity:
     """Return the identity of the run's only teacher."""
     model = resolved.config.model.teacher
+    if isinstance(teacher, ServedTeacher):
+        info = teacher.info()
+        return Identity(info.path, info.revision, info.digest)
     return Identity(model.path, model.revision, fingerprint(resolved.model(ONLY).folder))
 
 
-def write_identity(file: Path, resolved: ResolvedRun, teacher: GuardedTeacher) -> None:
+def write_identity(file: Path, identity: Identity, teacher: GuardedTeacher) -> None:
     """Write down who a teacher is, with the probe of its handshake."""
     file.parent.mkdir(exist_ok=True)
     temporary = file.with_suffix(".tmp")
-    metadata = {"identity": json.dumps(asdict(identity_of(resolved)))}
+    metadata = {"identity": json.dumps(asdict(identity))}
     save_file(handshake.to_tensors(teacher.probe), temporary, metadata=metadata)
     temporary.rename(file)
 
 
-def check_identity(file: Path, resolved: ResolvedRun, teacher: GuardedTeacher, *, name: str) -> None:
+def check_identity(file: Path, now: Identity, teacher: GuardedTeacher, *, key: str) -> None:
     """Raise ConfigError or Unrecoverable if the awake teacher is not the one that was written down."""
     with safe_open(file, framework="pt") as stored:
         before = Identity(**json.loads(stored.metadata()["identity"]))
         probe = handshake.from_tensors({key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118
-    now = identity_of(resolved)
     if None not in (before.weights, now.weights) and before.weights != now.weights:
-        what = f"{path_key(name)}={now.path}: its weights are not those that the run began with ({before.path})"
+        what = f"{key}: {now.path}: its weights are not those that the run began with ({before.path})"
         raise ConfigError(f"{what}; restore them, or start a new run")
     teacher.compare(probe)

@@ -16,6 +16,10 @@ from distill_cli.parallel.mesh import Parallel
 class StopRequested(Exception):
     """The run ends after its last completed step; all ranks raise it together."""
 
+    def __init__(self, reason: str, *, is_failure: bool = False) -> None:
+        super().__init__(reason)
+        self.is_failure = is_failure
+
 
 class Stages:
     """Context managers around the stages of a step.
@@ -63,9 +67,10 @@ class Stages:
         """Raise StopRequested on all ranks if one received a stop request or is due to in `within_s`. A collective."""
         mine = self._stop.is_set(within_s=within_s)
         if self.parallel.all_max(float(mine)):
-            reasons: list[str | None] = [None] * self.parallel.size
-            dist.all_gather_object(reasons, self._stop.reason if mine else None)
-            raise StopRequested(next(reason for reason in reasons if reason is not None))
+            everyone: list[tuple[bool, str] | None] = [None] * self.parallel.size
+            dist.all_gather_object(everyone, (self._stop.is_failure, self._stop.reason) if mine else None)
+            is_failure, reason = max(one for one in everyone if one is not None)
+            raise StopRequested(reason, is_failure=is_failure)
 
     @contextmanager
     def unless_lost(self) -> Iterator[None]:
@@ -73,7 +78,7 @@ class Stages:
         try:
             yield
         except TeacherLost as error:
-            self._stop.set(str(error))
+            self._stop.fail(str(error))
 
     def lap(self) -> dict[str, float]:
         """Return `time/<stage>_s` since the last lap, and begin another."""

@@ -69,12 +69,12 @@ def make_app(
     """Return the application.
 
     Args:
-        folder: the model's, for its vocabulary.
+        folder: the model's, for its vocabulary and its small files.
         token: every request must carry it; None needs none.
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     bodies = Bodies(info, dispatcher, state)
-    vocabulary = asyncio.Lock(), dict[str, bytes]()
+    texts = Texts(vocabulary=partial(model_files.vocabulary, folder), files=partial(model_files.small_files, folder))
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _no_route)
 
@@ -90,11 +90,11 @@ def make_app(
 
     @app.get("/vocabulary")
     async def show_vocabulary() -> Response:
-        lock, made = vocabulary
-        async with lock:
-            if "body" not in made:
-                made["body"] = await asyncio.to_thread(_vocabulary_json, folder)
-        return Response(made["body"], media_type="application/json")
+        return Response(await texts.get("vocabulary"), media_type="application/json")
+
+    @app.get("/files")
+    async def show_files() -> Response:
+        return Response(await texts.get("files"), media_type="application/json")
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
@@ -109,6 +109,21 @@ def make_app(
         return await bodies.answer(request, SampleRequest.parse, partial(check_sample, info=info))
 
     return counted(authorized(app, token), metrics)
+
+
+class Texts:
+    """Long answers in JSON that are made at the first request for them."""
+
+    def __init__(self, **makers: Callable[[], Any]) -> None:
+        self._makers, self._made, self._lock = makers, dict[str, bytes](), asyncio.Lock()
+
+    async def get(self, name: str) -> bytes:
+        """Return the JSON of what the maker with this name returns."""
+        async with self._lock:
+            if name not in self._made:
+                content = await asyncio.to_thread(self._makers[name])
+                self._made[name] = json.dumps(content, ensure_ascii=False).encode()
+            return self._made[name]
 
 
 class Bodies:
@@ -204,7 +219,7 @@ def authorized(app: ASGIApp, token: str | None) -> ASGIApp:
     return check
 
 
-ROUTES = {"/health", "/info", "/vocabulary", "/metrics", "/score", "/sample"}
+ROUTES = {"/health", "/info", "/vocabulary", "/files", "/metrics", "/score", "/sample"}
 
 
 def counted(app: ASGIApp, metrics: ServerMetrics) -> ASGIApp:
@@ -220,10 +235,6 @@ def counted(app: ASGIApp, metrics: ServerMetrics) -> ASGIApp:
         await app(scope, receive, note if scope["type"] == "http" else send)
 
     return count
-
-
-def _vocabulary_json(folder: Path) -> bytes:
-    return json.dumps(model_files.vocabulary(folder), ensure_ascii=False).encode()
 
 
 def _json(content: Any, status: int = 200, headers: Headers | None = None) -> Response:

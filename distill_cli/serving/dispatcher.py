@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -33,6 +34,8 @@ class Group:
     vocab_size: int | None
     temperature: float | None = None
     sampling: SamplingSettings | None = None
+    number: int | None = None
+    """Of the only request of its batches; None if a batch may have several."""
 
 
 class ServerStops(Exception):
@@ -64,8 +67,12 @@ class Waiting(Work):
 class Dispatcher:
     """The queue of a server, and the tasks that feed its engines."""
 
-    def __init__(self, queue: FairQueue, budget: Budget, metrics: ServerMetrics) -> None:
+    def __init__(
+        self, queue: FairQueue, budget: Budget, metrics: ServerMetrics, *, fixed_batches: bool = False
+    ) -> None:
+        """`fixed_batches` puts no two requests into a batch: what else waits then changes no bit of an answer."""
         self.queue = queue
+        self._numbers = itertools.count() if fixed_batches else itertools.repeat(None)
         self._budget, self._metrics = budget, metrics
         self._has_work = asyncio.Event()
         self._feeders: list[asyncio.Task[None]] = []
@@ -83,11 +90,11 @@ class Dispatcher:
 
     def submit(self, request: ScoreRequest | SampleRequest, *, client: str, max_model_len: int) -> Waiting:
         """Queue a request, whose `done` gets the answers to its parts, in order. Raises QueueFull."""
-        costs = request.lengths.tolist()
+        costs, number = request.lengths.tolist(), next(self._numbers)
         if isinstance(request, ScoreRequest):
-            group = Group("score_batch", request.vocab_size, temperature=request.temperature)
+            group = Group("score_batch", request.vocab_size, temperature=request.temperature, number=number)
         else:
-            group = Group("sample_batch", request.vocab_size, sampling=request.sampling)
+            group = Group("sample_batch", request.vocab_size, sampling=request.sampling, number=number)
             costs = [min(cost + request.sampling.max_new_tokens, max_model_len) for cost in costs]
         work = Waiting(client, group, costs, request)
         self.queue.push(work, now=time.monotonic())

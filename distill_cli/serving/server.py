@@ -107,16 +107,19 @@ class ScoringServer:
         processes: EngineProcesses,
         budget: Budget,
         token: str | None,
+        fixed_batches: bool,
         on_ready: Callable[[str], object],
     ) -> None:
         """Take what is served; nothing starts yet.
 
         Args:
             folder: the model's.
+            fixed_batches: see `Dispatcher`.
             on_ready: called with the server's address when it can score.
         """
         self._info, self._folder, self._listen = info, folder, listen
         self._processes, self._budget, self._token, self._on_ready = processes, budget, token, on_ready
+        self._fixed_batches = fixed_batches
         self._state = State()
         self._failure: DistillError | None = None
         self._signums: list[int] = []
@@ -140,7 +143,7 @@ class ScoringServer:
     async def _serve(self, listener: socket.socket) -> None:
         metrics = ServerMetrics()
         queue = FairQueue(max_tokens=self._info.max_queued_tokens)
-        dispatcher = Dispatcher(queue, self._budget, metrics)
+        dispatcher = Dispatcher(queue, self._budget, metrics, fixed_batches=self._fixed_batches)
         metrics.gauge("distill_queued_tokens", "Tokens that wait for an engine.", lambda: queue.num_tokens)
         metrics.gauge("distill_waiting_clients", "Clients whose tokens wait.", lambda: queue.num_clients)
         app = make_app(

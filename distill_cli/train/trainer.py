@@ -87,7 +87,7 @@ class Trainer:
                 if step % self.config.checkpoint.period == 0 or step == self.num_steps:
                     self.save(metrics)
         except StopRequested as request:
-            state, reason = "stopped", str(request)
+            state, reason = "failed" if request.is_failure else "stopped", str(request)
             self.save(metrics)
         if self.saver is not None:
             self.saver.close()

@@ -23,6 +23,7 @@ def declare(parser: Parser) -> None:
     parser.add_argument("--port", default="8008", metavar="N", help="port (8008); 0 is any that is free")
     parser.add_argument("--max-topk", metavar="N", help="largest top-k of a request (128, or the vocabulary)")
     parser.add_argument("--max-queued-tokens", metavar="N", help="tokens that may wait (1048576); others come again")
+    parser.add_argument("--fixed-batches", action="store_true", help="no two requests at once: the same bits each time")
     parser.add_argument("--certificate", type=Path, metavar="FILE", help="certificate for TLS, in PEM")
     parser.add_argument("--key", type=Path, metavar="FILE", help="its private key, in PEM")
 
@@ -47,7 +48,7 @@ def main(arguments: Arguments) -> int:
         )
         if value is not None
     }
-    return serve(arguments.overrides, listen=listen, **limits)
+    return serve(arguments.overrides, listen=listen, fixed_batches=arguments.fixed_batches, **limits)
 
 
 def number(flag: str, text: str, *, at_least: int, at_most: int | None = None) -> int:
