@@ -10,7 +10,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from distill_cli.checkpoint import store
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders import atomic_dir
 from distill_cli.folders.run_dir import RunDir, read_json, write_json
+from distill_cli.student.moving import PREFIX, MovingCopy
 
 log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NOT_WEIGHTS = (*MOMENTS, PREFIX)
 WEIGHTS_FILE, MOMENTS_FILE = 1, 2
 """Numbers of a rank's files; an export opens only the first."""
 
@@ -49,6 +51,8 @@ class Trainable:
     """`model_files.fingerprint` of the frozen weights, which no checkpoint holds; None if all are trained."""
     after_load: Callable[[], object] = lambda: None
     """Called after the optimizer's state is read; `OptimizerOffload.to_rest` with an offloaded optimizer."""
+    copies: Sequence[MovingCopy] = ()
+    """The weights of moving teachers."""
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, param) for name, param in self.model.named_parameters() if param.requires_grad)
@@ -56,6 +60,8 @@ class Trainable:
     def tensors(self, *, with_optimizer: bool) -> Tensors:
         """Return the live tensors by name; DTensors as they are sharded."""
         tensors: Tensors = {name: param.detach() for name, param in self.parameters()}
+        for copy in self.copies:
+            tensors |= copy.tensors()
         if with_optimizer:
             for name, param in self.parameters():
                 state = self.optimizer.state.get(param)
@@ -181,7 +187,7 @@ class Saver:
         """Write this rank's files; return their entries in the manifest, or why they could not be written."""
         rank, temporary = dist.get_rank(), atomic_dir.hidden(store.folder(self.run.checkpoints, step), "tmp")
         try:
-            files = {name: MOMENTS_FILE if name.startswith(MOMENTS) else WEIGHTS_FILE for name in tensors}
+            files = {name: MOMENTS_FILE if name.startswith(NOT_WEIGHTS) else WEIGHTS_FILE for name in tensors}
             writer = dcp.HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=self._group)
             write_json(temporary / f"rank_{rank}.json", rank_state)
@@ -232,7 +238,8 @@ def load(path: Path, trainable: Trainable) -> dict[str, Any]:
     state: dict[str, Any] = read_json(path / store.STATE)
     reader = dcp.HuggingFaceStorageReader(str(path))
     names = reader.read_metadata().state_dict_metadata.keys()
-    others = {name for name in names if not name.startswith(MOMENTS)} ^ {name for name, _ in trainable.parameters()}
+    expected = set(trainable.tensors(with_optimizer=False))
+    others = {name for name in names if not name.startswith(MOMENTS)} ^ expected
     if others:
         raise ConfigError(f"{path}: is of another model: {min(others)} is not in both; give that model")
     with_optimizer = any(name.startswith(MOMENTS) for name in names)
@@ -247,6 +254,8 @@ def load(path: Path, trainable: Trainable) -> dict[str, Any]:
         raise ConfigError(f"{path}: is of another model: {_root_cause(error)}; give that model") from error
     dist.destroy_process_group(group)
     trainable.after_load()
+    for copy in trainable.copies:
+        copy.loaded()
     set_num_updates(trainable.schedule, state["num_updates"])
     if state["num_ranks"] == dist.get_world_size():
         set_random_states(read_json(path / f"rank_{dist.get_rank()}.json"))

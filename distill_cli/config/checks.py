@@ -124,6 +124,12 @@ def _models(config: Config) -> Problems:
     teacher = config.model.teacher
     if teacher.path is None and not teacher.addresses and not config.model.teachers:
         yield "model.teacher.path", "a value is needed; give a folder or a hub name, or model.teacher.url"
+    moving = {"ema": teacher.ema is not None, "refresh": teacher.refresh > 1}
+    for name, is_given in moving.items():
+        if is_given and not teacher.is_student:
+            yield f"model.teacher.{name}", "only model.teacher.path=student has weights that move; set that"
+    if all(moving.values()):
+        yield "model.teacher.refresh", "model.teacher.ema moves the teacher at every step; leave one of them out"
     if teacher.url is not None and not _are_addresses(teacher.url):
         yield "model.teacher.url", "must be an address such as http://127.0.0.1:8008, or a list of some"
     if teacher.addresses and 0 < config.cluster.hang_timeout_s <= teacher.patience_s:

@@ -73,7 +73,7 @@ def scores_while_sampling(config: Config, *, on_gpus: bool) -> bool:
 
 def overlap_problems(config: Config, *, on_gpus: bool) -> Iterator[str]:
     """Yield what keeps the teacher from scoring while the student samples, and the key that changes it."""
-    local = {name: one for name, one in teacher_configs(config).items() if not one.model.teacher.addresses}
+    local = {name: one for name, one in teacher_configs(config).items() if one.model.teacher.has_engine}
     teachers = {engine_key(name): one.engine.teacher for name, one in local.items()}
     for key, engine in teachers.items():
         if on_gpus and engine.sleep is not False:

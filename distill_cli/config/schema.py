@@ -23,6 +23,8 @@ OnTruncation = Enum("OnTruncation", {"warn": "warn", "stop": "stop"})
 OverlongPrompts = Enum("OverlongPrompts", {"drop": "drop", "truncate": "truncate"})
 EosMap = Enum("EosMap", {"auto": "auto", "off": "off"})
 LoraSync = Enum("LoraSync", {"merged": "merged", "adapter": "adapter"})
+STUDENT = "student"
+"""`model.teacher.path` of a teacher that is the student; `./student` is a folder of that name."""
 OffPolicy = Enum("OffPolicy", {"dataset": "dataset", "teacher": "teacher"})
 
 
@@ -64,7 +66,13 @@ class StudentModel:
 @section
 class TeacherModel:
     path: str | None = key(None, evaluation=True)
-    """A Hugging Face folder or hub name. Its vocabulary must be the student's."""
+    """A Hugging Face folder or hub name. Its vocabulary must be the student's. `student` is the student itself, as it
+    is at each step (self-distillation): give it a context or a template of its own, `ema` or `refresh`."""
+    ema: float | None = key(None, at_least=0, below=1)
+    """The teacher's weights are a running mean of the student's: after each training step ema x teacher + (1 - ema) x
+    student. For path=student."""
+    refresh: int = key(1, at_least=1)
+    """The teacher's weights are the student's of the last step that this number divides. For path=student."""
     url: Any = key(None, resume=True)
     """Address of a scoring server (`distill serve`) that has the teacher, or a list of addresses of several that share
     the work; null is an engine in this job. `path` and `engine.teacher` then have no effect."""
@@ -84,6 +92,21 @@ class TeacherModel:
     folder; null is the student's. The answer's tokens are the student's in any case."""
     chat_template_kwargs: dict[str, Any] = key(factory=dict)
     """Arguments of the template for the teacher alone; they override `model.chat_template_kwargs`."""
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it is the student itself, now or earlier; it has no engine of its own."""
+        return self.path == STUDENT and self.url is None
+
+    @property
+    def moves_apart(self) -> bool:
+        """Whether its weights are the student's of earlier steps."""
+        return self.is_student and (self.ema is not None or self.refresh > 1)
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether an engine of its own is in the job."""
+        return not self.addresses and not self.is_student
 
     @property
     def addresses(self) -> list[str]:

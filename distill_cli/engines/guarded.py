@@ -45,6 +45,10 @@ class GuardedTeacher(Teacher):
         self._sleeps, self._comebacks = 0, self._teacher.comebacks
         return list(self._answers(self._probe))
 
+    def forget(self) -> None:
+        """Compare with the handshake no more: the teacher's weights will change."""
+        self._probe = None
+
     @property
     def probe(self) -> Probe:
         """The handshake's."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,12 +37,14 @@ class VllmSampler(VllmEngine, Sampler):
         sampler.sync(model.named_parameters(), version=step)
     """
 
-    def __init__(self, settings: EngineSettings, *, should_stop: Callable[[], bool] | None = None) -> None:
-        """Load the student; `should_stop` is `VllmEngine`'s."""
+    def __init__(
+        self, settings: EngineSettings, *, should_stop: Callable[[], bool] | None = None, **kwargs: Any
+    ) -> None:
+        """Load the student; `should_stop` and `kwargs` are `VllmEngine`'s."""
         self.version = UNSYNCED
         self._is_broken = False
         self.sleep_level = 1 if settings.adapter else 2
-        super().__init__(settings, role="the sampler", should_stop=should_stop)
+        super().__init__(settings, role="the sampler", should_stop=should_stop, **kwargs)
         if settings.adapter:
             check_names(platform="adapter")
         self._expected = expected_shapes(Path(settings.path))

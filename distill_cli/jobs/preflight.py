@@ -81,7 +81,8 @@ class Facts:
 
     def local_teachers(self) -> dict[str, ModelFiles]:
         """Return the teachers with an engine in the job, by name."""
-        return {name: files for name, files in (self.teachers or {}).items() if name not in self.served}
+        alone = teacher_configs(self.config) if self.teachers else {}
+        return {name: files for name, files in (self.teachers or {}).items() if alone[name].model.teacher.has_engine}
 
     def models(self) -> dict[str, ModelFiles]:
         """Return the models that were found, by the keys of their paths."""
@@ -247,14 +248,17 @@ def find_teachers(facts: Facts, config: Config) -> None:
         return
     models = {name: one.model.teacher for name, one in teacher_configs(config).items()}
     if all(model.path is not None or model.addresses for model in models.values()):  # else `config_problems` says so
-        found = collect(partial(find_teacher, model, name=name) for name, model in models.items())
+        found = collect(partial(find_teacher, facts, model, name=name) for name, model in models.items())
         facts.served = {name: one for name, one in zip(models, found, strict=True) if not isinstance(one, ModelFiles)}
         files = [one if isinstance(one, ModelFiles) else one.files for one in found]
         facts.teachers = dict(zip(models, files, strict=True))
 
 
-def find_teacher(model: TeacherModel, *, name: str) -> ModelFiles | Served:
+def find_teacher(facts: Facts, model: TeacherModel, *, name: str) -> ModelFiles | Served:
     """Return a teacher's files, or what its servers say. Raises ConfigError."""
+    if model.is_student:
+        student = facts.config.model.student
+        return facts.student or ModelFiles.find(student.path, revision=student.revision, key="model.student.path")
     if model.addresses:
         from distill_cli.jobs.served_teachers import look_at  # its libraries take a while to import
 
@@ -292,7 +296,7 @@ def check_engines(facts: Facts, config: Config, ranks: Ranks) -> Iterator[str]:
     """The ranks of a node must be able to hold the engines."""
     engines = {"engine.student": (config.engine.student, facts.student)} if "student" in facts.roles else {}
     for name, one in teacher_configs(config).items() if "teacher" in facts.roles else ():
-        if name in facts.served:
+        if not one.model.teacher.has_engine:
             continue
         engines[engine_key(name)] = (one.engine.teacher, (facts.teachers or {}).get(name))
     for key, (engine, files) in engines.items():

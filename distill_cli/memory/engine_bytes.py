@@ -47,7 +47,7 @@ def engines_of(config: Config, student: Path, teachers: Mapping[str, Path]) -> I
         yield Engine("sampler", "engine.student", student, config.model.student, config.engine.student)
     if needs_scorer(config):
         for name, one in teacher_configs(config).items():
-            if one.model.teacher.addresses:
+            if not one.model.teacher.has_engine:
                 continue
             shown = "scorer" if name == ONLY else f"scorer {name}"
             yield Engine(shown, engine_key(name), teachers[name], one.model.teacher, one.engine.teacher)

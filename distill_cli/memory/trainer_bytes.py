@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from distill_cli.config.derived import micro_batches_per_update
 from distill_cli.config.schema import Checkpointing, Config, MeshConfig, Precision, TrainConfig
+from distill_cli.config.teachers import teacher_configs
 from distill_cli.losses.chunks import chunk_size
 from distill_cli.memory.layers import LayerShape
 from distill_cli.memory.shape import ModelShape
@@ -35,6 +36,8 @@ class Step:
     on_gpu: bool = False
     length: int = 0
     """Tokens of the longest sequence."""
+    copies: int = 0
+    """Copies of the trained parameters: those of moving teachers."""
 
     @classmethod
     def of(cls, config: Config, *, num_ranks: int, on_gpu: bool) -> Step:
@@ -46,7 +49,8 @@ class Step:
         micro_batches = micro_batches_per_update(config, num_ranks=num_ranks)
         sharers = max(copies // mesh.replicate, 1) * mesh.context
         length = min(config.rollout.max_sequence_length, tokens)
-        return cls(train, mesh, tokens, config.loss.topk, micro_batches, sharers, on_gpu, length)
+        moving = sum(one.model.teacher.moves_apart for one in teacher_configs(config).values())
+        return cls(train, mesh, tokens, config.loss.topk, micro_batches, sharers, on_gpu, length, moving)
 
     @property
     def computed(self) -> int:
@@ -140,6 +144,7 @@ def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:
     on_device = 0 if step.on_gpu and step.train.cpu_offload else 1
     optimizer = on_device * 8 * own / s
     rests_on_host = step.on_gpu and step.train.offload_optimizer
+    weights += step.copies * FLOAT32 * own
     resting = {"weights": on_device * weights / s, "optimizer": 0 if rests_on_host else optimizer}
     reduced = on_device * FLOAT32 / s  # bytes of a reduced gradient's element
     head_output = FLOAT32 * (step.tokens / step.mesh.context) * (step.topk + 6) * step.micro_batches

@@ -13,6 +13,7 @@ from distill_cli.config.derived import needs_sampler, needs_scorer, scores_while
 from distill_cli.engines.base import Sampler, Teacher
 from distill_cli.engines.companion import CompanionTeacher, needs_companion
 from distill_cli.engines.from_config import settings_of
+from distill_cli.engines.moving import ScoringSampler
 from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.served import ServedTeacher
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
@@ -22,8 +23,9 @@ from distill_cli.resolved import ResolvedRun
 log = logging.getLogger(__name__)
 
 
-Engines = tuple[Sampler | None, list[Teacher]]
-"""A rank's sampler, None if the run needs none, and its teachers in the config's order, none if it needs none."""
+Engines = tuple[Sampler | None, list[Teacher | None]]
+"""A rank's sampler, None if the run needs none, and its teachers in the config's order, none if it needs none; None for
+a teacher that is the student (`build_source.moving_teacher`)."""
 
 
 def build_engines(
@@ -39,15 +41,34 @@ def build_engines(
     # Built first: a companion loads while the sampler is built.
     alone = resolved.by_teacher().values() if needs_scorer(config) else []
     early = scores_while_sampling(config, on_gpus=torch.cuda.is_available())
-    teachers = [build_teacher(one, works_apart=early, should_stop=should_stop) for one in alone]
+    teachers = [
+        None if one.config.model.teacher.is_student else build_teacher(one, works_apart=early, should_stop=should_stop)
+        for one in alone
+    ]
     if needs_sampler(config):
         settings = replace(engine_settings(resolved, "student"), untouched=untouched)
-        sampler = VllmSampler(settings, should_stop=should_stop)
+        sampler = build_sampler(resolved, settings, scores=None in teachers, should_stop=should_stop)
         sampler.sleep()
     for teacher in teachers:
-        teacher.wait_ready()
+        if teacher is not None:
+            teacher.wait_ready()
     log.info("engines ready in %.1f s", time.perf_counter() - begin)
     return sampler, teachers
+
+
+def build_sampler(
+    resolved: ResolvedRun, settings: EngineSettings, *, scores: bool, should_stop: Callable[[], bool] | None
+) -> VllmSampler:
+    """Build the student's engine. A collective.
+
+    Args:
+        scores: a teacher is the student, and scores with this engine.
+    """
+    if not scores:
+        return VllmSampler(settings, should_stop=should_stop)
+    lengths = resolved.lengths
+    settings = replace(settings, max_model_len=max(lengths.student, lengths.teacher))
+    return ScoringSampler(settings, topk=resolved.config.loss.topk, should_stop=should_stop)
 
 
 def build_teacher(

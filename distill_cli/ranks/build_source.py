@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_cli.checkpoint.saver import Trainable
 from distill_cli.config.derived import validates
@@ -28,6 +29,7 @@ from distill_cli.data.recorded_run import Recording
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream
 from distill_cli.engines.base import Sampler
+from distill_cli.engines.moving import MovingTeacher, ScoringSampler
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.models.model_pair import OWN_TEMPLATE, read_template
@@ -43,9 +45,12 @@ from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.turns import Turns, observation_encoder
 from distill_cli.rollout.workers import Responder, RolloutWorker, ScoringWorker
 from distill_cli.student.model import Student
+from distill_cli.student.moving import MovingCopy
 from distill_cli.student.weights import synced_parameters
 from distill_cli.train.validation import Validator, first_of_each
 
+FIRST_COPY = -10
+"""Versions of a moving teacher's weights count down from here, apart from the student's and the sampler's own."""
 Order = PromptOrder | PromptStream | RecordedSteps
 MAX_PROMPTS_AT_START = 50_000
 """Most training prompts to make before the first step (about 15 s); more are made as training reaches them."""
@@ -213,6 +218,37 @@ def build_worker(rank: Rank, stages: Stages, sampler: Sampler, student: Student,
     weights = partial(synced_parameters, student.lm, student.published, as_adapter=as_adapter)
     responder = build_responder(rank, sampling, max_tokens=config.rollout.max_sequence_length)
     return RolloutWorker(sampler, weights, lambda: trainable.num_updates, responder, stages)
+
+
+def build_copies(resolved: ResolvedRun, lm: PreTrainedModel) -> dict[str, MovingCopy]:
+    """Return the weights of the teachers that are the student of earlier steps, by name."""
+    moving = {name: one.config.model.teacher for name, one in resolved.by_teacher().items()}
+    moving = {name: teacher for name, teacher in moving.items() if teacher.moves_apart}
+    return {
+        name: MovingCopy(lm, ema=teacher.ema, refresh=teacher.refresh, number=number)
+        for number, (name, teacher) in enumerate(moving.items())
+    }
+
+
+def moving_teacher(
+    resolved: ResolvedRun, sampler: Sampler, student: Student, trainable: Trainable, copy: MovingCopy | None
+) -> MovingTeacher:
+    """Build the run's only teacher, which is the student, or a copy that follows it."""
+    assert isinstance(sampler, ScoringSampler)
+    assert student.published is not None
+
+    def version() -> int:
+        is_student = copy is None or (copy.moves == 0 and trainable.num_updates == 0)
+        return trainable.num_updates if is_student or copy is None else FIRST_COPY - copy.moves
+
+    as_adapter = resolved.config.model.student.lora.syncs_adapter
+    return MovingTeacher(
+        sampler,
+        temperature=resolved.config.loss.temperature,
+        weights=partial(synced_parameters, student.lm, student.published, as_adapter=as_adapter),
+        version=version,
+        in_place=nullcontext if copy is None else copy.in_place,
+    )
 
 
 def build_planner(rank: Rank) -> Planner:

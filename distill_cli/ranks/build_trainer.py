@@ -84,15 +84,23 @@ def build_trainer(
     if checkpoint is not None:
         check_data(checkpoint, order)
     built = build_model(resolved)  # before engines: vLLM changes classes of transformers
-    sampler, teachers = build_engines(resolved, should_stop=stop.is_set, untouched=built[1].untouched)
+    sampler, own_teachers = build_engines(resolved, should_stop=stop.is_set, untouched=built[1].untouched)
     student = build_student(resolved, parallel, built)
     num_steps = count_steps(config, order)
     trainable = build_trainable(resolved, student, num_steps=num_steps, device=parallel.device)
+    copies = parts.build_copies(resolved, student.lm) if own_teachers else {}
+    trainable = replace(trainable, copies=list(copies.values()))
     progress = Progress.of(load(checkpoint, trainable)) if checkpoint is not None else Progress()
     decode, show = parts.make_decode(rank.tokenizer), parts.make_decode(rank.tokenizer, skip_special_tokens=False)
     printer = StepPrinter(console, num_steps=num_steps, every=config.run.print_every)
     log = RunLog(run, printer, MetricsFile(run.metrics) if is_main else None, num_steps, show)
     stages, planner = Stages(parallel, stop, on_stage=log.stage), parts.build_planner(rank)
+    teachers = []
+    for (name, alone), own in zip(resolved.by_teacher().items(), own_teachers, strict=False):
+        if own is None:
+            assert sampler is not None
+            own = parts.moving_teacher(alone, sampler, student, trainable, copies.get(name))
+        teachers.append(own)
     teachers = shake_hands(rank, run, teachers, stages)
     worker = None if sampler is None else parts.build_worker(rank, stages, sampler, student, trainable)
     early = scores_while_sampling(config, on_gpus=resolved.ranks.on_gpus)
@@ -124,6 +132,7 @@ def build_trainer(
         saver=build_saver(config, run, trainable, last_step=progress.step) if config.checkpoint.enabled else None,
         data_fingerprint=order.fingerprint,
         teachers=teacher_names(config),
+        copies=list(copies.values()),
     )
 
 

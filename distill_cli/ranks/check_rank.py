@@ -45,7 +45,7 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
     built = parts.build_model(resolved)  # before engines: vLLM changes classes of transformers
     own = with_student_as_teacher(with_masses(resolved))
     sampler, own_teachers = build_engines(own, untouched=built[1].untouched)
-    if isinstance(order, RecordedSteps) or sampler is None or not own_teachers:
+    if isinstance(order, RecordedSteps) or sampler is None or not own_teachers or own_teachers[0] is None:
         raise ConfigError("rollout.replay: distill check needs both engines; leave it out")
     student = parts.build_student(resolved, parallel, built)
     trainable = parts.build_trainable(

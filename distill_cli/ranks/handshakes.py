@@ -16,6 +16,7 @@ from distill_cli.data.prompts import PromptMaker
 from distill_cli.engines import handshake
 from distill_cli.engines.base import Teacher
 from distill_cli.engines.guarded import GuardedTeacher
+from distill_cli.engines.moving import MovingTeacher
 from distill_cli.engines.served import ServedTeacher
 from distill_cli.errors import ConfigError, Unrecoverable
 from distill_cli.folders.run_dir import RunDir
@@ -74,16 +75,18 @@ def shake_hands(rank: Rank, run: RunDir, teachers: Sequence[Teacher], stages: St
     guarded: list[Teacher] = []
     for (name, alone), teacher in zip(rank.resolved.by_teacher().items(), teachers, strict=True):
         one, file = guard(alone, teacher, name=name), run.teachers / f"{name}.safetensors"
+        is_moving = isinstance(teacher, MovingTeacher)
         is_known = bool(rank.parallel.all_max(float(rank.parallel.is_main and file.exists())))
         with stages.awake(one), stages("handshake"):
             for answer in one.shake_hands(probe_prompts(rank, name)):
                 if answer.problem is not None:
                     raise Unrecoverable(f"{one.name} {answer.problem}; see `distill check`")
-            identity = identity_of(alone, teacher)
-            if is_known:
-                check_identity(file, identity, one, key=model_key(name))
-        if rank.parallel.is_main and not is_known:
-            write_identity(file, identity, one)
+            if is_moving:
+                one.forget()
+            elif is_known:
+                check_identity(file, identity_of(alone, teacher), one, key=model_key(name))
+        if rank.parallel.is_main and not is_known and not is_moving:
+            write_identity(file, identity_of(alone, teacher), one)
         guarded.append(one)
     stages.check_stop()
     return guarded

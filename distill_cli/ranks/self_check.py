@@ -241,7 +241,8 @@ class SelfCheck:
         """Check that the teacher is another model, if the config says so, and compare it in scorer and trainer."""
         loss, _ = self.evaluate(self.student, batches)
         model = self.config.model
-        if (model.teacher.path, model.teacher.revision) != (model.student.path, model.student.revision):
+        is_other = (model.teacher.path, model.teacher.revision) != (model.student.path, model.student.revision)
+        if is_other and not model.teacher.is_student:
             yield self.answer("other", self.differs(loss), f"loss {loss:.3g}")
         else:
             yield self.answer("same", None, f"loss {loss:.3g}")

@@ -22,6 +22,7 @@ from distill_cli.rollout.pack import BatchPlan, micro_batches
 from distill_cli.rollout.source import RolloutSource, ScoredBatch
 from distill_cli.rollout.stages import Stages, StopRequested
 from distill_cli.student.model import Student
+from distill_cli.student.moving import MovingCopy
 from distill_cli.student.optimizer import StepResult, optimizer_step
 from distill_cli.train.run_log import RunLog
 from distill_cli.train.run_state import Progress
@@ -62,6 +63,8 @@ class Trainer:
     """Identifies the training data, whose order a resumed run relies on; None if unknown."""
     teachers: Sequence[str] = (ONLY,)
     """The teachers' names, in the config's order."""
+    copies: Sequence[MovingCopy] = ()
+    """The weights of teachers that follow the student."""
 
     def run(self) -> Outcome:
         """Take every remaining step; validate and save as the config says. A collective."""
@@ -124,6 +127,8 @@ class Trainer:
                 result = optimizer_step(self.student, optimizer, schedule, batches, max_grad_norm=norm, parallel=mesh)
             self.check_finite(step, result, plan, batch)
             updates.append((batches, result))
+        for copy in self.copies:
+            copy.follow(step)
         with self.stages("record"):
             train_s = self.stages.seconds["train"]
             trained = train_metrics(updates, is_current=batch.is_current, parallel=mesh)
