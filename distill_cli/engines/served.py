@@ -29,6 +29,8 @@ Result = TypeVar("Result")
 
 REQUEST_TOKENS = 4096
 """Tokens of a request. Smaller ones let answers be read while the rest is scored; larger ones are fewer batches."""
+ANSWER_BYTES = 2**25
+"""Size of an answer, by which requests with a large top-k are smaller."""
 IN_FLIGHT = 6
 """Requests that a server has at a time: its engine never waits for the next."""
 POLL_S = 0.5
@@ -117,7 +119,8 @@ class ServedTeacher(Teacher):
         assert isinstance(topk, int)
         check_starts(sequences, response_starts)
         scored = [index for index, start in enumerate(response_starts) if start < len(sequences[index])]
-        groups = split_by_tokens([len(sequences[index]) for index in scored], REQUEST_TOKENS)
+        limit = min(REQUEST_TOKENS, ANSWER_BYTES // (8 * topk + 4))
+        groups = split_by_tokens([len(sequences[index]) for index in scored], limit)
         requests = [
             ScoreRequest.of(
                 [sequences[index] for index in scored[group]],

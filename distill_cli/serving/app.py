@@ -19,6 +19,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distill_cli.engines.server_info import ServerInfo
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 READY, LOADING, STOPPING = "ready", "loading", "stopping"
 REASONS = {LOADING: "the model is being loaded", STOPPING: "the server is stopping"}
 RETRY_LOADING_S = 2
+LEFT = 499
+"""Status, in the metrics alone, of a request whose client has closed its connection."""
 BODY_TENSORS_BYTES = 16
 """Most bytes of a request's body for each token: sequences of one token with a seed."""
 BODY_HEADER_BYTES = 2**17
@@ -129,6 +132,8 @@ class Bodies:
             check(parsed)
         except BadBody as error:
             raise Refused(422, str(error)) from None
+        except ClientDisconnect:
+            return Response(status_code=LEFT)
         peer = request.client.host if request.client else "unknown"
         client = request.headers.get(CLIENT_HEADER, peer)[:100]
         try:
@@ -143,7 +148,7 @@ class Bodies:
         except ServerStops:
             raise Refused(503, REASONS[STOPPING], retry_after=str(RETRY_LOADING_S)) from None
         except Gone:
-            return Response(status_code=499)
+            return Response(status_code=LEFT)
         except asyncio.CancelledError:  # the server stops, or the connection is torn down
             self._dispatcher.cancel(work)
             raise

@@ -14,6 +14,7 @@ from distill_cli.engines.wire import Arrays, SampleRequest, ScoreRequest
 from distill_cli.errors import DistillError
 from distill_cli.serving.engine_processes import Engine
 from distill_cli.serving.fair_queue import FairQueue, Part, Work
+from distill_cli.serving.request_checks import costs
 from distill_cli.serving.server_metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class ServerStops(Exception):
     """A request is not answered any more."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Budget:
     """Tokens of a batch."""
 
@@ -80,16 +81,22 @@ class Dispatcher:
         for engine in engines:
             failures = [0]
             self._feeders += [asyncio.create_task(self._feed(engine, failures)) for _ in range(BATCHES_AHEAD)]
+        for feeder in self._feeders:
+            feeder.add_done_callback(self._feeder_ended)
+
+    def _feeder_ended(self, feeder: asyncio.Task[None]) -> None:
+        """End the server if a feeder fails, which is a defect: what waits would wait for ever."""
+        if not feeder.cancelled() and (error := feeder.exception()) is not None and not self.failure.done():
+            log.error("the server failed", exc_info=error)
+            self.failure.set_result(DistillError(f"the server failed: {error!r}"))
 
     def submit(self, request: ScoreRequest | SampleRequest, *, client: str, max_model_len: int) -> Waiting:
         """Queue a request, whose `done` gets the answers to its parts, in order. Raises QueueFull."""
-        costs = request.lengths.tolist()
         if isinstance(request, ScoreRequest):
             group = Group("score_batch", request.vocab_size, temperature=request.temperature)
         else:
             group = Group("sample_batch", request.vocab_size, sampling=request.sampling)
-            costs = [min(cost + request.sampling.max_new_tokens, max_model_len) for cost in costs]
-        work = Waiting(client, group, costs, request)
+        work = Waiting(client, group, costs(request, max_model_len), request)
         self.queue.push(work, now=time.monotonic())
         self._open.add(work)
         work.done.add_done_callback(lambda _: self._open.discard(work))

@@ -172,14 +172,16 @@ class ScoringServer:
         served = asyncio.create_task(http.serve(sockets=[listener]))
         served.add_done_callback(lambda _: stopped.set())
         loaded = asyncio.create_task(self._load(dispatcher, listener, fail))
+        loaded.add_done_callback(lambda task: None if task.cancelled() or not task.exception() else stopped.set())
         try:
             await stopped.wait()
             self._state.now = application.STOPPING
             loaded.cancel()
             await dispatcher.stop(within_s=0.0 if self._failure else DRAIN_S)
             http.should_exit = True
+            await served
             with suppress(asyncio.CancelledError):
-                await served
+                await loaded
         finally:
             self._processes.kill()
 
