@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import random
 import socket
 import ssl
@@ -25,11 +26,15 @@ from distill_cli.engines.server_info import ServerInfo
 from distill_cli.engines.wire import CLIENT_HEADER, TOKEN, BadBody
 from distill_cli.errors import ConfigError, DistillError, TeacherLost, Unrecoverable
 
+log = logging.getLogger(__name__)
+
 Answer = TypeVar("Answer")
 
 CONNECT_S = 10.0
 FIRST_REST_S, MOST_REST_S = 0.25, 5.0
 """How long a server rests after its first failure in a row, and at most; the time doubles with each."""
+MOST_ENGINE_FAILURES = 3
+"""How often an engine may fail at a request before that is given up: it would fail again."""
 MOST_SHOWN = 120
 """Characters that messages show of an answer."""
 KEEP_ALIVE = [
@@ -42,9 +47,9 @@ KEEP_ALIVE = [
 class Retry(Exception):
     """A request failed and may succeed later or elsewhere; the message says what was seen."""
 
-    def __init__(self, seen: str, *, after_s: float = 0.0, is_loading: bool = False) -> None:
+    def __init__(self, seen: str, *, status: int = 0, after_s: float = 0.0, is_loading: bool = False) -> None:
         super().__init__(seen)
-        self.after_s, self.is_loading = after_s, is_loading
+        self.status, self.after_s, self.is_loading = status, after_s, is_loading
 
 
 @dataclass(eq=False)
@@ -62,7 +67,7 @@ class Replica:
     is_known: bool = False
     """It has said who it is since its last failure."""
     seen: str = ""
-    """The last failure."""
+    """The last failure since it has answered."""
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -112,7 +117,10 @@ class Replicas:
         self._last_success = time.monotonic()
         self._changed = asyncio.Condition()
         # Not httpx's own: it would import certifi's authorities, and read a proxy's address from the environment.
-        context = ssl.create_default_context(cafile=certificate)
+        try:
+            context = ssl.create_default_context(cafile=certificate)
+        except OSError as error:  # the base of ssl's errors
+            raise ConfigError(f"{certificate}: no certificate that can be read ({error}); give one in PEM") from error
         transport = httpx.AsyncHTTPTransport(
             verify=context,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=60),
@@ -141,7 +149,7 @@ class Replicas:
             Unrecoverable: a server has another model than before.
             DistillError: a server refused the request.
         """
-        begin = time.monotonic()
+        begin, num_engine_failures = time.monotonic(), 0
         while True:
             replica = await self._acquire(begin)
             replica.num_requests += 1
@@ -150,6 +158,9 @@ class Replicas:
                 await self._check_identity(replica)
                 answer = await self._watched(replica, self._post(replica, route, body, parse))
             except Retry as failure:
+                num_engine_failures += failure.status == 500
+                if num_engine_failures == MOST_ENGINE_FAILURES:
+                    raise DistillError(f"{replica.address} failed at a request again and again: {failure}") from None
                 self._failed(replica, failure)
             else:
                 self._succeeded(replica)
@@ -234,12 +245,20 @@ class Replicas:
         raise TeacherLost(f"no scoring server answered for {waited:.0f} s ({seen}); {fix}")
 
     def _failed(self, replica: Replica, failure: Retry) -> None:
-        rest = min(MOST_REST_S, FIRST_REST_S * 2**replica.num_failures) * random.uniform(0.5, 1.0)
-        replica.num_failures += 1
-        replica.rests_until = time.monotonic() + max(rest, failure.after_s)
+        now = time.monotonic()
+        if replica.rests_until <= now:  # else another of its requests has failed at the same time
+            rest = min(MOST_REST_S, FIRST_REST_S * 2**replica.num_failures) * random.uniform(0.5, 1.0)
+            replica.num_failures += 1
+            replica.rests_until = now + rest
+        replica.rests_until = max(replica.rests_until, now + failure.after_s)
+        if not replica.seen:
+            log.warning("%s: %s; its requests are sent again", replica.address, failure)
         replica.is_known, replica.seen = False, str(failure)
 
     def _succeeded(self, replica: Replica) -> None:
+        if replica.seen:
+            log.info("%s answers again", replica.address)
+            replica.seen = ""
         self._last_success = time.monotonic()
         replica.num_failures, replica.rests_until = 0, 0.0
 
@@ -336,7 +355,7 @@ class Replicas:
         if status >= 500 or status in (408, 429):
             seen = f"status {status}" + (f", {sentence}" if sentence else "")
             is_loading = isinstance(content, dict) and content.get("state") == "loading"
-            raise Retry(seen, after_s=_seconds(headers.get("retry-after")), is_loading=is_loading)
+            raise Retry(seen, status=status, after_s=_seconds(headers.get("retry-after")), is_loading=is_loading)
         if response is not None and (sentence is None or route == "/info"):
             self._reject(replica, response, "no scoring server of distill")
         raise DistillError(f"{replica.address} refused a request ({status}): {sentence or 'without a reason'}")

@@ -83,12 +83,12 @@ class ServedTeacher(Teacher):
         self._options = {"topk": topk, "temperature": temperature, "vocab_size": vocab_size}
         self._should_stop = should_stop
         self._loop = asyncio.new_event_loop()
+        self._is_closed = False
         self._thread = threading.Thread(target=self._loop.run_forever, name="served teacher", daemon=True)
         self._thread.start()
         arguments: dict[str, Any] = {"token": token, "certificate": certificate, "client": client or uuid.uuid4().hex}
         arguments |= {"patience_s": patience_s, "probe_s": probe_s, "in_flight": IN_FLIGHT}
         self._replicas: Replicas = self._run(_made(self._addresses, arguments)).result()
-        self._is_closed = False
 
     def wait_ready(self) -> None:
         """Block until a server can score.

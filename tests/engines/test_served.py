@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -145,7 +146,7 @@ def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def served(*doubles: Double, **options: Any) -> Iterator[ServedTeacher]:
     addresses = [double.address for double in doubles]
-    teacher = ServedTeacher(addresses, **{"topk": TOPK, "patience_s": 20.0, "probe_s": 0.3, **options})
+    teacher = ServedTeacher(addresses, **{"topk": TOPK, "patience_s": 20.0, "probe_s": 5.0, **options})
     yield teacher
     teacher.close()
     teacher.close()
@@ -167,10 +168,19 @@ def test_what_may_pass_is_retried(fault: Fault) -> None:
     assert double.requests.count("/score") == 3
 
 
+def test_an_engine_that_keeps_failing() -> None:
+    fault = status(500, "the teacher failed: out of memory")
+    with served(double := Double(fault, fault, fault)) as teacher:
+        with pytest.raises(DistillError, match="again and again: status 500, the teacher failed: out of memory"):
+            teacher.score(SEQUENCES, response_starts=STARTS)
+        assert_right(teacher)
+    assert double.requests.count("/score") == 4
+
+
 def test_a_hanging_server_is_left() -> None:
     ended = threading.Event()
     hanging, other = Double(), Double()
-    with served(hanging, other) as teacher:
+    with served(hanging, other, probe_s=1.0) as teacher:
         teacher.wait_ready()
         hanging.always = lambda *_: ended.wait(30)  # type: ignore[assignment]
         assert_right(teacher)
@@ -182,10 +192,10 @@ def test_slow_answers_are_waited_for() -> None:
     """A server that answers probes may take longer than they do."""
 
     def slow(handler: Any, body: bytes) -> None:
-        time.sleep(1.0)
+        time.sleep(1.3)
         answer(handler, body)
 
-    with served(double := Double(slow)) as teacher:
+    with served(double := Double(slow), probe_s=0.5) as teacher:
         assert_right(teacher)
     assert double.requests.count("/score") == 1
     assert "/health" in double.requests
@@ -394,6 +404,13 @@ def test_tokens_do_not_travel_clear(monkeypatch: pytest.MonkeyPatch) -> None:
         ServedTeacher(["http://10.0.0.1:8008"], topk=TOPK)
     for address in ("http://localhost:1", "http://127.0.0.2:1", "http://[::1]:1", "https://10.0.0.1"):
         ServedTeacher([address], topk=TOPK).close()
+
+
+def test_unreadable_certificates_are_named(tmp_path: Path) -> None:
+    (empty := tmp_path / "empty.crt").touch()
+    for file in (tmp_path / "none.crt", empty):
+        with pytest.raises(ConfigError, match=f"{file.name}: no certificate that can be read"):
+            ServedTeacher(["https://127.0.0.1:1"], topk=TOPK, certificate=file)
 
 
 def test_groups_have_few_tokens() -> None:
