@@ -125,11 +125,11 @@ class Bodies:
         self, request: Request, parse: Callable[[bytearray], Parsed], check: Callable[[Any], None]
     ) -> Response:
         """Return the answer to a request of sequences. Raises Refused."""
-        if self._state.now != READY:
-            raise Refused(503, REASONS[self._state.now], retry_after=str(RETRY_LOADING_S))
+        self._check_ready()
         try:
             parsed = parse(await self._read(request))
             check(parsed)
+            self._check_ready()  # it may have begun to stop meanwhile
         except BadBody as error:
             raise Refused(422, str(error)) from None
         except ClientDisconnect:
@@ -153,6 +153,11 @@ class Bodies:
             self._dispatcher.cancel(work)
             raise
         return Response(pack({name: [one[name] for one in answers] for name in answers[0]}))
+
+    def _check_ready(self) -> None:
+        """Raise Refused while nothing is scored."""
+        if self._state.now != READY:
+            raise Refused(503, REASONS[self._state.now], retry_after=str(RETRY_LOADING_S))
 
     async def _read(self, request: Request) -> bytearray:
         """Return the body. Raises Refused if it is too large."""
