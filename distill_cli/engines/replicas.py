@@ -1,7 +1,7 @@
 """The HTTP side of a served teacher: which server gets a request, and when it is sent again.
 
-Everything here runs in one event loop. A server that fails rests for a while, longer each time, and is asked who it is
-before it gets work again: it may have come back with another model.
+Everything here runs in one event loop. A server that fails rests for a while, longer each time, and must identify
+itself before it gets work again: it may have come back with another model.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class Replica:
     """In a row."""
     rests_until: float = 0.0
     is_known: bool = False
-    """It has said who it is since its last failure."""
+    """Its info has been read since its last failure."""
     seen: str = ""
     """The last failure since it has answered."""
-    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    identity_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def check_addresses(addresses: Sequence[str], token: str | None) -> list[str]:
@@ -84,7 +84,7 @@ def _address_problem(address: str, token: str | None) -> str | None:
         parts = urlsplit(address)
         host, _ = parts.hostname, parts.port
     except ValueError:
-        return f"{address}: no address of a server; give one such as http://127.0.0.1:8008"
+        return f"{address}: not the address of a server; give one such as http://127.0.0.1:8008"
     if parts.scheme not in ("http", "https") or not host:
         return f"{address}: must begin with http:// or https://; give one such as http://127.0.0.1:8008"
     if parts.username or parts.password or parts.query or parts.fragment:
@@ -120,7 +120,7 @@ class Replicas:
         try:
             context = ssl.create_default_context(cafile=certificate)
         except OSError as error:  # the base of ssl's errors
-            raise ConfigError(f"{certificate}: no certificate that can be read ({error}); give one in PEM") from error
+            raise ConfigError(f"{certificate}: cannot be read as a certificate ({error}); give one in PEM") from error
         transport = httpx.AsyncHTTPTransport(
             verify=context,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=60),
@@ -142,7 +142,7 @@ class Replicas:
 
         Args:
             tokens: those in the request, by which servers are balanced.
-            parse: raises BadBody for an answer that is not one to this request; it is asked for again.
+            parse: raises BadBody for an answer that does not match the request, which is sent again.
 
         Raises:
             TeacherLost: none answered within `patience_s` of the last answer.
@@ -185,7 +185,7 @@ class Replicas:
                 return content
 
     async def info(self) -> ServerInfo:
-        """Return what the servers say of themselves. Raises as `post`."""
+        """Return the description of the servers, read once. Raises as `post`."""
         if self._identity is None:
             await self.get("/info")
         assert self._identity is not None
@@ -266,16 +266,16 @@ class Replicas:
         async with self._changed:
             self._changed.notify_all()
 
-    # asking one server
+    # requests to one server
 
     async def _check_identity(self, replica: Replica) -> None:
-        """Ask a server that failed, or is new, for its info.
+        """Read the info of a server that is new, or failed.
 
         Raises:
             ConfigError: it is no scoring server, or not of the others' model.
             Unrecoverable: it has another model than before.
         """
-        async with replica.asking:
+        async with replica.identity_lock:
             if replica.is_known:
                 return
             response, content = await self._get(replica, "/info")
@@ -305,7 +305,7 @@ class Replicas:
         try:
             response = await self._http.get(replica.address + route)
         except httpx.InvalidURL as error:
-            raise ConfigError(f"{replica.address}: no address of a server ({error})") from error
+            raise ConfigError(f"{replica.address}: not the address of a server ({error})") from error
         except httpx.HTTPError as error:
             if self._identity is None and "CERTIFICATE_VERIFY_FAILED" in str(error):
                 fix = "give the file of the server's certificate"
@@ -334,7 +334,7 @@ class Replicas:
         try:
             return parse(answer)
         except BadBody as error:
-            raise Retry(f"an answer that is none to the request ({error})") from error
+            raise Retry(f"an answer that does not match the request ({error})") from error
 
     def _check_status(
         self,
@@ -357,7 +357,7 @@ class Replicas:
             is_loading = isinstance(content, dict) and content.get("state") == "loading"
             raise Retry(seen, status=status, after_s=_seconds(headers.get("retry-after")), is_loading=is_loading)
         if response is not None and (sentence is None or route == "/info"):
-            self._reject(replica, response, "no scoring server of distill")
+            self._reject(replica, response, "not a scoring server of distill")
         raise DistillError(f"{replica.address} refused a request ({status}): {sentence or 'without a reason'}")
 
     async def _watched(self, replica: Replica, request: Any) -> Any:

@@ -70,7 +70,7 @@ class ServedTeacher(Teacher):
             addresses: http:// or https://, of servers with the same model.
             topk, temperature, vocab_size: see `VllmTeacher.score`.
             patience_s: seconds without any answer after which a call raises TeacherLost.
-            probe_s: seconds without an answer after which a server is asked whether it still works.
+            probe_s: seconds without an answer after which the server is probed (GET /health).
             certificate: a PEM file with certificates to trust, such as a self-signed one; None are the system's.
             client: a name; clients of a server take turns. None is one of its own.
             should_stop: called while results are waited for; if it returns true, they are empty.
@@ -100,7 +100,7 @@ class ServedTeacher(Teacher):
         self._now(self._replicas.wait_ready())
 
     def info(self) -> ServerInfo:
-        """Return what the servers say of themselves. Raises as `wait_ready`."""
+        """Return the description of the servers, read once. Raises as `wait_ready`."""
         return self._now(self._replicas.info())
 
     def vocabulary(self) -> dict[str, int] | None:

@@ -54,7 +54,7 @@ class State:
 
 
 class Refused(Exception):
-    """A request is not answered as it wished."""
+    """A request is refused, with a status and one sentence."""
 
     def __init__(self, status: int, sentence: str, **headers: str) -> None:
         super().__init__(sentence)

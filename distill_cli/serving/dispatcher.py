@@ -1,4 +1,4 @@
-"""Give waiting requests to the engines in batches, and the answers back to those who wait for them."""
+"""Give waiting requests to the engines in batches, and deliver the answers."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Companion:
 
     def _resolve(self, answer: Any) -> None:
         future = self._waiting.popleft()
-        if future.done():  # nobody waits any more
+        if future.done():  # cancelled
             return
         if isinstance(answer, Exception):
             future.set_exception(answer)

@@ -92,7 +92,7 @@ def bind(listen: Listen) -> socket.socket:
     except OSError as error:
         fix = "give another --port or --host"
         where = f"--host {listen.host} --port {listen.port}"
-        raise ConfigError(f"{where}: cannot be listened at ({error.strerror}); {fix}") from error
+        raise ConfigError(f"{where}: cannot listen there ({error.strerror}); {fix}") from error
 
 
 class ScoringServer:

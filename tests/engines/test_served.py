@@ -1,4 +1,4 @@
-"""A served teacher against servers that misbehave: what passes is retried, what does not is said in one line."""
+"""A served teacher against servers that misbehave: what may pass is retried, the rest is one line."""
 
 import json
 import socket
@@ -249,8 +249,8 @@ def test_a_refused_token_is_named(number: int) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (html, "no scoring server.*text/html: '<html>It works!</html>'"),
-        (status(404, "Not Found"), "no scoring server.*answered 404.*Not Found"),
+        (html, "not a scoring server.*text/html: '<html>It works!</html>'"),
+        (status(404, "Not Found"), "not a scoring server.*answered 404.*Not Found"),
         (lambda handler, _: answer(handler, b'{"object": "list"}', kind="application/json"), "object"),
         (lambda handler, _: answer(handler, b'{"product": "distill", "api": 99}'), "API 99, and this client has"),
         (lambda handler, _: answer(handler, b'{"product": "distill", "api": 1}'), "info cannot be read"),
@@ -372,7 +372,7 @@ def test_samples_are_checked_and_delivered() -> None:
     assert delivered == [0, 1, 0, 1]
 
 
-def test_nothing_to_score_asks_nobody() -> None:
+def test_nothing_to_score_sends_nothing() -> None:
     with served(double := Double()) as teacher:
         assert teacher.score([], response_starts=[]) == []
         assert [len(one.topk_ids) for one in teacher.score([[3]], response_starts=[1])] == [0]
@@ -387,7 +387,7 @@ def test_nothing_to_score_asks_nobody() -> None:
         ("127.0.0.1:8008", "must begin with http:// or https://"),
         ("ftp://host", "must begin with"),
         ("http://", "must begin with"),
-        ("http://host:port", "no address"),
+        ("http://host:port", "not the address"),
         ("http://user:secret@host", "http://host: has more than"),
         ("http://host?token=secret", "http://host: has more than"),
     ],
@@ -409,7 +409,7 @@ def test_tokens_do_not_travel_clear(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unreadable_certificates_are_named(tmp_path: Path) -> None:
     (empty := tmp_path / "empty.crt").touch()
     for file in (tmp_path / "none.crt", empty):
-        with pytest.raises(ConfigError, match=f"{file.name}: no certificate that can be read"):
+        with pytest.raises(ConfigError, match=f"{file.name}: cannot be read as a certificate"):
             ServedTeacher(["https://127.0.0.1:1"], topk=TOPK, certificate=file)
 
 

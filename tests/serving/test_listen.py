@@ -60,7 +60,7 @@ def test_certificates_are_read_first(tmp_path: Path, files: tuple[Path, Path]) -
 def test_a_taken_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"--port {port}: cannot be listened at .*give another --port"):
+        with pytest.raises(ConfigError, match=f"--port {port}: cannot listen there .*give another --port"):
             bind(Listen("127.0.0.1", port))
 
 
