@@ -136,7 +136,7 @@ def draw(curves: dict[str, list[Curve]], out: Path) -> None:
         bars.bar([at + 0.26 * (place - 1) for at in range(len(heights))], heights, width=0.24, color=color)
     accuracy.set_xlabel("step")
     accuracy.set_ylabel("held-out answers that are right")
-    accuracy.legend(frameon=False, fontsize=9, loc="center right", title="student of", title_fontsize=9)
+    accuracy.legend(frameon=False, fontsize=9, loc="lower right", title="student of", title_fontsize=9)
     bars.set_xticks(range(len(OPERATORS)), ["additions", "subtractions"])
     for axes in (accuracy, bars):
         axes.set_ylim(0, 1.05)

@@ -4,6 +4,7 @@
 |--------------------------------|-----------------------|------------------------------|
 | in the rank's process          | `sampler.VllmSampler` | `teacher.VllmTeacher`        |
 | in a second process per rank   |                       | `companion.CompanionTeacher` |
+| on a scoring server            |                       | `served.ServedTeacher`       |
 
 An implementation subclasses its protocol, which provides `awake`. It lives in a file of its own in this folder and is
 chosen in `ranks.build_engines`; no other module depends on which one it calls.

@@ -1,7 +1,7 @@
 """The HTTP side of a served teacher: which server gets a request, and when it is sent again.
 
-Everything here runs in one event loop. A server that fails rests for a while, longer each time, and is asked who it is
-before it gets work again: it may have come back with another model.
+Everything here runs in one event loop. A server that fails rests for a while, longer each time, and must identify
+itself before it gets work again: it may have come back with another model.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import random
 import socket
 import ssl
@@ -25,11 +26,15 @@ from distill_cli.engines.server_info import ServerInfo
 from distill_cli.engines.wire import CLIENT_HEADER, TOKEN, BadBody
 from distill_cli.errors import ConfigError, DistillError, TeacherLost, Unrecoverable
 
+log = logging.getLogger(__name__)
+
 Answer = TypeVar("Answer")
 
 CONNECT_S = 10.0
 FIRST_REST_S, MOST_REST_S = 0.25, 5.0
 """How long a server rests after its first failure in a row, and at most; the time doubles with each."""
+MOST_ENGINE_FAILURES = 3
+"""How often an engine may fail at a request before that is given up: it would fail again."""
 MOST_SHOWN = 120
 """Characters that messages show of an answer."""
 KEEP_ALIVE = [
@@ -42,9 +47,9 @@ KEEP_ALIVE = [
 class Retry(Exception):
     """A request failed and may succeed later or elsewhere; the message says what was seen."""
 
-    def __init__(self, seen: str, *, after_s: float = 0.0, is_loading: bool = False) -> None:
+    def __init__(self, seen: str, *, status: int = 0, after_s: float = 0.0, is_loading: bool = False) -> None:
         super().__init__(seen)
-        self.after_s, self.is_loading = after_s, is_loading
+        self.status, self.after_s, self.is_loading = status, after_s, is_loading
 
 
 @dataclass(eq=False)
@@ -60,12 +65,12 @@ class Replica:
     """In a row."""
     rests_until: float = 0.0
     is_known: bool = False
-    """It has said who it is since its last failure."""
+    """Its info has been read since its last failure."""
     was_known: bool = False
-    """It has said so at some time."""
+    """Its info has been read at some time."""
     seen: str = ""
-    """The last failure."""
-    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """The last failure since it has answered."""
+    identity_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def check_addresses(addresses: Sequence[str], token: str | None) -> list[str]:
@@ -81,7 +86,7 @@ def _address_problem(address: str, token: str | None) -> str | None:
         parts = urlsplit(address)
         host, _ = parts.hostname, parts.port
     except ValueError:
-        return f"{address}: no address of a server; give one such as http://127.0.0.1:8008"
+        return f"{address}: not the address of a server; give one such as http://127.0.0.1:8008"
     if parts.scheme not in ("http", "https") or not host:
         return f"{address}: must begin with http:// or https://; give one such as http://127.0.0.1:8008"
     if parts.username or parts.password or parts.query or parts.fragment:
@@ -116,7 +121,10 @@ class Replicas:
         self._last_success = time.monotonic()
         self._changed = asyncio.Condition()
         # Not httpx's own: it would import certifi's authorities, and read a proxy's address from the environment.
-        context = ssl.create_default_context(cafile=certificate)
+        try:
+            context = ssl.create_default_context(cafile=certificate)
+        except OSError as error:  # the base of ssl's errors
+            raise ConfigError(f"{certificate}: cannot be read as a certificate ({error}); give one in PEM") from error
         transport = httpx.AsyncHTTPTransport(
             verify=context,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=60),
@@ -138,14 +146,14 @@ class Replicas:
 
         Args:
             tokens: those in the request, by which servers are balanced.
-            parse: raises BadBody for an answer that is not one to this request; it is asked for again.
+            parse: raises BadBody for an answer that does not match the request, which is sent again.
 
         Raises:
             TeacherLost: none answered within `patience_s` of the last answer.
             Unrecoverable: a server has another model than before.
             DistillError: a server refused the request.
         """
-        begin = time.monotonic()
+        begin, num_engine_failures = time.monotonic(), 0
         while True:
             replica = await self._acquire(begin)
             replica.num_requests += 1
@@ -154,6 +162,9 @@ class Replicas:
                 await self._check_identity(replica)
                 answer = await self._watched(replica, self._post(replica, route, body, parse))
             except Retry as failure:
+                num_engine_failures += failure.status == 500
+                if num_engine_failures == MOST_ENGINE_FAILURES:
+                    raise DistillError(f"{replica.address} failed at a request again and again: {failure}") from None
                 self._failed(replica, failure)
             else:
                 self._succeeded(replica)
@@ -178,7 +189,7 @@ class Replicas:
                 return content
 
     async def info(self) -> ServerInfo:
-        """Return what the servers say of themselves. Raises as `post`."""
+        """Return the description of the servers, read once. Raises as `post`."""
         if self._identity is None:
             await self.get("/info")
         assert self._identity is not None
@@ -238,12 +249,20 @@ class Replicas:
         raise TeacherLost(f"no scoring server answered for {waited:.0f} s ({seen}); {fix}")
 
     def _failed(self, replica: Replica, failure: Retry) -> None:
-        rest = min(MOST_REST_S, FIRST_REST_S * 2**replica.num_failures) * random.uniform(0.5, 1.0)
-        replica.num_failures += 1
-        replica.rests_until = time.monotonic() + max(rest, failure.after_s)
+        now = time.monotonic()
+        if replica.rests_until <= now:  # else another of its requests has failed at the same time
+            rest = min(MOST_REST_S, FIRST_REST_S * 2**replica.num_failures) * random.uniform(0.5, 1.0)
+            replica.num_failures += 1
+            replica.rests_until = now + rest
+        replica.rests_until = max(replica.rests_until, now + failure.after_s)
+        if not replica.seen:
+            log.warning("%s: %s; its requests are sent again", replica.address, failure)
         replica.is_known, replica.seen = False, str(failure)
 
     def _succeeded(self, replica: Replica) -> None:
+        if replica.seen:
+            log.info("%s answers again", replica.address)
+            replica.seen = ""
         self._last_success = time.monotonic()
         replica.num_failures, replica.rests_until = 0, 0.0
 
@@ -251,16 +270,16 @@ class Replicas:
         async with self._changed:
             self._changed.notify_all()
 
-    # asking one server
+    # requests to one server
 
     async def _check_identity(self, replica: Replica) -> None:
-        """Ask a server that failed, or is new, for its info.
+        """Read the info of a server that is new, or failed.
 
         Raises:
             ConfigError: it is no scoring server, or not of the others' model.
             Unrecoverable: it has another model than before.
         """
-        async with replica.asking:
+        async with replica.identity_lock:
             if replica.is_known:
                 return
             response, content = await self._get(replica, "/info")
@@ -291,7 +310,7 @@ class Replicas:
         try:
             response = await self._http.get(replica.address + route)
         except httpx.InvalidURL as error:
-            raise ConfigError(f"{replica.address}: no address of a server ({error})") from error
+            raise ConfigError(f"{replica.address}: not the address of a server ({error})") from error
         except httpx.HTTPError as error:
             if self._identity is None and "CERTIFICATE_VERIFY_FAILED" in str(error):
                 fix = "give the file of the server's certificate"
@@ -320,7 +339,7 @@ class Replicas:
         try:
             return parse(answer)
         except BadBody as error:
-            raise Retry(f"an answer that is none to the request ({error})") from error
+            raise Retry(f"an answer that does not match the request ({error})") from error
 
     def _check_status(
         self,
@@ -341,9 +360,9 @@ class Replicas:
         if status >= 500 or status in (408, 429):
             seen = f"status {status}" + (f", {sentence}" if sentence else "")
             is_loading = isinstance(content, dict) and content.get("state") == "loading"
-            raise Retry(seen, after_s=_seconds(headers.get("retry-after")), is_loading=is_loading)
+            raise Retry(seen, status=status, after_s=_seconds(headers.get("retry-after")), is_loading=is_loading)
         if response is not None and (sentence is None or route == "/info"):
-            self._reject(replica, response, "no scoring server of distill")
+            self._reject(replica, response, "not a scoring server of distill")
         raise DistillError(f"{replica.address} refused a request ({status}): {sentence or 'without a reason'}")
 
     async def _watched(self, replica: Replica, request: Any) -> Any:

@@ -29,6 +29,8 @@ Result = TypeVar("Result")
 
 REQUEST_TOKENS = 4096
 """Tokens of a request. Smaller ones let answers be read while the rest is scored; larger ones are fewer batches."""
+ANSWER_BYTES = 2**25
+"""Size of an answer, by which requests with a large top-k are smaller."""
 IN_FLIGHT = 6
 """Requests that a server has at a time: its engine never waits for the next."""
 POLL_S = 0.5
@@ -68,7 +70,7 @@ class ServedTeacher(Teacher):
             addresses: http:// or https://, of servers with the same model.
             topk, temperature, vocab_size: see `VllmTeacher.score`.
             patience_s: seconds without any answer after which a call raises TeacherLost.
-            probe_s: seconds without an answer after which a server is asked whether it still works.
+            probe_s: seconds without an answer after which the server is probed (GET /health).
             certificate: a PEM file with certificates to trust, such as a self-signed one; None are the system's.
             client: a name; clients of a server take turns. None is one of its own.
             should_stop: called while results are waited for; if it returns true, they are empty.
@@ -81,12 +83,12 @@ class ServedTeacher(Teacher):
         self._options = {"topk": topk, "temperature": temperature, "vocab_size": vocab_size}
         self._should_stop = should_stop
         self._loop = asyncio.new_event_loop()
+        self._is_closed = False
         self._thread = threading.Thread(target=self._loop.run_forever, name="served teacher", daemon=True)
         self._thread.start()
         arguments: dict[str, Any] = {"token": token, "certificate": certificate, "client": client or uuid.uuid4().hex}
         arguments |= {"patience_s": patience_s, "probe_s": probe_s, "in_flight": IN_FLIGHT}
         self._replicas: Replicas = self._run(_made(self._addresses, arguments)).result()
-        self._is_closed = False
 
     @property
     def comebacks(self) -> int:  # type: ignore[override]
@@ -103,7 +105,7 @@ class ServedTeacher(Teacher):
         self._now(self._replicas.wait_ready())
 
     def info(self) -> ServerInfo:
-        """Return what the servers say of themselves. Raises as `wait_ready`."""
+        """Return the description of the servers, read once. Raises as `wait_ready`."""
         return self._now(self._replicas.info())
 
     def vocabulary(self) -> dict[str, int] | None:
@@ -122,7 +124,8 @@ class ServedTeacher(Teacher):
         assert isinstance(topk, int)
         check_starts(sequences, response_starts)
         scored = [index for index, start in enumerate(response_starts) if start < len(sequences[index])]
-        groups = split_by_tokens([len(sequences[index]) for index in scored], REQUEST_TOKENS)
+        limit = min(REQUEST_TOKENS, ANSWER_BYTES // (8 * topk + 4))
+        groups = split_by_tokens([len(sequences[index]) for index in scored], limit)
         requests = [
             ScoreRequest.of(
                 [sequences[index] for index in scored[group]],

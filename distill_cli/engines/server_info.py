@@ -1,4 +1,4 @@
-"""What a scoring server says of itself: `GET /info`. No torch."""
+"""The description of a scoring server: `GET /info`. No torch."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class ServerInfo:
     def parse(cls, content: Any) -> ServerInfo:
         """Return the info in JSON that was read. Raises ValueError, with what is wrong, if it is something else.
 
-        Fields that this version does not know are left out: a server may say more.
+        Fields that this version does not know are left out.
         """
         if not isinstance(content, dict) or content.get("product") != PRODUCT:
-            raise ValueError("no scoring server of distill")
+            raise ValueError("not a scoring server of distill")
         if content.get("api") != API:
             raise ValueError(f"a scoring server with API {content.get('api')!r:.20}, and this client has {API}")
         known = {field.name for field in dataclasses.fields(cls)}

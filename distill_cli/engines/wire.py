@@ -218,7 +218,7 @@ def parse_sampling(text: str) -> SamplingSettings:
             raise BadBody(f"sampling has unknown names: {', '.join(sorted(unknown)):.100}")
         return SamplingSettings(**{name: _value(name, kinds[name], value) for name, value in content.items()})
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise BadBody(f"sampling is no JSON object of SamplingSettings ({error!r:.100})") from error
+        raise BadBody(f"sampling is not a JSON object of SamplingSettings ({error!r:.100})") from error
 
 
 def _value(name: str, kind: str, value: Any) -> Any:

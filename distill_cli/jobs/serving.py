@@ -146,7 +146,7 @@ def cpu_kv_cache(config: Config, model: ModelFiles, length: int) -> int:
 
 
 def describe(facts: Facts, settings: EngineSettings, *, max_topk: int, max_queued_tokens: int) -> ServerInfo:
-    """Return what the server says of itself. Raises ConfigError if a file of the model is damaged."""
+    """Return the description of the server. Raises ConfigError if a file of the model is damaged."""
     assert facts.teachers is not None
     model, ranks = facts.teachers[ONLY], facts.ranks
     assert ranks is not None

@@ -19,6 +19,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distill_cli.engines.server_info import ServerInfo
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 READY, LOADING, STOPPING = "ready", "loading", "stopping"
 REASONS = {LOADING: "the model is being loaded", STOPPING: "the server is stopping"}
 RETRY_LOADING_S = 2
+LEFT = 499
+"""Status, in the metrics alone, of a request whose client has closed its connection."""
 BODY_TENSORS_BYTES = 16
 """Most bytes of a request's body for each token: sequences of one token with a seed."""
 BODY_HEADER_BYTES = 2**17
@@ -51,7 +54,7 @@ class State:
 
 
 class Refused(Exception):
-    """A request is not answered as it wished."""
+    """A request is refused, with a status and one sentence."""
 
     def __init__(self, status: int, sentence: str, **headers: str) -> None:
         super().__init__(sentence)
@@ -137,13 +140,15 @@ class Bodies:
         self, request: Request, parse: Callable[[bytearray], Parsed], check: Callable[[Any], None]
     ) -> Response:
         """Return the answer to a request of sequences. Raises Refused."""
-        if self._state.now != READY:
-            raise Refused(503, REASONS[self._state.now], retry_after=str(RETRY_LOADING_S))
+        self._check_ready()
         try:
             parsed = parse(await self._read(request))
             check(parsed)
+            self._check_ready()  # it may have begun to stop meanwhile
         except BadBody as error:
             raise Refused(422, str(error)) from None
+        except ClientDisconnect:
+            return Response(status_code=LEFT)
         peer = request.client.host if request.client else "unknown"
         client = request.headers.get(CLIENT_HEADER, peer)[:100]
         try:
@@ -158,11 +163,16 @@ class Bodies:
         except ServerStops:
             raise Refused(503, REASONS[STOPPING], retry_after=str(RETRY_LOADING_S)) from None
         except Gone:
-            return Response(status_code=499)
+            return Response(status_code=LEFT)
         except asyncio.CancelledError:  # the server stops, or the connection is torn down
             self._dispatcher.cancel(work)
             raise
         return Response(pack({name: [one[name] for one in answers] for name in answers[0]}))
+
+    def _check_ready(self) -> None:
+        """Raise Refused while nothing is scored."""
+        if self._state.now != READY:
+            raise Refused(503, REASONS[self._state.now], retry_after=str(RETRY_LOADING_S))
 
     async def _read(self, request: Request) -> bytearray:
         """Return the body. Raises Refused if it is too large."""

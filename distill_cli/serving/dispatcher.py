@@ -1,4 +1,4 @@
-"""Give waiting requests to the engines in batches, and the answers back to those who wait for them."""
+"""Give waiting requests to the engines in batches, and deliver the answers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from distill_cli.engines.wire import Arrays, SampleRequest, ScoreRequest
 from distill_cli.errors import DistillError
 from distill_cli.serving.engine_processes import Engine
 from distill_cli.serving.fair_queue import FairQueue, Part, Work
+from distill_cli.serving.request_checks import costs
 from distill_cli.serving.server_metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 2
 """Batches that an engine has at a time: one that it computes, and one that it takes up without a pause."""
-MOST_FAILURES = 3
-"""Batches in a row that an engine may fail at before the server ends: an engine whose device is broken stays so."""
+PROBE = ScoreRequest.of([[0, 0]], [1], topk=1, temperature=1.0)
+"""What an engine that failed must be able to score: one whose device is broken is not, and ends the server."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class ServerStops(Exception):
     """A request is not answered any more."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Budget:
     """Tokens of a batch."""
 
@@ -80,23 +81,29 @@ class Dispatcher:
         self._num_running = 0
         self._busy_s = self._busy_tokens = 0.0
         self.failure = asyncio.get_running_loop().create_future()
-        """Gets the DistillError of an engine that fails at every batch."""
+        """Gets the DistillError of an engine that is broken."""
 
     def feed(self, engines: Sequence[Engine]) -> None:
         """Begin to give batches to these engines."""
         for engine in engines:
-            failures = [0]
-            self._feeders += [asyncio.create_task(self._feed(engine, failures)) for _ in range(BATCHES_AHEAD)]
+            self._feeders += [asyncio.create_task(self._feed(engine)) for _ in range(BATCHES_AHEAD)]
+        for feeder in self._feeders:
+            feeder.add_done_callback(self._feeder_ended)
+
+    def _feeder_ended(self, feeder: asyncio.Task[None]) -> None:
+        """End the server if a feeder fails, which is a defect: what waits would wait for ever."""
+        if not feeder.cancelled() and (error := feeder.exception()) is not None and not self.failure.done():
+            log.error("the server failed", exc_info=error)
+            self.failure.set_result(DistillError(f"the server failed: {error!r}"))
 
     def submit(self, request: ScoreRequest | SampleRequest, *, client: str, max_model_len: int) -> Waiting:
         """Queue a request, whose `done` gets the answers to its parts, in order. Raises QueueFull."""
-        costs, number = request.lengths.tolist(), next(self._numbers)
+        number = next(self._numbers)
         if isinstance(request, ScoreRequest):
             group = Group("score_batch", request.vocab_size, temperature=request.temperature, number=number)
         else:
             group = Group("sample_batch", request.vocab_size, sampling=request.sampling, number=number)
-            costs = [min(cost + request.sampling.max_new_tokens, max_model_len) for cost in costs]
-        work = Waiting(client, group, costs, request)
+        work = Waiting(client, group, costs(request, max_model_len), request)
         self.queue.push(work, now=time.monotonic())
         self._open.add(work)
         work.done.add_done_callback(lambda _: self._open.discard(work))
@@ -129,7 +136,7 @@ class Dispatcher:
             if not work.done.done():
                 work.done.set_exception(ServerStops())
 
-    async def _feed(self, engine: Engine, failures: list[int]) -> None:
+    async def _feed(self, engine: Engine) -> None:
         while True:
             while not (parts := self.queue.take(self._budget)):
                 self._has_work.clear()
@@ -137,14 +144,29 @@ class Dispatcher:
             self._num_running += 1
             try:
                 await self._run(engine, parts)
-                failures[0] = 0
             except DistillError as error:
-                self._fail(parts, error)
-                failures[0] += 1
-                if failures[0] == MOST_FAILURES and not self.failure.done():
-                    self.failure.set_result(error)
+                await self._recover(engine, parts, error)
             finally:
                 self._num_running -= 1
+
+    async def _recover(self, engine: Engine, parts: Sequence[Part], error: DistillError) -> None:
+        """Answer the requests of a failed batch one by one, and fail those that fail alone.
+
+        One that no engine can answer, such as one that takes too much memory, must not fail those of other clients.
+        """
+        log.error("a batch of %d requests failed: %s", len(parts), error)
+        for part in parts:
+            try:
+                if len(parts) == 1:
+                    raise error
+                await self._run(engine, [part])
+            except DistillError as own:
+                self._fail(part.work, own)
+        try:
+            await engine.call("score_batch", requests=[PROBE])
+        except DistillError as broken:
+            if not self.failure.done():
+                self.failure.set_result(broken)
 
     async def _run(self, engine: Engine, parts: Sequence[Part]) -> None:
         """Let an engine answer a batch. Raises DistillError."""
@@ -167,13 +189,11 @@ class Dispatcher:
         if work.num_answered == len(work.costs) and not work.done.done():
             work.done.set_result([work.answers[begin] for begin in sorted(work.answers)])
 
-    def _fail(self, parts: Sequence[Part], error: DistillError) -> None:
-        log.error("a batch failed: %s", error)
-        for part in parts:
-            assert isinstance(part.work, Waiting)
-            self.queue.remove(part.work)
-            if not part.work.done.done():
-                part.work.done.set_exception(error)
+    def _fail(self, work: Work, error: DistillError) -> None:
+        assert isinstance(work, Waiting)
+        self.queue.remove(work)
+        if not work.done.done():
+            work.done.set_exception(error)
 
 
 def _request_of(part: Part) -> ScoreRequest | SampleRequest:

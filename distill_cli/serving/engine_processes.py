@@ -35,6 +35,7 @@ class Companion:
         self._calls = queue.SimpleQueue[Any]()
         self._waiting = deque[asyncio.Future[Any]]()
         self._is_killed = False
+        self._death: DistillError | None = None
         self.process, self._connection = start_process(variables)
         for target in (self._send_all, self._receive_all):
             threading.Thread(target=target, daemon=True).start()
@@ -42,6 +43,9 @@ class Companion:
     def call(self, method: str, **arguments: Any) -> asyncio.Future[Any]:
         """Call a method of the teacher; calls are answered in their order. The future raises its DistillError."""
         future = self._loop.create_future()
+        if self._death is not None:
+            future.set_exception(self._death)
+            return future
         self._waiting.append(future)
         self._calls.put((method, arguments))
         return future
@@ -68,7 +72,7 @@ class Companion:
 
     def _resolve(self, answer: Any) -> None:
         future = self._waiting.popleft()
-        if future.done():  # nobody waits any more
+        if future.done():  # cancelled
             return
         if isinstance(answer, Exception):
             future.set_exception(answer)
@@ -76,6 +80,7 @@ class Companion:
             future.set_result(answer)
 
     def _died(self, reason: DistillError) -> None:
+        self._death = reason
         for future in self._waiting:
             if not future.done():
                 future.set_exception(reason)

@@ -22,6 +22,14 @@ def check_sample(request: SampleRequest, info: ServerInfo) -> None:
     _raise_first(_sample_problems(request, info))
 
 
+def costs(request: ScoreRequest | SampleRequest, max_model_len: int) -> list[int]:
+    """Return the tokens of each sequence; an answer counts as long as it may become."""
+    lengths: list[int] = request.lengths.tolist()
+    if isinstance(request, ScoreRequest):
+        return lengths
+    return [min(length + request.sampling.max_new_tokens, max_model_len) for length in lengths]
+
+
 def _raise_first(problems: Iterator[str]) -> None:
     for problem in problems:  # those after it may rely on what it found broken
         raise BadBody(problem)
@@ -45,7 +53,8 @@ def _score_problems(request: ScoreRequest, info: ServerInfo) -> Iterator[str]:
         yield f"response {wrong[0]} starts at {start} in a sequence of {length} tokens, allowed are 1 to {length}"
     size = request.num_rows * (8 * topk + 4)
     if size > info.max_answer_bytes:
-        yield f"the answer would have {size} bytes, the limit is {info.max_answer_bytes}; send fewer sequences at once"
+        fix = "send fewer sequences, or a smaller topk"
+        yield f"the answer would have {size} bytes, the limit is {info.max_answer_bytes}; {fix}"
 
 
 def _sample_problems(request: SampleRequest, info: ServerInfo) -> Iterator[str]:
@@ -66,6 +75,9 @@ def _sample_problems(request: SampleRequest, info: ServerInfo) -> Iterator[str]:
     yield from _vocabulary_problems(request.vocab_size, info)
     yield from _sequence_problems(request, info, max_len=info.max_model_len - 1)
     yield from _count_problems("seeds", request.seeds, request.lengths)
+    if (total := sum(costs(request, info.max_model_len))) > info.max_queued_tokens:
+        rule = f"the limit is {info.max_queued_tokens}; send fewer prompts at once"
+        yield f"prompts and answers may have {total} tokens, {rule}"
 
 
 def _vocabulary_problems(vocab_size: int | None, info: ServerInfo) -> Iterator[str]:

@@ -22,7 +22,7 @@ from distill_cli.errors import ConfigError, DistillError
 from distill_cli.serving import app as application
 from distill_cli.serving.app import State, make_app
 from distill_cli.serving.dispatcher import Budget, Dispatcher
-from distill_cli.serving.engine_processes import EngineProcesses, OnDeath
+from distill_cli.serving.engine_processes import EngineProcesses
 from distill_cli.serving.fair_queue import FairQueue
 from distill_cli.serving.server_metrics import ServerMetrics
 
@@ -92,7 +92,7 @@ def bind(listen: Listen) -> socket.socket:
     except OSError as error:
         fix = "give another --port or --host"
         where = f"--host {listen.host} --port {listen.port}"
-        raise ConfigError(f"{where}: cannot be listened at ({error.strerror}); {fix}") from error
+        raise ConfigError(f"{where}: cannot listen there ({error.strerror}); {fix}") from error
 
 
 class ScoringServer:
@@ -123,6 +123,7 @@ class ScoringServer:
         self._state = State()
         self._failure: DistillError | None = None
         self._signums: list[int] = []
+        self._stopped = asyncio.Event()
 
     def run(self) -> int:
         """Serve until a signal; return the exit status, 0.
@@ -146,51 +147,49 @@ class ScoringServer:
         dispatcher = Dispatcher(queue, self._budget, metrics, fixed_batches=self._fixed_batches)
         metrics.gauge("distill_queued_tokens", "Tokens that wait for an engine.", lambda: queue.num_tokens)
         metrics.gauge("distill_waiting_clients", "Clients whose tokens wait.", lambda: queue.num_clients)
-        app = make_app(
-            self._info, self._folder, dispatcher=dispatcher, metrics=metrics, state=self._state, token=self._token
-        )
-        http = _Http(
-            uvicorn.Config(
-                app,
-                lifespan="off",
-                ws="none",
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                ssl_certfile=self._listen.certificate,
-                ssl_keyfile=self._listen.key,
-                timeout_graceful_shutdown=int(SEND_S),
-                timeout_keep_alive=120,  # clients pause while they train
-            )
-        )
-        stopped = asyncio.Event()
         for signum in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(signum, self._on_signal, signum, stopped)
-
-        def fail(reason: DistillError) -> None:
-            self._failure = self._failure or reason
-            stopped.set()
-
-        dispatcher.failure.add_done_callback(lambda done: None if done.cancelled() else fail(done.result()))
+            asyncio.get_running_loop().add_signal_handler(signum, self._on_signal, signum)
+        dispatcher.failure.add_done_callback(lambda done: None if done.cancelled() else self._fail(done.result()))
+        http = self._http(dispatcher, metrics)
         served = asyncio.create_task(http.serve(sockets=[listener]))
-        served.add_done_callback(lambda _: stopped.set())
-        loaded = asyncio.create_task(self._load(dispatcher, listener, fail))
+        served.add_done_callback(lambda _: self._stopped.set())
+        loaded = asyncio.create_task(self._load(dispatcher, listener))
+        loaded.add_done_callback(lambda task: None if task.cancelled() or not task.exception() else self._stopped.set())
         try:
-            await stopped.wait()
+            await self._stopped.wait()
             self._state.now = application.STOPPING
             loaded.cancel()
             await dispatcher.stop(within_s=0.0 if self._failure else DRAIN_S)
             http.should_exit = True
+            await served
             with suppress(asyncio.CancelledError):
-                await served
+                await loaded
         finally:
             self._processes.kill()
 
-    async def _load(self, dispatcher: Dispatcher, listener: socket.socket, fail: OnDeath) -> None:
+    def _http(self, dispatcher: Dispatcher, metrics: ServerMetrics) -> uvicorn.Server:
+        app = make_app(
+            self._info, self._folder, dispatcher=dispatcher, metrics=metrics, state=self._state, token=self._token
+        )
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ssl_certfile=self._listen.certificate,
+            ssl_keyfile=self._listen.key,
+            timeout_graceful_shutdown=int(SEND_S),
+            timeout_keep_alive=120,  # clients pause while they train
+        )
+        return _Http(config)
+
+    async def _load(self, dispatcher: Dispatcher, listener: socket.socket) -> None:
         try:
-            await self._processes.start(max_topk=self._info.max_topk, on_death=fail)
+            await self._processes.start(max_topk=self._info.max_topk, on_death=self._fail)
         except DistillError as error:
-            fail(error)
+            self._fail(error)
             return
         dispatcher.feed(self._processes.engines)
         self._state.now = application.READY
@@ -203,12 +202,16 @@ class ScoringServer:
                 host = socket.gethostname()
         return f"{self._listen.scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
-    def _on_signal(self, signum: int, stopped: asyncio.Event) -> None:
+    def _fail(self, reason: DistillError) -> None:
+        self._failure = self._failure or reason
+        self._stopped.set()
+
+    def _on_signal(self, signum: int) -> None:
         if self._signums:  # the second ends at once
             self._processes.kill()
             os._exit(128 + signum)
         self._signums.append(signum)
-        stopped.set()
+        self._stopped.set()
 
 
 class _Http(uvicorn.Server):

@@ -1,4 +1,4 @@
-"""A served teacher against servers that misbehave: what passes is retried, what does not is said in one line."""
+"""A served teacher against servers that misbehave: what may pass is retried, the rest is one line."""
 
 import json
 import socket
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -145,7 +146,7 @@ def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def served(*doubles: Double, **options: Any) -> Iterator[ServedTeacher]:
     addresses = [double.address for double in doubles]
-    teacher = ServedTeacher(addresses, **{"topk": TOPK, "patience_s": 20.0, "probe_s": 0.3, **options})
+    teacher = ServedTeacher(addresses, **{"topk": TOPK, "patience_s": 20.0, "probe_s": 5.0, **options})
     yield teacher
     teacher.close()
     teacher.close()
@@ -167,10 +168,19 @@ def test_what_may_pass_is_retried(fault: Fault) -> None:
     assert double.requests.count("/score") == 3
 
 
+def test_an_engine_that_keeps_failing() -> None:
+    fault = status(500, "the teacher failed: out of memory")
+    with served(double := Double(fault, fault, fault)) as teacher:
+        with pytest.raises(DistillError, match="again and again: status 500, the teacher failed: out of memory"):
+            teacher.score(SEQUENCES, response_starts=STARTS)
+        assert_right(teacher)
+    assert double.requests.count("/score") == 4
+
+
 def test_a_hanging_server_is_left() -> None:
     ended = threading.Event()
     hanging, other = Double(), Double()
-    with served(hanging, other) as teacher:
+    with served(hanging, other, probe_s=1.0) as teacher:
         teacher.wait_ready()
         hanging.always = lambda *_: ended.wait(30)  # type: ignore[assignment]
         assert_right(teacher)
@@ -182,10 +192,10 @@ def test_slow_answers_are_waited_for() -> None:
     """A server that answers probes may take longer than they do."""
 
     def slow(handler: Any, body: bytes) -> None:
-        time.sleep(1.0)
+        time.sleep(1.3)
         answer(handler, body)
 
-    with served(double := Double(slow)) as teacher:
+    with served(double := Double(slow), probe_s=0.5) as teacher:
         assert_right(teacher)
     assert double.requests.count("/score") == 1
     assert "/health" in double.requests
@@ -239,8 +249,8 @@ def test_a_refused_token_is_named(number: int) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (html, "no scoring server.*text/html: '<html>It works!</html>'"),
-        (status(404, "Not Found"), "no scoring server.*answered 404.*Not Found"),
+        (html, "not a scoring server.*text/html: '<html>It works!</html>'"),
+        (status(404, "Not Found"), "not a scoring server.*answered 404.*Not Found"),
         (lambda handler, _: answer(handler, b'{"object": "list"}', kind="application/json"), "object"),
         (lambda handler, _: answer(handler, b'{"product": "distill", "api": 99}'), "API 99, and this client has"),
         (lambda handler, _: answer(handler, b'{"product": "distill", "api": 1}'), "info cannot be read"),
@@ -362,7 +372,7 @@ def test_samples_are_checked_and_delivered() -> None:
     assert delivered == [0, 1, 0, 1]
 
 
-def test_nothing_to_score_asks_nobody() -> None:
+def test_nothing_to_score_sends_nothing() -> None:
     with served(double := Double()) as teacher:
         assert teacher.score([], response_starts=[]) == []
         assert [len(one.topk_ids) for one in teacher.score([[3]], response_starts=[1])] == [0]
@@ -377,7 +387,7 @@ def test_nothing_to_score_asks_nobody() -> None:
         ("127.0.0.1:8008", "must begin with http:// or https://"),
         ("ftp://host", "must begin with"),
         ("http://", "must begin with"),
-        ("http://host:port", "no address"),
+        ("http://host:port", "not the address"),
         ("http://user:secret@host", "http://host: has more than"),
         ("http://host?token=secret", "http://host: has more than"),
     ],
@@ -394,6 +404,13 @@ def test_tokens_do_not_travel_clear(monkeypatch: pytest.MonkeyPatch) -> None:
         ServedTeacher(["http://10.0.0.1:8008"], topk=TOPK)
     for address in ("http://localhost:1", "http://127.0.0.2:1", "http://[::1]:1", "https://10.0.0.1"):
         ServedTeacher([address], topk=TOPK).close()
+
+
+def test_unreadable_certificates_are_named(tmp_path: Path) -> None:
+    (empty := tmp_path / "empty.crt").touch()
+    for file in (tmp_path / "none.crt", empty):
+        with pytest.raises(ConfigError, match=f"{file.name}: cannot be read as a certificate"):
+            ServedTeacher(["https://127.0.0.1:1"], topk=TOPK, certificate=file)
 
 
 def test_groups_have_few_tokens() -> None:

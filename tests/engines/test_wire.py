@@ -130,9 +130,9 @@ def test_other_tensors_are_refused(arrays: dict, metadata: dict, message: str) -
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        ("", "no JSON object"),
-        ("[1]", "no JSON object"),
-        ("{}", "no JSON object"),  # max_new_tokens has no default
+        ("", "not a JSON object"),
+        ("[1]", "not a JSON object"),
+        ("{}", "not a JSON object"),  # max_new_tokens has no default
         ('{"max_new_tokens": 1, "zz": 2}', "unknown names: zz"),
         ('{"max_new_tokens": "many"}', "sampling.max_new_tokens is 'many', must be int"),
         ('{"max_new_tokens": true}', "sampling.max_new_tokens is True"),

@@ -10,24 +10,25 @@ import pytest
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.wire import SampleRequest, ScoreRequest
 from distill_cli.errors import DistillError
-from distill_cli.serving.dispatcher import MOST_FAILURES, Budget, Dispatcher, ServerStops, Waiting
+from distill_cli.serving.dispatcher import PROBE, Budget, Dispatcher, ServerStops, Waiting
 from distill_cli.serving.fair_queue import FairQueue
 from distill_cli.serving.server_metrics import ServerMetrics
 
 
 class Engine:
-    """Answers with the lengths of a request's sequences, when it is let."""
+    """Answers with the lengths of a request's sequences, when it is let; fails at those of 7 tokens."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[str, list[list[int]]]] = []
         self.may_answer = asyncio.Event()
-        self.errors: list[DistillError] = []
+        self.is_broken = False
 
     async def call(self, method: str, *, requests: Sequence[Any]) -> list[dict[str, numpy.ndarray]]:
-        self.batches.append((method, [request.lengths.tolist() for request in requests]))
+        if requests[0] is not PROBE:
+            self.batches.append((method, [request.lengths.tolist() for request in requests]))
         await self.may_answer.wait()
-        if self.errors:
-            raise self.errors.pop()
+        if self.is_broken or any(7 in request.lengths for request in requests):
+            raise DistillError("out of memory")
         return [{"lengths": request.lengths} for request in requests]
 
 
@@ -105,14 +106,18 @@ def test_cancelled_work_reaches_no_engine() -> None:
     run(check)
 
 
-def test_a_failed_batch_fails_its_requests() -> None:
+def test_a_failure_is_its_requests_own() -> None:
+    """What shares a batch with a request that cannot be answered is answered nevertheless."""
+
     async def check(dispatcher: Dispatcher, engine: Engine) -> None:
-        engine.errors = [DistillError("out of memory")]
-        failed, other = submit(dispatcher, scored(10, 10, 10)), submit(dispatcher, scored(3), "b")
+        first = [submit(dispatcher, scored(10), "first") for _ in range(2)]
+        await settle()
+        bad, good = submit(dispatcher, scored(7), "bad"), submit(dispatcher, scored(3), "good")
         engine.may_answer.set()
         with pytest.raises(DistillError, match="out of memory"):
-            await failed.done
-        await other.done
+            await bad.done
+        assert [len(await work.done) for work in (*first, good)] == [1, 1, 1]
+        assert ("score_batch", [[7], [3]]) in engine.batches
         await settle()
         assert dispatcher.is_idle
         assert not dispatcher.failure.done()
@@ -120,15 +125,14 @@ def test_a_failed_batch_fails_its_requests() -> None:
     run(check)
 
 
-def test_failing_again_ends_the_server() -> None:
+def test_a_broken_engine_ends_the_server() -> None:
     async def check(dispatcher: Dispatcher, engine: Engine) -> None:
-        engine.errors = [DistillError("broken device")] * MOST_FAILURES
-        works = [submit(dispatcher, scored(10)) for _ in range(MOST_FAILURES)]
+        engine.is_broken = True
+        work = submit(dispatcher, scored(10))
         engine.may_answer.set()
-        assert "broken device" in str(await dispatcher.failure)
-        for work in works:
-            with pytest.raises(DistillError):
-                await work.done
+        assert "out of memory" in str(await dispatcher.failure)
+        with pytest.raises(DistillError):
+            await work.done
 
     run(check)
 

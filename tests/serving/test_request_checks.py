@@ -73,6 +73,7 @@ def test_bad_sequences_are_refused(request_: ScoreRequest, message: str) -> None
     [
         (sampled([[1] * 8]), "sequence 0 has 8 tokens, allowed are 1 to 7"),
         (sampled(seeds=[1, 2]), "seeds has 2 entries, lengths has 1"),
+        (sampled([[1]] * 3, [1] * 3, max_new_tokens=99), "prompts and answers may have 24 tokens, the limit is 20"),
         (sampled(max_new_tokens=0), "sampling.max_new_tokens is 0, must be at least 1"),
         (sampled(temperature=-1.0), "sampling.temperature is -1.0"),
         (sampled(top_p=0.0), "sampling.top_p is 0.0"),
