@@ -28,7 +28,13 @@ import psutil
 
 SETTINGS = (
     *("rollout.prompts_per_step=16", "train.global_batch_size=16", "eval.period=0", "eval.at_start=false"),
-    *("eval.at_end=false", "eval.record_samples=0", "tracker=none", "cluster.ranks_per_node=2"),
+    *(
+        "eval.at_end=false",
+        "eval.record_samples=0",
+        "tracker=none",
+        "cluster.ranks_per_node=2",
+        "train.schedule=constant",
+    ),
 )
 SECONDS_BETWEEN = 6.0
 """Mean seconds of work between two kills."""
