@@ -72,12 +72,20 @@ def mesh_rows(resolved: ResolvedRun) -> Rows:
         "ranks": f"{ranks} on {_devices(resolved)}",
         "student's engines": engine_row(resolved, engine.student),
         **{
-            "teacher's engines" if name == ONLY else f"{name}'s engines": engine_row(resolved, one.engine.teacher)
+            "teacher's engines" if name == ONLY else f"{name}'s engines": teacher_row(resolved, one)
             for name, one in teacher_configs(resolved.config).items()
         },
         **{axis: f"{sizes[axis]}: {use}" for axis, use in axes.items() if sizes[axis] > 1 or axis == "shard"},
         "of a rank": f"1/{ranks // mesh.replicate} of weights, gradients and optimizer",
     }
+
+
+def teacher_row(resolved: ResolvedRun, config: Config) -> str:
+    """Return where the run's only teacher scores."""
+    model = config.model.teacher
+    if model.is_student:
+        return "the student's, with the teacher's weights" if model.moves_apart else "the student's"
+    return f"on a server: {model.shown}" if model.addresses else engine_row(resolved, config.engine.teacher)
 
 
 def engine_row(resolved: ResolvedRun, engine: EngineModelConfig) -> str:

@@ -19,6 +19,7 @@ from distill_cli.config.derived import parse_duration, scores_while_sampling, up
 from distill_cli.config.schema import Config, Precision
 from distill_cli.config.teachers import own_temperatures, teacher_configs, teacher_names
 from distill_cli.data.recorded_run import Facts, vocabulary_digest
+from distill_cli.engines.base import Teacher
 from distill_cli.errors import ConfigError
 from distill_cli.folders.metrics_file import MetricsFile
 from distill_cli.folders.rollouts_table import RolloutsFolder
@@ -95,13 +96,14 @@ def build_trainer(
     printer = StepPrinter(console, num_steps=num_steps, every=config.run.print_every)
     log = RunLog(run, printer, MetricsFile(run.metrics) if is_main else None, num_steps, show)
     stages, planner = Stages(parallel, stop, on_stage=log.stage), parts.build_planner(rank)
-    teachers = []
-    for (name, alone), own in zip(resolved.by_teacher().items(), own_teachers, strict=False):
+    teachers: list[Teacher] = []
+    for (name, alone), own in zip(resolved.by_teacher().items() if own_teachers else (), own_teachers, strict=True):
         if own is None:
             assert sampler is not None
             own = parts.moving_teacher(alone, sampler, student, trainable, copies.get(name))
         teachers.append(own)
-    teachers = shake_hands(rank, run, teachers, stages)
+    if teachers:
+        teachers = shake_hands(rank, run, teachers, stages)
     worker = None if sampler is None else parts.build_worker(rank, stages, sampler, student, trainable)
     early = scores_while_sampling(config, on_gpus=resolved.ranks.on_gpus)
     scoring = ScoringWorker(teachers, planner, stages, student.merged_eos_ids, early) if teachers else None

@@ -110,7 +110,9 @@ def finding_line(finding: Finding) -> str:
 
 
 def with_masses(resolved: ResolvedRun) -> ResolvedRun:
-    """Return the run with a top-k of the largest of MASSES, unless `loss.topk` is larger."""
+    """Return the run with a top-k of the largest of MASSES, unless `loss.topk` is larger; a server may not allow it."""
+    if resolved.config.model.teacher.addresses:
+        return resolved
     vocab_size = resolved.vocabulary.limit or resolved.student.vocab_size
     topk = max(resolved.config.loss.topk, min(MASSES[-1], vocab_size))
     return replace(resolved, config=override(resolved.config, {"loss.topk": topk}))
@@ -120,8 +122,10 @@ def load_teacher(resolved: ResolvedRun, parallel: Parallel) -> Student:
     """Load the teacher into the trainer's own code, laid out as the student is. A collective.
 
     Raises:
-        DistillError: it is too large, quantized or of an unsupported family.
+        DistillError: it is too large, quantized, on a server or of an unsupported family.
     """
+    if resolved.config.model.teacher.addresses:
+        raise DistillError("the teacher is on a server")
     folder = resolved.model("teacher").folder
     if resolved.config.model.teacher.quantization or "quantization_config" in read_config(folder):
         raise DistillError("the teacher is quantized")

@@ -1,9 +1,11 @@
 """A run with two teachers: each scores its rows, with its own loss and template, and mixtures of both theirs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from distill_cli.data.sources.arithmetic import load
@@ -57,6 +59,20 @@ def test_replay_keeps_teachers(finished: Finished) -> None:
     same = [name for name in first if name.startswith("teacher/") and not name.endswith("accuracy")]
     assert same
     assert {name: again[name] for name in same} == pytest.approx({name: first[name] for name in same}, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_resume_refuses_other_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(ASSETS / "tiny_pair/teacher", folder)
+    argv = ("model.teachers.one.path=./teacher", "train.max_steps=1", "run.name=run")
+    done = distill(tmp_path, *SHORT[1:], *OFF, "eval.record_samples=0", *argv)
+    assert done.status == 0, done.stdout + done.stderr
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor * 1.1 for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    done = distill(tmp_path, "resume", "runs/run", "train.max_steps=2")
+    assert done.status in (1, 2)
+    assert "model.teachers.one: ./teacher: its weights are not those that the run began with" in done.stderr
 
 
 def test_unknown_teacher_is_named(tmp_path: Path) -> None:
