@@ -15,7 +15,6 @@ from distill_cli.engines.companion import CompanionTeacher, needs_companion
 from distill_cli.engines.from_config import settings_of
 from distill_cli.engines.moving import ScoringSampler
 from distill_cli.engines.sampler import VllmSampler
-from distill_cli.engines.served import ServedTeacher
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.resolved import ResolvedRun
@@ -82,6 +81,8 @@ def build_teacher(
     """
     loss, model = resolved.config.loss, resolved.config.model.teacher
     if model.addresses:
+        from distill_cli.engines.served import ServedTeacher  # its libraries take a while to import
+
         return ServedTeacher(
             model.addresses,
             topk=loss.topk,

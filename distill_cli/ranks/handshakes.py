@@ -17,7 +17,7 @@ from distill_cli.engines import handshake
 from distill_cli.engines.base import Teacher
 from distill_cli.engines.guarded import GuardedTeacher
 from distill_cli.engines.moving import MovingTeacher
-from distill_cli.engines.served import ServedTeacher
+from distill_cli.engines.server_info import ServerInfo
 from distill_cli.errors import ConfigError, Unrecoverable
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.models.model_files import fingerprint
@@ -49,8 +49,8 @@ def guard(resolved: ResolvedRun, teacher: Teacher, *, name: str) -> GuardedTeach
     model, loss = resolved.config.model.teacher, resolved.config.loss
     shown = "the teacher" if name == ONLY else f"the teacher {name}"
     limit = handshake.ROUNDED
-    if isinstance(teacher, ServedTeacher):
-        limit = handshake.NEARLY_EXACT if teacher.info().dtype == "float32" else limit
+    if model.addresses:
+        limit = handshake.NEARLY_EXACT if info_of(teacher).dtype == "float32" else limit
     elif model.dtype is Dtype.float32 and not resolved.ranks.on_gpus:
         limit = handshake.EXACT
     return GuardedTeacher(
@@ -106,11 +106,19 @@ def probe_prompts(rank: Rank, name: str) -> list[list[int]]:
     return ids
 
 
+def info_of(teacher: Teacher) -> ServerInfo:
+    """Return what the servers of a teacher say of themselves."""
+    from distill_cli.engines.served import ServedTeacher  # its libraries take a while to import
+
+    assert isinstance(teacher, ServedTeacher)
+    return teacher.info()
+
+
 def identity_of(resolved: ResolvedRun, teacher: Teacher) -> Identity:
     """Return the identity of the run's only teacher."""
     model = resolved.config.model.teacher
-    if isinstance(teacher, ServedTeacher):
-        info = teacher.info()
+    if model.addresses:
+        info = info_of(teacher)
         return Identity(info.path, info.revision, info.digest)
     return Identity(model.path, model.revision, fingerprint(resolved.model(ONLY).folder))
 
