@@ -73,9 +73,8 @@ class GuardedTeacher(Teacher):
 
         def checked() -> list[TeacherScores]:
             found = wait()
-            whole = TeacherScores.cat(found) if found else TeacherScores.empty()
-            if is_varied and len(whole.sampled_logp) >= FEWEST_ROWS:
-                self._refuse(handshake.suspicion(whole, vocab_size=self._vocab_size))
+            if is_varied and sum(len(scores.sampled_logp) for scores in found) >= FEWEST_ROWS:
+                self._refuse(handshake.suspicion(found, vocab_size=self._vocab_size))
             return found
 
         return checked

@@ -86,7 +86,7 @@ def answers(probe: Probe, *, topk: int, vocab_size: int, temperature: float, lim
         limit: EXACT or ROUNDED.
     """
     whole = TeacherScores.cat(probe.scores)
-    if problem := suspicion(whole, vocab_size=vocab_size):
+    if problem := suspicion(probe.scores, vocab_size=vocab_size):
         yield Answer("scores", problem, problem)
         return
     yield Answer("scores", None, "finite, and not the same at every token")
@@ -107,23 +107,27 @@ def _are_distinct(ids_RK: torch.Tensor) -> bool:
     return bool((ids_RK.sort(dim=-1).values.diff(dim=-1) != 0).all())
 
 
-def suspicion(scores: TeacherScores, *, vocab_size: int) -> str | None:
+def suspicion(parts: Sequence[TeacherScores], *, vocab_size: int) -> str | None:
     """Return why scores cannot be those of a teacher with weights, as text that follows its name; None if they may be.
 
     Args:
-        scores: of tokens in several contexts, at which a teacher does not give the same distribution.
+        parts: of sequences in several contexts, in which a teacher does not give the same distribution.
     """
-    logp_RK = scores.topk_logp
-    if len(logp_RK) == 0:
+    likeliest = torch.cat([scores.topk_logp[:, 0] for scores in parts])
+    sampled = torch.cat([scores.sampled_logp for scores in parts])
+    if len(likeliest) == 0:
         return None
-    # A tail of -inf is a model's that rules tokens out.
-    is_finite = logp_RK[:, 0].isfinite().all() and (logp_RK <= 1e-3).all() and (scores.sampled_logp <= 1e-3).all()
-    if not bool(is_finite):  # a NaN is no number below
+    # A tail of -inf is a model's that rules tokens out; a NaN is no number below.
+    is_finite = bool(likeliest.isfinite().all()) and bool((sampled <= 1e-3).all())
+    if not is_finite or not all(bool((scores.topk_logp <= 1e-3).all()) for scores in parts):
         return "gives scores that are not finite"
-    if bool((logp_RK[:, 0] + math.log(vocab_size)).abs().max() < SPREAD):
+    if bool((likeliest + math.log(vocab_size)).abs().max() < SPREAD):
         return f"gives every token the same probability, 1/{vocab_size}: it has no weights"
-    is_constant = bool((logp_RK == logp_RK[0]).all()) and bool((scores.topk_ids == scores.topk_ids[0]).all())
-    return "gives the same scores at every token" if is_constant and len(logp_RK) > 1 else None
+    if len(likeliest) > 1 and bool((likeliest == likeliest[0]).all()):
+        whole = TeacherScores.cat(parts)
+        if all(bool((rows == rows[0]).all()) for rows in (whole.topk_logp, whole.topk_ids)):
+            return "gives the same scores at every token"
+    return None
 
 
 def position_lag(probe: Probe) -> float:
