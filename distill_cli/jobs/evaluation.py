@@ -158,6 +158,9 @@ def find(word: str, config: Config, *, step: str | None, console: Console) -> Co
     if word in names:
         config = teacher_configs(config)[word]
         teacher = config.model.teacher
+        if not teacher.has_engine:
+            what = "the student itself; give before" if teacher.is_student else "on a server; give its model's path"
+            raise ConfigError(f"--against {word}: it is {what}")
         as_student = StudentModel(path=str(teacher.path), revision=teacher.revision)
         return Contender(word, override(config, {"model.student": as_student}), "teacher")
     if word == ONLY:
