@@ -10,17 +10,23 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.config.derived import needs_sampler, needs_scorer, scores_while_sampling
+from distill_cli.config.teachers import ONLY
 from distill_cli.engines.base import Sampler, Teacher
 from distill_cli.engines.companion import CompanionTeacher, needs_companion
 from distill_cli.engines.from_config import settings_of
+from distill_cli.engines.http_teacher import HttpTeacher
 from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.served import ServedTeacher
+from distill_cli.engines.server_info import DISTILL
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
+from distill_cli.engines.vllm_server import VllmServerTeacher
 from distill_cli.resolved import ResolvedRun
 
 log = logging.getLogger(__name__)
 
+SERVED: dict[str, type[HttpTeacher]] = {kind.kind.name: kind for kind in (ServedTeacher, VllmServerTeacher)}
+"""The teacher of each kind of servers."""
 
 Engines = tuple[Sampler | None, list[Teacher]]
 """A rank's sampler, None if the run needs none, and its teachers in the config's order, none if it needs none."""
@@ -61,7 +67,7 @@ def build_teacher(
     """
     loss, model = resolved.config.loss, resolved.config.model.teacher
     if model.addresses:
-        return ServedTeacher(
+        return SERVED[resolved.servers.get(ONLY, DISTILL.name)](
             model.addresses,
             topk=loss.topk,
             temperature=loss.temperature,

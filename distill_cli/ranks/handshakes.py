@@ -16,7 +16,7 @@ from distill_cli.data.prompts import PromptMaker
 from distill_cli.engines import handshake
 from distill_cli.engines.base import Teacher
 from distill_cli.engines.guarded import GuardedTeacher
-from distill_cli.engines.served import ServedTeacher
+from distill_cli.engines.http_teacher import HttpTeacher
 from distill_cli.errors import ConfigError, Unrecoverable
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.models.model_files import fingerprint
@@ -40,7 +40,7 @@ class Identity:
     path: str | None
     revision: str | None
     weights: str | None
-    """`model_files.fingerprint`; None if it is not known."""
+    """`model_files.fingerprint`; None if it is not known, as that of a server of vLLM: its scores decide."""
 
 
 def guard(resolved: ResolvedRun, teacher: Teacher, *, name: str) -> GuardedTeacher:
@@ -48,7 +48,7 @@ def guard(resolved: ResolvedRun, teacher: Teacher, *, name: str) -> GuardedTeach
     model, loss = resolved.config.model.teacher, resolved.config.loss
     shown = "the teacher" if name == ONLY else f"the teacher {name}"
     limit = handshake.ROUNDED
-    if isinstance(teacher, ServedTeacher):
+    if isinstance(teacher, HttpTeacher):
         limit = handshake.NEARLY_EXACT if teacher.info().dtype == "float32" else limit
     elif model.dtype is Dtype.float32 and not resolved.ranks.on_gpus:
         limit = handshake.EXACT
@@ -106,7 +106,7 @@ def probe_prompts(rank: Rank, name: str) -> list[list[int]]:
 def identity_of(resolved: ResolvedRun, teacher: Teacher) -> Identity:
     """Return the identity of the run's only teacher."""
     model = resolved.config.model.teacher
-    if isinstance(teacher, ServedTeacher):
+    if isinstance(teacher, HttpTeacher):
         info = teacher.info()
         return Identity(info.path, info.revision, info.digest)
     return Identity(model.path, model.revision, fingerprint(resolved.model(ONLY).folder))
