@@ -17,7 +17,7 @@ from distill_cli.engines.from_config import settings_of
 from distill_cli.engines.http_teacher import HttpTeacher
 from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.served import ServedTeacher
-from distill_cli.engines.server_info import DISTILL
+from distill_cli.engines.server_info import DISTILL, VLLM
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.engines.vllm_server import VllmServerTeacher
@@ -67,11 +67,13 @@ def build_teacher(
     """
     loss, model = resolved.config.loss, resolved.config.model.teacher
     if model.addresses:
-        return SERVED[resolved.servers.get(ONLY, DISTILL.name)](
+        kind = resolved.servers.get(ONLY, DISTILL.name)
+        return SERVED[kind](
             model.addresses,
             topk=loss.topk,
             temperature=loss.temperature,
-            vocab_size=resolved.vocabulary.limit,
+            # vLLM's server cuts nothing: that its ids are those of config.json is checked at each answer.
+            vocab_size=resolved.vocabulary.size if kind == VLLM.name else resolved.vocabulary.limit,
             patience_s=model.patience_s,
             certificate=None if model.certificate is None else Path(model.certificate),
             should_stop=should_stop,
