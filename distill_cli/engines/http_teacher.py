@@ -42,6 +42,7 @@ class HttpTeacher(Teacher):
     """Tokens of a request. Smaller ones let answers be read while the rest is scored; larger ones are fewer batches."""
     sample_tokens: ClassVar[int]
     """The same of prompts with their longest answers."""
+    default_probe_s: ClassVar[float] = 20.0
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class HttpTeacher(Teacher):
         temperature: float = 1.0,
         vocab_size: int | None = None,
         patience_s: float = 600.0,
-        probe_s: float = 20.0,
+        probe_s: float | None = None,
         certificate: Path | None = None,
         client: str | None = None,
         should_stop: Callable[[], bool] | None = None,
@@ -62,7 +63,8 @@ class HttpTeacher(Teacher):
             addresses: http:// or https://, of servers with the same model.
             topk, temperature, vocab_size: see `VllmTeacher.score`.
             patience_s: seconds without any answer after which a call raises TeacherLost.
-            probe_s: seconds without an answer after which a server is asked whether it still works.
+            probe_s: seconds without an answer after which a server is asked whether it still works, and without an
+                answer to that after which it is left; None is `default_probe_s`.
             certificate: a PEM file with certificates to trust, such as a self-signed one; None are the system's.
             client: a name; clients of a server take turns. None is one of its own.
             should_stop: called while results are waited for; if it returns true, they are empty.
@@ -77,7 +79,7 @@ class HttpTeacher(Teacher):
         self._thread = threading.Thread(target=self._loop.run_forever, name="served teacher", daemon=True)
         self._thread.start()
         arguments: dict[str, Any] = {"certificate": certificate, "client": client or uuid.uuid4().hex}
-        arguments |= {"patience_s": patience_s, "probe_s": probe_s, "in_flight": IN_FLIGHT}
+        arguments |= {"patience_s": patience_s, "probe_s": probe_s or self.default_probe_s, "in_flight": IN_FLIGHT}
         self._replicas: Replicas[Any] = self._run(_made(self._addresses, {"kind": self.kind, **arguments})).result()
         self._is_closed = False
 

@@ -49,6 +49,7 @@ class VllmServerTeacher(HttpTeacher):
 
     kind: ClassVar[ServerKind[VllmInfo]] = VLLM
     request_tokens, sample_tokens = REQUEST_TOKENS, 1
+    default_probe_s = 120.0  # the thread that answers probes also writes the scores of all clients as JSON
 
     def __init__(self, addresses: Sequence[str], *, topk: int, temperature: float = 1.0, **options: Any) -> None:
         """Connect to nothing yet; see `HttpTeacher`. `vocab_size` is only checked: ids must be below it.
