@@ -11,7 +11,7 @@ import json
 import shutil
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,8 @@ class ResolvedRun:
     no_memory: str | None
     """Reason why `memory` is None."""
     warnings: tuple[str, ...]
+    servers: dict[str, str] = field(default_factory=dict)
+    """By name, the kind of servers of each teacher that has some (`engines.server_info.ServerKind.name`)."""
 
     def model(self, role: str) -> ModelFiles:
         """Return the files of the model with the role `student` or `teacher`, which must be the only one."""
@@ -118,7 +120,8 @@ class ResolvedRun:
             teacher=config.engine.teacher.max_model_len or derived.scored_length(config),
         )
         teachers = {ONLY: self.teachers[name]} if name in self.teachers else {}
-        return dataclasses.replace(self, config=config, lengths=lengths, teachers=teachers)
+        servers = {ONLY: self.servers[name]} if name in self.servers else {}
+        return dataclasses.replace(self, config=config, lengths=lengths, teachers=teachers, servers=servers)
 
     def write(self, run: RunDir) -> None:
         """Write resolved.json, and copies of the files of served teachers. config.yaml has the config."""

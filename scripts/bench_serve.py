@@ -2,9 +2,9 @@
 
     python scripts/bench_serve.py
 
-The server is a `distill serve` of its own on loopback. Both score the same batch in turns on one machine; medians over
-the rounds are printed. Then clients score at once: the seconds of each, and the resident memory of the server and of
-its engine over time.
+The servers are a `distill serve` and a `vllm serve` of its own on loopback. All score the same batch in turns on one
+machine; medians over the rounds are printed. Then clients of `distill serve` score at once: the seconds of each, and
+the resident memory of the server and of its engine over time.
 """
 
 import os
@@ -16,6 +16,7 @@ os.environ.update(SHORT_SPIN)  # as the engines of a server have it
 prepare_process()
 
 import argparse  # noqa: E402
+import socket  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -24,17 +25,21 @@ import threading  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import httpx  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from bench_score import VOCAB_SIZE, make_model  # noqa: E402
 from gpu_stages.timing import alternating_seconds  # noqa: E402
 
+from distill_cli.engines.base import Teacher  # noqa: E402
 from distill_cli.engines.served import ServedTeacher  # noqa: E402
 from distill_cli.engines.settings import EngineSettings  # noqa: E402
 from distill_cli.engines.teacher import VllmTeacher  # noqa: E402
+from distill_cli.engines.vllm_server import VllmServerTeacher  # noqa: E402
 
 NUM_SEQUENCES, LENGTH, TOPK = 32, 256, 64
 NUM_CLIENTS = 8
@@ -55,7 +60,8 @@ def main() -> None:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"vocabulary {VOCAB_SIZE}, {num_parameters / 1e6:.1f}M parameters, {torch.get_num_threads()} threads")
         with served(path) as (address, process):
-            compare(path, address, rounds=args.rounds, folder=Path(folder))
+            with vllm_served(path) as vllm_address:
+                compare(path, address, vllm_address, rounds=args.rounds, folder=Path(folder))
             many_clients(address, process, num_calls=args.calls)
 
 
@@ -79,30 +85,62 @@ def served(path: Path) -> Iterator[tuple[str, psutil.Process]]:
         process.wait()
 
 
-def compare(path: Path, address: str, *, rounds: int, folder: Path) -> None:
+@contextmanager
+def vllm_served(path: Path) -> Iterator[str]:
+    """Start what `vllm serve` starts; yield its address, and stop it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    keys = f"--dtype=float32 --max-model-len=1024 --max-logprobs={TOPK} --enforce-eager --host=127.0.0.1 --port={port}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={path}", *keys.split()]
+    # Else it binds its threads to all cores but one, and the others are bound to none.
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # `prepare_process` set it for engines of this process
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            assert process.poll() is None, f"ended with status {process.returncode}: {' '.join(command)}"
+            time.sleep(1.0)
+            try:
+                httpx.get(f"{address}/health", trust_env=False)
+                break
+            except httpx.TransportError:
+                continue
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def compare(path: Path, address: str, vllm_address: str, *, rounds: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
     settings = EngineSettings(str(path), max_model_len=1023, dtype="float32", kv_cache_bytes=256 << 20)
-    here, there = VllmTeacher(settings, topk=TOPK), ServedTeacher([address], topk=TOPK)
-    there.wait_ready()
-    sequences = random_sequences(seed=0)
-    starts = [1] * NUM_SEQUENCES
-    own, other = (teacher.score(sequences, response_starts=starts) for teacher in (here, there))
-    largest = max(float((a.topk_logp - b.topk_logp).abs().max()) for a, b in zip(own, other, strict=True))
-    calls = {
-        "here": lambda: here.score(sequences, response_starts=starts),
-        "served": lambda: there.score(sequences, response_starts=starts),
+    teachers: dict[str, Teacher] = {
+        "in this process": VllmTeacher(settings, topk=TOPK),
+        "distill serve": ServedTeacher([address], topk=TOPK),
+        "vllm serve": VllmServerTeacher([vllm_address], topk=TOPK),
     }
+    sequences = random_sequences(seed=0)
+    for starts in ([1] * NUM_SEQUENCES, [LENGTH // 2] * NUM_SEQUENCES):
+        compare_scores(teachers, sequences, starts, rounds=rounds)
+    for teacher in teachers.values():
+        teacher.close()
+    dist.destroy_process_group()
+
+
+def compare_scores(teachers: dict[str, Teacher], sequences: list[list[int]], starts: list[int], *, rounds: int) -> None:
+    calls = {name: partial(teacher.score, sequences, response_starts=starts) for name, teacher in teachers.items()}
+    own, *others = [call() for call in calls.values()]
+    pairs = [pair for other in others for pair in zip(own, other, strict=True)]
+    largest = max(float((a.topk_logp - b.topk_logp).abs().max()) for a, b in pairs)
     seconds = alternating_seconds(calls, device="cpu", rounds=rounds)
     tokens = NUM_SEQUENCES * LENGTH
-    print(f"score {NUM_SEQUENCES} x {LENGTH}, k={TOPK}; largest difference {largest:.1e}")
+    print(f"score {NUM_SEQUENCES} x {LENGTH} from {starts[0]} on, k={TOPK}; largest difference {largest:.1e}")
     print("| teacher         | seconds | tokens/s | of in-process |")
     print("|-----------------|---------|----------|---------------|")
-    for name, key in (("in this process", "here"), ("served", "served")):
-        share = seconds["here"] / seconds[key]
-        print(f"| {name:<15} | {seconds[key]:7.3f} | {tokens / seconds[key]:8.0f} | {share:13.0%} |")
-    here.close()
-    there.close()
-    dist.destroy_process_group()
+    for name, one in seconds.items():
+        share = seconds["in this process"] / one
+        print(f"| {name:<15} | {one:7.3f} | {tokens / one:8.0f} | {share:13.0%} |")
 
 
 def many_clients(address: str, process: psutil.Process, *, num_calls: int) -> None:

@@ -33,7 +33,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 NO_TORCH = [
     "distill_cli.cli",
     *(f"distill_cli.jobs.{name}" for name in ("doctor_checks", "evaluation", "plan_tables", "prepared_run")),
-    *(f"distill_cli.jobs.{name}" for name in ("run_jobs", "serving", "submit")),
+    *(f"distill_cli.jobs.{name}" for name in ("run_jobs", "served_teachers", "serving")),
+    *(f"distill_cli.jobs.{name}" for name in ("submit", "vllm_teachers")),
     *(f"distill_cli.engines.{name}" for name in ("companion_process", "from_config", "server_info", "wire")),
     "distill_cli.launch.slurm",
     *(f"distill_cli.verbs.{verb}" for verb in VERBS),

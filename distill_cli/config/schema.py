@@ -67,15 +67,20 @@ class StudentModel:
 class TeacherModel:
     path: str | None = key(None, evaluation=True)
     """A Hugging Face folder or hub name. Its vocabulary must be the student's. `student` is the student itself, as it
-    is at each step (self-distillation): give it a context or a template of its own, `ema` or `refresh`."""
+    is at each step (self-distillation): give it a context or a template of its own, `ema` or `refresh`. With the `url`
+    of a vLLM server only its config and tokenizer are read."""
     ema: float | None = key(None, at_least=0, below=1)
     """The teacher's weights are a running mean of the student's: after each training step ema x teacher + (1 - ema) x
     student. For path=student."""
     refresh: int = key(1, at_least=1)
     """The teacher's weights are the student's of the last step that this number divides. For path=student."""
     url: Any = key(None, resume=True)
-    """Address of a scoring server (`distill serve`) that has the teacher, or a list of addresses of several that share
-    the work; null is an engine in this job. `path` and `engine.teacher` then have no effect."""
+    """Address of a server that has the teacher, or a list of addresses of several that share the work; null is an
+    engine in this job. `engine.teacher` then has no effect. The server is a scoring server (`distill serve`), for which
+    `path` has no effect either, or vLLM's (`vllm serve MODEL --max-logprobs K` with K of at least loss.topk). That is
+    slower, and scores only at loss.temperature=1, over its whole vocabulary, and sequences shorter than its
+    --max-model-len. The token of either is DISTILL_SERVER_TOKEN in the environment; for vLLM's --api-key VLLM_API_KEY
+    will do."""
     certificate: str | None = key(None, resume=True, only_with="model.teacher.url")
     """A file with the certificate (PEM) to trust at an https:// address, such as a self-signed one; null is the
     system's."""

@@ -1,10 +1,11 @@
 """The protocols `Sampler` and `Teacher`: what training expects of an engine.
 
-| where it runs                  | Sampler               | Teacher                      |
-|--------------------------------|-----------------------|------------------------------|
-| in the rank's process          | `sampler.VllmSampler` | `teacher.VllmTeacher`        |
-| in a second process per rank   |                       | `companion.CompanionTeacher` |
-| on a scoring server            |                       | `served.ServedTeacher`       |
+| where it runs                  | Sampler               | Teacher                         |
+|--------------------------------|-----------------------|---------------------------------|
+| in the rank's process          | `sampler.VllmSampler` | `teacher.VllmTeacher`           |
+| in a second process per rank   |                       | `companion.CompanionTeacher`    |
+| behind `distill serve`         |                       | `served.ServedTeacher`          |
+| behind `vllm serve`            |                       | `vllm_server.VllmServerTeacher` |
 
 An implementation subclasses its protocol, which provides `awake`. It lives in a file of its own in this folder and is
 chosen in `ranks.build_engines`; no other module depends on which one it calls.

@@ -1,4 +1,4 @@
-"""The HTTP side of a served teacher: which server gets a request, and when it is sent again.
+"""The HTTP side of a teacher behind servers of either kind: which gets a request, and when it is sent again.
 
 Everything here runs in one event loop. A server that fails rests for a while, longer each time, and must identify
 itself before it gets work again: it may have come back with another model.
@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 
-from distill_cli.engines.server_info import ServerInfo
+from distill_cli.engines.server_info import KINDS, ServerKind, SomeInfo
 from distill_cli.engines.wire import CLIENT_HEADER, TOKEN, BadBody
 from distill_cli.errors import ConfigError, DistillError, TeacherLost, Unrecoverable
 
@@ -52,6 +52,10 @@ class Retry(Exception):
         self.status, self.after_s, self.is_loading = status, after_s, is_loading
 
 
+class OtherKind(ConfigError):
+    """Something answers at an address, and it is no server of the kind that was expected."""
+
+
 @dataclass(eq=False)
 class Replica:
     """One server."""
@@ -73,15 +77,15 @@ class Replica:
     identity_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-def check_addresses(addresses: Sequence[str], token: str | None) -> list[str]:
+def check_addresses(addresses: Sequence[str], kind: ServerKind[Any]) -> list[str]:
     """Return the addresses without a slash at the end. Raises ConfigError with all that cannot be used."""
-    problems = [problem for address in addresses if (problem := _address_problem(address, token))]
+    problems = [problem for address in addresses if (problem := _address_problem(address, kind))]
     if problems or not addresses:
-        raise ConfigError(*problems or ["no address of a scoring server is given"])
+        raise ConfigError(*problems or [f"no address of a {kind.shown} is given"])
     return [address.rstrip("/") for address in addresses]
 
 
-def _address_problem(address: str, token: str | None) -> str | None:
+def _address_problem(address: str, kind: ServerKind[Any]) -> str | None:
     try:
         parts = urlsplit(address)
         host, _ = parts.hostname, parts.port
@@ -93,29 +97,52 @@ def _address_problem(address: str, token: str | None) -> str | None:
         shown = f"{parts.scheme}://{host}"
         return f"{shown}: has more than scheme, host, port and path; the token is {TOKEN} in the environment"
     is_local = host == "localhost" or host.startswith("127.") or host == "::1"
-    if token and parts.scheme == "http" and not is_local:
-        return f"{address}: the token of {TOKEN} would travel in the clear; use https:// (distill serve --certificate)"
+    if kind.token and parts.scheme == "http" and not is_local:
+        names = " or ".join(kind.token_names)
+        return f"{address}: the token of {names} would travel in the clear; use https:// ({kind.tls_flag})"
     return None
 
 
-class Replicas:
+async def recognise(addresses: Sequence[str], *, certificate: Path | None, patience_s: float) -> ServerKind[Any]:
+    """Return the kind of the servers at some addresses, by the first that answers.
+
+    Raises:
+        ConfigError: something else answers there, refuses the token, or the token would travel in the clear.
+        TeacherLost: none answered within `patience_s`.
+    """
+    problems = list[str]()
+    options: dict[str, Any] = {"certificate": certificate, "client": "recognise", "in_flight": 1}
+    for kind in KINDS:
+        checked = check_addresses(addresses, kind)
+        servers = Replicas(checked, kind=kind, patience_s=patience_s, probe_s=patience_s, **options)
+        try:
+            await servers.info()
+            return kind
+        except OtherKind as error:
+            problems += error.problems
+        finally:
+            await servers.close()
+    raise ConfigError(problems[0])
+
+
+class Replicas(Generic[SomeInfo]):
     """All servers of one model."""
 
     def __init__(
         self,
         addresses: Sequence[str],
         *,
-        token: str | None,
+        kind: ServerKind[SomeInfo],
         certificate: Path | None,
         client: str,
         patience_s: float,
         probe_s: float,
         in_flight: int,
     ) -> None:
-        """Connect to nothing yet; see `ServedTeacher` for the arguments. Call it in the event loop."""
-        self._replicas = [Replica(address) for address in addresses]
+        """Connect to nothing yet; see `HttpTeacher` for the arguments. Call it in the event loop."""
+        self.kind, self._replicas = kind, [Replica(address) for address in addresses]
         self._patience_s, self._probe_s, self._in_flight = patience_s, probe_s, in_flight
-        self._identity: ServerInfo | None = None
+        self._identity: SomeInfo | None = None
         self.comebacks = 0
         """How often a server was known again after a failure."""
         self._last_success = time.monotonic()
@@ -131,21 +158,35 @@ class Replicas:
             socket_options=KEEP_ALIVE,
         )
         headers = {CLIENT_HEADER: client, "accept-encoding": "identity"}
-        if token:
-            headers["authorization"] = f"Bearer {token}"
+        if kind.token:
+            headers["authorization"] = f"Bearer {kind.token}"
         timeout = httpx.Timeout(probe_s, connect=min(CONNECT_S, probe_s), pool=None)
         self._http = httpx.AsyncClient(transport=transport, headers=headers, timeout=timeout)
 
     async def close(self) -> None:
         await self._http.aclose()
 
+    @property
+    def addresses(self) -> list[str]:
+        return [replica.address for replica in self._replicas]
+
     # one request, wherever it is answered
 
-    async def post(self, route: str, body: bytes, *, tokens: int, parse: Callable[[bytearray], Answer]) -> Answer:
+    async def post(
+        self,
+        route: str,
+        body: bytes,
+        *,
+        tokens: int,
+        parse: Callable[[bytearray], Answer],
+        content_type: str | None = None,
+        in_flight: int | None = None,
+    ) -> Answer:
         """Return the parsed answer to a body, from whichever server gives one.
 
         Args:
             tokens: those in the request, by which servers are balanced.
+            in_flight: requests that a server may have when it is given this one; None is as at the start.
             parse: raises BadBody for an answer that does not match the request, which is sent again.
 
         Raises:
@@ -154,13 +195,14 @@ class Replicas:
             DistillError: a server refused the request.
         """
         begin, num_engine_failures = time.monotonic(), 0
+        headers = {"content-type": content_type} if content_type else {}
         while True:
-            replica = await self._acquire(begin)
+            replica = await self._acquire(begin, in_flight=in_flight or self._in_flight)
             replica.num_requests += 1
             replica.tokens += tokens
             try:
                 await self._check_identity(replica)
-                answer = await self._watched(replica, self._post(replica, route, body, parse))
+                answer = await self._watched(replica, self._post(replica, route, body, headers, parse))
             except Retry as failure:
                 num_engine_failures += failure.status == 500
                 if num_engine_failures == MOST_ENGINE_FAILURES:
@@ -178,7 +220,7 @@ class Replicas:
         """Return the JSON of a route, from whichever server gives it. Raises as `post`."""
         begin = time.monotonic()
         while True:
-            replica = await self._acquire(begin)
+            replica = await self._acquire(begin, in_flight=self._in_flight)
             try:
                 await self._check_identity(replica)
                 content = (await self._get(replica, route))[1]
@@ -188,10 +230,10 @@ class Replicas:
                 self._succeeded(replica)
                 return content
 
-    async def info(self) -> ServerInfo:
+    async def info(self) -> SomeInfo:
         """Return the description of the servers, read once. Raises as `post`."""
         if self._identity is None:
-            await self.get("/info")
+            await self.get(self.kind.info_route)
         assert self._identity is not None
         return self._identity
 
@@ -222,7 +264,7 @@ class Replicas:
 
     # choosing
 
-    async def _acquire(self, begin: float) -> Replica:
+    async def _acquire(self, begin: float, *, in_flight: int) -> Replica:
         """Return the server with the fewest tokens, when one has room. Raises TeacherLost."""
         async with self._changed:
             while True:
@@ -230,7 +272,7 @@ class Replicas:
                 self._check_patience(begin, now)
                 rested = [replica for replica in self._replicas if replica.rests_until <= now]
                 # One that has failed gets a single request until it has answered.
-                free = [one for one in rested if one.num_requests < (self._in_flight if one.is_known else 1)]
+                free = [one for one in rested if one.num_requests < (in_flight if one.is_known else 1)]
                 if free:
                     return min(free, key=lambda one: one.tokens)
                 ends = [replica.rests_until - now for replica in self._replicas if replica not in rested]
@@ -245,8 +287,8 @@ class Replicas:
         if any(not one.num_failures and one.num_requests for one in self._replicas):
             return  # a server has work, and answers the probes
         seen = "; ".join(f"{replica.address}: {replica.seen}" for replica in self._replicas if replica.seen)
-        fix = "start the server again (distill serve), then resume the run"
-        raise TeacherLost(f"no scoring server answered for {waited:.0f} s ({seen}); {fix}")
+        fix = f"start the server again ({self.kind.command}), then resume the run"
+        raise TeacherLost(f"no {self.kind.shown} answered for {waited:.0f} s ({seen}); {fix}")
 
     def _failed(self, replica: Replica, failure: Retry) -> None:
         now = time.monotonic()
@@ -276,15 +318,15 @@ class Replicas:
         """Read the info of a server that is new, or failed.
 
         Raises:
-            ConfigError: it is no scoring server, or not of the others' model.
+            ConfigError: it is no server of this kind, or not of the others' model.
             Unrecoverable: it has another model than before.
         """
         async with replica.identity_lock:
             if replica.is_known:
                 return
-            response, content = await self._get(replica, "/info")
+            response, content = await self._get(replica, self.kind.info_route)
             try:
-                info = ServerInfo.parse(content)
+                info = self.kind.parse_info(content)
             except ValueError as error:
                 self._reject(replica, response, str(error))
             if self._identity is None:
@@ -297,13 +339,13 @@ class Replicas:
         await self._notify()  # it takes more than one request now
 
     def _reject(self, replica: Replica, response: httpx.Response, why: str) -> None:
-        """Raise ConfigError for an answer that no scoring server gives; Retry if the address had one before."""
+        """Raise OtherKind for an answer that no server of this kind gives; Retry if the address had one before."""
         kind = response.headers.get("content-type", "no type")
         answered = f"it answered {response.status_code}, {kind}: {response.text[:MOST_SHOWN]!r}"
         if self._identity is not None:
             raise Retry(f"{why}, {answered}")
-        fix = "give the address of `distill serve`"
-        raise ConfigError(f"{replica.address}: {why}, {answered}; {fix}")
+        fix = f"give the address of {' or '.join(f'`{one.command}`' for one in KINDS)}"
+        raise OtherKind(f"{replica.address}: {why}, {answered}; {fix}")
 
     async def _get(self, replica: Replica, route: str) -> tuple[httpx.Response, Any]:
         """Return an answer and its JSON, None if it is none. Raises Retry, DistillError."""
@@ -322,11 +364,19 @@ class Replicas:
         self._check_status(replica, route, response.status_code, response.headers, content, response)
         return response, content
 
-    async def _post(self, replica: Replica, route: str, body: bytes, parse: Callable[[bytearray], Answer]) -> Answer:
+    async def _post(
+        self,
+        replica: Replica,
+        route: str,
+        body: bytes,
+        headers: dict[str, str],
+        parse: Callable[[bytearray], Answer],
+    ) -> Answer:
         answer = bytearray()  # tensors that are made of it may be written to
         timeout = httpx.Timeout(None, connect=min(CONNECT_S, self._probe_s), write=60.0)  # `_watched` ends it
+        request: dict[str, Any] = {"content": body, "headers": headers, "timeout": timeout}
         try:
-            async with self._http.stream("POST", replica.address + route, content=body, timeout=timeout) as response:
+            async with self._http.stream("POST", replica.address + route, **request) as response:
                 async for chunk in response.aiter_raw():
                     answer += chunk
         except httpx.HTTPError as error:
@@ -353,16 +403,16 @@ class Replicas:
         """Raise Retry for a failure that may pass, DistillError for a refusal; return for an answer."""
         if status == 200:
             return
-        sentence = content.get("error") if isinstance(content, dict) else None
+        sentence = _reason(content)
         if status in (401, 403):
             what = f"{replica.address} refuses the token" + (f" ({sentence})" if sentence else "")
-            raise ConfigError(f"{what}; set {TOKEN} to the token of the server")
+            raise ConfigError(f"{what}; set {' or '.join(self.kind.token_names)} to the token of the server")
         if status >= 500 or status in (408, 429):
             seen = f"status {status}" + (f", {sentence}" if sentence else "")
             is_loading = isinstance(content, dict) and content.get("state") == "loading"
             raise Retry(seen, status=status, after_s=_seconds(headers.get("retry-after")), is_loading=is_loading)
-        if response is not None and (sentence is None or route == "/info"):
-            self._reject(replica, response, "not a scoring server of distill")
+        if response is not None and (sentence is None or route == self.kind.info_route):
+            self._reject(replica, response, f"not a {self.kind.shown}")
         raise DistillError(f"{replica.address} refused a request ({status}): {sentence or 'without a reason'}")
 
     async def _watched(self, replica: Replica, request: Any) -> Any:
@@ -377,6 +427,13 @@ class Replicas:
             return task.result()
         finally:
             task.cancel()
+
+
+def _reason(content: Any) -> str | None:
+    """Return the reason in the JSON of a failure: the text `error`, or the message in it, as OpenAI's API has it."""
+    error = content.get("error") if isinstance(content, dict) else None
+    text = error.get("message") if isinstance(error, dict) else error
+    return text if isinstance(text, str) else None
 
 
 def _describe(error: httpx.HTTPError) -> str:

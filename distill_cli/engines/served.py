@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
-import threading
-import uuid
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import CancelledError, Future
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import numpy
 import torch
 
-from distill_cli.engines.base import OnEnd, Teacher
-from distill_cli.engines.replicas import Replicas, check_addresses
-from distill_cli.engines.server_info import ServerInfo
+from distill_cli.engines.http_teacher import HttpTeacher
+from distill_cli.engines.server_info import DISTILL, ServerInfo, ServerKind
 from distill_cli.engines.settings import SamplingSettings
-from distill_cli.engines.vllm_patches import Interrupted
-from distill_cli.engines.wire import TOKEN, BadBody, SampleRequest, ScoreRequest, take, unpack
-from distill_cli.errors import DistillError
+from distill_cli.engines.wire import BadBody, SampleRequest, ScoreRequest, take, unpack
 from distill_cli.types import Sample, TeacherScores
 
-Request = TypeVar("Request", ScoreRequest, SampleRequest)
-Result = TypeVar("Result")
-
 REQUEST_TOKENS = 4096
-"""Tokens of a request. Smaller ones let answers be read while the rest is scored; larger ones are fewer batches."""
-ANSWER_BYTES = 2**25
-"""Size of an answer, by which requests with a large top-k are smaller."""
-IN_FLIGHT = 6
-"""Requests that a server has at a time: its engine never waits for the next."""
-POLL_S = 0.5
-"""Seconds between two calls of `should_stop`."""
 
 
-class ServedTeacher(Teacher):
-    """Scores sequences on servers; one for each rank, which calls it alone.
-
-    A thread sends the requests, so that `submit` works while the rank goes on. A request that fails is sent again, to
-    another server if there is one, for `patience_s`.
+class ServedTeacher(HttpTeacher):
+    """Scores sequences on servers of `distill serve`.
 
     For example:
         teacher = ServedTeacher(["http://127.0.0.1:8008"], topk=64, temperature=1.0)
@@ -49,216 +26,36 @@ class ServedTeacher(Teacher):
         scores = teacher.score(sequences, response_starts=[len(prompt) for prompt in prompts])
     """
 
-    num_ranks = 1
-
-    def __init__(
-        self,
-        addresses: Sequence[str],
-        *,
-        topk: int,
-        temperature: float = 1.0,
-        vocab_size: int | None = None,
-        patience_s: float = 600.0,
-        probe_s: float = 20.0,
-        certificate: Path | None = None,
-        client: str | None = None,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> None:
-        """Connect to nothing yet. The token is DISTILL_SERVER_TOKEN of the environment.
-
-        Args:
-            addresses: http:// or https://, of servers with the same model.
-            topk, temperature, vocab_size: see `VllmTeacher.score`.
-            patience_s: seconds without any answer after which a call raises TeacherLost.
-            probe_s: seconds without an answer after which the server is probed (GET /health).
-            certificate: a PEM file with certificates to trust, such as a self-signed one; None are the system's.
-            client: a name; clients of a server take turns. None is one of its own.
-            should_stop: called while results are waited for; if it returns true, they are empty.
-
-        Raises:
-            ConfigError: an address is none, or the token would travel in the clear.
-        """
-        token = os.environ.get(TOKEN) or None
-        self._addresses = check_addresses(addresses, token)
-        self._options = {"topk": topk, "temperature": temperature, "vocab_size": vocab_size}
-        self._should_stop = should_stop
-        self._loop = asyncio.new_event_loop()
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._loop.run_forever, name="served teacher", daemon=True)
-        self._thread.start()
-        arguments: dict[str, Any] = {"token": token, "certificate": certificate, "client": client or uuid.uuid4().hex}
-        arguments |= {"patience_s": patience_s, "probe_s": probe_s, "in_flight": IN_FLIGHT}
-        self._replicas: Replicas = self._run(_made(self._addresses, arguments)).result()
-
-    @property
-    def comebacks(self) -> int:  # type: ignore[override]
-        """How often a server answered again after it had failed."""
-        return self._replicas.comebacks
-
-    def wait_ready(self) -> None:
-        """Block until a server can score.
-
-        Raises:
-            ConfigError: an address is not that of a scoring server, or the token is wrong.
-            TeacherLost: no server answered within `patience_s`.
-        """
-        self._now(self._replicas.wait_ready())
+    kind: ClassVar[ServerKind[ServerInfo]] = DISTILL
+    request_tokens, sample_tokens = REQUEST_TOKENS, 16 * REQUEST_TOKENS
 
     def info(self) -> ServerInfo:
-        """Return the description of the servers, read once. Raises as `wait_ready`."""
-        return self._now(self._replicas.info())
+        """Return what the servers say of themselves. Raises as `wait_ready`."""
+        return cast(ServerInfo, super().info())
 
     def vocabulary(self) -> dict[str, int] | None:
         """Return {token: id} as `model_files.vocabulary`. Raises as `wait_ready`."""
         return self._now(self._replicas.get("/vocabulary"))
 
-    def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:
-        """Score on the servers; see `Teacher`. Raises TeacherLost, and DistillError for what a server refuses."""
-        return self.submit(sequences, response_starts=response_starts)()
+    async def _score(self, sequences: list[list[int]], response_starts: list[int]) -> list[TeacherScores]:
+        options = {"topk": self._topk, "temperature": self._temperature, "vocab_size": self._vocab_size}
+        request = ScoreRequest.of(sequences, response_starts, **options)
 
-    def submit(
-        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]
-    ) -> Callable[[], list[TeacherScores]]:
-        """Let the servers score meanwhile; see `Teacher`."""
-        topk = self._options["topk"]
-        assert isinstance(topk, int)
-        check_starts(sequences, response_starts)
-        scored = [index for index, start in enumerate(response_starts) if start < len(sequences[index])]
-        limit = min(REQUEST_TOKENS, ANSWER_BYTES // (8 * topk + 4))
-        groups = split_by_tokens([len(sequences[index]) for index in scored], limit)
-        requests = [
-            ScoreRequest.of(
-                [sequences[index] for index in scored[group]],
-                [response_starts[index] for index in scored[group]],
-                **self._options,
-            )
-            for group in groups
-        ]
-        future = self._run(self._all(self._score, requests))
-
-        def wait() -> list[TeacherScores]:
-            scores = [TeacherScores.empty(topk) for _ in sequences]
-            with contextlib.suppress(Interrupted):
-                parts = self._wait(future)
-                for index, one in zip(scored, (one for part in parts for one in part), strict=True):
-                    scores[index] = one
-            return scores
-
-        return wait
-
-    def sample(
-        self,
-        prompts: Sequence[list[int]],
-        *,
-        seeds: Sequence[int],
-        sampling: SamplingSettings,
-        on_end: OnEnd | None = None,
-    ) -> list[Sample]:
-        """Sample on the servers; see `VllmEngine.sample`. `on_end` is called when all have ended."""
-        vocab_size = self._options["vocab_size"]
-        assert vocab_size is None or isinstance(vocab_size, int)
-        groups = split_by_tokens([len(prompt) + sampling.max_new_tokens for prompt in prompts], 16 * REQUEST_TOKENS)
-        requests = [
-            SampleRequest.of(prompts[group], seeds[group], sampling=sampling, vocab_size=vocab_size) for group in groups
-        ]
-        try:
-            parts = self._wait(self._run(self._all(self._sample, requests)))
-        except Interrupted:
-            return [Sample([], [] if sampling.logp else None, "length") for _ in prompts]
-        samples = [sample for part in parts for sample in part]
-        for index, sample in enumerate(samples if on_end is not None else ()):
-            assert on_end is not None
-            on_end(index, sample)
-        return samples
-
-    def close(self) -> None:
-        """Drop what is waited for, and end the thread; closing again does nothing."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _shut_down(self) -> None:
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await self._replicas.close()
-        self._loop.stop()
-
-    def _run(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        if self._loop.is_closed():
-            work.close()
-            raise DistillError("the served teacher is closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def _now(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Return a result that a run needs to go on. Raises DistillError if it must stop first."""
-        try:
-            return self._wait(self._run(work))
-        except Interrupted:
-            raise DistillError(f"the run was stopped before {' or '.join(self._addresses)} answered") from None
-
-    def _wait(self, future: Future[Result]) -> Result:
-        """Return a result. Raises Interrupted if the run must stop first."""
-        while True:
-            try:
-                return future.result(timeout=POLL_S)
-            except CancelledError:
-                raise DistillError("the served teacher is closed") from None
-            except TimeoutError:
-                if self._should_stop is not None and self._should_stop():
-                    future.cancel()
-                    raise Interrupted from None
-
-    async def _all(
-        self, send: Callable[[Request], Coroutine[Any, Any, Result]], requests: Sequence[Request]
-    ) -> list[Result]:
-        """Return all results. When one request fails, drop the others and raise its error."""
-        tasks = [asyncio.ensure_future(send(request)) for request in requests]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    async def _score(self, request: ScoreRequest) -> list[TeacherScores]:
         def parse(body: bytearray) -> list[TeacherScores]:
             return parse_scores(body, request)
 
         return await self._replicas.post("/score", request.body(), tokens=len(request.token_ids), parse=parse)
 
-    async def _sample(self, request: SampleRequest) -> list[Sample]:
+    async def _sample(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: SamplingSettings
+    ) -> list[Sample]:
+        request = SampleRequest.of(prompts, seeds, sampling=sampling, vocab_size=self._vocab_size)
+
         def parse(body: bytearray) -> list[Sample]:
             return parse_samples(body, request)
 
         tokens = len(request.token_ids) + len(request.lengths) * request.sampling.max_new_tokens
         return await self._replicas.post("/sample", request.body(), tokens=tokens, parse=parse)
-
-
-async def _made(addresses: Sequence[str], arguments: dict[str, Any]) -> Replicas:
-    return Replicas(addresses, **arguments)
-
-
-def check_starts(sequences: Sequence[list[int]], response_starts: Sequence[int]) -> None:
-    """Raise DistillError for a response that begins outside its sequence."""
-    for index, (ids, start) in enumerate(zip(sequences, response_starts, strict=True)):
-        if not 1 <= start <= len(ids):
-            what = f"the teacher: response {index} starts at {start} in a sequence of {len(ids)} tokens"
-            raise DistillError(f"{what}, allowed are 1 to {len(ids)}")
-
-
-def split_by_tokens(lengths: Sequence[int], limit: int) -> list[slice]:
-    """Return consecutive groups of at most `limit` tokens, or of one sequence."""
-    groups, begin, tokens = list[slice](), 0, 0
-    for index, length in enumerate(lengths):
-        if index > begin and tokens + length > limit:
-            groups.append(slice(begin, index))
-            begin, tokens = index, 0
-        tokens += length
-    return [*groups, slice(begin, len(lengths))] if lengths else []
 
 
 def parse_scores(body: bytearray, request: ScoreRequest) -> list[TeacherScores]:

@@ -1,13 +1,71 @@
-"""The description of a scoring server: `GET /info`. No torch."""
+"""The kinds of servers that a teacher may be behind, and what each says of itself. No torch.
+
+| kind      | started with    | says who it is at |
+|-----------|-----------------|-------------------|
+| `DISTILL` | `distill serve` | `GET /info`       |
+| `VLLM`    | `vllm serve`    | `GET /v1/models`  |
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
-from distill_cli.engines.wire import API, PRODUCT
+from distill_cli.engines.wire import API, PRODUCT, TOKEN
+
+
+class Info(Protocol):
+    """What a server of any kind says of its model."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def digest(self) -> str | None:
+        """Hash of the weights; None if the server does not say."""
+
+    @property
+    def dtype(self) -> str | None:
+        """Type of the weights; None if the server does not say."""
+
+    @property
+    def identity(self) -> tuple[str | None, ...]:
+        """What the scores depend on, as far as the server says."""
+
+    @property
+    def name(self) -> str:
+        """The model in one phrase, for messages."""
+
+
+SomeInfo = TypeVar("SomeInfo", bound=Info)
+
+
+@dataclass(frozen=True)
+class ServerKind(Generic[SomeInfo]):
+    """What differs between servers of several kinds, as far as it is not in their requests."""
+
+    name: str
+    """As resolved.json has it."""
+    shown: str
+    """As messages have it."""
+    command: str
+    """Starts one."""
+    info_route: str
+    parse_info: Callable[[Any], SomeInfo]
+    """Returns the info in JSON that was read. Raises ValueError, with what is wrong, if it is something else."""
+    token_names: tuple[str, ...]
+    """Environment variables that may hold the token; the first that is set does."""
+    tls_flag: str
+    """Makes the server speak https."""
+
+    @property
+    def token(self) -> str | None:
+        """The token that requests carry; None if there is none."""
+        return next(filter(None, map(os.environ.get, self.token_names)), None)
 
 
 @dataclass(frozen=True)
@@ -74,3 +132,64 @@ class ServerInfo:
             return dataclasses.replace(info, eos_ids=tuple(info.eos_ids))
         except TypeError as error:
             raise ValueError(f"a scoring server whose info cannot be read ({error})") from error
+
+
+@dataclass(frozen=True)
+class VllmInfo:
+    """A model that `vllm serve` has: the first of `GET /v1/models` that is no adapter."""
+
+    id: str
+    """The name that requests use."""
+    root: str
+    """The model, as it was given to the server: a folder there or a name on the hub."""
+    max_model_len: int
+    """Tokens of the longest sequence, with at least one that is sampled."""
+    revision: None = None
+    digest: None = None
+    dtype: None = None
+
+    @property
+    def path(self) -> str:
+        return self.root
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        return self.id, self.root
+
+    @property
+    def name(self) -> str:
+        return self.root if self.id == self.root else f"{self.root} (as {self.id})"
+
+    @classmethod
+    def parse(cls, content: Any) -> VllmInfo:
+        """Return the info in JSON that was read. Raises ValueError, with what is wrong, if it is something else."""
+        cards = content.get("data") if isinstance(content, dict) else None
+        found = [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
+        models = [card for card in found if card.get("owned_by") == "vllm" and card.get("parent") is None]
+        if not models:
+            raise ValueError("no server of vLLM")
+        name, length = models[0].get("id"), models[0].get("max_model_len")
+        if not isinstance(name, str) or type(length) is not int:
+            raise ValueError(f"a server of vLLM whose models cannot be read ({models[0]!r:.80})")
+        return cls(name, models[0].get("root") or name, length)
+
+
+DISTILL = ServerKind(
+    name="distill",
+    shown="scoring server of distill",
+    command="distill serve",
+    info_route="/info",
+    parse_info=ServerInfo.parse,
+    token_names=(TOKEN,),
+    tls_flag="distill serve --certificate",
+)
+VLLM = ServerKind(
+    name="vllm",
+    shown="server of vLLM",
+    command="vllm serve",
+    info_route="/v1/models",
+    parse_info=VllmInfo.parse,
+    token_names=(TOKEN, "VLLM_API_KEY"),
+    tls_flag="vllm serve --ssl-certfile",
+)
+KINDS: tuple[ServerKind[Any], ...] = (DISTILL, VLLM)

@@ -175,6 +175,7 @@ def resolve(
         memory=facts.memory,
         no_memory=facts.no_memory,
         warnings=tuple(dict.fromkeys(facts.warnings)),
+        servers={name: served.kind.name for name, served in facts.served.items()},
     )
 
 
@@ -271,9 +272,16 @@ def check_servers(facts: Facts, config: Config) -> Iterator[str]:
     """The servers of teachers must give what the run needs."""
     alone = teacher_configs(config) if facts.served else {}
     for name, served in facts.served.items():
-        from distill_cli.jobs.served_teachers import limit_problems
+        from distill_cli.engines.server_info import VLLM
+        from distill_cli.jobs.served_teachers import limit_problems, slowness, vllm_problems
 
-        yield from limit_problems(alone[name], served, key=model_key(name))
+        key = model_key(name)
+        yield from limit_problems(alone[name], served, key=key)
+        if served.kind is VLLM:
+            facts.warnings.append(slowness(served, key=key))
+            yield from vllm_problems(
+                alone[name], served, key=key, vocabulary=facts.vocabulary, tokenizer=facts.tokenizer
+            )
 
 
 def read_data(facts: Facts, config: Config) -> Iterator[str]:

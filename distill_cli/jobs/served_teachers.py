@@ -1,7 +1,7 @@
 """Look at a teacher behind a server before a run starts: who it is, what it can score, and its tokenizer's files.
 
-The files that checks and prompts read (config, tokenizer, template) come from the server, into a folder that stands for
-the model's. No torch.
+The files that checks and prompts read (config, tokenizer, template) come from `distill serve`, or from the model's
+folder if it is `vllm serve`, into a folder that stands for the model's. No torch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import Any
 
 from distill_cli.config.derived import scored_length
 from distill_cli.config.schema import Config, TeacherModel
-from distill_cli.engines.replicas import Replicas, check_addresses
-from distill_cli.engines.server_info import ServerInfo
-from distill_cli.engines.wire import TOKEN
-from distill_cli.errors import ConfigError, TeacherLost
+from distill_cli.engines.replicas import Replicas, recognise
+from distill_cli.engines.server_info import DISTILL, VLLM, ServerKind
+from distill_cli.errors import ConfigError, DistillError, TeacherLost
 from distill_cli.folders.atomic_dir import replacing
+from distill_cli.jobs import vllm_teachers
+from distill_cli.models import model_files
 from distill_cli.models.model_files import FILE_NAMES, ModelFiles
+from distill_cli.resolved import SharedVocabulary
 
 PATIENCE_S = 10.0
 """How long a server may be silent before the run is refused; the ranks wait for `model.teacher.patience_s`."""
@@ -32,43 +34,84 @@ PATIENCE_S = 10.0
 class Served:
     """A served teacher as its servers describe it."""
 
-    info: ServerInfo
+    kind: ServerKind[Any]
     files: ModelFiles
+    """`path` is the first address."""
+    max_length: int
+    """Tokens of the longest sequence that can be scored."""
+    max_topk: int | None
+    """None if the servers do not say."""
+    version: str
+    """Of the servers' software."""
 
 
 def look_at(model: TeacherModel, *, key: str) -> Served:
     """Ask the servers of a teacher; `key` is its section.
 
     Raises:
-        ConfigError: an address is wrong or silent, or something else answers there.
+        ConfigError: an address is wrong or silent, something else answers there, or the model's files are not found.
     """
+    addresses = [address.rstrip("/") for address in model.addresses]
     try:
-        addresses = check_addresses(model.addresses, os.environ.get(TOKEN) or None)
-        info, contents = asyncio.run(_ask(addresses, certificate=model.certificate))
+        return asyncio.run(_look_at(model, addresses, key=key))
+    except AboutFiles as error:
+        raise ConfigError(*error.problems) from error
     except ConfigError as error:
         raise ConfigError(*(f"{key}.url: {problem}" for problem in error.problems)) from error
     except TeacherLost as error:
         raise ConfigError(f"{key}.url: {error}") from error
-    folder = keep_files(contents, vocab_size=info.vocab_size)
-    files = ModelFiles.find(str(folder), key=f"{key}.url", needs_weights=False)
-    return Served(info, replace(files, path=addresses[0], vocab_size=info.vocab_size))
 
 
-async def _ask(addresses: list[str], *, certificate: str | None) -> tuple[ServerInfo, dict[str, str]]:
-    file = None if certificate is None else Path(certificate)
-    servers = Replicas(
+class AboutFiles(ConfigError):
+    """Problems that name the key of the model's path, not that of its address."""
+
+
+async def _look_at(model: TeacherModel, addresses: list[str], *, key: str) -> Served:
+    certificate = None if model.certificate is None else Path(model.certificate)
+    kind = await recognise(model.addresses, certificate=certificate, patience_s=PATIENCE_S)
+    servers = replicas(addresses, kind, certificate=model.certificate)
+    try:
+        return await (_look_at_distill(servers, key) if kind is DISTILL else _look_at_vllm(servers, model, key))
+    finally:
+        await servers.close()
+
+
+def replicas(addresses: list[str], kind: ServerKind[Any], *, certificate: str | None) -> Replicas[Any]:
+    """Return the servers of a teacher. Call it in the event loop, and close it."""
+    return Replicas(
         addresses,
-        token=os.environ.get(TOKEN) or None,
-        certificate=file,
+        kind=kind,
+        certificate=None if certificate is None else Path(certificate),
         client="preflight",
         patience_s=PATIENCE_S,
         probe_s=PATIENCE_S,
         in_flight=1,
     )
+
+
+async def _look_at_distill(servers: Replicas[Any], key: str) -> Served:
+    info, contents = await servers.info(), await servers.get("/files")
+    files = kept_files(contents, vocab_size=info.vocab_size, path=servers.addresses[0], key=key)
+    return Served(DISTILL, files, info.max_model_len, info.max_topk, info.version)
+
+
+async def _look_at_vllm(servers: Replicas[Any], model: TeacherModel, key: str) -> Served:
+    info, version = await servers.info(), (await servers.get("/version") or {}).get("version", "of an unknown version")
     try:
-        return await servers.info(), await servers.get("/files")
-    finally:
-        await servers.close()
+        found = vllm_teachers.find_files(model, info, key=key)
+    except ConfigError as error:
+        raise AboutFiles(*error.problems) from error
+    contents, size = model_files.small_files(found.folder), found.vocab_size
+    files = kept_files(contents, vocab_size=size, path=servers.addresses[0], key=key)
+    # Every request of vLLM samples a token, for which there must be room.
+    return Served(VLLM, files, info.max_model_len - 1, await vllm_teachers.most_topk(servers, info), str(version))
+
+
+def kept_files(contents: dict[str, Any], *, vocab_size: int, path: str, key: str) -> ModelFiles:
+    """Keep a model's small files, and return them with the path by which messages call the model."""
+    folder = keep_files(contents, vocab_size=vocab_size)
+    files = ModelFiles.find(str(folder), key=f"{key}.url", needs_weights=False)
+    return replace(files, path=path, vocab_size=vocab_size)
 
 
 def keep_files(contents: dict[str, Any], *, vocab_size: int) -> Path:
@@ -89,10 +132,54 @@ def keep_files(contents: dict[str, Any], *, vocab_size: int) -> Path:
 
 def limit_problems(config: Config, served: Served, *, key: str) -> Iterator[str]:
     """Yield what the run needs and the servers of its only teacher do not give, with the flag that would."""
-    info, topk, length = served.info, config.loss.topk, scored_length(config)
-    at = f"{key}.url={served.files.path}"
-    if topk > info.max_topk:
-        yield f"loss.topk={topk}: {at} gives at most {info.max_topk}; start it with --max-topk {topk}, or lower it"
-    if length > info.max_model_len:
-        what = f"takes {info.max_model_len} tokens, and sequences have up to {length}"
-        yield f"{at}: {what}; start it with engine.teacher.max_model_len={length}"
+    topk, length, most = config.loss.topk, scored_length(config), served.max_topk
+    at, is_vllm = f"{key}.url={served.files.path}", served.kind is VLLM
+    if most is not None and topk > most:
+        flag = f"--max-logprobs {topk}" if is_vllm else f"--max-topk {topk}"
+        yield f"loss.topk={topk}: {at} gives at most {most}; start it with {flag}, or lower it"
+    if length > served.max_length:
+        flag = f"--max-model-len {length + 1}" if is_vllm else f"engine.teacher.max_model_len={length}"
+        yield f"{at}: takes {served.max_length} tokens, and sequences have up to {length}; start it with {flag}"
+
+
+def vllm_problems(
+    config: Config, served: Served, *, key: str, vocabulary: SharedVocabulary | None, tokenizer: ModelFiles | None
+) -> Iterator[str]:
+    """Yield why servers of vLLM cannot score for the run with their only teacher: by its config, and by numbers.
+
+    Args:
+        tokenizer: the model whose tokenizer renders the prompts; None if it was not found.
+    """
+    at, only = f"{key}.url={served.files.path}", "only `distill serve` does"
+    temperature, size = config.loss.temperature, served.files.vocab_size
+    if temperature != 1.0:
+        what = f"{at} is a {VLLM.shown}, which does not divide logits by a temperature"
+        yield f"loss.temperature={temperature:g}: {what} ({only}); set it to 1"
+    if vocabulary is not None and vocabulary.limit is not None and vocabulary.limit < size:
+        what = f"its model has {size} ids, of which the student shares those below {vocabulary.limit}"
+        yield f"{at}: {what}: a {VLLM.shown} cannot leave the others out ({only}); give a pair of the same size"
+    addresses = [address.rstrip("/") for address in config.model.teacher.addresses]
+
+    async def ask() -> list[str]:
+        servers = replicas(addresses, VLLM, certificate=config.model.teacher.certificate)
+        try:
+            found = [problem] if (problem := await vllm_teachers.mode_problem(servers)) else []
+            if tokenizer is not None and (problem := await vllm_teachers.tokenizer_problem(servers, tokenizer.folder)):
+                found.append(problem)
+            return found
+        finally:
+            await servers.close()
+
+    try:
+        yield from (f"{at}: {problem}" for problem in asyncio.run(ask()))
+    except ConfigError as error:
+        yield from (f"{key}.url: {problem}" for problem in error.problems)
+    except DistillError as error:
+        yield f"{key}.url: {error}"
+
+
+def slowness(served: Served, *, key: str) -> str:
+    """Return the warning that a server of vLLM is slower than one of `distill serve`."""
+    why = "it sends the scores of all tokens, the prompt's too, as JSON"
+    what = f"{served.files.path} is a {VLLM.shown} ({served.version})"
+    return f"{key}.url: {what}, which is slower than `distill serve`: {why}"

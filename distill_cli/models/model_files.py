@@ -102,7 +102,7 @@ def locate(path: str, *, revision: str | None = None, key: str, needs_weights: b
         revision_key = key.replace(".path", ".revision")
         raise ConfigError(f"{revision_key}={revision}: {path} is a folder, which has no revisions; drop it")
     shipped = path.replace("package://", f"{ASSETS}/")
-    folder = Path(shipped).expanduser() if is_local else _download(path, revision, key)
+    folder = Path(shipped).expanduser() if is_local else _download(path, revision, key, needs_weights=needs_weights)
     if not path or not folder.is_dir():
         problem = "no such folder" if path else "is empty"
         raise ConfigError(f"{key}={path}: {problem}; give a Hugging Face model's folder or its name on the hub")
@@ -129,13 +129,14 @@ def locate(path: str, *, revision: str | None = None, key: str, needs_weights: b
     return folder.resolve()
 
 
-def _download(path: str, revision: str | None, key: str) -> Path:
+def _download(path: str, revision: str | None, key: str, *, needs_weights: bool) -> Path:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download
 
     try:
         is_offline = CACHE_ONLY in os.environ
-        patterns: dict[str, Any] = {"allow_patterns": FILES, "ignore_patterns": NOT_FILES}
+        files = FILES if needs_weights else list(FILE_NAMES)
+        patterns: dict[str, Any] = {"allow_patterns": files, "ignore_patterns": NOT_FILES}
         return Path(snapshot_download(path, revision=revision, local_files_only=is_offline, **patterns))
     except (OSError, ValueError) as error:  # the bases of its HTTP, cache and validation errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -5,22 +5,24 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from distill_cli.config.derived import needs_sampler, needs_scorer, scores_while_sampling
+from distill_cli.config.teachers import ONLY
 from distill_cli.engines.base import Sampler, Teacher
 from distill_cli.engines.companion import CompanionTeacher, needs_companion
 from distill_cli.engines.from_config import settings_of
 from distill_cli.engines.moving import ScoringSampler
 from distill_cli.engines.sampler import VllmSampler
+from distill_cli.engines.server_info import DISTILL, VLLM
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.resolved import ResolvedRun
 
 log = logging.getLogger(__name__)
-
 
 Engines = tuple[Sampler | None, list[Teacher | None]]
 """A rank's sampler, None if the run needs none, and its teachers in the config's order, none if it needs none; None for
@@ -81,13 +83,13 @@ def build_teacher(
     """
     loss, model = resolved.config.loss, resolved.config.model.teacher
     if model.addresses:
-        from distill_cli.engines.served import ServedTeacher  # its libraries take a while to import
-
-        return ServedTeacher(
+        kind = resolved.servers.get(ONLY, DISTILL.name)
+        return served_class(kind)(
             model.addresses,
             topk=loss.topk,
             temperature=loss.temperature,
-            vocab_size=resolved.vocabulary.limit,
+            # vLLM's server cuts nothing: that its ids are those of config.json is checked at each answer.
+            vocab_size=resolved.vocabulary.size if kind == VLLM.name else resolved.vocabulary.limit,
             patience_s=model.patience_s,
             certificate=None if model.certificate is None else Path(model.certificate),
             should_stop=should_stop,
@@ -100,6 +102,14 @@ def build_teacher(
         engine = VllmTeacher(teacher, topk=loss.topk, temperature=loss.temperature, should_stop=should_stop)
     engine.sleep()
     return engine
+
+
+def served_class(kind: str) -> Any:
+    """Return the class of teachers behind servers of a kind (`engines.server_info`)."""
+    from distill_cli.engines.served import ServedTeacher  # its libraries take a while to import
+    from distill_cli.engines.vllm_server import VllmServerTeacher
+
+    return {one.kind.name: one for one in (ServedTeacher, VllmServerTeacher)}[kind]
 
 
 def leave() -> None:

@@ -17,7 +17,7 @@ from distill_cli.engines import handshake
 from distill_cli.engines.base import Teacher
 from distill_cli.engines.guarded import GuardedTeacher
 from distill_cli.engines.moving import MovingTeacher
-from distill_cli.engines.server_info import ServerInfo
+from distill_cli.engines.server_info import Info
 from distill_cli.errors import ConfigError, Unrecoverable
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.models.model_files import fingerprint
@@ -41,7 +41,7 @@ class Identity:
     path: str | None
     revision: str | None
     weights: str | None
-    """`model_files.fingerprint`; None if it is not known."""
+    """`model_files.fingerprint`; None if it is not known, as that of a server of vLLM: its scores decide."""
 
 
 def guard(resolved: ResolvedRun, teacher: Teacher, *, name: str) -> GuardedTeacher:
@@ -106,11 +106,11 @@ def probe_prompts(rank: Rank, name: str) -> list[list[int]]:
     return ids
 
 
-def info_of(teacher: Teacher) -> ServerInfo:
+def info_of(teacher: Teacher) -> Info:
     """Return what the servers of a teacher say of themselves."""
-    from distill_cli.engines.served import ServedTeacher  # its libraries take a while to import
+    from distill_cli.engines.http_teacher import HttpTeacher  # its libraries take a while to import
 
-    assert isinstance(teacher, ServedTeacher)
+    assert isinstance(teacher, HttpTeacher)
     return teacher.info()
 
 

@@ -15,7 +15,8 @@ import numpy
 import pytest
 import torch
 
-from distill_cli.engines.served import REQUEST_TOKENS, ServedTeacher, split_by_tokens
+from distill_cli.engines.http_teacher import split_by_tokens
+from distill_cli.engines.served import REQUEST_TOKENS, ServedTeacher
 from distill_cli.engines.server_info import ServerInfo
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.wire import TOKEN, SampleRequest, ScoreRequest, pack

