@@ -61,7 +61,7 @@ def test_run_without_a_server_is_resumable(served: Finished, tmp_path: Path) -> 
         process.kill()
     _, error = run.communicate(timeout=SEEN_S)
     assert run.returncode == 1
-    assert "no scoring server answered" in error
+    assert "no scoring server of distill answered" in error
     assert "distill resume runs/lost goes on" in error
     last = read_metrics(tmp_path / "runs/lost/metrics.jsonl")[-1]["step"]
     assert (tmp_path / f"runs/lost/checkpoints/step_{last}").is_dir()
