@@ -103,28 +103,6 @@ def _address_problem(address: str, kind: ServerKind[Any]) -> str | None:
     return None
 
 
-async def recognise(addresses: Sequence[str], *, certificate: Path | None, patience_s: float) -> ServerKind[Any]:
-    """Return the kind of the servers at some addresses, by the first that answers.
-
-    Raises:
-        ConfigError: something else answers there, refuses the token, or the token would travel in the clear.
-        TeacherLost: none answered within `patience_s`.
-    """
-    problems = list[str]()
-    options: dict[str, Any] = {"certificate": certificate, "client": "recognise", "in_flight": 1}
-    for kind in KINDS:
-        checked = check_addresses(addresses, kind)
-        servers = Replicas(checked, kind=kind, patience_s=patience_s, probe_s=patience_s, **options)
-        try:
-            await servers.info()
-            return kind
-        except OtherKind as error:
-            problems += error.problems
-        finally:
-            await servers.close()
-    raise ConfigError(problems[0])
-
-
 class Replicas(Generic[SomeInfo]):
     """All servers of one model."""
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from distill_cli.config.derived import scored_length
 from distill_cli.config.schema import Config, TeacherModel
-from distill_cli.engines.replicas import Replicas, recognise
+from distill_cli.engines.recognise import recognise
+from distill_cli.engines.replicas import Replicas
 from distill_cli.engines.server_info import DISTILL, VLLM, ServerKind
 from distill_cli.errors import ConfigError, DistillError, TeacherLost
 from distill_cli.folders.atomic_dir import replacing

@@ -34,6 +34,8 @@ PROMPT, ANSWER_TOKENS = list(range(8, 16)), 4
 TOO_MANY = 10**9
 """More log-probabilities than any server gives: it refuses, and says how many it gives."""
 LIMIT = re.compile(r"max allowed: (\d+)")
+MOST_ERROR = 0.5
+"""Nats by which a token's log-probability differs between sampling and scoring, at most (`handshake.ROUNDED`)."""
 
 
 def find_files(model: TeacherModel, info: VllmInfo, *, key: str) -> ModelFiles:
@@ -85,10 +87,6 @@ async def mode_problem(servers: Replicas[Any]) -> str | None:
         return None
     found = f"a sampled token has {sampled[0]:.4g}, and {scored[0]:.4g} as the prompt's"
     return f"its log-probabilities are not the model's own ({found}); start it with --logprobs-mode raw_logprobs"
-
-
-MOST_ERROR = 0.5
-"""Nats by which a token's log-probability differs between sampling and scoring, at most (`handshake.ROUNDED`)."""
 
 
 async def tokenizer_problem(servers: Replicas[Any], folder: Path) -> str | None:

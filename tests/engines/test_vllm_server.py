@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill_cli.config.schema import TeacherModel
-from distill_cli.engines.replicas import recognise
+from distill_cli.engines.recognise import recognise
 from distill_cli.engines.server_info import VLLM, VllmInfo
 from distill_cli.engines.vllm_requests import choices_of
 from distill_cli.engines.vllm_server import VllmServerTeacher, parse_sample, parse_scores
