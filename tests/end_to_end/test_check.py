@@ -21,7 +21,7 @@ def test_check_passes_on_two_ranks(tmp_path: Path) -> None:
     done = distill(tmp_path, "check", "cluster.ranks_per_node=2", "mesh.context=2", TMPDIR=str(temporary))
     assert done.status == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert sum(line.startswith("ok ") for line in lines) == 10
+    assert sum(line.startswith("ok ") for line in lines) == 14
     assert not any(line.startswith("bad") for line in lines)
     assert lines[-1].startswith("everything is right")
     assert not list(temporary.glob("distill-check-*"))  # nothing is left
