@@ -14,6 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
@@ -25,6 +26,8 @@ NUM_PROMPTS, ANSWER_TOKENS = 4, 8
 CUTS, DRAWS, HOT = 4, 6, 2.0
 """Places at which a prompt is cut off, tokens that are drawn at each, and their temperature: likely and unlikely ones
 are compared, and a teacher may be sure of its answers, but hardly of the middle of a question."""
+APART = 0.5
+"""Least distance of a likely and an unlikely token, in nats."""
 SPREAD = 1e-3
 """Smallest difference of a likeliest token's log-probability from the uniform distribution's."""
 
@@ -131,37 +134,35 @@ def suspicion(parts: Sequence[TeacherScores], *, vocab_size: int) -> str | None:
 
 
 def position_lag(probe: Probe) -> float:
-    """Return how far a token that the teacher wrote greedily is below the likeliest of its position, at most: nats.
+    """Return how far tokens that the teacher wrote greedily are below the likeliest at their places: the mean, in nats.
 
-    It is looked up in the top-k, where it must have the log-probability that the score gives it as the position's own.
+    They are looked up in the top-k, where they must have the log-probability that the scores give them as the
+    positions' own. An average, since two tokens may be as likely up to rounding.
     """
-    worst = 0.0
+    lags = []
     for ids, start, scores in zip(probe.sequences, probe.starts, probe.scores[: probe.num_greedy], strict=False):
         is_own_RK = scores.topk_ids == torch.tensor(ids[start:])[:, None]
         in_topk_R = scores.topk_logp.masked_fill(~is_own_RK, -torch.inf).amax(-1)
         own_R = torch.where(is_own_RK.any(-1), in_topk_R, scores.topk_logp[:, -1])  # outside it is below the last
-        worst = max(worst, float((scores.topk_logp[:, 0] - torch.minimum(own_R, scores.sampled_logp)).max()))
-    return worst
+        lags.append(scores.topk_logp[:, 0] - torch.minimum(own_R, scores.sampled_logp))
+    return float(torch.cat(lags).mean())
 
 
 def temperature_error(probe: Probe, *, temperature: float) -> float:
-    """Return by how much scores differ from what sampling reported, at most: nats.
+    """Return by how much scores of unlikely tokens differ from what sampling reported, the median: nats.
 
-    At temperature 1 both are the same. At another one the distance of two tokens of one position is that at 1, divided
-    by the temperature: it is compared between the tokens that were drawn hot, a likely one and the others.
+    The distance of two tokens of one position at a temperature is that at 1, divided by the temperature. It is compared
+    between the tokens that were drawn hot, the likeliest and the others; 0 if all of a place are as likely.
     """
-    if temperature == 1.0:
-        raw = torch.tensor([logp for one in probe.raw_logp for logp in one])
-        return float((TeacherScores.cat(probe.scores).sampled_logp - raw).abs().max())
     by_context: dict[tuple[int, ...], list[tuple[float, float]]] = defaultdict(list)
     rows = list(zip(probe.sequences, probe.raw_logp, probe.scores, strict=True))
     for ids, logp, scores in rows[probe.num_greedy :]:
-        by_context[tuple(ids[:-1])].append((logp[0] / temperature, float(scores.sampled_logp[0])))
+        by_context[tuple(ids[:-1])].append((logp[0], float(scores.sampled_logp[0])))
     errors = []
     for pairs in by_context.values():
-        (expected, found), *others = sorted(pairs, reverse=True)
-        errors += [abs((one - expected) - (other - found)) for one, other in others]
-    return max(errors)
+        (most, found), *others = sorted(pairs, reverse=True)
+        errors += [abs((raw - most) / temperature - (one - found)) for raw, one in others if most - raw > APART]
+    return median(errors) if errors else 0.0
 
 
 def difference(before: Sequence[TeacherScores], now: Sequence[TeacherScores], *, limit: float) -> str | None:

@@ -1,5 +1,7 @@
 """Several teachers in a config: what each inherits, and what is refused."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from distill_cli.config.teachers import teacher_configs, teacher_names
 from distill_cli.config.variation import forbidden_changes, load_config, override, save_config
 from distill_cli.errors import ConfigError
 from distill_cli.jobs.preflight import preflight
+from distill_cli.models.model_files import ASSETS
 
 A, B = "model.teachers.a.path=package://tiny_pair/teacher", "model.teachers.b.path=package://tiny_pair/student"
 
@@ -75,3 +78,20 @@ def test_resume_refuses_another_teacher_under_a_name() -> None:
     }.items():
         changes = list(forbidden_changes(before, override(before, [typed]), unless="resume"))
         assert bool(changes) == is_refused, typed
+
+
+def test_other_vocabulary_names_teacher_and_token(tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(ASSETS / "tiny_pair/teacher", folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    routed = ["data=sources", "data.verifier=exact", "data.validation=null", "eval.record_samples=0"]
+    one = "{source: arithmetic, split: train, size: 64, seed: 0}"
+    typed = [A, f"model.teachers.b.path={folder}", *routed, f"data.train.sources={{a: {one}, b: {one}}}"]
+    with pytest.raises(ConfigError) as refused:
+        preflight(composed(*typed))
+    (problem,) = refused.value.problems
+    assert problem.startswith(f"model.teachers.b.path={folder}: its vocabulary is not the student's")
+    assert f"2 tokens have different ids, such as 'a' ({vocab['b']} and {vocab['a']})" in problem
