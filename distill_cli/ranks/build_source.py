@@ -238,8 +238,9 @@ def moving_teacher(
     assert student.published is not None
 
     def version() -> int:
-        is_student = copy is None or (copy.moves == 0 and trainable.num_updates == 0)
-        return trainable.num_updates if is_student or copy is None else FIRST_COPY - copy.moves
+        if copy is None or copy.moves == trainable.num_updates == 0:
+            return trainable.num_updates
+        return FIRST_COPY - copy.moves
 
     as_adapter = resolved.config.model.student.lora.syncs_adapter
     return MovingTeacher(

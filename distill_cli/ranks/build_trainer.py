@@ -5,6 +5,7 @@ build the same engines in the same order on every rank.
 """
 
 import signal
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import fingerprint
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.ranks import build_source as parts
-from distill_cli.ranks.build_engines import build_engines, leave
+from distill_cli.ranks.build_engines import Engines, build_engines, leave
 from distill_cli.ranks.handshakes import shake_hands
 from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.score_files import RecordedSteps, Recorder
@@ -37,6 +38,7 @@ from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.student.adapters import add_adapters
 from distill_cli.student.model import Student, TeacherLoss, build_lm, wrap
+from distill_cli.student.moving import MovingCopy
 from distill_cli.student.optimizer import OptimizerOffload, build_optimizer, build_schedule
 from distill_cli.student.published import Published
 from distill_cli.student.weights import load_weights, save_student
@@ -85,25 +87,21 @@ def build_trainer(
     if checkpoint is not None:
         check_data(checkpoint, order)
     built = build_model(resolved)  # before engines: vLLM changes classes of transformers
-    sampler, own_teachers = build_engines(resolved, should_stop=stop.is_set, untouched=built[1].untouched)
+    engines = build_engines(resolved, should_stop=stop.is_set, untouched=built[1].untouched)
+    sampler = engines[0]
     student = build_student(resolved, parallel, built)
     num_steps = count_steps(config, order)
     trainable = build_trainable(resolved, student, num_steps=num_steps, device=parallel.device)
-    copies = parts.build_copies(resolved, student.lm) if own_teachers else {}
+    copies = parts.build_copies(resolved, student.lm) if engines[1] else {}
     trainable = replace(trainable, copies=list(copies.values()))
     progress = Progress.of(load(checkpoint, trainable)) if checkpoint is not None else Progress()
     decode, show = parts.make_decode(rank.tokenizer), parts.make_decode(rank.tokenizer, skip_special_tokens=False)
     printer = StepPrinter(console, num_steps=num_steps, every=config.run.print_every)
     log = RunLog(run, printer, MetricsFile(run.metrics) if is_main else None, num_steps, show)
     stages, planner = Stages(parallel, stop, on_stage=log.stage), parts.build_planner(rank)
-    teachers: list[Teacher] = []
-    for (name, alone), own in zip(resolved.by_teacher().items() if own_teachers else (), own_teachers, strict=True):
-        if own is None:
-            assert sampler is not None
-            own = parts.moving_teacher(alone, sampler, student, trainable, copies.get(name))
-        teachers.append(own)
-    if teachers:
-        teachers = shake_hands(rank, run, teachers, stages)
+    moving = partial(parts.moving_teacher, student=student, trainable=trainable)
+    teachers = complete_teachers(resolved, engines, moving, copies)
+    teachers = shake_hands(rank, run, teachers, stages) if teachers else []
     worker = None if sampler is None else parts.build_worker(rank, stages, sampler, student, trainable)
     early = scores_while_sampling(config, on_gpus=resolved.ranks.on_gpus)
     scoring = ScoringWorker(teachers, planner, stages, student.merged_eos_ids, early) if teachers else None
@@ -136,6 +134,18 @@ def build_trainer(
         teachers=teacher_names(config),
         copies=list(copies.values()),
     )
+
+
+def complete_teachers(
+    resolved: ResolvedRun, engines: Engines, moving: Callable[..., Teacher], copies: Mapping[str, MovingCopy]
+) -> list[Teacher]:
+    """Return all teachers of the run: those with an engine, and those that are the student, made by `moving`."""
+    sampler, own = engines
+    alone = resolved.by_teacher().items() if own else ()
+    return [
+        teacher if teacher is not None else moving(one, sampler, copy=copies.get(name))
+        for (name, one), teacher in zip(alone, own, strict=True)
+    ]
 
 
 def count_steps(config: Config, order: parts.Order) -> int:
