@@ -84,7 +84,7 @@ def build_trainer(
     if checkpoint is not None:
         check_data(checkpoint, order)
     built = build_model(resolved)  # before engines: vLLM changes classes of transformers
-    sampler, own_teachers = build_engines(resolved, should_stop=stop.is_set, untouched=built[1].untouched)
+    sampler, own_teachers = build_engines(resolved, run, should_stop=stop.is_set, untouched=built[1].untouched)
     student = build_student(resolved, parallel, built)
     num_steps = count_steps(config, order)
     trainable = build_trainable(resolved, student, num_steps=num_steps, device=parallel.device)
