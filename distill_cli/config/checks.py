@@ -14,7 +14,8 @@ from distill_cli.config.credentials import secret_problems
 from distill_cli.config.derived import needed_length, parse_duration, scored_length, validates
 from distill_cli.config.fields import LIMITS, declared_keys
 from distill_cli.config.schema import Config, Tail
-from distill_cli.config.teachers import teacher_configs, teacher_problems
+from distill_cli.config.teacher_jobs import job_config, job_key, own_key_problems, teacher_nodes
+from distill_cli.config.teachers import model_key, teacher_configs, teacher_problems
 from distill_cli.config.variation import plain
 from distill_cli.losses.divergence import DIVERGENCES, PARAMETERS, parameter_problems, parameters_of
 from distill_cli.metrics import METRICS, find
@@ -47,7 +48,21 @@ def config_problems(config: Config) -> list[str]:
         for name, alone in teacher_configs(config).items():
             own = [*_lines(alone, _limits), *_teacher_dependent(alone)]
             found += [f"model.teachers.{name}: {problem}" for problem in own if problem not in found]
-    return found
+    return found + _job_problems(config)
+
+
+def _job_problems(config: Config) -> list[str]:
+    """Return the problems of the jobs that serve teachers."""
+    if problems := list(own_key_problems(config)):
+        return problems
+    own, known = config.cluster.slurm.teacher, set(_lines(config, _limits))
+    found = {name: _lines(job_config(config, name), _limits) for name in teacher_nodes(config)}
+    return [
+        job_key(problem, own=own, model=model_key(name))
+        for name, problems in found.items()
+        for problem in problems
+        if problem not in known and problem.startswith("cluster.")
+    ]
 
 
 def _teacher_dependent(config: Config) -> list[str]:
@@ -86,7 +101,7 @@ def inert_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
     """Return a warning for each override that has no effect given the other choices."""
     typed = {override.lstrip("+").split("=", 1)[0] for override in overrides}
     needed = {key: data["only_with"] for key, data in declared_keys(Config).items() if "only_with" in data}
-    reasons = {key: f"without {other}" for key, other in needed.items() if not attrgetter(other)(config)}
+    reasons = {key: f"without {other}" for key, other in needed.items() if not _any_set(config, other)}
     kind = config.loss.kl_type
     for name in PARAMETERS:
         if f"loss.{name}" in typed and name not in parameters_of(kind):
@@ -97,6 +112,11 @@ def inert_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
     else:
         reasons["data.shuffle_buffer"] = "on a source that is not streamed: it is shuffled whole"
     return [f"{key} has no effect {reason}" for key, reason in reasons.items() if key in typed]
+
+
+def _any_set(config: Config, keys: str) -> bool:
+    """Whether a key is set, or one of several (`a or b`)."""
+    return any(attrgetter(key)(config) for key in keys.split(" or "))
 
 
 def _limits(config: Config) -> Problems:
@@ -132,7 +152,10 @@ def _models(config: Config) -> Problems:
         yield "model.teacher.refresh", "model.teacher.ema moves the teacher at every step; leave one of them out"
     if teacher.url is not None and not _are_addresses(teacher.url):
         yield "model.teacher.url", "must be an address such as http://127.0.0.1:8008, or a list of some"
-    if teacher.addresses and 0 < config.cluster.hang_timeout_s <= teacher.patience_s:
+    if teacher.nodes > 0 and not teacher.has_files:
+        other = "path=student" if teacher.is_student else "url"
+        yield "model.teacher.nodes", f"model.teacher.{other} needs no job of its own; leave one of them out"
+    if teacher.is_served and 0 < config.cluster.hang_timeout_s <= teacher.patience_s:
         rule = f"must be less than cluster.hang_timeout_s={config.cluster.hang_timeout_s:g}, which ends a silent run"
         yield "model.teacher.patience_s", f"{rule}; lower it, or raise the other"
     if lora.targets is not None and not lora.is_on:

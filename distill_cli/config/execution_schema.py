@@ -95,6 +95,9 @@ class SlurmConfig:
     """How often a job is queued again after a preemption, its time limit or the loss of a node."""
     signal_s: int = 120
     """Seconds before the time limit at which the run saves and is queued again; at least cluster.grace_s."""
+    teacher: dict[str, Any] = key(factory=dict)
+    """What differs in the jobs that serve teachers (`model.teacher.nodes`): any of these keys, and `gpus_per_node`;
+    {partition: large, time: 2-00:00:00}."""
     shared_folders: list[str] | None = None
     """Folders that every node sees, such as [/home, /scratch]; a run in another folder is refused. null judges by the
     file system: a disk of this machine is refused if the nodes are other machines."""

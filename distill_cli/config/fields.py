@@ -53,9 +53,10 @@ def key(
     """Declare a key, or a section in a section.
 
     Args:
-        metadata: any of `PROPERTIES` and `LIMITS`; `only_with` is a key without which this one has no effect;
-            `credentials` is the environment variable that carries an address whole, if it may hold credentials: files
-            have it without them; `entries` makes a dictionary one of named sections (see `declared_as`).
+        metadata: any of `PROPERTIES` and `LIMITS`; `only_with` is a key (or several, `a or b`) without which this one
+            has no effect; `credentials` is the environment variable that carries an address whole, if it may hold
+            credentials: files have it without them; `entries` makes a dictionary one of named sections (see
+            `declared_as`).
     """
     assert metadata.keys() <= PROPERTIES | LIMITS.keys() | {"only_with", "credentials", "entries"}
     if factory is not None:

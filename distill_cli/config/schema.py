@@ -81,11 +81,16 @@ class TeacherModel:
     slower, and scores only at loss.temperature=1, over its whole vocabulary, and sequences shorter than its
     --max-model-len. The token of either is DISTILL_SERVER_TOKEN in the environment; for vLLM's --api-key VLLM_API_KEY
     will do."""
+    nodes: int = key(0, at_least=0, resume=True)
+    """Serve the teacher by a job of its own on so many nodes, each with engines of all its GPUs that share the work; 0
+    is an engine in this job. The run submits that job, waits for it and ends it. Needs a launcher that submits jobs
+    (cluster=slurm); `cluster.slurm.teacher` has the job's own settings."""
     certificate: str | None = key(None, resume=True, only_with="model.teacher.url")
     """A file with the certificate (PEM) to trust at an https:// address, such as a self-signed one; null is the
     system's."""
-    patience_s: float = key(600.0, above=0, resume=True, only_with="model.teacher.url")
-    """Seconds without an answer of any server after which the run saves and stops. `distill resume` goes on."""
+    patience_s: float = key(600.0, above=0, resume=True, only_with="model.teacher.url or model.teacher.nodes")
+    """Seconds without an answer of any server after which the run saves and stops. `distill resume` goes on. With
+    `nodes` the run starts again by itself, at most cluster.max_restarts times."""
     revision: str | None = key(None, evaluation=True)
     """Branch, tag or commit on the hub; null is the newest."""
     dtype: Dtype = key(Dtype.bfloat16, evaluation=True)
@@ -109,9 +114,24 @@ class TeacherModel:
         return self.is_student and (self.ema is not None or self.refresh > 1)
 
     @property
+    def has_files(self) -> bool:
+        """Whether the run serves it from files of its own, in this job or another."""
+        return not self.addresses and not self.is_student
+
+    @property
+    def has_job(self) -> bool:
+        """Whether a job of its own serves it."""
+        return self.has_files and self.nodes > 0
+
+    @property
+    def is_served(self) -> bool:
+        """Whether servers score with it: those of its job, or those at its addresses."""
+        return self.has_job or bool(self.addresses)
+
+    @property
     def has_engine(self) -> bool:
         """Whether an engine of its own is in the job."""
-        return not self.addresses and not self.is_student
+        return self.has_files and not self.has_job
 
     @property
     def addresses(self) -> list[str]:

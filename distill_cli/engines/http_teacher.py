@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from distill_cli.engines.base import OnEnd, Teacher
 from distill_cli.engines.replicas import Replicas, check_addresses
+from distill_cli.engines.server_files import Find
 from distill_cli.engines.server_info import Info, ServerKind
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.vllm_patches import Interrupted
@@ -58,11 +59,12 @@ class HttpTeacher(Teacher):
         certificate: Path | None = None,
         client: str | None = None,
         should_stop: Callable[[], bool] | None = None,
+        find: Find | None = None,
     ) -> None:
         """Connect to nothing yet. The token is in the environment (`ServerKind.token_names`).
 
         Args:
-            addresses: http:// or https://, of servers with the same model.
+            addresses: http:// or https://, of servers with the same model; none with `find`.
             topk, temperature, vocab_size: see `VllmTeacher.score`.
             patience_s: seconds without any answer after which a call raises TeacherLost.
             probe_s: seconds without an answer after which a server is asked whether it still works, and without an
@@ -70,11 +72,12 @@ class HttpTeacher(Teacher):
             certificate: a PEM file with certificates to trust, such as a self-signed one; None are the system's.
             client: a name; clients of a server take turns. None is one of its own.
             should_stop: called while results are waited for; if it returns true, they are empty.
+            find: finds servers that come and go, such as those of a job that is started again.
 
         Raises:
             ConfigError: an address is none, or the token would travel in the clear.
         """
-        self._addresses = check_addresses(addresses, self.kind)
+        self._addresses = [] if find is not None else check_addresses(addresses, self.kind)
         self._topk, self._temperature, self._vocab_size = topk, temperature, vocab_size
         self._should_stop = should_stop
         self._loop = asyncio.new_event_loop()
@@ -82,7 +85,12 @@ class HttpTeacher(Teacher):
         self._thread = threading.Thread(target=self._loop.run_forever, name="served teacher", daemon=True)
         self._thread.start()
         arguments: dict[str, Any] = {"certificate": certificate, "client": client or uuid.uuid4().hex}
-        arguments |= {"patience_s": patience_s, "probe_s": probe_s or self.default_probe_s, "in_flight": IN_FLIGHT}
+        arguments |= {
+            "patience_s": patience_s,
+            "probe_s": probe_s or self.default_probe_s,
+            "in_flight": IN_FLIGHT,
+            "find": find,
+        }
         self._replicas: Replicas[Any] = self._run(_made(self._addresses, {"kind": self.kind, **arguments})).result()
 
     @abstractmethod
@@ -190,7 +198,8 @@ class HttpTeacher(Teacher):
         try:
             return self._wait(self._run(work))
         except Interrupted:
-            raise DistillError(f"the run was stopped before {' or '.join(self._addresses)} answered") from None
+            who = " or ".join(self._addresses) or "a server of the teacher"
+            raise DistillError(f"the run was stopped before {who} answered") from None
 
     def _wait(self, future: Future[Result]) -> Result:
         """Return a result. Raises Interrupted if the run must stop first."""

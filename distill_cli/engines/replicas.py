@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from distill_cli.engines.server_files import Find
 from distill_cli.engines.server_info import KINDS, ServerKind, SomeInfo
 from distill_cli.engines.wire import CLIENT_HEADER, TOKEN, BadBody
 from distill_cli.errors import ConfigError, DistillError, TeacherLost, Unrecoverable
@@ -35,6 +36,8 @@ FIRST_REST_S, MOST_REST_S = 0.25, 5.0
 """How long a server rests after its first failure in a row, and at most; the time doubles with each."""
 MOST_ENGINE_FAILURES = 3
 """How often an engine may fail at a request before that is given up: it would fail again."""
+LOOK_S = 2.0
+"""Seconds between two looks for servers that write where they are."""
 MOST_SHOWN = 120
 """Characters that messages show of an answer."""
 KEEP_ALIVE = [
@@ -116,9 +119,11 @@ class Replicas(Generic[SomeInfo]):
         patience_s: float,
         probe_s: float,
         in_flight: int,
+        find: Find | None = None,
     ) -> None:
         """Connect to nothing yet; see `HttpTeacher` for the arguments. Call it in the event loop."""
         self.kind, self._replicas = kind, [Replica(address) for address in addresses]
+        self._find, self._looks_at, self._trusted = find, 0.0, set[str]()
         self._patience_s, self._probe_s, self._in_flight = patience_s, probe_s, in_flight
         self._identity: SomeInfo | None = None
         self.comebacks = 0
@@ -128,8 +133,11 @@ class Replicas(Generic[SomeInfo]):
         # Not httpx's own: it would import certifi's authorities, and read a proxy's address from the environment.
         try:
             context = ssl.create_default_context(cafile=certificate)
+            if find is not None:  # trusts the servers that are found, and nobody else
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         except OSError as error:  # the base of ssl's errors
             raise ConfigError(f"{certificate}: cannot be read as a certificate ({error}); give one in PEM") from error
+        self._context = context
         transport = httpx.AsyncHTTPTransport(
             verify=context,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=60),
@@ -219,12 +227,14 @@ class Replicas(Generic[SomeInfo]):
         """Return when a server can score. Raises as `post`; one that loads its model is waited for in any case."""
         begin = time.monotonic()
         while True:
+            self._look()
             found = await asyncio.gather(*(self._is_ready(replica) for replica in self._replicas))
             if any(found):
                 return
             now = time.monotonic()
             self._check_patience(begin, now)
-            await asyncio.sleep(max(0.05, min(replica.rests_until for replica in self._replicas) - now))
+            ends = [replica.rests_until for replica in self._replicas] or [now + LOOK_S]
+            await asyncio.sleep(max(0.05, min(ends) - now))
 
     async def _is_ready(self, replica: Replica) -> bool:
         if replica.rests_until > time.monotonic():
@@ -234,18 +244,34 @@ class Replicas(Generic[SomeInfo]):
             await self._get(replica, "/health")
         except Retry as failure:
             self._failed(replica, failure)
-            if failure.is_loading:
-                self._last_success, replica.num_failures = time.monotonic(), 1
             return False
         self._succeeded(replica)
         return True
 
     # choosing
 
+    def _look(self) -> None:
+        """Take up the servers that have appeared, and drop those that are gone and have no requests."""
+        if self._find is None or (now := time.monotonic()) < self._looks_at:
+            return
+        self._looks_at = now + LOOK_S
+        found = {server.address: server.certificate for server in self._find()}
+        self._replicas = [one for one in self._replicas if one.address in found or one.num_requests]
+        known = {replica.address for replica in self._replicas}
+        for address, certificate in found.items():
+            if certificate not in self._trusted:
+                self._context.load_verify_locations(cadata=certificate)
+                self._trusted.add(certificate)
+            if address not in known:
+                log.info("%s serves the teacher", address)
+                # One that appears later is compared as one that has come back.
+                self._replicas.append(Replica(address, was_known=self._identity is not None))
+
     async def _acquire(self, begin: float, *, in_flight: int) -> Replica:
         """Return the server with the fewest tokens, when one has room. Raises TeacherLost."""
         async with self._changed:
             while True:
+                self._look()
                 now = time.monotonic()
                 self._check_patience(begin, now)
                 rested = [replica for replica in self._replicas if replica.rests_until <= now]
@@ -260,13 +286,16 @@ class Replicas(Generic[SomeInfo]):
 
     def _check_patience(self, begin: float, now: float) -> None:
         waited = now - max(begin, self._last_success)
-        if waited <= self._patience_s or not any(replica.num_failures for replica in self._replicas):
+        has_failed = any(replica.num_failures for replica in self._replicas) or not self._replicas
+        if waited <= self._patience_s or not has_failed:
             return
         if any(not one.num_failures and one.num_requests for one in self._replicas):
             return  # a server has work, and answers the probes
         seen = "; ".join(f"{replica.address}: {replica.seen}" for replica in self._replicas if replica.seen)
         fix = f"start the server again ({self.kind.command}), then resume the run"
-        raise TeacherLost(f"no {self.kind.shown} answered for {waited:.0f} s ({seen}); {fix}")
+        if self._find is not None:
+            fix = "see the output of the teacher's job in the run's folder"
+        raise TeacherLost(f"no {self.kind.shown} answered for {waited:.0f} s ({seen or 'none is there'}); {fix}")
 
     def _failed(self, replica: Replica, failure: Retry) -> None:
         now = time.monotonic()
@@ -276,8 +305,11 @@ class Replicas(Generic[SomeInfo]):
             replica.rests_until = now + rest
         replica.rests_until = max(replica.rests_until, now + failure.after_s)
         if not replica.seen:
-            log.warning("%s: %s; its requests are sent again", replica.address, failure)
+            level = logging.INFO if failure.is_loading else logging.WARNING
+            log.log(level, "%s: %s; its requests are sent again", replica.address, failure)
         replica.is_known, replica.seen = False, str(failure)
+        if failure.is_loading:  # it is not away, however long that takes
+            self._last_success, replica.num_failures = time.monotonic(), 1
 
     def _succeeded(self, replica: Replica) -> None:
         if replica.seen:
@@ -332,7 +364,8 @@ class Replicas(Generic[SomeInfo]):
         except httpx.InvalidURL as error:
             raise ConfigError(f"{replica.address}: not the address of a server ({error})") from error
         except httpx.HTTPError as error:
-            if self._identity is None and "CERTIFICATE_VERIFY_FAILED" in str(error):
+            is_wrong = "CERTIFICATE_VERIFY_FAILED" in str(error)
+            if is_wrong and self._identity is None and self._find is None:
                 fix = "give the file of the server's certificate"
                 raise ConfigError(f"{replica.address}: its certificate is not trusted ({error}); {fix}") from error
             raise Retry(_describe(error)) from error

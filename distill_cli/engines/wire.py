@@ -44,6 +44,13 @@ SIZE_BYTES = 8
 MOST_HEADER_BYTES = 2**16
 
 
+def token_problem(token: str) -> str | None:
+    """Return why no request can carry a token, without it; None if one can."""
+    if token.isascii() and token.isprintable() and token.strip() == token and token:
+        return None
+    return f"{TOKEN}: is empty, or has characters that no header may have; set another"
+
+
 class BadBody(Exception):
     """A body is not what its route takes; the message is one sentence: what, value, rule."""
 

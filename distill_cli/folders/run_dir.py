@@ -77,6 +77,19 @@ class RunDir:
         self.attempt_record = self.logs / "attempt.json"
         """How the attempt began and ended: see `attempts`."""
 
+    def servers(self, teacher: str) -> Path:
+        """Return the folder of a teacher's job: job.json, and where its servers are (`engines.server_files`)."""
+        return self.teachers / teacher
+
+    def teacher_job(self, teacher: str) -> Path:
+        """Return the file with the `SubmittedJob` that serves a teacher."""
+        return self.servers(teacher) / "job.json"
+
+    def teacher_jobs(self) -> dict[str, SubmittedJob]:
+        """Return the jobs that were submitted last to serve teachers, by teacher; they may have ended."""
+        files = sorted(self.teachers.glob("*/job.json"))
+        return {file.parent.name: SubmittedJob(**read_json(file)) for file in files}
+
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.log"
 

@@ -8,9 +8,10 @@ from distill_cli.config.compose import compose
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
 from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.schema import Config
+from distill_cli.config.teacher_jobs import job_config, teacher_nodes
 from distill_cli.config.teachers import ONLY, teacher_configs
 from distill_cli.jobs.preflight import print_warnings, resolve_jobs, single_path
-from distill_cli.jobs.run_panels import Rows, layout_row, rows_table, training_rows, validation_rows
+from distill_cli.jobs.run_panels import Rows, layout_row, own_nodes, rows_table, training_rows, validation_rows
 from distill_cli.jobs.scratch_runs import Pace, check_only_job, measure
 from distill_cli.launch.base import launcher_of
 from distill_cli.machine import hardware
@@ -53,6 +54,9 @@ def plan(overrides: Sequence[str], flags: Sequence[str], *, measures: bool) -> i
         print_table(console, "launch", {"folder": str(folder)})
         script = launcher.script(resolved[0], folder=folder, num_jobs=len(jobs))
         print(textwrap.indent(script.strip(), "  "))
+        for name in teacher_nodes(resolved[0].config):
+            print_table(console, "the job of the teacher" if name == ONLY else f"the job of {name}", {})
+            print(textwrap.indent(launcher.teacher_script(resolved[0].config, name, folder=folder).strip(), "  "))
     return 0
 
 
@@ -72,7 +76,7 @@ def mesh_rows(resolved: ResolvedRun) -> Rows:
         "ranks": f"{ranks} on {_devices(resolved)}",
         "student's engines": engine_row(resolved, engine.student),
         **{
-            "teacher's engines" if name == ONLY else f"{name}'s engines": teacher_row(resolved, one)
+            "teacher's engines" if name == ONLY else f"{name}'s engines": teacher_row(resolved, one, name)
             for name, one in teacher_configs(resolved.config).items()
         },
         **{axis: f"{sizes[axis]}: {use}" for axis, use in axes.items() if sizes[axis] > 1 or axis == "shard"},
@@ -80,12 +84,18 @@ def mesh_rows(resolved: ResolvedRun) -> Rows:
     }
 
 
-def teacher_row(resolved: ResolvedRun, config: Config) -> str:
-    """Return where the run's only teacher scores."""
-    model = config.model.teacher
+def teacher_row(resolved: ResolvedRun, alone: Config, name: str) -> str:
+    """Say where a teacher scores, and by how many engines of how many ranks."""
+    model = alone.model.teacher
     if model.is_student:
         return "the student's, with the teacher's weights" if model.moves_apart else "the student's"
-    return f"on a server: {model.shown}" if model.addresses else engine_row(resolved, config.engine.teacher)
+    if model.addresses:
+        return f"on a server: {model.shown}"
+    if not model.has_job:
+        return engine_row(resolved, alone.engine.teacher)
+    job, size = job_config(resolved.config, name), alone.engine.teacher.tensor_parallel
+    number = hardware.ranks_per_node(job) // size * job.cluster.nodes
+    return f"{number}{own_nodes(job.cluster.nodes)}"
 
 
 def engine_row(resolved: ResolvedRun, engine: EngineModelConfig) -> str:

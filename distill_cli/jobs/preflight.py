@@ -30,11 +30,13 @@ from distill_cli.config.compose import Job
 from distill_cli.config.credentials import credentials_environment
 from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.schema import Config, Dtype, TeacherModel
+from distill_cli.config.teacher_jobs import job_config, teacher_nodes
 from distill_cli.config.teachers import engine_key, model_key, path_key, teacher_configs
 from distill_cli.config.variation import config_text, override, save_config
 from distill_cli.data.recorded_run import Recording
 from distill_cli.data.row_check import DataFacts, KnownData, check_data
 from distill_cli.engines.settings import tensor_parallel_problem
+from distill_cli.engines.wire import TOKEN, token_problem
 from distill_cli.errors import ConfigError, broken, collect, refuse
 from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import RunDir
@@ -86,7 +88,9 @@ class Facts:
 
     def models(self) -> dict[str, ModelFiles]:
         """Return the models that were found, by the keys of their paths."""
-        found = {path_key(name): files for name, files in self.local_teachers().items()}
+        alone = teacher_configs(self.config) if self.teachers else {}
+        teachers = (self.teachers or {}).items()
+        found = {path_key(name): files for name, files in teachers if alone[name].model.teacher.has_files}
         return ({"model.student.path": self.student} if self.student else {}) | found
 
     def named_by(self, function: Callable[..., Any]) -> dict[str, Any]:
@@ -184,6 +188,16 @@ def ask_cluster(facts: Facts, config: Config) -> Iterator[str]:
     launcher = launcher_of(config.cluster.launcher)
     facts.config = launcher.resolve(config)
     yield from launcher.problems(facts.config)
+    for name in teacher_nodes(facts.config) if facts.trains else ():
+        if not launcher.serves_teachers:
+            fix = f"set {model_key(name)}.nodes=0, or choose cluster=slurm"
+            nodes = teacher_nodes(facts.config)[name]
+            yield f"{model_key(name)}.nodes={nodes}: cluster.launcher={launcher.name} submits no jobs; {fix}"
+            continue
+        yield from launcher.teacher_problems(facts.config, name)
+    token = os.environ.get(TOKEN)
+    if token and teacher_nodes(facts.config) and (problem := token_problem(token)):
+        yield problem
 
 
 def use_hub_cache(config: Config) -> None:
@@ -302,15 +316,21 @@ def read_recording(facts: Facts, config: Config) -> None:
 
 def check_engines(facts: Facts, config: Config, ranks: Ranks) -> Iterator[str]:
     """The ranks of a node must be able to hold the engines."""
+    num_ranks: dict[str, int] = {}
+    """Of a node, where they are not the run's."""
     engines = {"engine.student": (config.engine.student, facts.student)} if "student" in facts.roles else {}
     for name, one in teacher_configs(config).items() if "teacher" in facts.roles else ():
-        if not one.model.teacher.has_engine:
+        if not one.model.teacher.has_files:
             continue
         engines[engine_key(name)] = (one.engine.teacher, (facts.teachers or {}).get(name))
+        if one.model.teacher.has_job and facts.trains:
+            num_ranks[engine_key(name)] = hardware.ranks_per_node(job_config(config, name))
     for key, (engine, files) in engines.items():
         content = model_files.text_config(model_files.read_config(files.folder)) if files else {}
         model = {name: value for name, value in content.items() if isinstance(value, int)}  # not sizes by layer
-        problem = tensor_parallel_problem(engine.tensor_parallel, model=model, num_ranks=ranks.per_node)
+        problem = tensor_parallel_problem(
+            engine.tensor_parallel, model=model, num_ranks=num_ranks.get(key, ranks.per_node)
+        )
         sleep = f"{key}.sleep=true: engines on CPUs cannot give their memory back; leave it out"
         yield from broken(
             (problem, f"{key}.tensor_parallel={engine.tensor_parallel}: {problem}"),

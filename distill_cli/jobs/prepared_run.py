@@ -19,13 +19,15 @@ from rich.markup import escape
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.schema import Config
+from distill_cli.config.teacher_jobs import teacher_nodes
 from distill_cli.config.variation import load_config
 from distill_cli.data.recorded_run import remove_later
-from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, Unrecoverable
-from distill_cli.folders.attempts import Outcome, record_attempt, write_outcome
+from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, TeacherLost, Unrecoverable
+from distill_cli.folders.attempts import Outcome, read_outcome, record_attempt, write_outcome
 from distill_cli.folders.metrics_file import cut_back, read_metrics
 from distill_cli.folders.run_dir import JobEnd, RunDir, write_json
 from distill_cli.jobs.run_panels import end_panel, relative
+from distill_cli.jobs.teacher_jobs import end_teachers, kept
 from distill_cli.launch.base import ALONE, launcher_of
 from distill_cli.launch.local import STOP_SIGNALS, follow, start_ranks, stop_signals
 from distill_cli.launch.nodes import Leader, node_variables
@@ -55,10 +57,15 @@ def lead(run: RunDir, config: Config, leader: Leader) -> int:
     """Carry out a run to its end; return its exit status, which a job also leaves in the run's folder."""
     launcher, place = launcher_of(config.cluster.launcher), leader.place
     status, reason, error = 0, None, None
+    console = Console(highlight=False, soft_wrap=True)
     try:
-        with stop_signals(), run.lock(wait_s=LOCK_TIMEOUT_S if place.job_id else 0.0):
+        with (
+            stop_signals(),
+            run.lock(wait_s=LOCK_TIMEOUT_S if place.job_id else 0.0),
+            kept(run, config, place, console=console),
+        ):
             launcher.check_restarts(config, place)
-            resolved, console = read_resolved(run, config), Console(highlight=False, soft_wrap=True)
+            resolved = read_resolved(run, config)
             reason = run_to_completion(resolved, run.unused_attempt(), console=console, leader=leader).reason
     except Stopped as stopped:
         status, reason, error = 128 + stopped.signum, str(stopped), f"stopped by {stopped}"
@@ -69,6 +76,7 @@ def lead(run: RunDir, config: Config, leader: Leader) -> int:
         launcher.requeue(config, place, reason=reason)
     if place.job_id is not None:
         write_json(run.job_end, asdict(JobEnd(place.job_id, status, error)))
+        end_teachers(run)
     return status
 
 
@@ -94,6 +102,7 @@ def run_to_completion(
     leader, resume = leader or Leader(run, ALONE), f"distill resume {relative(sweep or run.path)}"
     if leader.place.job_id is None:
         run.job.unlink(missing_ok=True)  # the run may have been a job before
+        end_teachers(run)
     try:
         with tracking(resolved, run):
             try:
@@ -124,22 +133,28 @@ def run_to_completion(
 
 def run_attempts(resolved: ResolvedRun, run: RunDir, *, console: Console, leader: Leader) -> None:
     """Start the ranks; restart them from the newest checkpoint if they failed and that may help."""
-    launched = time.time()
+    launched, most = time.time(), resolved.config.cluster.max_restarts
+    has_jobs = bool(teacher_nodes(resolved.config))
     for number in itertools.count():
         start = begin_attempt(run, console=console)
         options = [f"--checkpoint={start.path}"] if start else []
         try:
             with record_attempt(run, launched=launched, from_step=start.step if start else 0):
                 start_ranks(resolved, run, options, leader=leader)
-            return
+            outcome = read_outcome(run)
+            # The ranks have saved and ended because a teacher is lost. One with a job of its own comes again.
+            is_lost = outcome is not None and outcome.state == "failed" and has_jobs
+            if outcome is None or not is_lost or number == most:
+                return
+            console.warn(f"attempt {run.attempt} failed: {outcome.reason}")
         except DistillError as error:
             before = start.recorded_step if start else 0
             has_progressed = run.metrics.exists() and bool(read_metrics(run.metrics, after_step=before))
-            is_last = isinstance(error, ConfigError | Unrecoverable) or number == resolved.config.cluster.max_restarts
-            if is_last or not (has_progressed or isinstance(error, Killed)):
+            may_help = has_progressed or isinstance(error, Killed) or (isinstance(error, TeacherLost) and has_jobs)
+            if isinstance(error, ConfigError | Unrecoverable) or number == most or not may_help:
                 raise
             console.warn(f"attempt {run.attempt} failed: {error}")
-            run = run.next_attempt()
+        run = run.next_attempt()
 
 
 def begin_attempt(run: RunDir, *, console: Console) -> Checkpoint | None:

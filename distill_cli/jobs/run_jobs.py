@@ -21,6 +21,8 @@ from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
 from distill_cli.config.compose import Job
 from distill_cli.config.schema import Config, Schedule
+from distill_cli.config.teacher_jobs import teacher_nodes
+from distill_cli.config.teachers import model_key
 from distill_cli.config.variation import forbidden_changes, load_config, override
 from distill_cli.data.recorded_run import Recording
 from distill_cli.data.row_check import KnownData
@@ -157,9 +159,17 @@ def check_sweep(jobs: Sequence[Job]) -> None:
     """Raise ConfigError if the jobs cannot be one array."""
     cluster = jobs[0].config.cluster
     launcher = launcher_of(cluster.launcher)
+    refuse(problem for job in jobs for problem in shared_teacher_problems(job.config))
     if not launcher.runs_here and any(job.config.cluster != cluster for job in jobs):
         raise ConfigError("cluster: all runs of an array get the same nodes; do not sweep cluster keys")
     refuse(launcher.problems(jobs[0].config, num_jobs=len(jobs)))
+
+
+def shared_teacher_problems(config: Config) -> Iterator[str]:
+    """Yield one line for each teacher of a sweep's run that would get a job of its own."""
+    for name, nodes in teacher_nodes(config).items():
+        fix = "start one with `distill serve` and give its address (url), or set nodes=0"
+        yield f"{model_key(name)}.nodes={nodes}: the runs of a sweep cannot share a teacher's job; {fix}"
 
 
 def carry_out_sweep(runs: Sequence[RunDir], *, console: Console) -> int:
@@ -324,6 +334,7 @@ def reopen(sweep: SweepDir, overrides: Sequence[str], *, console: Console) -> li
     left = [run for run in candidates if run.path not in queued]
     found = zip(left, collect(partial(resolve, run) for run in left), strict=True)
     going_on = [(run, resolved) for run, (resolved, _) in found if finished_steps(run) < resolved.num_steps]
+    refuse(problem for _, resolved in going_on for problem in shared_teacher_problems(resolved.config))
     for run, resolved in going_on:
         write_resolved(run, resolved)
     if going_on:

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from distill_cli.config.teacher_jobs import teacher_nodes
 from distill_cli.config.teachers import ONLY, teacher_configs
 from distill_cli.folders.attempts import Outcome, attempt_lines, attempts_of
 from distill_cli.folders.run_dir import RunDir
@@ -40,13 +41,20 @@ def start_panel(resolved: ResolvedRun, run: RunDir) -> Panel:
 
 
 def teacher_rows(resolved: ResolvedRun) -> Rows:
-    """Return the path of each teacher."""
+    """Return the path of each teacher, and the nodes of its own."""
     recorded = " (recorded)" if resolved.recorded_run else ""
-    alone = teacher_configs(resolved.config)
+    alone, nodes = teacher_configs(resolved.config), teacher_nodes(resolved.config)
     return {
-        "teacher" if name == ONLY else f"teacher {name}": f"{one.model.teacher.path}{recorded}"
+        "teacher" if name == ONLY else f"teacher {name}": f"{one.model.teacher.path}{own_nodes(nodes[name])}"
+        if name in nodes
+        else f"{one.model.teacher.path}{recorded}"
         for name, one in alone.items()
     }
+
+
+def own_nodes(number: int) -> str:
+    """Say how many nodes a teacher has of its own."""
+    return f" on {number} {'node' if number == 1 else 'nodes'} of its own"
 
 
 def cores_row(resolved: ResolvedRun) -> str:

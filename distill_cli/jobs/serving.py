@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 
 from distill_cli.config.compose import check_overrides, compose
 from distill_cli.config.fields import has_property, is_within
@@ -51,9 +52,37 @@ def serve(
         ConfigError: an override is refused, the model cannot be served, or the address would be unsafe.
         DistillError: an engine failed.
     """
-    token = os.environ.get(TOKEN)
-    check_listen(listen, token)
-    config = compose_server(overrides)
+    check_listen(listen, os.environ.get(TOKEN))
+    serve_config(
+        compose_server(overrides),
+        listen=listen,
+        max_topk=max_topk,
+        max_queued_tokens=max_queued_tokens,
+        fixed_batches=fixed_batches,
+    )
+    return 0
+
+
+def serve_config(
+    config: Config,
+    *,
+    listen: Listen,
+    max_topk: int | None,
+    max_queued_tokens: int = MAX_QUEUED_TOKENS,
+    fixed_batches: bool = False,
+    on_listen: Callable[[str], object] | None = None,
+    signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM),
+) -> int:
+    """Serve the only teacher of a config until one of these signals; return its number.
+
+    Args:
+        max_topk: largest top-k of a request; None is 128, or the vocabulary.
+        on_listen: see `ScoringServer`.
+
+    Raises:
+        ConfigError: the model cannot be served, or the address would be unsafe.
+        DistillError: an engine failed.
+    """
     facts = preflight_serving(config)
     assert facts.teachers is not None
     assert facts.ranks is not None
@@ -72,9 +101,11 @@ def serve(
         listen=listen,
         processes=processes,
         budget=GPU_BUDGET if facts.ranks.on_gpus else CPU_BUDGET,
-        token=token,
+        token=os.environ.get(TOKEN),
         fixed_batches=fixed_batches,
         on_ready=lambda address: print_ready(info, facts, address),
+        on_listen=on_listen,
+        signals=signals,
     )
     return server.run()
 

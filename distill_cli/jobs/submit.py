@@ -4,7 +4,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -12,12 +12,14 @@ from pathlib import Path
 from rich.markup import escape
 
 from distill_cli.config.schema import Config
+from distill_cli.config.teachers import ONLY
 from distill_cli.config.variation import load_config
-from distill_cli.errors import DistillError
+from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir, SubmittedJob, write_json
 from distill_cli.jobs.run_panels import print_lines, relative
+from distill_cli.jobs.teacher_jobs import end_teachers, submit_teachers
 from distill_cli.launch.base import launcher_of
 from distill_cli.report.read import state_of
 from distill_cli.terminal.console import Console
@@ -40,16 +42,34 @@ def submit(config: Config, runs: Sequence[RunDir], *, folder: Path, console: Con
         ConfigError: the cluster refuses the jobs.
     """
     launcher = launcher_of(config.cluster.launcher)
-    jobs = launcher.submit(config, runs, folder=folder)
+    before = [run.job.read_text() if run.job.exists() else None for run in runs]
+    for run in runs:  # the teachers' servers must not take an earlier job for the run's
+        run.job.unlink(missing_ok=True)
+    try:
+        teachers = submit_teachers(config, runs[0]) if runs[0].path == folder else {}
+        jobs = launcher.submit(config, runs, folder=folder, after=[job.job_id for job in teachers.values()])
+    except ConfigError:
+        end_teachers(runs[0])
+        for run, text in zip(runs, before, strict=True):
+            if text is not None:
+                run.job.write_text(text)
+        raise
     for run, job in zip(runs, jobs, strict=True):
         write_json(run.job, asdict(job))
     path, hints = shlex.quote(relative(folder)), launcher.hints([job.job_id for job in jobs])
-    lines = {"job": hints.pop("job"), "folder": path, "follow": f"distill report {path}"}
+    lines = {"job": hints.pop("job"), **teacher_lines(teachers)}
+    lines |= {"folder": path, "follow": f"distill report {path}"}
     if runs[0].path == folder:
         output = f"tail -F {shlex.quote(relative(Path(jobs[0].log)))}"
         lines |= {"follow": f"distill watch {path}", "output": output}
     print_lines(console, {**lines, **hints, "resume": f"distill resume {path}"})
     return jobs
+
+
+def teacher_lines(jobs: Mapping[str, SubmittedJob]) -> dict[str, str]:
+    """Return a line for the jobs of the teachers, if there are any."""
+    ids = ", ".join(job.job_id if name == ONLY else f"{job.job_id} ({name})" for name, job in jobs.items())
+    return {"teacher": f"{'job' if len(jobs) == 1 else 'jobs'} {ids}"} if jobs else {}
 
 
 def in_queue(runs: Sequence[RunDir]) -> dict[Path, str]:
@@ -98,6 +118,7 @@ def wait_for_run(run: RunDir, job: SubmittedJob, *, console: Console) -> int:
         console.print(f"job {job.job_id} goes on; {launcher.hints([job.job_id])['cancel']} ends it")
         raise
     print_from(Path(job.log), position)
+    end_teachers(run)  # else their servers notice it half a minute later
     status, text = job_outcome(run, job)
     if status:
         console.print(f"job {job.job_id}: {escape(text)}")
@@ -149,6 +170,8 @@ def follow(run: RunDir, *, sleep: Callable[[float], None] = time.sleep) -> int:
     """
     num_steps = load_config(run.config).train.max_steps
     with StepPrinter(sys.stdout, num_steps=num_steps, title=f"distill watch  {run.path.name}") as printer:
+        for name, text in teacher_lines(run.teacher_jobs()).items():
+            printer.say(f"{name} in {text}")
         last, polled, lost = -1, -math.inf, None
         while True:
             if time.monotonic() >= polled + POLL_S[1]:

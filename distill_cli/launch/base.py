@@ -18,6 +18,8 @@ from distill_cli.resolved import ResolvedRun
 LAUNCHERS = ("local", "slurm")
 NODE_PROGRAM = "distill_cli.jobs.prepared_run"
 """A job executes `python -m NODE_PROGRAM RUN` on each of its nodes."""
+TEACHER_PROGRAM = "distill_cli.jobs.teacher_node"
+"""The job of a teacher calls `serve_teacher` of this module on each of its nodes."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Launcher:
     name: ClassVar[str]
     runs_here: ClassVar[bool] = False
     """Whether the typed command starts the ranks itself instead of submitting jobs."""
+    serves_teachers: ClassVar[bool] = False
+    """Whether a teacher can have a job of its own: the methods whose names have `teacher` in them."""
     unread: ClassVar[frozenset[str]] = frozenset()
     """Keys of cluster, outside of sections, that have no effect."""
 
@@ -69,13 +73,41 @@ class Launcher:
         """Return what `submit` would give to the cluster, or the command that would run here."""
         raise NotImplementedError
 
-    def submit(self, config: Config, runs: Sequence[RunDir], *, folder: Path) -> list[SubmittedJob]:
+    def submit(
+        self, config: Config, runs: Sequence[RunDir], *, folder: Path, after: Sequence[str] = ()
+    ) -> list[SubmittedJob]:
         """Queue a job for each prepared run, named after the run's or sweep's `folder`, which takes the output.
+
+        Args:
+            after: ids of jobs that must have begun, or ended, before these begin.
 
         Raises:
             ConfigError: the cluster refuses the jobs.
         """
         return []
+
+    def teacher_problems(self, config: Config, name: str) -> Iterator[str]:
+        """Yield what keeps the launcher from taking the job of a teacher, as `problems` does for a run's."""
+        yield from ()
+
+    def teacher_script(self, config: Config, name: str, *, folder: Path) -> str:
+        """Return what `submit_teacher` would give to the cluster."""
+        raise NotImplementedError
+
+    def submit_teacher(self, config: Config, name: str, run: RunDir) -> SubmittedJob:
+        """Queue the job that serves a teacher of a run (`config.teacher_jobs`).
+
+        Raises:
+            ConfigError: the cluster refuses the job.
+        """
+        raise NotImplementedError
+
+    def teacher_address(self) -> str:
+        """Return the host name or IP address at which other nodes reach this node of a teacher's job."""
+        raise NotImplementedError
+
+    def cancel(self, job_ids: Sequence[str]) -> None:
+        """End jobs; those that have ended are left alone."""
 
     def hints(self, job_ids: Sequence[str]) -> dict[str, str]:
         """Return what to print about submitted jobs: `job`, and the commands `queue` and `cancel`."""

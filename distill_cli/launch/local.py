@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 import psutil
 
 from distill_cli.config.schema import Config
-from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, Unrecoverable
+from distill_cli.errors import ConfigError, DistillError, Killed, Stopped, TeacherLost, Unrecoverable
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.launch.base import ALONE, Launcher, Place
 from distill_cli.launch.forked_ranks import fork_ranks
@@ -285,7 +285,11 @@ def failure(run: RunDir, *, status: int) -> DistillError:
     first = min(alike, key=lambda error: error["rank"])
     if first["kind"] == "ConfigError":
         return ConfigError(first["message"])
-    kinds: dict[str, type[DistillError]] = {"Killed": Killed, "Unrecoverable": Unrecoverable}
+    kinds: dict[str, type[DistillError]] = {
+        "Killed": Killed,
+        "TeacherLost": TeacherLost,
+        "Unrecoverable": Unrecoverable,
+    }
     what = f" {describe_exit(first['status'])}" if "status" in first else f": {first['message']}"
     text = f"rank {first['rank']}{what}; log: {run.rank_log(first['rank'])}"
     return kinds.get(first["kind"], DistillError)(text)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,10 +30,12 @@ import psutil
 
 from distill_cli.config.choices import nearest
 from distill_cli.config.schema import Config
+from distill_cli.config.teacher_jobs import GPUS, job_config, job_key, teacher_nodes
+from distill_cli.config.teachers import model_key
 from distill_cli.config.variation import override
 from distill_cli.errors import ConfigError, DistillError, broken
 from distill_cli.folders.run_dir import RunDir, SubmittedJob
-from distill_cli.launch.base import NODE_PROGRAM, Launcher, Place
+from distill_cli.launch.base import NODE_PROGRAM, TEACHER_PROGRAM, Launcher, Place
 from distill_cli.machine import hardware
 from distill_cli.resolved import ResolvedRun
 
@@ -93,16 +95,36 @@ def run_node_program(run: str) -> None:
         sys.exit(status)
 
 
+def run_teacher_program(run: str, name: str) -> None:
+    """Do the task of a node of a teacher's job."""
+    if status := importlib.import_module(TEACHER_PROGRAM).serve_teacher(Path(run), name):
+        sys.exit(status)
+
+
 class Slurm(Launcher):
     name = "slurm"
+    serves_teachers = True
     task: Callable[[str], None] = staticmethod(run_node_program)
     """What each node of a job does with the run's folder."""
+    teacher_task: Callable[[str, str], None] = staticmethod(run_teacher_program)
+    """What each node of a teacher's job does with the run's folder and the teacher's name."""
 
     def __init__(self, ask: Callable[..., str] = ask) -> None:
         """`ask` runs a command and returns its output."""
         self.ask = ask
 
     def resolve(self, config: Config) -> Config:
+        resolved = self._with_sizes(config)
+        with suppress(ConfigError):  # which `config_problems` raises
+            for name in teacher_nodes(config):  # all of these jobs have the same sizes
+                cluster = self._with_sizes(job_config(config, name)).cluster
+                sizes = {GPUS: cluster.gpus_per_node, "cpus_per_node": cluster.slurm.cpus_per_node}
+                own = {**config.cluster.slurm.teacher, **sizes}
+                return override(resolved, {"cluster.slurm.teacher": own})
+        return resolved
+
+    def _with_sizes(self, config: Config) -> Config:
+        """Fill in GPUs and CPUs of a node; nothing if Slurm does not answer."""
         try:
             partition = self.find_partition(config.cluster.slurm.partition)
         except ConfigError:  # which `problems` raises
@@ -144,24 +166,48 @@ class Slurm(Launcher):
             if num_jobs > int(size):
                 yield f"a sweep of {num_jobs} runs: an array of this cluster holds {size}; make several sweeps"
 
+    def teacher_problems(self, config: Config, name: str) -> Iterator[str]:
+        own, model = config.cluster.slurm.teacher, model_key(name)
+        try:
+            problems = list(self.problems(job_config(config, name)))
+        except ConfigError as error:
+            problems = list(error.problems)
+        for problem in problems:
+            shown = job_key(problem, own=own, model=model)
+            yield shown if shown != problem else f"{problem} (for the job of {model})"
+
+    def teacher_script(self, config: Config, name: str, *, folder: Path) -> str:
+        executor = make_teacher_executor(config, name, folder)
+        return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+
     def script(self, resolved: ResolvedRun, *, folder: Path, num_jobs: int = 1) -> str:
-        executor = make_executor(resolved.config, folder, max_jobs=num_jobs)
+        after = [f"<{name}>" for name in teacher_nodes(resolved.config)]  # stands for the id of that job
+        executor = make_executor(resolved.config, folder, max_jobs=num_jobs, after=after)
         if num_jobs > 1:
             executor.parameters["map_count"] = num_jobs
         return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
-    def submit(self, config: Config, runs: Sequence[RunDir], *, folder: Path) -> list[SubmittedJob]:
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
+    def submit(
+        self, config: Config, runs: Sequence[RunDir], *, folder: Path, after: Sequence[str] = ()
+    ) -> list[SubmittedJob]:
+        executor = make_executor(config, folder, max_jobs=len(runs), after=after)
+        paths = [str(run.path) for run in runs]
+        with refusals():
+            jobs = executor.map_array(self.task, paths) if runs[1:] else [executor.submit(self.task, *paths)]
+        return [self._submitted(job.job_id, folder) for job in jobs]
 
-        executor, paths = make_executor(config, folder, max_jobs=len(runs)), [str(run.path) for run in runs]
-        try:
-            with redirect_stderr(io.StringIO()):  # submitit prints what it raises
-                jobs = executor.map_array(self.task, paths) if runs[1:] else [executor.submit(self.task, *paths)]
-        except (FailedJobError, FailedSubmissionError) as error:
-            reason = last_line(str(error)).removeprefix("sbatch: error: ")
-            raise ConfigError(f"Slurm refuses the job: {reason.rpartition(' failed: ')[2]}") from error
-        logs = folder / self.name  # the first node's output
-        return [SubmittedJob(self.name, job.job_id, str(logs / f"{job.job_id}_0_log.out")) for job in jobs]
+    def submit_teacher(self, config: Config, name: str, run: RunDir) -> SubmittedJob:
+        executor = make_teacher_executor(config, name, run.path)
+        with refusals():
+            job = executor.submit(self.teacher_task, str(run.path), name)
+        return self._submitted(job.job_id, run.path)
+
+    def _submitted(self, job_id: str, folder: Path) -> SubmittedJob:
+        return SubmittedJob(self.name, job_id, str(folder / self.name / f"{job_id}_0_log.out"))
+
+    def cancel(self, job_ids: Sequence[str]) -> None:
+        with suppress(ConfigError):  # Slurm has forgotten the job
+            self.ask("scancel", *job_ids)
 
     def hints(self, job_ids: Sequence[str]) -> dict[str, str]:
         job = job_ids[0].partition("_")[0]
@@ -175,6 +221,12 @@ class Slurm(Launcher):
         address = self.address(here.hostnames[0]) if here.num_nodes > 1 else "localhost"
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         return Place(here.job_id, restarts, here.node, here.num_nodes, address)
+
+    def teacher_address(self) -> str:
+        import submitit
+
+        here = submitit.JobEnvironment()
+        return self.address(here.hostnames[here.node])
 
     def check_restarts(self, config: Config, place: Place) -> None:
         """Slurm counts starts after preemptions and lost nodes too, and has no limit of its own."""
@@ -298,12 +350,28 @@ class Slurm(Launcher):
         return ""
 
 
-def parameters(config: Config, *, name: str, max_jobs: int) -> dict[str, Any]:
-    """Return the parameters of submitit's Slurm executor for a resolved config."""
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raise ConfigError if Slurm refuses a job that is submitted in the block."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    try:
+        with redirect_stderr(io.StringIO()):  # submitit prints what it raises
+            yield
+    except (FailedJobError, FailedSubmissionError) as error:
+        reason = last_line(str(error)).removeprefix("sbatch: error: ")
+        raise ConfigError(f"Slurm refuses the job: {reason.rpartition(' failed: ')[2]}") from error
+
+
+def parameters(config: Config, *, name: str, max_jobs: int, after: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the parameters of submitit's Slurm executor for a resolved config; see `Launcher.submit` for `after`."""
     cluster, settings = config.cluster, config.cluster.slurm
     extra = {str(key).replace("_", "-"): value for key, value in settings.extra.items()}
     # One start is one attempt in the same folder: log files go on, and Slurm may start the job again.
     extra |= {"requeue" if settings.max_requeues else "no-requeue": True}
+    if after:
+        given = [str(extra["dependency"])] if "dependency" in extra else []
+        extra |= {"dependency": ",".join([*given, f"after:{':'.join(after)}"])}
     has_own_gpus = {"gres", "gpus", "gpus-per-task", "gpus-per-node"} & extra.keys()
     cpus = f"--cpus-per-task={settings.cpus_per_node}"  # srun no longer takes it from sbatch
     container = [
@@ -326,13 +394,25 @@ def parameters(config: Config, *, name: str, max_jobs: int) -> dict[str, Any]:
     }
 
 
-def make_executor(config: Config, folder: Path, *, max_jobs: int) -> Any:
-    """Return submitit's executor for jobs of this config; scripts, pickles and output go to `folder`/slurm."""
+def make_executor(
+    config: Config, folder: Path, *, max_jobs: int, name: str | None = None, after: Sequence[str] = ()
+) -> Any:
+    """Return submitit's executor for jobs of this config; scripts, pickles and output go to `folder`/slurm.
+
+    Args:
+        name: of the jobs; None is the folder's.
+        after: see `Launcher.submit`.
+    """
     import submitit
 
     executor = submitit.SlurmExecutor(folder=folder / Slurm.name, python=config.cluster.slurm.python)
-    executor.update_parameters(**parameters(config, name=folder.name, max_jobs=max_jobs))
+    executor.update_parameters(**parameters(config, name=name or folder.name, max_jobs=max_jobs, after=after))
     return executor
+
+
+def make_teacher_executor(config: Config, name: str, folder: Path) -> Any:
+    """Return submitit's executor for the job of a teacher of the run in a folder."""
+    return make_executor(job_config(config, name), folder, max_jobs=1, name=f"{folder.name}_{name}")
 
 
 def parse_time_limit(text: str) -> float | None:

@@ -17,9 +17,11 @@ from distill_cli.engines.companion import CompanionTeacher, needs_companion
 from distill_cli.engines.from_config import settings_of
 from distill_cli.engines.moving import ScoringSampler
 from distill_cli.engines.sampler import VllmSampler
+from distill_cli.engines.server_files import finder
 from distill_cli.engines.server_info import DISTILL, VLLM
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
+from distill_cli.folders.run_dir import RunDir
 from distill_cli.resolved import ResolvedRun
 
 log = logging.getLogger(__name__)
@@ -30,21 +32,28 @@ a teacher that is the student (`build_source.moving_teacher`)."""
 
 
 def build_engines(
-    resolved: ResolvedRun, *, should_stop: Callable[[], bool] | None = None, untouched: tuple[str, ...] = ()
+    resolved: ResolvedRun,
+    run: RunDir,
+    *,
+    should_stop: Callable[[], bool] | None = None,
+    untouched: tuple[str, ...] = (),
 ) -> Engines:
     """Build the engines that the run needs, asleep if they can sleep. A collective.
 
     Args:
+        run: its folder has the addresses of teachers that are served by jobs of their own.
         should_stop: see `VllmEngine`.
         untouched: tensors of the student's files that the trainer does not have.
     """
     begin, config, sampler = time.perf_counter(), resolved.config, None
     # Built first: a companion loads while the sampler is built.
-    alone = resolved.by_teacher().values() if needs_scorer(config) else []
+    alone = resolved.by_teacher() if needs_scorer(config) else {}
     early = scores_while_sampling(config, on_gpus=torch.cuda.is_available())
     teachers = [
-        None if one.config.model.teacher.is_student else build_teacher(one, works_apart=early, should_stop=should_stop)
-        for one in alone
+        None
+        if one.config.model.teacher.is_student
+        else build_teacher(one, run.servers(name), works_apart=early, should_stop=should_stop)
+        for name, one in alone.items()
     ]
     if needs_sampler(config):
         settings = replace(engine_settings(resolved, "student"), untouched=untouched)
@@ -73,16 +82,17 @@ def build_sampler(
 
 
 def build_teacher(
-    resolved: ResolvedRun, *, works_apart: bool = False, should_stop: Callable[[], bool] | None = None
+    resolved: ResolvedRun, servers: Path, *, works_apart: bool = False, should_stop: Callable[[], bool] | None = None
 ) -> Teacher:
     """Build the run's only teacher, asleep if it can sleep; call `wait_ready` before using it. A collective.
 
     Args:
+        servers: folder in which the servers of the teacher's job write where they are, if it has one.
         works_apart: give it a process of its own, whether or not vLLM needs that.
         should_stop: see `VllmEngine`.
     """
     loss, model = resolved.config.loss, resolved.config.model.teacher
-    if model.addresses:
+    if model.is_served:
         kind = resolved.servers.get(ONLY, DISTILL.name)
         return served_class(kind)(
             model.addresses,
@@ -93,6 +103,7 @@ def build_teacher(
             patience_s=model.patience_s,
             certificate=None if model.certificate is None else Path(model.certificate),
             should_stop=should_stop,
+            find=finder(servers) if model.has_job else None,
         )
     student, teacher = engine_settings(resolved, "student"), engine_settings(resolved, "teacher")
     engine: Teacher

@@ -87,7 +87,7 @@ def build_trainer(
     if checkpoint is not None:
         check_data(checkpoint, order)
     built = build_model(resolved)  # before engines: vLLM changes classes of transformers
-    engines = build_engines(resolved, should_stop=stop.is_set, untouched=built[1].untouched)
+    engines = build_engines(resolved, run, should_stop=stop.is_set, untouched=built[1].untouched)
     sampler = engines[0]
     student = build_student(resolved, parallel, built)
     num_steps = count_steps(config, order)

@@ -44,7 +44,7 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
     resolved, config, parallel = rank.resolved, rank.resolved.config, rank.parallel
     built = parts.build_model(resolved)  # before engines: vLLM changes classes of transformers
     own = with_student_as_teacher(with_masses(resolved))
-    sampler, own_teachers = build_engines(own, untouched=built[1].untouched)
+    sampler, own_teachers = build_engines(own, run, untouched=built[1].untouched)
     if isinstance(order, RecordedSteps) or sampler is None or not own_teachers or own_teachers[0] is None:
         raise ConfigError("rollout.replay: distill check needs both engines; leave it out")
     student = parts.build_student(resolved, parallel, built)
@@ -65,7 +65,7 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
         return {
             "name": names[index] if len(names) > 1 else "",
             "config": one.config,
-            "make_scoring": lambda: scoring_by(build_teacher(with_masses(one))),
+            "make_scoring": lambda: scoring_by(build_teacher(with_masses(one), run.servers(names[index]))),
             "load_teacher": lambda: load_teacher(one, parallel),
         }
 

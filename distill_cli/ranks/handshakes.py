@@ -49,7 +49,7 @@ def guard(resolved: ResolvedRun, teacher: Teacher, *, name: str) -> GuardedTeach
     model, loss = resolved.config.model.teacher, resolved.config.loss
     shown = "the teacher" if name == ONLY else f"the teacher {name}"
     limit = handshake.ROUNDED
-    if model.addresses:
+    if model.is_served:
         limit = handshake.NEARLY_EXACT if info_of(teacher).dtype == "float32" else limit
     elif model.dtype is Dtype.float32 and not resolved.ranks.on_gpus:
         limit = handshake.EXACT
@@ -117,7 +117,7 @@ def info_of(teacher: Teacher) -> Info:
 def identity_of(resolved: ResolvedRun, teacher: Teacher) -> Identity:
     """Return the identity of the run's only teacher."""
     model = resolved.config.model.teacher
-    if model.addresses:
+    if model.is_served:
         info = info_of(teacher)
         return Identity(info.path, info.revision, info.digest)
     return Identity(model.path, model.revision, fingerprint(resolved.model(ONLY).folder))

@@ -56,9 +56,10 @@ class State:
 class Refused(Exception):
     """A request is refused, with a status and one sentence."""
 
-    def __init__(self, status: int, sentence: str, **headers: str) -> None:
+    def __init__(self, status: int, sentence: str, *, state: str | None = None, **headers: str) -> None:
+        """`state` is the server's, if that is why."""
         super().__init__(sentence)
-        self.status = status
+        self.status, self.state = status, state
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
@@ -172,7 +173,8 @@ class Bodies:
     def _check_ready(self) -> None:
         """Raise Refused while nothing is scored."""
         if self._state.now != READY:
-            raise Refused(503, REASONS[self._state.now], retry_after=str(RETRY_LOADING_S))
+            now = self._state.now
+            raise Refused(503, REASONS[now], state=now, retry_after=str(RETRY_LOADING_S))
 
     async def _read(self, request: Request) -> bytearray:
         """Return the body. Raises Refused if it is too large."""
@@ -258,7 +260,7 @@ def _error(status: int, sentence: str, headers: Headers | None = None, **more: s
 
 async def _refused(_request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
-    return _error(error.status, str(error), error.headers)
+    return _error(error.status, str(error), error.headers, **({"state": error.state} if error.state else {}))
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

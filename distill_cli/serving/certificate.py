@@ -3,6 +3,7 @@
 import datetime
 import ipaddress
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,9 @@ def make_certificate(folder: Path, hosts: Sequence[str]) -> tuple[Path, Path]:
     Clients trust it if it is given to them (`ServedTeacher(certificate=...)`). The key can be read by its owner alone.
     """
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "distill scoring server")])
+    # Its own name: a client that trusts several looks them up by name, and takes the first.
+    common = f"distill scoring server {secrets.token_hex(8)}"
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
     now = datetime.datetime.now(datetime.UTC)
     made = (
         x509.CertificateBuilder(issuer_name=name, subject_name=name, public_key=key.public_key())

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 import uvicorn
 
 from distill_cli.engines.server_info import ServerInfo
-from distill_cli.engines.wire import TOKEN
+from distill_cli.engines.wire import TOKEN, token_problem
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.serving import app as application
 from distill_cli.serving.app import State, make_app
@@ -47,6 +47,8 @@ class Listen:
     """0 is any that is free."""
     certificate: Path | None = None
     key: Path | None = None
+    public: str | None = None
+    """Host name or IP address at which clients reach it; None is `host`, or this machine's name."""
 
     @property
     def scheme(self) -> str:
@@ -63,7 +65,7 @@ def is_loopback(host: str) -> bool:
 
 def check_listen(listen: Listen, token: str | None) -> None:
     """Raise ConfigError if requests would travel in the clear or without a token, or a file is missing."""
-    problems = []
+    problems = [] if token is None or (problem := token_problem(token)) is None else [problem]
     if (listen.certificate is None) != (listen.key is None):
         problems.append("--certificate, --key: one is given without the other; give both")
     if not is_loopback(listen.host):
@@ -73,8 +75,6 @@ def check_listen(listen: Listen, token: str | None) -> None:
         if listen.certificate is None:
             fix = "give --certificate and --key, or --host 127.0.0.1"
             problems.append(f"{others}, and the token would travel in the clear; {fix}")
-    if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token and token):
-        problems.append(f"{TOKEN}: is empty, or has characters that no header may have; set another")
     if not problems and listen.certificate is not None and listen.key is not None:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(listen.certificate, listen.key)
@@ -109,6 +109,8 @@ class ScoringServer:
         token: str | None,
         fixed_batches: bool,
         on_ready: Callable[[str], object],
+        on_listen: Callable[[str], object] | None = None,
+        signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM),
     ) -> None:
         """Take what is served; nothing starts yet.
 
@@ -116,17 +118,20 @@ class ScoringServer:
             folder: the model's.
             fixed_batches: see `Dispatcher`.
             on_ready: called with the server's address when it can score.
+            on_listen: called with the address when it listens; the model is loaded after that.
+            signals: those that stop it.
         """
         self._info, self._folder, self._listen = info, folder, listen
         self._processes, self._budget, self._token, self._on_ready = processes, budget, token, on_ready
-        self._fixed_batches = fixed_batches
+        self._fixed_batches, self._on_listen, self._stop_signals = fixed_batches, on_listen, signals
         self._state = State()
         self._failure: DistillError | None = None
         self._signums: list[int] = []
+        """Of the signal that stopped it."""
         self._stopped = asyncio.Event()
 
     def run(self) -> int:
-        """Serve until a signal; return the exit status, 0.
+        """Serve until a signal; return its number.
 
         Raises:
             ConfigError: the address is not free, or the model cannot be served.
@@ -139,7 +144,7 @@ class ScoringServer:
                 runner.run(self._serve(listener))
         if self._failure is not None:
             raise self._failure
-        return 0
+        return self._signums[0] if self._signums else signal.SIGTERM
 
     async def _serve(self, listener: socket.socket) -> None:
         metrics = ServerMetrics()
@@ -147,10 +152,12 @@ class ScoringServer:
         dispatcher = Dispatcher(queue, self._budget, metrics, fixed_batches=self._fixed_batches)
         metrics.gauge("distill_queued_tokens", "Tokens that wait for an engine.", lambda: queue.num_tokens)
         metrics.gauge("distill_waiting_clients", "Clients whose tokens wait.", lambda: queue.num_clients)
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in self._stop_signals:
             asyncio.get_running_loop().add_signal_handler(signum, self._on_signal, signum)
         dispatcher.failure.add_done_callback(lambda done: None if done.cancelled() else self._fail(done.result()))
         http = self._http(dispatcher, metrics)
+        if self._on_listen is not None:
+            self._on_listen(self._address(listener.getsockname()[1]))
         served = asyncio.create_task(http.serve(sockets=[listener]))
         served.add_done_callback(lambda _: self._stopped.set())
         loaded = asyncio.create_task(self._load(dispatcher, listener))
@@ -196,7 +203,7 @@ class ScoringServer:
         self._on_ready(self._address(listener.getsockname()[1]))
 
     def _address(self, port: int) -> str:
-        host = self._listen.host
+        host = self._listen.public or self._listen.host
         with suppress(ValueError):
             if ipaddress.ip_address(host).is_unspecified:
                 host = socket.gethostname()

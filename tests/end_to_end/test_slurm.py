@@ -11,6 +11,9 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from distill_cli.engines.server_files import read_servers
+from distill_cli.engines.wire import TOKEN
+from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir, SweepDir
 from tests.end_to_end.conftest import SECRETS, SHORT, Cluster, Finished, files_with
 from tests.track.server import free_port, start_server, stop
@@ -118,6 +121,95 @@ def elapsed_s(cluster: Cluster, job: str) -> int:
     """How long a job has run since its newest start."""
     minutes, seconds = cluster.ask("squeue", "-h", "-j", job, "-o", "%M").split(":")
     return 60 * int(minutes) + int(seconds)
+
+
+OF_ITS_OWN = ("cluster=slurm", "model.teacher.nodes=1")
+
+
+@pytest.mark.slow
+def test_a_teacher_on_its_own_nodes(cluster: Cluster, one_rank: Finished, tmp_path: Path) -> None:
+    secrets = {**SECRETS, TOKEN: "planted-token-4"}
+    own = ("cluster=slurm", "model.teacher.nodes=2", "cluster.slurm.teacher.partition=urgent")
+    done = cluster.distill(tmp_path, *SHORT, *NO_EVAL, *own, "--wait", **secrets)
+    assert done.status == 0, done.stdout + done.stderr
+    assert "on 2 nodes of its own" in done.stdout
+    check_losses(done.run, one_rank)
+    run, teacher = (re.search(pattern, done.stdout, re.M)[1] for pattern in (r"^job +(\d+)$", r"^teacher +job (\d+)$"))
+    assert cluster.ask("squeue", "-h", "-j", f"{run},{teacher}") == ""
+    shown = cluster.ask("sacct", "-X", "-n", "-P", "-j", teacher, "-o", "NNodes,Partition")
+    assert shown == "2|urgent"
+    logs = [done.run.path / f"slurm/{teacher}_{node}_log.out" for node in range(2)]
+    assert all("engines   1 on the CPU" in log.read_text() for log in logs)
+    served = re.findall(r"(https://\S+) serves the teacher", done.run.rank_log(0).read_text())
+    assert len({*served}) == 2
+    assert [file.name for file in done.run.teachers.rglob("*") if file.is_file()] == ["teacher.safetensors"]
+    assert files_with(secrets.values(), tmp_path) == []
+    assert not any(secret in done.stdout + done.stderr for secret in secrets.values())
+
+
+def check_losses(run: RunDir, other: Finished) -> None:
+    rows = {row["step"]: row["train/loss"] for row in read_metrics(run.metrics) if row["step"] > 0}
+    theirs = {row["step"]: row["train/loss"] for row in other.metrics if row["step"] > 0}
+    assert rows == pytest.approx(theirs, abs=1e-6)
+    assert len(rows) == 3
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_teachers_job(cluster: Cluster, one_rank: Finished, tmp_path: Path) -> None:
+    """The teacher's job is queued again, then killed; the run is cancelled and resumed."""
+    (tmp_path / "slow.py").write_text(SLOW_VERIFIER)
+    slow = ("data.verifier=slow:verify", "checkpoint.period=1", "run.name=r")
+    done = cluster.distill(tmp_path, *SHORT, *NO_EVAL, *slow, *OF_ITS_OWN)
+    assert done.status == 0, done.stderr
+    run, hold = RunDir(tmp_path / "runs/r"), tmp_path / "hold"
+    job, first = json.loads(run.job.read_text())["job_id"], teacher_job(run)
+    has = lambda step: run.metrics.exists() and f'{{"step": {step}' in run.metrics.read_text()  # noqa: E731
+    queued = lambda one: cluster.ask("squeue", "-h", "-j", one, "-o", "%i") != ""  # noqa: E731
+
+    wait_for(lambda: has(1))
+    cluster.ask("scontrol", "requeue", first)
+    wait_for(lambda: has(2))
+    hold.touch()
+    cluster.ask("scancel", "--signal=KILL", first)
+    wait_for(lambda: run.teacher_job("teacher").exists() and teacher_job(run) != first)
+    cluster.ask("scancel", job)
+    hold.unlink()
+    wait_for(lambda: not queued(job))
+    wait_for(lambda: not any(map(queued, teacher_jobs(cluster))))
+    log = next(run.path.glob(f"slurm/{job}_0_log.out")).read_text()
+    assert f"job {first} of teacher has ended" in log
+    assert "another one is submitted" in log
+
+    done = cluster.distill(tmp_path, "resume", "runs/r", "--wait")
+    assert done.status == 0, done.stdout + done.stderr
+    check_losses(run, one_rank)
+    assert len(list(run.path.glob("logs/attempt_*"))) == 2  # one of each job of the run
+    assert not any(map(queued, teacher_jobs(cluster)))
+
+
+def teacher_job(run: RunDir) -> str:
+    return run.teacher_jobs()["teacher"].job_id
+
+
+def teacher_jobs(cluster: Cluster) -> list[str]:
+    """The jobs of teachers, of any run."""
+    lines = cluster.ask("sacct", "-X", "-n", "-P", "-S", "now-1day", "-o", "JobID,JobName%80").splitlines()
+    return [line.split("|")[0] for line in lines if line.endswith("_teacher")]
+
+
+@pytest.mark.slow
+def test_servers_end_without_their_run(cluster: Cluster, tmp_path: Path) -> None:
+    """The run's job is cancelled before it begins: nobody ends the teacher's job but itself."""
+    later = ("+cluster.slurm.extra.begin=now+1hour", "+cluster.slurm.teacher.extra.begin=now", "run.name=r")
+    done = cluster.distill(tmp_path, *SHORT, *NO_EVAL, *OF_ITS_OWN, *later)
+    assert done.status == 0, done.stderr
+    run = RunDir(tmp_path / "runs/r")
+    job, teacher = json.loads(run.job.read_text())["job_id"], teacher_job(run)
+    wait_for(lambda: read_servers(run.servers("teacher")) != [])
+    cluster.ask("scancel", job)
+    wait_for(lambda: cluster.ask("squeue", "-h", "-j", teacher, "-o", "%i") == "")
+    assert cluster.ask("sacct", "-X", "-n", "-P", "-j", teacher, "-o", "State") == "COMPLETED"
+    assert read_servers(run.servers("teacher")) == []
 
 
 def experiments(client: MlflowClient) -> list[str]:

@@ -17,10 +17,12 @@ import torch
 
 from distill_cli.engines.http_teacher import split_by_tokens
 from distill_cli.engines.served import REQUEST_TOKENS, ServedTeacher
+from distill_cli.engines.server_files import Server
 from distill_cli.engines.server_info import ServerInfo
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.wire import TOKEN, SampleRequest, ScoreRequest, pack
 from distill_cli.errors import ConfigError, DistillError, TeacherLost, Unrecoverable
+from distill_cli.serving.certificate import make_certificate
 from tests.serving.test_request_checks import INFO
 
 TOPK = 4
@@ -289,6 +291,61 @@ def restart(double: Double) -> None:
     double.http.__init__(double.http.server_address, double.http.RequestHandlerClass)  # type: ignore[misc]
     double.http.daemon_threads = True
     threading.Thread(target=double.http.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file, _ = make_certificate(tmp_path_factory.mktemp("certificate"), ["127.0.0.1"])
+    return file.read_text()
+
+
+def test_servers_are_found_anew(certificate: str) -> None:
+    """One is waited for, moves to another address while requests fail, and has another model at last."""
+    doubles: list[Double] = []
+
+    def find() -> list[Server]:
+        return [Server(double.address, certificate) for double in doubles]
+
+    teacher = ServedTeacher([], topk=TOPK, patience_s=20.0, probe_s=5.0, find=find)
+    threading.Timer(1.0, lambda: doubles.append(Double())).start()
+    teacher.wait_ready()
+    assert_right(teacher)
+    assert teacher.comebacks == 0
+    doubles[0].close()
+    threading.Timer(1.0, lambda: doubles.__setitem__(0, Double())).start()
+    wait_until(lambda: (assert_right(teacher), teacher.comebacks == 1)[1])
+    doubles.append(Double())
+    wait_until(lambda: (assert_right(teacher), teacher.comebacks == 2)[1])
+    doubles[:] = [*doubles, Double(info=replace(INFO, digest="other"))]
+    with pytest.raises(Unrecoverable, match="start it with the same model"):
+        wait_until(lambda: (assert_right(teacher), False)[1])
+    teacher.close()
+    for double in doubles:
+        double.close()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.1)
+
+
+def test_no_server_at_all_is_lost() -> None:
+    teacher = ServedTeacher([], topk=TOPK, patience_s=0.5, find=list)
+    with pytest.raises(TeacherLost, match="none is there.*see the output of the teacher's job"):
+        teacher.wait_ready()
+    with pytest.raises(TeacherLost, match="none is there"):
+        teacher.score(SEQUENCES, response_starts=STARTS)
+    teacher.close()
+
+
+def test_a_loading_server_is_not_lost() -> None:
+    with served(Double(*[loads] * 12), patience_s=3.0) as teacher:
+        assert_right(teacher)
+
+
+def loads(handler: Any, _: bytes) -> None:
+    body = json.dumps({"error": "loading", "state": "loading"}).encode()
+    answer(handler, body, status=503, kind="application/json", retry_after="0")
 
 
 def test_replicas_share_the_work() -> None:

@@ -4,12 +4,14 @@ import io
 import shlex
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from distill_cli.config.compose import Job, compose
-from distill_cli.errors import Stopped
+from distill_cli.config.variation import override
+from distill_cli.errors import Stopped, TeacherLost
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.jobs import prepared_run, run_jobs
 from distill_cli.jobs.preflight import prepare, resolve_jobs
@@ -67,6 +69,34 @@ def test_the_next_command_tries_another_loss(ranks: FinishRanks, console: Consol
     prepared_run.run_to_completion(resolved, run, console=console)
     (command,) = lines(console, "next")
     assert shlex.split(command) == ["distill", "loss.topk=8", "train.lr=1e-3", "tracker=none", "loss=forward"]
+
+
+@pytest.mark.parametrize("nodes", [0, 1])
+def test_lost_teachers_with_jobs_come_again(
+    nodes: int, console: Console, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not there at the start of the first attempt, and lost in the second; a teacher without a job ends the run."""
+    monkeypatch.chdir(tmp_path)
+    (job,), (resolved,) = checked("train.max_steps=1")
+    run = prepare(resolved, Path("runs/r"), command=["distill", *job.overrides])
+    resolved = replace(resolved, config=override(resolved.config, {"model.teacher.nodes": nodes}))
+    attempts: list[int] = []
+
+    def start_ranks(_resolved: ResolvedRun, run: RunDir, *_: object, **__: object) -> None:
+        attempts.append(run.attempt)
+        if len(attempts) == 1:
+            raise TeacherLost("no scoring server answered")
+        state = "failed" if len(attempts) == 2 else "finished"
+        write_json(run.outcome, {"state": state, "reason": "lost" if state == "failed" else None, "num_steps": 1})
+        run.metrics.touch()
+
+    monkeypatch.setattr(prepared_run, "start_ranks", start_ranks)
+    if nodes:
+        assert prepared_run.run_to_completion(resolved, run, console=console).is_finished
+    else:
+        with pytest.raises(TeacherLost):
+            prepared_run.run_to_completion(resolved, run, console=console)
+    assert attempts == ([1, 2, 3] if nodes else [1])
 
 
 def test_sweep_runs_repeat_their_values(ranks: FinishRanks, console: Console) -> None:

@@ -22,7 +22,7 @@ def states(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setattr(launcher, "is_installed", lambda: True)
     monkeypatch.setattr(launcher, "status", lambda ids: {one: queue[one] for one in ids if one in queue})
     monkeypatch.setattr(launcher, "end_state", lambda _job: "NODE_FAIL")
-    monkeypatch.setattr(launcher, "submit", lambda _config, runs, *, folder: [job_of(run) for run in runs])
+    monkeypatch.setattr(launcher, "submit", lambda _config, runs, *, folder, after: [job_of(run) for run in runs])
     assert base.launcher_of("slurm") is launcher
     return queue
 

@@ -61,6 +61,40 @@ def test_resolve_fills_in_gpus_and_cpus(monkeypatch: pytest.MonkeyPatch) -> None
     assert ranks.cluster.slurm.cpus_per_node == 3
 
 
+def test_teachers_jobs_have_own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill_cli.machine.hardware.has_cpu_vllm", lambda: False)
+    config = config_of("model.teacher.nodes=1", "cluster.slurm.teacher.partition=short", "cluster.gpus_per_node=2")
+    resolved = slurm().resolve(config)
+    assert resolved.cluster.slurm.cpus_per_node == 4
+    assert resolved.cluster.slurm.teacher == {"partition": "short", "gpus_per_node": 2, "cpus_per_node": 2}
+    own = slurm().resolve(config_of("model.teacher.nodes=1", "cluster.slurm.teacher.partition=short"))
+    assert own.cluster.gpus_per_node == 4
+    assert own.cluster.slurm.teacher["gpus_per_node"] == 0
+    assert slurm().resolve(resolved) == resolved
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ("model.teacher.nodes=5", "model.teacher.nodes=5: partition main gives a job at most 4"),
+        ("cluster.slurm.teacher.partition=old", "cluster.slurm.teacher.partition=old: is down"),
+        ("cluster.slurm.teacher.partition=mian", "cluster.slurm.teacher.partition=mian: no such partition"),
+        (
+            "cluster.slurm.teacher.partition=short cluster.slurm.teacher.time=6",
+            "cluster.slurm.teacher.time=6: partition",
+        ),
+        (
+            "cluster.slurm.teacher.gpus_per_node=5",
+            "cluster.slurm.teacher.gpus_per_node=5: a node of partition main has 4",
+        ),
+    ],
+)
+def test_impossible_teachers_jobs_are_named(overrides: str, problem: str) -> None:
+    config = config_of("cluster.slurm.shared_folders=[/]", "model.teacher.nodes=1", *overrides.split())
+    problems = list(slurm().teacher_problems(config, "teacher"))
+    assert [text for text in problems if text.startswith(problem)], problems
+
+
 def test_resolve_leaves_errors_to_problems() -> None:
     silent, config = slurm(sinfo=ConfigError("sinfo does not answer")), config_of()
     assert silent.resolve(config) is config
@@ -163,6 +197,13 @@ def test_parameters_of_the_script() -> None:
     }.items()  # fmt: skip
     own = parameters(config_of("+cluster.slurm.extra.gres=gpu:a:1", "cluster.gpus_per_node=1"), name="r", max_jobs=4)
     assert (own["gpus_per_node"], own["array_parallelism"]) == (None, 4)
+
+
+def test_jobs_begin_after_others() -> None:
+    made = parameters(config_of(), name="r", max_jobs=1, after=["7", "8"])
+    assert made["additional_parameters"]["dependency"] == "after:7:8"
+    both = parameters(config_of("+cluster.slurm.extra.dependency=afterok:5"), name="r", max_jobs=1, after=["7"])
+    assert both["additional_parameters"]["dependency"] == "afterok:5,after:7"
 
 
 @pytest.mark.parametrize(
