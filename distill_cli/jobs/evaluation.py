@@ -158,7 +158,7 @@ def find(word: str, config: Config, *, step: str | None, console: Console) -> Co
     if word in names:
         config = teacher_configs(config)[word]
         teacher = config.model.teacher
-        if not teacher.has_engine:
+        if not teacher.has_files:
             what = "the student itself; give before" if teacher.is_student else "on a server; give its model's path"
             raise ConfigError(f"--against {word}: it is {what}")
         as_student = StudentModel(path=str(teacher.path), revision=teacher.revision)

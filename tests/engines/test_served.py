@@ -315,10 +315,11 @@ def test_servers_are_found_anew(certificate: str) -> None:
     threading.Timer(1.0, lambda: doubles.__setitem__(0, Double())).start()
     wait_until(lambda: (assert_right(teacher), teacher.comebacks == 1)[1])
     doubles.append(Double())
-    wait_until(lambda: (assert_right(teacher), teacher.comebacks == 2)[1])
+    several = 2 * REQUEST_TOKENS // 5  # one request would always go to the first
+    wait_until(lambda: (assert_right(teacher, repeat=several), teacher.comebacks == 2)[1])
     doubles[:] = [*doubles, Double(info=replace(INFO, digest="other"))]
     with pytest.raises(Unrecoverable, match="start it with the same model"):
-        wait_until(lambda: (assert_right(teacher), False)[1])
+        wait_until(lambda: (assert_right(teacher, repeat=2 * several), False)[1])
     teacher.close()
     for double in doubles:
         double.close()
