@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from distill_cli.config.compose import compose
-from distill_cli.errors import DistillError
-from distill_cli.jobs.evaluation import Contender, answer
+from distill_cli.config.variation import override
+from distill_cli.errors import ConfigError, DistillError
+from distill_cli.jobs.evaluation import Contender, answer, find
 from distill_cli.jobs.preflight import preflight
 from distill_cli.launch import local
+from distill_cli.terminal.console import Console
 
 RANK = "import os, sys; open(sys.argv[1], 'w').write(os.environ['TMPDIR'] + ' ' + os.environ['A']); sys.exit(1)"
 
@@ -22,3 +24,12 @@ def test_ranks_get_the_cluster_s_environment(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(DistillError):
         answer(Contender("student", job.config, "student"), found, tmp_path)
     assert (tmp_path / "environment").read_text() == f"{tmp_path}/node 1"
+
+
+def test_a_teacher_with_a_job_of_its_own_is_evaluated_from_its_files() -> None:
+    (job,) = compose(["model.teacher.path=/models/t", "model.teacher.nodes=2"])
+    config = job.config
+    assert find("teacher", config, step=None, console=Console()).config.model.student.path == "/models/t"
+    served = override(config, {"model.teacher.url": "http://127.0.0.1:8008", "model.teacher.nodes": 0})
+    with pytest.raises(ConfigError, match="on a server; give its model's path"):
+        find("teacher", served, step=None, console=Console())
