@@ -73,7 +73,7 @@ class ServerInfo:
     """A scoring server: its model and its limits."""
 
     version: str
-    """Of the package."""
+    """Version of distill on the server."""
     path: str
     """The model, as it was given to the server: a folder or a name on the hub."""
     revision: str | None

@@ -316,8 +316,7 @@ def read_recording(facts: Facts, config: Config) -> None:
 
 def check_engines(facts: Facts, config: Config, ranks: Ranks) -> Iterator[str]:
     """The ranks of a node must be able to hold the engines."""
-    num_ranks: dict[str, int] = {}
-    """Of a node, where they are not the run's."""
+    num_ranks: dict[str, int] = {}  # ranks on a node, for engines outside the run's job
     engines = {"engine.student": (config.engine.student, facts.student)} if "student" in facts.roles else {}
     for name, one in teacher_configs(config).items() if "teacher" in facts.roles else ():
         if not one.model.teacher.has_files:

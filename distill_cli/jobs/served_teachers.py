@@ -43,7 +43,7 @@ class Served:
     max_topk: int | None
     """None if the servers do not say."""
     version: str
-    """Of the servers' software."""
+    """Version of distill or vLLM on the servers."""
 
 
 def look_at(model: TeacherModel, *, key: str) -> Served:

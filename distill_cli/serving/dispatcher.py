@@ -31,12 +31,12 @@ class Group:
     """What must be the same in all requests of a batch."""
 
     method: str
-    """Of `BatchTeacher`."""
+    """Name of the `BatchTeacher` method that answers the batch."""
     vocab_size: int | None
     temperature: float | None = None
     sampling: SamplingSettings | None = None
     number: int | None = None
-    """Of the only request of its batches; None if a batch may have several."""
+    """Number of the request if it must be alone in its batch; None if requests may share one."""
 
 
 class ServerStops(Exception):

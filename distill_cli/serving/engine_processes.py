@@ -84,7 +84,7 @@ class Companion:
         for future in self._waiting:
             if not future.done():
                 future.set_exception(reason)
-                future.exception()  # else asyncio reports those that nobody reads
+                future.exception()  # without this, asyncio logs exceptions that no caller retrieves
         self._waiting.clear()
         if not self._is_killed:
             self._on_death(reason)

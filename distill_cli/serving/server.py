@@ -127,7 +127,7 @@ class ScoringServer:
         self._state = State()
         self._failure: DistillError | None = None
         self._signums: list[int] = []
-        """Of the signal that stopped it."""
+        """Signals received so far; the first one stopped the server."""
         self._stopped = asyncio.Event()
 
     def run(self) -> int:
