@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from distill_cli.engines.base import OnEnd, Teacher
-from distill_cli.engines.replicas import Replicas, check_addresses
+from distill_cli.engines.replicas import Replicas
+from distill_cli.engines.server_client import check_addresses
 from distill_cli.engines.server_files import Find
 from distill_cli.engines.server_info import Info, ServerKind
 from distill_cli.engines.settings import SamplingSettings

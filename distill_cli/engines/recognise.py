@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill_cli.engines.replicas import OtherKind, Replicas, check_addresses
+from distill_cli.engines.replicas import Replicas
+from distill_cli.engines.server_client import OtherKind, check_addresses
 from distill_cli.engines.server_info import KINDS, ServerKind
 from distill_cli.errors import ConfigError
 
