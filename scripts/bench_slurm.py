@@ -21,7 +21,7 @@ from rich.console import Console
 from distill_cli.config.compose import compose
 from distill_cli.config.variation import override
 from distill_cli.folders.run_dir import Element, JobEnd, RunDir, SweepDir, create, environment, write_json
-from distill_cli.jobs.preflight import resolve_jobs
+from distill_cli.jobs.new_runs import resolve_jobs
 from distill_cli.jobs.submit import wait_for_sweep
 from distill_cli.launch.slurm import Slurm
 

@@ -107,7 +107,7 @@ def check_in(folder: Path, name: str, overrides: str) -> str:
     from distill_cli.config.compose import compose
     from distill_cli.errors import ConfigError
     from distill_cli.folders.run_dir import read_json
-    from distill_cli.jobs.preflight import resolve_jobs
+    from distill_cli.jobs.new_runs import resolve_jobs
     from distill_cli.jobs.scratch_runs import scratch_run, small
 
     run_apart(lambda: make_pair(name, folder))

@@ -26,7 +26,8 @@ from distill_cli.errors import ConfigError, DistillError, collect, refuse
 from distill_cli.folders.answers_table import join_answers
 from distill_cli.folders.attempts import finished_steps
 from distill_cli.folders.run_dir import RunDir, free_name, open_run, write_json
-from distill_cli.jobs.preflight import make_bare_run, preflight_evaluation, require_here
+from distill_cli.jobs.new_runs import make_bare_run, require_here
+from distill_cli.jobs.preflight import preflight_evaluation
 from distill_cli.jobs.run_panels import relative
 from distill_cli.launch.local import start_ranks
 from distill_cli.report.eval_results import make_scoreboard, print_scoreboard, read_problems

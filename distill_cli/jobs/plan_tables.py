@@ -10,7 +10,7 @@ from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.schema import Config
 from distill_cli.config.teacher_jobs import job_config, teacher_nodes
 from distill_cli.config.teachers import ONLY, teacher_configs
-from distill_cli.jobs.preflight import print_warnings, resolve_jobs, single_path
+from distill_cli.jobs.new_runs import print_warnings, resolve_jobs, single_path
 from distill_cli.jobs.run_panels import Rows, layout_row, own_nodes, rows_table, training_rows, validation_rows
 from distill_cli.jobs.scratch_runs import Pace, check_only_job, measure
 from distill_cli.launch.base import launcher_of

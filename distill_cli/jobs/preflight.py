@@ -1,8 +1,9 @@
-"""Check configs before an engine starts, resolve them, and make the folders of their runs. No torch.
+"""Check configs before an engine starts, and resolve them. No torch.
 
 Checks run in order. Each yields problems and may note facts and warnings for those after it. A check names the facts
 that it reads as parameters; it is skipped if one of them is None, which another check has reported. All problems are
-raised at once. The checks of this file are about the machine and the data.
+raised at once. The checks of this file are about the machine and the data. Others are in
+`model_checks` and `teacher_checks`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,33 +22,25 @@ from distill_cli.config import derived
 from distill_cli.config.checks import (
     config_problems,
     evaluation_problems,
-    inert_overrides,
     mesh_problems,
     serving_problems,
 )
-from distill_cli.config.compose import Job
-from distill_cli.config.credentials import credentials_environment
-from distill_cli.config.execution_schema import ClusterConfig
-from distill_cli.config.schema import Config, Dtype, TeacherModel
-from distill_cli.config.teacher_jobs import job_config, teacher_nodes
-from distill_cli.config.teachers import engine_key, model_key, path_key, teacher_configs
-from distill_cli.config.variation import config_text, override, save_config
+from distill_cli.config.schema import Config, Dtype
+from distill_cli.config.teacher_jobs import job_config
+from distill_cli.config.teachers import engine_key, path_key, teacher_configs
+from distill_cli.config.variation import override
 from distill_cli.data.recorded_run import Recording
 from distill_cli.data.row_check import DataFacts, KnownData, check_data
 from distill_cli.engines.settings import tensor_parallel_problem
-from distill_cli.engines.wire import TOKEN, token_problem
-from distill_cli.errors import ConfigError, broken, collect, refuse
-from distill_cli.folders import run_dir
-from distill_cli.folders.run_dir import RunDir
-from distill_cli.jobs import model_checks
+from distill_cli.errors import ConfigError, broken, refuse
+from distill_cli.jobs import model_checks, teacher_checks
 from distill_cli.jobs.cpu_ranks import best_evaluation_ranks, best_ranks
-from distill_cli.launch.base import LAUNCHERS, launcher_of
+from distill_cli.launch.base import launcher_of
 from distill_cli.launch.nodes import make_folder
 from distill_cli.machine import hardware
 from distill_cli.models import model_files, param_counts
 from distill_cli.models.model_files import ModelFiles
 from distill_cli.resolved import Lengths, PredictedMemory, Ranks, ResolvedRun, SharedVocabulary
-from distill_cli.terminal.console import Console
 from distill_cli.track.base import tracker_problems
 
 if TYPE_CHECKING:
@@ -188,16 +180,7 @@ def ask_cluster(facts: Facts, config: Config) -> Iterator[str]:
     launcher = launcher_of(config.cluster.launcher)
     facts.config = launcher.resolve(config)
     yield from launcher.problems(facts.config)
-    for name in teacher_nodes(facts.config) if facts.trains else ():
-        if not launcher.serves_teachers:
-            fix = f"set {model_key(name)}.nodes=0, or choose cluster=slurm"
-            nodes = teacher_nodes(facts.config)[name]
-            yield f"{model_key(name)}.nodes={nodes}: cluster.launcher={launcher.name} submits no jobs; {fix}"
-            continue
-        yield from launcher.teacher_problems(facts.config, name)
-    token = os.environ.get(TOKEN)
-    if token and teacher_nodes(facts.config) and (problem := token_problem(token)):
-        yield problem
+    yield from teacher_checks.job_problems(facts, facts.config)
 
 
 def use_hub_cache(config: Config) -> None:
@@ -255,47 +238,6 @@ def find_student(facts: Facts, config: Config) -> None:
     model, other = config.model.student, config.model.tokenizer
     facts.student = ModelFiles.find(model.path, revision=model.revision, key="model.student.path")
     facts.tokenizer = facts.student if other is None else ModelFiles.find(other, key="model.tokenizer")
-
-
-def find_teachers(facts: Facts, config: Config) -> None:
-    """Raises ConfigError with all that are not found."""
-    if "teacher" not in facts.roles:
-        return
-    models = {name: one.model.teacher for name, one in teacher_configs(config).items()}
-    if all(model.path is not None or model.addresses for model in models.values()):  # else `config_problems` says so
-        found = collect(partial(find_teacher, facts, model, name=name) for name, model in models.items())
-        facts.served = {name: one for name, one in zip(models, found, strict=True) if not isinstance(one, ModelFiles)}
-        files = [one if isinstance(one, ModelFiles) else one.files for one in found]
-        facts.teachers = dict(zip(models, files, strict=True))
-
-
-def find_teacher(facts: Facts, model: TeacherModel, *, name: str) -> ModelFiles | Served:
-    """Return a teacher's files, or what its servers say. Raises ConfigError."""
-    if model.is_student:
-        student = facts.config.model.student
-        return facts.student or ModelFiles.find(student.path, revision=student.revision, key="model.student.path")
-    if model.addresses:
-        from distill_cli.jobs.served_teachers import look_at  # its libraries take a while to import
-
-        return look_at(model, key=model_key(name))
-    assert model.path is not None
-    return ModelFiles.find(model.path, revision=model.revision, key=path_key(name))
-
-
-def check_servers(facts: Facts, config: Config) -> Iterator[str]:
-    """The servers of teachers must give what the run needs."""
-    alone = teacher_configs(config) if facts.served else {}
-    for name, served in facts.served.items():
-        from distill_cli.engines.server_info import VLLM
-        from distill_cli.jobs.served_teachers import limit_problems, slowness, vllm_problems
-
-        key = model_key(name)
-        yield from limit_problems(alone[name], served, key=key)
-        if served.kind is VLLM:
-            facts.warnings.append(slowness(served, key=key))
-            yield from vllm_problems(
-                alone[name], served, key=key, vocabulary=facts.vocabulary, tokenizer=facts.tokenizer
-            )
 
 
 def read_data(facts: Facts, config: Config) -> Iterator[str]:
@@ -400,11 +342,12 @@ def room(config: Config, warnings: list[str], *, num_params: int, num_trained: i
 
 
 COMMON_CHECKS: tuple[Check, ...] = (
-    *(ask_cluster, use_hub_cache, find_student, find_teachers, model_checks.weights, model_checks.causal),
-    *(model_checks.sizes, share_cores, count_ranks, check_mesh, read_data, model_checks.names, check_engines),
+    *(ask_cluster, use_hub_cache, find_student, teacher_checks.find_teachers, model_checks.weights),
+    *(model_checks.causal, model_checks.sizes, share_cores, count_ranks, check_mesh, read_data),
+    *(model_checks.names, check_engines),
 )
 SERVING_CHECKS: tuple[Check, ...] = (
-    *(use_hub_cache, find_teachers, model_checks.weights, model_checks.causal, model_checks.sizes),
+    *(use_hub_cache, teacher_checks.find_teachers, model_checks.weights, model_checks.causal, model_checks.sizes),
     *(count_ranks, check_engines),
 )
 EVALUATION_CHECKS: tuple[Check, ...] = (*COMMON_CHECKS, model_checks.positions)
@@ -412,95 +355,5 @@ CHECKS: tuple[Check, ...] = (
     *(*COMMON_CHECKS, model_checks.trainable, model_checks.layout, read_recording, model_checks.recorded),
     *(model_checks.templates, model_checks.pair, model_checks.rotary, model_checks.router),
     *(model_checks.tensor_parallel, model_checks.expert_parallel, model_checks.tried_layouts, model_checks.adapters),
-    *(check_servers, check_overlap, check_offload, predict_memory, check_disk),
+    *(teacher_checks.check_servers, check_overlap, check_offload, predict_memory, check_disk),
 )
-
-
-def resolve_jobs(jobs: Sequence[Job], *, is_new: bool = True) -> tuple[list[Job], list[ResolvedRun]]:
-    """Put each job through `preflight`; return the jobs as resolved by their cluster, and the resolved runs.
-
-    Args:
-        is_new: they have no folder yet.
-
-    Raises:
-        ConfigError: all problems of all jobs, each once.
-    """
-    known_data: KnownData = {}
-    problems = list(folder_problems(jobs)) if is_new else []
-
-    def resolve(job: Job) -> ResolvedRun:
-        resolved = preflight(job.config, known_data, problems)
-        inert = inert_overrides(resolved.config, job.overrides)
-        unread = unread_keys(resolved.config.cluster, job.overrides)
-        return replace(resolved, warnings=(*resolved.warnings, *inert, *unread))
-
-    resolved = collect(partial(resolve, job) for job in jobs)
-    return [replace(job, config=one.config) for job, one in zip(jobs, resolved, strict=True)], resolved
-
-
-def folder_problems(jobs: Sequence[Job]) -> Iterator[str]:
-    """Yield one line for each reason why the folders of new runs cannot be made."""
-    for job in jobs:
-        if job.config.run.name and single_path(job).exists():
-            yield f"{single_path(job)}: this run folder exists already; choose another run.name"
-    places = {(job.config.run.root, job.config.run.name) for job in jobs}
-    if "latest" in {name for _, name in places}:
-        yield "run.name=latest: is the link to the newest run; choose another"
-    if len(places) > 1:
-        yield "run.name, run.root: a sweep has one folder, with one in it for each run; do not sweep them"
-
-
-def require_here(config: Config, command: str) -> None:
-    """Raise ConfigError if a command that starts ranks on this machine is given a cluster."""
-    launcher = config.cluster.launcher
-    if not launcher_of(launcher).runs_here:
-        fix = "inside an allocation of one node, type cluster=local"
-        raise ConfigError(f"cluster.launcher={launcher}: {command} runs where it is typed; {fix}")
-
-
-def unread_keys(cluster: ClusterConfig, overrides: Sequence[str]) -> Iterator[str]:
-    """Warn of overrides that the chosen launcher does not read, such as the section of another one."""
-    unread = ({*LAUNCHERS} - {cluster.launcher}) | launcher_of(cluster.launcher).unread
-    for key in dict.fromkeys(word.lstrip("+").partition("=")[0] for word in overrides):
-        if key.startswith("cluster.") and key.split(".")[1] in unread:
-            yield f"{key} has no effect with cluster.launcher={cluster.launcher}"
-
-
-def print_warnings(resolved: Sequence[ResolvedRun], *, console: Console, printed: set[str]) -> None:
-    """Print each warning once; add it to `printed`, which holds those that were printed before."""
-    for warning in (warning for one in resolved for warning in one.warnings):
-        if warning not in printed:
-            console.warn(warning)
-            printed.add(warning)
-
-
-def single_path(job: Job) -> Path:
-    """Return the folder of a run that is part of no sweep; it may not exist yet."""
-    root = Path(job.config.run.root)
-    return root / (job.config.run.name or run_dir.free_name(root, run_dir.default_name(job.choices)))
-
-
-def prepare(resolved: ResolvedRun, path: Path, *, command: Sequence[str], env: dict[str, Any] | None = None) -> RunDir:
-    """Make a run's folder, with what its ranks will read. See `run_dir.create` for `env`.
-
-    Credentials, which are not written, go into this process's environment, for the processes and jobs it starts.
-    """
-    os.environ |= credentials_environment(resolved.config)
-    run = run_dir.create(path.absolute(), command=command, config=config_text(resolved.config), env=env)
-    resolved.write(run)
-    return run
-
-
-def write_resolved(run: RunDir, resolved: ResolvedRun) -> None:
-    """Write config.yaml and resolved.json. Credentials go into this process's environment, as in `prepare`."""
-    save_config(resolved.config, run.config)
-    resolved.write(run)
-    os.environ |= credentials_environment(resolved.config)
-
-
-def make_bare_run(folder: Path, resolved: ResolvedRun) -> RunDir:
-    """Make a folder with only what ranks read and write, for ranks that train no new run."""
-    run = RunDir(folder)
-    run.logs.mkdir(parents=True)
-    write_resolved(run, resolved)
-    return run

@@ -30,7 +30,8 @@ from distill_cli.errors import ConfigError, DistillError, Stopped, collect, refu
 from distill_cli.folders import run_dir
 from distill_cli.folders.attempts import attempt_lines, attempts_of, finished_steps
 from distill_cli.folders.run_dir import Element, RunDir, SubmittedJob, SweepDir
-from distill_cli.jobs.preflight import preflight, prepare, print_warnings, resolve_jobs, single_path, write_resolved
+from distill_cli.jobs.new_runs import prepare, print_warnings, resolve_jobs, single_path, write_resolved
+from distill_cli.jobs.preflight import preflight
 from distill_cli.jobs.prepared_run import leave_report, run_to_completion
 from distill_cli.jobs.run_panels import print_lines, relative, start_panel
 from distill_cli.jobs.submit import in_queue, submit, wait_for_run, wait_for_sweep

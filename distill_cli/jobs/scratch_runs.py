@@ -20,7 +20,7 @@ from distill_cli.config.variation import override
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir, read_json
-from distill_cli.jobs.preflight import make_bare_run, print_warnings, require_here, resolve_jobs
+from distill_cli.jobs.new_runs import make_bare_run, print_warnings, require_here, resolve_jobs
 from distill_cli.launch.local import start_ranks
 from distill_cli.metrics import STAGES
 from distill_cli.resolved import ResolvedRun

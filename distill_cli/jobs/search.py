@@ -25,7 +25,7 @@ from distill_cli.config.variation import sweeps, takes_fractions
 from distill_cli.errors import ConfigError
 from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.run_dir import RunDir, SweepDir, write_json
-from distill_cli.jobs.preflight import print_warnings, resolve_jobs
+from distill_cli.jobs.new_runs import print_warnings, resolve_jobs
 from distill_cli.jobs.run_jobs import add_runs, carry_out_runs, check_sweep, conclude, new_sweep, newest
 from distill_cli.report.read import last_values
 from distill_cli.terminal.console import Console

@@ -14,7 +14,8 @@ from distill_cli.engines.server_info import ServerInfo
 from distill_cli.engines.settings import CPU_KV_CACHE_BYTES, EngineSettings
 from distill_cli.engines.wire import TOKEN
 from distill_cli.errors import ConfigError, refuse
-from distill_cli.jobs.preflight import Facts, preflight_serving, require_here
+from distill_cli.jobs.new_runs import require_here
+from distill_cli.jobs.preflight import Facts, preflight_serving
 from distill_cli.launch.local import KEPT_MEMORY, SHORT_SPIN, bytecode_variables
 from distill_cli.launch.nodes import node_variables
 from distill_cli.machine.hardware import installed_version, threads_of_rank

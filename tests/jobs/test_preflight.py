@@ -12,7 +12,8 @@ from distill_cli.config.derived import scores_while_sampling
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import override
 from distill_cli.errors import ConfigError
-from distill_cli.jobs.preflight import check_overlap, preflight, require_here, resolve_jobs, room, unread_keys
+from distill_cli.jobs.new_runs import require_here, resolve_jobs, unread_keys
+from distill_cli.jobs.preflight import check_overlap, preflight, room
 from distill_cli.machine import hardware
 from distill_cli.resolved import Ranks
 from tests.jobs.problems import FEW_RANKS, MakeModel, pair, problems_of

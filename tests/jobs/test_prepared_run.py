@@ -14,7 +14,7 @@ from distill_cli.config.variation import override
 from distill_cli.errors import Stopped, TeacherLost
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.jobs import prepared_run, run_jobs
-from distill_cli.jobs.preflight import prepare, resolve_jobs
+from distill_cli.jobs.new_runs import prepare, resolve_jobs
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 

@@ -12,7 +12,7 @@ from distill_cli.config.variation import load_config
 from distill_cli.data.recorded_run import FACTS, STEP, Facts, step_folder, temporary_folder
 from distill_cli.folders import atomic_dir
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir
-from distill_cli.jobs.preflight import prepare, resolve_jobs
+from distill_cli.jobs.new_runs import prepare, resolve_jobs
 from distill_cli.jobs.run_jobs import reopen, replay_job, resolve_resumed
 from distill_cli.terminal.console import Console
 
