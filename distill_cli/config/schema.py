@@ -135,10 +135,9 @@ class TeacherModel:
 
     @property
     def addresses(self) -> list[str]:
-        """Its servers; empty if its engine is in this job."""
-        if self.url is None:
-            return []
-        return [self.url] if isinstance(self.url, str) else [str(one) for one in self.url]
+        """Its servers, without a slash at the end; empty if no `url` is given."""
+        urls = [] if self.url is None else [self.url] if isinstance(self.url, str) else self.url
+        return [str(url).rstrip("/") for url in urls]
 
     @property
     def shown(self) -> str:

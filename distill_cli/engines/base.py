@@ -20,6 +20,7 @@ import torch
 
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.weight_sync import Outgoing
+from distill_cli.errors import DistillError
 from distill_cli.types import Sample, TeacherScores
 
 OnEnd = Callable[[int, Sample], object]
@@ -121,3 +122,11 @@ class Teacher(AnsweringEngine, Protocol):
         """
         scores = self.score(sequences, response_starts=response_starts)
         return lambda: scores
+
+
+def check_starts(sequences: Sequence[list[int]], response_starts: Sequence[int]) -> None:
+    """Raise DistillError for a response that begins outside its sequence."""
+    for index, (ids, start) in enumerate(zip(sequences, response_starts, strict=True)):
+        if not 1 <= start <= len(ids):
+            what = f"the teacher: response {index} starts at {start} in a sequence of {len(ids)} tokens"
+            raise DistillError(f"{what}, allowed are 1 to {len(ids)}")

@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from distill_cli.engines.base import OnEnd, Teacher
+from distill_cli.engines.base import OnEnd, Teacher, check_starts
 from distill_cli.engines.replicas import Replicas
 from distill_cli.engines.server_client import check_addresses
 from distill_cli.engines.server_files import Find
@@ -57,7 +57,7 @@ class HttpTeacher(Teacher):
         vocab_size: int | None = None,
         patience_s: float = 600.0,
         probe_s: float | None = None,
-        certificate: Path | None = None,
+        certificate: Path | str | None = None,
         client: str | None = None,
         should_stop: Callable[[], bool] | None = None,
         find: Find | None = None,
@@ -228,14 +228,6 @@ class HttpTeacher(Teacher):
 
 async def _made(addresses: Sequence[str], arguments: dict[str, Any]) -> Replicas[Any]:
     return Replicas(addresses, **arguments)
-
-
-def check_starts(sequences: Sequence[list[int]], response_starts: Sequence[int]) -> None:
-    """Raise DistillError for a response that begins outside its sequence."""
-    for index, (ids, start) in enumerate(zip(sequences, response_starts, strict=True)):
-        if not 1 <= start <= len(ids):
-            what = f"the teacher: response {index} starts at {start} in a sequence of {len(ids)} tokens"
-            raise DistillError(f"{what}, allowed are 1 to {len(ids)}")
 
 
 def split_by_tokens(lengths: Sequence[int], limit: int) -> list[slice]:

@@ -12,7 +12,7 @@ from distill_cli.engines.server_info import KINDS, ServerKind
 from distill_cli.errors import ConfigError
 
 
-async def recognise(addresses: Sequence[str], *, certificate: Path | None, patience_s: float) -> ServerKind[Any]:
+async def recognise(addresses: Sequence[str], *, certificate: Path | str | None, patience_s: float) -> ServerKind[Any]:
     """Return the kind of the servers at some addresses, by the first that answers.
 
     Raises:

@@ -62,7 +62,7 @@ class Replicas(Generic[SomeInfo]):
         addresses: Sequence[str],
         *,
         kind: ServerKind[SomeInfo],
-        certificate: Path | None,
+        certificate: Path | str | None,
         client: str,
         patience_s: float,
         probe_s: float,

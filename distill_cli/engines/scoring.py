@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from distill_cli.engines import vllm_patches
+from distill_cli.engines.base import check_starts
 from distill_cli.engines.engine import VllmEngine, request_params
 from distill_cli.engines.settings import EngineSettings
 from distill_cli.engines.vllm_patches import Interrupted
@@ -58,7 +59,7 @@ class Scoring(VllmEngine):
             temperature: above 0.
             vocab_size: first id that gets no probability; at most the teacher's own.
         """
-        self._check_starts(sequences, response_starts)
+        check_starts(sequences, response_starts)
         kept = [self._topk if topk is None else topk] * len(sequences) if not isinstance(topk, Sequence) else topk
         self.check_options(kept, temperature=temperature, vocab_size=vocab_size)
         self.check_token_ids(sequences, max_len=self.settings.max_model_len, vocab_size=vocab_size)
@@ -78,12 +79,6 @@ class Scoring(VllmEngine):
         for (index, start), output in zip(scored.items(), outputs, strict=True):
             scores[index] = to_scores(output, start=start)
         return scores
-
-    def _check_starts(self, sequences: Sequence[list[int]], response_starts: Sequence[int]) -> None:
-        for index, (ids, start) in enumerate(zip(sequences, response_starts, strict=True)):
-            if not 1 <= start <= len(ids):
-                what = f"the teacher: response {index} starts at {start} in a sequence of {len(ids)} tokens"
-                raise DistillError(f"{what}, allowed are 1 to {len(ids)}")
 
     def check_options(self, topks: Sequence[int], *, temperature: float | None, vocab_size: int | None) -> None:
         """Raise DistillError for options of a call that this engine cannot apply."""

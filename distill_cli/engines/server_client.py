@@ -87,7 +87,7 @@ class ServerClient(Generic[SomeInfo]):
         self,
         kind: ServerKind[SomeInfo],
         *,
-        certificate: Path | None,
+        certificate: Path | str | None,
         client: str,
         probe_s: float,
         trusts_system: bool,

@@ -52,9 +52,8 @@ def look_at(model: TeacherModel, *, key: str) -> Served:
     Raises:
         ConfigError: an address is wrong or silent, something else answers there, or the model's files are not found.
     """
-    addresses = [address.rstrip("/") for address in model.addresses]
     try:
-        return asyncio.run(_look_at(model, addresses, key=key))
+        return asyncio.run(_look_at(model, key=key))
     except AboutFiles as error:
         raise ConfigError(*error.problems) from error
     except ConfigError as error:
@@ -67,22 +66,21 @@ class AboutFiles(ConfigError):
     """Problems that name the key of the model's path, not that of its address."""
 
 
-async def _look_at(model: TeacherModel, addresses: list[str], *, key: str) -> Served:
-    certificate = None if model.certificate is None else Path(model.certificate)
-    kind = await recognise(model.addresses, certificate=certificate, patience_s=PATIENCE_S)
-    servers = replicas(addresses, kind, certificate=model.certificate)
+async def _look_at(model: TeacherModel, *, key: str) -> Served:
+    kind = await recognise(model.addresses, certificate=model.certificate, patience_s=PATIENCE_S)
+    servers = replicas(model, kind)
     try:
         return await (_look_at_distill(servers, key) if kind is DISTILL else _look_at_vllm(servers, model, key))
     finally:
         await servers.close()
 
 
-def replicas(addresses: list[str], kind: ServerKind[Any], *, certificate: str | None) -> Replicas[Any]:
+def replicas(model: TeacherModel, kind: ServerKind[Any]) -> Replicas[Any]:
     """Return the servers of a teacher. Call it in the event loop, and close it."""
     return Replicas(
-        addresses,
+        model.addresses,
         kind=kind,
-        certificate=None if certificate is None else Path(certificate),
+        certificate=model.certificate,
         client="preflight",
         patience_s=PATIENCE_S,
         probe_s=PATIENCE_S,
@@ -159,10 +157,9 @@ def vllm_problems(
     if vocabulary is not None and vocabulary.limit is not None and vocabulary.limit < size:
         what = f"its model has {size} ids, of which the student shares those below {vocabulary.limit}"
         yield f"{at}: {what}: a {VLLM.shown} cannot leave the others out ({only}); give a pair of the same size"
-    addresses = [address.rstrip("/") for address in config.model.teacher.addresses]
 
     async def ask() -> list[str]:
-        servers = replicas(addresses, VLLM, certificate=config.model.teacher.certificate)
+        servers = replicas(config.model.teacher, VLLM)
         try:
             found = [problem] if (problem := await vllm_teachers.mode_problem(servers)) else []
             if tokenizer is not None and (problem := await vllm_teachers.tokenizer_problem(servers, tokenizer.folder)):

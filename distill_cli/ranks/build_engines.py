@@ -101,7 +101,7 @@ def build_teacher(
             # vLLM's server cuts nothing: that its ids are those of config.json is checked at each answer.
             vocab_size=resolved.vocabulary.size if kind == VLLM.name else resolved.vocabulary.limit,
             patience_s=model.patience_s,
-            certificate=None if model.certificate is None else Path(model.certificate),
+            certificate=model.certificate,
             should_stop=should_stop,
             find=finder(servers) if model.has_job else None,
         )

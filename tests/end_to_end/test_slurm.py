@@ -135,7 +135,8 @@ def test_a_teacher_on_its_own_nodes(cluster: Cluster, one_rank: Finished, tmp_pa
     assert "on 2 nodes of its own" in done.stdout
     check_losses(done.run, one_rank)
     run, teacher = (re.search(pattern, done.stdout, re.M)[1] for pattern in (r"^job +(\d+)$", r"^teacher +job (\d+)$"))
-    assert cluster.ask("squeue", "-h", "-j", f"{run},{teacher}") == ""
+    # Slurm may still be cleaning up after the teacher's job.
+    wait_for(lambda: cluster.ask("squeue", "-h", "-j", f"{run},{teacher}") == "")
     shown = cluster.ask("sacct", "-X", "-n", "-P", "-j", teacher, "-o", "NNodes,Partition")
     assert shown == "2|urgent"
     logs = [done.run.path / f"slurm/{teacher}_{node}_log.out" for node in range(2)]
