@@ -249,7 +249,7 @@ class RolloutConfig:
     """Greatest length of an answer in tokens."""
     max_sequence_length: int = key(8192, replay=True, evaluation=True)
     """Greatest length of prompt and answer together in tokens."""
-    temperature: float = key(1.0, at_least=0)
+    temperature: float = key(1.0, at_least=0, at_most=2)
     """Sampling temperature; 0 is greedy. At 1 the answers follow the student's own distribution."""
     top_p: float = key(1.0, above=0, at_most=1)
     """Sample among the likeliest tokens that together have this probability (nucleus sampling); 1 is all of them."""
@@ -377,7 +377,7 @@ class EvalConfig:
     repeat: int = key(1, at_least=1, evaluation=True)
     """Answers to each prompt. Accuracy is their mean, and `distill eval` adds pass@k and majority@k. More than one
     needs a temperature above 0."""
-    temperature: float = key(0.0, at_least=0, evaluation=True)
+    temperature: float = key(0.0, at_least=0, at_most=2, evaluation=True)
     """Sampling temperature of validation; 0 is greedy."""
     top_p: float = key(1.0, above=0, at_most=1, evaluation=True)
     """Nucleus sampling in validation, as rollout.top_p; it has no effect on greedy answers."""

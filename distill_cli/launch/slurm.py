@@ -62,6 +62,8 @@ class Partition:
     is_default: bool = False
     is_up: bool = True
     max_time_s: float = math.inf
+    default_time_s: float = math.inf
+    """Time limit of a job that asks for none."""
     max_nodes: float = math.inf
     """Nodes of one job, at most."""
     num_nodes: int = 0
@@ -153,7 +155,10 @@ class Slurm(Launcher):
         gpus, nodes = cluster.gpus_per_node or 0, min(partition.num_nodes, partition.max_nodes)
         minutes, is_too_long = partition.max_time_s / 60, settings.time and (limit or 0) > partition.max_time_s
         where, fix = f"partition {partition.name}", "lower it, or choose another"
+        default_s, least = partition.default_time_s, f"it must exceed {at}.signal_s={signal_s} seconds"
+        is_too_short = settings.time is None and default_s <= signal_s
         yield from broken(
+            (is_too_short, f"{at}.time: {where} gives {default_s / 60:g} minutes where none is asked for; {least}"),
             (not partition.is_up, f"{at}.partition={partition.name}: is down; choose another, or wait"),
             (cluster.nodes > nodes, f"cluster.nodes={cluster.nodes}: {where} gives a job at most {nodes}; {fix}"),
             (is_too_long, f"{typed}: {where} allows {minutes:g} minutes; {fix}"),
@@ -264,12 +269,13 @@ class Slurm(Launcher):
     def partitions(self) -> dict[str, Partition]:
         """Every partition by name. Raises ConfigError if Slurm does not answer."""
         partitions: dict[str, Partition] = {}
-        for line in self.ask("sinfo", "-a", "-h", "-o", "%P|%a|%l|%D|%s|%G|%c").splitlines():
-            star_name, state, max_time, num_nodes, job_size, gres, cpus = line.strip().split("|")
+        for line in self.ask("sinfo", "-a", "-h", "-o", "%P|%a|%l|%L|%D|%s|%G|%c").splitlines():
+            star_name, state, max_time, default_time, num_nodes, job_size, gres, cpus = line.strip().split("|")
             name, most = star_name.removesuffix("*"), job_size.rpartition("-")[2]
             partition = partitions.setdefault(name, Partition(name, is_default=star_name.endswith("*")))
             partition.is_up = state == "up"
             partition.max_time_s = parse_time_limit(max_time) or math.inf
+            partition.default_time_s = parse_time_limit(default_time) or partition.max_time_s
             partition.max_nodes = int(most) if most.isdigit() else math.inf
             partition.num_nodes += int(num_nodes)
             partition.gpus = max(partition.gpus, sum(map(int, re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))))

@@ -61,7 +61,7 @@ def _sample_problems(request: SampleRequest, info: ServerInfo) -> Iterator[str]:
     sampling = request.sampling
     limits = {
         "max_new_tokens": (sampling.max_new_tokens >= 1, "at least 1"),
-        "temperature": (0 <= sampling.temperature < math.inf, "at least 0 and finite"),
+        "temperature": (0 <= sampling.temperature <= 2, "from 0 to 2"),
         "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1"),
         "top_k": (0 <= sampling.top_k <= info.vocab_size, f"from 0 to {info.vocab_size}"),
         "stop": (len(sampling.stop) <= MOST_STOPS and all(sampling.stop), f"at most {MOST_STOPS}, none empty"),

@@ -157,6 +157,7 @@ def test_own_parameters_are_named_kwargs() -> None:
         ("rollout.top_k=0", "rollout.top_k=0: "),
         ("rollout.top_p=0", "rollout.top_p=0.0: must be above 0 and at most 1"),
         ("rollout.top_p=1.5", "rollout.top_p=1.5: must be above 0 and at most 1"),
+        ("rollout.temperature=2.5", "rollout.temperature=2.5: must be at least 0 and at most 2"),
         ("train.global_batch_size=48", "train.global_batch_size=48: must divide the 64"),
         ("train.micro_batch_tokens=100", "train.micro_batch_tokens=100: must be at least rollout.max_sequence_length"),
         ("train.betas=[0.9]", "train.betas=[0.9]"),

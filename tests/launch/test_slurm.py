@@ -12,10 +12,10 @@ from distill_cli.launch.base import Place
 from distill_cli.launch.slurm import Slurm, parameters, parse_time_limit
 
 SINFO = """\
-main*|up|infinite|3|1-infinite|gpu:a100:2(S:0-1)|16
-main*|up|infinite|1|1-infinite|gpu:a100:4|8
-short|up|5:00|2|1-2|(null)|4
-old|down|1-00:00:00|1|1-infinite|(null)|4
+main*|up|infinite|n/a|3|1-infinite|gpu:a100:2(S:0-1)|16
+main*|up|infinite|n/a|1|1-infinite|gpu:a100:4|8
+short|up|5:00|2:00|2|1-2|(null)|4
+old|down|1-00:00:00|1:00:00|1|1-infinite|(null)|4
 """
 ANSWERS = {
     "sinfo": SINFO,
@@ -108,6 +108,10 @@ def test_resolve_leaves_errors_to_problems() -> None:
         ("cluster.slurm.partition=old", "cluster.slurm.partition=old: is down"),
         ("cluster.nodes=5", "cluster.nodes=5: partition main gives a job at most 4"),
         ("cluster.slurm.partition=short cluster.nodes=3", "cluster.nodes=3: partition short gives a job at most 2"),
+        (
+            "cluster.slurm.partition=short",
+            "cluster.slurm.time: partition short gives 2 minutes where none is asked for; it must exceed",
+        ),
         (
             "cluster.slurm.partition=short cluster.slurm.time=6",
             "cluster.slurm.time=6: partition short allows 5",
