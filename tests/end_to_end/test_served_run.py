@@ -50,7 +50,7 @@ def test_losses_are_those_of_the_job(served: Finished, tmp_path: Path, place: st
 
 
 @pytest.mark.slow
-def test_run_without_a_server_is_resumable(served: Finished, tmp_path: Path) -> None:
+def test_run_without_a_server_is_resumable(server: Running, served: Finished, tmp_path: Path) -> None:
     first = start("--fixed-batches", "--max-topk=32")
     first.wait_ready()
     url = f"model.teacher.url={first.address}"
@@ -65,13 +65,10 @@ def test_run_without_a_server_is_resumable(served: Finished, tmp_path: Path) -> 
     assert "distill resume runs/lost goes on" in error
     last = read_metrics(tmp_path / "runs/lost/metrics.jsonl")[-1]["step"]
     assert (tmp_path / f"runs/lost/checkpoints/step_{last}").is_dir()
-    second = start("--fixed-batches", "--max-topk=32")
-    second.wait_ready()
-    resumed = distill(tmp_path, "resume", "runs/lost", f"model.teacher.url={second.address}", **WITH_TOKEN)
+    resumed = distill(tmp_path, "resume", "runs/lost", f"model.teacher.url={server.address}", **WITH_TOKEN)
     assert resumed.status == 0, resumed.stdout + resumed.stderr
     file = "student/model.safetensors"
     assert (tmp_path / "runs/lost" / file).read_bytes() == (served.run.path / file).read_bytes()
-    second.stop()
 
 
 @pytest.mark.slow

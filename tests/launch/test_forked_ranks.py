@@ -88,7 +88,13 @@ def test_killed_forked_rank_is_named(run: RunDir, two_ranks: ResolvedRun, progra
 def test_failed_forked_rank_ends_the_run(
     run: RunDir, two_ranks: ResolvedRun, program: Callable[[str], list[str]]
 ) -> None:
-    program("raise ValueError('bad') if rank == 0 else time.sleep(60)")
+    # Ranks ignore SIGTERM until they train, and torchrun gives those 30 s.
+    program("""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if rank == 0:
+            raise ValueError("bad")
+        time.sleep(60)
+        """)
     with pytest.raises(DistillError, match="torchrun ended with status 1"):
         local.start_ranks(two_ranks, run)
     assert "ValueError: bad" in run.torchrun_log(0).read_text()

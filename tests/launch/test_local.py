@@ -144,7 +144,7 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
     process.wait(30)
     assert process.returncode == (-signal.SIGKILL if signum == signal.SIGKILL else 128 + signum)
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in tree):
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < 30
         time.sleep(0.1)
 
 

@@ -160,7 +160,7 @@ def test_an_absent_server_misses_nothing(run: RunDir, tmp_path: Path) -> None:
         write_json(run.outcome, {"state": "finished"})
         shipper.end("finished", timeout_s=60)
         assert shipper.wait()
-        assert slowest_s < 1.0  # a blocked call would take the server's time-out of ten seconds
+        assert slowest_s < 5.0  # a blocked call would take the server's time-out of ten seconds
         assert_all_there(uri, run, logs_model=True)
         assert ship(run, wanted) == (0, 0)
     finally:
