@@ -17,7 +17,8 @@ containers keeps its place. `cuobjdump --extract-elf` reads the same code from t
 unpacks all pieces in its folder.
 
 Left out of the kit: mixture-of-experts tuning files, FlashAttention 2 and 4, DeepGEMM, the Rust server, constrained
-decoding, mlflow (run with tracker=none) and vl-convert (reports without pictures).
+decoding, mlflow (run with tracker=none), vl-convert (reports without pictures) and cryptography (a served teacher's
+own certificate, which only Slurm jobs of teachers make).
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ PACKAGES = (
         "sniffio==1.3.1",
     ),
     *("prometheus-fastapi-instrumentator", "starlette==1.10.0"),
+    # `distill serve`.
+    *("click==8.5.1", "h11==0.16.0", "uvicorn==0.54.0"),
     # The project.
     *("antlr4-python3-runtime==4.9.3", "datasets==5.2.0", "dill==0.4.1", "hydra-core==1.3.8", "multiprocess==0.70.19"),
     *(

@@ -98,10 +98,12 @@ def build_trainer(
     decode, show = parts.make_decode(rank.tokenizer), parts.make_decode(rank.tokenizer, skip_special_tokens=False)
     printer = StepPrinter(console, num_steps=num_steps, every=config.run.print_every)
     log = RunLog(run, printer, MetricsFile(run.metrics) if is_main else None, num_steps, show)
-    stages, planner = Stages(parallel, stop, on_stage=log.stage), parts.build_planner(rank)
+    stages, planner = Stages(parallel, stop), parts.build_planner(rank)
     moving = partial(parts.moving_teacher, student=student, trainable=trainable)
     teachers = complete_teachers(resolved, engines, moving, copies)
     teachers = shake_hands(rank, run, teachers, stages) if teachers else []
+    # Signs of life, from the first of which on the launcher asks the ranks to stop; they do not listen yet before.
+    stages.on_stage = log.stage
     worker = None if sampler is None else parts.build_worker(rank, stages, sampler, student, trainable)
     early = scores_while_sampling(config, on_gpus=resolved.ranks.on_gpus)
     scoring = ScoringWorker(teachers, planner, stages, student.merged_eos_ids, early) if teachers else None

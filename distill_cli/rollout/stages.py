@@ -31,11 +31,10 @@ class Stages:
         stages.check_stop()
     """
 
-    def __init__(
-        self, parallel: Parallel, stop: StopFlag, *, on_stage: Callable[[str], object] = lambda stage: None
-    ) -> None:
-        """Call `on_stage` with the name of each stage when it begins."""
-        self.parallel, self._stop, self._on_stage = parallel, stop, on_stage
+    def __init__(self, parallel: Parallel, stop: StopFlag) -> None:
+        self.parallel, self._stop = parallel, stop
+        self.on_stage: Callable[[str], object] = lambda stage: None
+        """Called with the name of each stage when it begins."""
         self.seconds: dict[str, float] = defaultdict(float)
         """Seconds by stage since the last `lap`."""
         self.longest_s = 0.0
@@ -44,7 +43,7 @@ class Stages:
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Time the block as `stage`."""
-        self._on_stage(stage)
+        self.on_stage(stage)
         begin = time.perf_counter()
         try:
             yield

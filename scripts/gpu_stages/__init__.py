@@ -27,4 +27,5 @@ STAGES = {
     "e": Spec("default_run", "the default run; killed and resumed", 60, 240, 80),
     "f": Spec("throughput", "sampling, scoring and sync with 1.7B and 4B", 60, 240, 45),
     "g": Spec("whole_steps", "whole steps of 1.7B from 4B", 60, 240, 45),
+    "h": Spec("served", "a served teacher of 4B against one in the process", 60, 180, 30),
 }

@@ -1,6 +1,8 @@
 """Runs whose teacher is on a scoring server: equal losses, a server that goes away, and what is refused."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from distill_cli.folders.metrics_file import read_metrics
+from tests.conftest import restore_interrupts
 from tests.end_to_end.conftest import SHORT, Finished, distill
 from tests.serving.running import TOKEN, Running, start
 
@@ -80,6 +83,40 @@ def test_resume_refuses_another_model(server: Running, served: Finished, tmp_pat
     other.stop()
     assert done.status in (1, 2), done.stdout
     assert "its weights are not those that the run began with" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_stop_during_the_handshake_ends_the_run(server: Running, tmp_path: Path) -> None:
+    """The teacher never answers its questions, and nothing is there to save."""
+    held = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=forward, args=(listener, server.port, held), daemon=True).start()
+        url = f"model.teacher.url=http://127.0.0.1:{listener.getsockname()[1]}"
+        command = [sys.executable, "-m", "distill_cli", *ARGV, url, "cluster.grace_s=600"]
+        run = subprocess.Popen(command, cwd=tmp_path, env=environment(), preexec_fn=restore_interrupts)
+        try:
+            assert held.wait(SEEN_S)
+            run.send_signal(signal.SIGTERM)
+            assert run.wait(SEEN_S) == 128 + signal.SIGTERM
+        finally:
+            run.kill()
+
+
+def forward(listener: socket.socket, port: int, held: threading.Event) -> None:
+    """Pass connections on to a server, but no request for answers to prompts: `held` is set then."""
+
+    def copy(source: socket.socket, target: socket.socket) -> None:
+        while data := source.recv(65536):
+            if data.startswith(b"POST /sample"):
+                held.set()
+                return
+            target.sendall(data)
+
+    while True:
+        client, _ = listener.accept()
+        behind = socket.create_connection(("127.0.0.1", port))
+        for ends in ((client, behind), (behind, client)):
+            threading.Thread(target=copy, args=ends, daemon=True).start()
 
 
 class Page(BaseHTTPRequestHandler):

@@ -66,6 +66,7 @@ def wait_for(condition: Callable[[], bool], *, seconds: float = 150) -> None:
 def test_parameters_survive_every_end_of_jobs(cluster: Cluster, one_rank: Finished, tmp_path: Path) -> None:
     """Its time limit reached, preempted, its node lost, cancelled: each in a step of the same run."""
     (tmp_path / "slow.py").write_text(SLOW_VERIFIER)
+    hold = tmp_path / "hold"  # while it exists no step ends: what interrupts one may take its time
     done = cluster.distill(
         tmp_path, *SHORT, *NO_EVAL[:3], "data.verifier=slow:verify", "checkpoint.period=1", "run.name=r",
         "cluster=slurm", "cluster.slurm.time=30", "cluster.grace_s=50", "cluster.slurm.signal_s=50",
@@ -76,7 +77,7 @@ def test_parameters_survive_every_end_of_jobs(cluster: Cluster, one_rank: Finish
     trains = lambda attempt: RunDir(run.path, attempt=attempt).heartbeat.exists()  # noqa: E731
 
     wait_for(lambda: run.metrics.exists() and '{"step": 1' in run.metrics.read_text())
-    (tmp_path / "hold").touch()
+    hold.touch()
     run_id = lambda: json.loads((run.path / "mlflow.json").read_text())["run_id"]  # noqa: E731
     wait_for(lambda: run_id() is not None)
     first_id = run_id()
@@ -86,17 +87,22 @@ def test_parameters_survive_every_end_of_jobs(cluster: Cluster, one_rank: Finish
     cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
     # Five seconds an answer hold the step for 40 seconds at most: it may end, and the run stop, before that moment.
     wait_for(lambda: trains(2) or elapsed_s(cluster, job) >= 60 * limit - 48)
-    (tmp_path / "hold").unlink()
+    hold.unlink()
     wait_for(lambda: trains(2))
+    hold.touch()
     cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     urgent = cluster.ask("sbatch", "--parsable", "-p", "urgent", "-N4", "--exclusive", "-o", "/dev/null", "--wrap=true")
+    wait_for(lambda: re.search(r"PreemptTime=\d", cluster.ask("scontrol", "show", "job", job)))
+    hold.unlink()
     wait_for(lambda: trains(3))
+    hold.touch()
     assert "COMPLETED" in cluster.ask("sacct", "-X", "-n", "-P", "-j", urgent, "-o", "State")
     node = cluster.ask("squeue", "-h", "-j", job, "-o", "%N")
     cluster.do("fail", node)
     wait_for(lambda: trains(4))
     cluster.do("heal", node)
     cluster.ask("scancel", job)
+    hold.unlink()
     wait_for(lambda: not cluster.ask("squeue", "-h", "-j", job))
     assert json.loads(run.outcome.read_text())["state"] == "stopped"
 
