@@ -62,6 +62,7 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     stop = StopFlag(deadline=None if limit_s is None else read_json(run.attempt_record)["launched"] + limit_s)
     trainer = build_trainer(rank, run, console, stop=stop, checkpoint=checkpoint)
     stop.listen(signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    trainer.stages.on_stage = trainer.log.stage  # from the first stage on the launcher asks the ranks to stop
     with trainer.log.printer:
         outcome = trainer.run()
     if outcome.state == "finished" or trainer.saver is None:
@@ -102,8 +103,6 @@ def build_trainer(
     moving = partial(parts.moving_teacher, student=student, trainable=trainable)
     teachers = complete_teachers(resolved, engines, moving, copies)
     teachers = shake_hands(rank, run, teachers, stages) if teachers else []
-    # Signs of life, from the first of which on the launcher asks the ranks to stop; they do not listen yet before.
-    stages.on_stage = log.stage
     worker = None if sampler is None else parts.build_worker(rank, stages, sampler, student, trainable)
     early = scores_while_sampling(config, on_gpus=resolved.ranks.on_gpus)
     scoring = ScoringWorker(teachers, planner, stages, student.merged_eos_ids, early) if teachers else None
