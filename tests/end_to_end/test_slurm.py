@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_two_nodes_equal_one_node(cluster: Cluster, two_ranks: Finished, tmp_pat
         for name in ("train/loss", "train/grad_norm", "train/response_tokens"):
             assert ours.get(name) == theirs.get(name)
     job = re.search(r"^job +(\d+)$", done.stdout, re.M)[1]
-    assert cluster.ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NNodes,ExitCode") == "COMPLETED|2|0:0"
+    check_account(cluster, job, "State,NNodes,ExitCode", "COMPLETED|2|0:0")
 
 
 SLOW_VERIFIER = """
@@ -60,6 +61,14 @@ def wait_for(condition: Callable[[], bool], *, seconds: float = 150) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def check_account(cluster: Cluster, job: str, fields: str, wanted: str) -> None:
+    """Check what Slurm's accounting has of a job, once it has caught up with the queue."""
+    shown = lambda: cluster.ask("sacct", "-X", "-n", "-P", "-j", job, "-o", fields)  # noqa: E731
+    with suppress(AssertionError):
+        wait_for(lambda: shown() == wanted, seconds=30)
+    assert shown() == wanted
 
 
 @pytest.mark.slow
@@ -96,7 +105,7 @@ def test_parameters_survive_every_end_of_jobs(cluster: Cluster, one_rank: Finish
     hold.unlink()
     wait_for(lambda: trains(3))
     hold.touch()
-    assert "COMPLETED" in cluster.ask("sacct", "-X", "-n", "-P", "-j", urgent, "-o", "State")
+    check_account(cluster, urgent, "State", "COMPLETED")
     node = cluster.ask("squeue", "-h", "-j", job, "-o", "%N")
     cluster.do("fail", node)
     wait_for(lambda: trains(4))
@@ -143,8 +152,7 @@ def test_a_teacher_on_its_own_nodes(cluster: Cluster, one_rank: Finished, tmp_pa
     run, teacher = (re.search(pattern, done.stdout, re.M)[1] for pattern in (r"^job +(\d+)$", r"^teacher +job (\d+)$"))
     # Slurm may still be cleaning up after the teacher's job.
     wait_for(lambda: cluster.ask("squeue", "-h", "-j", f"{run},{teacher}") == "")
-    shown = cluster.ask("sacct", "-X", "-n", "-P", "-j", teacher, "-o", "NNodes,Partition")
-    assert shown == "2|urgent"
+    check_account(cluster, teacher, "NNodes,Partition", "2|urgent")
     logs = [done.run.path / f"slurm/{teacher}_{node}_log.out" for node in range(2)]
     assert all("engines   1 on the CPU" in log.read_text() for log in logs)
     served = re.findall(r"(https://\S+) serves the teacher", done.run.rank_log(0).read_text())
@@ -191,7 +199,7 @@ def test_a_run_outlives_its_teachers_job(cluster: Cluster, one_rank: Finished, t
     assert done.status == 0, done.stdout + done.stderr
     check_losses(run, one_rank)
     assert len(list(run.path.glob("logs/attempt_*"))) == 2  # one of each job of the run
-    assert not any(map(queued, teacher_jobs(cluster)))
+    wait_for(lambda: not any(map(queued, teacher_jobs(cluster))))
 
 
 def teacher_job(run: RunDir) -> str:
@@ -215,7 +223,7 @@ def test_servers_end_without_their_run(cluster: Cluster, tmp_path: Path) -> None
     wait_for(lambda: read_servers(run.servers("teacher")) != [])
     cluster.ask("scancel", job)
     wait_for(lambda: cluster.ask("squeue", "-h", "-j", teacher, "-o", "%i") == "")
-    assert cluster.ask("sacct", "-X", "-n", "-P", "-j", teacher, "-o", "State") == "COMPLETED"
+    check_account(cluster, teacher, "State", "COMPLETED")
     assert read_servers(run.servers("teacher")) == []
 
 
@@ -236,8 +244,7 @@ def test_a_sweep_array_resumes_failed_runs(cluster: Cluster, tmp_path: Path) -> 
     )  # fmt: skip
     assert done.status == 1, done.stdout + done.stderr
     array = re.search(r"^job +(\d+), an array of 2$", done.stdout, re.M)[1]
-    states = cluster.ask("sacct", "-X", "-n", "-P", "-j", array, "-o", "JobID,State").splitlines()
-    assert states == [f"{array}_0|COMPLETED", f"{array}_1|FAILED"]
+    check_account(cluster, array, "JobID,State", f"{array}_0|COMPLETED\n{array}_1|FAILED")
     outcomes = [(tmp_path / "runs/s" / folder / "outcome.json").exists() for folder in elements(tmp_path)]
     assert outcomes == [True, False]
     assert "a loss of my own" in done.stdout
