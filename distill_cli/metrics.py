@@ -4,7 +4,7 @@ The step line, the live panel, the report, the comparison of runs, checkpoint.me
 declarations; trackers get every metric. A metric with a formula needs only its declaration: training averages it over
 the response tokens of each step. The others are computed in train/.
 
-Shape letters: N response tokens of a micro-batch, K the teacher's top-k, C = K + 1 classes: top-k, then the rest.
+Shape letters: N response tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
-
-from distill_cli.losses.divergence import forward, reverse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,15 +29,18 @@ Place = Literal["terminal", "page", "heat map"]
 class Tokens:
     """The input of a formula: both models' predictions at each response token of a micro-batch, detached."""
 
-    teacher_logp_NC: Tensor
-    student_logp_NC: Tensor
-    topk_ids_NK: Tensor
-    """The teacher's top-k, the likeliest first."""
+    kl_forward_N: Tensor
+    kl_reverse_N: Tensor
+    teacher_mass_N: Tensor
+    student_mass_N: Tensor
+    """See `HeadOutput`."""
     argmax_N: Tensor
-    """The student's likeliest token."""
+    teacher_argmax_N: Tensor
+    """Each model's likeliest token."""
     entropy_N: Tensor
     """The student's entropy over the whole vocabulary."""
-    loss_N: Tensor
+    teacher_entropy_N: Tensor
+    """See `HeadOutput`."""
 
 
 @dataclass(frozen=True)
@@ -197,11 +198,11 @@ METRICS = (
         figure=TRUNCATED, series=HELD_OUT, needs="data.validation"),
 
     Metric("train/kl_forward", "KL(teacher || student) per token; all tokens outside the teacher's top-k are one class",
-        "nats", "lower", lambda tokens: forward(tokens.teacher_logp_NC, tokens.student_logp_NC).sum(-1), "KL forward",
+        "nats", "lower", lambda tokens: tokens.kl_forward_N, "KL forward",
         panel=("KL", "{value:.4f} forward"), figure=KL, series="forward KL(teacher || student)",
         compared_in=EVERYWHERE),
     Metric("train/kl_reverse", "KL(student || teacher) per token, likewise",
-        "nats", "lower", lambda tokens: reverse(tokens.teacher_logp_NC, tokens.student_logp_NC).sum(-1), "KL reverse",
+        "nats", "lower", lambda tokens: tokens.kl_reverse_N, "KL reverse",
         panel=("KL", "{value:.4f} reverse"), figure=KL, series="reverse KL(student || teacher)",
         compared_in=EVERYWHERE),
     Metric("train/loss", "the divergence of loss.kl_type, a mean over the step's response tokens", "nats", "lower",
@@ -210,11 +211,11 @@ METRICS = (
     Metric("train/entropy", "the student's entropy per token, over the whole vocabulary", "nats",
         formula=lambda tokens: tokens.entropy_N, label="entropy", figure=ENTROPY),
     Metric("train/teacher_topk_mass", "the teacher's probability of its own loss.topk likeliest tokens", "probability",
-        "higher", lambda tokens: tokens.teacher_logp_NC[:, :-1].exp().sum(-1), figure=MASS, series="teacher"),
+        "higher", lambda tokens: tokens.teacher_mass_N, figure=MASS, series="teacher"),
     Metric("train/student_topk_mass", "the student's probability of those tokens", "probability",
-        "higher", lambda tokens: tokens.student_logp_NC[:, :-1].exp().sum(-1), figure=MASS, series="student"),
+        "higher", lambda tokens: tokens.student_mass_N, figure=MASS, series="student"),
     Metric("train/top1_agreement", "tokens at which both models have the same likeliest token", TOKENS, "higher",
-        lambda tokens: (tokens.argmax_N == tokens.topk_ids_NK[:, 0]).float(), "agreement", figure=AGREEMENT),
+        lambda tokens: (tokens.argmax_N == tokens.teacher_argmax_N).float(), "agreement", figure=AGREEMENT),
     Metric("train/grad_norm", "the gradient's norm before clipping, a mean over the step's updates", "norm",
         label="norm", step_line="gnorm={:.2f}", figure=GRAD_NORM),
     Metric("train/lr", "the learning rate of the step's last update"),

@@ -2,13 +2,13 @@
 
 Every class is frozen: a stage returns new objects instead of filling in its arguments.
 
-Shape letters: R response tokens of one sequence, K the teacher's top-k.
+Shape letters: R response tokens of one sequence, K the teacher's top-k, H the teacher's hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import TYPE_CHECKING
 
@@ -126,7 +126,8 @@ class Rollout:
 class TeacherScores:
     """The teacher's distributions at response tokens: of one sequence, or of several end to end.
 
-    Row r is the teacher's distribution for response token r, given all tokens before it.
+    Row r is the teacher's distribution for response token r, given all tokens before it: by its top-k, or by the hidden
+    state from which its head makes the distribution. The other is empty: [R, 0].
     """
 
     topk_ids: torch.Tensor
@@ -134,21 +135,43 @@ class TeacherScores:
     topk_logp: torch.Tensor
     """float32 [R, K], from logits divided by `loss.temperature`, normalised over the whole vocabulary."""
     sampled_logp: torch.Tensor
-    """float32 [R], of the response tokens themselves, normalised in the same way."""
+    """float32 [R], of the response tokens themselves, normalised in the same way; NaN with hidden states."""
+    hidden: torch.Tensor
+    """[R, H], of the engine's dtype: the last hidden state before the teacher's head."""
+
+    @classmethod
+    def of_topk(cls, topk_ids: torch.Tensor, topk_logp: torch.Tensor, sampled_logp: torch.Tensor) -> TeacherScores:
+        """Return scores by their top-k."""
+        return cls(topk_ids, topk_logp, sampled_logp, topk_logp.new_empty(len(sampled_logp), 0))
+
+    @classmethod
+    def of_hidden(cls, hidden: torch.Tensor) -> TeacherScores:
+        """Return scores by hidden states."""
+        import torch
+
+        rows = len(hidden)
+        none = torch.empty(rows, 0, dtype=torch.int32), torch.empty(rows, 0)
+        return cls(*none, torch.full((rows,), torch.nan), hidden)
 
     @classmethod
     def empty(cls, topk: int = 1) -> TeacherScores:
         """Return the scores of zero tokens."""
         import torch
 
-        return cls(torch.empty(0, topk, dtype=torch.int32), torch.empty(0, topk), torch.empty(0))
+        return cls.of_topk(torch.empty(0, topk, dtype=torch.int32), torch.empty(0, topk), torch.empty(0))
 
     @classmethod
     def cat(cls, parts: Sequence[TeacherScores]) -> TeacherScores:
-        """Concatenate the rows of several scores."""
+        """Concatenate the rows of several scores; hidden states of several widths are padded with zeros."""
         import torch
 
-        return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
+        width = max(part.hidden.shape[1] for part in parts)
+        if width:  # those of no tokens may have a top-k instead
+            parts = [part for part in parts if part.hidden.shape[1]]
+        padded = [torch.nn.functional.pad(part.hidden, (0, width - part.hidden.shape[1])) for part in parts]
+        columns = ([getattr(part, name) for part in parts] for name in ("topk_ids", "topk_logp", "sampled_logp"))
+        ids, logp, sampled_logp = map(torch.cat, columns)
+        return cls(ids, logp, sampled_logp, torch.cat(padded))
 
     def take(self, rows: torch.Tensor | slice) -> TeacherScores:
         """Return the scores of these rows."""
@@ -156,11 +179,37 @@ class TeacherScores:
 
     def first(self, topk: int) -> TeacherScores:
         """Return the scores cut to the `topk` likeliest tokens of each row."""
-        return TeacherScores(self.topk_ids[:, :topk], self.topk_logp[:, :topk], self.sampled_logp)
+        return TeacherScores(self.topk_ids[:, :topk], self.topk_logp[:, :topk], self.sampled_logp, self.hidden)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> TeacherScores:
         """Return the scores on `device`."""
         return TeacherScores(*(tensor.to(device, non_blocking=non_blocking) for tensor in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class ModelHead:
+    """A model's head: what makes logits of its last hidden state h.
+
+    With r = h W^T + b they are scale r, or cap tanh(scale r / cap).
+    """
+
+    weight: torch.Tensor
+    """[V, H], of the engine's dtype, on the CPU."""
+    bias: torch.Tensor | None = None
+    """[V]"""
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def part(self, rows: tuple[int, int] | None) -> ModelHead:
+        """Return some ids' rows of it; None is all."""
+        own = slice(*(rows or (None,)))
+        return replace(self, weight=self.weight[own].clone(), bias=None if self.bias is None else self.bias[own])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits of a few hidden states [n, H]: float64 [n, V]."""
+        raw = hidden.double() @ self.weight.double().t()
+        raw = self.scale * (raw if self.bias is None else raw + self.bias.double())
+        return raw if self.soft_cap is None else self.soft_cap * (raw / self.soft_cap).tanh()
 
 
 @dataclass(frozen=True)

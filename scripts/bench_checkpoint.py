@@ -34,6 +34,7 @@ from distill_cli.config.variation import save_config
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.objective import Objective
 from distill_cli.parallel.mesh import init_parallel
 from distill_cli.rollout.pack import micro_batches, plan_batch
 from distill_cli.student import attention
@@ -64,7 +65,7 @@ def main() -> None:
         tie_word_embeddings=True,
     )  # fmt: skip
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).to(parallel.device)
-    student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0)
+    student = Student(lm, objective=Objective(DistillLoss(kl_type="mixed")))
     wrap(student, parallel, bf16=on_gpu, checkpointing="full")
     optimizer = build_optimizer(student, lr=2e-5)
     schedule = build_schedule(optimizer, num_updates=100)
@@ -124,7 +125,7 @@ def rollout(num_tokens: int, vocab_size: int) -> tuple[Rollout, TeacherScores]:
     top = torch.stack([torch.randperm(vocab_size)[:TOPK] for _ in range(num_response)]).int()
     logp = (torch.randn(num_response, TOPK).log_softmax(-1) - 0.1).sort(-1, descending=True).values
     sample = Sample(ids[num_prompt:], [-1.0] * num_response, "stop")
-    return Rollout(Prompt(0, ids[:num_prompt], Example("q")), sample), TeacherScores(top, logp, logp[:, 0])
+    return Rollout(Prompt(0, ids[:num_prompt], Example("q")), sample), TeacherScores.of_topk(top, logp, logp[:, 0])
 
 
 if __name__ == "__main__":

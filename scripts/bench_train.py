@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.objective import Objective
 from distill_cli.models.model_files import ASSETS
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.rollout.pack import lay_out, plan_batch
@@ -82,14 +83,14 @@ def made_up(arguments: argparse.Namespace, vocab: int, generator: torch.Generato
     prompt, answer = (torch.randint(0, vocab, (n,), generator=generator) for n in (arguments.prompt_tokens, length))
     logp, top = torch.randn(length, min(vocab, 4 * TOPK), generator=generator).log_softmax(-1).topk(TOPK)
     rollout = Rollout(Prompt(0, prompt.tolist(), Example("q")), Sample(answer.tolist(), [-1.0] * length, "stop"))
-    return rollout, TeacherScores(top.int(), logp, logp[:, 0])
+    return rollout, TeacherScores.of_topk(top.int(), logp, logp[:, 0])
 
 
 def trainer(folder: Path, parallel: Parallel) -> Callable[[list[Scored]], None]:
     """Return an update of the student by sequences of this rank."""
     lm, published = build_lm(folder)
     load_weights(lm, published, device=parallel.device)
-    student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
+    student = Student(lm, objective=Objective(DistillLoss(kl_type="mixed")), parallel=parallel)
     wrap(student, parallel, bf16=False, checkpointing="none", compile=False, cpu_offload=False)
     optimizer = build_optimizer(student, lr=1e-4)
     schedule = build_schedule(optimizer, warmup_updates=0, num_updates=10_000)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill_cli.config.fields import LIMITS
-from distill_cli.losses.divergence import DIVERGENCES, PARAMETERS, parameters_of
+from distill_cli.losses import divergence, token_weight
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = [ROOT / "distill_cli/config" / name for name in ("schema.py", "execution_schema.py")]
@@ -96,13 +96,14 @@ def rows(node: ast.ClassDef, prefix: str, classes: dict, enums: dict) -> list[Fi
 
 
 def parameter_rows() -> list[Field]:
-    """Return the keys that the signatures of divergences declare."""
+    """Return the keys that the signatures of divergences and token weights declare."""
     fields = []
-    for name, kind in PARAMETERS.items():
-        takers = {kl_type: parameters_of(kl_type)[name] for kl_type in DIVERGENCES if name in parameters_of(kl_type)}
-        uses = [f"{kl_type} ({taken.annotation.__metadata__[0]}; {taken.default})" for kl_type, taken in takers.items()]
-        meaning = f"A parameter of {', '.join(uses)}; null is its default there."
-        fields.append(Field(f"loss.{name}", f"{kind.__name__} or null", "null", meaning))
+    for family in (divergence.SIGNATURES, token_weight.SIGNATURES):
+        for name, kind in family.parameters.items():
+            takers = {one: family.parameters_of(one).get(name) for one in family.functions}
+            uses = [f"{one} ({own.annotation.__metadata__[0]}; {own.default})" for one, own in takers.items() if own]
+            meaning = f"A parameter of {family.key}={', '.join(uses)}; null is its default there."
+            fields.append(Field(f"loss.{name}", f"{kind.__name__} or null", "null", meaning))
     return fields
 
 

@@ -179,7 +179,7 @@ def test_teachers_without_weights_are_noticed() -> None:
     def scores(shift: float) -> list[TeacherScores]:
         logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
         logp = logits.log_softmax(-1).sort(descending=True).values
-        return [TeacherScores(torch.arange(4, dtype=torch.int32).repeat(6, 1), logp, logp[:, 1] + shift)]
+        return [TeacherScores.of_topk(torch.arange(4, dtype=torch.int32).repeat(6, 1), logp, logp[:, 1] + shift)]
 
     first = scores(0.0)
     assert teacher_problem(first, scores(1e-3), limit=1e-2) is None

@@ -5,6 +5,7 @@ Reads nothing but the config, and the signature of a user's own divergence.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from operator import attrgetter
 from typing import Any
@@ -13,11 +14,12 @@ from distill_cli.config.choices import nearest
 from distill_cli.config.credentials import secret_problems
 from distill_cli.config.derived import needed_length, parse_duration, scored_length, validates
 from distill_cli.config.fields import LIMITS, declared_keys
-from distill_cli.config.schema import Config, Tail
+from distill_cli.config.schema import HIDDEN, Config, LossConfig, Support, Tail
 from distill_cli.config.teacher_jobs import job_config, job_key, own_key_problems, teacher_nodes
 from distill_cli.config.teachers import model_key, teacher_configs, teacher_problems
 from distill_cli.config.variation import plain
-from distill_cli.losses.divergence import DIVERGENCES, PARAMETERS, parameter_problems, parameters_of
+from distill_cli.errors import ConfigError
+from distill_cli.losses import divergence, token_weight
 from distill_cli.metrics import METRICS, find
 
 Problems = Iterator[tuple[str, str]]
@@ -67,9 +69,45 @@ def _job_problems(config: Config) -> list[str]:
 
 def _teacher_dependent(config: Config) -> list[str]:
     """Return the problems of keys that a teacher may have of its own."""
-    loss = config.loss
-    problems = parameter_problems(loss.kl_type, loss.parameters, kwargs=loss.kwargs)
-    return [*_lines(config, _models, _engine), *problems]
+    return [*_lines(config, _models, _engine, _loss), *_parameter_problems(config.loss)]
+
+
+def _parameter_problems(loss: LossConfig) -> list[str]:
+    """Return the problems of the parameters of the loss's functions, which share `loss.kwargs`."""
+    families = [(divergence.SIGNATURES, loss.kl_type, loss.parameters)]
+    if loss.token_weight is not None:
+        families.append((token_weight.SIGNATURES, loss.token_weight, loss.weight_parameters))
+    found: list[str] = []
+    for family, name, parameters in families:
+        of_others = set[str]()
+        for other, its_name, _ in families:
+            if other is not family:
+                with suppress(ConfigError):
+                    of_others |= other.taken(its_name, loss.kwargs).keys()
+        kwargs = {one: value for one, value in loss.kwargs.items() if one not in of_others}
+        found += family.problems(name, parameters, kwargs=kwargs)
+    return list(dict.fromkeys(found))
+
+
+def _loss(config: Config) -> Problems:
+    loss, rollout = config.loss, config.rollout
+    if loss.support is Support.full and loss.tail is not Tail.bucket:
+        yield "loss.tail", "nothing is outside of loss.support=full; leave it out"
+    weights = {name: getattr(loss, name) for name in ("divergence_weight", "policy_gradient", "reward", "penalty")}
+    if not any(weights.values()):
+        yield "loss.divergence_weight", f"nothing is trained; set one of {', '.join(weights)} above 0"
+    if not loss.divergence_weight and not loss.policy_gradient:
+        for name in ("token_weight", "token_clip"):
+            if getattr(loss, name) is not None:
+                yield f"loss.{name}", "changes the divergence, whose weight is 0; leave it out"
+    for name in ("policy_gradient", "reward", "penalty"):
+        if weights[name] and loss.temperature != 1:
+            yield f"loss.{name}", f"sampled tokens have no temperature: loss.temperature={loss.temperature:g} must be 1"
+    if loss.reward and rollout.replay is None:
+        if rollout.generations_per_prompt < 2:
+            yield "loss.reward", "compares answers to a prompt; set rollout.generations_per_prompt to 2 or more"
+        if config.data.verifier is None and rollout.environment is None:
+            yield "loss.reward", "needs a data.verifier, or an environment that rewards"
 
 
 def evaluation_problems(config: Config) -> list[str]:
@@ -102,11 +140,15 @@ def inert_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
     typed = {override.lstrip("+").split("=", 1)[0] for override in overrides}
     needed = {key: data["only_with"] for key, data in declared_keys(Config).items() if "only_with" in data}
     reasons = {key: f"without {other}" for key, other in needed.items() if not _any_set(config, other)}
-    kind = config.loss.kl_type
-    for name in PARAMETERS:
-        if f"loss.{name}" in typed and name not in parameters_of(kind):
-            readers = " and ".join(known for known in DIVERGENCES if name in parameters_of(known))
-            reasons[f"loss.{name}"] = f"with loss.kl_type={kind}: it is a parameter of {readers}"
+    for family, chosen in (
+        (divergence.SIGNATURES, config.loss.kl_type),
+        (token_weight.SIGNATURES, config.loss.token_weight),
+    ):
+        for name in family.parameters:
+            if f"loss.{name}" in typed and (chosen is None or name not in family.parameters_of(chosen)):
+                readers = " and ".join(one for one in family.functions if name in family.parameters_of(one))
+                value = "null" if chosen is None else chosen
+                reasons[f"loss.{name}"] = f"with {family.key}={value}: it is a parameter of {readers}"
     if config.data.train.get("streaming"):
         reasons["train.max_epochs"] = "on a source that is streamed: train.max_steps ends the run"
     else:
@@ -179,6 +221,8 @@ def _rollout(config: Config) -> Problems:
     rollout = config.rollout
     if rollout.on_policy_fraction < 1 and rollout.environment is not None:
         yield "rollout.on_policy_fraction", "with rollout.environment all sequences are the student's; set it to 1"
+    if rollout.save_scores not in (True, False, HIDDEN):
+        yield "rollout.save_scores", f"must be true, false or {HIDDEN}"
     if rollout.replay is not None and rollout.save_scores:
         yield "rollout.save_scores", "a replay trains on scores that are recorded already; leave it out"
     if rollout.replay is not None and config.eval.record_samples and not validates(config):

@@ -65,6 +65,11 @@ def needs_scorer(config: Config) -> bool:
     return config.rollout.replay is None or (validates(config) and is_asked)
 
 
+def needs_hidden(config: Config) -> bool:
+    """Whether teachers return their hidden states: the loss needs them, or they are recorded."""
+    return config.loss.needs_hidden or config.rollout.saves_hidden
+
+
 def scores_while_sampling(config: Config, *, on_gpus: bool) -> bool:
     """Whether answers are scored as they end; `overlap_problems` says why they cannot be."""
     given = config.rollout.score_while_sampling

@@ -28,7 +28,7 @@ SECTIONS: Mapping[str, str] = declared_keys(Config)["model.teachers"]["entries"]
 """The section that each part of an entry changes; "" is the entry itself."""
 DATA_KEYS = ("teacher_context", "teacher_prompt_template", "max_teacher_prompt_tokens")
 """Keys of `data` that a teacher may have of its own."""
-SHARED_LOSS_KEYS = ("topk",)
+SHARED_LOSS_KEYS = ("topk", "support", "reward", "penalty", "penalty_share")
 """Keys of `loss` that all teachers share."""
 
 

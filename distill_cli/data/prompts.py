@@ -234,7 +234,7 @@ class PromptMaker:
         reasons = {
             "empty": "have no question and are left out",
             "refused": f"are refused by the environment and left out; the last: {self.last.get('refused')}",
-            "mixed": "ask for several teachers, whose temperatures differ, and are left out",
+            "mixed": "ask for several teachers, which need one temperature and a top-k, and are left out",
             "unknown": f"ask for no known teacher ({names}) and are left out; the last: {self.last.get('unknown')}",
             "long": f"are longer than {limit} and left out",
             "cut": f"are truncated to {limit}",

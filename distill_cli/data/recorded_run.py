@@ -5,6 +5,7 @@ RUN/scores/ holds (`rollout.score_files` writes and reads the tensors):
 | file                          | holds                                                                       |
 |-------------------------------|-----------------------------------------------------------------------------|
 | `recording.json`              | what holds for every step: `Facts`                                          |
+| `heads/<teacher>_<id>.safetensors` | with hidden states: rows of a teacher's head from this id on, by its index |
 | `step_<n>/rank_<r>.safetensors` | the sequences that data rank r trained on, with the teacher's scores      |
 | `step_<n>/step.json`          | how many sequences of how many tokens                                       |
 | `step_<n>/manifest.json`      | the files' sizes and SHA-256; written last: a step is complete or absent    |
@@ -23,7 +24,7 @@ from distill_cli.folders import atomic_dir
 from distill_cli.folders.run_dir import RunDir, read_json
 from distill_cli.models import model_files
 
-FACTS, STEP = "recording.json", "step.json"
+FACTS, STEP, HEADS = "recording.json", "step.json", "heads"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Facts:
     """`vocabulary_digest` of the ids below; None if the tokenizer could not be read."""
     temperatures: dict[str, float] = field(default_factory=dict)
     """By name, those of teachers whose temperature is not the run's."""
+
+    hidden: bool = False
+    """Whether hidden states were recorded instead of a top-k: any support, top-k and temperature follows from them."""
 
     @classmethod
     def of(cls, replay: str) -> Facts:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from distill_cli.config.derived import needs_hidden
 from distill_cli.config.schema import Config, OffPolicy
 from distill_cli.config.teachers import model_key, own_temperatures, teacher_names
 from distill_cli.data.registry import load_examples
@@ -109,6 +110,7 @@ class Routing:
     def __init__(self, config: Config) -> None:
         self._names, self._key = teacher_names(config), config.data.teacher_key
         self._temperatures = own_temperatures(config) if len(self._names) > 1 else {}
+        self._needs_hidden = needs_hidden(config)
         self._counts = Counter[int]()
 
     def add(self, example: Example, *, place: int) -> None:
@@ -125,6 +127,9 @@ class Routing:
         if len(weights) > 1 and self._temperatures:
             what = f"data.train: row {place} mixes teachers, which need one temperature"
             raise ConfigError(f"{what}; leave out model.teachers.{next(iter(self._temperatures))}.loss.temperature")
+        if len(weights) > 1 and self._needs_hidden:
+            what = f"data.train: row {place} mixes teachers, which is done with their top-k"
+            raise ConfigError(f"{what}; set loss.support=teacher, and no rollout.save_scores=hidden")
 
     def warnings(self, num: int) -> list[str]:
         """Return a warning for each teacher without a row, of `num`."""

@@ -20,8 +20,8 @@ import torch
 
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.weight_sync import Outgoing
-from distill_cli.errors import DistillError
-from distill_cli.types import Sample, TeacherScores
+from distill_cli.errors import ConfigError, DistillError
+from distill_cli.types import ModelHead, Sample, TeacherScores
 
 OnEnd = Callable[[int, Sample], object]
 """Takes the index of a prompt and its answer."""
@@ -105,22 +105,36 @@ class Teacher(AnsweringEngine, Protocol):
         return
 
     @abstractmethod
-    def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:
+    def score(
+        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
+    ) -> list[TeacherScores]:
         """Return the scores of each sequence from its response's start on; empty ones if the engine was interrupted.
 
         Args:
             sequences: token ids of prompt and response.
             response_starts: index of the response's first token, at least 1.
+            hidden: return the hidden states before the head instead of the top-k.
         """
 
+    def head(self, rows: tuple[int, int] | None = None) -> ModelHead:
+        """Return the head that makes logits of the hidden states. A collective of the ranks that share the engine.
+
+        Args:
+            rows: the first id of it and the one after the last; as far as it has them. None is all.
+
+        Raises:
+            ConfigError: it cannot be known.
+        """
+        raise ConfigError("loss.support: this teacher returns no hidden states; set teacher")
+
     def submit(
-        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]
+        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
     ) -> Callable[[], list[TeacherScores]]:
         """Begin to score, and return a function that waits for the result of `score`.
 
         In a process of its own the teacher works while this one goes on.
         """
-        scores = self.score(sequences, response_starts=response_starts)
+        scores = self.score(sequences, response_starts=response_starts, hidden=hidden)
         return lambda: scores
 
 

@@ -31,7 +31,7 @@ from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.engines.teacher_batches import BatchTeacher
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.types import Sample, TeacherScores
+from distill_cli.types import ModelHead, Sample, TeacherScores
 
 BUILDERS: dict[str, Callable[..., VllmTeacher]] = {"start": VllmTeacher, "start_batches": BatchTeacher}
 """What the first request builds, by its name."""
@@ -89,17 +89,24 @@ class CompanionTeacher(Teacher):
                 raise
             self._is_ready = True
 
-    def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:
+    def score(
+        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
+    ) -> list[TeacherScores]:
         """Score in the companion; see `Teacher`."""
-        return self._call("score", sequences=list(sequences), response_starts=list(response_starts))
+        return self.submit(sequences, response_starts=response_starts, hidden=hidden)()
 
     def submit(
-        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]
+        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
     ) -> Callable[[], list[TeacherScores]]:
         """Let the companion score meanwhile; see `Teacher`."""
         self.wait_ready()
-        request = self._send("score", sequences=list(sequences), response_starts=list(response_starts))
+        starts = list(response_starts)
+        request = self._send("score", sequences=list(sequences), response_starts=starts, hidden=hidden)
         return lambda: self._answer(request)
+
+    def head(self, rows: tuple[int, int] | None = None) -> ModelHead:
+        """Return the head, from the companion; see `Teacher`."""
+        return self._call("head", rows=rows)
 
     def sample(
         self,
@@ -172,7 +179,7 @@ def serve(connection: Connection) -> None:
     A thread sends the answers: the rank may submit more before it reads them, and both would wait for the other.
     """
     # torch would send a tensor as shared memory.
-    ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
+    ForkingPickler.register(torch.Tensor, lambda tensor: (_from_bits, (_bits(tensor), str(tensor.dtype)[6:])))
     answers = queue.SimpleQueue[Any]()
     threading.Thread(target=_send_all, args=(connection, answers), daemon=True).start()
     teacher = None
@@ -194,6 +201,16 @@ def serve(connection: Connection) -> None:
             is_known = isinstance(error, DistillError)
             answer = error if is_known else DistillError(f"the teacher failed: {reason(error)}")
         answers.put(answer)
+
+
+def _bits(tensor: torch.Tensor) -> Any:
+    """Return a tensor as an array; bfloat16, which numpy lacks, by its bits."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _from_bits(array: Any, dtype: str) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
 def _send_all(connection: Connection, answers: queue.SimpleQueue[Any]) -> None:

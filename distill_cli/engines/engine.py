@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch.distributed as dist
@@ -257,17 +257,18 @@ def sampling_params(sampling: SamplingSettings, *, seed: int, max_tokens: int) -
     )
 
 
-def request_params(*, score_from: int | None = None, **fields: Any) -> Any:
+def request_params(*, score_from: int | None = None, marks: Mapping[str, Any] | None = None, **fields: Any) -> Any:
     """Return the `vllm.SamplingParams` of a request whose log-probabilities stay tensors.
 
     Args:
         score_from: first token of the prompt whose log-probabilities are read.
+        marks: more of the request's `extra_args`.
     """
     from vllm import SamplingParams
 
-    marks = vllm_patches.KEEP_TENSORS | ({} if score_from is None else {SCORE_FROM: score_from})
+    known = vllm_patches.KEEP_TENSORS | ({} if score_from is None else {SCORE_FROM: score_from})
     try:
-        return SamplingParams(extra_args=marks, **fields)
+        return SamplingParams(extra_args={**known, **(marks or {})}, **fields)
     except Exception as error:  # vLLM's validation errors have no common base in the supported versions
         raise DistillError(f"vLLM refuses the sampling settings: {reason(error)}") from error
 

@@ -10,7 +10,7 @@ from distill_cli.engines.base import OnEnd, Teacher
 from distill_cli.engines.handshake import Answer, Probe
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.errors import Unrecoverable
-from distill_cli.types import Sample, TeacherScores
+from distill_cli.types import ModelHead, Sample, TeacherScores
 
 FEWEST_ROWS = 8
 """Tokens from which on scores are checked: fewer may well be the same."""
@@ -35,7 +35,7 @@ class GuardedTeacher(Teacher):
         self._answers = partial(
             handshake.answers, topk=topk, vocab_size=vocab_size, temperature=temperature, limit=limit
         )
-        self._limit, self._vocab_size = limit, vocab_size
+        self._limit, self._vocab_size, self._temperature = limit, vocab_size, temperature
         self._probe: Probe | None = None
         self._sleeps, self._comebacks = 0, 0
 
@@ -44,6 +44,19 @@ class GuardedTeacher(Teacher):
         self._probe = handshake.make_probe(self._teacher, prompts)
         self._sleeps, self._comebacks = 0, self._teacher.comebacks
         return list(self._answers(self._probe))
+
+    def head_problem(self) -> str | None:
+        """Return why hidden states and head of the awake teacher do not give the handshake's scores; None if they do.
+
+        A collective of the ranks that share the engine.
+        """
+        probe, head = self.probe, self._teacher.head()
+        found = self._teacher.score(probe.sequences, response_starts=probe.starts, hidden=True)
+        if not all(len(scores.hidden) for scores in found):  # interrupted
+            return None
+        hidden, temperature = TeacherScores.cat(found).hidden, self._temperature
+        error = handshake.head_error(probe, hidden, head, temperature=temperature)
+        return None if error < self._limit else f"does not score by its hidden states and head: {error:.2g} nats off"
 
     def forget(self) -> None:
         """Compare with the handshake no more: the teacher's weights will change."""
@@ -61,14 +74,16 @@ class GuardedTeacher(Teacher):
         if all(len(scores.sampled_logp) for scores in now):  # else interrupted
             self._refuse(handshake.difference(before.scores, now, limit=self._limit))
 
-    def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:
-        return self.submit(sequences, response_starts=response_starts)()
+    def score(
+        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
+    ) -> list[TeacherScores]:
+        return self.submit(sequences, response_starts=response_starts, hidden=hidden)()
 
     def submit(
-        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]
+        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
     ) -> Callable[[], list[TeacherScores]]:
         self._compare_if_due()
-        wait = self._teacher.submit(sequences, response_starts=response_starts)
+        wait = self._teacher.submit(sequences, response_starts=response_starts, hidden=hidden)
         is_varied = len({tuple(ids[:start]) for ids, start in zip(sequences, response_starts, strict=True)}) > 1
 
         def checked() -> list[TeacherScores]:
@@ -102,6 +117,14 @@ class GuardedTeacher(Teacher):
         on_end: OnEnd | None = None,
     ) -> list[Sample]:
         return self._teacher.sample(prompts, seeds=seeds, sampling=sampling, on_end=on_end)
+
+    def head(self, rows: tuple[int, int] | None = None) -> ModelHead:
+        return self._teacher.head(rows)
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether the teacher's weights change between its uses (`forget`)."""
+        return self._probe is None
 
     def wait_ready(self) -> None:
         self._teacher.wait_ready()

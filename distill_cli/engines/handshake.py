@@ -20,7 +20,7 @@ import torch
 
 from distill_cli.engines.base import Teacher
 from distill_cli.engines.settings import SamplingSettings
-from distill_cli.types import TeacherScores
+from distill_cli.types import ModelHead, TeacherScores
 
 NUM_PROMPTS, ANSWER_TOKENS = 4, 8
 CUTS, DRAWS, HOT = 4, 6, 2.0
@@ -116,6 +116,8 @@ def suspicion(parts: Sequence[TeacherScores], *, vocab_size: int) -> str | None:
     Args:
         parts: of sequences in several contexts, in which a teacher does not give the same distribution.
     """
+    if parts and parts[0].topk_logp.shape[1] == 0:
+        return _hidden_suspicion(torch.cat([scores.hidden for scores in parts]))
     likeliest = torch.cat([scores.topk_logp[:, 0] for scores in parts])
     sampled = torch.cat([scores.sampled_logp for scores in parts])
     if len(likeliest) == 0:
@@ -130,6 +132,14 @@ def suspicion(parts: Sequence[TeacherScores], *, vocab_size: int) -> str | None:
         whole = TeacherScores.cat(parts)
         if all(bool((rows == rows[0]).all()) for rows in (whole.topk_logp, whole.topk_ids)):
             return "gives the same scores at every token"
+    return None
+
+
+def _hidden_suspicion(hidden_RH: torch.Tensor) -> str | None:
+    if not bool(hidden_RH.isfinite().all()):
+        return "gives hidden states that are not finite"
+    if len(hidden_RH) > 1 and bool((hidden_RH == hidden_RH[0]).all()):
+        return "gives the same hidden state at every token"
     return None
 
 
@@ -165,6 +175,19 @@ def temperature_error(probe: Probe, *, temperature: float) -> float:
     return median(errors) if errors else 0.0
 
 
+def head_error(probe: Probe, hidden_RH: torch.Tensor, head: ModelHead, *, temperature: float) -> float:
+    """Return by how much scores differ from those by hidden states and head, weighted by probability: a mean, in nats.
+
+    Args:
+        hidden_RH: of the probe's response tokens.
+    """
+    whole = TeacherScores.cat(probe.scores)
+    logits_RV = head.logits(hidden_RH) / temperature
+    logp_RK = logits_RV.gather(1, whole.topk_ids.long()) - logits_RV.logsumexp(-1, keepdim=True)
+    weights_RK = whole.topk_logp.double().exp()
+    return float(((logp_RK - whole.topk_logp.double()).abs() * weights_RK).sum(-1).mean())
+
+
 def difference(before: Sequence[TeacherScores], now: Sequence[TeacherScores], *, limit: float) -> str | None:
     """Return how scores differ from those of the same sequences before, as text that follows a name; None if not."""
     old, new = TeacherScores.cat(before), TeacherScores.cat(now)
@@ -194,5 +217,5 @@ def from_tensors(tensors: dict[str, torch.Tensor]) -> Probe:
     sequences = [part.tolist() for part in tensors["token_ids"].split(lengths)]
     rows = [length - start for length, start in zip(lengths, starts, strict=True)]
     parts = [tensors[name].split(rows) for name in ("topk_ids", "topk_logp", "sampled_logp")]
-    scores = [TeacherScores(*fields) for fields in zip(*parts, strict=True)]
+    scores = [TeacherScores.of_topk(*fields) for fields in zip(*parts, strict=True)]
     return Probe(sequences, starts, [], 0, scores)

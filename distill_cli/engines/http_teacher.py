@@ -95,8 +95,12 @@ class HttpTeacher(Teacher):
         self._replicas: Replicas[Any] = self._run(_made(self._addresses, {"kind": self.kind, **arguments})).result()
 
     @abstractmethod
-    async def _score(self, sequences: list[list[int]], response_starts: list[int]) -> list[TeacherScores]:
+    async def _score(self, sequences: list[list[int]], response_starts: list[int], hidden: bool) -> list[TeacherScores]:
         """Return the scores of a group of sequences, by one request. Raises as `Replicas.post`."""
+
+    @abstractmethod
+    def _hidden_bytes(self) -> int:
+        """Return the bytes of a hidden state. Raises ConfigError if the servers cannot return them."""
 
     @abstractmethod
     async def _sample(
@@ -122,20 +126,23 @@ class HttpTeacher(Teacher):
         """Return what the servers say of themselves. Raises as `wait_ready`."""
         return self._now(self._replicas.info())
 
-    def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:
+    def score(
+        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
+    ) -> list[TeacherScores]:
         """Score on the servers; see `Teacher`. Raises TeacherLost, and DistillError for what a server refuses."""
-        return self.submit(sequences, response_starts=response_starts)()
+        return self.submit(sequences, response_starts=response_starts, hidden=hidden)()
 
     def submit(
-        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]
+        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
     ) -> Callable[[], list[TeacherScores]]:
         """Let the servers score meanwhile; see `Teacher`."""
         check_starts(sequences, response_starts)
         scored = [index for index, start in enumerate(response_starts) if start < len(sequences[index])]
-        limit = min(self.request_tokens, ANSWER_BYTES // (8 * self._topk + 4))
+        row_bytes = self._hidden_bytes() if hidden else 8 * self._topk + 4
+        limit = min(self.request_tokens, max(ANSWER_BYTES // row_bytes, 1))
         groups = split_by_tokens([len(sequences[index]) for index in scored], limit)
         requests = [
-            ([sequences[index] for index in scored[group]], [response_starts[index] for index in scored[group]])
+            ([sequences[index] for index in scored[group]], [response_starts[index] for index in scored[group]], hidden)
             for group in groups
         ]
         future = self._run(self._all(self._score, requests))

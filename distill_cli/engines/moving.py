@@ -10,7 +10,7 @@ from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.scoring import Scoring
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.weight_sync import Outgoing
-from distill_cli.types import Sample, TeacherScores
+from distill_cli.types import ModelHead, Sample, TeacherScores
 
 
 class ScoringSampler(VllmSampler, Scoring):
@@ -59,8 +59,15 @@ class MovingTeacher(Teacher):
     def sleep(self) -> None:
         self._engine.sleep()
 
-    def score(self, sequences: Sequence[list[int]], *, response_starts: Sequence[int]) -> list[TeacherScores]:
-        return self._engine.score(sequences, response_starts=response_starts, temperature=self._temperature)
+    def score(
+        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
+    ) -> list[TeacherScores]:
+        return self._engine.score(
+            sequences, response_starts=response_starts, temperature=self._temperature, hidden=hidden
+        )
+
+    def head(self, rows: tuple[int, int] | None = None) -> ModelHead:
+        return self._engine.head(rows)
 
     def sample(
         self,

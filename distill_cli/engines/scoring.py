@@ -13,10 +13,11 @@ import torch
 from distill_cli.engines import vllm_patches
 from distill_cli.engines.base import check_starts
 from distill_cli.engines.engine import VllmEngine, request_params
+from distill_cli.engines.hidden_states import HIDDEN, read_head
 from distill_cli.engines.settings import EngineSettings
 from distill_cli.engines.vllm_patches import Interrupted
-from distill_cli.errors import DistillError
-from distill_cli.types import TeacherScores
+from distill_cli.errors import ConfigError, DistillError
+from distill_cli.types import ModelHead, TeacherScores
 
 
 class Scoring(VllmEngine):
@@ -50,6 +51,7 @@ class Scoring(VllmEngine):
         topk: int | Sequence[int] | None = None,
         temperature: float | None = None,
         vocab_size: int | None = None,
+        hidden: bool = False,
     ) -> list[TeacherScores]:
         """Score with one prefill each; the engine stays usable after a bad request or a failure. See `Teacher`.
 
@@ -58,6 +60,7 @@ class Scoring(VllmEngine):
                 None is the teacher's own, like the two below.
             temperature: above 0.
             vocab_size: first id that gets no probability; at most the teacher's own.
+            hidden: return hidden states instead of a top-k, to which the options above do not apply.
         """
         check_starts(sequences, response_starts)
         kept = [self._topk if topk is None else topk] * len(sequences) if not isinstance(topk, Sequence) else topk
@@ -65,10 +68,13 @@ class Scoring(VllmEngine):
         self.check_token_ids(sequences, max_len=self.settings.max_model_len, vocab_size=vocab_size)
         scored = {index: start for index, start in enumerate(response_starts) if start < len(sequences[index])}
         scores = [TeacherScores.empty(number) for number in kept]
+        if hidden:
+            scores = [TeacherScores.of_hidden(torch.empty(0, self.hidden_size, dtype=self.dtype)) for _ in sequences]
         # Every request of vLLM samples a token; it is not read.
-        one = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+        one: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+        one |= {"marks": HIDDEN if hidden else None, "skip_clone": True}
         params = [
-            request_params(score_from=start, skip_clone=True, prompt_logprobs=kept[index], **one)
+            request_params(score_from=start, prompt_logprobs=1 if hidden else kept[index], **one)
             for index, start in scored.items()
         ]
         try:
@@ -77,8 +83,24 @@ class Scoring(VllmEngine):
         except Interrupted:
             return scores
         for (index, start), output in zip(scored.items(), outputs, strict=True):
-            scores[index] = to_scores(output, start=start)
+            scores[index] = to_hidden(output) if hidden else to_scores(output, start=start)
         return scores
+
+    def head(self, rows: tuple[int, int] | None = None) -> ModelHead:
+        """Return the head that makes logits of the hidden states; see `Teacher.head`."""
+        found = self.call_worker(read_head)
+        if isinstance(found, str):
+            fix = "set loss.support=teacher and rollout.save_scores=true or false"
+            raise ConfigError(f"{self.settings.path}: {found}: its hidden states are of no use; {fix}")
+        return found.part(rows)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.llm.model_config.get_hidden_size())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.llm.model_config.dtype
 
     def check_options(self, topks: Sequence[int], *, temperature: float | None, vocab_size: int | None) -> None:
         """Raise DistillError for options of a call that this engine cannot apply."""
@@ -120,4 +142,9 @@ def to_scores(output: Any, *, start: int) -> TeacherScores:
     ids_RK1, logp_RK1 = (torch.cat([chunk[part] for chunk in chunks])[-num:].cpu() for part in (0, 1))
     assert len(ids_RK1) == num, "vLLM left positions of a prompt out"
     topk_ids, logp_RK1 = ids_RK1[:, 1:].int(), logp_RK1.float()
-    return TeacherScores(topk_ids.contiguous(), logp_RK1[:, 1:].contiguous(), logp_RK1[:, 0].contiguous())
+    return TeacherScores.of_topk(topk_ids.contiguous(), logp_RK1[:, 1:].contiguous(), logp_RK1[:, 0].contiguous())
+
+
+def to_hidden(output: Any) -> TeacherScores:
+    """Return the hidden states of a `vllm.RequestOutput` that was marked for them."""
+    return TeacherScores.of_hidden(torch.cat([chunk[1] for chunk in output.prompt_logprobs]).cpu())

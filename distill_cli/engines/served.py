@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import numpy
@@ -11,10 +12,14 @@ import torch
 from distill_cli.engines.http_teacher import HttpTeacher
 from distill_cli.engines.server_info import DISTILL, ServerInfo, ServerKind
 from distill_cli.engines.settings import SamplingSettings
-from distill_cli.engines.wire import BadBody, SampleRequest, ScoreRequest, take, unpack
-from distill_cli.types import Sample, TeacherScores
+from distill_cli.engines.wire import BadBody, HeadRequest, SampleRequest, ScoreRequest, take, unpack
+from distill_cli.engines.wire_tensors import find_tensor, parse_head
+from distill_cli.errors import ConfigError
+from distill_cli.types import ModelHead, Sample, TeacherScores
 
 REQUEST_TOKENS = 4096
+HEAD_BYTES = 2**25
+"""Size of a part of the head, which is read once."""
 
 
 class ServedTeacher(HttpTeacher):
@@ -37,8 +42,42 @@ class ServedTeacher(HttpTeacher):
         """Return {token: id} as `model_files.vocabulary`. Raises as `wait_ready`."""
         return self._now(self._replicas.get("/vocabulary"))
 
-    async def _score(self, sequences: list[list[int]], response_starts: list[int]) -> list[TeacherScores]:
-        options = {"topk": self._topk, "temperature": self._temperature, "vocab_size": self._vocab_size}
+    def head(self, rows: tuple[int, int] | None = None) -> ModelHead:
+        """Return the head from the servers, some rows at a time. Raises ConfigError if they cannot say."""
+        info = self.info()
+        begin, end = rows or (0, info.vocab_size)
+        end, size = min(end, info.vocab_size), max(1, HEAD_BYTES // self._hidden_bytes())
+        parts = [self._head_part(first, min(first + size, end)) for first in range(begin, end, size)]
+        if not parts:
+            return self._head_part(0, 1).part((0, 0))
+        biases = [part.bias for part in parts if part.bias is not None]
+        return replace(
+            parts[0], weight=torch.cat([part.weight for part in parts]), bias=torch.cat(biases) if biases else None
+        )
+
+    def _head_part(self, begin: int, end: int) -> ModelHead:
+        def parse(body: bytearray) -> ModelHead:
+            head = parse_head(*unpack(body))
+            if len(head.weight) != end - begin:
+                raise BadBody(f"{len(head.weight)} rows of the head, {end - begin} were asked for")
+            return head
+
+        body = HeadRequest(begin, end).body()
+        return self._now(self._replicas.post("/head", body, tokens=1, parse=parse))
+
+    def _hidden_bytes(self) -> int:
+        info = self.info()
+        if not info.hidden_size:
+            what = f"{info.name}: its server ({info.version}) returns no hidden states"
+            raise ConfigError(f"loss.support: {what}; start it with this version, or set teacher")
+        return info.hidden_size * info.hidden_bytes
+
+    async def _score(self, sequences: list[list[int]], response_starts: list[int], hidden: bool) -> list[TeacherScores]:
+        options = {
+            "topk": 0 if hidden else self._topk,
+            "temperature": self._temperature,
+            "vocab_size": self._vocab_size,
+        }
         request = ScoreRequest.of(sequences, response_starts, **options)
 
         def parse(body: bytearray) -> list[TeacherScores]:
@@ -60,6 +99,13 @@ class ServedTeacher(HttpTeacher):
 
 def parse_scores(body: bytearray, request: ScoreRequest) -> list[TeacherScores]:
     """Return the scores of each sequence. Raises BadBody if they are not of this request."""
+    if request.topk == 0:
+        hidden = find_tensor(unpack(body)[0], "hidden", num_dims=2)
+        if hidden is None or len(hidden) != request.num_rows:
+            raise BadBody(f"no hidden states of {request.num_rows} tokens")
+        return [
+            TeacherScores.of_hidden(part) for part in hidden.split((request.lengths - request.response_starts).tolist())
+        ]
     matrix, vector = (numpy.float32, 2), (numpy.float32, 1)
     arrays = take(unpack(body)[0], topk_ids=(numpy.int32, 2), topk_logp=matrix, sampled_logp=vector)
     rows, topk = request.num_rows, request.topk
@@ -71,7 +117,7 @@ def parse_scores(body: bytearray, request: ScoreRequest) -> list[TeacherScores]:
         raise BadBody("token ids outside the vocabulary")
     lengths = (request.lengths - request.response_starts).tolist()
     parts = [torch.from_numpy(array).split(lengths) for array in arrays]
-    return [TeacherScores(*fields) for fields in zip(*parts, strict=True)]
+    return [TeacherScores.of_topk(*fields) for fields in zip(*parts, strict=True)]
 
 
 def parse_samples(body: bytearray, request: SampleRequest) -> list[Sample]:

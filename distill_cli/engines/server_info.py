@@ -94,8 +94,15 @@ class ServerInfo:
     """Tokens that may wait; a request with more is refused."""
     max_answer_bytes: int
     """Size of the largest answer; a request with a larger one is refused."""
+    hidden_size: int = 0
+    """Numbers of a hidden state; 0 of a server that cannot return them."""
     product: str = PRODUCT
     api: int = API
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of each number of a hidden state."""
+        return 4 if self.dtype == "float32" else 2
 
     @property
     def identity(self) -> tuple[str, str, str | None]:

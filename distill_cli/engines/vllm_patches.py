@@ -6,7 +6,7 @@ without it and the sign that it is no longer needed; the decorator above it decl
 declared with `replaced` returns the replacement of a name, given the original.
 `scripts/check_vllm_versions.py` searches unpacked releases for the same names without importing anything. What is
 replaced in vLLM's model code is in `model_patches`, `cpu_gdn` and `cpu_mamba`; in its sampling on CPUs, in
-`cpu_sampling`.
+`cpu_sampling`; for hidden states in `hidden_states`.
 
 Importing this module imports neither vLLM nor torch.
 """
@@ -20,7 +20,13 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from distill_cli.engines import cpu_gdn, cpu_mamba, cpu_sampling, model_patches  # noqa: F401, they declare their names
+from distill_cli.engines import (  # noqa: F401, they declare their names
+    cpu_gdn,
+    cpu_mamba,
+    cpu_sampling,
+    hidden_states,
+    model_patches,
+)
 from distill_cli.engines.process_setup import import_without_scipy, on_cpu
 from distill_cli.engines.reach import check_names, reaches, replace_names
 

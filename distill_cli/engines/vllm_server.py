@@ -29,7 +29,7 @@ from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.vllm_requests import COMPLETIONS, JSON_TYPE, NEUTRAL, choices_of
 from distill_cli.engines.wire import BadBody
 from distill_cli.errors import ConfigError, DistillError
-from distill_cli.types import Sample, TeacherScores
+from distill_cli.types import ModelHead, Sample, TeacherScores
 
 REQUEST_TOKENS = 2048
 SAMPLES_IN_FLIGHT = 64
@@ -66,7 +66,13 @@ class VllmServerTeacher(HttpTeacher):
         """Return what the servers say of their model. Raises as `wait_ready`."""
         return cast(VllmInfo, super().info())
 
-    async def _score(self, sequences: list[list[int]], response_starts: list[int]) -> list[TeacherScores]:
+    def head(self, rows: tuple[int, int] | None = None) -> ModelHead:
+        raise ConfigError(f"loss.support: a {VLLM.shown} returns no hidden states; set teacher, or use `distill serve`")
+
+    def _hidden_bytes(self) -> int:
+        raise ConfigError(f"loss.support: a {VLLM.shown} returns no hidden states; set teacher, or use `distill serve`")
+
+    async def _score(self, sequences: list[list[int]], response_starts: list[int], hidden: bool) -> list[TeacherScores]:
         content = {"prompt": sequences, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": self._topk}
 
         def parse(choices: list[dict[str, Any]]) -> list[TeacherScores]:
@@ -159,7 +165,7 @@ def parse_scores(choice: dict[str, Any], ids: list[int], start: int, *, topk: in
         raise BadBody(f"prompt_logprobs are not those of top-{topk} ({error!r:.80})") from error
     if len(ids_RK) != len(own_R):
         raise BadBody(f"prompt_logprobs have other than {topk} tokens")
-    return TeacherScores(ids_RK, _unclamped(logp_RK), _unclamped(own_R))
+    return TeacherScores.of_topk(ids_RK, _unclamped(logp_RK), _unclamped(own_R))
 
 
 def _unclamped(logp: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,10 @@
 | POST /score    | token_ids int32 [N], lengths int32 [S], response_starts    | topk, temperature, vocab_size (may  |
 |                | int32 [S]                                                  | be left out)                        |
 | its answer     | topk_ids int32 [R, K], topk_logp float32 [R, K],           |                                     |
-|                | sampled_logp float32 [R]                                   |                                     |
+|                | sampled_logp float32 [R]; with topk=0 hidden states:       |                                     |
+|                | `hidden.<dtype>` [R, H], bfloat16 by its bits, uint16      |                                     |
+| POST /head     | rows int64 [2]: ids from, and up to                        |                                     |
+| its answer     | `weight.<dtype>` [V, H], `bias.<dtype>` [V] if there is    | scale, soft_cap (0 is none)         |
 | POST /sample   | token_ids int32 [N], lengths int32 [S], seeds int64 [S]    | sampling (SamplingSettings as JSON),|
 |                |                                                            | vocab_size (may be left out)        |
 | its answer     | token_ids int32 [R], lengths int32 [S], stopped uint8 [S], |                                     |
@@ -38,7 +41,14 @@ CLIENT_HEADER = "x-distill-client"
 """Header with the name of a client; clients take turns. Without it the peer's address is the name."""
 
 Arrays = dict[str, numpy.ndarray]
-DTYPES = {"I32": numpy.int32, "I64": numpy.int64, "F32": numpy.float32, "U8": numpy.uint8}
+DTYPES = {
+    "U16": numpy.uint16,
+    "F16": numpy.float16,
+    "I32": numpy.int32,
+    "I64": numpy.int64,
+    "F32": numpy.float32,
+    "U8": numpy.uint8,
+}
 DTYPE_NAMES = {numpy.dtype(dtype): name for name, dtype in DTYPES.items()}
 SIZE_BYTES = 8
 MOST_HEADER_BYTES = 2**16
@@ -128,6 +138,7 @@ class ScoreRequest:
     response_starts: numpy.ndarray
     """int32 [S]"""
     topk: int
+    """Tokens at each position; 0 for hidden states instead."""
     temperature: float
     vocab_size: int | None = None
 
@@ -161,6 +172,25 @@ class ScoreRequest:
     def num_rows(self) -> int:
         """Number of response tokens, R."""
         return int(self.lengths.sum() - self.response_starts.sum())
+
+
+@dataclass(frozen=True)
+class HeadRequest:
+    """Rows of the model's head."""
+
+    begin: int
+    end: int
+
+    @classmethod
+    def parse(cls, body: bytes | bytearray) -> HeadRequest:
+        """Return the request in a body. Raises BadBody."""
+        (rows,) = take(unpack(body)[0], rows=(numpy.int64, 1))
+        if len(rows) != 2 or not 0 <= rows[0] < rows[1]:
+            raise BadBody(f"rows is {rows.tolist()!r:.60}, must be two ids of which the second is larger")
+        return cls(int(rows[0]), int(rows[1]))
+
+    def body(self) -> bytes:
+        return pack({"rows": [numpy.array([self.begin, self.end], dtype=numpy.int64)]})
 
 
 @dataclass(frozen=True)

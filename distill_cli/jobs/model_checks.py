@@ -380,11 +380,21 @@ def recorded(recording: Recording, config: Config, student: ModelFiles, tokenize
         yield f"rollout.max_sequence_length={rollout.max_sequence_length}: {longest}; raise it"
     topk, positions = f"{facts.topk} tokens of the teacher were recorded", student.max_positions or math.inf
     key, path = f"model.student.path={student.path}", before.model.student.path
-    if (own := own_temperatures(config)) != facts.temperatures and loss.temperature == facts.temperature:
+    is_topk = not facts.hidden
+    if (own := own_temperatures(config)) != facts.temperatures and loss.temperature == facts.temperature and is_topk:
         yield f"model.teachers: temperatures of their own are {own}, and {facts.temperatures} were recorded; drop them"
     yield from broken(
-        (loss.temperature != facts.temperature, f"loss.temperature={loss.temperature}: the teacher {scores}; drop it"),
-        (loss.topk > facts.topk, f"loss.topk={loss.topk}: {topk}; lower it"),
+        (
+            is_topk and loss.temperature != facts.temperature,
+            f"loss.temperature={loss.temperature}: the teacher {scores}; drop it",
+        ),
+        (is_topk and loss.topk > facts.topk, f"loss.topk={loss.topk}: {topk}; lower it"),
+        (
+            is_topk and loss.needs_hidden,
+            f"loss.support={loss.support.value}: the run recorded the teacher's top-k alone; record with "
+            "rollout.save_scores=hidden",
+        ),
+        (loss.topk > facts.vocab_size, f"loss.topk={loss.topk}: the vocabulary has {facts.vocab_size} ids; lower it"),
         (positions < sequence, f"{key}: has {positions} positions, and {longest}; give another student"),
     )
     digest = vocabulary_digest(tokenizer.folder, facts.vocab_size)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from distill_cli.config.compose import compose
 from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
 from distill_cli.config.execution_schema import EngineModelConfig
-from distill_cli.config.schema import Config
+from distill_cli.config.schema import Config, Dtype
 from distill_cli.config.teacher_jobs import job_config, teacher_nodes
 from distill_cli.config.teachers import ONLY, teacher_configs
 from distill_cli.jobs.new_runs import print_warnings, resolve_jobs, single_path
@@ -157,7 +157,7 @@ def run_rows(resolved: ResolvedRun) -> Rows:
         "steps": f"{steps:,} (max_steps {train.max_steps:,}, max_epochs {train.max_epochs})",
         "validation": f"{validations} times {on}" if validations else "none",
         "checkpoints": checkpoint_row(resolved),
-        "scores": scores_row(config, steps),
+        "scores": scores_row(config, steps, hidden_bytes=hidden_bytes(resolved)),
     }
 
 
@@ -202,13 +202,28 @@ def checkpoint_row(resolved: ResolvedRun) -> str | None:
     return f"{gib:.3g} GiB each, every {settings.period} steps; up to {kept} of them, {kept * gib:.3g} GiB"
 
 
-def scores_row(config: Config, steps: int) -> str | None:
-    """Return the disk that the kept scores take if every answer is as long as it may be."""
+def scores_row(config: Config, steps: int, *, hidden_bytes: int) -> str | None:
+    """Return the disk that the kept scores take if every answer is as long as it may be.
+
+    Args:
+        hidden_bytes: of the largest teacher's hidden state.
+    """
     rollout = config.rollout
     tokens = rollout.max_sequence_length if rollout.environment else rollout.max_new_tokens
     sequences = rollout.prompts_per_step * rollout.generations_per_prompt
-    gib = sequences * tokens * (8 * config.loss.topk + 16) / 2**30
+    token_bytes = 16 + (hidden_bytes if rollout.saves_hidden else 8 * config.loss.topk)
+    gib = sequences * tokens * token_bytes / 2**30
     return f"at most {gib:.3g} GiB a step, {steps * gib:.3g} GiB of all" if rollout.save_scores else None
+
+
+def hidden_bytes(resolved: ResolvedRun) -> int:
+    """Return the bytes of the largest hidden state of the run's teachers."""
+    sizes = [
+        model_files.hidden_size(files.folder)
+        * (4 if resolved.by_teacher()[name].config.model.teacher.dtype is Dtype.float32 else 2)
+        for name, files in resolved.teachers.items()
+    ]
+    return max(sizes, default=0)
 
 
 def memory_rows(resolved: ResolvedRun) -> Rows:

@@ -8,11 +8,11 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from distill_cli.config.schema import LOSS_PARAMETERS
 from distill_cli.config.teacher_jobs import teacher_nodes
 from distill_cli.config.teachers import ONLY, teacher_configs
 from distill_cli.folders.attempts import Outcome, attempt_lines, attempts_of
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.losses.divergence import PARAMETERS
 from distill_cli.machine.hardware import threads_of_rank
 from distill_cli.models.traits import Traits
 from distill_cli.resolved import ResolvedRun
@@ -107,7 +107,7 @@ def relative(path: Path) -> str:
 def next_command(resolved: ResolvedRun, run: RunDir) -> str:
     """Return a command that repeats this run alone with another loss."""
     verb = ["replay", relative(resolved.recorded_run)] if resolved.recorded_run else []
-    own_loss = tuple(f"loss.{name}=" for name in ("kl_type", *PARAMETERS))
+    own_loss = tuple(f"loss.{name}=" for name in ("kl_type", *LOSS_PARAMETERS))
     changed = ("loss=", *own_loss, "loss.kwargs", "run.name=", "search.", "hydra/", "hydra.")
     repeated = [word for word in run.typed_overrides() if not word.lstrip("+").startswith(changed)]
     loss = "forward" if resolved.config.loss.kl_type == "reverse" else "reverse"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distill_cli.config.derived import scored_length
+from distill_cli.config.derived import needs_hidden, scored_length
 from distill_cli.config.schema import Config, TeacherModel
 from distill_cli.engines.recognise import recognise
 from distill_cli.engines.replicas import Replicas
@@ -151,6 +151,10 @@ def vllm_problems(
     """
     at, only = f"{key}.url={served.files.path}", "only `distill serve` does"
     temperature, size = config.loss.temperature, served.files.vocab_size
+    if needs_hidden(config):
+        asked = f"loss.support={config.loss.support.value}"
+        asked = asked if config.loss.needs_hidden else "rollout.save_scores=hidden"
+        yield f"{asked}: {at} is a {VLLM.shown}, which returns no hidden states ({only}); leave it out"
     if temperature != 1.0:
         what = f"{at} is a {VLLM.shown}, which does not divide logits by a temperature"
         yield f"loss.temperature={temperature:g}: {what} ({only}); set it to 1"

@@ -198,6 +198,7 @@ def describe(facts: Facts, settings: EngineSettings, *, max_topk: int, max_queue
         num_engines=ranks.per_node // settings.tensor_parallel,
         max_queued_tokens=max_queued_tokens,
         max_answer_bytes=MAX_ANSWER_BYTES,
+        hidden_size=model_files.hidden_size(model.folder),
     )
 
 

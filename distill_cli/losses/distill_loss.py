@@ -1,7 +1,7 @@
 """Loss of each token: a divergence between the teacher's top-k and the student, with a rule for all other tokens.
 
 Left out: the divergences themselves (divergence.py), reductions and weights over tokens (the caller's), logits
-(linear_topk.py).
+(linear_divergence.py).
 
 Shape letters: N tokens, K the teacher's top-k, C = K + 1 classes: the top-k, then everything outside it (the rest).
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from distill_cli.errors import ConfigError
-from distill_cli.losses.divergence import Divergence, resolve_divergence
+from distill_cli.losses.divergence import SIGNATURES, Divergence
 
 PADDING_LOGP = -1e4
 """Log-probability of an absent class: its probability is exactly 0, and its gradients are finite."""
@@ -30,7 +30,7 @@ class DistillLoss:
     Args:
         kl_type: one of DIVERGENCES, or `pkg.module:function`.
         tail: one of TAILS.
-        parameters: the divergence's, as in `resolve_divergence`.
+        parameters: the divergence's, as in `Signatures.resolve`.
 
     Raises:
         ConfigError: no such divergence or tail, a parameter that the divergence does not take, or a tail that the
@@ -40,7 +40,7 @@ class DistillLoss:
     def __init__(self, *, kl_type: str, tail: str = "bucket", **parameters: Any) -> None:
         if tail not in TAILS:
             raise ConfigError(f"loss.tail={tail}: must be one of {', '.join(TAILS)}")
-        self.divergence = resolve_divergence(kl_type, **parameters)
+        self.divergence = SIGNATURES.resolve(kl_type, **parameters)
         self.tail = tail
         self.outside = _outside_coefficients(self.divergence, kl_type=kl_type) if tail == "zero" else (0.0, 0.0)
 

@@ -9,15 +9,11 @@ To add one, write the function, put it in DIVERGENCES, and write conf/loss/<name
 enumerate both. It may use only methods of tensors.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
-from distill_cli.errors import ConfigError
-from distill_cli.user_code import load_function
+from distill_cli.losses.signature import Range, Signatures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,22 +21,6 @@ else:
     Tensor = Any  # signatures are evaluated where torch is not imported
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Range:
-    """Values that a parameter may have: from `low` to `high`, both included, except `excluded`."""
-
-    low: float
-    high: float
-    excluded: tuple[float, ...] = ()
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high and value not in self.excluded
-
-    def __str__(self) -> str:
-        without = " and ".join(f"{value:g}" for value in self.excluded)
-        return f"{self.low:g}..{self.high:g}" + (f", {without} excluded" if without else "")
 
 
 def forward(logp: Tensor, logq: Tensor) -> Tensor:
@@ -82,93 +62,7 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def resolve_divergence(kl_type: str, **parameters: Any) -> Divergence:
-    """Return the function of (log p, log q) that `kl_type` names, with its parameters bound.
-
-    Args:
-        parameters: its keyword arguments. Those of other divergences (PARAMETERS) are ignored.
-
-    Raises:
-        ConfigError: no such divergence, or parameters that it does not take or lacks.
-    """
-    function = find_divergence(kl_type)
-    taken = parameters_of(kl_type)
-    options = {name: value for name, value in parameters.items() if name in taken or name not in PARAMETERS}
-    try:
-        inspect.signature(function).bind(None, None, **options)
-    except TypeError as error:
-        raise ConfigError(f"loss.kl_type={kl_type}: {error}") from error
-    return partial(function, **options)
-
-
-def find_divergence(kl_type: str) -> Callable[..., Tensor]:
-    """Return the function that `kl_type` names: one of DIVERGENCES, or a user's `pkg.module:function`.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if kl_type not in DIVERGENCES and ":" not in kl_type:
-        choices = ", ".join(DIVERGENCES)
-        raise ConfigError(f"loss.kl_type={kl_type}: must be one of {choices}, or pkg.module:function")
-    return DIVERGENCES.get(kl_type) or load_function(kl_type, key="loss.kl_type")
-
-
-def parameters_of(kl_type: str) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a divergence, without log p and log q.
-
-    Raises:
-        ConfigError: there is no such divergence, or it does not take log p and log q.
-    """
-    function = find_divergence(kl_type)
-    try:
-        parameters = _signature(function).parameters
-        _logp, _logq, *others = parameters
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"loss.kl_type={kl_type}: must take (logp, logq): {error}") from error
-    return {name: parameters[name] for name in others}
-
-
-def _signature(function: Callable[..., Tensor]) -> inspect.Signature:
-    try:
-        return inspect.signature(function, eval_str=True)
-    except (NameError, AttributeError):  # a user's annotations may name what only a type checker imports
-        return inspect.signature(function)
-
-
-PARAMETERS: dict[str, type] = {
-    name: getattr(parameter.annotation, "__origin__", parameter.annotation)
-    for kl_type in DIVERGENCES
-    for name, parameter in parameters_of(kl_type).items()
-}
-"""The parameters of all divergences with their types: each is a key of the `loss` section."""
-
-
-def parameter_problems(kl_type: str, parameters: Mapping[str, Any], *, kwargs: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one line for each parameter that the divergence does not take, lacks, or has out of range.
-
-    Args:
-        parameters: the values of `loss.<name>`, for names in PARAMETERS.
-        kwargs: the values of `loss.kwargs.<name>`, for all other names.
-    """
-    try:
-        taken = parameters_of(kl_type)
-    except ConfigError as error:
-        yield from error.problems
-        return
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-    for name in kwargs:
-        if name in PARAMETERS:
-            yield f"loss.kwargs.{name}: set loss.{name} instead"
-        elif name not in taken and not takes_any:
-            yield f"loss.kwargs.{name}: loss.kl_type={kl_type} has {', '.join(taken) or 'no parameters'}; leave it out"
-    for name, parameter in taken.items():
-        key = f"loss.{name}" if name in PARAMETERS else f"loss.kwargs.{name}"
-        value = {**kwargs, **parameters}.get(name, parameter.default)
-        if value is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
-            yield f"{key}: a value is needed, with loss.kl_type={kl_type}"
-        for allowed in getattr(parameter.annotation, "__metadata__", ()):
-            if isinstance(allowed, Range) and value is not parameter.empty and value not in allowed:
-                yield f"{key}={value}: must lie in {allowed}, with loss.kl_type={kl_type}"
+SIGNATURES = Signatures("loss.kl_type", DIVERGENCES, takes=("logp", "logq"), is_choice=False)
 
 
 def _log_mixture(loga: Tensor, logb: Tensor, *, weight: float) -> Tensor:

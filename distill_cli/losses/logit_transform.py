@@ -1,6 +1,6 @@
 """What a model does to its logits between head and softmax: a bias, a scale and a soft cap.
 
-Left out: the temperature and merged tokens, which apply to the results (linear_topk.py).
+Left out: the temperature and merged tokens, which apply to the results (linear_divergence.py).
 
 Shape letters: n tokens of a chunk, V vocabulary (or this rank's shard).
 """

@@ -1,7 +1,7 @@
 """Merge the tokens that end an answer into one class of the teacher's top-k.
 
 A Base student ends with one token and an instruct teacher with another. Both end the answer, so the loss compares the
-probability of ending: the sum over all of these tokens, for either model. `linear_topk.py` merges the student's;
+probability of ending: the sum over all of these tokens, for either model. `head.py` merges the student's;
 docs/losses.md has the mathematics.
 
 Shape letters: R response tokens, K the teacher's top-k, M tokens of the class.

@@ -39,7 +39,7 @@ def mix(parts: Sequence[TeacherScores], weights: Sequence[float]) -> TeacherScor
     sampled = torch.stack([part.sampled_logp.double() for part in parts]).exp()
     sampled_R = torch.tensor(weights, dtype=torch.float64) @ sampled
     ids_RK = ids_RK.masked_fill(mixed_RK == 0, PADDING_ID)
-    return TeacherScores(ids_RK.int().contiguous(), logp_RK.contiguous(), sampled_R.log().float())
+    return TeacherScores.of_topk(ids_RK.int().contiguous(), logp_RK.contiguous(), sampled_R.log().float())
 
 
 def uncertain_mass(parts: Sequence[TeacherScores], weights: Sequence[float]) -> torch.Tensor:

@@ -195,7 +195,7 @@ def _reducing(elements: float, step: Step) -> float:
 
 
 def _loss_bytes(shape: ModelShape, step: Step) -> float:
-    """Return the greatest memory of `linear_topk_loss`, of which the weight's gradient outlives it."""
+    """Return the greatest memory of `linear_divergence`, of which the weight's gradient outlives it."""
     tokens, vocab = math.ceil(step.tokens / step.mesh.context), shape.vocab // step.mesh.tensor
     matrix, hidden = vocab * shape.hidden, tokens * shape.hidden
     chunk = chunk_size(vocab, shape.hidden, num_tokens=tokens)

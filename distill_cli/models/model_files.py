@@ -191,6 +191,12 @@ def vocab_size(folder: Path) -> int:
     return sizes[0]
 
 
+def hidden_size(folder: Path) -> int:
+    """Return the numbers of a hidden state by config.json, 0 if it leaves them out. Raises ConfigError if damaged."""
+    size = text_config(read_config(folder)).get("hidden_size", 0)
+    return size if isinstance(size, int) else 0
+
+
 def vocabulary(folder: Path) -> dict[str, int] | None:
     """Return {token: id} of a fast tokenizer, added tokens included; None without a tokenizer.json."""
     file = folder / "tokenizer.json"

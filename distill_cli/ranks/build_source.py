@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_cli.checkpoint.saver import Trainable
-from distill_cli.config.derived import validates
+from distill_cli.config.derived import needs_hidden, validates
 from distill_cli.config.schema import OffPolicy
 from distill_cli.config.teachers import own_temperatures
 from distill_cli.data.isolated import IsolatedEnvironments, IsolatedVerifier
@@ -101,7 +101,7 @@ def prompt_settings(resolved: ResolvedRun) -> PromptSettings:
         template_kwargs=model.chat_template_kwargs,
         overlong=data.overlong_prompts.value,
         teachers=tuple(teacher_prompt_settings(name, one) for name, one in alone.items()),
-        mixes=not own_temperatures(resolved.config),
+        mixes=not own_temperatures(resolved.config) and not needs_hidden(resolved.config),
     )
 
 

@@ -5,7 +5,7 @@ build the same engines in the same order on every rank.
 """
 
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,16 +16,19 @@ from transformers import PreTrainedModel
 
 from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.checkpoint.store import Checkpoint, prune
-from distill_cli.config.derived import parse_duration, scores_while_sampling, updates_per_step
+from distill_cli.config.derived import needs_hidden, parse_duration, scores_while_sampling, updates_per_step
 from distill_cli.config.schema import Config, Precision
 from distill_cli.config.teachers import own_temperatures, teacher_configs, teacher_names
-from distill_cli.data.recorded_run import Facts, vocabulary_digest
+from distill_cli.data.recorded_run import Facts, Recording, vocabulary_digest
 from distill_cli.engines.base import Teacher
+from distill_cli.engines.guarded import GuardedTeacher
 from distill_cli.errors import ConfigError
 from distill_cli.folders.metrics_file import MetricsFile
 from distill_cli.folders.rollouts_table import RolloutsFolder
 from distill_cli.folders.run_dir import RunDir, read_json, write_json
+from distill_cli.losses import divergence, token_weight
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.objective import Objective, TokenWeight
 from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import fingerprint
 from distill_cli.parallel.mesh import Parallel
@@ -33,14 +36,16 @@ from distill_cli.ranks import build_source as parts
 from distill_cli.ranks.build_engines import Engines, build_engines, leave
 from distill_cli.ranks.handshakes import shake_hands
 from distill_cli.resolved import ResolvedRun
-from distill_cli.rollout.score_files import RecordedSteps, Recorder
+from distill_cli.rollout.advantages import AdvantageSettings, advantages
+from distill_cli.rollout.score_files import RecordedSteps, Recorder, read_head, write_head
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.student.adapters import add_adapters
-from distill_cli.student.model import Student, TeacherLoss, build_lm, wrap
+from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.moving import MovingCopy
 from distill_cli.student.optimizer import OptimizerOffload, build_optimizer, build_schedule
 from distill_cli.student.published import Published
+from distill_cli.student.teacher_head import TeacherHeads
 from distill_cli.student.weights import load_weights, save_student
 from distill_cli.terminal.step_printer import StepPrinter
 from distill_cli.train.run_log import RunLog
@@ -83,7 +88,7 @@ def build_trainer(
     resolved, parallel, config, is_main = rank.resolved, rank.parallel, rank.resolved.config, rank.parallel.is_main
     # Find the user's mistakes first, before engines take their time.
     order = parts.build_order(rank)
-    build_loss(config)  # the student builds its own
+    build_objective(config)  # the student builds its own
     validator = parts.build_validator(rank)
     if checkpoint is not None:
         check_data(checkpoint, order)
@@ -102,12 +107,27 @@ def build_trainer(
     stages, planner = Stages(parallel, stop), parts.build_planner(rank)
     moving = partial(parts.moving_teacher, student=student, trainable=trainable)
     teachers = complete_teachers(resolved, engines, moving, copies)
-    teachers = shake_hands(rank, run, teachers, stages) if teachers else []
+    is_hidden = uses_hidden(resolved)
+    if is_hidden:
+        student.heads = build_heads(rank, student)
+    teachers = shake_hands(rank, run, teachers, stages, student.heads) if teachers else []
     worker = None if sampler is None else parts.build_worker(rank, stages, sampler, student, trainable)
     early = scores_while_sampling(config, on_gpus=resolved.ranks.on_gpus)
-    scoring = ScoringWorker(teachers, planner, stages, student.merged_eos_ids, early) if teachers else None
+    scoring = None
+    if teachers:
+        scoring = ScoringWorker(
+            teachers,
+            planner,
+            stages,
+            student.merged_eos_ids,
+            hidden=is_hidden,
+            heads=None if student.heads is None else partial(read_moving_head, student.heads),
+            begins_early=early,
+        )
     validation = probes = None
     recorder = build_recorder(resolved, run, parallel) if config.rollout.save_scores else None
+    if recorder is not None and student.heads is not None:
+        record_heads(run, student.heads, teachers)
     rollouts = RolloutsFolder(run.rollouts, decode, lambda token: show([token]), is_written=is_main)
     if validator is not None and worker is not None:
         validation = Validation(validator, worker, teachers if config.eval.teacher else [])
@@ -133,8 +153,51 @@ def build_trainer(
         saver=build_saver(config, run, trainable, last_step=progress.step) if config.checkpoint.enabled else None,
         data_fingerprint=order.fingerprint,
         teachers=teacher_names(config),
+        advantages=build_advantages(config),
         copies=list(copies.values()),
     )
+
+
+def build_heads(rank: parts.Rank, student: Student) -> TeacherHeads:
+    """Build the holder of the teachers' heads: of a replay's as they were recorded, else still empty. A collective."""
+    vocabulary, recorded = rank.resolved.vocabulary, rank.resolved.recorded_run
+    shard = student.lm.get_output_embeddings().weight.shape[0] // rank.parallel.tensor.size()
+    heads = TeacherHeads(rank.parallel, vocabulary.size if vocabulary.limit is None else vocabulary.limit, shard)
+    if recorded is not None:
+        folder = Recording.of(str(recorded)).folder
+        for index in range(len(teacher_names(rank.resolved.config))):
+            heads.read(index, partial(read_head, folder, index))
+    return heads
+
+
+def uses_hidden(resolved: ResolvedRun) -> bool:
+    """Whether the teachers' scores are hidden states: those that are recorded, in a replay."""
+    recorded = resolved.recorded_run
+    return needs_hidden(resolved.config) if recorded is None else Recording.of(str(recorded)).facts.hidden
+
+
+def record_heads(run: RunDir, heads: TeacherHeads, teachers: Sequence[Teacher]) -> None:
+    """Write each teacher's head into the run's scores, by the first ranks of each shard of it. A collective."""
+    first, last = heads.rows
+    for index, teacher in enumerate(teachers):
+        head = teacher.head((first, last))
+        if heads.parallel.data_rank == heads.parallel.context.get_local_rank() == 0:
+            write_head(run.scores, index, first, head)
+
+
+def read_moving_head(heads: TeacherHeads, index: int, teacher: Teacher) -> None:
+    """Take the head of a teacher whose weights move, as it scored with it. A collective."""
+    assert isinstance(teacher, GuardedTeacher)
+    if teacher.is_moving:
+        heads.read(index, teacher.head)
+
+
+def build_advantages(config: Config) -> Callable[..., Mapping[int, torch.Tensor]] | None:
+    """Return what gives an update's sequences their advantages; None if the loss has none."""
+    loss = config.loss
+    if not loss.has_advantages:
+        return None
+    return partial(advantages, settings=AdvantageSettings(loss.reward, loss.penalty, loss.penalty_share))
 
 
 def complete_teachers(
@@ -178,17 +241,33 @@ def check_data(checkpoint: Path, order: parts.Order) -> None:
 def build_loss(config: Config) -> DistillLoss:
     """Build the loss of the config. Raises ConfigError if it cannot be built."""
     loss = config.loss
-    return DistillLoss(kl_type=loss.kl_type, tail=loss.tail.value, **loss.parameters, **loss.kwargs)
+    kwargs = divergence.SIGNATURES.taken(loss.kl_type, loss.kwargs)
+    return DistillLoss(kl_type=loss.kl_type, tail=loss.tail.value, **loss.parameters, **kwargs)
 
 
-def build_own_losses(config: Config) -> dict[int, TeacherLoss]:
-    """Return the losses of the teachers whose loss is not the run's, by `Prompt.teachers`."""
+def build_objective(config: Config) -> Objective:
+    """Build what the config's `loss` section minimises. Raises ConfigError if it cannot be built."""
+    loss, weight, family = config.loss, None, token_weight.SIGNATURES
+    if (name := loss.token_weight) is not None:
+        function = family.resolve(name, **loss.weight_parameters, **family.taken(name, loss.kwargs))
+        weight = TokenWeight(function, family.positional_of(name))
+    return Objective(
+        build_loss(config),
+        temperature=loss.temperature,
+        support=loss.support.value,
+        topk=loss.topk,
+        divergence_weight=loss.divergence_weight,
+        weight=weight,
+        clip=loss.token_clip,
+        policy_gradient=loss.policy_gradient,
+        max_ratio=loss.max_ratio,
+    )
+
+
+def build_own_objectives(config: Config) -> dict[int, Objective]:
+    """Return the objectives of the teachers whose loss is not the run's, by `Prompt.teachers`."""
     alone = enumerate(teacher_configs(config).values())
-    return {
-        1 << index: TeacherLoss(build_loss(one), one.loss.temperature)
-        for index, one in alone
-        if one.loss != config.loss
-    }
+    return {1 << index: build_objective(one) for index, one in alone if one.loss != config.loss}
 
 
 def build_recorder(resolved: ResolvedRun, run: RunDir, parallel: Parallel) -> Recorder:
@@ -202,6 +281,7 @@ def build_recorder(resolved: ResolvedRun, run: RunDir, parallel: Parallel) -> Re
         end_tokens=list(resolved.student.eos_ids),
         vocab_size=vocabulary.size,
         vocabulary=vocabulary_digest(resolved.tokenizer.folder, vocabulary.size),
+        hidden=needs_hidden(resolved.config),
     )
     return Recorder(run.scores, facts, parallel)
 
@@ -225,12 +305,12 @@ def build_student(resolved: ResolvedRun, parallel: Parallel, built: Built, *, ro
     (lm, published), lora, bf16 = built, model.student.lora, train.precision is Precision.bf16
     if lora.rank and role == "student":
         add_adapters(lm, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, bf16=bf16)
-    ends, loss = resolved.vocabulary.merged_eos_ids, build_loss(config)
+    ends = resolved.vocabulary.merged_eos_ids
     student = Student(
         lm,
-        loss=loss,
-        temperature=config.loss.temperature,
-        own_losses=build_own_losses(config),
+        objective=build_objective(config),
+        own_objectives=build_own_objectives(config),
+        has_advantages=config.loss.has_advantages,
         parallel=parallel,
         merged_eos_ids=ends,
         published=published,

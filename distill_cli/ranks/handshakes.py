@@ -24,6 +24,7 @@ from distill_cli.models.model_files import fingerprint
 from distill_cli.ranks.build_source import Rank, prompt_settings
 from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.stages import Stages
+from distill_cli.student.teacher_head import TeacherHeads
 from distill_cli.types import Example
 
 QUESTIONS = (
@@ -63,17 +64,23 @@ def guard(resolved: ResolvedRun, teacher: Teacher, *, name: str) -> GuardedTeach
     )
 
 
-def shake_hands(rank: Rank, run: RunDir, teachers: Sequence[Teacher], stages: Stages) -> list[Teacher]:
+def shake_hands(
+    rank: Rank, run: RunDir, teachers: Sequence[Teacher], stages: Stages, heads: TeacherHeads | None = None
+) -> list[Teacher]:
     """Check each teacher, and return them guarded. A collective.
 
     The first attempt writes down who they are; each one after it compares.
+
+    Args:
+        heads: takes the teachers' heads, with which their hidden states must give their scores.
 
     Raises:
         ConfigError: the run began with another teacher under a name.
         Unrecoverable: a teacher's scores are not what the loss takes them for.
     """
     guarded: list[Teacher] = []
-    for (name, alone), teacher in zip(rank.resolved.by_teacher().items(), teachers, strict=True):
+    alone_by_name = rank.resolved.by_teacher().items()
+    for index, ((name, alone), teacher) in enumerate(zip(alone_by_name, teachers, strict=True)):
         one, file = guard(alone, teacher, name=name), run.teachers / f"{name}.safetensors"
         is_moving = isinstance(teacher, MovingTeacher)
         is_known = bool(rank.parallel.all_max(float(rank.parallel.is_main and file.exists())))
@@ -81,6 +88,10 @@ def shake_hands(rank: Rank, run: RunDir, teachers: Sequence[Teacher], stages: St
             for answer in one.shake_hands(probe_prompts(rank, name)):
                 if answer.problem is not None:
                     raise Unrecoverable(f"{one.name} {answer.problem}; see `distill check`")
+            if heads is not None:
+                heads.read(index, one.head)
+                if (problem := one.head_problem()) is not None:
+                    raise Unrecoverable(f"{one.name} {problem}; see `distill check`")
             if is_moving:
                 one.forget()
             elif is_known:

@@ -18,13 +18,13 @@ from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.config.schema import Config, Dtype, Precision
 from distill_cli.engines import handshake
 from distill_cli.errors import DistillError
-from distill_cli.losses.linear_topk import HeadOutput
+from distill_cli.losses.linear_divergence import HeadOutput
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.ranks.build_trainer import build_loss
+from distill_cli.ranks.build_trainer import build_loss, build_objective
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
 from distill_cli.student.adapters import B
-from distill_cli.student.model import Student, TeacherLoss
+from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, accumulate_gradient, count_response_tokens, optimizer_step
 from distill_cli.types import Prompt, Rollout
 
@@ -139,7 +139,7 @@ class SelfCheck:
 
     def run_other_teacher(self) -> Findings:
         """Answer the questions about one more teacher of the run, after `run` has ended; the loss is this one's."""
-        self.student.loss = TeacherLoss(build_loss(self.config), self.config.loss.temperature)
+        self.student.objective = build_objective(self.config)
         scoring = self.make_scoring()
         yield from self.check_scores(self.sample(version=2), scoring)
         scoring.teachers[0].close()

@@ -30,8 +30,16 @@ Request = tuple[Rollout, Target]
 class EarlyScores:
     """The scores of one step's sequences that this rank's engine samples."""
 
-    def __init__(self, teachers: Sequence[Teacher], *, batch_tokens: int, merged_eos_ids: Sequence[int] = ()) -> None:
-        """Score `batch_tokens` tokens at a time, or more; `merged_eos_ids` count as one token (`model.eos_map`)."""
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],
+        *,
+        batch_tokens: int,
+        merged_eos_ids: Sequence[int] = (),
+        hidden: bool = False,
+    ) -> None:
+        """Score `batch_tokens` tokens at a time, or more; the other arguments are those of `submit`."""
+        self._hidden = hidden
         self._teachers, self._merged_eos_ids, self._batch_tokens = teachers, merged_eos_ids, batch_tokens
         self._waiting: dict[int, dict[int, Request]] = defaultdict(dict)  # by teacher, then by place of the sequence
         self._submitted: list[tuple[list[Place], Callable[[], list[TeacherScores]]]] = []
@@ -52,20 +60,29 @@ class EarlyScores:
 
     def _submit(self, teacher: int) -> None:
         waiting = self._waiting.pop(teacher)
-        wait = submit(list(waiting.values()), self._teachers[teacher], merged_eos_ids=self._merged_eos_ids)
+        own, merged = list(waiting.values()), self._merged_eos_ids
+        wait = submit(own, self._teachers[teacher], merged_eos_ids=merged, hidden=self._hidden)
         self._submitted.append(([(place, teacher) for place in waiting], wait))
 
 
 def submit(
-    requests: Sequence[Request], teacher: Teacher, *, merged_eos_ids: Sequence[int] = ()
+    requests: Sequence[Request], teacher: Teacher, *, merged_eos_ids: Sequence[int] = (), hidden: bool = False
 ) -> Callable[[], list[TeacherScores]]:
-    """Begin to score answers with a teacher, which may read prompts of its own; return what waits for the scores."""
+    """Begin to score answers with a teacher, which may read prompts of its own; return what waits for the scores.
+
+    Args:
+        merged_eos_ids: tokens that count as one (`model.eos_map`), which are merged in the top-k here.
+        hidden: take hidden states instead of the top-k; the trainer merges tokens in what it makes of them.
+    """
     samples = [rollout.sample for rollout, _ in requests]
     assert all(one.logp is not None or one.source != "student" for one in samples), "sampled with logp=False"
     wait = teacher.submit(
         [rollout.ids_for(target) for rollout, target in requests],
         response_starts=[len(rollout.prompt.ids_for(target)) for rollout, target in requests],
+        hidden=hidden,
     )
+    if hidden:
+        return wait
     return lambda: [
         merge_topk(scores, sampled_ids=sample.token_ids, merged_eos_ids=merged_eos_ids)
         for sample, scores in zip(samples, wait(), strict=True)

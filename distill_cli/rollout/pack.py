@@ -57,6 +57,10 @@ class MicroBatch:
     """int64 [N, 2]: place of the sequence in the step, and of the token in the sequence's response."""
     teachers: torch.Tensor
     """int64 [N]: the set of the token's teachers (`Prompt.teachers`)."""
+    trained_places: torch.Tensor
+    """int64 [N, 2]: index of the token among those of its response that are trained, and their number."""
+    advantages: torch.Tensor
+    """float32 [N]: of rewards and penalties (`rollout.advantages`); 0 without them."""
 
     @property
     def num_tokens(self) -> int:
@@ -84,7 +88,7 @@ class MicroBatch:
         place = torch.full((self.num_tokens,), -1)
         place[documents.take(torch.arange(self.num_tokens), 0)] = torch.arange(self.num_tokens // size)
         mine = (place[self.rows] >= 0).nonzero()[:, 0]
-        per_token = ("sampled_ids", "sampler_logp", "has_sampler_logp", "origins", "teachers")
+        per_token = ("sampled_ids", "sampler_logp", "has_sampler_logp", "origins", "teachers", "trained_places")
         return replace(
             self,
             input_ids=documents.take(self.input_ids, 1),
@@ -93,7 +97,7 @@ class MicroBatch:
             documents=documents,
             rows=place[self.rows][mine],
             scores=self.scores.take(mine),
-            **{name: getattr(self, name)[mine] for name in per_token},
+            **{name: getattr(self, name)[mine] for name in (*per_token, "advantages")},
         )
 
 
@@ -219,15 +223,22 @@ def padded_length(length: int) -> int:
     return -(-length // step) * step
 
 
-def lay_out(plan: RowPlan, rollouts: Sequence[Rollout], scores: Mapping[int, TeacherScores]) -> MicroBatch:
+def lay_out(
+    plan: RowPlan,
+    rollouts: Sequence[Rollout],
+    scores: Mapping[int, TeacherScores],
+    advantages: Mapping[int, torch.Tensor] | None = None,
+) -> MicroBatch:
     """Lay out a planned row. A row without members has no loss; a rank computes it while others have more rows.
 
     Args:
         rollouts: all of the step.
         scores: by place in `rollouts`, at least those of the row's members.
+        advantages: likewise, [R] of each response's tokens; None is 0.
     """
     bounds, none, taken = [0], torch.zeros(0, dtype=torch.int64), []
-    columns = [(none, none, none.float(), none.bool(), none.view(0, 2), none)]  # from `MicroBatch.rows` on
+    pairs = none.view(0, 2)
+    columns = [(none, none, none.float(), none.bool(), pairs, none, pairs, none.float())]  # from `MicroBatch.rows` on
     # Padding is a token of the step: a padding token's embedding may be 0, where Gemma 3n's gradient is NaN.
     tokens = torch.full((1, plan.length), rollouts[0].token_ids[0] if rollouts else 0)
     positions = torch.zeros(1, plan.length, dtype=torch.int64)
@@ -243,7 +254,10 @@ def lay_out(plan: RowPlan, rollouts: Sequence[Rollout], scores: Mapping[int, Tea
         has_logp = torch.full((len(trained),), sample.logp is not None)
         origins = torch.stack([torch.full_like(trained, member), trained], dim=1)
         teachers = torch.full_like(trained, rollout.prompt.teachers)
-        columns.append((rows, torch.tensor(sample.token_ids)[trained], logp, has_logp, origins, teachers))
+        ranks = torch.stack([torch.arange(len(trained)), torch.full_like(trained, len(trained))], dim=1)
+        advantage = torch.zeros(len(trained)) if advantages is None else advantages[member][trained]
+        own_ids = torch.tensor(sample.token_ids)[trained]
+        columns.append((rows, own_ids, logp, has_logp, origins, teachers, ranks, advantage))
         taken.append(scores[member].take(trained))
         bounds.append(begin + place)
     if bounds[-1] < plan.length:
@@ -262,7 +276,13 @@ def trained_tokens(sample: Sample) -> torch.Tensor:
 
 
 def micro_batches(
-    plan: BatchPlan, rollouts: Sequence[Rollout], scores: Mapping[int, TeacherScores], *, parallel: Parallel
+    plan: BatchPlan,
+    rollouts: Sequence[Rollout],
+    scores: Mapping[int, TeacherScores],
+    *,
+    parallel: Parallel,
+    advantages: Mapping[int, torch.Tensor] | None = None,
 ) -> list[MicroBatch]:
-    """Lay out this rank's micro-batches of a planned global batch, in the plan's order."""
-    return [lay_out(row, rollouts, scores).context_share(parallel) for row in plan.rows[parallel.data_rank]]
+    """Lay out this rank's micro-batches of a planned global batch, in the plan's order; see `lay_out`."""
+    rows = plan.rows[parallel.data_rank]
+    return [lay_out(row, rollouts, scores, advantages).context_share(parallel) for row in rows]

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from distill_cli.data.recorded_run import FACTS, STEP, Facts, Recording, step_folder, temporary_folder
+from distill_cli.data.recorded_run import FACTS, HEADS, STEP, Facts, Recording, step_folder, temporary_folder
 from distill_cli.errors import ConfigError
 from distill_cli.folders import atomic_dir
 from distill_cli.folders.run_dir import write_json
@@ -28,7 +28,7 @@ from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import Planner
 from distill_cli.rollout.source import RolloutSource, ScoredBatch
 from distill_cli.rollout.stages import Stages
-from distill_cli.types import Example, Prompt, Rollout, Sample, Target, TeacherScores
+from distill_cli.types import Example, ModelHead, Prompt, Rollout, Sample, Target, TeacherScores
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +99,15 @@ def write_sequences(file: Path, rollouts: Sequence[Rollout], scores: Mapping[int
         "token_ids": torch.tensor(list(token_ids), dtype=torch.int32),
         "trained": torch.tensor(list(chain.from_iterable(masks)), dtype=torch.bool),
         "sampler_logp": torch.tensor(list(chain.from_iterable(logps))),
-        "topk_ids": whole.topk_ids.contiguous(),
-        "topk_logp": whole.topk_logp.contiguous(),
-        "teacher_logp": whole.sampled_logp.contiguous(),
+        **(
+            {"hidden": whole.hidden.contiguous()}
+            if whole.hidden.shape[1]
+            else {
+                "topk_ids": whole.topk_ids.contiguous(),
+                "topk_logp": whole.topk_logp.contiguous(),
+                "teacher_logp": whole.sampled_logp.contiguous(),
+            }
+        ),
     }
     facts = [
         {
@@ -143,16 +149,54 @@ def read_sequences(file: Path) -> dict[int, Rollout]:
 
 
 def read_scores(file: Path, places: set[int], *, topk: int) -> dict[int, TeacherScores]:
-    """Return the file's scores of the sequences at `places`, by place: `topk` tokens of each position."""
+    """Return the file's scores of the sequences at `places`: `topk` tokens of each position, or hidden states."""
     by_place = {}
     with safe_open(file, framework="pt") as stored:
         lengths = stored.get_tensor("response_lengths").tolist()
-        ids_RK, logp_RK, sampled_R = (stored.get_slice(name) for name in ("topk_ids", "topk_logp", "teacher_logp"))
+        hidden_RH = stored.get_slice("hidden") if "hidden" in stored.keys() else None  # noqa: SIM118
+        if hidden_RH is None:
+            ids_RK, logp_RK, sampled_R = (stored.get_slice(name) for name in ("topk_ids", "topk_logp", "teacher_logp"))
         for place, end, length in zip(stored.get_tensor("places").tolist(), accumulate(lengths), lengths, strict=True):
             if place in places:
                 rows = slice(end - length, end)
-                by_place[place] = TeacherScores(ids_RK[rows, :topk], logp_RK[rows, :topk], sampled_R[rows])
+                if hidden_RH is not None:
+                    by_place[place] = TeacherScores.of_hidden(hidden_RH[rows])
+                else:
+                    topk_of = ids_RK[rows, :topk], logp_RK[rows, :topk], sampled_R[rows]
+                    by_place[place] = TeacherScores.of_topk(*topk_of)
     return by_place
+
+
+def write_head(root: Path, teacher: int, first: int, head: ModelHead) -> None:
+    """Write rows of a teacher's head, from id `first` on, unless they are there."""
+    file = root / HEADS / f"{teacher}_{first}.safetensors"
+    if file.exists():
+        return
+    file.parent.mkdir(exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    tensors = {"weight": head.weight.contiguous()} | ({} if head.bias is None else {"bias": head.bias.contiguous()})
+    save_file(tensors, temporary, metadata={"scale": repr(head.scale), "soft_cap": repr(head.soft_cap or 0.0)})
+    temporary.rename(file)
+
+
+def read_head(root: Path, teacher: int, rows: tuple[int, int]) -> ModelHead:
+    """Return rows of a recorded head, fewer where it has fewer. Raises ConfigError if a file is damaged or missing."""
+    parts, (begin, end) = [], rows
+    files = {int(file.stem.partition("_")[2]): file for file in (root / HEADS).glob(f"{teacher}_*.safetensors")}
+    try:
+        for first, file in sorted(files.items()):
+            with safe_open(file, framework="pt") as stored:
+                weight, metadata = stored.get_slice("weight"), stored.metadata()
+                own = slice(max(begin - first, 0), max(end - first, 0))
+                bias = stored.get_slice("bias")[own] if "bias" in stored.keys() else None  # noqa: SIM118
+                parts.append(
+                    ModelHead(weight[own], bias, float(metadata["scale"]), float(metadata["soft_cap"]) or None)
+                )
+        weight, biases = torch.cat([part.weight for part in parts]), [one.bias for one in parts if one.bias is not None]
+        return replace(parts[0], weight=weight, bias=torch.cat(biases) if biases else None)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        what = f"the head of teacher {teacher} cannot be read ({type(error).__name__}: {error})"
+        raise ConfigError(f"{root / HEADS}: {what}; restore it") from error
 
 
 class RecordedSteps:

@@ -146,6 +146,10 @@ class RolloutWorker:
         return {f"rollout/{name}_errors": total for name, total in zip(names, totals, strict=True)}
 
 
+TeacherHeadReader = Callable[[int, Teacher], object]
+"""Takes a teacher's index and the awake teacher. A collective."""
+
+
 @dataclass
 class ScoringWorker:
     """Score the sequences that each rank trains on with their teachers. Building it is a collective."""
@@ -155,6 +159,10 @@ class ScoringWorker:
     planner: Planner
     stages: Stages
     merged_eos_ids: tuple[int, ...] = ()
+    hidden: bool = False
+    """Whether the teachers return their hidden states instead of their top-k."""
+    heads: TeacherHeadReader | None = None
+    """Reads the head of a teacher whose weights move, each time that it has scored."""
     begins_early: bool = False
     """Whether a sequence is scored when it ends, while others are still sampled (`rollout.score_while_sampling`)."""
     shares: list[EngineShare] = field(init=False)
@@ -169,7 +177,9 @@ class ScoringWorker:
         if not self.begins_early:
             return None
         batch_tokens = BATCH_TOKENS[self.stages.parallel.device.type]
-        return EarlyScores(self.teachers, batch_tokens=batch_tokens, merged_eos_ids=self.merged_eos_ids)
+        return EarlyScores(
+            self.teachers, batch_tokens=batch_tokens, merged_eos_ids=self.merged_eos_ids, hidden=self.hidden
+        )
 
     def score(
         self, rollouts: Sequence[Rollout], *, stage: str = "score", early: EarlyScores | None = None
@@ -195,6 +205,8 @@ class ScoringWorker:
             if wanted:
                 with self.stages.awake(teacher), self.stages(stage):
                     scored |= self._score_with(index, rollouts, wanted, plans)
+                    if self.hidden and self.heads is not None:
+                        self.heads(index, teacher)
         if early is not None:
             with self.stages(stage):
                 ranks = self.stages.parallel.data_ranks
@@ -221,7 +233,7 @@ class ScoringWorker:
         def score(mine: list[int]) -> list[TeacherScores]:
             own = [(rollouts[places[one]], wanted[places[one]]) for one in mine]
             with self.stages.unless_lost():
-                return submit(own, teacher, merged_eos_ids=self.merged_eos_ids)()
+                return submit(own, teacher, merged_eos_ids=self.merged_eos_ids, hidden=self.hidden)()
             return [TeacherScores.empty() for _ in mine]
 
         costs = [len(rollouts[place].ids_for(wanted[place])) for place in places]

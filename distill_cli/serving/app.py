@@ -1,6 +1,6 @@
 """The routes of a scoring server.
 
-Bodies and answers of /score and /sample are described in `engines.wire`. Every other answer is JSON, errors
+Bodies and answers of /score, /head and /sample are described in `engines.wire`. Every other answer is JSON, errors
 `{"error": sentence}`: 401 without the token, 413 and 422 for a bad request, 500 if an engine failed, 503 with
 Retry-After while loading, stopping or full.
 """
@@ -23,13 +23,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distill_cli.engines.server_info import ServerInfo
-from distill_cli.engines.wire import CLIENT_HEADER, BadBody, SampleRequest, ScoreRequest, pack
-from distill_cli.errors import DistillError
+from distill_cli.engines.wire import CLIENT_HEADER, BadBody, HeadRequest, SampleRequest, ScoreRequest, pack
+from distill_cli.errors import ConfigError, DistillError
 from distill_cli.models import model_files
 from distill_cli.serving import server_metrics
 from distill_cli.serving.dispatcher import Dispatcher, ServerStops, Waiting
 from distill_cli.serving.fair_queue import QueueFull
-from distill_cli.serving.request_checks import check_sample, check_score
+from distill_cli.serving.request_checks import check_head, check_sample, check_score
 from distill_cli.serving.server_metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,10 @@ def make_app(
     async def score(request: Request) -> Response:
         return await bodies.answer(request, ScoreRequest.parse, partial(check_score, info=info))
 
+    @app.post("/head")
+    async def head(request: Request) -> Response:
+        return await bodies.head(request)
+
     @app.post("/sample")
     async def sample(request: Request) -> Response:
         return await bodies.answer(request, SampleRequest.parse, partial(check_sample, info=info))
@@ -170,6 +174,22 @@ class Bodies:
             raise
         return Response(pack({name: [one[name] for one in answers] for name in answers[0]}))
 
+    async def head(self, request: Request) -> Response:
+        """Return rows of the model's head. Raises Refused."""
+        self._check_ready()
+        try:
+            wanted = HeadRequest.parse(await self._read(request))
+            check_head(wanted, info=self._info)
+        except BadBody as error:
+            raise Refused(422, str(error)) from None
+        except ClientDisconnect:
+            return Response(status_code=LEFT)
+        try:
+            arrays, metadata = await self._dispatcher.ask("head_rows", begin=wanted.begin, end=wanted.end)
+        except DistillError as error:
+            raise Refused(422 if isinstance(error, ConfigError) else 500, str(error)) from None
+        return Response(pack({name: [array] for name, array in arrays.items()}, metadata))
+
     def _check_ready(self) -> None:
         """Raise Refused while nothing is scored."""
         if self._state.now != READY:
@@ -231,7 +251,7 @@ def authorized(app: ASGIApp, token: str | None) -> ASGIApp:
     return check
 
 
-ROUTES = {"/health", "/info", "/vocabulary", "/files", "/metrics", "/score", "/sample"}
+ROUTES = {"/health", "/info", "/vocabulary", "/files", "/metrics", "/score", "/head", "/sample"}
 
 
 def counted(app: ASGIApp, metrics: ServerMetrics) -> ASGIApp:

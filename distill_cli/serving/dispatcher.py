@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.wire import Arrays, SampleRequest, ScoreRequest
@@ -35,6 +36,8 @@ class Group:
     vocab_size: int | None
     temperature: float | None = None
     sampling: SamplingSettings | None = None
+    is_hidden: bool = False
+    """Hidden states are asked for, not a top-k."""
     number: int | None = None
     """Number of the request if it must be alone in its batch; None if requests may share one."""
 
@@ -76,6 +79,7 @@ class Dispatcher:
         self._numbers = itertools.count() if fixed_batches else itertools.repeat(None)
         self._budget, self._metrics = budget, metrics
         self._has_work = asyncio.Event()
+        self._engines: Sequence[Engine] = ()
         self._feeders: list[asyncio.Task[None]] = []
         self._open: set[Waiting] = set()
         self._num_running = 0
@@ -85,6 +89,7 @@ class Dispatcher:
 
     def feed(self, engines: Sequence[Engine]) -> None:
         """Begin to give batches to these engines."""
+        self._engines = engines
         for engine in engines:
             self._feeders += [asyncio.create_task(self._feed(engine)) for _ in range(BATCHES_AHEAD)]
         for feeder in self._feeders:
@@ -100,7 +105,8 @@ class Dispatcher:
         """Queue a request, whose `done` gets the answers to its parts, in order. Raises QueueFull."""
         number = next(self._numbers)
         if isinstance(request, ScoreRequest):
-            group = Group("score_batch", request.vocab_size, temperature=request.temperature, number=number)
+            temperature, is_hidden = request.temperature, request.topk == 0
+            group = Group("score_batch", request.vocab_size, temperature, is_hidden=is_hidden, number=number)
         else:
             group = Group("sample_batch", request.vocab_size, sampling=request.sampling, number=number)
         work = Waiting(client, group, costs(request, max_model_len), request)
@@ -109,6 +115,10 @@ class Dispatcher:
         work.done.add_done_callback(lambda _: self._open.discard(work))
         self._has_work.set()
         return work
+
+    async def ask(self, method: str, **arguments: Any) -> Any:
+        """Return the answer of an engine to a question apart from the queue. Raises DistillError."""
+        return await self._engines[0].call(method, **arguments)
 
     def cancel(self, work: Waiting) -> None:
         """Drop a request that nobody waits for; an engine finishes the batch that it has."""

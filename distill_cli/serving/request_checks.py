@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy
 
 from distill_cli.engines.server_info import ServerInfo
-from distill_cli.engines.wire import BadBody, SampleRequest, ScoreRequest
+from distill_cli.engines.wire import BadBody, HeadRequest, SampleRequest, ScoreRequest
 
 MOST_STOPS = 64
 """Strings or tokens that may end an answer."""
@@ -15,6 +15,15 @@ MOST_STOPS = 64
 def check_score(request: ScoreRequest, info: ServerInfo) -> None:
     """Raise BadBody if the engines cannot score the sequences."""
     _raise_first(_score_problems(request, info))
+
+
+def check_head(request: HeadRequest, info: ServerInfo) -> None:
+    """Raise BadBody for rows that the model's head does not have, or too many of them."""
+    num_rows = request.end - request.begin
+    if request.end > info.vocab_size:
+        raise BadBody(f"rows end at {request.end}, the head has {info.vocab_size}")
+    if (size := num_rows * info.hidden_size * info.hidden_bytes) > info.max_answer_bytes:
+        raise BadBody(f"the answer would have {size} bytes, the limit is {info.max_answer_bytes}; ask for fewer rows")
 
 
 def check_sample(request: SampleRequest, info: ServerInfo) -> None:
@@ -37,8 +46,8 @@ def _raise_first(problems: Iterator[str]) -> None:
 
 def _score_problems(request: ScoreRequest, info: ServerInfo) -> Iterator[str]:
     topk, starts = request.topk, request.response_starts
-    if not 1 <= topk <= info.vocab_size:
-        yield f"topk is {topk}, allowed are 1 to {min(info.max_topk, info.vocab_size)}"
+    if not 0 <= topk <= info.vocab_size:
+        yield f"topk is {topk}, allowed are 1 to {min(info.max_topk, info.vocab_size)}, and 0 for hidden states"
     if topk > info.max_topk:
         yield f"topk is {topk}, this server allows 1 to {info.max_topk}; start it with --max-topk {topk}"
     if not 0 < request.temperature < math.inf:
@@ -51,7 +60,7 @@ def _score_problems(request: ScoreRequest, info: ServerInfo) -> Iterator[str]:
     if (wrong := numpy.flatnonzero((starts < 1) | (starts > request.lengths))).size:
         start, length = int(starts[wrong[0]]), int(request.lengths[wrong[0]])
         yield f"response {wrong[0]} starts at {start} in a sequence of {length} tokens, allowed are 1 to {length}"
-    size = request.num_rows * (8 * topk + 4)
+    size = request.num_rows * (8 * topk + 4 if topk else info.hidden_size * info.hidden_bytes)
     if size > info.max_answer_bytes:
         fix = "send fewer sequences, or a smaller topk"
         yield f"the answer would have {size} bytes, the limit is {info.max_answer_bytes}; {fix}"

@@ -8,7 +8,6 @@ Shape letters: T tokens of the packed row, N response tokens, n of a chunk, C th
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from distill_cli.errors import ConfigError
-from distill_cli.losses.distill_loss import DistillLoss
-from distill_cli.losses.linear_topk import HeadOutput, join, linear_topk_loss
+from distill_cli.losses.head import Head
+from distill_cli.losses.linear_divergence import HeadOutput, join, linear_divergence
+from distill_cli.losses.objective import BatchLoss, Facts, Objective, calls_of
+from distill_cli.losses.teacher_chunk import TeacherHidden, TopK
 from distill_cli.machine.torch_versions import varlen_operator
 from distill_cli.models.known_families import HEADS
 from distill_cli.models.traits import Traits
@@ -37,7 +38,9 @@ from distill_cli.student.adapters import rank_of
 from distill_cli.student.decoder import decoder_of, drop_other_modules, layers_of, measure_transform
 from distill_cli.student.published import Published
 from distill_cli.student.router_loss import RouterLoss
+from distill_cli.student.teacher_head import TeacherHeads
 from distill_cli.student.weights import empty_parameters
+from distill_cli.types import TeacherScores
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -51,15 +54,6 @@ SMALL_BYTES = 2**22
 """A student of up to this size is gathered whole: each further collective takes longer than the layers around it."""
 
 
-@dataclass(frozen=True)
-class TeacherLoss:
-    """The loss against a teacher."""
-
-    loss: DistillLoss
-    temperature: float
-    """Divides both models' logits."""
-
-
 class Student(nn.Module):
     """The root that FSDP2 wraps: tokens in, the micro-batch's share of the loss out.
 
@@ -70,9 +64,9 @@ class Student(nn.Module):
         self,
         lm: PreTrainedModel,
         *,
-        loss: DistillLoss,
-        temperature: float,
-        own_losses: Mapping[int, TeacherLoss] | None = None,
+        objective: Objective,
+        own_objectives: Mapping[int, Objective] | None = None,
+        has_advantages: bool = False,
         parallel: Parallel | None = None,
         merged_eos_ids: Sequence[int] = (),
         published: Published | None = None,
@@ -80,8 +74,9 @@ class Student(nn.Module):
     ) -> None:
         """
         Args:
-            loss, temperature: of all tokens but those of `own_losses`.
-            own_losses: by set of teachers (`Prompt.teachers`), for those with a loss of their own.
+            objective: of all tokens but those of `own_objectives`.
+            own_objectives: by set of teachers (`Prompt.teachers`), for those with a loss of their own.
+            has_advantages: whether sampled tokens have advantages (`MicroBatch.advantages`).
             parallel: the mesh that `wrap` lays it out over; None is a student of one process, without a mesh.
             merged_eos_ids: tokens that count as one, as they do in the teacher's scores (`losses.merged_eos`).
             published: where its parameters lie in its checkpoint; None if it has none.
@@ -96,8 +91,10 @@ class Student(nn.Module):
         self.device = parallel.device if parallel else torch.device("cpu")
         self.tensor = parallel.tensor if parallel and parallel.tensor.size() > 1 else None
         self.sequence_parallel = bool(parallel and parallel.sequence_parallel)
-        self.loss = TeacherLoss(loss, temperature)
-        self.own_losses = dict(own_losses or {})
+        self.objective, self.has_advantages = objective, has_advantages
+        self.own_objectives = dict(own_objectives or {})
+        self.heads: TeacherHeads | None = None
+        """The teachers' heads, if their hidden states are given."""
         self.merged_eos_ids = tuple(merged_eos_ids)
 
     @property
@@ -131,71 +128,59 @@ class Student(nn.Module):
         self, hidden_NH: torch.Tensor, batch: MicroBatch, *, num_loss_tokens: torch.Tensor, num_top: int
     ) -> HeadOutput:
         """Return the head's output at each response token, whose loss is divided by `num_loss_tokens`."""
-        head, group = self.lm.get_output_embeddings(), None
-        weight, bias = head.weight, getattr(head, "bias", None)
-        if self.tensor is not None:
-            group = self.tensor.get_group()
-            # The gradients of weight and bias are this shard's, and whole.
-            weight = weight.to_local(grad_placements=[Shard(0)])
-            bias = None if bias is None else bias.to_local(grad_placements=[Shard(0)])
-        hidden_NH = hidden_NH.to(weight.dtype)  # Mamba's decoders return float32
+        head, group = self._head(), None if self.tensor is None else self.tensor.get_group()
+        hidden_NH = hidden_NH.to(head.weight_VH.dtype)  # Mamba's decoders return float32
+        heads = {} if self.heads is None else self.heads.gather()  # by every rank, whatever its batch has
+        position_N, length_N = batch.trained_places.unbind(-1)
+        known = batch.teachers, batch.sampler_logp, batch.has_sampler_logp
+        facts = Facts(*known, position_N, length_N, batch.advantages)
+        from_hidden = batch.scores.hidden.shape[1] > 0
 
-        def outputs(rows: torch.Tensor | slice, temperature: float) -> HeadOutput:
-            logp_NK, teachers_N = batch.scores.topk_logp[rows], batch.teachers[rows]
-
-            def token_loss(student_logp_nC: torch.Tensor, entropy_n: torch.Tensor, chunk: slice) -> torch.Tensor:
-                loss_n = self._losses(logp_NK[chunk], student_logp_nC, entropy_n, teachers_n=teachers_N[chunk])
-                return loss_n / num_loss_tokens
-
-            return linear_topk_loss(
+        def outputs(rows: torch.Tensor | slice, objective: Objective, teachers: int) -> HeadOutput:
+            return linear_divergence(
                 hidden_NH[rows],
-                weight,
-                batch.scores.topk_ids[rows],
-                token_loss,
+                head,
+                self._teacher(batch.scores.take(rows), objective, teachers, heads),
+                BatchLoss(
+                    self.own_objectives,
+                    self.objective,
+                    facts.take(rows),
+                    num_loss_tokens=num_loss_tokens,
+                    has_advantages=self.has_advantages,
+                ),
                 sampled_ids_N=batch.sampled_ids[rows],
-                temperature=temperature,
+                temperature=objective.temperature,
                 group=group,
                 merged_eos_ids=self.merged_eos_ids,
                 num_top=num_top,
-                bias_V=bias,
-                transform=self.transform,
             )
 
-        by_temperature = self._rows_by_temperature(batch)
-        if len(by_temperature) == 1:
-            return outputs(slice(None), *by_temperature)
-        return join([outputs(rows, one) for one, rows in by_temperature.items()], list(by_temperature.values()))
+        calls = calls_of(batch.teachers, self.own_objectives, self.objective, from_hidden=from_hidden)
+        if len(calls) < 2:
+            objective, (first, *_) = calls[0] if calls else (self.objective, [0])
+            return outputs(slice(None), objective, first)
+        rows = [torch.isin(batch.teachers, torch.tensor(sets).to(self.device)).nonzero()[:, 0] for _, sets in calls]
+        return join([outputs(own, one, sets[0]) for own, (one, sets) in zip(rows, calls, strict=True)], rows)
 
-    def _rows_by_temperature(self, batch: MicroBatch) -> dict[float, torch.Tensor]:
-        """Return the response tokens of each temperature of the loss; a batch without tokens has one temperature."""
-        if not any(own.temperature != self.loss.temperature for own in self.own_losses.values()):
-            return {self.loss.temperature: batch.rows}
-        rows: dict[float, list[torch.Tensor]] = {}
-        for teachers in batch.teachers.unique().tolist():
-            temperature = self.own_losses.get(teachers, self.loss).temperature
-            rows.setdefault(temperature, []).append((batch.teachers == teachers).nonzero()[:, 0])
-        return {one: torch.cat(parts) for one, parts in rows.items()} or {self.loss.temperature: batch.rows}
+    def _head(self) -> Head:
+        """Return this rank's shard of the student's head, whose gradients are its own, and whole."""
+        module = self.lm.get_output_embeddings()
+        weight, bias = module.weight, getattr(module, "bias", None)
+        if self.tensor is not None:
+            weight = weight.to_local(grad_placements=[Shard(0)])
+            bias = None if bias is None else bias.to_local(grad_placements=[Shard(0)])
+        return Head(weight, bias, self.transform)
 
-    def _losses(
-        self,
-        teacher_logp_nK: torch.Tensor,
-        student_logp_nC: torch.Tensor,
-        entropy_n: torch.Tensor,
-        *,
-        teachers_n: torch.Tensor,
-    ) -> torch.Tensor:
-        """Return each token's loss, by its teachers, before the division: float [n]."""
-        kinds = teachers_n.unique().tolist() if self.own_losses else []
-        if len(kinds) < 2:
-            loss = self.own_losses.get(kinds[0], self.loss) if kinds else self.loss
-            return loss.loss(teacher_logp_nK, student_logp_nC, entropy_n)
-        loss_n = torch.zeros_like(student_logp_nC[:, 0])
-        for teachers in kinds:
-            mine_n = teachers_n == teachers
-            loss = self.own_losses.get(teachers, self.loss)
-            part = loss.loss(teacher_logp_nK[mine_n], student_logp_nC[mine_n], entropy_n[mine_n])
-            loss_n = loss_n.masked_scatter(mine_n, part)
-        return loss_n
+    def _teacher(
+        self, scores: TeacherScores, objective: Objective, teachers: int, heads: Mapping[int, Head]
+    ) -> TopK | TeacherHidden:
+        """Return what is known of the teacher of some tokens, one of `teachers`."""
+        if scores.hidden.shape[1] == 0:
+            return TopK(scores.topk_ids, scores.topk_logp, scores.sampled_logp)
+        assert self.heads is not None
+        head = heads[teachers.bit_length() - 1]
+        hidden = scores.hidden[:, : head.weight_VH.shape[1]].to(head.weight_VH.dtype)
+        return TeacherHidden(hidden, head, self.heads.vocab_size, objective.support, objective.topk)
 
     def _hidden_states(self, batch: MicroBatch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return the decoder's output for a micro-batch, its rows end to end, [1, T, H]; and its routers' logits."""

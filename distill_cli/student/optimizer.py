@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from distill_cli.losses.linear_topk import HeadOutput
+from distill_cli.losses.linear_divergence import HeadOutput
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.student.model import Student

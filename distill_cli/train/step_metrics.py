@@ -6,13 +6,13 @@ Shape letters: N response tokens of a micro-batch, C metrics that are averaged o
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from statistics import fmean
 
 import torch
 
 from distill_cli.engines.vllm_patches import pooled_bytes
-from distill_cli.losses.distill_loss import bucket_classes
-from distill_cli.losses.linear_topk import HeadOutput
+from distill_cli.losses.linear_divergence import HeadOutput
 from distill_cli.metrics import BY_TEACHER, METRICS, Tokens
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import BatchPlan, MicroBatch
@@ -39,7 +39,7 @@ def train_metrics(updates: Updates, *, is_current: bool, parallel: Parallel) -> 
     for number, (batches, result) in enumerate(updates):
         for batch, output in zip(batches, result.outputs, strict=True):
             batch = batch.to(parallel.device)
-            sums[:-2] += token_metrics_CN(batch, output).sum(-1)
+            sums[:-2] += token_metrics_CN(output).sum(-1)
             if number == 0:  # the student of later updates is not the one that sampled
                 known = batch.has_sampler_logp
                 sums[-2] += (batch.sampler_logp - output.sampled_logp_N)[known].abs().sum()
@@ -73,7 +73,7 @@ def teacher_metrics(
     for batches, result in updates:
         for batch, output in zip(batches, result.outputs, strict=True):
             batch = batch.to(parallel.device)
-            values_CN = dict(zip(TOKEN_METRICS, token_metrics_CN(batch, output), strict=True))
+            values_CN = dict(zip(TOKEN_METRICS, token_metrics_CN(output), strict=True))
             values_CN["train/loss"] = output.loss_N * result.num_response_tokens
             rows_NC = torch.stack([*(values_CN[name] for name in columns), torch.ones_like(output.loss_N)], dim=1)
             place_N = torch.searchsorted(torch.tensor(kinds, device=parallel.device), batch.teachers)
@@ -97,11 +97,9 @@ def label(teachers: int, names: Sequence[str]) -> str:
     return "+".join(name for index, name in enumerate(names) if teachers >> index & 1)
 
 
-def token_metrics_CN(batch: MicroBatch, output: HeadOutput) -> torch.Tensor:
+def token_metrics_CN(output: HeadOutput) -> torch.Tensor:
     """Return each of TOKEN_METRICS at each response token: float [C, N]."""
-    scores = batch.scores
-    teacher_NC, student_NC = bucket_classes(scores.topk_logp, output.student_logp_NC)
-    tokens = Tokens(teacher_NC, student_NC, scores.topk_ids, output.argmax_N, output.entropy_N, output.loss_N)
+    tokens = Tokens(**{field.name: getattr(output, field.name) for field in fields(Tokens)})
     return torch.stack([formula(tokens) for formula in TOKEN_METRICS.values()])
 
 

@@ -14,9 +14,7 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.folders.rollouts_table import RolloutsFolder
-from distill_cli.losses.distill_loss import bucket_classes
-from distill_cli.losses.divergence import forward, reverse
-from distill_cli.losses.linear_topk import HeadOutput
+from distill_cli.losses.linear_divergence import HeadOutput
 from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import MicroBatch
@@ -66,7 +64,7 @@ def token_views(
     mine: dict[tuple[int, int], TokenValues] = {}  # by place of the sequence, and of the token in its response
     if parallel.tensor.get_local_rank() == 0:  # tensor ranks hold equal copies
         for batch, output in zip(batches, outputs, strict=True):
-            mine |= dict(zip(map(tuple, batch.origins.tolist()), _token_values(batch, output), strict=True))
+            mine |= dict(zip(map(tuple, batch.origins.tolist()), _token_values(output), strict=True))
     parts = [mine] * parallel.size if parallel.is_main else None
     dist.gather_object(mine, parts, dst=0)
     values = {origin: value for part in parts or [] for origin, value in part.items()}
@@ -77,15 +75,13 @@ def token_views(
     return views
 
 
-def _token_values(batch: MicroBatch, output: HeadOutput) -> list[TokenValues]:
+def _token_values(output: HeadOutput) -> list[TokenValues]:
     """Return the values of each response token of a micro-batch."""
-    scores = batch.scores
-    topk_logp = scores.topk_logp.to(output.student_logp_NC.device)
-    teacher_NC, student_NC = bucket_classes(topk_logp, output.student_logp_NC)
-    teacher_ids = [[i for i in ids if i != PADDING_ID] for ids in scores.topk_ids[:, :NUM_TOP].tolist()]
+    teacher_ids = [[i for i in ids if i != PADDING_ID] for ids in output.teacher_top_ids_NM.tolist()]
     # Padding comes last.
-    teacher_logp = [logp[: len(ids)] for ids, logp in zip(teacher_ids, topk_logp[:, :NUM_TOP].tolist(), strict=True)]
-    divergences = (output.loss_N, forward(teacher_NC, student_NC).sum(-1), reverse(teacher_NC, student_NC).sum(-1))
-    at_token = (output.entropy_N, output.sampled_logp_N, scores.sampled_logp)
+    all_logp = output.teacher_top_logp_NM.tolist()
+    teacher_logp = [logp[: len(ids)] for ids, logp in zip(teacher_ids, all_logp, strict=True)]
+    divergences = (output.loss_N, output.kl_forward_N, output.kl_reverse_N)
+    at_token = (output.entropy_N, output.sampled_logp_N, output.teacher_sampled_logp_N)
     columns = [column.tolist() for column in (*divergences, *at_token, output.top_ids_NM, output.top_logp_NM)]
     return list(zip(*columns, teacher_ids, teacher_logp, strict=True))

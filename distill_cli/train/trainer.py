@@ -7,8 +7,10 @@ stages, puts engines to sleep and checks for stop requests.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+
+import torch
 
 from distill_cli.checkpoint.saver import Saver, Trainable
 from distill_cli.config.derived import max_engine_mismatch
@@ -29,6 +31,7 @@ from distill_cli.train.run_state import Progress
 from distill_cli.train.step_metrics import performance_metrics, rollout_metrics, teacher_metrics, train_metrics
 from distill_cli.train.token_report import ProbeReport
 from distill_cli.train.validation import Validation
+from distill_cli.types import Rollout
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,8 @@ class Trainer:
     """Identifies the training data, whose order a resumed run relies on; None if unknown."""
     teachers: Sequence[str] = (ONLY,)
     """The teachers' names, in the config's order."""
+    advantages: Callable[[Sequence[Rollout], Sequence[int]], Mapping[int, torch.Tensor]] | None = None
+    """Returns the advantages of an update's sequences (`rollout.advantages`); None if there are none."""
     copies: Sequence[MovingCopy] = ()
     """The weights of teachers that follow the student."""
 
@@ -121,7 +126,8 @@ class Trainer:
         updates = []
         for plan in batch.plans:
             with self.stages("pack"):
-                batches = micro_batches(plan, batch.rollouts, batch.scores, parallel=mesh)
+                by_place = None if self.advantages is None else self.advantages(batch.rollouts, plan.members)
+                batches = micro_batches(plan, batch.rollouts, batch.scores, parallel=mesh, advantages=by_place)
             with self.stages("train"):
                 lr, norm = float(schedule.get_last_lr()[0]), self.config.train.max_grad_norm
                 result = optimizer_step(self.student, optimizer, schedule, batches, max_grad_norm=norm, parallel=mesh)

@@ -38,7 +38,7 @@ class Planted(Teacher):
     def sample(self, prompts, *, seeds, sampling, on_end=None):
         return self._teacher.sample(prompts, seeds=seeds, sampling=sampling)
 
-    def score(self, sequences, *, response_starts) -> list[TeacherScores]:
+    def score(self, sequences, *, response_starts, hidden=False) -> list[TeacherScores]:
         self.num_scored += 1
         return [self.change(one) for one in self._teacher.score(sequences, response_starts=response_starts)]
 

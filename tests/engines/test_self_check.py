@@ -26,6 +26,7 @@ from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.objective import Objective
 from distill_cli.machine.processes import StopFlag
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.ranks.self_check import EXACT, MASSES, ROUNDED, SelfCheck
@@ -93,7 +94,7 @@ def build_student(folder: str, parallel: Parallel, *, temperature: float, factor
         return factor * exact(*args)
 
     lm, published = build_lm(Path(folder))
-    made = Student(lm, loss=loss, temperature=temperature, parallel=parallel, published=published)
+    made = Student(lm, objective=Objective(loss, temperature), parallel=parallel, published=published)
     wrap(made, parallel, bf16=False)
     load_weights(made.lm, published, device=parallel.device)
     return made

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.teacher_chunk import TopK
+from distill_cli.losses.token_loss import Tokens
+
 
 def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
@@ -95,3 +99,27 @@ def student_classes(
     rest_N1 = logp_NV.masked_fill(in_topk_NV, -math.inf).logsumexp(-1, keepdim=True).clamp_min(-70)
     entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
     return torch.cat([logp_NV.gather(1, ids_NK), rest_N1], -1).to(dtype), entropy_N.to(dtype)
+
+
+class HeadLoss:
+    """`TokenLoss` of a divergence: the divergence of each token, times a weight that is 1 by default."""
+
+    def __init__(self, loss: DistillLoss, weights_N: torch.Tensor | None = None) -> None:
+        self.loss, self.weights_N, self.reads_teachability = loss, weights_N, False
+        self.terms = loss.divergence
+
+    def divergence(
+        self, teacher_logp_nK: torch.Tensor, student_logp_nC: torch.Tensor, entropy_n: torch.Tensor, rows: slice
+    ) -> torch.Tensor:
+        return self.loss(teacher_logp_nK, student_logp_nC, entropy_n)
+
+    def weights(self, divergence_n: torch.Tensor, tokens: Tokens, rows: slice) -> torch.Tensor:
+        return torch.ones_like(divergence_n) if self.weights_N is None else self.weights_N[rows]
+
+    def total(self, divergence_n: torch.Tensor, weights_n: torch.Tensor, tokens: Tokens, rows: slice) -> torch.Tensor:
+        return divergence_n if self.weights_N is None else weights_n * divergence_n
+
+
+def topk_of(ids_NK: torch.Tensor, logp_NK: torch.Tensor) -> TopK:
+    """A teacher's top-k whose sampled tokens are unknown."""
+    return TopK(ids_NK, logp_NK, torch.zeros_like(logp_NK[:, 0]))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from distill_cli.errors import ConfigError
 from distill_cli.losses.distill_loss import PADDING_LOGP, TAILS, DistillLoss
-from distill_cli.losses.divergence import DIVERGENCES, resolve_divergence
+from distill_cli.losses.divergence import DIVERGENCES, SIGNATURES
 
 from .reference import Case, make_case, reference_loss, student_classes
 
@@ -205,7 +205,7 @@ def test_a_users_own_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "    return logp\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    term = resolve_divergence("own_losses:hellinger", kl_weight=0.25)
+    term = SIGNATURES.resolve("own_losses:hellinger", kl_weight=0.25)
     value = term(torch.tensor(0.25).log(), torch.tensor(0.04).log())
     assert value.item() == pytest.approx(0.25 * (0.5 - 0.2) ** 2)
     DistillLoss(kl_type="own_losses:hellinger", tail="zero")

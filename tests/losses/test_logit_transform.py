@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from distill_cli.losses.distill_loss import DistillLoss
-from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
+from distill_cli.losses.head import Head
+from distill_cli.losses.linear_divergence import HeadOutput, linear_divergence
 from distill_cli.losses.logit_transform import IDENTITY, LogitTransform
 
-from .reference import Case, reference_loss
+from .reference import Case, HeadLoss, reference_loss, topk_of
 
 TOKENS, HIDDEN, VOCAB, TOPK = 9, 6, 30, 7
 ENDS = (4, 28, 29)
@@ -39,14 +40,14 @@ def make_inputs(dtype: torch.dtype = torch.float64) -> tuple[Inputs, Case]:
 def run_head(inputs: Inputs, case: Case, loss: DistillLoss, *, with_bias: bool, **options: Any) -> HeadOutput:
     hidden, weight, bias = inputs
     logp_NK = case.teacher_logp_NK.to(torch.promote_types(weight.dtype, torch.float32))
-    return linear_topk_loss(
+    transform = options.pop("transform", IDENTITY)
+    return linear_divergence(
         hidden,
-        weight,
-        case.ids_NK,
-        lambda logp, entropy, rows: loss(logp_NK[rows], logp, entropy),
+        Head(weight, bias if with_bias else None, transform),
+        topk_of(case.ids_NK, logp_NK),
+        HeadLoss(loss),
         sampled_ids_N=torch.arange(len(hidden)),
         chunk_tokens=4,
-        bias_V=bias if with_bias else None,
         **options,
     )
 

@@ -5,10 +5,11 @@ import torch
 
 from distill_cli.losses.distill_loss import TAILS, DistillLoss
 from distill_cli.losses.divergence import DIVERGENCES
-from distill_cli.losses.linear_topk import linear_topk_loss
+from distill_cli.losses.head import Head
+from distill_cli.losses.linear_divergence import linear_divergence
 from distill_cli.losses.merged_eos import merge_topk
 from distill_cli.types import TeacherScores
-from tests.losses.reference import divergence
+from tests.losses.reference import HeadLoss, divergence, topk_of
 
 TOKENS, HIDDEN, VOCAB, TOPK = 9, 6, 30, 8
 ENDS = (4, 17, 25)
@@ -37,15 +38,15 @@ def make_pair(*, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 def topk_scores(teacher_NV: torch.Tensor, topk: int) -> TeacherScores:
     logp_NK, ids_NK = teacher_NV.log_softmax(-1).topk(topk)
-    return TeacherScores(ids_NK.int(), logp_NK, teacher_NV.log_softmax(-1)[:, ENDS[1]])
+    return TeacherScores.of_topk(ids_NK.int(), logp_NK, teacher_NV.log_softmax(-1)[:, ENDS[1]])
 
 
 def run(scores: TeacherScores, hidden: torch.Tensor, weight: torch.Tensor, loss: DistillLoss, temperature: float = 1.0):
-    return linear_topk_loss(
+    return linear_divergence(
         hidden,
-        weight,
-        scores.topk_ids,
-        lambda q, entropy, rows: loss(scores.topk_logp[rows], q, entropy),
+        Head(weight),
+        topk_of(scores.topk_ids, scores.topk_logp),
+        HeadLoss(loss),
         sampled_ids_N=torch.full((TOKENS,), ENDS[1]),
         temperature=temperature,
         chunk_tokens=4,

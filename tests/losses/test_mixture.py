@@ -19,7 +19,7 @@ def make_dense(number: int = 3) -> torch.Tensor:
 
 def scores_of(logp_RV: torch.Tensor, *, topk: int, sampled_R: torch.Tensor) -> TeacherScores:
     logp_RK, ids_RK = logp_RV.topk(topk)
-    return TeacherScores(ids_RK.int(), logp_RK.float(), logp_RV.gather(1, sampled_R[:, None])[:, 0].float())
+    return TeacherScores.of_topk(ids_RK.int(), logp_RK.float(), logp_RV.gather(1, sampled_R[:, None])[:, 0].float())
 
 
 @pytest.mark.parametrize("topk", [1, 4, VOCAB])
@@ -52,8 +52,10 @@ def test_mixture_of_equal_teachers_is_theirs() -> None:
 
 def test_padding_of_merged_ends_stays_padding() -> None:
     parts = [
-        TeacherScores(torch.tensor([[3, 1, PADDING_ID]]), torch.tensor([[-0.1, -3.0, -1e4]]), torch.zeros(1)),
-        TeacherScores(torch.tensor([[3, PADDING_ID, PADDING_ID]]), torch.tensor([[-0.2, -1e4, -1e4]]), torch.zeros(1)),
+        TeacherScores.of_topk(torch.tensor([[3, 1, PADDING_ID]]), torch.tensor([[-0.1, -3.0, -1e4]]), torch.zeros(1)),
+        TeacherScores.of_topk(
+            torch.tensor([[3, PADDING_ID, PADDING_ID]]), torch.tensor([[-0.2, -1e4, -1e4]]), torch.zeros(1)
+        ),
     ]
     mixed = mix(parts, (0.5, 0.5))
     assert mixed.topk_ids.tolist() == [[3, 1, PADDING_ID]]

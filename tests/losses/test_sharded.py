@@ -10,8 +10,11 @@ import torch.multiprocessing as mp
 
 from distill_cli.losses.distill_loss import PADDING_LOGP, TAILS, DistillLoss
 from distill_cli.losses.divergence import DIVERGENCES
-from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
+from distill_cli.losses.head import Head
+from distill_cli.losses.linear_divergence import HeadOutput, linear_divergence
 from distill_cli.losses.logit_transform import IDENTITY, LogitTransform
+
+from .reference import HeadLoss, topk_of
 
 TOKENS, HIDDEN, VOCAB, TOPK, RANKS = 11, 8, 60, 5, 2
 MERGED_EOS_IDS = {"bucket": (), "renormalize": (59, 3), "zero": (2, 40, 41)}
@@ -45,18 +48,16 @@ def run_head(
     hidden, weight, bias = hidden.requires_grad_(), weight.clone().requires_grad_(), bias.clone().requires_grad_()
     is_plain = transform == IDENTITY
     loss = DistillLoss(kl_type=kl_type, tail=tail)
-    output = linear_topk_loss(
+    output = linear_divergence(
         hidden,
-        weight,
-        ids,
-        lambda q, entropy, rows: loss(logp[rows], q, entropy),
+        Head(weight, None if is_plain else bias, transform),
+        topk_of(ids, logp),
+        HeadLoss(loss),
         sampled_ids_N=torch.arange(0, 5 * TOKENS, 5),
         temperature=0.8 if tail == "zero" else 1.0,
         group=group,
         chunk_tokens=4,
         merged_eos_ids=MERGED_EOS_IDS[tail],
-        bias_V=None if is_plain else bias,
-        transform=transform,
     )
     output.loss.backward()
     grad_bias = torch.zeros_like(bias) if is_plain else bias.grad

@@ -61,10 +61,10 @@ class RecordingSampler(Recording, Sampler):
 
 
 class RecordingTeacher(Recording, Teacher):
-    def score(self, sequences, *, response_starts) -> list[TeacherScores]:
+    def score(self, sequences, *, response_starts, hidden=False) -> list[TeacherScores]:
         self.call(f"{self.name} scores {len(sequences)}")
         ids, logp = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, 4)
-        return [TeacherScores(ids, logp, torch.zeros(2)) for _ in sequences]
+        return [TeacherScores.of_topk(ids, logp, torch.zeros(2)) for _ in sequences]
 
 
 class Prompts:

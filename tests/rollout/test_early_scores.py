@@ -21,7 +21,7 @@ class Later(Teacher):
         self.submitted: list[int] = []
         self.waits = 0
 
-    def submit(self, sequences, *, response_starts) -> Callable[[], list[TeacherScores]]:
+    def submit(self, sequences, *, response_starts, hidden=False) -> Callable[[], list[TeacherScores]]:
         self.submitted.append(len(sequences))
 
         def wait() -> list[TeacherScores]:
@@ -33,7 +33,7 @@ class Later(Teacher):
 
 def scores_of(token_ids: list[int]) -> TeacherScores:
     values = torch.tensor(token_ids, dtype=torch.float32)
-    return TeacherScores(values[:, None].int(), -values[:, None], -values)
+    return TeacherScores.of_topk(values[:, None].int(), -values[:, None], -values)
 
 
 def rollout(*token_ids: int) -> Rollout:

@@ -20,7 +20,7 @@ def rollout(prompt: list[int], response: list[int]) -> Rollout:
 def scores_of(rollout: Rollout, topk: int = 2) -> TeacherScores:
     marks = torch.tensor(rollout.sample.token_ids, dtype=torch.float32)
     top = marks[:, None].repeat(1, topk)
-    return TeacherScores(topk_ids=top.int(), topk_logp=-top, sampled_logp=-marks)
+    return TeacherScores.of_topk(topk_ids=top.int(), topk_logp=-top, sampled_logp=-marks)
 
 
 def one_row(rollouts: list[Rollout], *, multiple: int = 1, packing: bool = True) -> MicroBatch:

@@ -16,8 +16,9 @@ from distill_cli.data.environments.calculator import Calculator, calculate
 from distill_cli.data.environments.guess import Guess
 from distill_cli.data.registry import names, resolve_environment
 from distill_cli.engines.settings import SamplingSettings
-from distill_cli.losses import linear_topk
+from distill_cli.losses import linear_divergence
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.objective import Objective
 from distill_cli.models.model_files import ASSETS
 from distill_cli.rollout.early_scores import submit
 from distill_cli.rollout.pack import micro_batches, plan_batch, trained_tokens
@@ -152,7 +153,9 @@ def test_verifier_judges_the_last_turn() -> None:
 
 
 def test_masked_loss_equals_dense_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_topk, "chunk_size", lambda *_, **__: 5)  # several to a micro-batch, as in a large one
+    monkeypatch.setattr(
+        linear_divergence, "chunk_size", lambda *_, **__: 5
+    )  # several to a micro-batch, as in a large one
     generator = torch.Generator().manual_seed(3)
     made = [made_up_rollout(i, *lengths, generator) for i, lengths in enumerate([(4, 9), (7, 12), (2, 5)])]
     masks = [torch.rand(len(r.sample.token_ids), generator=generator) < 0.6 for r, _ in made]
@@ -163,7 +166,7 @@ def test_masked_loss_equals_dense_reference(monkeypatch: pytest.MonkeyPatch) -> 
     scores = {place: scores for place, (_, scores) in enumerate(made)}
     attention.register()
     loss = DistillLoss(kl_type="mixed", kl_weight=0.3)
-    student = Student(made_up_model("qwen3", tied=True), loss=loss, temperature=1.0)
+    student = Student(made_up_model("qwen3", tied=True), objective=Objective(loss))
     config = copy.deepcopy(student.lm.config)  # a shared one would take our attention away from the student
     dense = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     dense.load_state_dict(copy.deepcopy(student.lm.state_dict()))

@@ -39,7 +39,7 @@ def sampled(prompts: object = ((1, 2, 3),), seeds: object = (1,), **changes: obj
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (scored(topk=0), "topk is 0, allowed are 1 to 16"),
+        (scored(topk=-1), "topk is -1, allowed are 1 to 16, and 0 for hidden states"),
         (scored(topk=17), "topk is 17, this server allows 1 to 16; start it with --max-topk 17"),
         (scored(topk=101), "topk is 101, allowed are 1 to 16"),
         (scored(topk=5, vocab_size=4), "topk is 5, allowed are 1 to vocab_size=4"),

@@ -195,7 +195,7 @@ def test_metrics_count_work(server):
         ("/score", body([5, MAX_LEN + 1]), 422, "sequence 1 has 513 tokens, allowed are 1 to 512"),
         ("/sample", body([5]), 422, "must be lengths, seeds, token_ids"),
         ("/health", b"", 405, "Method Not Allowed"),
-        ("/v1/completions", b"{}", 404, "Not Found; the routes are /files, /health"),
+        ("/v1/completions", b"{}", 404, "Not Found; the routes are /files, /head, /health"),
     ],
 )
 def test_bad_requests_are_one_sentence(server, route, content, status, message):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from distill_cli.errors import ConfigError
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.objective import Objective
 from distill_cli.parallel.mesh import layout
 from distill_cli.rollout.pack import micro_batches, plan_batch
 from distill_cli.student.model import Student, build_lm, wrap
@@ -35,7 +36,7 @@ def make_step(step: int) -> tuple[list[Rollout], list[TeacherScores]]:
         logp, top = torch.randn(num_response, VOCAB, generator=generator).mul(2).log_softmax(-1).topk(TOPK)
         sample = Sample(ids[num_prompt:], [-1.0] * num_response, "stop")
         rollouts.append(Rollout(Prompt(index, ids[:num_prompt], Example("q")), sample))
-        scores.append(TeacherScores(top.int(), logp, logp[:, 0]))
+        scores.append(TeacherScores.of_topk(top.int(), logp, logp[:, 0]))
     return rollouts, scores
 
 
@@ -69,7 +70,7 @@ def train_student(case: dict, folder: Path, loss: DistillLoss) -> tuple[list[flo
     mesh = {name: case.get(name, 1) for name in ("tensor", "context", "expert")}
     parallel = layout(**mesh, sequence_parallel=mesh["tensor"] > 1, device=torch.device("cpu"))
     lm, published = build_lm(folder)
-    student = Student(lm, loss=loss, temperature=1.0, parallel=parallel, published=published)
+    student = Student(lm, objective=Objective(loss), parallel=parallel, published=published)
     wrap(student, parallel, bf16=case.get("bf16", False), checkpointing=case.get("checkpointing", "none"))
     load_weights(lm, published, device=torch.device("cpu"))
     optimizer = build_optimizer(student, **TRAINING)

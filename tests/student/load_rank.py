@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from distill_cli.engines.weight_sync import Deferred, whole
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.objective import Objective
 from distill_cli.parallel.mesh import layout
 from distill_cli.student import attention
 from distill_cli.student.adapters import A, B, add_adapters, initial_value, is_adapter, merged_parameters
@@ -38,7 +39,7 @@ def check(folder: Path, case: tuple) -> None:
     parallel = layout(**mesh, device=torch.device("cpu"))
     lm, published = build_lm(folder)
     assert all(param.is_meta for param in lm.parameters())
-    student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
+    student = Student(lm, objective=Objective(DistillLoss(kl_type="mixed")), parallel=parallel)
     wrap(student, parallel, bf16=True, checkpointing="full", cpu_offload=offload)
     load_weights(lm, published, device=torch.device("cpu"))
     expected = dict(reference.named_parameters())
@@ -57,7 +58,7 @@ def check_adapters(folder: Path, mesh: dict[str, Any]) -> None:
     parallel = layout(**mesh, device=torch.device("cpu"))
     lm, published = build_lm(folder)
     add_adapters(lm, rank=3, alpha=6.0, bf16=True)
-    student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
+    student = Student(lm, objective=Objective(DistillLoss(kl_type="mixed")), parallel=parallel)
     wrap(student, parallel, bf16=True, checkpointing="full")
     load_weights(lm, published, device=torch.device("cpu"), seed=7)
     generator, params = torch.Generator().manual_seed(0), dict(lm.named_parameters())

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.objective import Objective
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.rollout.pack import MicroBatch, micro_batches, plan_batch
 from distill_cli.student import attention
@@ -122,7 +123,7 @@ def build_student(
             if isinstance(module, torch.nn.Linear) and module.weight.is_meta:
                 module.to_empty(device=parallel.device)
                 torch.nn.init.normal_(module.weight, std=0.02)
-    student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
+    student = Student(lm, objective=Objective(DistillLoss(kl_type="mixed")), parallel=parallel)
     wrap(student, parallel, bf16=bf16, checkpointing=checkpointing, compile=compile)
     return student
 
@@ -140,7 +141,7 @@ def made_up_batches(
         ids = torch.randint(0, vocab, (length,)).tolist()
         first = torch.randint(0, vocab, (length - 1, 1))
         top = ((first + torch.arange(topk) * (vocab // topk)) % vocab).int()
-        scores[index] = TeacherScores(top, torch.full(top.shape, -5.0), torch.full((length - 1,), -5.0))
+        scores[index] = TeacherScores.of_topk(top, torch.full(top.shape, -5.0), torch.full((length - 1,), -5.0))
         sample = Sample(ids[1:], [-1.0] * (length - 1), "stop")
         rollouts.append(Rollout(Prompt(index, ids[:1], Example("q")), sample))
     plan = plan_batch(

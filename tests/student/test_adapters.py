@@ -17,6 +17,7 @@ from distill_cli.engines.settings import ADAPTER_RANKS
 from distill_cli.engines.weight_sync import Deferred, adapter_shapes, check_names_and_shapes, whole_tensors
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.objective import Objective
 from distill_cli.models.lora_names import shortened, targeted
 from distill_cli.models.model_files import ModelFiles, fingerprint
 from distill_cli.student.adapters import A, B, add_adapters, exported_name, initial_value, is_adapter, merged_parameters
@@ -116,10 +117,10 @@ def test_targets_are_the_ends_of_names() -> None:
 def test_frozen_weights_cost_no_gradient() -> None:
     lm = small_model()
     flops = train_flops(
-        Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0), num_tokens=9, num_response_tokens=4
+        Student(lm, objective=Objective(DistillLoss(kl_type="mixed"))), num_tokens=9, num_response_tokens=4
     )
     add_adapters(lm, rank=1, targets=["q_proj"], bf16=False)
-    student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0)
+    student = Student(lm, objective=Objective(DistillLoss(kl_type="mixed")))
     added = 6 * 2 * (16 + 16) * 9
     assert train_flops(student, num_tokens=9, num_response_tokens=4) == flops * 4 / 6 + added
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.objective import Objective
 from distill_cli.rollout.pack import MicroBatch, lay_out, plan_batch
 from distill_cli.student import attention
 from distill_cli.student.model import Student, checkpoint_activations
@@ -60,13 +61,13 @@ def student() -> Student:
     )  # fmt: skip
     lm = Qwen3ForCausalLM(config).train()
     checkpoint_activations(lm, "full")
-    return Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0)
+    return Student(lm, objective=Objective(DistillLoss(kl_type="mixed")))
 
 
 def one_sequence(length: int) -> MicroBatch:
     num_response = length - 1
     ids = torch.randint(0, VOCAB, (length,)).tolist()
-    scores = TeacherScores(
+    scores = TeacherScores.of_topk(
         torch.arange(TOPK, dtype=torch.int32).repeat(num_response, 1),
         torch.full((num_response, TOPK), -3.0),
         torch.full((num_response,), -3.0),

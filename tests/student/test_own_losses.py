@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.objective import Objective
 from distill_cli.rollout.pack import MicroBatch, lay_out, plan_batch
-from distill_cli.student.model import Student, TeacherLoss, build_lm
+from distill_cli.student.model import Student, build_lm
 from distill_cli.student.weights import load_weights
 from distill_cli.types import Target
 from tests.families import make_model, save_model
@@ -18,8 +19,8 @@ RUNS, FIRST, SECOND = ("mixed", 1.0), ("reverse", 1.0), ("forward", 2.0)
 """Kind and temperature."""
 
 
-def loss_of(kind: str, temperature: float) -> TeacherLoss:
-    return TeacherLoss(DistillLoss(kl_type=kind), temperature)
+def loss_of(kind: str, temperature: float) -> Objective:
+    return Objective(DistillLoss(kl_type=kind), temperature)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
     save_model(make_model("qwen3"), folder)
     lm, published = build_lm(folder)
     load_weights(lm, published, device=torch.device("cpu"))
-    return Student(lm, loss=DistillLoss(kl_type=RUNS[0]), temperature=RUNS[1])
+    return Student(lm, objective=loss_of(*RUNS))
 
 
 def make_batch() -> MicroBatch:
@@ -55,15 +56,16 @@ def run(student: Student, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor
 def test_losses_and_gradients_add_up(student: Student, second: tuple[str, float]) -> None:
     batch, expected, logp, grads = make_batch(), {}, {}, {}
     for teacher, own in {1: FIRST, 2: second, 4: RUNS}.items():
-        student.loss, student.own_losses = loss_of(*own), {}
+        student.objective, student.own_objectives = loss_of(*own), {}
         mine = batch.teachers == teacher
         loss_N, logp_NC, _ = run(student, batch)
         expected[teacher], logp[teacher] = loss_N[mine], logp_NC[mine]
-        keep = {name: getattr(batch, name)[mine] for name in ("sampled_ids", "sampler_logp", "has_sampler_logp")}
+        names = ("sampled_ids", "sampler_logp", "has_sampler_logp", "trained_places", "advantages")
+        keep = {name: getattr(batch, name)[mine] for name in names}
         keep |= {"rows": batch.rows[mine], "scores": batch.scores.take(mine), "teachers": batch.teachers[mine]}
         part = replace(batch, **keep)
         grads[teacher] = run(student, part)[2]
-    student.loss, student.own_losses = loss_of(*RUNS), {1: loss_of(*FIRST), 2: loss_of(*second)}
+    student.objective, student.own_objectives = loss_of(*RUNS), {1: loss_of(*FIRST), 2: loss_of(*second)}
     loss_N, logp_NC, grad = run(student, batch)
     for teacher in expected:
         torch.testing.assert_close(loss_N[batch.teachers == teacher], expected[teacher])
@@ -72,7 +74,7 @@ def test_losses_and_gradients_add_up(student: Student, second: tuple[str, float]
 
 
 def test_batch_without_tokens_has_no_loss(student: Student) -> None:
-    student.own_losses = {1: loss_of(*FIRST), 2: loss_of(*SECOND)}
+    student.own_objectives = {1: loss_of(*FIRST), 2: loss_of(*SECOND)}
     (row,) = plan_batch([5], num_ranks=2, max_tokens=99).rows[1]
     loss, output = student(lay_out(row, make_step(0)[0][:1], {}), num_loss_tokens=torch.tensor(1.0))
     loss.backward()

@@ -7,6 +7,7 @@ import torch
 
 from distill_cli.errors import ConfigError
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.objective import Objective
 from distill_cli.rollout.pack import lay_out, plan_batch
 from distill_cli.student.model import Student, build_lm
 from distill_cli.student.weights import load_weights
@@ -18,7 +19,7 @@ def student_of(family: str, folder: Path, *, weight: float) -> Student:
     save_model(make_model(family), folder)
     lm, published = build_lm(folder)
     load_weights(lm, published, device=torch.device("cpu"))
-    return Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, router_aux_loss=weight)
+    return Student(lm, objective=Objective(DistillLoss(kl_type="mixed")), router_aux_loss=weight)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

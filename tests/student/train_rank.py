@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.objective import Objective
 from distill_cli.parallel.mesh import layout
 from distill_cli.rollout.pack import micro_batches, plan_batch
 from distill_cli.student import attention
@@ -39,7 +40,7 @@ def made_up_rollout(
     rollout = Rollout(
         Prompt(index, ids[:num_prompt], Example("q")), Sample(ids[num_prompt:], [-1.0] * num_response, "stop")
     )
-    return rollout, TeacherScores(top.int(), logp, logp[:, 0])
+    return rollout, TeacherScores.of_topk(top.int(), logp, logp[:, 0])
 
 
 def made_up_model(family: str, *, tied: bool) -> PreTrainedModel:
@@ -77,7 +78,7 @@ def train(case: dict) -> tuple:
     lm = made_up_model(case["family"], tied=case["tied"])
     if case["lora"]:
         add_made_up_adapters(lm, case)
-    student = Student(lm, loss=DistillLoss(kl_type="mixed"), temperature=1.0, parallel=parallel)
+    student = Student(lm, objective=Objective(DistillLoss(kl_type="mixed")), parallel=parallel)
     wrap(
         student, parallel, bf16=case["precision"] == "bf16", checkpointing=case["activation_checkpointing"],
         compile=case["compile"], cpu_offload=case["cpu_offload"],

@@ -19,6 +19,7 @@ from distill_cli.folders.metrics_file import MetricsFile, read_metrics
 from distill_cli.folders.rollouts_table import RolloutsFolder
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.objective import Objective
 from distill_cli.machine.processes import StopFlag
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.rollout.pack import Planner, plan_batch
@@ -89,7 +90,7 @@ def make(parallel: Parallel, tmp_path: Path) -> Callable[..., Trainer]:
     def make(source: RolloutSource | None = None, *, factor: float = 1.0, **others: object) -> Trainer:
         attention.register()
         exact, lm = DistillLoss(kl_type="mixed"), made_up_model("qwen3", tied=True)
-        student = Student(lm, loss=lambda *args: factor * exact(*args), temperature=1.0, parallel=parallel)
+        student = Student(lm, objective=Objective(lambda *args: factor * exact(*args)), parallel=parallel)
         wrap(student, parallel, bf16=False)
         optimizer = build_optimizer(student, lr=1e-2)
         stop, run = StopFlag(), RunDir(tmp_path)

@@ -8,10 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_cli.losses.distill_loss import PADDING_LOGP, TAILS, DistillLoss
 from distill_cli.losses.divergence import DIVERGENCES
-from distill_cli.losses.linear_topk import HeadOutput, linear_topk_loss
+from distill_cli.losses.head import Head
+from distill_cli.losses.linear_divergence import HeadOutput, linear_divergence
 from distill_cli.losses.logit_transform import LogitTransform
 
-from .reference import Case, reference_loss
+from .reference import Case, HeadLoss, reference_loss, topk_of
 
 TOKENS, HIDDEN, VOCAB, TOPK = 23, 16, 101, 7
 COMBINATIONS = [(kl_type, tail) for kl_type in DIVERGENCES for tail in TAILS]
@@ -33,11 +34,12 @@ def run_head(
 ) -> HeadOutput:
     """Tokens weigh differently, so that a wrong row shows."""
     weights_N = torch.linspace(0.5, 1.5, hidden_NH.shape[0], dtype=case.teacher_logp_NK.dtype)
-    return linear_topk_loss(
+    head = {name: options.pop(name) for name in ("bias_V", "transform") if name in options}
+    return linear_divergence(
         hidden_NH,
-        weight_VH,
-        case.ids_NK,
-        lambda logp, entropy, rows: weights_N[rows] * loss(case.teacher_logp_NK[rows], logp, entropy),
+        Head(weight_VH, **head),
+        topk_of(case.ids_NK, case.teacher_logp_NK),
+        HeadLoss(loss, weights_N),
         sampled_ids_N=torch.arange(hidden_NH.shape[0]) % weight_VH.shape[0],
         **options,
     )
@@ -109,14 +111,10 @@ def test_chunks_change_nothing(chunk_tokens: int | None) -> None:
 def test_a_loss_of_the_entropy_alone() -> None:
     hidden, weight, case = make_head()
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    output = linear_topk_loss(
-        hidden,
-        weight,
-        case.ids_NK,
-        lambda logp, entropy, rows: entropy + 0 * logp.sum(-1),
-        sampled_ids_N=case.ids_NK[:, 0],
-        temperature=1.3,
-    )
+    loss = HeadLoss(DistillLoss(kl_type="mixed"))
+    loss.loss = lambda _teacher, logp, entropy: entropy + 0 * logp.sum(-1)
+    teacher, sampled = topk_of(case.ids_NK, case.teacher_logp_NK), case.ids_NK[:, 0]
+    output = linear_divergence(hidden, Head(weight), teacher, loss, sampled_ids_N=sampled, temperature=1.3)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     logp_NV = (exact[0] @ exact[1].t() / 1.3).log_softmax(-1)
     expected = torch.autograd.grad(-(logp_NV.exp() * logp_NV).sum(), exact)
@@ -233,10 +231,11 @@ def test_rows_of_zero_weight_change_nothing() -> None:
     results = []
     for rows in (torch.arange(TOKENS), weights_N.nonzero()[:, 0]):
         inputs = hidden[rows].clone().requires_grad_(), weight.clone().requires_grad_()
-        output = linear_topk_loss(
-            *inputs,
-            ids[rows],
-            lambda q, entropy, part, rows=rows: weights_N[rows][part] * loss(logp[rows][part], q, entropy),
+        output = linear_divergence(
+            inputs[0],
+            Head(inputs[1]),
+            topk_of(ids[rows], logp[rows]),
+            HeadLoss(loss, weights_N[rows]),
             sampled_ids_N=ids[rows, 0],
         )
         results.append((output, *gradients_of(output, *inputs)))
@@ -352,12 +351,9 @@ def test_on_a_gpu(dtype: torch.dtype, tolerance: float) -> None:
     weights = torch.linspace(0.5, 1.5, TOKENS, device="cuda")
     torch.cuda.set_sync_debug_mode("error")  # the chunk loop never waits for the device
     try:
-        output = linear_topk_loss(
-            *inputs,
-            ids,
-            lambda q, entropy, rows: weights[rows] * loss(logp[rows], q, entropy),
-            sampled_ids_N=ids[:, 0],
-            chunk_tokens=5,
+        teacher, sampled = topk_of(ids, logp), ids[:, 0]
+        output = linear_divergence(
+            inputs[0], Head(inputs[1]), teacher, HeadLoss(loss, weights), sampled_ids_N=sampled, chunk_tokens=5
         )
         output.loss.backward()
     finally:

@@ -1,0 +1,70 @@
+"""The teachers' heads beside the student's: frozen, and cut over the same ranks.
+
+A rank needs, of a teacher's head, the rows of the ids that its shard of the student's has (all of them without tensor
+parallelism), as far as the shared vocabulary reaches. Those rows are cut over the ranks of FSDP's shard axis, as the
+student's parameters are, and gathered for each micro-batch.
+
+Shape letters: V ids of this tensor rank's shard of the student's head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from distill_cli.losses.head import Head
+from distill_cli.losses.logit_transform import LogitTransform
+from distill_cli.parallel.mesh import Parallel
+from distill_cli.types import ModelHead
+
+ReadRows = Callable[[tuple[int, int]], ModelHead]
+"""Returns the rows of a teacher's head from one id up to another, fewer where it has fewer (`Teacher.head`)."""
+
+
+@dataclass
+class TeacherHeads:
+    """The heads of a run's teachers, by index."""
+
+    parallel: Parallel
+    vocab_size: int
+    """First id that no teacher scores."""
+    shard_size: int
+    """V"""
+    _parts: dict[int, tuple[DTensor, torch.Tensor | None, LogitTransform]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The ids that this rank's shard of the student's head has, as far as teachers score them."""
+        first = self.parallel.tensor.get_local_rank() * self.shard_size
+        return first, max(first, min(first + self.shard_size, self.vocab_size))
+
+    def read(self, index: int, read_rows: ReadRows) -> None:
+        """Take a teacher's head, or take it anew. A collective: the ranks that share an engine read together."""
+        mesh, (first, last), device = self.parallel.fsdp, self.rows, self.parallel.device
+        shard = mesh.ndim - 1  # behind the axis of copies, if there is one
+        size = -(-(last - first) // mesh.size(shard))  # as DTensor cuts: the last ranks may have fewer
+        begin = min(first + mesh.get_local_rank(shard) * size, last)
+        head = read_rows((begin, min(begin + size, last)))
+        # Every rank has the bias of its whole shard: it is small.
+        bias = None if head.bias is None else read_rows((first, last)).bias
+        width = head.weight.shape[1]
+        weight = DTensor.from_local(
+            head.weight.to(device),
+            mesh,
+            [*[Replicate()] * shard, Shard(0)],
+            run_check=False,
+            shape=torch.Size([last - first, width]),
+            stride=(width, 1),
+        )
+        transform = LogitTransform(head.scale, head.soft_cap)
+        self._parts[index] = weight, None if bias is None else bias.to(device), transform
+
+    def gather(self) -> dict[int, Head]:
+        """Return the heads, as far as this rank's shard reaches. A collective."""
+        return {
+            index: Head(weight.full_tensor(), bias, transform)
+            for index, (weight, bias, transform) in self._parts.items()
+        }
