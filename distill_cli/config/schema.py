@@ -281,6 +281,10 @@ class RolloutConfig:
     replay: str | None = key(None, replay=True)
     """A run that kept its scores (`save_scores`): train on its recorded steps instead of new answers. No engine is
     started unless the run validates. `distill replay RUN` sets it."""
+    replay_shuffle: bool = key(False, replay=True, only_with="rollout.replay")
+    """Draw the order of the recorded steps from `train.seed`, anew for each pass over them. The last one stays last:
+    runs of all seeds end on the same sequences. A sweep of replays over `train.seed` sets it, since the seed changes
+    nothing else in a replay, apart from new adapters (LoRA) and sampled validation."""
     environment: str | None = key(None, evaluation=True)
     """What answers the student between its turns: calculator, guess, or `pkg.module:function`; null if a sequence is
     one answer."""
