@@ -83,6 +83,8 @@ class Metric:
     """Its name in a figure with several metrics; empty means the label."""
     compared_in: tuple[Place, ...] = ()
     """Where its last values are compared between runs."""
+    is_total: bool = False
+    """Compare its sum over the steps instead."""
     needs: str = ""
     """The config key that it needs to be recorded, unless a replayed run has recorded it."""
     before_training_only: bool = False
@@ -209,7 +211,7 @@ METRICS = (
         label="loss", step_line="loss={:.4f}", panel=("loss", "{value:.4f}  {spark}"), figure=LOSS,
         compared_in=("terminal", "page")),
     Metric("train/entropy", "the student's entropy per token, over the whole vocabulary", "nats",
-        formula=lambda tokens: tokens.entropy_N, label="entropy", figure=ENTROPY),
+        formula=lambda tokens: tokens.entropy_N, label="entropy", figure=ENTROPY, compared_in=("terminal", "page")),
     Metric("train/teacher_topk_mass", "the teacher's probability of its own loss.topk likeliest tokens", "probability",
         "higher", lambda tokens: tokens.teacher_mass_N, figure=MASS, series="teacher"),
     Metric("train/student_topk_mass", "the student's probability of those tokens", "probability",
@@ -219,7 +221,8 @@ METRICS = (
     Metric("train/grad_norm", "the gradient's norm before clipping, a mean over the step's updates", "norm",
         label="norm", step_line="gnorm={:.2f}", figure=GRAD_NORM),
     Metric("train/lr", "the learning rate of the step's last update"),
-    Metric("train/response_tokens", "tokens with a loss", "tokens"),
+    Metric("train/response_tokens", "tokens with a loss", "tokens", label="tokens", number_format=",.0f",
+        compared_in=("terminal", "page"), is_total=True),
     Metric("train/skipped_updates", "updates skipped because loss or gradient were not finite", "updates", "lower"),
 
     Metric("train/mixture_uncertainty", "probability that may lie in the rest instead of at a token where a row's "

@@ -149,11 +149,20 @@ def inert_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
                 readers = " and ".join(one for one in family.functions if name in family.parameters_of(one))
                 value = "null" if chosen is None else chosen
                 reasons[f"loss.{name}"] = f"with {family.key}={value}: it is a parameter of {readers}"
+    if not seed_matters(config):
+        reasons["train.seed"] = "in a replay of all weights in the recorded order: add rollout.replay_shuffle=true"
     if config.data.train.get("streaming"):
         reasons["train.max_epochs"] = "on a source that is streamed: train.max_steps ends the run"
     else:
         reasons["data.shuffle_buffer"] = "on a source that is not streamed: it is shuffled whole"
     return [f"{key} has no effect {reason}" for key, reason in reasons.items() if key in typed]
+
+
+def seed_matters(config: Config) -> bool:
+    """Whether anything is drawn from train.seed: in a replay the order, new adapters, or sampled validation."""
+    samples = validates(config) and config.eval.temperature > 0
+    is_replay, shuffles = config.rollout.replay is not None, config.rollout.replay_shuffle
+    return not is_replay or shuffles or config.model.student.lora.is_on or samples
 
 
 def _any_set(config: Config, keys: str) -> bool:

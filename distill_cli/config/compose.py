@@ -56,8 +56,7 @@ def compose(overrides: Sequence[str], flags: Sequence[str] = (), *, unread: Sequ
     rule = "is a range, which `distill train -m` searches with search.trials=N; add that, or give values"
     refuse(f"{one.input_line}: {rule}" for one in variation.sweeps(overrides) if one.is_interval_sweep())
     if "--multirun" not in flags:
-        rule = "several values are a sweep: add -m, or quote a value with commas"
-        refuse(f"{key}: {rule}" for key in sorted(variation.sweep_keys(overrides)))
+        refuse_sweep(overrides)
     jobs, problems = list[Job](), list[str]()
 
     def collect(config: DictConfig) -> None:
@@ -80,6 +79,12 @@ def check_overrides(overrides: Sequence[str], flags: Sequence[str] = ()) -> None
     if "--shell-completion" not in flags:  # what follows that flag are no overrides
         problems += variation.override_problems(overrides, conf_dirs=conf_dirs(flags))
     refuse(problems)
+
+
+def refuse_sweep(overrides: Sequence[str]) -> None:
+    """Raise ConfigError if overrides, which are right in themselves, give several values without -m."""
+    rule = "several values are a sweep: add -m, or quote a value with commas"
+    refuse(f"{key}: {rule}" for key in sorted(variation.sweep_keys(overrides)))
 
 
 def run_hydra(overrides: Sequence[str], flags: Sequence[str], task: Callable[[DictConfig], Any]) -> None:

@@ -11,6 +11,8 @@ from distill_cli.config.choices import conf_dir
 
 ANSWERED = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
 """Flags that Hydra answers without running anything."""
+MULTIRUN = "a sweep: every combination of the values"
+"""Help of -m."""
 
 
 def add_hydra_flags(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +22,7 @@ def add_hydra_flags(parser: argparse.ArgumentParser) -> None:
     one_of = partial(group.add_mutually_exclusive_group().add_argument, action=_Collect)
     add, hidden, what = partial(group.add_argument, action=_Collect), argparse.SUPPRESS, ("job", "hydra", "all")
     parts = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-    one_of("-m", "--multirun", nargs=0, help="a sweep: every combination of the values")
+    one_of("-m", "--multirun", nargs=0, help=MULTIRUN)
     one_of("--cfg", "-c", choices=what, metavar="WHAT", help="print the composed config: job, hydra or all")
     add("--resolve", nargs=0, help="with --cfg: resolve interpolations")
     add("--package", "-p", metavar="KEY", help="with --cfg: print this part alone")

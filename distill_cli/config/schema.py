@@ -335,17 +335,21 @@ class RolloutConfig:
     replay: str | None = key(None, replay=True)
     """A run that kept its scores (`save_scores`): train on its recorded steps instead of new answers. No engine is
     started unless the run validates. `distill replay RUN` sets it."""
-
-    @property
-    def saves_hidden(self) -> bool:
-        return bool(self.save_scores == HIDDEN)
-
+    replay_shuffle: bool = key(False, replay=True, only_with="rollout.replay")
+    """Draw the order of the recorded steps from `train.seed`, anew for each pass over them. The last one stays last:
+    runs of all seeds end on the same sequences. A sweep of replays over `train.seed` sets it, since the seed changes
+    nothing else in a replay, apart from new adapters (LoRA) and sampled validation."""
     environment: str | None = key(None, evaluation=True)
     """What answers the student between its turns: calculator, guess, or `pkg.module:function`; null if a sequence is
     one answer."""
     max_turns: int = key(1, at_least=1, evaluation=True)
     """Turns of a sequence, at most, if there is an environment. rollout.max_new_tokens then limits each turn, and
     rollout.max_sequence_length all turns together with the environment's messages."""
+
+    @property
+    def saves_hidden(self) -> bool:
+        """Whether hidden states are kept."""
+        return bool(self.save_scores == HIDDEN)
 
 
 @section

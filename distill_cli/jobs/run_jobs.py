@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from distill_cli.checkpoint import store
 from distill_cli.checkpoint.store import Checkpoint
-from distill_cli.config.compose import Job
+from distill_cli.config.compose import Job, check_overrides, compose, refuse_sweep
 from distill_cli.config.schema import Config, Schedule
 from distill_cli.config.teacher_jobs import teacher_nodes
 from distill_cli.config.teachers import model_key
@@ -50,8 +50,28 @@ def new_console() -> Console:
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
-def replay_job(run: RunDir, overrides: Sequence[str]) -> Job:
+def replay_jobs(run: RunDir, overrides: Sequence[str], *, is_sweep: bool) -> list[Job]:
+    """Return the jobs that train on a recorded run: one, or one for each element of a sweep.
+
+    Raises:
+        ConfigError: the run has no scores, an override is wrong, or nothing is swept; with all elements' problems.
+    """
+    if not is_sweep:
+        check_overrides(overrides)
+        refuse_sweep(overrides)
+        return [replay_job(run, overrides)]
+    elements = compose(overrides, ["--multirun"])
+    if not any(element.swept for element in elements):
+        raise ConfigError("-m: nothing is swept; give a key or a group several values, as in loss=forward,reverse")
+    return collect(partial(replay_job, run, element.overrides, element.swept) for element in elements)
+
+
+def replay_job(run: RunDir, overrides: Sequence[str], swept: Sequence[str] = ()) -> Job:
     """Return the job that trains on a recorded run: its config for all its steps without engines, then overrides.
+
+    Args:
+        swept: the overrides that distinguish it from the other replays of a sweep. If train.seed is one of them, it
+            draws the order of the recorded steps: else all seeds would train the same student.
 
     Raises:
         ConfigError: the run has no scores, or an override is wrong.
@@ -61,6 +81,7 @@ def replay_job(run: RunDir, overrides: Sequence[str]) -> Job:
         {
             "rollout.replay": str(run.path),
             "rollout.save_scores": False,
+            "rollout.replay_shuffle": any(word.lstrip("+").startswith("train.seed=") for word in swept),
             "train.max_steps": Recording.of(str(run.path)).num_steps,
             **{f"eval.{key}": False for key in ("at_start", "at_end", "teacher")},
             **{"eval.period": 0, "eval.record_samples": 0, "run.name": None},
@@ -70,7 +91,7 @@ def replay_job(run: RunDir, overrides: Sequence[str]) -> Job:
     config = override(config, overrides, typed=run.typed_overrides())
     losses = [word.partition("=")[2] for word in overrides if word.startswith("loss=")]
     choices = {"model": "replay", "loss": (losses or [config.loss.kl_type.replace(":", "_")])[-1]}
-    return Job(config=config, choices=choices, overrides=list(overrides), swept=[])
+    return Job(config=config, choices=choices, overrides=list(overrides), swept=list(swept))
 
 
 def run_jobs(jobs: Sequence[Job], *, command: Sequence[str]) -> int:

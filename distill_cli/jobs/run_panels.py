@@ -107,8 +107,9 @@ def relative(path: Path) -> str:
 def next_command(resolved: ResolvedRun, run: RunDir) -> str:
     """Return a command that repeats this run alone with another loss."""
     verb = ["replay", relative(resolved.recorded_run)] if resolved.recorded_run else []
+    verb += ["rollout.replay_shuffle=true"] if resolved.config.rollout.replay_shuffle else []
     own_loss = tuple(f"loss.{name}=" for name in ("kl_type", *LOSS_PARAMETERS))
-    changed = ("loss=", *own_loss, "loss.kwargs", "run.name=", "search.", "hydra/", "hydra.")
+    changed = ("loss=", *own_loss, "loss.kwargs", "rollout.replay_shuffle=", "run.name=", "search.", "hydra/", "hydra.")
     repeated = [word for word in run.typed_overrides() if not word.lstrip("+").startswith(changed)]
     loss = "forward" if resolved.config.loss.kl_type == "reverse" else "reverse"
     return shlex.join(["distill", *verb, *repeated, f"loss={loss}"])

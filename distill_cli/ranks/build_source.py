@@ -174,7 +174,8 @@ def build_order(rank: Rank) -> Order:
     """Build the training prompts in their order, or the recorded steps of a replay."""
     config, data, recorded = rank.resolved.config, rank.resolved.config.data, rank.resolved.recorded_run
     if recorded is not None:
-        return RecordedSteps(Recording.of(str(recorded)), topk=config.loss.topk, parallel=rank.parallel)
+        steps = partial(RecordedSteps, seed=config.train.seed, shuffle=config.rollout.replay_shuffle)
+        return steps(Recording.of(str(recorded)), topk=config.loss.topk, parallel=rank.parallel)
     columns = {"context": data.teacher_context, "teacher": data.teacher_key}
     examples = load_examples(data.train, key="data.train", **columns)
     make = prompt_maker(rank)

@@ -23,6 +23,8 @@ from distill_cli.errors import ConfigError
 from distill_cli.folders.atomic_dir import replacing
 from distill_cli.metrics import ACCURACY, METRICS, SECTIONS
 from distill_cli.report import figures, samples, sections
+from distill_cli.report.comparison import seed_notes
+from distill_cli.report.pools import Pool, is_pooled, pools, rank
 from distill_cli.report.read import COMPARED, History, Row, RunResult, read_histories, thinned
 
 FILE = "report.html"
@@ -53,17 +55,20 @@ def render(histories: Sequence[History]) -> str:
     """Return the page. A single run has facts, time and memory; several have a comparison and a legend."""
     answers = samples.read_answers(histories)
     names, first, many = [history.name for history in histories], histories[0], len(histories) > 1
+    among = pools([history.result for history in histories])
     data: dict[str, Any] = {
-        "datasets": datasets(histories, list(samples.position_rows(histories, answers))),
+        "datasets": datasets(histories, among, list(samples.position_rows(histories, answers))),
         "runs": names,
         "samples": samples.page_samples(answers) if answers else None,
     }
-    data["charts"] = list(make_charts(histories, data["datasets"]))
+    data["charts"] = list(make_charts(histories, among, data["datasets"]))
     if many:
         own: dict[str, Any] = {
             "title": f"{len(histories)} runs",
-            "comparison": sections.comparison(histories),
+            "comparison": sections.comparison(histories, among),
             "columns": [metric.label for metric in sections.PAGE_COLUMNS],
+            "has_seeds": is_pooled(among),
+            "seed_notes": list(seed_notes(among, [rank(among, sections.HELD_OUT)])),
             "differing": sections.differing_settings(histories),
         }
     else:
@@ -80,7 +85,7 @@ def render(histories: Sequence[History]) -> str:
     )  # fmt: skip
 
 
-def datasets(histories: Sequence[History], positions: list[Row]) -> dict[str, list[Row]]:
+def datasets(histories: Sequence[History], among: Sequence[Pool], positions: list[Row]) -> dict[str, list[Row]]:
     """Return the data of the figures by the names that `figures` uses."""
     most = min(MAX_ROWS, max(MAX_ROWS_IN_ALL // len(histories), 50))
     single = len(histories) == 1
@@ -94,15 +99,17 @@ def datasets(histories: Sequence[History], positions: list[Row]) -> dict[str, li
         "stages": list(sections.stage_rows(histories[0])) if single else [],
         "memory": sections.memory_rows(histories[0]) if single else [],
         "positions": positions,
-        "grid": list(sections.grid_rows(histories)),
+        "grid": list(sections.grid_rows(among)),
     }
 
 
-def make_charts(histories: Sequence[History], data: Mapping[str, list[Row]]) -> Iterator[figures.Spec]:
+def make_charts(
+    histories: Sequence[History], among: Sequence[Pool], data: Mapping[str, list[Row]]
+) -> Iterator[figures.Spec]:
     """Yield the page's figures, without those that have no data."""
     runs = [history.name for history in histories] if len(histories) > 1 else []
     if rows := data["grid"]:
-        row_key, column_key = histories[0].result.settings
+        row_key, column_key = among[0].settings
         for metric in COMPARED:
             if "heat map" in metric.compared_in and any(figures.field(metric.name) in row for row in rows):
                 title = f"{metric.label[0].upper()}{metric.label[1:]}, {metric.unit}"

@@ -4,15 +4,18 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from distill_cli.metrics import STAGES
+from distill_cli.metrics import STAGES, Metric
 from distill_cli.report.comparison import two_key_grid
 from distill_cli.report.figures import field
+from distill_cli.report.pools import NEAR, Pool, mean_of, rank
 from distill_cli.report.read import COMPARED, History, Row, differing_keys, groups
 from distill_cli.terminal.step_printer import clock
 
 MAX_BARS = 120
 """Bars of the stacked seconds; neighbouring steps share a bar if there are more."""
 PAGE_COLUMNS = [metric for metric in COMPARED if "page" in metric.compared_in]
+HELD_OUT = next(metric for metric in PAGE_COLUMNS if metric.name == "val/accuracy")
+GAP = Metric("gap_closed", "share of the way from the student's start to the teacher", number_format=".0%")
 
 
 def headline(history: History) -> str:
@@ -112,34 +115,39 @@ def memory_rows(history: History) -> list[Row]:
     return [{"part": part, "place": place, "gib": round(size / 2**30, 6)} for place, (part, size) in parts if size]
 
 
-def grid_rows(histories: Sequence[History]) -> Iterator[Row]:
-    """Yield the `grid` dataset: the last value of each compared metric, if the runs are a grid of two keys."""
-    if two_key_grid([history.result for history in histories]) is None:
+def grid_rows(among: Sequence[Pool]) -> Iterator[Row]:
+    """Yield the `grid` dataset: the final value of each compared metric, if the runs are a grid of two keys."""
+    if (grid := two_key_grid(among)) is None:
         return
-    for history in histories:
-        row, column = history.result.settings.values()
-        cells: Row = {"run": history.name, "row": row, "column": column}
+    for (row, column), pool in grid.items():
+        cells: Row = {"run": pool.name, "row": row, "column": column}
         for metric in COMPARED:
-            if (value := history.result.final.get(metric.name)) is not None:
-                cells |= {field(metric.name): value, f"shown_{field(metric.name)}": metric.shown(value)}
+            if (mean := pool.mean(metric.name)) is not None:
+                cells |= {field(metric.name): mean.value, f"shown_{field(metric.name)}": mean.shown(metric)}
         yield cells
 
 
-def comparison(histories: Sequence[History]) -> list[Row]:
-    """Return a row for each run: its state and last values; the best accuracy of the finished runs is marked."""
-    finished = [history for history in histories if history.result.state == "finished"]
-    scores = {one.name: one.result.final["val/accuracy"] for one in finished if "val/accuracy" in one.result.final}
-    best = max(scores.values(), default=None)
-    return [
-        {
-            "name": history.name,
-            "result": history.result,
-            "cells": {metric.label: metric.shown(history.result.final.get(metric.name)) for metric in PAGE_COLUMNS},
-            "gap": "" if history.gap_closed is None else f"{history.gap_closed:.0%}",
-            "is_best": scores.get(history.name, -1.0) == best,
-        }
-        for history in histories
-    ]
+def comparison(histories: Sequence[History], among: Sequence[Pool]) -> list[Row]:
+    """Return a row for each pool of runs: its state and final values; the best accuracy of the finished is marked."""
+    history_of = {history.result.folder: history for history in histories}
+    ranking, rows = rank(among, HELD_OUT), []
+    top = ranking.best.mean(HELD_OUT.name) if ranking.best else None
+    for pool in among:
+        runs = [history_of[result.folder] for result in pool.counted]
+        means = {metric: pool.mean(metric.name) for metric in PAGE_COLUMNS}
+        cells = {metric.label: mean.shown(metric) if mean else "" for metric, mean in means.items()}
+        closed = [run.gap_closed for run in runs if run.gap_closed is not None]
+        rows.append(
+            {
+                "name": pool.name if len(pool.results) > 1 else history_of[pool.results[0].folder].name,
+                "pool": pool,
+                "cells": cells | ({HELD_OUT.label: f"{cells[HELD_OUT.label]} {NEAR}"} if pool in ranking.near else {}),
+                "gap": mean_of(closed).shown(GAP) if closed else "",
+                "is_best": pool.is_finished and top is not None and means[HELD_OUT] == top,
+                "is_near_best": pool in ranking.near,
+            }
+        )
+    return rows
 
 
 def differing_settings(histories: Sequence[History]) -> list[tuple[str, list[str]]]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from distill_cli.data.order import permutation
 from distill_cli.data.recorded_run import FACTS, HEADS, STEP, Facts, Recording, step_folder, temporary_folder
 from distill_cli.errors import ConfigError
 from distill_cli.folders import atomic_dir
@@ -202,9 +203,17 @@ def read_head(root: Path, teacher: int, rows: tuple[int, int]) -> ModelHead:
 class RecordedSteps:
     """Read recorded steps; the first step follows the last one."""
 
-    def __init__(self, recording: Recording, *, topk: int, parallel: Parallel) -> None:
-        """`topk` is the loss's: only the likeliest of the recorded tokens are read."""
+    def __init__(
+        self, recording: Recording, *, topk: int, parallel: Parallel, seed: int = 0, shuffle: bool = False
+    ) -> None:
+        """Build the order of the steps.
+
+        Args:
+            topk: the loss's: only the likeliest of the recorded tokens are read.
+            shuffle: draw the order of all but the last step from `seed`, anew for each pass.
+        """
         self._recording, self._topk, self._parallel = recording, topk, parallel
+        self._seed, self._shuffle = seed, shuffle
         self.steps_per_epoch = recording.num_steps
         self.fingerprint = atomic_dir.sha256(step_folder(recording.folder, 1) / atomic_dir.MANIFEST)
         """Identifies the recording."""
@@ -230,7 +239,9 @@ class RecordedSteps:
         return {place: by_place[place] for place in places}
 
     def _folder(self, step: int) -> Path:
-        return step_folder(self._recording.folder, (step - 1) % self._recording.num_steps + 1)
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        others = permutation(self.steps_per_epoch - 1, seed=f"{self._seed}-{epoch}", shuffle=self._shuffle)
+        return step_folder(self._recording.folder, [*others, self.steps_per_epoch - 1][place] + 1)
 
 
 def _files(folder: Path) -> list[Path]:

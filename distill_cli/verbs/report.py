@@ -1,6 +1,7 @@
 """Write one self-contained HTML page about a run, or several compared.
 
-The page is also written at the end of every run. Final KL, loss and accuracy over what was swept are printed here.
+The page is also written at the end of every run. Final KL, loss and accuracy over what was swept are printed here:
+runs that differ only in train.seed as one row of means, with 95% intervals.
 
 examples
   distill report runs/latest

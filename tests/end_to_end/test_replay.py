@@ -1,17 +1,21 @@
 """`distill replay`: what a run recorded is trained on again, without any engine."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from distill_cli.folders.metrics_file import read_metrics
-from distill_cli.folders.run_dir import RunDir
+from distill_cli.folders.run_dir import RunDir, SweepDir
+from distill_cli.report.pools import pools
+from distill_cli.report.read import read_results
 from tests.end_to_end.conftest import Finished, distill, refused
 
 pytestmark = pytest.mark.slow
 
+COMBINATIONS = [(loss, seed) for loss in ("forward", "reverse") for seed in (1, 4)]
 NO_ENGINES = "raise ImportError('a replay asks no engine')"
 
 
@@ -19,7 +23,7 @@ def no_engines(folder: Path) -> dict[str, str]:
     """An environment in which vLLM cannot be imported."""
     (folder / "path/vllm").mkdir(parents=True)
     (folder / "path/vllm/__init__.py").write_text(NO_ENGINES)
-    return {"PYTHONPATH": str(folder / "path")}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder / "path"), os.environ.get("PYTHONPATH")]))}
 
 
 def test_replay_of_same_loss_is_exact(one_rank: Finished, tmp_path: Path) -> None:
@@ -65,11 +69,47 @@ def test_replay_stops_resumes_and_starts_over(one_rank: Finished, tmp_path: Path
     assert json.loads((tmp_path / "runs/r/outcome.json").read_text())["state"] == "finished"
 
 
+def test_a_sweep_of_replays_is_one_table(one_rank: Finished, tmp_path: Path) -> None:
+    """Seeds 1 and 4 train on the recorded steps in different orders, and on the last one at the end."""
+    swept = ("loss=forward,reverse", "train.seed=1,4", "tracker=none", "cluster.parallel_jobs=2")
+    done = distill(tmp_path, "replay", "-m", str(one_rank.run.path), *swept, **no_engines(tmp_path))
+    assert done.status == 0, done.stdout + done.stderr
+    sweep = SweepDir(done.run.path)
+    names = [element.folder for element in sweep.elements()]
+    assert names == [f"{n}_loss={loss},seed={seed}" for n, (loss, seed) in enumerate(COMBINATIONS)]
+    rows = [read_metrics(run.metrics) for run in sweep.runs()]
+    tokens = [[row["train/response_tokens"] for row in run if row["step"]] for run in rows]
+    recorded = [row["train/response_tokens"] for row in one_rank.metrics[1:]]
+    assert tokens == [recorded, [recorded[1], recorded[0], recorded[2]]] * 2
+    assert rows[0][3]["train/kl_forward"] != rows[1][3]["train/kl_forward"]
+
+    table = done.stdout[done.stdout.index("\nloss ") :].splitlines()[1:]
+    assert table[0].split()[:3] == ["loss", "seeds", "step"]
+    kls = [row[3]["train/kl_forward"] for row in rows]
+    for line, pool, ours in zip(table[1:3], pools(read_results([sweep.path])), (kls[:2], kls[2:]), strict=True):
+        mean, half = sum(ours) / 2, 12.7062 * abs(ours[0] - ours[1]) / 2
+        assert pool.mean("train/kl_forward").value == pytest.approx(mean)
+        assert pool.mean("train/kl_forward").half == pytest.approx(half, rel=1e-4)
+        assert line.split()[:3] == [pool.settings["loss"], "2", "3"]
+        assert line.split()[4] == "±"
+        assert line.split()[-3:] == [f"{sum(recorded):,.0f}", "±", "0"]
+    assert "Student's t" in done.stdout
+    assert "best KL forward" in done.stdout
+    assert sweep.report.is_file()
+    assert "rollout.replay_shuffle=true" in (sweep.path / names[0] / "output.txt").read_text()  # of the next command
+
+
 def test_impossible_replays_are_refused(
     one_rank: Finished, two_ranks: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for argv, message in (
         ([], "required: RUN"),
+        (["-m", "loss=forward,reverse"], "give one RUN"),
+        (["runs/latest", "-m", "loss=reverse"], "nothing is swept"),
+        (["runs/latest", "-m", "loss=forward,revers"], "loss=revers: no such choice"),
+        (["runs/latest", "-m", "loss.topk=8,16", "loss.tpk=1"], "loss.tpk: unknown key"),
+        (["runs/latest", "-m", "loss.topk=8,65"], "loss.topk=65: 16 tokens of the teacher were recorded"),
+        ([str(two_ranks.run.path), "-m", "loss.topk=8,16"], "the run kept no scores"),
         (["loss=reverse"], "loss=reverse: give one RUN"),
         (["runs/none"], "no such folder"),
         (["runs/latest", "--step", "3"], "--step: distill replay has no such flag"),
@@ -77,6 +117,6 @@ def test_impossible_replays_are_refused(
         (["runs/latest", "loss.topk=65"], "loss.topk=65: 16 tokens of the teacher were recorded; lower it"),
         (["runs/latest", "rollout.temperature=2"], "rollout.temperature=2.0: the rollouts were recorded with 1.0"),
         (["runs/latest", "rollout.temprature=2"], "did you mean rollout.temperature?"),
-        (["runs/latest", "loss.topk=8,16"], "takes no sweep"),
+        (["runs/latest", "loss.topk=8,16"], "several values are a sweep: add -m"),
     ):
         assert message in "\n".join(refused(one_rank.folder, monkeypatch, capsys, "replay", *argv)), argv

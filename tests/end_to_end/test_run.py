@@ -204,8 +204,8 @@ def test_sweep_runs_have_own_folders(tmp_path) -> None:
     (sweep,) = tmp_path.glob("runs/*_sweep")
     assert sorted(path.name for path in sweep.iterdir()) == ["0_topk=4", "1_topk=8", "report.html", "sweep.json"]
     assert all((folder / "outcome.json").is_file() for folder in sweep.glob("*_topk=*"))
-    table = done.stdout[done.stdout.index("loss.topk  state") :]
-    assert all(words in table for words in ("KL forward", "finished", "best loss"))
+    table = done.stdout[done.stdout.index("loss.topk  step") :]
+    assert all(words in table for words in ("KL forward", "tokens", "best KL reverse"))
     assert distill(tmp_path, "report", str(sweep)).stdout in done.stdout
 
 

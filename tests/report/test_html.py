@@ -24,6 +24,7 @@ HOSTILE = (
     '"><svg onload=window.hurt=4>',
     "' onmouseover='window.hurt=5",
 )
+PAIRS_AND_SEEDS = list(itertools.product((16, 32), (0.3, 0.7), (1, 2)))
 EVERY_CHART = {
     "accuracy", "kl", "loss", "entropy", "mass", "agreement", "grad_norm", "time", "speed", "memory", "peak", "length",
     "truncated", "positions",
@@ -152,6 +153,31 @@ def test_sweep_has_heat_maps(chromium: Browser, sweep: Path) -> None:
     assert keys == ["run", "loss.topk", "loss.kl_weight"]
     assert chromium.run("document.querySelector('#config table').offsetWidth") < 1240
     assert chromium.run("document.querySelectorAll('#run option').length") == 9
+    assert chromium.run("document.documentElement.scrollWidth") <= 1280
+    assert chromium.messages == []
+
+
+@needs_browser
+def test_seeds_are_pooled(chromium: Browser, tmp_path: Path) -> None:
+    keys = ("loss.topk", "loss.kl_weight", "train.seed")
+    swept = [[f"{key}={value}" for key, value in zip(keys, values, strict=True)] for values in PAIRS_AND_SEEDS]
+    elements = [Element(index, element_name(index, words), words) for index, words in enumerate(swept)]
+    sweep = SweepDir(tmp_path / "sweep")
+    sweep.write(command=["distill", "-m"], elements=elements)
+    for element, (topk, weight, seed) in zip(elements, PAIRS_AND_SEEDS, strict=True):
+        config = f"loss: {{topk: {topk}, kl_weight: {weight}}}\ntrain: {{seed: {seed}}}\n"
+        make_run(sweep.path / element.folder, config=config, seed=seed, slowness=topk / 4 + seed, recorded=())
+    chromium.open(page_of(tmp_path, sweep.path))
+    assert chromium.run("document.querySelectorAll('#chart-grid-val_accuracy .role-mark.mark-rect path').length") == 4
+    rows = chromium.run("[...document.querySelectorAll('#comparison tbody tr')].map(r => r.innerText)")
+    assert [row.split("\t")[:4] for row in rows] == [
+        [f"topk={topk} kl_weight={weight}", "finished", "2", "20"] for topk in (16, 32) for weight in (0.3, 0.7)
+    ]
+    accuracies = [row.split("\t")[5] for row in rows]
+    assert all("% ± " in accuracy for accuracy in accuracies)
+    assert [accuracy.endswith("≈") for accuracy in accuracies] == [False, True, True, True]
+    assert "more within its interval" in chromium.run("document.querySelector('.headline').textContent")
+    assert chromium.run("document.querySelectorAll('#legend button').length") == 8
     assert chromium.run("document.documentElement.scrollWidth") <= 1280
     assert chromium.messages == []
 

@@ -93,6 +93,22 @@ def test_recorded_steps_round_trip(recorded: Path, parallel: Parallel) -> None:
             assert torch.equal(getattr(ours.scores, name), getattr(theirs.scores, name)), name
 
 
+def test_shuffled_steps_end_on_the_last(recorded: Path, parallel: Parallel) -> None:
+    recording = replace(Recording.of(str(recorded)), num_steps=6)
+
+    def order(seed: int, *, shuffle: bool = True) -> list[int]:
+        steps = RecordedSteps(recording, topk=TOPK, parallel=parallel, seed=seed, shuffle=shuffle)
+        return [int(steps._folder(step).name.removeprefix("step_")) for step in range(1, 13)]
+
+    assert order(1, shuffle=False) == [*range(1, 7), *range(1, 7)]
+    assert order(1) == order(1) != order(2)
+    for seed in range(5):
+        first, second = order(seed)[:6], order(seed)[6:]
+        assert sorted(first) == sorted(second) == [*range(1, 7)]
+        assert first[-1] == second[-1] == 6
+    assert any(order(seed)[:6] != order(seed)[6:] for seed in range(5))
+
+
 def test_a_replay_gives_recorded_steps(recorded: Path, parallel: Parallel) -> None:
     planner = Planner(global_batch_size=32, rank=1, cut=partial(plan_batch, num_ranks=2, max_tokens=64))
     steps, stop = RecordedSteps(Recording.of(str(recorded)), topk=3, parallel=parallel), StopFlag()

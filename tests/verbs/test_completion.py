@@ -33,6 +33,8 @@ def test_flags_of_train_need_no_verb() -> None:
         ("resume --step 3|ru", [], None),
         ("resume --step|", [], None),
         ("replay runs/s/0_topk=1 a=1|lo", [], ["a=1"]),
+        ("replay|--mu", ["--multirun"], None),
+        ("replay -m runs/x a=1,2|lo", [], ["a=1,2"]),
         ("eval runs/x --step|", ["best", "last"], None),
         ("eval runs/x --against|t", ["teacher"], None),
         ("eval runs/x --against before|t", ["teacher"], []),

@@ -10,10 +10,11 @@ from distill_cli import cli
 from distill_cli.config.compose import compose
 from distill_cli.config.variation import load_config
 from distill_cli.data.recorded_run import FACTS, STEP, Facts, step_folder, temporary_folder
+from distill_cli.errors import ConfigError
 from distill_cli.folders import atomic_dir
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir
 from distill_cli.jobs.new_runs import prepare, resolve_jobs
-from distill_cli.jobs.run_jobs import reopen, replay_job, resolve_resumed
+from distill_cli.jobs.run_jobs import reopen, replay_job, replay_jobs, resolve_resumed
 from distill_cli.terminal.console import Console
 
 
@@ -75,3 +76,71 @@ def test_a_choice_changes_a_replay(recorded: RunDir) -> None:
     assert (job.config.rollout.replay, job.config.loss.kl_type) == (str(recorded.path), "reverse")
     assert job.choices == {"model": "replay", "loss": "reverse"}
     assert replay_job(recorded, []).config.train.max_steps == 1
+
+
+def test_a_swept_replay_is_every_combination(recorded: RunDir) -> None:
+    jobs = replay_jobs(recorded, ["loss=forward,reverse", "loss.topk=8,16", "train.lr=1e-4"], is_sweep=True)
+    assert [job.swept for job in jobs] == [
+        [f"loss={loss}", f"loss.topk={topk}"] for loss in ("forward", "reverse") for topk in (8, 16)
+    ]
+    assert {job.config.rollout.replay for job in jobs} == {str(recorded.path)}
+    assert [(job.config.loss.kl_type, job.config.loss.topk) for job in jobs][1:3] == [("forward", 16), ("reverse", 8)]
+    assert {job.config.train.lr for job in jobs} == {1e-4}
+    assert not any(job.config.rollout.replay_shuffle for job in jobs)
+    assert [one.config.loss.topk for one in resolve_jobs(jobs)[1]] == [8, 16, 8, 16]
+
+
+def test_swept_seeds_shuffle_a_replay(recorded: RunDir) -> None:
+    def shuffles(*overrides: str, is_sweep: bool = True) -> set[bool]:
+        return {job.config.rollout.replay_shuffle for job in replay_jobs(recorded, overrides, is_sweep=is_sweep)}
+
+    assert shuffles("train.seed=1,2") == {True}
+    assert shuffles("train.seed=1,2", "rollout.replay_shuffle=false") == {False}
+    assert shuffles("train.seed=1", "loss.topk=8,16") == {False}
+    assert shuffles("train.seed=1", is_sweep=False) == {False}
+
+
+def test_a_seed_without_effect_is_named(recorded: RunDir) -> None:
+    def warned(*overrides: str) -> bool:
+        (_, (resolved,)) = resolve_jobs(
+            replay_jobs(recorded, [*overrides, "loss.topk=16", "train.seed=1"], is_sweep=False)
+        )
+        return any("train.seed has no effect" in warning for warning in resolved.warnings)
+
+    assert warned()
+    assert warned("eval.at_end=true")  # greedy
+    assert not warned("eval.at_end=true", "eval.temperature=1")
+    assert not warned("rollout.replay_shuffle=true")
+    assert not warned("model.student.lora.rank=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problems"),
+    [
+        (["loss=forward"], ["nothing is swept"]),
+        ([], ["nothing is swept"]),
+        (["loss=forward,revers", "los.topk=8,16"], ["loss=revers: no such choice", "los.topk: unknown key"]),
+        (["train.lr=interval(1e-5,1e-3)"], ["search.trials"]),
+    ],
+)
+def test_wrong_sweeps_of_replays_are_refused(recorded: RunDir, overrides: list[str], problems: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        replay_jobs(recorded, overrides, is_sweep=True)
+    assert len(error.value.problems) == len(problems)
+    assert all(part in problem for part, problem in zip(problems, error.value.problems, strict=True))
+
+
+def test_each_combination_is_checked(recorded: RunDir) -> None:
+    jobs = replay_jobs(recorded, ["loss.topk=8,17,18", "loss.temperature=1,2"], is_sweep=True)
+    with pytest.raises(ConfigError) as error:
+        resolve_jobs(jobs)
+    assert sorted(problem.partition(":")[0] for problem in error.value.problems) == [
+        "loss.temperature=2.0",
+        "loss.topk=17",
+        "loss.topk=18",
+    ]
+
+
+def test_several_values_need_a_sweep(recorded: RunDir) -> None:
+    with pytest.raises(ConfigError, match="loss.topk: several values are a sweep: add -m"):
+        replay_jobs(recorded, ["loss.topk=8,16"], is_sweep=False)
