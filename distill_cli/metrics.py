@@ -161,13 +161,16 @@ ACCURACY = Figure("accuracy", "accuracy", "Right answers", from_0_to_1=True, wid
 KL = Figure("kl", "divergence", "KL per token", log=True)
 LOSS = Figure("loss", "divergence", "Loss", log=True)
 ENTROPY = Figure("entropy", "divergence", "Entropy of the student")
-MASS = Figure("mass", "divergence", "Mass on the teacher's top-k")
+MASS = Figure("mass", "divergence", "Mass on the tokens that are compared")
 AGREEMENT = Figure("agreement", "divergence", "Tokens at which both models agree on the likeliest token")
 TEACHERS_KL = Figure("teachers_kl", "divergence", "KL forward per token, by teacher", log=True)
 TEACHERS_AGREEMENT = Figure("teachers_agreement", "divergence", "Agreement on the likeliest token, by teacher")
 TEACHERS_ACCURACY = Figure("teachers_accuracy", "accuracy", "Right answers sampled in training, by teacher",
     from_0_to_1=True, wide=True)
 GRAD_NORM = Figure("grad_norm", "divergence", "Gradient norm, before clipping")
+GRAD_TERMS = Figure("grad_terms", "divergence", "Gradient norm of each term of the loss", log=True)
+SIGNALS = Figure("signals", "divergence", "Tokens that weights and clip leave", from_0_to_1=True)
+SIGNALS_LOSS = Figure("signals_loss", "divergence", "Divergence that weights and clip leave", from_0_to_1=True)
 LENGTH = Figure("length", "lengths", "Tokens per answer")
 TRUNCATED = Figure("truncated", "lengths", "Answers cut off at their length limit", from_0_to_1=True)
 SPEED = Figure("speed", "time", "Response tokens per second", wide=True, height=130)
@@ -199,7 +202,7 @@ METRICS = (
     Metric("val/truncated_rate", "held-out answers cut off at their length limit", ANSWERS, "lower",
         figure=TRUNCATED, series=HELD_OUT, needs="data.validation"),
 
-    Metric("train/kl_forward", "KL(teacher || student) per token; all tokens outside the teacher's top-k are one class",
+    Metric("train/kl_forward", "KL(teacher || student) per token; all tokens outside loss.support are one class",
         "nats", "lower", lambda tokens: tokens.kl_forward_N, "KL forward",
         panel=("KL", "{value:.4f} forward"), figure=KL, series="forward KL(teacher || student)",
         compared_in=EVERYWHERE),
@@ -207,12 +210,14 @@ METRICS = (
         "nats", "lower", lambda tokens: tokens.kl_reverse_N, "KL reverse",
         panel=("KL", "{value:.4f} reverse"), figure=KL, series="reverse KL(student || teacher)",
         compared_in=EVERYWHERE),
-    Metric("train/loss", "the divergence of loss.kl_type, a mean over the step's response tokens", "nats", "lower",
+    Metric("train/loss", "the loss, by default the divergence of loss.kl_type, a mean over the step's response tokens",
+        "nats", "lower",
         label="loss", step_line="loss={:.4f}", panel=("loss", "{value:.4f}  {spark}"), figure=LOSS,
         compared_in=("terminal", "page")),
     Metric("train/entropy", "the student's entropy per token, over the whole vocabulary", "nats",
         formula=lambda tokens: tokens.entropy_N, label="entropy", figure=ENTROPY, compared_in=("terminal", "page")),
-    Metric("train/teacher_topk_mass", "the teacher's probability of its own loss.topk likeliest tokens", "probability",
+    Metric("train/teacher_topk_mass", "the teacher's probability of the tokens of loss.support: by default its own "
+        "likeliest", "probability",
         "higher", lambda tokens: tokens.teacher_mass_N, figure=MASS, series="teacher"),
     Metric("train/student_topk_mass", "the student's probability of those tokens", "probability",
         "higher", lambda tokens: tokens.student_mass_N, figure=MASS, series="student"),
@@ -220,6 +225,21 @@ METRICS = (
         lambda tokens: (tokens.argmax_N == tokens.teacher_argmax_N).float(), "agreement", figure=AGREEMENT),
     Metric("train/grad_norm", "the gradient's norm before clipping, a mean over the step's updates", "norm",
         label="norm", step_line="gnorm={:.2f}", figure=GRAD_NORM),
+    Metric("train/grad_norm_divergence", "the gradient's norm of the loss's terms that depend on the teacher, "
+        "alone: at the first step and where the run validates, over one update", "norm", needs="loss.reward",
+        figure=GRAD_TERMS, series="divergence"),
+    Metric("train/grad_norm_advantage", "likewise of those that do not: rewards, penalties", "norm",
+        needs="loss.reward", figure=GRAD_TERMS, series="reward and penalty"),
+    Metric("train/weighted_tokens", "tokens whose loss.token_weight is above 0", TOKENS, needs="loss.token_weight",
+        figure=SIGNALS, series="with a weight"),
+    Metric("train/weighted_loss", "what the weights leave of the divergence's sum", "share of the loss",
+        needs="loss.token_weight", figure=SIGNALS_LOSS, series="weights"),
+    Metric("train/unclipped_tokens", "tokens whose divergence is at most loss.token_clip", TOKENS,
+        needs="loss.token_clip", figure=SIGNALS, series="below the clip"),
+    Metric("train/unclipped_loss", "what the clip leaves of the divergence's sum", "share of the loss",
+        needs="loss.token_clip", figure=SIGNALS_LOSS, series="clip"),
+    Metric("train/near_tokens", "sampled tokens whose importance ratio is within loss.max_ratio; the others have no "
+        "policy gradient", TOKENS, "higher", needs="loss.policy_gradient"),
     Metric("train/lr", "the learning rate of the step's last update"),
     Metric("train/response_tokens", "tokens with a loss", "tokens", label="tokens", number_format=",.0f",
         compared_in=("terminal", "page"), is_total=True),

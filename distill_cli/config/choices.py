@@ -12,8 +12,9 @@ def conf_dir() -> Path:
 
 
 def groups(conf_dirs: Sequence[Path]) -> list[str]:
-    """Return the names of the config groups."""
-    return sorted({d.name for folder in conf_dirs for d in folder.iterdir() if d.is_dir() and d.name != "hydra"})
+    """Return the names of the config groups; one inside another has both names, as in loss/token_weight."""
+    found = {d.relative_to(folder).as_posix() for folder in conf_dirs for d in folder.rglob("*") if d.is_dir()}
+    return sorted(name for name in found if name.partition("/")[0] != "hydra")
 
 
 def group_choices(group: str, conf_dirs: Sequence[Path]) -> list[str]:

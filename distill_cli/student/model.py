@@ -8,6 +8,7 @@ Shape letters: T tokens of the packed row, N response tokens, n of a chunk, C th
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -101,6 +102,26 @@ class Student(nn.Module):
     def decoder(self) -> nn.Module:
         return decoder_of(self.lm)
 
+    @property
+    def objectives(self) -> list[Objective]:
+        """All objectives of its tokens."""
+        return [self.objective, *self.own_objectives.values()]
+
+    @contextmanager
+    def term_alone(self, term: Literal["divergence", "advantage"]) -> Iterator[None]:
+        """Have within the block the loss's terms that depend on the teacher alone, or those that do not."""
+        before = self.objective, self.own_objectives, self.has_advantages
+        if term == "divergence":
+            self.has_advantages = False
+        else:
+            off = partial(replace, divergence_weight=0.0, policy_gradient=0.0)
+            self.objective = off(self.objective)
+            self.own_objectives = {key: off(one) for key, one in self.own_objectives.items()}
+        try:
+            yield
+        finally:
+            self.objective, self.own_objectives, self.has_advantages = before
+
     def forward(
         self, batch: MicroBatch, *, num_loss_tokens: torch.Tensor, num_top: int = 0
     ) -> tuple[torch.Tensor, HeadOutput]:
@@ -161,6 +182,15 @@ class Student(nn.Module):
             return outputs(slice(None), objective, first)
         rows = [torch.isin(batch.teachers, torch.tensor(sets).to(self.device)).nonzero()[:, 0] for _, sets in calls]
         return join([outputs(own, one, sets[0]) for own, (one, sets) in zip(rows, calls, strict=True)], rows)
+
+    def limits_of(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the clip and the greatest importance ratio at each response token: float [N] each."""
+        clip_N = torch.full(batch.teachers.shape, self.objective.clip or torch.inf, device=batch.teachers.device)
+        ratio_N = torch.full_like(clip_N, self.objective.max_ratio)
+        for teachers, own in self.own_objectives.items():
+            mine_N = batch.teachers == teachers
+            clip_N[mine_N], ratio_N[mine_N] = own.clip or torch.inf, own.max_ratio
+        return clip_N, ratio_N
 
     def _head(self) -> Head:
         """Return this rank's shard of the student's head, whose gradients are its own, and whole."""

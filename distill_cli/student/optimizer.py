@@ -17,6 +17,8 @@ from distill_cli.rollout.pack import MicroBatch
 from distill_cli.student.model import Student
 
 Schedule = Literal["constant", "cosine", "linear"]
+TERMS: tuple[Literal["divergence", "advantage"], ...] = ("divergence", "advantage")
+"""What the loss is a sum of; see `Student.term_alone`."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,22 @@ def accumulate_gradient(
     parallel.all_sum(loss)
     norm = clip_gradient(student, max_norm=max_grad_norm)
     return StepResult(float(loss), norm, int(total_tokens), outputs)
+
+
+def term_norms(
+    student: Student, optimizer: torch.optim.Optimizer, batches: Sequence[MicroBatch], *, parallel: Parallel
+) -> dict[str, float]:
+    """Return the gradient's norm of each of the loss's terms alone, by its name. A collective.
+
+    Each costs a forward and a backward pass; parameters and optimizer stay as they are.
+    """
+    norms = dict[str, float]()
+    for term in TERMS:
+        with student.term_alone(term):
+            result = accumulate_gradient(student, batches, max_grad_norm=math.inf, parallel=parallel)
+        norms[term] = result.grad_norm
+        optimizer.zero_grad(set_to_none=True)
+    return norms
 
 
 def clip_gradient(student: nn.Module, *, max_norm: float) -> float:

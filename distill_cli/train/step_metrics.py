@@ -58,6 +58,53 @@ def train_metrics(updates: Updates, *, is_current: bool, parallel: Parallel) -> 
     }
 
 
+def signal_metrics(updates: Updates, student: Student, *, parallel: Parallel) -> dict[str, float]:
+    """Return what token weights, the clip and the limit of importance ratios leave: shares of a step. A collective.
+
+    Empty if the loss has none of them.
+    """
+    objectives = student.objectives
+    has_weight, has_clip = (any(getattr(one, name) is not None for one in objectives) for name in ("weight", "clip"))
+    has_ratio = student.has_advantages or any(one.policy_gradient for one in objectives)
+    if not (has_weight or has_clip or has_ratio):
+        return {}
+    sums = torch.zeros(8, device=parallel.device)
+    for batches, result in updates:
+        for batch, output in zip(batches, result.outputs, strict=True):
+            batch = batch.to(parallel.device)
+            divergence_N, weight_N = output.divergence_N, output.weight_N
+            clip_N, ratio_N = student.limits_of(batch)
+            clipped_N = torch.minimum(divergence_N, clip_N)
+            log_ratio_N = (output.sampled_logp_N - batch.sampler_logp).abs()
+            is_sampled_N = batch.has_sampler_logp
+            sums += torch.stack(
+                [
+                    torch.tensor(float(len(divergence_N)), device=parallel.device),
+                    (weight_N > 0).sum(),
+                    (divergence_N <= clip_N).sum(),
+                    divergence_N.sum(),
+                    clipped_N.sum(),
+                    (weight_N * clipped_N).sum(),
+                    is_sampled_N.sum(),
+                    (is_sampled_N & (log_ratio_N <= ratio_N.log())).sum(),
+                ]
+            )
+    number, weighted, below, whole, clipped, left, sampled, near = parallel.all_sum(sums).tolist()
+    metrics = dict[str, float]()
+    if has_weight:
+        metrics |= {"train/weighted_tokens": weighted / max(number, 1), "train/weighted_loss": share(left, clipped)}
+    if has_clip:
+        metrics |= {"train/unclipped_tokens": below / max(number, 1), "train/unclipped_loss": share(clipped, whole)}
+    if has_ratio:
+        metrics["train/near_tokens"] = near / max(sampled, 1)
+    return metrics
+
+
+def share(part: float, whole: float) -> float:
+    """Return the share that a part has of the whole, 1 of nothing."""
+    return part / whole if whole > 0 else 1.0
+
+
 def teacher_metrics(
     updates: Updates, rollouts: Sequence[Rollout], *, names: Sequence[str], parallel: Parallel
 ) -> dict[str, float]:

@@ -25,10 +25,16 @@ from distill_cli.rollout.source import RolloutSource, ScoredBatch
 from distill_cli.rollout.stages import Stages, StopRequested
 from distill_cli.student.model import Student
 from distill_cli.student.moving import MovingCopy
-from distill_cli.student.optimizer import StepResult, optimizer_step
+from distill_cli.student.optimizer import StepResult, optimizer_step, term_norms
 from distill_cli.train.run_log import RunLog
 from distill_cli.train.run_state import Progress
-from distill_cli.train.step_metrics import performance_metrics, rollout_metrics, teacher_metrics, train_metrics
+from distill_cli.train.step_metrics import (
+    performance_metrics,
+    rollout_metrics,
+    signal_metrics,
+    teacher_metrics,
+    train_metrics,
+)
 from distill_cli.train.token_report import ProbeReport
 from distill_cli.train.validation import Validation
 from distill_cli.types import Rollout
@@ -123,11 +129,14 @@ class Trainer:
         if step == 1:
             self.log.example(batch.rollouts[0])
         self.stages.check_stop()  # the step's last check: from here on the student changes
-        updates = []
+        updates, of_terms = [], dict[str, float]()
         for plan in batch.plans:
             with self.stages("pack"):
                 by_place = None if self.advantages is None else self.advantages(batch.rollouts, plan.members)
                 batches = micro_batches(plan, batch.rollouts, batch.scores, parallel=mesh, advantages=by_place)
+            if plan is batch.plans[0] and self.measures_terms_at(step):
+                with self.stages("record"):
+                    of_terms = term_norms(self.student, optimizer, batches, parallel=mesh)
             with self.stages("train"):
                 lr, norm = float(schedule.get_last_lr()[0]), self.config.train.max_grad_norm
                 result = optimizer_step(self.student, optimizer, schedule, batches, max_grad_norm=norm, parallel=mesh)
@@ -138,6 +147,8 @@ class Trainer:
         with self.stages("record"):
             train_s = self.stages.seconds["train"]
             trained = train_metrics(updates, is_current=batch.is_current, parallel=mesh)
+            trained |= {f"train/grad_norm_{term}": norm for term, norm in of_terms.items()}
+            trained |= signal_metrics(updates, self.student, parallel=mesh)
             if len(self.teachers) > 1:
                 trained |= teacher_metrics(updates, batch.rollouts, names=self.teachers, parallel=mesh)
             self.check_mismatch(step, trained.get("rollout/engine_mismatch", 0.0))
@@ -160,6 +171,13 @@ class Trainer:
         """Return whether the student is validated after `step`."""
         settings = self.config.eval
         return (settings.period > 0 and step % settings.period == 0) or (step == self.num_steps and settings.at_end)
+
+    def measures_terms_at(self, step: int) -> bool:
+        """Return whether the gradients of the loss's terms are compared in `step`, which costs two passes more."""
+        has_both = self.advantages is not None and any(
+            one.divergence_weight or one.policy_gradient for one in self.student.objectives
+        )
+        return has_both and (step == 1 or self.validates_at(step))
 
     def save(self, metrics: Mapping[str, float]) -> None:
         """Save the last step that the student has learned from, unless it is saved. A collective.

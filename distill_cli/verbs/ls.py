@@ -32,7 +32,7 @@ def main(arguments: Arguments) -> int:
     known = groups([folder])
     if group is None:
         for name in known:
-            print(f"{name:<12}{', '.join(group_choices(name, [folder]))}")
+            print(f"{name:<18}{', '.join(group_choices(name, [folder]))}")
         return 0
     if group == FAMILIES:
         print("\n".join(family_lines()))
