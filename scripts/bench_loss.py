@@ -23,20 +23,26 @@ import torch
 
 from distill_cli.losses.distill_loss import TAILS, DistillLoss
 from distill_cli.losses.divergence import DIVERGENCES
-from distill_cli.losses.linear_topk import linear_topk_loss
+from distill_cli.losses.head import Head
+from distill_cli.losses.linear_divergence import linear_divergence
+from distill_cli.losses.objective import BatchLoss, Facts, Objective
+from distill_cli.losses.teacher_chunk import TopK
 
 SMALL = {"tokens": 64, "vocab": 1000, "hidden": 32, "topk": 16}
 
 
 def fused(hidden_NH, weight_VH, ids_NK, teacher_logp_NK, loss: DistillLoss) -> torch.Tensor:
-    num_tokens = hidden_NH.shape[0]
-    return linear_topk_loss(
-        hidden_NH,
-        weight_VH,
-        ids_NK,
-        lambda logp, entropy, rows: loss(teacher_logp_NK[rows], logp, entropy) / num_tokens,
-        sampled_ids_N=ids_NK[:, 0],
-    ).loss
+    teacher = TopK(ids_NK, teacher_logp_NK, teacher_logp_NK[:, 0])
+    token_loss, sampled_ids_N = token_loss_of(loss, hidden_NH), ids_NK[:, 0]
+    return linear_divergence(hidden_NH, Head(weight_VH), teacher, token_loss, sampled_ids_N=sampled_ids_N).loss
+
+
+def token_loss_of(loss: DistillLoss, hidden_NH: torch.Tensor) -> BatchLoss:
+    """Return the mean over tokens, as training has it."""
+    zeros_N = torch.zeros(hidden_NH.shape[0], dtype=torch.int64, device=hidden_NH.device)
+    facts = Facts(zeros_N, zeros_N.float(), zeros_N.bool(), zeros_N, zeros_N + 1, zeros_N.float())
+    num_tokens = torch.tensor(float(len(zeros_N)), device=zeros_N.device)
+    return BatchLoss({}, Objective(loss), facts, num_loss_tokens=num_tokens)
 
 
 def materialised(hidden_NH, weight_VH, ids_NK, teacher_logp_NK, loss: DistillLoss) -> torch.Tensor:

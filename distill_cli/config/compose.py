@@ -123,6 +123,6 @@ def composed_job(config: DictConfig, overrides: Sequence[str]) -> Job:
     if runtime.mode is not None and runtime.mode.name == "MULTIRUN":
         keys = variation.sweep_keys(overrides) | {str(key) for key in runtime.sweeper.get("params") or {}}
         swept = [text for text in task if text.lstrip("+").split("=", 1)[0] in keys]
-    choices = {group: choice for group, choice in runtime.runtime.choices.items() if "/" not in group}
+    choices = {group: choice for group, choice in runtime.runtime.choices.items() if not group.startswith("hydra/")}
     composed: Any = OmegaConf.to_object(config)
     return Job(config=composed, choices=choices, overrides=task, swept=swept)

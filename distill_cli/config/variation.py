@@ -74,7 +74,11 @@ def override(config: Config, overrides: Overrides, *, typed: Sequence[str] = (),
             raise ConfigError(f"{line}: takes no sweep and no deletion here; give key=value or group=choice")
         try:
             if (conf_dir() / key).is_dir():
-                _choose(merged, group=key, choice=str(one.value()))
+                _choose(merged, group=key, choice=one.value())
+                for text in typed:  # what was chosen within the group
+                    inner, _, choice = text.lstrip("+").partition("=")
+                    if inner.startswith(f"{key}/"):
+                        _choose(merged, group=inner, choice=None if choice == "null" else choice)
                 for name in kept:
                     if (value := OmegaConf.select(before, name)) is not None:
                         OmegaConf.update(merged, name, value, merge=False, force_add=True)
@@ -95,8 +99,20 @@ def _with_value(section: Any, path: Sequence[str], value: Any) -> Any:
     return dataclasses.replace(section, **{name: inner})
 
 
-def _choose(merged: DictConfig, *, group: str, choice: str) -> None:
-    """Replace in `merged` what the file `group`/`choice`.yaml sets, with the values that Hydra composes for it."""
+def _choose(merged: DictConfig, *, group: str, choice: Any) -> None:
+    """Replace in `merged` what the file `group`/`choice`.yaml sets, with the values that Hydra composes for it.
+
+    A group inside another sets keys of that; None, which no other has, unsets them.
+    """
+    section, is_inner, _ = group.partition("/")
+    if is_inner:
+        contents: dict[str, Any] = {
+            name: OmegaConf.to_container(OmegaConf.load(conf_dir() / group / f"{name}.yaml"))
+            for name in group_choices(group, [conf_dir()])
+        }
+        for key in {key for content in contents.values() for key in content}:
+            OmegaConf.update(merged, f"{section}.{key}", contents.get(str(choice), {}).get(key), merge=False)
+        return
     ConfigStore.instance().store("base_config", Config)
     with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
         composed = hydra.compose("config", overrides=[f"{group}={choice}"])

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from distill_cli.config.choices import nearest
+from distill_cli.config.choices import conf_dir, groups, nearest
 from distill_cli.errors import ConfigError, refuse
 
 Arguments = argparse.Namespace
@@ -115,7 +115,8 @@ def is_override(word: str) -> bool:
     key, has_value, _ = word.partition("=")
     if word.startswith(("+", "~")):
         return True
-    return bool(has_value) and not Path(word).exists() and ("/" not in key or key.startswith("hydra/"))
+    is_group = key.startswith("hydra/") or key.split("@")[0] in groups([conf_dir()])
+    return bool(has_value) and not Path(word).exists() and ("/" not in key or is_group)
 
 
 def _step(names: Sequence[str], word: str) -> str:

@@ -117,6 +117,7 @@ def test_wait_is_an_override() -> None:
         ("data.train.path=/a/b", True),
         ("hydra/sweeper=optuna", True),
         ("here=1", False),
+        ("loss/token_weight=position", True),
         ("runs/s/0_topk=32", False),
         ("/runs/s/0_topk=32", False),
         ("Qwen/Qwen3-4B", False),
