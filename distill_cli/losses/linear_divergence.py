@@ -78,7 +78,8 @@ class HeadOutput:
     """float32 [N, M]"""
     teacher_logp_NC: torch.Tensor
     student_logp_NC: torch.Tensor
-    """float32 [N, K + 1]: of the support's ids, then of the rest. [N, 0] with full support."""
+    """float32 [N, K + 1]: of the support's ids, then of the rest. [N, 0] without `with_classes`, or with full
+    support."""
 
 
 def join(outputs: Sequence[HeadOutput], rows: Sequence[torch.Tensor]) -> HeadOutput:
@@ -109,6 +110,7 @@ def linear_divergence(
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
     num_top: int = 0,
+    with_classes: bool = False,
     merged_eos_ids: Sequence[int] = (),
 ) -> HeadOutput:
     """Return the sum over tokens of `token_loss`, for a student with logits transform(h W^T + b) / temperature.
@@ -129,6 +131,7 @@ def linear_divergence(
         chunk_tokens: tokens at a time, at most; changes results by rounding only. None: see `chunk_size`.
         num_top: number of both models' likeliest tokens to return: one more pass over the logits, which training does
             not need.
+        with_classes: return the support's log-probabilities too, which training does not need either.
         merged_eos_ids: tokens that are one class under the first one's id, whose probability is the sum of theirs.
             A `TopK` must not have the other ids. Costs two more collectives of [n] and [n, len(merged_eos_ids)].
     """
@@ -137,7 +140,7 @@ def linear_divergence(
     with torch.no_grad():
         chunks = _Chunks(hidden_NH, head, teacher, token_loss, sampled_ids_N, temperature, group, tuple(merged_eos_ids))
         grads = _Gradients.like(*chunks.operands, needs=needs) if any(needs) else None
-        parts = list(chunks.run(grads, most=chunk_tokens, num_top=num_top))
+        parts = list(chunks.run(grads, most=chunk_tokens, num_top=num_top, with_classes=with_classes))
         outputs = [torch.cat(part) for part in zip(*parts, strict=True)]
         loss = outputs[0].sum()
     if grads is not None:
@@ -200,7 +203,9 @@ class _Chunks:
         if isinstance(teacher, TeacherHidden):
             self._of_teacher = teacher.head.operands(teacher.hidden_NH)
 
-    def run(self, grads: _Gradients | None, *, most: int | None, num_top: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    def run(
+        self, grads: _Gradients | None, *, most: int | None, num_top: int, with_classes: bool
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield each chunk's results in the order of `HeadOutput`'s fields, and add its gradients."""
         hidden, weight, bias = self.operands
         size = chunk_size(*weight.shape, num_tokens=hidden.shape[0], most=most)
@@ -220,7 +225,8 @@ class _Chunks:
             if grads is not None:
                 self._transform.cap_gradient(grad_nV, tanh_nV=tanh_nV)
                 grads.add(grad_nV, hidden, weight, rows=rows)
-            yield results
+            *others_n, teacher_nC, student_nC = results
+            yield *others_n, *((teacher_nC, student_nC) if with_classes else (teacher_nC[:, :0], student_nC[:, :0]))
 
     def _results(
         self,

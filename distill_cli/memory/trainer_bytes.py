@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distill_cli.config.derived import micro_batches_per_update
-from distill_cli.config.schema import Checkpointing, Config, MeshConfig, Precision, TrainConfig
+from distill_cli.config.schema import Checkpointing, Config, MeshConfig, Precision, Support, TrainConfig
 from distill_cli.config.teachers import teacher_configs
 from distill_cli.losses.chunks import chunk_size
 from distill_cli.memory.layers import LayerShape
@@ -15,6 +16,8 @@ from distill_cli.memory.shape import ModelShape
 PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "loss")
 TOPK_BYTES = 45
 """Bytes of the fused head's small tensors per token of a chunk and token of its top-k (measured)."""
+HEAD_OUTPUTS = 18
+"""Numbers that the head returns for a token (`HeadOutput`)."""
 FLOAT32 = 4
 QUERY_ROWS = 512
 """`student.attention.QUERY_ROWS`: queries whose scores exist at a time, where they exist."""
@@ -29,6 +32,7 @@ class Step:
     tokens: int
     """Tokens of a packed row, at most; context ranks share it."""
     topk: int
+    """Ids of the support."""
     micro_batches: int = 1
     """Micro-batches of a rank per update."""
     parameter_ranks: int = 1
@@ -38,10 +42,12 @@ class Step:
     """Tokens of the longest sequence."""
     copies: int = 0
     """Copies of the trained parameters: those of moving teachers."""
+    teachers: tuple[tuple[int, int], ...] = ()
+    """Numbers and bytes each of the hidden states of teachers that return them, whose heads the trainer has."""
 
     @classmethod
-    def of(cls, config: Config, *, num_ranks: int, on_gpu: bool) -> Step:
-        """Return the update of a config, with sequences of the greatest length."""
+    def of(cls, config: Config, *, num_ranks: int, on_gpu: bool, teachers: Sequence[tuple[int, int]] = ()) -> Step:
+        """Return the update of a config, with sequences of the greatest length; `teachers` as in the field."""
         train, mesh = config.train, config.mesh
         copies = num_ranks // (mesh.tensor * mesh.context)
         sequences = math.ceil(train.global_batch_size / copies)
@@ -50,7 +56,9 @@ class Step:
         sharers = max(copies // mesh.replicate, 1) * mesh.context
         length = min(config.rollout.max_sequence_length, tokens)
         moving = sum(one.model.teacher.moves_apart for one in teacher_configs(config).values())
-        return cls(train, mesh, tokens, config.loss.topk, micro_batches, sharers, on_gpu, length, moving)
+        support = config.loss.support
+        ids = 0 if support is Support.full else config.loss.topk * (1 + (support is Support.union))
+        return cls(train, mesh, tokens, ids, micro_batches, sharers, on_gpu, length, moving, tuple(teachers))
 
     @property
     def computed(self) -> int:
@@ -147,7 +155,8 @@ def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:
     weights += step.copies * FLOAT32 * own
     resting = {"weights": on_device * weights / s, "optimizer": 0 if rests_on_host else optimizer}
     reduced = on_device * FLOAT32 / s  # bytes of a reduced gradient's element
-    head_output = FLOAT32 * (step.tokens / step.mesh.context) * (step.topk + 6) * step.micro_batches
+    weights += sum(size * shape.vocab * hidden for hidden, size in step.teachers) / tensor
+    head_output = FLOAT32 * (step.tokens / step.mesh.context) * HEAD_OUTPUTS * step.micro_batches
     waiting = FLOAT32 * (sum(own_layers) + own_root) if step.micro_batches > 1 else 0
     moments = []
 
@@ -207,6 +216,11 @@ def _loss_bytes(shape: ModelShape, step: Step) -> float:
     ]
     if shape.has_soft_cap:
         parts.append(FLOAT32 * chunk * vocab)
+    if step.teachers:  # the largest: its logits, its hidden states twice, its head where it is not whole already
+        own, size = max(step.teachers)
+        gathered = size * vocab * own if step.parameter_ranks > 1 else 0
+        converted = FLOAT32 * own * (vocab + tokens) if size < FLOAT32 and not step.on_gpu else 0
+        parts += [FLOAT32 * chunk * vocab, 2 * size * tokens * own, gathered, converted]
     if step.computed < FLOAT32:
         parts.append(step.computed * chunk * vocab if step.on_gpu else FLOAT32 * (matrix + hidden))
     return sum(parts)

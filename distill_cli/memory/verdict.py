@@ -7,11 +7,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from distill_cli.config.schema import Checkpointing, Config
+from distill_cli.config.derived import needs_hidden
+from distill_cli.config.schema import Checkpointing, Config, Dtype
+from distill_cli.config.teachers import teacher_configs
 from distill_cli.config.variation import override
 from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB, engine_bytes, engine_problems, engines_of, gib
 from distill_cli.memory.shape import ModelShape
 from distill_cli.memory.trainer_bytes import Step, trainer_moments
+from distill_cli.models import model_files
 from distill_cli.resolved import PredictedMemory
 
 CUT_FAMILIES = {"qwen2", "qwen3", "llama", "mistral", "gemma3_text"}
@@ -54,10 +57,21 @@ def predict(
         engines[one.name] = engine_bytes(one.folder, one.model, one.settings, gpu_bytes=gpu_bytes)
         if gpu_bytes is not None and one.settings.sleep is not False:
             asleep.append(one.name)
-    moments = trainer_moments(shape, Step.of(config, num_ranks=num_ranks, on_gpu=gpu_bytes is not None))
+    returned = hidden_states(config, teachers)
+    step = Step.of(config, num_ranks=num_ranks, on_gpu=gpu_bytes is not None, teachers=returned)
+    moments = trainer_moments(shape, step)
     trainer, rest = max(moments, key=lambda moment: moment.total), moments[0].parts
     peak = peak_bytes(trainer.total, rest["weights"] + rest["optimizer"], engines, asleep)
     return PredictedMemory(peak, {**trainer.parts, **engines}, trainer.name, tuple(asleep))
+
+
+def hidden_states(config: Config, teachers: Mapping[str, Path]) -> list[tuple[int, int]]:
+    """Return the numbers, and bytes each, of the hidden states that teachers return, if the run needs some."""
+    if not needs_hidden(config):
+        return []
+    alone = teacher_configs(config)
+    sizes = {name: 4 if alone[name].model.teacher.dtype is Dtype.float32 else 2 for name in teachers}
+    return [(model_files.hidden_size(folder), sizes[name]) for name, folder in teachers.items()]
 
 
 def peak_bytes(trainer: int, resting: int, engines: Mapping[str, int], asleep: Sequence[str]) -> int:

@@ -181,7 +181,7 @@ class SelfCheck:
     def evaluate(self, student: Student, batches: Sequence[MicroBatch]) -> tuple[float, list[HeadOutput]]:
         """Return the loss of the global batch, and the head's outputs on this rank's micro-batches."""
         total = count_response_tokens(batches, parallel=self.parallel)
-        outputs = student.evaluate(batches, num_loss_tokens=total.clamp(min=1))
+        outputs = student.evaluate(batches, num_loss_tokens=total.clamp(min=1), with_classes=True)
         loss = torch.zeros((), device=self.parallel.device)
         for output in outputs:
             loss += output.loss
@@ -260,14 +260,14 @@ class SelfCheck:
 
     def check_gradient(self, batches: Sequence[MicroBatch]) -> Findings:
         """Check that the loss is the mean over response tokens, and its gradient the slope by central differences."""
+        _, outputs = self.evaluate(self.student, batches)
         result = accumulate_gradient(self.student, batches, max_grad_norm=float("inf"), parallel=self.parallel)
-
         token_loss = build_loss(self.config)
 
         def at_tokens(batch: MicroBatch, output: HeadOutput) -> torch.Tensor:
             return token_loss(batch.scores.topk_logp, output.student_logp_NC, output.entropy_N)
 
-        expected = self.mean(batches, result.outputs, at_tokens)
+        expected = self.mean(batches, outputs, at_tokens)
         is_mean = abs(result.loss - expected) <= 1e-3 * abs(expected) + self.limits.loss
         yield self.answer("mean", is_mean, f"{result.loss:.6g}, and {expected:.6g} token by token")
         if self.differs(result.loss) and result.is_finite and result.grad_norm > 0:

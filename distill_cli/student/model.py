@@ -123,14 +123,14 @@ class Student(nn.Module):
             self.objective, self.own_objectives, self.has_advantages = before
 
     def forward(
-        self, batch: MicroBatch, *, num_loss_tokens: torch.Tensor, num_top: int = 0
+        self, batch: MicroBatch, *, num_loss_tokens: torch.Tensor, num_top: int = 0, with_classes: bool = False
     ) -> tuple[torch.Tensor, HeadOutput]:
         """Return one micro-batch's share of the loss.
 
         Args:
             num_loss_tokens: scalar float; the response tokens of the whole global batch, over all ranks and
                 micro-batches. The one division of the loss happens here.
-            num_top: number of the student's own most likely tokens to return with the head's output.
+            num_top, with_classes: further results of the head (`linear_divergence`).
 
         Returns:
             What to differentiate: the sum over this micro-batch's response tokens of their loss, divided by
@@ -139,14 +139,15 @@ class Student(nn.Module):
             whose loss is without the router's.
         """
         hidden_1TH, router_logits = self._hidden_states(batch)
-        out = self._apply_head(hidden_1TH[0, batch.rows], batch, num_loss_tokens=num_loss_tokens, num_top=num_top)
+        options: dict[str, Any] = {"num_top": num_top, "with_classes": with_classes}
+        out = self._apply_head(hidden_1TH[0, batch.rows], batch, num_loss_tokens=num_loss_tokens, **options)
         if self.router_loss is None or not batch.num_response_tokens:
             return out.loss, out
         share = batch.num_response_tokens / num_loss_tokens
         return out.loss + share * self.router_loss(router_logits, batch.is_real), out
 
     def _apply_head(
-        self, hidden_NH: torch.Tensor, batch: MicroBatch, *, num_loss_tokens: torch.Tensor, num_top: int
+        self, hidden_NH: torch.Tensor, batch: MicroBatch, *, num_loss_tokens: torch.Tensor, **options: Any
     ) -> HeadOutput:
         """Return the head's output at each response token, whose loss is divided by `num_loss_tokens`."""
         head, group = self._head(), None if self.tensor is None else self.tensor.get_group()
@@ -173,7 +174,7 @@ class Student(nn.Module):
                 temperature=objective.temperature,
                 group=group,
                 merged_eos_ids=self.merged_eos_ids,
-                num_top=num_top,
+                **options,
             )
 
         calls = calls_of(batch.teachers, self.own_objectives, self.objective, from_hidden=from_hidden)
@@ -229,13 +230,13 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def evaluate(
-        self, batches: Sequence[MicroBatch], *, num_loss_tokens: torch.Tensor, num_top: int = 0
+        self, batches: Sequence[MicroBatch], *, num_loss_tokens: torch.Tensor, **options: Any
     ) -> list[HeadOutput]:
         """Return the head's output for each micro-batch, its share of the loss included, without gradient.
 
         The arguments are `forward`'s. A collective: every rank must have as many micro-batches.
         """
-        options = {"num_loss_tokens": num_loss_tokens, "num_top": num_top}
+        options["num_loss_tokens"] = num_loss_tokens
         outputs = [self(batch.to(self.device), **options)[1] for batch in batches]
         if isinstance(self, FSDPModule):
             self.reshard()  # no backward pass does; gathered parameters would outlive a change of the weights

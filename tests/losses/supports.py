@@ -75,7 +75,7 @@ def make_pair(
 def run(pair: Pair, loss: DistillLoss, *, support: str, topk: int = TOPK, **options: Any) -> HeadOutput:
     teacher = TeacherHidden(pair.teacher_Nh, pair.teacher_head, pair.vocab_size, support, topk)
     token_loss = options.pop("token_loss", HeadLoss(loss, weights_of(pair)))
-    options = {"chunk_tokens": 4, "sampled_ids_N": sampled_of(pair), **options}
+    options = {"chunk_tokens": 4, "sampled_ids_N": sampled_of(pair), "with_classes": True, **options}
     return linear_divergence(pair.hidden_NH, pair.head, teacher, token_loss, **options)
 
 

@@ -41,6 +41,7 @@ def run_head(
         topk_of(case.ids_NK, case.teacher_logp_NK),
         HeadLoss(loss, weights_N),
         sampled_ids_N=torch.arange(hidden_NH.shape[0]) % weight_VH.shape[0],
+        with_classes=True,
         **options,
     )
 

@@ -47,6 +47,7 @@ def run_head(inputs: Inputs, case: Case, loss: DistillLoss, *, with_bias: bool, 
         topk_of(case.ids_NK, logp_NK),
         HeadLoss(loss),
         sampled_ids_N=torch.arange(len(hidden)),
+        with_classes=True,
         chunk_tokens=4,
         **options,
     )

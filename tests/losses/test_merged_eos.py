@@ -48,6 +48,7 @@ def run(scores: TeacherScores, hidden: torch.Tensor, weight: torch.Tensor, loss:
         topk_of(scores.topk_ids, scores.topk_logp),
         HeadLoss(loss),
         sampled_ids_N=torch.full((TOKENS,), ENDS[1]),
+        with_classes=True,
         temperature=temperature,
         chunk_tokens=4,
         merged_eos_ids=ENDS,

@@ -54,6 +54,7 @@ def run_head(
         topk_of(ids, logp),
         HeadLoss(loss),
         sampled_ids_N=torch.arange(0, 5 * TOKENS, 5),
+        with_classes=True,
         temperature=0.8 if tail == "zero" else 1.0,
         group=group,
         chunk_tokens=4,

@@ -46,7 +46,7 @@ def make_batch() -> MicroBatch:
 def run(student: Student, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Each token's loss and log-probabilities, and the gradient of the head."""
     student.zero_grad()
-    loss, output = student(batch, num_loss_tokens=torch.tensor(7.0), num_top=2)
+    loss, output = student(batch, num_loss_tokens=torch.tensor(7.0), num_top=2, with_classes=True)
     loss.backward()
     assert loss.isclose(output.loss_N.sum())
     return output.loss_N, output.student_logp_NC, student.lm.get_output_embeddings().weight.grad.clone()
