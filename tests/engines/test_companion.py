@@ -32,6 +32,13 @@ def test_a_companion_answers_until_it_dies(scorer, teacher_settings):
     ):
         for name in ("topk_ids", "topk_logp", "sampled_logp"):
             torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=1e-5, rtol=0)
+    for ours, theirs in zip(
+        companion.score(sequences, response_starts=starts, hidden=True),
+        scorer.score(sequences, response_starts=starts, hidden=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours.hidden, theirs.hidden, atol=1e-5, rtol=0)
+    assert companion.head((3, 20)).weight.equal(scorer.head((3, 20)).weight)
     parts = [slice(0, 2), slice(2, 3), slice(3, 4)]
     waits = [companion.submit(sequences[part], response_starts=starts[part]) for part in parts]
     whole = companion.score(sequences, response_starts=starts)  # asked for last, and read first

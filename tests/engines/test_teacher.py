@@ -37,6 +37,24 @@ def test_scores_equal_transformers_at_ragged_lengths(scorer, teacher):
         assert_scores_equal_reference(result, teacher, sequence, start=start, topk=16)
 
 
+def test_hidden_states_and_head_give_the_scores(scorer, teacher):
+    """They are what transformers' head reads, at ragged lengths; the head is transformers' too."""
+    sequences, starts = random_sequences([2, 3, 17, 128, 129, 200, MAX_LEN]), [1, 3, 5, 127, 1, 150, 1]
+    scores, found = (scorer.score(sequences, response_starts=starts, hidden=hidden) for hidden in (False, True))
+    head = scorer.head()
+    torch.testing.assert_close(head.weight, teacher.get_output_embeddings().weight.detach()[: len(head.weight)])
+    assert (head.bias, head.scale, head.soft_cap) == (None, 1.0, None)
+    assert scorer.head((5, 9)).weight.equal(head.weight[5:9])
+    for sequence, start, known, one in zip(sequences, starts, scores, found, strict=True):
+        assert (one.hidden.shape[0], one.topk_ids.shape[1]) == (len(sequence) - start, 0)
+        with torch.no_grad():
+            states = teacher.get_decoder()(torch.tensor([sequence])).last_hidden_state[0, start - 1 : -1]
+        torch.testing.assert_close(one.hidden, states, atol=TOLERANCE, rtol=0)
+        logp_RV = head.logits(one.hidden).log_softmax(-1)
+        got = logp_RV.gather(1, known.topk_ids.long()).float()
+        torch.testing.assert_close(got, known.topk_logp, atol=TOLERANCE, rtol=0)
+
+
 def test_candidates_fall_and_differ(scorer):
     (scores,) = scorer.score(random_sequences([60]), response_starts=[10])
     assert (scores.topk_logp.diff(dim=-1) <= 0).all()

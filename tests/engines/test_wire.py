@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import numpy
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import numpy as library
 
 from distill_cli.engines.settings import SamplingSettings
-from distill_cli.engines.wire import BadBody, SampleRequest, ScoreRequest, pack, split, unpack
+from distill_cli.engines.wire import Arrays, BadBody, HeadRequest, SampleRequest, ScoreRequest, pack, split, unpack
+from distill_cli.engines.wire_tensors import head_arrays, parse_head
+from distill_cli.types import ModelHead
 
 SEQUENCES, STARTS = [[5, 6, 7], [8], [9, 10]], [1, 1, 2]
 REQUEST = ScoreRequest.of(SEQUENCES, STARTS, topk=4, temperature=0.1, vocab_size=11)
@@ -146,3 +149,38 @@ def test_other_sampling_is_refused(sampling: str, message: str) -> None:
     body = pack({"token_ids": [one], "lengths": [one], "seeds": [one.astype(numpy.int64)]}, {"sampling": sampling})
     with pytest.raises(BadBody, match=message):
         SampleRequest.parse(body)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_of_any_type_travel(dtype: torch.dtype) -> None:
+    head = ModelHead(torch.randn(5, 3).to(dtype), torch.randn(5).to(dtype), scale=0.3, soft_cap=30.0)
+    arrays, metadata = head_arrays(head)
+    found = parse_head(*unpack(bytearray(pack({name: [array] for name, array in arrays.items()}, metadata))))
+    assert (found.weight.dtype, found.scale, found.soft_cap) == (dtype, 0.3, 30.0)
+    assert found.weight.equal(head.weight)
+    assert found.bias.equal(head.bias)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "metadata"),
+    [
+        ({}, {"scale": "1.0", "soft_cap": "0.0"}),
+        ({"weight.float32": numpy.zeros((2, 3), numpy.float32)}, {"scale": "1.0"}),
+        ({"weight.float32": numpy.zeros((2, 3), numpy.float32)}, {"scale": "x", "soft_cap": "0.0"}),
+        ({"weight.bfloat16": numpy.zeros((2, 3), numpy.float32)}, {"scale": "1.0", "soft_cap": "0.0"}),
+        ({"weight.float32": numpy.zeros(3, numpy.float32)}, {"scale": "1.0", "soft_cap": "0.0"}),
+        (
+            {"weight.float32": numpy.zeros((2, 3), numpy.float32), "bias.float32": numpy.zeros(3, numpy.float32)},
+            {"scale": "1.0", "soft_cap": "0.0"},
+        ),
+    ],
+)
+def test_damaged_heads_are_refused(arrays: Arrays, metadata: dict[str, str]) -> None:
+    with pytest.raises(BadBody):
+        parse_head(arrays, metadata)
+
+
+@pytest.mark.parametrize("rows", [[1], [3, 2], [-1, 2], [0, 0]])
+def test_rows_of_a_head_are_checked(rows: list[int]) -> None:
+    with pytest.raises(BadBody, match="rows is"):
+        HeadRequest.parse(pack({"rows": [numpy.array(rows, dtype=numpy.int64)]}))

@@ -17,10 +17,11 @@ import httpx  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from distill_cli.engines import served  # noqa: E402
 from distill_cli.engines.served import ServedTeacher  # noqa: E402
 from distill_cli.engines.settings import EngineSettings, SamplingSettings  # noqa: E402
 from distill_cli.engines.teacher import VllmTeacher  # noqa: E402
-from distill_cli.engines.wire import ScoreRequest, pack, unpack  # noqa: E402
+from distill_cli.engines.wire import HeadRequest, ScoreRequest, pack, unpack  # noqa: E402
 from distill_cli.errors import ConfigError, DistillError  # noqa: E402
 from distill_cli.models import model_files, model_pair  # noqa: E402
 from distill_cli.serving.certificate import make_certificate  # noqa: E402
@@ -120,6 +121,19 @@ def test_scores_equal_those_in_process(client, teacher, options):
     assert_equal(client(**options).score(sequences, response_starts=starts), own)
 
 
+def test_hidden_states_and_head_equal_those_in_process(client, teacher, monkeypatch):
+    sequences, starts = random_sequences([9, 60, MAX_LEN, 17, 2]), [3, 20, 100, 17, 1]
+    own = teacher.score(sequences, response_starts=starts, hidden=True)
+    one = client()
+    for ours, theirs in zip(one.score(sequences, response_starts=starts, hidden=True), own, strict=True):
+        assert ours.hidden.equal(theirs.hidden) or len(ours.hidden) == len(theirs.hidden) == 0
+    monkeypatch.setattr(served, "HEAD_BYTES", 100 * 4 * own[0].hidden.shape[1])  # in several parts
+    head = teacher.head()
+    for rows in (None, (0, 50), (130, VOCAB_SIZE + 100), (VOCAB_SIZE, VOCAB_SIZE + 100)):
+        assert one.head(rows).weight.equal(head.part(rows).weight)
+    assert (one.head().bias, one.head().scale) == (head.bias, head.scale)
+
+
 def test_batches_change_nothing(client, teacher):
     """Of a call that takes several requests, and of clients whose sequences share batches."""
     calls = [random_sequences([300, 40, 511, 7] * 10, seed=seed) for seed in range(3)]
@@ -194,6 +208,13 @@ def test_metrics_count_work(server):
         ("/score", body([5], topk=MAX_TOPK + 1), 422, f"allows 1 to {MAX_TOPK}; start it with --max-topk 49"),
         ("/score", body([5, MAX_LEN + 1]), 422, "sequence 1 has 513 tokens, allowed are 1 to 512"),
         ("/sample", body([5]), 422, "must be lengths, seeds, token_ids"),
+        ("/head", body([5]), 422, "the tensors are lengths, response_starts, token_ids, must be rows"),
+        (
+            "/head",
+            HeadRequest(3, VOCAB_SIZE + 1).body(),
+            422,
+            f"rows end at {VOCAB_SIZE + 1}, the head has {VOCAB_SIZE}",
+        ),
         ("/health", b"", 405, "Method Not Allowed"),
         ("/v1/completions", b"{}", 404, "Not Found; the routes are /files, /head, /health"),
     ],
