@@ -165,7 +165,7 @@ MASS = Figure("mass", "divergence", "Mass on the tokens that are compared")
 AGREEMENT = Figure("agreement", "divergence", "Tokens at which both models agree on the likeliest token")
 PROBE_KL = Figure("probe_kl", "divergence", "KL per token, always at the same prompts", log=True)
 PROBE_OVERLAP = Figure("probe_overlap", "divergence", "Likeliest tokens that both models share, at the same prompts")
-TEACHABILITY = Figure("teachability", "divergence", "The teacher's probability of the student's top-k, there")
+TEACHABILITY = Figure("teachability", "divergence", "The teacher's probability of the student's top-k")
 TEACHERS_KL = Figure("teachers_kl", "divergence", "KL forward per token, by teacher", log=True)
 TEACHERS_AGREEMENT = Figure("teachers_agreement", "divergence", "Agreement on the likeliest token, by teacher")
 TEACHERS_ACCURACY = Figure("teachers_accuracy", "accuracy", "Right answers sampled in training, by teacher",

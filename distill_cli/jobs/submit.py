@@ -202,7 +202,7 @@ def follow(run: RunDir, *, sleep: Callable[[float], None] = time.sleep) -> int:
     if lost:
         print(lost)
     for sentence in verdict(rows, plain(config)):
-        print(sentence)
+        print(f"verdict  {sentence}")
     verb, does = ("report", "shows its results") if state == "finished" else ("resume", "goes on")
     print(f"{state} after step {max(last, 0)}; distill {verb} {run.path} {does}")
     return int(state == "failed")

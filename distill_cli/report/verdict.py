@@ -25,7 +25,6 @@ WINDOW = 50
 """Last steps that a trend is taken over."""
 CLEAR = 1.64
 """Standard deviations of Kendall's S for a clear trend: chance alone gives it in one of twenty series."""
-KEEPS_ENDING = "set rollout.guard_above (the teacher writes a share meanwhile)"
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,16 @@ class Metrics:
         """Whether the student's answers are sampled in this run, and not recorded by another."""
         return self.config.get("rollout.replay") is None
 
+    @property
+    def length_keys(self) -> str:
+        """What to do about long answers: the limit, and the length guard."""
+        limit = f"raise rollout.max_new_tokens={self.config.get('rollout.max_new_tokens')}"
+        if self.config.get("rollout.environment") is not None:
+            return limit
+        if (above := self.config.get("rollout.guard_above")) is not None:
+            return f"{limit}, or lower rollout.guard_above={above:g}"
+        return f"{limit}, or set rollout.guard_above (the teacher then writes a share of the answers)"
+
 
 def trend(points: Sequence[tuple[int, float]]) -> Trend | None:
     """Return the line with the median slope of all pairs (Theil and Sen); outliers move it little.
@@ -123,15 +132,14 @@ def verdict(rows: Sequence[Row], config: Mapping[str, Any]) -> list[str]:
 
 def truncation(metrics: Metrics) -> str | None:
     """Answers are cut off: ever more of them, or many all along."""
-    found, now, limit = metrics.trend("rollout/truncated_rate"), metrics.last("rollout/truncated_rate"), ""
+    found, now = metrics.trend("rollout/truncated_rate"), metrics.last("rollout/truncated_rate")
     if found is None or now is None or not metrics.samples:
         return None
-    limit = f"raise rollout.max_new_tokens={metrics.config.get('rollout.max_new_tokens')}"
     if found.is_clear and found.end >= 0.05 and found.end - found.start >= 0.05:
         rise = f"from {max(found.start, 0):.0%} to {found.end:.0%} in {found.num_steps} steps"
-        return f"Answers cut off at their length limit rise {rise}: {KEEPS_ENDING}, or {limit}."
+        return f"Answers cut off at their length limit rise {rise}: {metrics.length_keys}."
     if now >= 0.3:
-        return f"{now:.0%} of answers are cut off at their length limit: {limit}, or {KEEPS_ENDING}."
+        return f"{now:.0%} of answers are cut off at their length limit: {metrics.length_keys}."
     return None
 
 
@@ -143,13 +151,12 @@ def growth(metrics: Metrics) -> str | None:
     if found.end < 1.1 * found.start:
         return None
     rise = f"{found.growth:.1%} a step, from {found.start:.0f} to {found.end:.0f} tokens in {found.num_steps} steps"
-    room = f"leave room in rollout.max_new_tokens={metrics.config.get('rollout.max_new_tokens')}"
-    return f"Answers grow {rise}: {room}, or {KEEPS_ENDING}."
+    return f"Answers grow {rise}: {metrics.length_keys}."
 
 
 def collapse(metrics: Metrics) -> str | None:
     """The student's entropy has fallen far, below the teacher's, and KL does not fall any more."""
-    first, now, teacher = metrics.first("train/entropy"), metrics.last("train/entropy"), None
+    first, now = metrics.first("train/entropy"), metrics.last("train/entropy")
     teacher, kl = metrics.last("train/teacher_entropy"), metrics.trend(f"train/{metrics.divergence}")
     if first is None or now is None or kl is None or len(metrics.rows) < 2 * RECENT:
         return None
@@ -185,14 +192,14 @@ def unteachable(metrics: Metrics) -> str | None:
 
 
 def agreed(metrics: Metrics) -> str | None:
-    """Both models agreed before training, and a measured teacher is no better."""
-    agreement, kl = (at_start(metrics, name) for name in ("top1_agreement", "kl_forward"))
+    """Both models agreed in the first steps, and the teacher is no better where that is measured."""
+    agreement, kl = metrics.first("train/top1_agreement"), metrics.first(f"train/{metrics.divergence}")
     if agreement is None or kl is None or agreement < 0.97 or kl > 0.05:
         return None
     student, teacher = metrics.before.get("val/accuracy"), metrics.before.get("val/teacher_accuracy")
     if student is not None and teacher is not None and teacher > student + 0.02:
         return None
-    what = f"The student already agreed on {agreement:.1%} of tokens at the start (KL {kl:.2g} nats): little to learn"
+    what = f"The student agreed on {agreement:.1%} of tokens from the start (KL {kl:.2g} nats): little to learn"
     return f"{what}; choose a stronger teacher (model.teacher.path) or harder prompts (data.train)."
 
 
@@ -224,11 +231,12 @@ def expected_gain(metrics: Metrics) -> str | None:
     found = metrics.trend(f"train/{name}")
     if before is None or now is None or found is None or before <= 0:
         return None
+    falls, rises = found.is_clear and found.end < found.start, found.is_clear and found.end > found.start
     fell, numbers = 1 - now / before, f"{name.removeprefix('kl_')} KL {source}: {before:.2g} to {now:.2g} nats"
-    if fell < 0.1 and not (found.is_clear and found.end < found.start):
-        fix = "lower train.lr" if fell < -0.1 else "train on (train.max_steps), or raise train.lr"
+    if fell < 0.1 and not falls:
+        fix = "lower train.lr" if rises else "train on (train.max_steps), or raise train.lr"
         return f"No evidence of a gain yet ({numbers}): {fix}."
-    still = ", and it still falls" if found.is_clear and found.end < found.start else ""
+    still = ", and it still falls" if falls else ""
     student, teacher = metrics.before.get("val/accuracy"), metrics.before.get("val/teacher_accuracy")
     after = metrics.values("val/accuracy")
     measured = gap_closed(student, after[-1][1] if after else None, teacher)
@@ -240,12 +248,6 @@ def expected_gain(metrics: Metrics) -> str | None:
     else:
         done = "; what that gains is not measured (data.validation, eval.teacher)"
     return f"{max(fell, 0):.0%} of the KL is gone ({numbers}){still}{done}."
-
-
-def at_start(metrics: Metrics, name: str) -> float | None:
-    """Return a metric's value before training, else that of the first steps."""
-    found = metrics.before.get(f"probe/{name}")
-    return metrics.first(f"train/{name}") if found is None else float(found)
 
 
 RULES: Sequence[Callable[[Metrics], str | None]] = (

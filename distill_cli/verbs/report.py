@@ -35,7 +35,7 @@ def main(arguments: Arguments) -> int:
     print_comparison(Console(highlight=False), results)
     for history in read_histories(results) if len(results) == 1 else ():
         for sentence in verdict(history.rows, history.config):
-            print(sentence)
+            print(f"verdict  {sentence}")
     default = arguments.paths[0] / FILE if len(arguments.paths) == 1 else FILE
     print(f"report   {write_report(results, Path(arguments.out or default))}")
     return 0
