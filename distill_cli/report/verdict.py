@@ -90,7 +90,8 @@ class Metrics:
         if self.config.get("rollout.environment") is not None:
             return limit
         if (above := self.config.get("rollout.guard_above")) is not None:
-            return f"{limit}, or lower rollout.guard_above={above:g}"
+            share = self.config.get("rollout.guard_share")
+            return f"{limit}, or lower rollout.guard_above={above:g}, or raise rollout.guard_share={share:g}"
         return f"{limit}, or set rollout.guard_above (the teacher then writes a share of the answers)"
 
 

@@ -62,7 +62,8 @@ def test_growing_answers() -> None:
     sentence = only(growing)
     assert sentence.startswith("Answers grow 4.0% a step, from 100 to 140 tokens in 10 steps: raise rollout.max_new_t")
     assert "rollout.guard_above" in sentence
-    assert "lower rollout.guard_above=0.3" in only(growing, rollout__guard_above=0.3)
+    guarded = only(growing, rollout__guard_above=0.3, rollout__guard_share=0.5)
+    assert guarded.endswith("or lower rollout.guard_above=0.3, or raise rollout.guard_share=0.5.")
     assert "guard" not in only(growing, rollout__environment="guess")
     assert only(growing, rollout__replay="runs/x").startswith("Nothing")
     assert only(rows(rollout__mean_length=lambda step: 100 + 7 * (-1) ** step)).startswith("Nothing")
