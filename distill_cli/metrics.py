@@ -160,9 +160,12 @@ STAGES = {
 ACCURACY = Figure("accuracy", "accuracy", "Right answers", from_0_to_1=True, wide=True, height=260)
 KL = Figure("kl", "divergence", "KL per token", log=True)
 LOSS = Figure("loss", "divergence", "Loss", log=True)
-ENTROPY = Figure("entropy", "divergence", "Entropy of the student")
+ENTROPY = Figure("entropy", "divergence", "Entropy of both models")
 MASS = Figure("mass", "divergence", "Mass on the tokens that are compared")
 AGREEMENT = Figure("agreement", "divergence", "Tokens at which both models agree on the likeliest token")
+PROBE_KL = Figure("probe_kl", "divergence", "KL per token, always at the same prompts", log=True)
+PROBE_OVERLAP = Figure("probe_overlap", "divergence", "Likeliest tokens that both models share, at the same prompts")
+TEACHABILITY = Figure("teachability", "divergence", "The teacher's probability of the student's top-k")
 TEACHERS_KL = Figure("teachers_kl", "divergence", "KL forward per token, by teacher", log=True)
 TEACHERS_AGREEMENT = Figure("teachers_agreement", "divergence", "Agreement on the likeliest token, by teacher")
 TEACHERS_ACCURACY = Figure("teachers_accuracy", "accuracy", "Right answers sampled in training, by teacher",
@@ -173,6 +176,7 @@ SIGNALS = Figure("signals", "divergence", "Tokens that weights and clip leave", 
 SIGNALS_LOSS = Figure("signals_loss", "divergence", "Divergence that weights and clip leave", from_0_to_1=True)
 LENGTH = Figure("length", "lengths", "Tokens per answer")
 TRUNCATED = Figure("truncated", "lengths", "Answers cut off at their length limit", from_0_to_1=True)
+GUARD = Figure("guard", "lengths", "Answers that the length guard gives to the teacher", from_0_to_1=True)
 SPEED = Figure("speed", "time", "Response tokens per second", wide=True, height=130)
 PEAK = Figure("peak", "memory", "Measured peak of a rank", height=150)
 SAMPLED, HELD_OUT = "sampled in training", "held out"
@@ -215,7 +219,11 @@ METRICS = (
         label="loss", step_line="loss={:.4f}", panel=("loss", "{value:.4f}  {spark}"), figure=LOSS,
         compared_in=("terminal", "page")),
     Metric("train/entropy", "the student's entropy per token, over the whole vocabulary", "nats",
-        formula=lambda tokens: tokens.entropy_N, label="entropy", figure=ENTROPY, compared_in=("terminal", "page")),
+        formula=lambda tokens: tokens.entropy_N, label="entropy", figure=ENTROPY, series="student",
+        compared_in=("terminal", "page")),
+    Metric("train/teacher_entropy", "the teacher's entropy per token; where its engine returns only a top-k "
+        "(loss.support=teacher), that of the top-k and the rest as one class", "nats",
+        formula=lambda tokens: tokens.teacher_entropy_N, figure=ENTROPY, series="teacher"),
     Metric("train/teacher_topk_mass", "the teacher's probability of the tokens of loss.support: by default its own "
         "likeliest", "probability",
         "higher", lambda tokens: tokens.teacher_mass_N, figure=MASS, series="teacher"),
@@ -248,6 +256,21 @@ METRICS = (
     Metric("train/mixture_uncertainty", "probability that may lie in the rest instead of at a token where a row's "
         "teachers are mixed: theirs outside their top-k (teachers.md)", "probability", "lower", needs="model.teachers"),
 
+    Metric("probe/kl_forward", "train/kl_forward at the prompts of eval.record_samples, which are the same each time",
+        "nats", "lower", figure=PROBE_KL, series="forward", needs="eval.record_samples"),
+    Metric("probe/kl_reverse", "train/kl_reverse there", "nats", "lower", figure=PROBE_KL, series="reverse",
+        needs="eval.record_samples"),
+    Metric("probe/entropy", "train/entropy there", "nats", needs="eval.record_samples"),
+    Metric("probe/teacher_entropy", "train/teacher_entropy there", "nats", needs="eval.record_samples"),
+    Metric("probe/top1_agreement", "train/top1_agreement there", TOKENS, "higher", figure=PROBE_OVERLAP,
+        series="likeliest token", needs="eval.record_samples"),
+    Metric("probe/topk_overlap", "tokens of the teacher's top-k that are in the student's top-k, there; k is loss.topk "
+        "(arXiv 2604.13016)", TOKENS, "higher", figure=PROBE_OVERLAP, series="top-k", needs="eval.record_samples"),
+    Metric("probe/teachability", "the teacher's probability of the student's top-k, there; where its engine returns "
+        "only a top-k (loss.support=teacher), of the tokens in both, which is at most 1 - train/teacher_topk_mass less "
+        "(arXiv 2605.26844)", "probability", "higher", label="teachability", figure=TEACHABILITY,
+        needs="eval.record_samples"),
+
     *(Metric(f"teacher/<name>/{name}", f"train/{name} over the tokens of one of several teachers, or of a mixture of "
         "them (`a+b`)", unit, better, needs="model.teachers", **SHOWN_BY_TEACHER.get(name, {}))
         for name, (unit, better) in BY_TEACHER.items()),
@@ -271,6 +294,8 @@ METRICS = (
         needs="rollout.replay"),
     Metric("rollout/on_policy_fraction", "sequences sampled from the student, with rollout.on_policy_fraction below 1",
         SEQUENCES),
+    Metric("rollout/guard_share", "answers that the teacher writes for the length guard", ANSWERS,
+        label="by the teacher", figure=GUARD, needs="rollout.guard_above"),
     Metric("rollout/mean_turns", "mean number of the student's turns", "turns", needs="rollout.environment"),
     Metric("rollout/turn_limit_rate", "sequences ended by rollout.max_turns", SEQUENCES, "lower",
         needs="rollout.environment"),

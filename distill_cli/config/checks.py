@@ -230,6 +230,8 @@ def _rollout(config: Config) -> Problems:
     rollout = config.rollout
     if rollout.on_policy_fraction < 1 and rollout.environment is not None:
         yield "rollout.on_policy_fraction", "with rollout.environment all sequences are the student's; set it to 1"
+    if rollout.guard_above is not None and rollout.environment is not None:
+        yield "rollout.guard_above", "with rollout.environment all sequences are the student's; leave it out"
     if rollout.save_scores not in (True, False, HIDDEN):
         yield "rollout.save_scores", f"must be true, false or {HIDDEN}"
     if rollout.replay is not None and rollout.save_scores:

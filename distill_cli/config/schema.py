@@ -325,6 +325,14 @@ class RolloutConfig:
     on in the same way. 0 is supervised or offline distillation; between 0 and 1 is GKD's mixture."""
     off_policy: OffPolicy = OffPolicy.dataset
     """Source of the off-policy answers: the dataset's (`response_key`), or the teacher's, sampled as the student's."""
+    guard_above: float | None = key(None, above=0, below=1, resume=True)
+    """Length guard: after a step in which more than this share of the student's answers reached the length limit, the
+    teacher writes a share of them instead (`guard_share`), so that the student keeps ending its own. null is no
+    guard."""
+    guard_share: float = key(0.5, above=0, below=1, resume=True, only_with="rollout.guard_above")
+    """Share of the student's answers that the teacher writes while the guard is on."""
+    guard_steps: int = key(20, at_least=1, resume=True, only_with="rollout.guard_above")
+    """Steps over which that share falls to 0, in equal parts, once no more than guard_above reach the limit."""
     score_while_sampling: bool | None = key(None, resume=True)
     """Let the teacher score an answer when it ends, in a process of its own, while the student still writes others. It
     must stay awake, and each engine have one rank. null: on GPUs if engine.teacher.sleep=false, on CPUs not."""

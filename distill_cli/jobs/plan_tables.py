@@ -10,6 +10,7 @@ from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.schema import Config, Dtype
 from distill_cli.config.teacher_jobs import job_config, teacher_nodes
 from distill_cli.config.teachers import ONLY, teacher_configs
+from distill_cli.config.variation import plain
 from distill_cli.jobs.new_runs import print_warnings, resolve_jobs, single_path
 from distill_cli.jobs.run_panels import Rows, layout_row, own_nodes, rows_table, training_rows, validation_rows
 from distill_cli.jobs.scratch_runs import Pace, check_only_job, measure
@@ -18,6 +19,7 @@ from distill_cli.machine import hardware
 from distill_cli.memory.engine_bytes import engines_of
 from distill_cli.models import model_files, param_counts
 from distill_cli.models.lora_names import targeted
+from distill_cli.report.verdict import verdict
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 from distill_cli.terminal.step_printer import clock
@@ -49,6 +51,8 @@ def plan(overrides: Sequence[str], flags: Sequence[str], *, measures: bool) -> i
             pace = measure(found)
             print_table(console, "seconds, measured here", pace_rows(found, pace))
             print_table(console, "expected", expected_rows(found, pace))
+            if lines := verdict(pace.rows, plain(found.config)):
+                print_table(console, "what these steps say", {str(n): line for n, line in enumerate(lines, start=1)})
     if jobs and not measures:
         launcher, folder = launcher_of(jobs[0].config.cluster.launcher), single_path(jobs[0]).absolute()
         print_table(console, "launch", {"folder": str(folder)})

@@ -11,10 +11,13 @@ from rich.table import Table
 from distill_cli.config.schema import LOSS_PARAMETERS
 from distill_cli.config.teacher_jobs import teacher_nodes
 from distill_cli.config.teachers import ONLY, teacher_configs
+from distill_cli.config.variation import plain
 from distill_cli.folders.attempts import Outcome, attempt_lines, attempts_of
+from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.machine.hardware import threads_of_rank
 from distill_cli.models.traits import Traits
+from distill_cli.report.verdict import verdict
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 from distill_cli.track.base import trackers_of
@@ -80,7 +83,7 @@ def validation_rows(resolved: ResolvedRun) -> str:
 
 
 def end_panel(resolved: ResolvedRun, outcome: Outcome, run: RunDir) -> Panel:
-    """Show a run's results, where its files are, and what to type next."""
+    """Show a run's results, what its metrics say, where its files are, and what to type next."""
     before, after, teacher, best = outcome.before, outcome.after, outcome.teacher, outcome.best
     scores = {"{} before": before, "{} after": after, "the teacher {}": teacher}
     parts = [text.format(f"{found['accuracy']:.1%}") for text, found in scores.items() if found]
@@ -88,6 +91,7 @@ def end_panel(resolved: ResolvedRun, outcome: Outcome, run: RunDir) -> Panel:
         "accuracy": f"{', '.join(parts)} ({after['num_samples']} held-out prompts)" if after else None,
         "gap closed": None if outcome.gap_closed is None else f"{outcome.gap_closed:.0%}",
         "best": "{metric} {value:.4g} at step {step}".format(**best) if best else None,
+        "verdict": "\n".join(verdict(read_metrics(run.metrics), plain(resolved.config))) or None,
         "time": f"{outcome.num_steps} steps in {outcome.seconds:.0f} s",
         "earlier": "\n".join(attempt_lines(attempts_of(run)[:-1])) or None,
         "student": relative(run.student),

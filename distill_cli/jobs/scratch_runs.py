@@ -133,6 +133,8 @@ class Pace:
     """How long a checkpoint stops training; None if the run has none, or was too short to write one."""
     mean_length: float
     """Tokens of an answer."""
+    rows: Sequence[Mapping[str, float]] = ()
+    """The short run's metrics."""
 
     @property
     def step(self) -> float:
@@ -194,4 +196,5 @@ def pace(rows: Sequence[Mapping[str, float]], *, began: float) -> Pace:
         teacher_validation=teacher_validation,
         checkpoint=last.get("time/checkpoint_s"),
         mean_length=fmean(row["rollout/mean_length"] for row in steps),
+        rows=rows,
     )

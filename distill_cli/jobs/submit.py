@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from distill_cli.config.schema import Config
 from distill_cli.config.teachers import ONLY
-from distill_cli.config.variation import load_config
+from distill_cli.config.variation import load_config, plain
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.attempts import read_outcome
 from distill_cli.folders.metrics_file import read_metrics
@@ -22,6 +22,7 @@ from distill_cli.jobs.run_panels import print_lines, relative
 from distill_cli.jobs.teacher_jobs import end_teachers, submit_teachers
 from distill_cli.launch.base import launcher_of
 from distill_cli.report.read import state_of
+from distill_cli.report.verdict import verdict
 from distill_cli.terminal.console import Console
 from distill_cli.terminal.step_printer import StepPrinter
 
@@ -168,8 +169,8 @@ def follow(run: RunDir, *, sleep: Callable[[float], None] = time.sleep) -> int:
 
     The queue is polled too: a job that the cluster killed leaves nothing in the run's files.
     """
-    num_steps = load_config(run.config).train.max_steps
-    with StepPrinter(sys.stdout, num_steps=num_steps, title=f"distill watch  {run.path.name}") as printer:
+    config = load_config(run.config)
+    with StepPrinter(sys.stdout, num_steps=config.train.max_steps, title=f"distill watch  {run.path.name}") as printer:
         for name, text in teacher_lines(run.teacher_jobs()).items():
             printer.say(f"{name} in {text}")
         last, polled, lost = -1, -math.inf, None
@@ -200,6 +201,8 @@ def follow(run: RunDir, *, sleep: Callable[[float], None] = time.sleep) -> int:
             sleep(LOOK_S)
     if lost:
         print(lost)
+    for sentence in verdict(rows, plain(config)):
+        print(f"verdict  {sentence}")
     verb, does = ("report", "shows its results") if state == "finished" else ("resume", "goes on")
     print(f"{state} after step {max(last, 0)}; distill {verb} {run.path} {does}")
     return int(state == "failed")

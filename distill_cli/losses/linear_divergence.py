@@ -72,6 +72,8 @@ class HeadOutput:
     """float32 [N]: of the sampled token."""
     teacher_entropy_N: torch.Tensor
     """float32 [N]; see `Tokens.teacher_entropy_n`."""
+    teachability_N: torch.Tensor
+    """float32 [N]: see `Tokens.teachability_n`; [N, 0] without `num_top`, unless the loss reads it."""
     teacher_top_ids_NM: torch.Tensor
     """int64 [N, M]: the teacher's likeliest tokens; padded with PADDING_ID where fewer are known."""
     teacher_top_logp_NM: torch.Tensor
@@ -245,12 +247,11 @@ class _Chunks:
         """
         shard, token_loss, sampled_ids_n = self.shard, self._token_loss, self._sampled_ids_N[rows]
         merged = Merged(logits_nV, self._merged_eos_ids, shard=shard) if self._merged_eos_ids else None
+        teachability = token_loss.reads_teachability or num_top > 0
         top_ids_nM, top_logits_nM = shard.likeliest(logits_nV, num_top)
         chunk: ClassChunk | FullChunk
         if isinstance(self._teacher, TopK):
-            view = view_of_topk(
-                self._teacher, rows, logits_nV, shard=shard, num_top=num_top, teachability=token_loss.reads_teachability
-            )
+            view = view_of_topk(self._teacher, rows, logits_nV, shard=shard, num_top=num_top, teachability=teachability)
         else:
             assert self._of_teacher is not None
             teacher = TeacherChunk(
@@ -262,7 +263,7 @@ class _Chunks:
                 shard=shard,
                 merged_eos_ids=self._merged_eos_ids,
             )
-            view = teacher.view(logits_nV, sampled_ids_n, num_top=num_top, teachability=token_loss.reads_teachability)
+            view = teacher.view(logits_nV, sampled_ids_n, num_top=num_top, teachability=teachability)
         if isinstance(self._teacher, TeacherHidden) and self._teacher.support == "full":
             chunk = FullChunk(
                 logits_nV,
@@ -303,6 +304,7 @@ class _Chunks:
             view.argmax_n,
             view.sampled_logp_n,
             view.entropy_n,
+            loss_n.new_empty(len(loss_n), 0) if view.teachability_n is None else view.teachability_n,
             view.top_ids_nM,
             view.top_logp_nM,
             *reported.classes,

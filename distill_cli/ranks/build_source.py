@@ -36,6 +36,7 @@ from distill_cli.models.model_pair import OWN_TEMPLATE, read_template
 from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.ranks.build_engines import train_sampling
 from distill_cli.resolved import ResolvedRun
+from distill_cli.rollout.length_guard import LengthGuard
 from distill_cli.rollout.off_policy import dataset_samples, response_encoder, teacher_samples
 from distill_cli.rollout.on_policy import OnPolicy
 from distill_cli.rollout.pack import Planner, plan_batch
@@ -195,20 +196,30 @@ def build_source(
     worker: RolloutWorker | None,
     scoring: ScoringWorker | None,
     recorder: Recorder | None,
+    *,
+    guard_left: int = 0,
 ) -> RolloutSource:
-    """Build the source of every step's scored sequences; a replay needs no workers."""
+    """Build the source of every step's scored sequences; a replay needs no workers.
+
+    Args:
+        guard_left: `Progress.guard_left`.
+    """
     if isinstance(order, RecordedSteps):
         return Replay(order, planner, stages)
     assert worker is not None, "only a replay has no engines"
     assert scoring is not None
     config, rollout, write = rank.resolved.config, rank.resolved.config.rollout, None
+    by_teacher = partial(teacher_samples, scoring=scoring, sampling=worker.responder.sampling)
     if rollout.on_policy_fraction < 1 and rollout.off_policy is OffPolicy.teacher:
-        write = partial(teacher_samples, scoring=scoring, sampling=worker.responder.sampling)
+        write = by_teacher
     elif rollout.on_policy_fraction < 1:
         encode = response_encoder(rank.tokenizer, template_kwargs=config.model.chat_template_kwargs)
         write = partial(dataset_samples, encode=encode, max_new_tokens=rollout.max_new_tokens)
     number, fraction = rollout.generations_per_prompt, rollout.on_policy_fraction
-    return OnPolicy(order, number, worker, scoring, recorder, fraction, write)
+    guard = None
+    if rollout.guard_above is not None:
+        guard = LengthGuard(rollout.guard_above, rollout.guard_share, rollout.guard_steps, by_teacher, guard_left)
+    return OnPolicy(order, number, worker, scoring, recorder, fraction, write, guard)
 
 
 def build_worker(rank: Rank, stages: Stages, sampler: Sampler, student: Student, trainable: Trainable) -> RolloutWorker:

@@ -37,6 +37,7 @@ from distill_cli.ranks.build_engines import Engines, build_engines, leave
 from distill_cli.ranks.handshakes import shake_hands
 from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.advantages import AdvantageSettings, advantages
+from distill_cli.rollout.on_policy import OnPolicy
 from distill_cli.rollout.score_files import RecordedSteps, Recorder, read_head, write_head
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import ScoringWorker
@@ -137,11 +138,12 @@ def build_trainer(
             prompts = order.first(number)
         else:
             prompts = validator.prompts[:number]
-        probes = ProbeReport(prompts, worker, scoring, student, rollouts)
+        probes = ProbeReport(prompts, worker, scoring, student, rollouts, config.loss.topk)
+    source = parts.build_source(rank, order, planner, stages, worker, scoring, recorder, guard_left=progress.guard_left)
     return Trainer(
         config=config,
         num_steps=num_steps,
-        source=parts.build_source(rank, order, planner, stages, worker, scoring, recorder),
+        source=source,
         student=student,
         trainable=trainable,
         stages=stages,
@@ -154,6 +156,7 @@ def build_trainer(
         data_fingerprint=order.fingerprint,
         teachers=teacher_names(config),
         advantages=build_advantages(config),
+        guard=source.guard if isinstance(source, OnPolicy) else None,
         copies=list(copies.values()),
     )
 

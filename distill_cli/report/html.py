@@ -26,6 +26,7 @@ from distill_cli.report import figures, samples, sections
 from distill_cli.report.comparison import seed_notes
 from distill_cli.report.pools import Pool, is_pooled, pools, rank
 from distill_cli.report.read import COMPARED, History, Row, RunResult, read_histories, thinned
+from distill_cli.report.verdict import verdict
 
 FILE = "report.html"
 """Name of the page in its run's or sweep's folder, or, of several, in the current one."""
@@ -73,6 +74,7 @@ def render(histories: Sequence[History]) -> str:
         }
     else:
         own = {"title": first.name, "headline": sections.headline(first), "facts": sections.facts(first)}
+        own["verdict"] = verdict(first.rows, first.config)
         own |= {"memory_note": sections.memory_note(first), "time_note": sections.time_note(first)}
         own["config"] = sections.config_table(first)
     charts = {section: [one for one in data["charts"] if one["section"] == section] for section in PLACES}

@@ -45,7 +45,8 @@ class RolloutSource(Protocol):
 
     @abstractmethod
     def step(self, step: int) -> ScoredBatch:
-        """Return the batch of `step`, counted from 1; only the step and the student's weights determine it.
+        """Return the batch of `step`, counted from 1; only the step, the student's weights and the length guard's state
+        determine it.
 
         Raises:
             StopRequested: a rank received a stop request.

@@ -30,6 +30,8 @@ class Progress:
     """Consecutive updates up to now that were skipped because they were not finite."""
     truncated_steps: int = 0
     """Consecutive steps up to now above rollout.max_truncated_rate."""
+    guard_left: int = 0
+    """`LengthGuard.left`."""
     before: Score | None = None
     teacher: Score | None = None
     latest: Score | None = None
@@ -64,5 +66,6 @@ class Progress:
     def of(cls, state: dict[str, Any]) -> Progress:
         """Return the progress that a checkpoint's state holds."""
         kinds = {"before": Score, "teacher": Score, "latest": Score, "best": Best}
-        values = {field.name: state[field.name] for field in fields(cls)}
+        values = {field.name: state[field.name] for field in fields(cls) if field.name != "guard_left"}
+        values["guard_left"] = state.get("guard_left", 0)  # checkpoints from before there was a guard lack it
         return cls(**{name: kinds[name](**v) if name in kinds and v else v for name, v in values.items()})

@@ -20,6 +20,7 @@ from distill_cli.errors import Unrecoverable
 from distill_cli.folders.attempts import Outcome
 from distill_cli.folders.metrics_file import plain
 from distill_cli.folders.rollouts_table import RolloutsFolder
+from distill_cli.rollout.length_guard import LengthGuard
 from distill_cli.rollout.pack import BatchPlan, micro_batches
 from distill_cli.rollout.source import RolloutSource, ScoredBatch
 from distill_cli.rollout.stages import Stages, StopRequested
@@ -74,6 +75,8 @@ class Trainer:
     """The teachers' names, in the config's order."""
     advantages: Callable[[Sequence[Rollout], Sequence[int]], Mapping[int, torch.Tensor]] | None = None
     """Returns the advantages of an update's sequences (`rollout.advantages`); None if there are none."""
+    guard: LengthGuard | None = None
+    """The source's; None if rollout.guard_above=null."""
     copies: Sequence[MovingCopy] = ()
     """The weights of teachers that follow the student."""
 
@@ -92,11 +95,12 @@ class Trainer:
                 if self.validates_at(step):
                     metrics |= self.validate(step)
                 if self.probes is not None and (self.validates_at(step) or step == self.num_steps):
-                    self.probes.write(step)
+                    metrics |= self.probes.write(step)
                 self.log.step(step, metrics | self.stages.lap())
                 self.stages.longest_s = max(self.stages.longest_s, time.perf_counter() - began)
                 self.progress.step, self.progress.seconds = step, time.perf_counter() - begin
                 self.progress.unrecorded = None
+                self.observe_lengths(metrics["rollout/truncated_rate"])
                 self.check_truncation(metrics["rollout/truncated_rate"])
                 if step % self.config.checkpoint.period == 0 or step == self.num_steps:
                     self.save(metrics)
@@ -118,7 +122,7 @@ class Trainer:
                 names = zip(self.teachers, each, strict=True)
                 metrics |= {f"teacher/{name}/val_accuracy": one.accuracy for name, one in names if one.num_samples}
         if self.probes is not None:
-            self.probes.write(0)
+            metrics |= self.probes.write(0)
         self.log.step(0, metrics | self.stages.lap())
 
     def step(self, step: int) -> dict[str, float]:
@@ -222,6 +226,19 @@ class Trainer:
             fix += "; if it is rounding, sample with model.student.dtype=float32"
         fix += "; raise rollout.max_engine_mismatch if such a difference is expected"
         raise Unrecoverable(f"{what}, and the limit is {limit:g}: the sampler writes another model's answers; {fix}")
+
+    def observe_lengths(self, truncated_rate: float) -> None:
+        """Update the length guard after a step, and log when it sets in and when it ends."""
+        if (guard := self.guard) is None:
+            return
+        was_on = guard.share > 0
+        guard.observe(truncated_rate)
+        self.progress.guard_left = guard.left
+        if guard.share > 0 and not was_on:
+            rate = f"{truncated_rate:.0%} of answers reach the length limit, rollout.guard_above={guard.above:g}"
+            log.warning("%s: the teacher writes %.0f%% of the next step's answers", rate, 100 * guard.share)
+        elif was_on and guard.share == 0:
+            log.warning("%.0f%% of answers reach the length limit: the student writes all again", 100 * truncated_rate)
 
     def check_truncation(self, truncated_rate: float) -> None:
         """Warn or stop if too many answers reach the length limit: a student that stops emitting EOS trains on noise.

@@ -27,11 +27,15 @@ def main(arguments: Arguments) -> int:
     """
     from distill_cli.report.comparison import print_comparison
     from distill_cli.report.html import FILE, write_report
-    from distill_cli.report.read import read_results
+    from distill_cli.report.read import read_histories, read_results
+    from distill_cli.report.verdict import verdict
     from distill_cli.terminal.console import Console
 
     results = read_results(arguments.paths)
     print_comparison(Console(highlight=False), results)
+    for history in read_histories(results) if len(results) == 1 else ():
+        for sentence in verdict(history.rows, history.config):
+            print(f"verdict  {sentence}")
     default = arguments.paths[0] / FILE if len(arguments.paths) == 1 else FILE
     print(f"report   {write_report(results, Path(arguments.out or default))}")
     return 0

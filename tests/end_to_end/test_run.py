@@ -18,18 +18,22 @@ pytestmark = pytest.mark.slow
 
 EVERY_STEP = {
     "step", "time", "train/loss", "train/kl_forward", "train/kl_reverse", "train/grad_norm", "train/lr",
-    "train/entropy", "train/teacher_topk_mass", "train/student_topk_mass", "train/top1_agreement",
-    "train/response_tokens", "rollout/mean_length", "rollout/truncated_rate", "rollout/accuracy",
-    "rollout/engine_mismatch", "time/sync_s", "time/sample_s", "time/score_s", "time/pack_s", "time/train_s",
-    "time/step_s", "perf/tokens_per_s", "perf/peak_mem_gib", "perf/packing_efficiency",
+    "train/entropy", "train/teacher_entropy", "train/teacher_topk_mass", "train/student_topk_mass",
+    "train/top1_agreement", "train/response_tokens", "rollout/mean_length", "rollout/truncated_rate",
+    "rollout/accuracy", "rollout/engine_mismatch", "time/sync_s", "time/sample_s", "time/score_s", "time/pack_s",
+    "time/train_s", "time/step_s", "perf/tokens_per_s", "perf/peak_mem_gib", "perf/packing_efficiency",
 }  # fmt: skip
+PROBED = {
+    *("probe/kl_forward", "probe/kl_reverse", "probe/entropy", "probe/teacher_entropy"),
+    *("probe/top1_agreement", "probe/topk_overlap", "probe/teachability"),
+}
 VALIDATION = {"val/accuracy", "val/mean_length", "val/truncated_rate", "time/eval_s"}
 
 
 def test_the_default_run_prints_its_result(one_rank: Finished) -> None:
     assert one_rank.status == 0, one_rank.stderr
     assert one_rank.stderr == ""
-    for word in ("student", "teacher", "accuracy", "time", "metrics", "MLflow", "next", "step 3/3 loss="):
+    for word in ("student", "teacher", "accuracy", "verdict", "time", "metrics", "MLflow", "next", "step 3/3 loss="):
         assert word in one_rank.stdout
     outcome = json.loads(one_rank.run.outcome.read_text())
     assert outcome["state"] == "finished"
@@ -51,6 +55,7 @@ def test_every_step_has_every_metric(one_rank: Finished) -> None:
         assert row.keys() >= EVERY_STEP
         assert all(isinstance(value, int | float) for value in row.values())
     assert [row.keys() >= VALIDATION for row in rows] == [True, False, True, True]
+    assert [row.keys() >= PROBED for row in rows] == [True, False, True, True]
 
 
 def test_numbers_are_the_same_if_answers_are_scored_as_they_end(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def test_a_run_is_followed(run: RunDir, capsys: pytest.CaptureFixture[str]) -> N
         assert follow(run, sleep=next_moment) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step 0/1000 loss=1.0000 val=0.250"
-    assert [line.split(" ")[1] for line in lines[:-1]] == ["0/1000", "1/1000", "2/4", "3/4"]
+    assert [line.split(" ")[1] for line in lines[:4]] == ["0/1000", "1/1000", "2/4", "3/4"]
+    assert lines[4] == "verdict  Nothing looks wrong in these 3 steps."
     assert lines[-1].startswith(f"finished after step 3; distill report {run.path}")
 
 

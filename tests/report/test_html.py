@@ -58,6 +58,7 @@ def test_every_figure_is_drawn(chromium: Browser, tmp_path: Path, dark: bool) ->
     assert drawn(chromium) == EVERY_CHART
     assert chromium.run("document.documentElement.scrollWidth") <= 1280
     assert "of the gap closed" in chromium.run("document.getElementById('headline').textContent")
+    assert "of the KL is gone" in chromium.run("document.getElementById('findings').textContent")
     background = chromium.run("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(20, 23, 27)") == dark
     assert chromium.run("document.getElementById('tip').hidden")

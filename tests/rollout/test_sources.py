@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.parallel.mesh import Parallel, layout
+from distill_cli.rollout.length_guard import LengthGuard
 from distill_cli.rollout.off_policy import dataset_samples, teacher_samples
 from distill_cli.rollout.on_policy import OnPolicy
 from distill_cli.rollout.stages import StopRequested
@@ -120,3 +121,24 @@ def test_an_empty_share_wakes_no_engine(make, calls: list[str]) -> None:
     batch = mixture(make(), lambda prompts, seeds: pytest.fail("called"), fraction=0.9).step(1)
     assert calls == [*AWAKE, *SCORED]
     assert {one.sample.source for one in batch.rollouts} == {"student"}
+
+
+def test_guard_gives_answers_to_the_teacher(make, calls: list[str]) -> None:
+    student = make(num_prompts=8)
+    write = partial(teacher_samples, scoring=student.scoring, sampling=student.worker.responder.sampling)
+    guard = LengthGuard(above=0.3, most=0.5, steps=2, write=write)
+    source = replace(mixture(student, partial(dataset_samples, encode=lambda text: [7], max_new_tokens=8)), guard=guard)
+
+    def sources(step: int) -> tuple[list[str], float]:
+        batch = source.step(step)
+        written = [rollout.sample.source for rollout in batch.rollouts]
+        return [written.count(one) for one in ("student", "teacher", "dataset")], batch.metrics["rollout/guard_share"]
+
+    assert sources(1) == ([4, 0, 4], 0)
+    assert not any(call.startswith("teacher samples") for call in calls)
+    guard.observe(0.4)
+    assert sources(2) == ([2, 2, 4], 0.25)
+    guard.observe(0.2)
+    assert sources(3) == ([3, 1, 4], 0.125)
+    guard.observe(0.2)
+    assert sources(4) == ([4, 0, 4], 0)

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.losses.objective import Objective
 from distill_cli.machine.processes import StopFlag
 from distill_cli.parallel.mesh import Parallel, layout
+from distill_cli.rollout.length_guard import LengthGuard
 from distill_cli.rollout.pack import Planner, plan_batch
 from distill_cli.rollout.source import RolloutSource, ScoredBatch
 from distill_cli.rollout.stages import Stages, StopRequested
@@ -139,7 +140,7 @@ def test_a_run_takes_records_and_saves(make, tmp_path: Path) -> None:
     trainer, scored = make(), []
     trainer.validation = Measured(scored)
     probed = []
-    trainer.probes = SimpleNamespace(write=probed.append)
+    trainer.probes = SimpleNamespace(write=lambda step: probed.append(step) or {"probe/topk_overlap": 0.5})
     before = parameters(trainer)
     result = trainer.run()
     assert (result.state, result.num_steps, len(scored), probed) == ("finished", 3, 2, [0, 2, 3])
@@ -150,6 +151,7 @@ def test_a_run_takes_records_and_saves(make, tmp_path: Path) -> None:
     assert rows[1]["train/response_tokens"] == sum(range(4, 12))
     assert all({"time/pack_s", "time/train_s", "time/record_s", "time/step_s"} <= row.keys() for row in rows[1:])
     assert [("val/accuracy" in row) for row in rows] == [True, False, True, False]
+    assert [("probe/topk_overlap" in row) for row in rows] == [True, False, True, True]
     assert any(not x.equal(y) for x, y in zip(before, parameters(trainer), strict=True))
 
 
@@ -193,6 +195,35 @@ def test_answers_without_end_are_noticed(make, on_truncation: str, caplog: pytes
     assert result.num_steps == TRUNCATED_STEPS + (on_truncation == "warn")
     assert ("max_truncated_rate=0.9" in (result.reason or "")) == (on_truncation == "stop")
     assert ("end-of-sequence" in caplog.text) == (on_truncation == "warn")
+
+
+def test_guard_is_part_of_progress(make, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that is stopped in a validation and resumed has the shares of one that is not."""
+
+    def guard(left: int = 0) -> LengthGuard:
+        return LengthGuard(above=0.5, most=0.4, steps=2, write=lambda prompts, seeds: [], left=left)
+
+    def source(guard: LengthGuard, shares: list[float]) -> MadeUp:
+        made = MadeUp()
+        made.before = lambda step: shares.append(guard.share)
+        made.change = lambda one: replace(one, sample=replace(one.sample, finish_reason=reasons[len(shares) - 1]))
+        return made
+
+    reasons = ["stop", "length", "stop", "stop", "stop"]
+    whole, first = guard(), guard()
+    make(source(whole, expected := []), guard=whole, num_steps=5).run()
+    assert expected == [0, 0, 0.4, 0.2, 0]
+    assert "100% of answers reach the length limit, rollout.guard_above=0.5: the teacher writes 40%" in caplog.text
+    assert "the student writes all again" in caplog.text
+    stopped = make(source(first, shares := []), guard=first, num_steps=5, validation=Measured([], stop_at=1))
+    assert stopped.run().num_steps == 2
+    state = {**asdict(stopped.progress)}
+    resumed = Progress.of(state)
+    second = guard(resumed.guard_left)
+    made = source(second, shares)
+    make(made, guard=second, num_steps=5, progress=resumed).run()
+    assert shares == expected
+    assert Progress.of({key: value for key, value in state.items() if key != "guard_left"}).guard_left == 0
 
 
 def test_another_models_samples_end_run(make: Callable[..., Trainer]) -> None:
