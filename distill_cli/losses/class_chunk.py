@@ -16,7 +16,7 @@ then the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -30,26 +30,6 @@ from distill_cli.losses.token_loss import TokenLoss, Tokens
 MIN_REST_SUM = 1e-30
 """The least sum of the rest's exponentials, where the likeliest token's is 1: log q_rest stays above -70 - log(sum of
 all), and g_rest / q_rest stays finite."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Both models at a chunk's tokens, as `linear_divergence.HeadOutput` reports them."""
-
-    kl_forward_n: torch.Tensor
-    kl_reverse_n: torch.Tensor
-    teacher_mass_n: torch.Tensor
-    student_mass_n: torch.Tensor
-    teacher_logp_nC: torch.Tensor
-    student_logp_nC: torch.Tensor
-
-    @property
-    def of_both(self) -> tuple[torch.Tensor, ...]:
-        return self.kl_forward_n, self.kl_reverse_n, self.teacher_mass_n, self.student_mass_n
-
-    @property
-    def classes(self) -> tuple[torch.Tensor, ...]:
-        return self.teacher_logp_nC, self.student_logp_nC
 
 
 class ClassChunk:
@@ -115,16 +95,17 @@ class ClassChunk:
         """Return the log-probabilities of logits as they were given."""
         return (logits_nM - self.peak_n[:, None]) / self.temperature - self.sum_n.log()[:, None]
 
-    def compare(self) -> Comparison:
+    def compare(self) -> dict[str, torch.Tensor]:
+        """Return how both models compare, by the names of `HeadOutput`'s fields."""
         teacher_nC, student_nC = bucket_classes(self.teacher_logp_nK, self.logp_nC)
-        return Comparison(
-            kl_forward_n=forward(teacher_nC, student_nC).sum(-1),
-            kl_reverse_n=reverse(teacher_nC, student_nC).sum(-1),
-            teacher_mass_n=teacher_nC[:, :-1].exp().sum(-1),
-            student_mass_n=student_nC[:, :-1].exp().sum(-1),
-            teacher_logp_nC=teacher_nC,
-            student_logp_nC=student_nC,
-        )
+        return {
+            "kl_forward_N": forward(teacher_nC, student_nC).sum(-1),
+            "kl_reverse_N": reverse(teacher_nC, student_nC).sum(-1),
+            "teacher_mass_N": teacher_nC[:, :-1].exp().sum(-1),
+            "student_mass_N": student_nC[:, :-1].exp().sum(-1),
+            "teacher_logp_NC": teacher_nC,
+            "student_logp_NC": student_nC,
+        }
 
     def evaluate(self, token_loss: TokenLoss, tokens: Tokens, rows: slice) -> tuple[torch.Tensor, ...]:
         """Return divergence, weight and loss of each token [n]."""

@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from distill_cli.losses.class_chunk import MIN_REST_SUM, Comparison
+from distill_cli.losses.class_chunk import MIN_REST_SUM
 from distill_cli.losses.head import Merged, Shard
 from distill_cli.losses.softmax import Softmax, by_blocks
 from distill_cli.losses.teacher_chunk import TeacherChunk
@@ -38,9 +38,8 @@ class FullChunk:
         logits_nV: torch.Tensor,
         teacher: TeacherChunk,
         sampled_ids_n: torch.Tensor,
-        terms: Terms,
         *,
-        vocab_size: int,
+        terms: Terms,
         shard: Shard,
         merged: Merged | None,
         with_gradient: bool,
@@ -49,7 +48,6 @@ class FullChunk:
 
         Args:
             terms: the divergence's, elementwise (`TokenLoss.terms`).
-            vocab_size: first id that the teacher does not score.
         """
         self.shard, self.merged, self.logits_nV, self.grad_nV = shard, merged, logits_nV, teacher.logits_nV
         self.softmax, temperature = Softmax.of(logits_nV, shard), shard.temperature
@@ -75,7 +73,7 @@ class FullChunk:
         sums_n4 = shard.all_reduce(measured[0], dist.ReduceOp.SUM)
         self.rest_factor_n: torch.Tensor | None = None
         self.rest_n = torch.zeros_like(sampled_n)
-        if vocab_size < shard.total:
+        if teacher.vocab_size < shard.total:
             sums_n4 = sums_n4 + self._rest_sums(terms)
         self.divergence_n, self.grad_sum_n, self.kl_forward_n, self.kl_reverse_n = sums_n4.unbind(-1)
 
@@ -99,12 +97,17 @@ class FullChunk:
         """Return the log-probabilities of logits as they were given."""
         return logits_nM / self.shard.temperature - self.softmax.log_sum_n[:, None]
 
-    def compare(self) -> Comparison:
+    def compare(self) -> dict[str, torch.Tensor]:
+        """Return how both models compare, by the names of `HeadOutput`'s fields."""
         none_n0 = self.divergence_n.new_zeros(len(self.divergence_n), 0)
-        student_mass_n = 1 - self.rest_n
-        return Comparison(
-            self.kl_forward_n, self.kl_reverse_n, torch.ones_like(student_mass_n), student_mass_n, none_n0, none_n0
-        )
+        return {
+            "kl_forward_N": self.kl_forward_n,
+            "kl_reverse_N": self.kl_reverse_n,
+            "teacher_mass_N": torch.ones_like(self.rest_n),
+            "student_mass_N": 1 - self.rest_n,
+            "teacher_logp_NC": none_n0,
+            "student_logp_NC": none_n0,
+        }
 
     def evaluate(self, token_loss: TokenLoss, tokens: Tokens, rows: slice) -> tuple[torch.Tensor, ...]:
         """Return divergence, weight and loss of each token [n]."""

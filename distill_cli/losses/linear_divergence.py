@@ -33,7 +33,7 @@ from distill_cli.losses.chunks import chunk_size
 from distill_cli.losses.class_chunk import ClassChunk
 from distill_cli.losses.full_chunk import FullChunk
 from distill_cli.losses.head import Head, Merged, Shard, add_product, logit_dtype, multiply
-from distill_cli.losses.teacher_chunk import TeacherChunk, TeacherHidden, TopK, view_of_topk
+from distill_cli.losses.teacher_chunk import TeacherChunk, TeacherHidden, TeacherView, TopK, view_of_topk
 from distill_cli.losses.token_loss import TokenLoss, Tokens
 
 
@@ -143,11 +143,11 @@ def linear_divergence(
         chunks = _Chunks(hidden_NH, head, teacher, token_loss, sampled_ids_N, temperature, group, tuple(merged_eos_ids))
         grads = _Gradients.like(*chunks.operands, needs=needs) if any(needs) else None
         parts = list(chunks.run(grads, most=chunk_tokens, num_top=num_top, with_classes=with_classes))
-        outputs = [torch.cat(part) for part in zip(*parts, strict=True)]
-        loss = outputs[0].sum()
+        outputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        loss = outputs["loss_N"].sum()
     if grads is not None:
         loss = _KnownGradient.apply(*inputs, loss, grads.hidden_NH, grads.weight_VH, grads.bias_V)
-    output = HeadOutput(loss, *outputs)
+    output = HeadOutput(loss, **outputs)
     chunks.shard.all_reduce(output.argmax_N, dist.ReduceOp.MIN)
     if isinstance(teacher, TeacherHidden):
         chunks.shard.all_reduce(output.teacher_argmax_N, dist.ReduceOp.MIN)
@@ -207,8 +207,8 @@ class _Chunks:
 
     def run(
         self, grads: _Gradients | None, *, most: int | None, num_top: int, with_classes: bool
-    ) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield each chunk's results in the order of `HeadOutput`'s fields, and add its gradients."""
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield each chunk's results by the names of `HeadOutput`'s fields, and add its gradients."""
         hidden, weight, bias = self.operands
         size = chunk_size(*weight.shape, num_tokens=hidden.shape[0], most=most)
         keeps_tanh = self._transform.soft_cap is not None and grads is not None
@@ -221,62 +221,60 @@ class _Chunks:
             tanh_nV = others.pop() if keeps_tanh else scratch_nV  # no gradient reads it there
             multiply(hidden[rows], weight.t(), out=logits_nV)
             self._transform.apply(logits_nV, bias_V=bias, tanh_nV=tanh_nV)
-            results, grad_nV = self._results(
-                logits_nV, scratch_nV, *others, rows=rows, num_top=num_top, with_gradient=grads is not None
-            )
+            merged = Merged(logits_nV, self._merged_eos_ids, shard=self.shard) if self._merged_eos_ids else None
+            top_ids_nM, top_logits_nM = self.shard.likeliest(logits_nV, num_top)
+            view, teacher = self._see_teacher(logits_nV, scratch_nV, others, rows=rows, num_top=num_top)
+            chunk: ClassChunk | FullChunk
+            with_gradient, sampled_ids_n = grads is not None, self._sampled_ids_N[rows]
+            shared: dict[str, Any] = {"shard": self.shard, "merged": merged}
+            if teacher is not None and teacher.is_full:
+                shared |= {"terms": self._token_loss.terms, "with_gradient": with_gradient}
+                chunk = FullChunk(logits_nV, teacher, sampled_ids_n, **shared)
+            else:
+                chunk = ClassChunk(logits_nV, scratch_nV, view, sampled_ids_n, **shared)
+            results, grad_nV = self._lose(chunk, view, rows, with_gradient=with_gradient)
             if grads is not None:
                 self._transform.cap_gradient(grad_nV, tanh_nV=tanh_nV)
                 grads.add(grad_nV, hidden, weight, rows=rows)
-            *others_n, teacher_nC, student_nC = results
-            yield *others_n, *((teacher_nC, student_nC) if with_classes else (teacher_nC[:, :0], student_nC[:, :0]))
+            results |= {"top_ids_NM": top_ids_nM, "top_logp_NM": chunk.logp_of(top_logits_nM)}
+            classes = ("teacher_logp_NC", "student_logp_NC")
+            yield results if with_classes else results | {name: results[name][:, :0] for name in classes}
 
-    def _results(
+    def _see_teacher(
         self,
         logits_nV: torch.Tensor,
         scratch_nV: torch.Tensor,
-        *buffer_nV: torch.Tensor,
+        buffers: Sequence[torch.Tensor],
+        *,
         rows: slice,
         num_top: int,
-        with_gradient: bool,
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """Return a chunk's results, and the gradient in its logits before the cap (empty without it).
+    ) -> tuple[TeacherView, TeacherChunk | None]:
+        """Return the teacher's predictions, and its chunk if its hidden states are given. Collectives.
 
         Args:
-            logits_nV: the student's; they and the other buffers are overwritten.
-            buffer_nV: one more if the teacher's hidden states are given.
+            logits_nV: the student's, which are only read.
+            buffers: one for the teacher's logits, if its hidden states are given.
         """
-        shard, token_loss, sampled_ids_n = self.shard, self._token_loss, self._sampled_ids_N[rows]
-        merged = Merged(logits_nV, self._merged_eos_ids, shard=shard) if self._merged_eos_ids else None
-        teachability = token_loss.reads_teachability or num_top > 0
-        top_ids_nM, top_logits_nM = shard.likeliest(logits_nV, num_top)
-        chunk: ClassChunk | FullChunk
+        options: dict[str, Any] = {"num_top": num_top}
+        options["teachability"] = self._token_loss.reads_teachability or num_top > 0
         if isinstance(self._teacher, TopK):
-            view = view_of_topk(self._teacher, rows, logits_nV, shard=shard, num_top=num_top, teachability=teachability)
-        else:
-            assert self._of_teacher is not None
-            teacher = TeacherChunk(
-                self._teacher,
-                self._of_teacher,
-                rows,
-                buffer_nV=buffer_nV[0],
-                scratch_nV=scratch_nV,
-                shard=shard,
-                merged_eos_ids=self._merged_eos_ids,
-            )
-            view = teacher.view(logits_nV, sampled_ids_n, num_top=num_top, teachability=teachability)
-        if isinstance(self._teacher, TeacherHidden) and self._teacher.support == "full":
-            chunk = FullChunk(
-                logits_nV,
-                teacher,
-                sampled_ids_n,
-                token_loss.terms,
-                vocab_size=self._teacher.vocab_size,
-                shard=shard,
-                merged=merged,
-                with_gradient=with_gradient,
-            )
-        else:
-            chunk = ClassChunk(logits_nV, scratch_nV, view, sampled_ids_n, shard=shard, merged=merged)
+            return view_of_topk(self._teacher, rows, logits_nV, shard=self.shard, **options), None
+        assert self._of_teacher is not None
+        chunk = TeacherChunk(
+            self._teacher,
+            self._of_teacher,
+            rows,
+            buffer_nV=buffers[0],
+            scratch_nV=scratch_nV,
+            shard=self.shard,
+            merged_eos_ids=self._merged_eos_ids,
+        )
+        return chunk.view(logits_nV, self._sampled_ids_N[rows], **options), chunk
+
+    def _lose(
+        self, chunk: ClassChunk | FullChunk, view: TeacherView, rows: slice, *, with_gradient: bool
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return the loss with what is reported of it, and its gradient in the logits before the cap, if it has one."""
         tokens = Tokens(
             entropy_n=chunk.entropy_n,
             sampled_logp_n=chunk.sampled_logp_n,
@@ -286,29 +284,24 @@ class _Chunks:
             teachability_n=view.teachability_n,
         )
         if with_gradient:
-            *values, grad_nV = chunk.differentiate(token_loss, tokens, rows, scale=self._transform.scale)
+            *values, grad_nV = chunk.differentiate(self._token_loss, tokens, rows, scale=self._transform.scale)
         else:
-            values, grad_nV = list(chunk.evaluate(token_loss, tokens, rows)), logits_nV[:0]
+            values, grad_nV = list(chunk.evaluate(self._token_loss, tokens, rows)), chunk.entropy_n[:0]
         divergence_n, weights_n, loss_n = values
-        reported = chunk.compare()
-        return (
-            loss_n,
-            divergence_n,
-            weights_n,
-            *reported.of_both,
-            chunk.entropy_n,
-            chunk.argmax_n,
-            chunk.sampled_logp_n,
-            top_ids_nM,
-            chunk.logp_of(top_logits_nM),
-            view.argmax_n,
-            view.sampled_logp_n,
-            view.entropy_n,
-            loss_n.new_empty(len(loss_n), 0) if view.teachability_n is None else view.teachability_n,
-            view.top_ids_nM,
-            view.top_logp_nM,
-            *reported.classes,
-        ), grad_nV
+        return chunk.compare() | {
+            "loss_N": loss_n,
+            "divergence_N": divergence_n,
+            "weight_N": weights_n,
+            "entropy_N": chunk.entropy_n,
+            "argmax_N": chunk.argmax_n,
+            "sampled_logp_N": chunk.sampled_logp_n,
+            "teacher_argmax_N": view.argmax_n,
+            "teacher_sampled_logp_N": view.sampled_logp_n,
+            "teacher_entropy_N": view.entropy_n,
+            "teachability_N": loss_n.new_empty(len(loss_n), 0) if view.teachability_n is None else view.teachability_n,
+            "teacher_top_ids_NM": view.top_ids_nM,
+            "teacher_top_logp_NM": view.top_logp_nM,
+        }, grad_nV
 
 
 class _KnownGradient(torch.autograd.Function):

@@ -116,6 +116,16 @@ class TeacherChunk:
         self.merged = Merged(buffer_nV, merged_eos_ids, shard=shard) if merged_eos_ids else None
         self.softmax = Softmax.of(buffer_nV, shard)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the support is the whole vocabulary."""
+        return self._teacher.support == "full"
+
+    @property
+    def vocab_size(self) -> int:
+        """First id that the teacher does not score."""
+        return self._teacher.vocab_size
+
     def view(
         self, student_logits_nV: torch.Tensor, sampled_ids_n: torch.Tensor, *, num_top: int, teachability: bool
     ) -> TeacherView:

@@ -28,4 +28,5 @@ STAGES = {
     "f": Spec("throughput", "sampling, scoring and sync with 1.7B and 4B", 60, 240, 45),
     "g": Spec("whole_steps", "whole steps of 1.7B from 4B", 60, 240, 45),
     "h": Spec("served", "a served teacher of 4B against one in the process", 60, 180, 30),
+    "i": Spec("supports", "full support against its four matrix products; a teacher's hidden states", 50, 180, 30),
 }

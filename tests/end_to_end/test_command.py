@@ -147,7 +147,10 @@ def test_doctor_names_fixes(tmp_path: Path) -> None:
         assert findings[name]["fix"]
 
 
-LOSSES = ("forward", "jsd", "mixed", "reverse", "skew_forward", "skew_reverse")
+LOSSES = (
+    *("forward", "jsd", "mixed", "no_teacher", "policy_gradient", "reverse", "reward"),
+    *("skew_forward", "skew_reverse"),
+)
 TYPED = {
     "distill loss=": [f"loss={name}" for name in LOSSES],
     "distill plan model=ll": ["model=llama3_1b_8b"],
@@ -155,7 +158,7 @@ TYPED = {
     "distill pl": ["plan"],
     "distill plan --me": ["--measure"],
     "distill resume runs/latest train.lr": ["train.lr="],
-    "distill ls lo": ["loss"],
+    "distill ls lo": ["loss", "loss/token_weight"],
     "distill track ": ["sync"],
     "distill track sync runs/x --u": ["--uri"],
     "distill eval --step ": ["best", "last"],

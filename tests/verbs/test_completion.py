@@ -25,7 +25,7 @@ def test_flags_of_train_need_no_verb() -> None:
         ("track|", ["sync"], None),
         ("track sync|", [], None),
         ("track sync|--u", ["--uri"], None),
-        ("ls|lo", ["loss"], None),
+        ("ls|lo", ["loss", "loss/token_weight"], None),
         ("doctor|", [], None),
         ("watch|ru", [], None),
         ("resume|ru", [], None),
