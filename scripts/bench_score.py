@@ -83,7 +83,8 @@ def bench_scorer(settings: EngineSettings, *, topk: int, rounds: int) -> None:
         bare, stock, ours = seconds["bare"], seconds["stock"], seconds["ours"]
         print(
             f"score {num_sequences} x {length}, k={topk}: bare {bare:.3f} s, stock {stock:.3f} s, ours {ours:.3f} s"
-            f" = {bare / ours:.0%} of the prefill's throughput, {stock / ours:.1f} x stock",
+            f" = {bare / ours:.0%} of the prefill's throughput, {stock / ours:.1f} x stock;"
+            f" hidden states {seconds['hidden']:.3f} s = {bare / seconds['hidden']:.0%} of the prefill's",
             flush=True,
         )
     scorer.close()
@@ -99,6 +100,7 @@ def scoring_calls(scorer: VllmTeacher, sequences: list[list[int]], *, topk: int)
         "bare": lambda: generate(sequences, bare),
         "stock": lambda: generate(sequences, stock),
         "ours": lambda: scorer.score(sequences, response_starts=[1] * num_sequences),
+        "hidden": lambda: scorer.score(sequences, response_starts=[1] * num_sequences, hidden=True),
     }
 
 

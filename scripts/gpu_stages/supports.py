@@ -23,6 +23,7 @@ CHECKED_TOKENS = 256
 SHORT = (
     *("train.max_steps=2", "eval.period=0", "eval.at_start=false", "eval.at_end=false", "eval.record_samples=0"),
     *("engine.student.enforce_eager=true", "engine.teacher.enforce_eager=true", "rollout.prompts_per_step=16"),
+    "train.global_batch_size=16",
 )
 
 
