@@ -105,7 +105,10 @@ def _loss(config: Config) -> Problems:
             yield f"loss.{name}", f"sampled tokens have no temperature: loss.temperature={loss.temperature:g} must be 1"
     if rollout.saves_hidden and config.model.teacher.is_student:
         yield "rollout.save_scores", "the head of model.teacher.path=student is another at each step; set true"
-    if loss.reward and rollout.replay is None:
+    for name in ("policy_gradient", "reward", "penalty"):
+        if weights[name] and rollout.on_policy_fraction == 0:
+            yield f"loss.{name}", "is of tokens that the student samples: raise rollout.on_policy_fraction"
+    if loss.reward:
         if rollout.generations_per_prompt < 2:
             yield "loss.reward", "compares answers to a prompt; set rollout.generations_per_prompt to 2 or more"
         if config.data.verifier is None and rollout.environment is None:

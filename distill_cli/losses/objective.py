@@ -15,8 +15,9 @@ Shape letters: N tokens of a micro-batch, n of a chunk, K ids of the support, C 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,7 +54,12 @@ class Objective:
     @property
     def is_plain(self) -> bool:
         """Whether the loss is the divergence as it is."""
-        return (self.divergence_weight, self.weight, self.clip, self.policy_gradient) == (1.0, None, None, 0.0)
+        return self == self.plain
+
+    @property
+    def plain(self) -> Objective:
+        """The divergence alone, as it is."""
+        return replace(self, divergence_weight=1.0, weight=None, clip=None, policy_gradient=0.0)
 
 
 @dataclass(frozen=True)
@@ -180,8 +186,7 @@ class BatchLoss(TokenLoss):
 
 def is_near(log_ratio_n: torch.Tensor, is_sampled_n: torch.Tensor, objective: Objective) -> torch.Tensor:
     """Return whether a token has the terms of the importance ratio: bool [n]."""
-    limit = torch.tensor(objective.max_ratio, dtype=torch.float64).log().item()
-    return is_sampled_n & (log_ratio_n.detach().abs() <= limit)
+    return is_sampled_n & (log_ratio_n.detach().abs() <= math.log(objective.max_ratio))
 
 
 def calls_of(

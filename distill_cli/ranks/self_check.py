@@ -126,6 +126,7 @@ class SelfCheck:
 
     def run(self) -> Findings:
         """Answer every question in turn, the same on every rank."""
+        self.student.objective, self.student.has_advantages = self.student.objective.plain, False
         rollouts = self.sample(version=0)
         own, _ = self.score(rollouts, self.own_scoring)
         yield from self.check_student_against_itself(own)
@@ -139,7 +140,7 @@ class SelfCheck:
 
     def run_other_teacher(self) -> Findings:
         """Answer the questions about one more teacher of the run, after `run` has ended; the loss is this one's."""
-        self.student.objective = build_objective(self.config)
+        self.student.objective = build_objective(self.config).plain
         scoring = self.make_scoring()
         yield from self.check_scores(self.sample(version=2), scoring)
         scoring.teachers[0].close()
