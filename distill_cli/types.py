@@ -186,6 +186,10 @@ class TeacherScores:
         return TeacherScores(*(tensor.to(device, non_blocking=non_blocking) for tensor in vars(self).values()))
 
 
+LOGIT_ROWS = 8192
+"""Rows of a head that are multiplied at a time."""
+
+
 @dataclass(frozen=True)
 class ModelHead:
     """A model's head: what makes logits of its last hidden state h.
@@ -207,7 +211,10 @@ class ModelHead:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits of a few hidden states [n, H]: float64 [n, V]."""
-        raw = hidden.double() @ self.weight.double().t()
+        import torch
+
+        pieces = self.weight.split(LOGIT_ROWS)  # a copy of the whole in float64 would take four times its memory
+        raw = torch.cat([hidden.double() @ rows.double().t() for rows in pieces], dim=-1)
         raw = self.scale * (raw if self.bias is None else raw + self.bias.double())
         return raw if self.soft_cap is None else self.soft_cap * (raw / self.soft_cap).tanh()
 

@@ -5,7 +5,7 @@ build the same engines in the same order on every rank.
 """
 
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,7 @@ from distill_cli.train.run_state import Progress
 from distill_cli.train.token_report import ProbeReport
 from distill_cli.train.trainer import Trainer
 from distill_cli.train.validation import Validation
+from distill_cli.types import ModelHead
 
 
 def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -> None:
@@ -128,7 +129,7 @@ def build_trainer(
     validation = probes = None
     recorder = build_recorder(resolved, run, parallel) if config.rollout.save_scores else None
     if recorder is not None and student.heads is not None:
-        record_heads(run, student.heads, teachers)
+        record_heads(run, student.heads)
     rollouts = RolloutsFolder(run.rollouts, decode, lambda token: show([token]), is_written=is_main)
     if validator is not None and worker is not None:
         validation = Validation(validator, worker, teachers if config.eval.teacher else [])
@@ -179,13 +180,13 @@ def uses_hidden(resolved: ResolvedRun) -> bool:
     return needs_hidden(resolved.config) if recorded is None else Recording.of(str(recorded)).facts.hidden
 
 
-def record_heads(run: RunDir, heads: TeacherHeads, teachers: Sequence[Teacher]) -> None:
+def record_heads(run: RunDir, heads: TeacherHeads) -> None:
     """Write each teacher's head into the run's scores, by the first ranks of each shard of it. A collective."""
-    first, last = heads.rows
-    for index, teacher in enumerate(teachers):
-        head = teacher.head((first, last))
+    for index, head in heads.gather().items():
         if heads.parallel.data_rank == heads.parallel.context.get_local_rank() == 0:
-            write_head(run.scores, index, first, head)
+            bias, transform = None if head.bias_V is None else head.bias_V.cpu(), head.transform
+            rows = ModelHead(head.weight_VH.cpu(), bias, transform.scale, transform.soft_cap)
+            write_head(run.scores, index, heads.rows[0], rows)
 
 
 def read_moving_head(heads: TeacherHeads, index: int, teacher: Teacher) -> None:
