@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 
 import torch
-from bench_loss import peak_mib, token_loss_of
+from bench_loss import each_alone, peak_mib, token_loss_of
 
 from distill_cli.losses.chunks import chunk_size
 from distill_cli.losses.distill_loss import DistillLoss
@@ -140,11 +138,7 @@ def main() -> None:
     if args.only:
         print(json.dumps(measure(args.only, args)))
         return
-    results = {}
-    for name in VARIANTS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-        results[name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    print_table(args, results)
+    print_table(args, each_alone(VARIANTS, __file__))
 
 
 if __name__ == "__main__":

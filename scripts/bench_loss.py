@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -125,6 +125,12 @@ def print_table(args: argparse.Namespace, results: dict[str, dict[str, float]]) 
     print(f"{'ratio':14}" + "".join(f"{ratio:>16.3f}" for ratio in ratios.values()))
 
 
+def each_alone(variants: Iterable[str], script: str) -> dict[str, dict[str, float]]:
+    """Return what `script --only VARIANT` prints as JSON: each variant in a process of its own, with fresh memory."""
+    command = [sys.executable, script, *sys.argv[1:], "--only"]
+    return {one: json.loads(subprocess.check_output([*command, one], text=True)) for one in variants}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, size in {"tokens": 2048, "vocab": 151_936, "hidden": 512, "topk": 64, "threads": 1}.items():
@@ -138,11 +144,7 @@ def main() -> None:
     if args.only:
         print(json.dumps(measure(args.only, args)))
         return
-    results = {}
-    for name in VARIANTS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-        results[name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    print_table(args, results)
+    print_table(args, each_alone(VARIANTS, __file__))
 
 
 if __name__ == "__main__":

@@ -2,48 +2,58 @@
 
     python scripts/findings.py                       # the cases, each with its command
     python scripts/findings.py supports tails        # run some: one sweep each, over three seeds
-    python scripts/findings.py all --pair PAIR       # on another pair: a folder with student/ and teacher/
+    python scripts/findings.py all --pair PAIR       # on another pair, made by scripts/make_findings_pair.py
     python scripts/findings.py supports --write docs/findings.md
 
-A case is one `distill -m` command, printed before it runs; its table has means and 95% intervals over the seeds. With
-`--write` the table replaces the one between the case's markers in a document.
+A case is one `distill -m` command, printed before it runs. Its table has means and 95% intervals over the
+seeds of what scripts/findings_measure.py measures. With `--write` the table replaces the one between the case's
+markers in a document.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from findings_measure import NUM_ANSWERS, measure
+from make_findings_pair import SIZES
+
 from distill_cli.folders.run_dir import RunDir
-from distill_cli.metrics import find
+from distill_cli.metrics import METRICS
 from distill_cli.report.pools import Pool, mean_of, pools
-from distill_cli.report.read import RunResult, last_values, read_results
+from distill_cli.report.read import last_values, read_results
 
 SEEDS = "train.seed=1,2,3"
-COLUMNS = ("val/accuracy", "train/kl_forward", "train/kl_reverse", "train/entropy", "train/student_topk_mass")
-HEADS = {"train/student_topk_mass": "mass on the support"}
-TINY = ("train.max_steps=60",)
-REAL = (
-    *("data=chat", "train.max_steps=40", "rollout.prompts_per_step=16", "train.global_batch_size=16", "train.lr=1e-4"),
-    *("rollout.max_new_tokens=48", "rollout.max_sequence_length=192", "data.validation=null", "eval.record_samples=0"),
+COLUMNS = {
+    "pass@1": ("pass@1", "val/accuracy"),
+    f"pass@{NUM_ANSWERS}": (f"pass@{NUM_ANSWERS}", "val/accuracy"),
+    "truncated": ("cut off", "val/truncated_rate"),
+    "kl_forward": ("KL forward", "train/kl_forward"),
+    "kl_reverse": ("KL reverse", "train/kl_reverse"),
+    "entropy": ("entropy", "train/entropy"),
+    "train/student_topk_mass": ("mass on the support", "train/student_topk_mass"),
+}
+"""What is measured -> its title, and a metric that is written in the same way."""
+OF_NAME = {metric.name: metric for metric in METRICS}
+TINY = ("train.max_steps=20",)
+REAL = ("rollout.prompts_per_step=8", "train.global_batch_size=8", "train.max_steps=12", "train.lr=1e-4")
+QUIET = (
+    *("eval.at_start=false", "eval.at_end=false", "eval.period=0", "eval.teacher=false", "eval.record_samples=0"),
+    *("tracker=none", "checkpoint.enabled=false"),
 )
-QUIET = ("eval.at_start=false", "eval.period=0", "eval.teacher=false", "tracker=none", "checkpoint.enabled=false")
 
 
 @dataclass(frozen=True)
 class Case:
     question: str
     argv: tuple[str, ...]
-    pass_at: int = 0
-    """Also evaluate every run with this many answers to each problem, sampled at temperature 1."""
 
 
 CASES = {
@@ -52,9 +62,7 @@ CASES = {
         ("loss.tail=bucket,renormalize", "loss.topk=2,8,64"),
     ),
     "temperature": Case("Which temperature of the loss?", ("loss.temperature=0.5,1,2,4",)),
-    "kinds": Case(
-        "Forward, reverse or mixed: one answer, or the best of eight?", ("loss=forward,reverse,mixed",), pass_at=8
-    ),
+    "kinds": Case("Forward, reverse or mixed: one answer, or the best of eight?", ("loss=forward,reverse,mixed",)),
     "tokens": Case("The first tokens, the last, or all?", ("loss.token_weight=null,first_fraction,last_fraction",)),
     "supports": Case(
         "Whose tokens are compared?", ("loss=mixed,reverse", "loss.support=teacher,student,full", "loss.topk=4")
@@ -84,10 +92,12 @@ def main() -> None:
 
 
 def command(case: Case, arguments: argparse.Namespace, *program: str) -> list[str]:
-    settings = TINY
-    if arguments.pair is not None:
-        paths = (f"model.{role}.path={arguments.pair / role}" for role in ("student", "teacher"))
-        settings = ("model=custom", *paths, *REAL)
+    settings: tuple[str, ...] = TINY
+    if (pair := arguments.pair) is not None:
+        paths = {f"model.{role}": f"{pair / role}" for role in ("student", "teacher")}
+        paths |= {"data.train": f"{pair / 'train.jsonl'}", "data.validation": f"{pair / 'held_out.jsonl'}"}
+        located = (f"{key}.path={path}" for key, path in paths.items())
+        settings = ("model=custom", "data=jsonl", "data.verifier=regex", *located, *SIZES, *REAL)
     steps = [] if arguments.steps is None else [f"train.max_steps={arguments.steps}"]
     return [*program, "-m", *settings, *QUIET, *case.argv, SEEDS, *steps]
 
@@ -99,39 +109,22 @@ def run(case: Case, arguments: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(argv, cwd=folder, check=True, stdout=sys.stderr)
         (sweep,) = (Path(folder) / "runs").glob("*_sweep*")
-        results = read_results([sweep])
-        passed = {result.folder: pass_at(result, case.pass_at) for result in results} if case.pass_at else {}
-        return markdown(pools(results), passed, number=case.pass_at)
+        among = pools(read_results([sweep]))
+        return table([(pool, [measure_run(result.folder) for result in pool.counted]) for pool in among])
 
 
-def pass_at(result: RunResult, number: int) -> dict[str, float]:
-    """Return the share of problems of which one of `number` answers is right, and the mean accuracy."""
-    options = (f"eval.repeat={number}", "eval.temperature=1", "eval.max_samples=128")
-    argv = [sys.executable, "-m", "distill_cli", "eval", str(result.folder), *options]
-    subprocess.run(argv, check=True, stdout=sys.stderr)
-    file = max(RunDir(result.folder).path.glob("evals/**/*.json"), key=lambda one: one.stat().st_mtime)
-    content = json.loads(file.read_text())
-    return {name: content[name] for name in ("accuracy", f"pass@{number}") if name in content}
+def measure_run(folder: Path) -> dict[str, float]:
+    return measure(folder) | last_values(RunDir(folder).metrics, COLUMNS)
 
 
-def markdown(among: Sequence[Pool], passed: dict[Path, dict[str, float]], *, number: int) -> str:
-    """Return a row for each pool: the metrics' last values, and what `pass_at` measured."""
-    metrics = [metric for name in COLUMNS if (metric := find(name))]
-    head = ["", *(HEADS.get(metric.name, metric.label) for metric in metrics)]
-    head += ["pass@1", f"pass@{number}"] if passed else []
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for pool in among:
-        found = [last_values(RunDir(result.folder).metrics, COLUMNS) for result in pool.counted]
-        cells = []
-        for metric in metrics:
-            values = [one[metric.name] for one in found if metric.name in one]
-            cells.append(mean_of(values).shown(metric) if values else "")
-        for key in ("accuracy", f"pass@{number}") if passed else ():
-            mean = mean_of([passed[result.folder][key] for result in pool.counted])
-            cells.append(f"{mean.value:.1%}" + ("" if mean.half is None else f" ± {mean.half:.1%}"))
-        lines.append(
-            f"| `{' '.join(f'{key}={value}' for key, value in pool.settings.items())}` | {' | '.join(cells)} |"
-        )
+def table(rows: Sequence[tuple[Pool, Sequence[Mapping[str, float]]]]) -> str:
+    """Return a line for each pool: means over its seeds with their intervals."""
+    lines = [f"|  | {' | '.join(title for title, _ in COLUMNS.values())} |", "|" + "---|" * (len(COLUMNS) + 1)]
+    for pool, seeds in rows:
+        means = {name: mean_of([one[name] for one in seeds]) for name in COLUMNS}
+        cells = [means[name].shown(OF_NAME[metric]) for name, (_, metric) in COLUMNS.items()]
+        settings = " ".join(f"{key}={value}" for key, value in pool.settings.items())
+        lines.append(f"| `{settings}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

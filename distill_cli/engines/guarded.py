@@ -35,7 +35,7 @@ class GuardedTeacher(Teacher):
         self._answers = partial(
             handshake.answers, topk=topk, vocab_size=vocab_size, temperature=temperature, limit=limit
         )
-        self._limit, self._vocab_size, self._temperature = limit, vocab_size, temperature
+        self.limit, self._vocab_size = limit, vocab_size
         self._probe: Probe | None = None
         self._sleeps, self._comebacks = 0, 0
 
@@ -44,19 +44,6 @@ class GuardedTeacher(Teacher):
         self._probe = handshake.make_probe(self._teacher, prompts)
         self._sleeps, self._comebacks = 0, self._teacher.comebacks
         return list(self._answers(self._probe))
-
-    def head_problem(self) -> str | None:
-        """Return why hidden states and head of the awake teacher do not give the handshake's scores; None if they do.
-
-        A collective of the ranks that share the engine.
-        """
-        probe, head = self.probe, self._teacher.head()
-        found = self._teacher.score(probe.sequences, response_starts=probe.starts, hidden=True)
-        if not all(len(scores.hidden) for scores in found):  # interrupted
-            return None
-        hidden, temperature = TeacherScores.cat(found).hidden, self._temperature
-        error = handshake.head_error(probe, hidden, head, temperature=temperature)
-        return None if error < self._limit else f"does not score by its hidden states and head: {error:.2g} nats off"
 
     def forget(self) -> None:
         """Compare with the handshake no more: the teacher's weights will change."""
@@ -72,7 +59,7 @@ class GuardedTeacher(Teacher):
         """Raise Unrecoverable if the awake teacher no longer gives a probe's sequences the scores that they had."""
         now = self._teacher.score(before.sequences, response_starts=before.starts)
         if all(len(scores.sampled_logp) for scores in now):  # else interrupted
-            self._refuse(handshake.difference(before.scores, now, limit=self._limit))
+            self._refuse(handshake.difference(before.scores, now, limit=self.limit))
 
     def score(
         self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False

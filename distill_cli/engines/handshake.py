@@ -20,7 +20,7 @@ import torch
 
 from distill_cli.engines.base import Teacher
 from distill_cli.engines.settings import SamplingSettings
-from distill_cli.types import ModelHead, TeacherScores
+from distill_cli.types import TeacherScores
 
 NUM_PROMPTS, ANSWER_TOKENS = 4, 8
 CUTS, DRAWS, HOT = 4, 6, 2.0
@@ -175,17 +175,14 @@ def temperature_error(probe: Probe, *, temperature: float) -> float:
     return median(errors) if errors else 0.0
 
 
-def head_error(probe: Probe, hidden_RH: torch.Tensor, head: ModelHead, *, temperature: float) -> float:
-    """Return by how much scores differ from those by hidden states and head, weighted by probability: a mean, in nats.
+def top_difference(scores: TeacherScores, logp_RK: torch.Tensor) -> float:
+    """Return by how much scores differ from other log-probabilities of their top-k, weighted by theirs: a mean, nats.
 
     Args:
-        hidden_RH: of the probe's response tokens.
+        logp_RK: [R, K]
     """
-    whole = TeacherScores.cat(probe.scores)
-    logits_RV = head.logits(hidden_RH) / temperature
-    logp_RK = logits_RV.gather(1, whole.topk_ids.long()) - logits_RV.logsumexp(-1, keepdim=True)
-    weights_RK = whole.topk_logp.double().exp()
-    return float(((logp_RK - whole.topk_logp.double()).abs() * weights_RK).sum(-1).mean())
+    weights_RK = scores.topk_logp.double().exp()
+    return float(((logp_RK.double().cpu() - scores.topk_logp.double()).abs() * weights_RK).sum(-1).mean())
 
 
 def difference(before: Sequence[TeacherScores], now: Sequence[TeacherScores], *, limit: float) -> str | None:

@@ -10,6 +10,7 @@ import psutil
 import torch
 from rich.markup import escape
 
+from distill_cli.config.derived import needs_hidden
 from distill_cli.config.schema import TeacherModel
 from distill_cli.config.teachers import ONLY
 from distill_cli.config.variation import override
@@ -79,6 +80,7 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
         saver=parts.build_saver(config, run, trainable),
         checkpoints=run.checkpoints,
         vocab_size=resolved.vocabulary.size,
+        heads=parts.build_heads(rank, student) if needs_hidden(config) else None,
         **of_teacher(0),
     )
     others = (replace(check, **of_teacher(index)).run_other_teacher() for index in range(1, len(alone)))

@@ -16,6 +16,7 @@ from distill_cli.data.prompts import PromptMaker
 from distill_cli.engines import handshake
 from distill_cli.engines.base import Teacher
 from distill_cli.engines.guarded import GuardedTeacher
+from distill_cli.engines.handshake import Probe
 from distill_cli.engines.moving import MovingTeacher
 from distill_cli.engines.server_info import Info
 from distill_cli.errors import ConfigError, Unrecoverable
@@ -25,7 +26,7 @@ from distill_cli.ranks.build_source import Rank, prompt_settings
 from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.stages import Stages
 from distill_cli.student.teacher_head import TeacherHeads
-from distill_cli.types import Example
+from distill_cli.types import Example, TeacherScores
 
 QUESTIONS = (
     "Which number is larger, 17 or 23?",
@@ -90,8 +91,11 @@ def shake_hands(
                     raise Unrecoverable(f"{one.name} {answer.problem}; see `distill check`")
             if heads is not None:
                 heads.read(index, one.head)
-                if (problem := one.head_problem()) is not None:
-                    raise Unrecoverable(f"{one.name} {problem}; see `distill check`")
+                temperature = alone.config.loss.temperature
+                error = head_error(heads, index, teacher, one.probe, temperature=temperature)
+                if error is not None and not error < one.limit:
+                    problem = f"does not score by its hidden states and head: {error:.2g} nats off"
+                    raise Unrecoverable(f"{one.name} {problem} (limit {one.limit:g}); see `distill check`")
             if is_moving:
                 one.forget()
             elif is_known:
@@ -101,6 +105,21 @@ def shake_hands(
         guarded.append(one)
     stages.check_stop()
     return guarded
+
+
+def head_error(heads: TeacherHeads, index: int, teacher: Teacher, probe: Probe, *, temperature: float) -> float | None:
+    """Return by how much an awake teacher's scores differ from those by its hidden states and the trainer's copy of its
+    head: nats. A collective.
+
+    Returns:
+        None if a rank's teacher was interrupted.
+    """
+    found = teacher.score(probe.sequences, response_starts=probe.starts, hidden=True)
+    if heads.parallel.all_max(float(not all(len(scores.hidden) for scores in found))):
+        return None
+    scores, hidden = TeacherScores.cat(probe.scores), TeacherScores.cat(found).hidden
+    logp_RK = heads.logp_at(index, hidden, scores.topk_ids, temperature=temperature)
+    return handshake.top_difference(scores, logp_RK)
 
 
 def probe_prompts(rank: Rank, name: str) -> list[list[int]]:

@@ -21,11 +21,13 @@ from distill_cli.errors import DistillError
 from distill_cli.losses.linear_divergence import HeadOutput
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.ranks.build_trainer import build_loss, build_objective
+from distill_cli.ranks.handshakes import head_error
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
 from distill_cli.student.adapters import B
 from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, accumulate_gradient, count_response_tokens, optimizer_step
+from distill_cli.student.teacher_head import TeacherHeads
 from distill_cli.types import Prompt, Rollout
 
 AtTokens = Callable[[MicroBatch, HeadOutput], torch.Tensor]
@@ -58,6 +60,10 @@ QUESTIONS = {
     "temperature": (
         "the teacher scores at the loss's temperature",
         "see loss.temperature={loss.temperature}, engine.teacher.kwargs",
+    ),
+    "head": (
+        "its hidden states and head give its scores",
+        "see model.teacher.path={model.teacher.path} and engine.teacher.kwargs, or set loss.support=teacher",
     ),
     "scorer": (
         "scorer and trainer agree on the teacher",
@@ -121,6 +127,8 @@ class SelfCheck:
     """The saver's folder."""
     vocab_size: int
     """Ids that are scored."""
+    heads: TeacherHeads | None = None
+    """Takes the teacher's head, if the run needs its hidden states."""
     name: str = ""
     """The teacher's, if there are several."""
 
@@ -237,6 +245,13 @@ class SelfCheck:
         size, temperature = self.vocab_size, self.config.loss.temperature
         for one in handshake.answers(probe, topk=number, vocab_size=size, temperature=temperature, limit=limit):
             yield self.answer(one.what, one.problem is None, one.text)
+        if self.heads is None:
+            return
+        with stages.awake(teacher), stages("handshake"):
+            self.heads.read(0, teacher.head)
+            error = head_error(self.heads, 0, teacher, probe, temperature=temperature)
+        if error is not None:
+            yield self.within("head", error, limit)
 
     def check_teacher(self, batches: Sequence[MicroBatch]) -> Findings:
         """Check that the teacher is another model, if the config says so, and compare it in scorer and trainer."""

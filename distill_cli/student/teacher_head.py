@@ -4,7 +4,8 @@ A rank needs, of a teacher's head, the rows of the ids that its shard of the stu
 parallelism), as far as the shared vocabulary reaches. Those rows are cut over the ranks of FSDP's shard axis, as the
 student's parameters are, and gathered for each micro-batch.
 
-Shape letters: V ids of this tensor rank's shard of the student's head.
+Shape letters: V ids of this tensor rank's shard of the student's head, N tokens, K ids of each, H the teacher's hidden
+size.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from distill_cli.losses.head import Head
+from distill_cli.losses.head import Head, logit_dtype
+from distill_cli.losses.head import Shard as VocabularyShard
 from distill_cli.losses.logit_transform import LogitTransform
+from distill_cli.losses.teacher_chunk import TeacherChunk, TeacherHidden
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.types import ModelHead
 
@@ -64,7 +67,29 @@ class TeacherHeads:
 
     def gather(self) -> dict[int, Head]:
         """Return the heads, as far as this rank's shard reaches. A collective."""
-        return {
-            index: Head(weight.full_tensor(), bias, transform)
-            for index, (weight, bias, transform) in self._parts.items()
-        }
+        return {index: self._whole(index) for index in self._parts}
+
+    def logp_at(self, index: int, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, *, temperature: float) -> torch.Tensor:
+        """Return the log-probabilities of ids by a head and hidden states, computed as in training: float32 [N, K].
+
+        A collective; ranks of the tensor axis call it with the same tokens.
+        """
+        head, group = self._whole(index), self.parallel.tensor.get_group() if self.parallel.tensor.size() > 1 else None
+        hidden_NH = hidden_NH.to(head.weight_VH)
+        buffer_NV, scratch_NV = torch.empty(
+            2, len(hidden_NH), self.shard_size, dtype=logit_dtype(hidden_NH), device=hidden_NH.device
+        )
+        chunk = TeacherChunk(
+            TeacherHidden(hidden_NH, head, self.vocab_size, "teacher", ids_NK.shape[1]),
+            head.operands(hidden_NH),
+            slice(None),
+            buffer_nV=buffer_NV,
+            scratch_nV=scratch_NV,
+            shard=VocabularyShard(self.shard_size, group, temperature),
+            merged_eos_ids=(),
+        )
+        return chunk.logp_at(ids_NK.to(hidden_NH.device))
+
+    def _whole(self, index: int) -> Head:
+        weight, bias, transform = self._parts[index]
+        return Head(weight.full_tensor(), bias, transform)

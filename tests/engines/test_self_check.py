@@ -35,8 +35,9 @@ from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import Responder, RolloutWorker, ScoringWorker
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule
+from distill_cli.student.teacher_head import TeacherHeads
 from distill_cli.student.weights import load_weights, synced_parameters
-from distill_cli.types import Example, Prompt
+from distill_cli.types import Example, ModelHead, Prompt
 
 from .reference import VOCAB_SIZE, random_sequences
 
@@ -45,6 +46,7 @@ pytestmark = pytest.mark.slow
 SYNC = "the sampler has the new weights after a sync"
 OTHER = "teacher != student: the loss is not zero"
 SCORES = "scorer and trainer agree on the teacher"
+HEAD = "its hidden states and head give its scores"
 OWN_SCORES = "scorer and trainer agree on the student"
 ZERO = "teacher = student: the loss is zero"
 MEAN = "the loss is the mean over all response tokens"
@@ -66,6 +68,14 @@ class Kept:
 class NeverSynced(Kept):
     def sync(self, weights: object, *, version: int) -> None:
         self._engine.version = version
+
+
+class RowsOneLater(Kept):
+    """Its head has each token's row one place too late."""
+
+    def head(self, rows: tuple[int, int] | None = None) -> ModelHead:
+        whole = self._engine.head()
+        return replace(whole, weight=whole.weight.roll(1, 0)).part(rows)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +126,12 @@ def wrong(
     """What a check calls wrong, given what is planted."""
 
     def run(
-        *, sampler: object = sampler, teacher: object = teachers_scorer, temperature: float = 1.0, factor: float = 1.0
+        *,
+        sampler: object = sampler,
+        teacher: object = teachers_scorer,
+        temperature: float = 1.0,
+        factor: float = 1.0,
+        with_head: bool = False,
     ) -> list[str]:
         config = of(student_settings.path, teacher_settings.path)
         trained = build_student(student_settings.path, parallel, temperature=temperature, factor=factor)
@@ -146,10 +161,11 @@ def wrong(
             saver=Saver(folder, trainable),
             checkpoints=folder.checkpoints,
             vocab_size=VOCAB_SIZE,
+            heads=TeacherHeads(parallel, VOCAB_SIZE, VOCAB_SIZE) if with_head else None,
         )
         findings = list(check.run())
         found = [finding.what for finding in findings if finding.is_good is False]
-        assert len(findings) == (14 if OTHER in found else 15)  # no slope where there is no loss
+        assert len(findings) == (14 if OTHER in found else 15) + with_head  # no slope where there is no loss
         return found
 
     yield run
@@ -170,6 +186,11 @@ def test_a_teacher_that_is_the_student(wrong, own_scorer) -> None:
 
 def test_a_temperature_on_one_side_only(wrong) -> None:
     assert wrong(temperature=2.0) == [OWN_SCORES, ZERO, SCORES]
+
+
+def test_a_head_that_is_not_the_scores(wrong, teachers_scorer) -> None:
+    assert wrong(with_head=True) == []
+    assert wrong(with_head=True, teacher=RowsOneLater(teachers_scorer)) == [HEAD]
 
 
 def test_loss_scaled_by_ranks(wrong) -> None:
