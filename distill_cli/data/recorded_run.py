@@ -23,6 +23,7 @@ from distill_cli.errors import ConfigError
 from distill_cli.folders import atomic_dir
 from distill_cli.folders.run_dir import RunDir, read_json
 from distill_cli.models import model_files
+from distill_cli.models.safetensors_header import BITS, read_header
 
 FACTS, STEP, HEADS = "recording.json", "step.json", "heads"
 
@@ -85,6 +86,12 @@ class Recording:
             raise ConfigError(f"rollout.replay={replay}: step 1 has no scores; set rollout.save_scores=true to record")
         longest = (max(step[f"longest_{part}"] for step in steps) for part in ("response", "sequence"))
         return cls(root, facts, len(steps), *longest)
+
+    def hidden_states(self) -> list[tuple[int, int]]:
+        """Return the numbers, and bytes each, of the hidden states of each teacher; none if a top-k was recorded."""
+        heads = {file.stem.partition("_")[0]: file for file in sorted((self.folder / HEADS).glob("*.safetensors"))}
+        found = [read_header(file)["weight"] for _, file in sorted(heads.items())]
+        return [(width, BITS[kind] // 8) for kind, (_, width) in found]
 
 
 def recorded_run(replay: str) -> RunDir:

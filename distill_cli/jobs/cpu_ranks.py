@@ -1,7 +1,7 @@
 """How many ranks share this machine's cores, if it is left to distill: the number that trains fastest."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from distill_cli import memory as predictions
 from distill_cli.config.schema import Config
@@ -20,7 +20,9 @@ PROCESS_BYTES = 2**30
 """What a rank's libraries hold, which predictions leave out."""
 
 
-def best_ranks(config: Config, student: ModelFiles, teachers: Mapping[str, ModelFiles]) -> int:
+def best_ranks(
+    config: Config, student: ModelFiles, teachers: Mapping[str, ModelFiles], hidden: Sequence[tuple[int, int]] = ()
+) -> int:
     """Return the number of ranks for the cores of this machine that a run may use.
 
     A rank has one thread if the models are small: their operators are too short to be shared, and much of a step is
@@ -28,6 +30,7 @@ def best_ranks(config: Config, student: ModelFiles, teachers: Mapping[str, Model
 
     Args:
         teachers: by name; none if no engine of them is needed.
+        hidden: as in `memory.predict`.
     """
     mesh, engine = config.mesh, config.engine
     axes = mesh.replicate * mesh.context * mesh.tensor * mesh.expert
@@ -35,7 +38,7 @@ def best_ranks(config: Config, student: ModelFiles, teachers: Mapping[str, Model
     unit = math.lcm(axes, engine.student.tensor_parallel, *shared) or 1
     most = config.train.global_batch_size // SEQUENCES_OF_A_RANK
     numbers = _candidates(config, (student, *teachers.values()), most=most, unit=unit)
-    return next((number for number in numbers if _fits(config, student, teachers, number)), 1)
+    return next((number for number in numbers if _fits(config, student, teachers, hidden, number)), 1)
 
 
 def best_evaluation_ranks(config: Config, model: ModelFiles, *, role: str) -> int:
@@ -56,11 +59,18 @@ def _candidates(config: Config, models: Iterable[ModelFiles], *, most: int, unit
     return (number for number in range(most, 1, -1) if largest <= SMALL_PARAMS and number % unit == 0)
 
 
-def _fits(config: Config, student: ModelFiles, teachers: Mapping[str, ModelFiles], num_ranks: int) -> bool:
+def _fits(
+    config: Config,
+    student: ModelFiles,
+    teachers: Mapping[str, ModelFiles],
+    hidden: Sequence[tuple[int, int]],
+    num_ranks: int,
+) -> bool:
     device = predictions.Device(hardware.host_memory() - num_ranks * PROCESS_BYTES, False, num_ranks)
     folders = student.folder, {name: files.folder for name, files in teachers.items()}
     try:
         shape = predictions.read_shape(student.folder, config.model.student.lora)
-        return predictions.problem(config, shape, *folders, num_ranks=num_ranks, device=device) is None
+        problem = predictions.problem(config, shape, *folders, num_ranks=num_ranks, device=device, hidden=hidden)
+        return problem is None
     except predictions.NoPrediction:
         return False

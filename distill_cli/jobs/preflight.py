@@ -199,7 +199,7 @@ def share_cores(facts: Facts, config: Config, student: ModelFiles) -> None:
     on_cpu = launcher_of(config.cluster.launcher).runs_here and not hardware.gpus_per_node(config)
     if on_cpu and config.cluster.ranks_per_node is None and not facts.problems:
         if facts.trains:
-            number = best_ranks(config, student, facts.local_teachers())
+            number = best_ranks(config, student, facts.local_teachers(), hidden_states(facts, config))
         else:
             number = best_evaluation_ranks(config, student, role=facts.roles[0])
         facts.config = override(config, {"cluster.ranks_per_node": number})
@@ -300,18 +300,34 @@ def predict_memory(facts: Facts, config: Config, student: ModelFiles, ranks: Ran
     total = hardware.gpu_memory() if ranks.on_gpus else hardware.host_memory()
     gpu_bytes = (total or 0) if ranks.on_gpus else None
     folders = student.folder, {name: files.folder for name, files in facts.local_teachers().items()}
+    hidden = hidden_states(facts, config)
     try:
         shape = predictions.read_shape(student.folder, config.model.student.lora)
-        facts.memory = predictions.predict(config, shape, *folders, num_ranks=ranks.total, gpu_bytes=gpu_bytes)
+        facts.memory = predictions.predict(
+            config, shape, *folders, num_ranks=ranks.total, gpu_bytes=gpu_bytes, hidden=hidden
+        )
         if total is None or not launcher_of(config.cluster.launcher).runs_here:
             return  # the memory of a cluster's node is not known here
         if ranks.on_gpus:
             yield from predictions.engine_problems(config, *folders, gpu_bytes=total)
         device = predictions.Device(total, ranks.on_gpus, ranks.per_node)
-        problem = predictions.problem(config, shape, *folders, num_ranks=ranks.total, device=device)
+        problem = predictions.problem(config, shape, *folders, num_ranks=ranks.total, device=device, hidden=hidden)
         yield from [problem] if problem else []
     except predictions.NoPrediction as error:
         facts.no_memory = str(error)
+
+
+def hidden_states(facts: Facts, config: Config) -> list[tuple[int, int]]:
+    """Return the numbers, and bytes each, of the hidden states of each teacher whose head the trainer has."""
+    if facts.recording is not None:
+        return facts.recording.hidden_states()
+    teachers = (facts.teachers or {}) if derived.needs_hidden(config) else {}
+    found = []
+    for name, files in teachers.items():
+        served = facts.served.get(name)
+        dtype = served.dtype if served else teacher_configs(config)[name].model.teacher.dtype.value
+        found.append((model_files.hidden_size(files.folder), 4 if dtype == "float32" else 2))
+    return found
 
 
 def check_disk(facts: Facts, config: Config, student: ModelFiles) -> Iterator[str]:

@@ -44,6 +44,8 @@ class Served:
     """None if the servers do not say."""
     version: str
     """Version of distill or vLLM on the servers."""
+    dtype: str | None = None
+    """Type of its weights; None if the servers do not say."""
 
 
 def look_at(model: TeacherModel, *, key: str) -> Served:
@@ -91,7 +93,7 @@ def replicas(model: TeacherModel, kind: ServerKind[Any]) -> Replicas[Any]:
 async def _look_at_distill(servers: Replicas[Any], key: str) -> Served:
     info, contents = await servers.info(), await servers.get("/files")
     files = kept_files(contents, vocab_size=info.vocab_size, path=servers.addresses[0], key=key)
-    return Served(DISTILL, files, info.max_model_len, info.max_topk, info.version)
+    return Served(DISTILL, files, info.max_model_len, info.max_topk, info.version, info.dtype)
 
 
 async def _look_at_vllm(servers: Replicas[Any], model: TeacherModel, key: str) -> Served:

@@ -5,7 +5,7 @@ bytes per computed element (2 in bf16, 4 in fp32), s ranks that share the parame
 of this rank's tensor-parallel share, of them P_layer in a layer and P_root in embedding, last norm and head (of a
 multimodal model only the text model's):
 
-- weights: 4 P / s.
+- weights: 4 P / s, and the head of each teacher that returns hidden states, of its own dtype, / s.
 - optimizer: AdamW's two moments, 8 P / s. With `train.offload_optimizer` only inside its own update, on GPUs.
 - gradients: 4 P / s as layers are done; in addition the whole ones of the layer at work, and the float32 copy that is
   reduced. With several micro-batches per update 4 P more: FSDP reduces the last one's, with the sum of the others.
@@ -13,8 +13,8 @@ multimodal model only the text model's):
   much of the layer that is fetched meanwhile. One rank alone gathers too: its computed copies.
 - activations: what `train.activation_checkpointing` keeps of every layer, and in the backward pass one layer whole.
   A layer's widths are read from its matrices, not from its family's name (`layers.read_layer`).
-- loss: the head's weight gradient in float32, the chunks' buffers, one more for a soft cap of the logits, and the
-  head's results for each token.
+- loss: the head's weight gradient in float32, the chunks' buffers, one more for a soft cap of the logits and one for a
+  teacher's, the teachers' heads where they are gathered, and the head's results for each token.
 
 With adapters, gradients and optimizer cover their parameters alone, the frozen weights are c P / s, and neither a
 norm's normalised input nor the head's gradient is kept.

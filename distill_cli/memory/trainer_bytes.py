@@ -16,6 +16,8 @@ from distill_cli.memory.shape import ModelShape
 PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "loss")
 TOPK_BYTES = 45
 """Bytes of the fused head's small tensors per token of a chunk and token of its top-k (measured)."""
+BLOCK_ELEMENTS, BLOCKS = 2**18, 8
+"""`losses.softmax.BLOCK_ELEMENTS`, and the tensors of that size while full distributions are compared on a CPU."""
 HEAD_OUTPUTS = 18
 """Numbers that the head returns for a token (`HeadOutput`)."""
 FLOAT32 = 4
@@ -153,9 +155,9 @@ def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:
     optimizer = on_device * 8 * own / s
     rests_on_host = step.on_gpu and step.train.offload_optimizer
     weights += step.copies * FLOAT32 * own
-    resting = {"weights": on_device * weights / s, "optimizer": 0 if rests_on_host else optimizer}
+    heads = sum(size * shape.vocab * hidden for hidden, size in step.teachers) / tensor
+    resting = {"weights": (on_device * weights + heads) / s, "optimizer": 0 if rests_on_host else optimizer}
     reduced = on_device * FLOAT32 / s  # bytes of a reduced gradient's element
-    weights += sum(size * shape.vocab * hidden for hidden, size in step.teachers) / tensor
     head_output = FLOAT32 * (step.tokens / step.mesh.context) * HEAD_OUTPUTS * step.micro_batches
     waiting = FLOAT32 * (sum(own_layers) + own_root) if step.micro_batches > 1 else 0
     moments = []
@@ -216,11 +218,13 @@ def _loss_bytes(shape: ModelShape, step: Step) -> float:
     ]
     if shape.has_soft_cap:
         parts.append(FLOAT32 * chunk * vocab)
-    if step.teachers:  # the largest: its logits, its hidden states twice, its head where it is not whole already
+    if step.teachers:  # all heads, where they are not whole already; of the largest its logits, its hidden states twice
         own, size = max(step.teachers)
-        gathered = size * vocab * own if step.parameter_ranks > 1 else 0
+        gathered = sum(size * vocab * own for own, size in step.teachers) if step.parameter_ranks > 1 else 0
         converted = FLOAT32 * own * (vocab + tokens) if size < FLOAT32 and not step.on_gpu else 0
         parts += [FLOAT32 * chunk * vocab, 2 * size * tokens * own, gathered, converted]
+    if step.teachers and not step.topk and not step.on_gpu:
+        parts.append(BLOCKS * FLOAT32 * BLOCK_ELEMENTS)
     if step.computed < FLOAT32:
         parts.append(step.computed * chunk * vocab if step.on_gpu else FLOAT32 * (matrix + hidden))
     return sum(parts)

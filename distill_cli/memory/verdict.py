@@ -7,14 +7,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from distill_cli.config.derived import needs_hidden
-from distill_cli.config.schema import Checkpointing, Config, Dtype
-from distill_cli.config.teachers import teacher_configs
+from distill_cli.config.schema import Checkpointing, Config
 from distill_cli.config.variation import override
 from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB, engine_bytes, engine_problems, engines_of, gib
 from distill_cli.memory.shape import ModelShape
 from distill_cli.memory.trainer_bytes import Step, trainer_moments
-from distill_cli.models import model_files
 from distill_cli.resolved import PredictedMemory
 
 CUT_FAMILIES = {"qwen2", "qwen3", "llama", "mistral", "gemma3_text"}
@@ -42,11 +39,13 @@ def predict(
     *,
     num_ranks: int,
     gpu_bytes: int | None,
+    hidden: Sequence[tuple[int, int]] = (),
 ) -> PredictedMemory:
     """Return the memory of a rank.
 
     Args:
         student, teachers: the models' folders, the teachers' by name; none if they have no engines.
+        hidden: numbers, and bytes each, of the hidden states of each teacher whose head the trainer has.
         gpu_bytes: memory of the rank's GPU; 0 if it is not known, None on a CPU.
 
     Raises:
@@ -57,21 +56,11 @@ def predict(
         engines[one.name] = engine_bytes(one.folder, one.model, one.settings, gpu_bytes=gpu_bytes)
         if gpu_bytes is not None and one.settings.sleep is not False:
             asleep.append(one.name)
-    returned = hidden_states(config, teachers)
-    step = Step.of(config, num_ranks=num_ranks, on_gpu=gpu_bytes is not None, teachers=returned)
+    step = Step.of(config, num_ranks=num_ranks, on_gpu=gpu_bytes is not None, teachers=hidden)
     moments = trainer_moments(shape, step)
     trainer, rest = max(moments, key=lambda moment: moment.total), moments[0].parts
     peak = peak_bytes(trainer.total, rest["weights"] + rest["optimizer"], engines, asleep)
     return PredictedMemory(peak, {**trainer.parts, **engines}, trainer.name, tuple(asleep))
-
-
-def hidden_states(config: Config, teachers: Mapping[str, Path]) -> list[tuple[int, int]]:
-    """Return the numbers, and bytes each, of the hidden states that teachers return, if the run needs some."""
-    if not needs_hidden(config):
-        return []
-    alone = teacher_configs(config)
-    sizes = {name: 4 if alone[name].model.teacher.dtype is Dtype.float32 else 2 for name in teachers}
-    return [(model_files.hidden_size(folder), sizes[name]) for name, folder in teachers.items()]
 
 
 def peak_bytes(trainer: int, resting: int, engines: Mapping[str, int], asleep: Sequence[str]) -> int:
@@ -122,9 +111,18 @@ def alternatives(
 
 
 def problem(
-    config: Config, shape: ModelShape, student: Path, teachers: Mapping[str, Path], *, num_ranks: int, device: Device
+    config: Config,
+    shape: ModelShape,
+    student: Path,
+    teachers: Mapping[str, Path],
+    *,
+    num_ranks: int,
+    device: Device,
+    hidden: Sequence[tuple[int, int]] = (),
 ) -> str | None:
     """Return one line if a rank's peak does not fit, with the keys that alone make it fit; None if it does.
+
+    The arguments are those of `predict`.
 
     Raises:
         NoPrediction: the size of an engine's weights is not known.
@@ -132,7 +130,7 @@ def problem(
     gpu_bytes, room = (device.total, device.total) if device.is_gpu else (None, device.total // device.num_ranks)
 
     def predicted(other: Config) -> PredictedMemory:
-        return predict(other, shape, student, teachers, num_ranks=num_ranks, gpu_bytes=gpu_bytes)
+        return predict(other, shape, student, teachers, num_ranks=num_ranks, gpu_bytes=gpu_bytes, hidden=hidden)
 
     now = predicted(config)
     excess = now.peak - room

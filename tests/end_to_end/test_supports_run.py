@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from distill_cli.data.recorded_run import Recording
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir
+from distill_cli.models.model_files import ASSETS, hidden_size
 from tests.end_to_end.conftest import SHORT, Finished, distill
 from tests.end_to_end.naive import check_numbers, check_run
 
@@ -62,6 +64,7 @@ def test_replays_have_any_support(recorded: Finished, tmp_path: Path) -> None:
         for metric in ("loss", "kl_forward", "kl_reverse", "grad_norm", "entropy", "weighted_loss"):
             assert ours[f"train/{metric}"] == pytest.approx(theirs[f"train/{metric}"], rel=1e-6, abs=1e-7), metric
     assert json.loads((recorded.run.scores / "recording.json").read_text())["hidden"] is True
+    assert Recording.of(str(recorded.run.path)).hidden_states() == [(hidden_size(ASSETS / "tiny_pair/teacher"), 4)]
 
 
 def test_a_damaged_head_is_named(recorded: Finished, tmp_path: Path) -> None:
@@ -73,4 +76,4 @@ def test_a_damaged_head_is_named(recorded: Finished, tmp_path: Path) -> None:
     finally:
         file.write_bytes(kept)
     assert done.status != 0
-    assert "the head of teacher 0 cannot be read" in done.stdout + done.stderr
+    assert f"{file}: is cut" in done.stdout + done.stderr

@@ -15,6 +15,7 @@ from distill_cli.errors import ConfigError
 from distill_cli.jobs.new_runs import require_here, resolve_jobs, unread_keys
 from distill_cli.jobs.preflight import check_overlap, preflight, room
 from distill_cli.machine import hardware
+from distill_cli.models.model_files import ASSETS, hidden_size
 from distill_cli.resolved import Ranks
 from tests.jobs.problems import FEW_RANKS, MakeModel, pair, problems_of
 
@@ -272,6 +273,15 @@ def test_sleep_is_for_gpus(make_model: MakeModel) -> None:
     assert "engine.teacher.sleep=true: engines on CPUs cannot" in problems_of(*argv, "engine.teacher.sleep=true")
     (job,) = compose([*argv, "engine.teacher.sleep=false"])
     preflight(job.config)
+
+
+def test_heads_of_teachers_are_predicted() -> None:
+    argv, weights = ["cluster.ranks_per_node=1"], []
+    for support in ("teacher", "full"):
+        memory = preflight(compose([*argv, f"loss.support={support}"])[0].config).memory
+        assert memory is not None
+        weights.append(memory.parts["weights"])
+    assert weights[1] - weights[0] == 4 * 512 * hidden_size(ASSETS / "tiny_pair/teacher")
 
 
 def test_full_disks_are_refused(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import pytest
 
 from distill_cli.config.schema import Checkpointing, MeshConfig, Precision, TrainConfig
 from distill_cli.engines.settings import CPU_KV_CACHE_BYTES
+from distill_cli.losses import softmax
 from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB
-from distill_cli.memory.trainer_bytes import QUERY_ROWS, Step, trainer_moments
+from distill_cli.memory.trainer_bytes import BLOCK_ELEMENTS, QUERY_ROWS, Step, trainer_moments
 from distill_cli.student import attention
-from tests.student.measured_memory import FAMILIES, LARGE, SMALL, WIDE, Case, family_case, measure, predict
+from tests.student.measured_memory import FAMILIES, HIDDEN, LARGE, SMALL, WIDE, Case, family_case, measure, predict
 
 LIMIT = 0.15
 ALONE = {
@@ -22,6 +23,7 @@ ALONE = {
     "LoRA, wide, bf16": Case(WIDE, tokens=64, precision="bf16", lora=8),
     "large vocabulary": Case(LARGE | {"num_hidden_layers": 2}, activation_checkpointing="full", tokens=256),
 }
+ALONE |= {name: case for name, case in HIDDEN.items() if case.ranks == 1}
 ALONE |= {family: family_case(family, tokens=1024) for family in FAMILIES}
 ALONE |= {
     "gemma2, selective, long documents": family_case("gemma2", activation_checkpointing="selective", tokens=2048),
@@ -30,6 +32,7 @@ ALONE |= {
     "qwen3_moe, LoRA": family_case("qwen3_moe", tokens=1024, lora=8),
 }
 TOGETHER = {
+    **{name: case for name, case in HIDDEN.items() if case.ranks > 1},
     "shard=2": Case(WIDE, 2, tokens=64),
     "shard=2, bf16": Case(SMALL, 2, precision="bf16", activation_checkpointing="full", tokens=1024),
     "tensor=2": Case(SMALL, 2, {"tensor": 2}, tokens=1024),
@@ -62,6 +65,7 @@ def test_two_ranks(name: str, measured: dict[Case, dict[str, int]]) -> None:
 def test_constants_match_engines_and_student() -> None:
     assert CPU_KV_CACHE_GIB * 2**30 == CPU_KV_CACHE_BYTES
     assert QUERY_ROWS == attention.QUERY_ROWS
+    assert BLOCK_ELEMENTS == softmax.BLOCK_ELEMENTS
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -72,13 +72,18 @@ class Case:
     """The rank of adapters."""
     rows: bool = False
     """One document a row."""
+    teachers: tuple[tuple[int, int], ...] = ()
+    """Numbers and bytes each of the hidden states of teachers; the first one's answers are scored."""
+    support: str = "teacher"
 
     @property
     def step(self) -> Step:
         kept, mesh = Checkpointing[self.activation_checkpointing], MeshConfig(**self.mesh)
         train = TrainConfig(precision=Precision[self.precision], activation_checkpointing=kept)
         num_sharers = self.ranks // (mesh.tensor * mesh.replicate)
-        return Step(train, mesh, self.tokens, self.topk, self.micro_batches, num_sharers, length=self.tokens // 2)
+        ids = {"full": 0, "union": 2 * self.topk}.get(self.support, self.topk)
+        sizes = self.tokens, ids, self.micro_batches, num_sharers
+        return Step(train, mesh, *sizes, length=self.tokens // 2, teachers=self.teachers)
 
     @property
     def shape(self) -> ModelShape:
@@ -96,6 +101,20 @@ def family_case(family: str, **settings: Any) -> Case:
     return Case(model | {"model_type": family} | FAMILIES[family], rows=family in WITH_STATE, **settings)
 
 
+HIDDEN: dict[str, Case] = {
+    "full": Case(SMALL, tokens=1024, teachers=((384, 4),), support="full"),
+    "union, bf16": Case(SMALL, precision="bf16", tokens=1024, teachers=((384, 2),), support="union"),
+    "student, two teachers, shard=2": Case(SMALL, 2, tokens=1024, teachers=((384, 4), (256, 4)), support="student"),
+    "full, tensor=2": Case(SMALL, 2, {"tensor": 2}, tokens=1024, teachers=((384, 4),), support="full"),
+    "full, large vocabulary": Case(
+        LARGE | {"num_hidden_layers": 2},
+        activation_checkpointing="full",
+        tokens=256,
+        teachers=((384, 4),),
+        support="full",
+    ),
+}
+"""Teachers that return hidden states."""
 CHECKPOINTING = ("none", "selective", "full")
 TABLE: dict[str, Case] = {
     **{

@@ -17,16 +17,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.losses.objective import Objective
+from distill_cli.losses.teacher_chunk import Support
 from distill_cli.parallel.mesh import Parallel, layout
 from distill_cli.rollout.pack import MicroBatch, micro_batches, plan_batch
 from distill_cli.student import attention
 from distill_cli.student.adapters import add_adapters
 from distill_cli.student.model import Checkpointing, Student, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
-from distill_cli.types import Example, Prompt, Rollout, Sample, TeacherScores
+from distill_cli.student.teacher_head import TeacherHeads
+from distill_cli.types import Example, ModelHead, Prompt, Rollout, Sample, TeacherScores
 from tests.student.forked import case_ranks
 
 MARK = "mark: "
+OF_SIZE = {4: torch.float32, 2: torch.bfloat16}
 
 
 def mark(name: str) -> None:
@@ -77,7 +80,10 @@ def run(case: dict, parallel: Parallel) -> int:
         bf16=case["precision"] == "bf16",
         checkpointing=case["activation_checkpointing"],
         lora_rank=case["lora"],
+        support=case["support"],
     )
+    if case["teachers"]:
+        student.heads = made_up_heads(case["teachers"], case["model"]["vocab_size"], parallel)
     for module in student.modules():
         if isinstance(module, FSDPModule) and parallel.device.type == "cpu":
             module.set_custom_all_gather(Settled(dist.all_gather_single))
@@ -96,6 +102,7 @@ def run(case: dict, parallel: Parallel) -> int:
         max_tokens=case["tokens"],
         parallel=parallel,
         rows=case["rows"],
+        teacher=next(iter(case["teachers"]), None),
     )
     for _ in range(2):
         begin = live_bytes()
@@ -113,6 +120,7 @@ def build_student(
     checkpointing: Checkpointing,
     compile: bool = False,
     lora_rank: int | None = None,
+    support: Support = "teacher",
 ) -> Student:
     """A student of random weights, made on its device and laid out over the mesh."""
     with parallel.device:
@@ -123,18 +131,39 @@ def build_student(
             if isinstance(module, torch.nn.Linear) and module.weight.is_meta:
                 module.to_empty(device=parallel.device)
                 torch.nn.init.normal_(module.weight, std=0.02)
-    student = Student(lm, objective=Objective(DistillLoss(kl_type="mixed")), parallel=parallel)
+    student = Student(lm, objective=Objective(DistillLoss(kl_type="mixed"), support=support), parallel=parallel)
     wrap(student, parallel, bf16=bf16, checkpointing=checkpointing, compile=compile)
     return student
 
 
+def made_up_heads(teachers: Sequence[tuple[int, int]], vocab: int, parallel: Parallel) -> TeacherHeads:
+    """Heads of random weights."""
+    heads = TeacherHeads(parallel, vocab, vocab // parallel.tensor.size())
+    for index, (hidden, size) in enumerate(teachers):
+
+        def rows(one: tuple[int, int], hidden: int = hidden, dtype: torch.dtype = OF_SIZE[size]) -> ModelHead:
+            return ModelHead(torch.randn(one[1] - one[0], hidden, dtype=dtype))
+
+        heads.read(index, rows)
+    return heads
+
+
 def made_up_batches(
-    *, vocab: int, topk: int, length: int, number: int, max_tokens: int, parallel: Parallel, rows: bool = False
+    *,
+    vocab: int,
+    topk: int,
+    length: int,
+    number: int,
+    max_tokens: int,
+    parallel: Parallel,
+    rows: bool = False,
+    teacher: tuple[int, int] | None = None,
 ) -> list[MicroBatch]:
     """This rank's micro-batches of `number` sequences of random tokens, all of them response but for the first.
 
     Args:
         rows: make each sequence a row of its own.
+        teacher: numbers and bytes each of hidden states that take the place of a top-k.
     """
     rollouts, scores = [], {}
     for index in range(number):
@@ -142,6 +171,9 @@ def made_up_batches(
         first = torch.randint(0, vocab, (length - 1, 1))
         top = ((first + torch.arange(topk) * (vocab // topk)) % vocab).int()
         scores[index] = TeacherScores.of_topk(top, torch.full(top.shape, -5.0), torch.full((length - 1,), -5.0))
+        if teacher is not None:
+            hidden = torch.randn(length - 1, teacher[0], dtype=OF_SIZE[teacher[1]])
+            scores[index] = TeacherScores.of_hidden(hidden)
         sample = Sample(ids[1:], [-1.0] * (length - 1), "stop")
         rollouts.append(Rollout(Prompt(index, ids[:1], Example("q")), sample))
     plan = plan_batch(
