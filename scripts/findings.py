@@ -43,7 +43,7 @@ COLUMNS = {
 """What is measured -> its title, and a metric that is written in the same way."""
 OF_NAME = {metric.name: metric for metric in METRICS}
 TINY = ("train.max_steps=20",)
-REAL = ("rollout.prompts_per_step=8", "train.global_batch_size=8", "train.max_steps=12", "train.lr=1e-4")
+REAL = ("rollout.prompts_per_step=8", "train.global_batch_size=8", "train.max_steps=12", "train.lr=5e-4")
 QUIET = (
     *("eval.at_start=false", "eval.at_end=false", "eval.period=0", "eval.teacher=false", "eval.record_samples=0"),
     *("tracker=none", "checkpoint.enabled=false"),
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}, or all")
     parser.add_argument("--pair", type=Path, help="a folder with student/ and teacher/; the embedded pair without it")
     parser.add_argument("--steps", type=int, help="training steps of every run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--write", type=Path, help="a document whose tables are replaced")
     arguments = parser.parse_args()
     if unknown := {*arguments.cases} - {*CASES, "all"}:
@@ -99,7 +100,8 @@ def command(case: Case, arguments: argparse.Namespace, *program: str) -> list[st
         located = (f"{key}.path={path}" for key, path in paths.items())
         settings = ("model=custom", "data=jsonl", "data.verifier=regex", *located, *SIZES, *REAL)
     steps = [] if arguments.steps is None else [f"train.max_steps={arguments.steps}"]
-    return [*program, "-m", *settings, *QUIET, *case.argv, SEEDS, *steps]
+    jobs = [] if arguments.jobs == 1 else [f"cluster.parallel_jobs={arguments.jobs}"]
+    return [*program, "-m", *settings, *QUIET, *case.argv, SEEDS, *steps, *jobs]
 
 
 def run(case: Case, arguments: argparse.Namespace) -> str:

@@ -16,7 +16,7 @@ from distill_cli.config.fields import LIMITS
 from distill_cli.losses import divergence, token_weight
 
 ROOT = Path(__file__).parent.parent
-SCHEMA = [ROOT / "distill_cli/config" / name for name in ("schema.py", "execution_schema.py")]
+SCHEMA = [ROOT / "distill_cli/config" / name for name in ("schema.py", "loss_schema.py", "execution_schema.py")]
 PAGE = ROOT / "docs/configuration.md"
 CONF = ROOT / "conf"
 
@@ -24,7 +24,8 @@ INTRODUCTION = """\
 # Configuration
 
 Every key, with its type, default and meaning. `python scripts/make_configuration_doc.py` writes this page from
-[`schema.py`](../distill_cli/config/schema.py), [`execution_schema.py`](../distill_cli/config/execution_schema.py),
+[`schema.py`](../distill_cli/config/schema.py), [`loss_schema.py`](../distill_cli/config/loss_schema.py),
+[`execution_schema.py`](../distill_cli/config/execution_schema.py),
 [`divergence.py`](../distill_cli/losses/divergence.py) and [`conf/`](../conf); a test checks that it is current.
 
 Defaults are those of the Qwen3 recipe on GPUs. The files of `conf/` set others by group; `model=tiny`, the default

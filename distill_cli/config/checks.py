@@ -14,7 +14,8 @@ from distill_cli.config.choices import nearest
 from distill_cli.config.credentials import secret_problems
 from distill_cli.config.derived import needed_length, parse_duration, scored_length, validates
 from distill_cli.config.fields import LIMITS, declared_keys
-from distill_cli.config.schema import HIDDEN, Config, LossConfig, Support, Tail
+from distill_cli.config.loss_schema import LossConfig, Support, Tail
+from distill_cli.config.schema import HIDDEN, Config
 from distill_cli.config.teacher_jobs import job_config, job_key, own_key_problems, teacher_nodes
 from distill_cli.config.teachers import model_key, teacher_configs, teacher_problems
 from distill_cli.config.variation import plain

@@ -1,8 +1,8 @@
 """The keys that decide what is learned (model, data, loss, ...), and `Config`, which has all sections.
 
-Those that decide how a run is executed are in execution_schema.py. `null` in YAML is None here. Defaults are those of
-the Qwen3 recipe on GPUs, which is NeMo RL's; the files of `conf/` choose others by group, and `model=tiny` scales all
-of them to a laptop.
+The loss's are in loss_schema.py, and those that decide how a run is executed in execution_schema.py. `null` in YAML is
+None here. Defaults are those of the Qwen3 recipe on GPUs, which is NeMo RL's; the files of `conf/` choose others by
+group, and `model=tiny` scales all of them to a laptop.
 """
 
 from enum import Enum
@@ -12,15 +12,12 @@ from omegaconf import MISSING
 
 from distill_cli.config import execution_schema as execution
 from distill_cli.config.fields import key, section
-from distill_cli.losses import divergence, token_weight
-from distill_cli.losses.signature import Signatures
+from distill_cli.config.loss_schema import LossConfig
 
 Dtype = Enum("Dtype", {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"})
 Precision = Enum("Precision", {"bf16": "bf16", "fp32": "fp32"})
 Checkpointing = Enum("Checkpointing", {"none": "none", "selective": "selective", "full": "full"})
 Schedule = Enum("Schedule", {"constant": "constant", "cosine": "cosine", "linear": "linear"})
-Tail = Enum("Tail", {"bucket": "bucket", "renormalize": "renormalize", "zero": "zero"})
-Support = Enum("Support", {"teacher": "teacher", "student": "student", "union": "union", "full": "full"})
 OnTruncation = Enum("OnTruncation", {"warn": "warn", "stop": "stop"})
 OverlongPrompts = Enum("OverlongPrompts", {"drop": "drop", "truncate": "truncate"})
 EosMap = Enum("EosMap", {"auto": "auto", "off": "off"})
@@ -173,87 +170,6 @@ class ModelConfig:
     sampling stops at any of them, and the loss compares the total probability of ending. off keeps them apart."""
     trust_remote_code: bool = key(False, replay=True, evaluation=True)
     """Run the Python code in a model's folder. Only for models whose code you have read."""
-
-
-LOSS_PARAMETERS: dict[str, type] = {**divergence.SIGNATURES.parameters, **token_weight.SIGNATURES.parameters}
-"""The parameters of divergences and token weights with their types: each is a key of the `loss` section."""
-
-
-def with_parameters(cls: type) -> type:
-    """Add a key for each of LOSS_PARAMETERS; null is the function's own default."""
-    for name, kind in LOSS_PARAMETERS.items():
-        cls.__annotations__[name] = f"{kind.__name__} | None"
-        setattr(cls, name, None)
-    return cls
-
-
-@section
-@with_parameters
-class LossConfig:
-    """The parameters of the functions in `losses/divergence.py` and `losses/token_weight.py` are keys too, such as
-    `kl_weight` and `fraction`."""
-
-    kl_type: str = "mixed"
-    """A divergence (`distill ls loss`), or `pkg.module:function` of your own."""
-    kwargs: dict[str, Any] = key(factory=dict)
-    """Keyword arguments of a function of your own, such as `loss.kwargs.alpha=0.3`."""
-    support: Support = Support.teacher
-    """Tokens whose probabilities are compared at each position: the teacher's top-k, the student's, the union of both,
-    or the whole vocabulary (full). All but `teacher` need the teacher's hidden states, from which the trainer makes its
-    logits with a copy of the teacher's head."""
-    topk: int = key(64, at_least=1)
-    """The k of the top-k, at most the vocabulary. The teacher's engine returns that many tokens; loss.support=full
-    needs none."""
-    tail: Tail = Tail.bucket
-    """Treatment of the tokens outside the support: one further class (bucket), both sides renormalised on the support
-    (renormalize), or a teacher that is zero there (zero)."""
-    temperature: float = key(1.0, above=0)
-    """Divides both models' logits before the softmax."""
-    divergence_weight: float = key(1.0, at_least=0)
-    """Weight of the divergence in the loss; at 0 it is only reported."""
-    token_weight: str | None = None
-    """Weight of each token's divergence (`distill ls loss/token_weight`), or `pkg.module:function` of your own; null
-    weighs all tokens alike. The loss is divided by the number of tokens, not by the sum of weights."""
-    token_clip: float | None = key(None, above=0)
-    """Most of a token's divergence, in nats; a token above it has no gradient. With loss.policy_gradient also the most
-    of its log-ratio's size. null is no limit."""
-    policy_gradient: float = key(0.0, at_least=0)
-    """Weight of the policy gradient whose advantage is log(teacher / student) of the sampled token: an estimate of the
-    reverse KL's gradient from one token. Its importance ratio is that of the current student and the sampling one."""
-    reward: float = key(0.0, at_least=0)
-    """Weight of the policy gradient whose advantage is the answer's reward, less the mean of all answers to its prompt
-    and divided by their standard deviation (GRPO). The reward is the verifier's or the environment's."""
-    penalty: float = key(0.0, at_least=0)
-    """Advantage below 0 of the least likely sampled tokens, whatever the teacher says: the control of `loss=no_teacher`
-    (arXiv 2608.31046). The loss of these tokens is divided by their number."""
-    penalty_share: float = key(0.2, above=0, at_most=1, only_with="loss.penalty")
-    """Share of an update's sampled tokens that get loss.penalty: those with the lowest log-probability."""
-    max_ratio: float = key(8.0, at_least=1, only_with="loss.policy_gradient or loss.reward or loss.penalty")
-    """Sampled tokens whose importance ratio is above this, or below its inverse, have no policy gradient."""
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """Return the divergence's own keys that have a value. Other arguments of a user's function are in `kwargs`."""
-        return self._parameters(divergence.SIGNATURES, self.kl_type)
-
-    @property
-    def weight_parameters(self) -> dict[str, Any]:
-        """Return the token weight's own keys that have a value."""
-        return {} if self.token_weight is None else self._parameters(token_weight.SIGNATURES, self.token_weight)
-
-    @property
-    def has_advantages(self) -> bool:
-        """Whether sampled tokens have an advantage that does not depend on the teacher."""
-        return self.reward > 0 or self.penalty > 0
-
-    @property
-    def needs_hidden(self) -> bool:
-        """Whether the loss needs the teacher's hidden states."""
-        return self.support is not Support.teacher
-
-    def _parameters(self, family: Signatures, name: str) -> dict[str, Any]:
-        names = family.parameters_of(name) if name in family.functions else family.parameters
-        return {one: getattr(self, one) for one in names if getattr(self, one, None) is not None}
 
 
 @section

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from distill_cli.config.schema import LOSS_PARAMETERS
+from distill_cli.config.loss_schema import LOSS_PARAMETERS
 from distill_cli.config.teacher_jobs import teacher_nodes
 from distill_cli.config.teachers import ONLY, teacher_configs
 from distill_cli.config.variation import plain

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distill_cli.config.derived import micro_batches_per_update
-from distill_cli.config.schema import Checkpointing, Config, MeshConfig, Precision, Support, TrainConfig
+from distill_cli.config.loss_schema import Support
+from distill_cli.config.schema import Checkpointing, Config, MeshConfig, Precision, TrainConfig
 from distill_cli.config.teachers import teacher_configs
 from distill_cli.losses.chunks import chunk_size
 from distill_cli.memory.layers import LayerShape

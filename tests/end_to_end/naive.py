@@ -19,7 +19,8 @@ from statistics import fmean, stdev
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from distill_cli.config.schema import Config, LossConfig
+from distill_cli.config.loss_schema import LossConfig
+from distill_cli.config.schema import Config
 from distill_cli.config.teachers import teacher_configs
 from distill_cli.config.variation import load_config
 from distill_cli.folders.metrics_file import read_metrics

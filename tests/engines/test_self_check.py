@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from distill_cli.checkpoint.saver import Saver, Trainable
+from distill_cli.config.loss_schema import LossConfig
 from distill_cli.config.schema import (
     Checkpointing,
     Config,
     Dtype,
-    LossConfig,
     ModelConfig,
     Precision,
     StudentModel,
