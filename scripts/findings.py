@@ -18,11 +18,11 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from findings_measure import NUM_ANSWERS, measure
+from findings_measure import measure
 from make_findings_pair import SIZES
 
 from distill_cli.folders.run_dir import RunDir
@@ -33,7 +33,7 @@ from distill_cli.report.read import last_values, read_results
 SEEDS = "train.seed=1,2,3"
 COLUMNS = {
     "pass@1": ("pass@1", "val/accuracy"),
-    f"pass@{NUM_ANSWERS}": (f"pass@{NUM_ANSWERS}", "val/accuracy"),
+    "pass@k": ("pass@{}", "val/accuracy"),
     "truncated": ("cut off", "val/truncated_rate"),
     "kl_forward": ("KL forward", "train/kl_forward"),
     "kl_reverse": ("KL reverse", "train/kl_reverse"),
@@ -76,6 +76,9 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}, or all")
     parser.add_argument("--pair", type=Path, help="a folder with student/ and teacher/; the embedded pair without it")
     parser.add_argument("--steps", type=int, help="training steps of every run")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUES", help="replace settings of the cases")
+    parser.add_argument("--problems", type=int, default=64, help="held-out problems of a measurement")
+    parser.add_argument("--answers", type=int, default=8, help="answers to each of them")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--write", type=Path, help="a document whose tables are replaced")
     arguments = parser.parse_args()
@@ -100,8 +103,10 @@ def command(case: Case, arguments: argparse.Namespace, *program: str) -> list[st
         located = (f"{key}.path={path}" for key, path in paths.items())
         settings = ("model=custom", "data=jsonl", "data.verifier=regex", *located, *SIZES, *REAL)
     steps = [] if arguments.steps is None else [f"train.max_steps={arguments.steps}"]
+    changed = {one.partition("=")[0] for one in arguments.set}
+    own = [one for one in case.argv if one.partition("=")[0] not in changed]
     jobs = [] if arguments.jobs == 1 else [f"cluster.parallel_jobs={arguments.jobs}"]
-    return [*program, "-m", *settings, *QUIET, *case.argv, SEEDS, *steps, *jobs]
+    return [*program, "-m", *settings, *QUIET, *own, *arguments.set, SEEDS, *steps, *jobs]
 
 
 def run(case: Case, arguments: argparse.Namespace) -> str:
@@ -111,20 +116,22 @@ def run(case: Case, arguments: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(argv, cwd=folder, check=True, stdout=sys.stderr)
         (sweep,) = (Path(folder) / "runs").glob("*_sweep*")
-        among = pools(read_results([sweep]))
-        return table([(pool, [measure_run(result.folder) for result in pool.counted]) for pool in among])
+        return table(pools(read_results([sweep])), num_problems=arguments.problems, num_answers=arguments.answers)
 
 
-def measure_run(folder: Path) -> dict[str, float]:
-    return measure(folder) | last_values(RunDir(folder).metrics, COLUMNS)
-
-
-def table(rows: Sequence[tuple[Pool, Sequence[Mapping[str, float]]]]) -> str:
-    """Return a line for each pool: means over its seeds with their intervals."""
-    lines = [f"|  | {' | '.join(title for title, _ in COLUMNS.values())} |", "|" + "---|" * (len(COLUMNS) + 1)]
-    for pool, seeds in rows:
-        means = {name: mean_of([one[name] for one in seeds]) for name in COLUMNS}
-        cells = [means[name].shown(OF_NAME[metric]) for name, (_, metric) in COLUMNS.items()]
+def table(among: Sequence[Pool], *, num_problems: int, num_answers: int) -> str:
+    """Measure the runs, and return a line for each pool: means over its seeds with their intervals."""
+    columns = {name: column for name, column in COLUMNS.items() if name != "pass@k" or num_answers > 1}
+    titles = " | ".join(title.format(num_answers) for title, _ in columns.values())
+    lines = [f"|  | {titles} |", "|" + "---|" * (len(columns) + 1)]
+    for pool in among:
+        seeds = [
+            measure(one.folder, num_problems=num_problems, num_answers=num_answers)
+            | last_values(RunDir(one.folder).metrics, columns)
+            for one in pool.counted
+        ]
+        means = {name: mean_of([one[name] for one in seeds]) for name in columns}
+        cells = [means[name].shown(OF_NAME[metric]) for name, (_, metric) in columns.items()]
         settings = " ".join(f"{key}={value}" for key, value in pool.settings.items())
         lines.append(f"| `{settings}` | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -21,19 +21,15 @@ from distill_cli.data.registry import load_examples, resolve_verifier
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.models.model_files import locate
 
-NUM_ANSWERS = 8
-"""To each problem."""
-NUM_PROBLEMS = 64
-
 
 @torch.inference_mode()
-def measure(folder: Path) -> dict[str, float]:
-    """Measure the student of the run in `folder`.
+def measure(folder: Path, *, num_problems: int, num_answers: int) -> dict[str, float]:
+    """Measure the student of the run in `folder` on the first held-out problems.
 
     Returns:
-        `pass@1` and `pass@8` of answers sampled at temperature 1, and `truncated`, the share of them that reach
-        rollout.max_new_tokens. In nats, means over the tokens of the first answer to each problem and sums over the
-        whole vocabulary: `kl_forward`, `kl_reverse`, `entropy`.
+        `pass@1` and `pass@k` of k = `num_answers` answers to each problem, sampled at temperature 1, and `truncated`,
+        the share of them that reach rollout.max_new_tokens. In nats, over the whole vocabulary, and means over the
+        tokens of the first answer to each problem: `kl_forward`, `kl_reverse`, `entropy`.
     """
     run = RunDir(folder)
     config = yaml.safe_load(run.config.read_text())
@@ -41,25 +37,25 @@ def measure(folder: Path) -> dict[str, float]:
     student: Any = AutoModelForCausalLM.from_pretrained(run.student, dtype=torch.float32)
     path = locate(config["model"]["teacher"]["path"], key="model.teacher.path")
     teacher = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    problems = list(islice(load_examples(config["data"]["validation"], key="data.validation"), NUM_PROBLEMS))
+    problems = list(islice(load_examples(config["data"]["validation"], key="data.validation"), num_problems))
     verify, limit = resolve_verifier(config["data"]["verifier"]), config["rollout"]["max_new_tokens"]
     ends = torch.tensor(student.generation_config.eos_token_id).reshape(-1)
     prompt = tokenizer([shown(tokenizer, one.question) for one in problems], return_tensors="pt", padding=True)
-    start, firsts = prompt.input_ids.shape[1], slice(None, None, NUM_ANSWERS)
+    start, firsts = prompt.input_ids.shape[1], slice(None, None, num_answers)
     torch.manual_seed(0)
-    ids_AT = student.generate(**prompt, do_sample=True, top_k=0, max_new_tokens=limit, num_return_sequences=NUM_ANSWERS)
+    ids_AT = student.generate(**prompt, do_sample=True, top_k=0, max_new_tokens=limit, num_return_sequences=num_answers)
     is_end_AR = torch.isin(ids_AT[:, start:], ends)
     is_answer_AR = is_end_AR.cumsum(1) - is_end_AR.long() == 0
     """Up to the end token, and with it."""
     answers = zip(ids_AT[:, start:], is_answer_AR, strict=True)
     texts = [str(tokenizer.decode(ids_R[is_answer_R], skip_special_tokens=True)) for ids_R, is_answer_R in answers]
-    right = [verify(text, str(problems[row // NUM_ANSWERS].answer)) > 0 for row, text in enumerate(texts)]
-    right_BN = torch.tensor(right).view(-1, NUM_ANSWERS).double()
+    right = [verify(text, str(problems[row // num_answers].answer)) > 0 for row, text in enumerate(texts)]
+    right_BN = torch.tensor(right).view(-1, num_answers).double()
     seen_BT = torch.cat([prompt.attention_mask, is_answer_AR[firsts].long()], 1)
     compared = divergences([student, teacher], ids_AT[firsts], seen_BT, start=start)[is_answer_AR[firsts]]
     return {
         "pass@1": right_BN.mean().item(),
-        f"pass@{NUM_ANSWERS}": right_BN.amax(1).mean().item(),
+        "pass@k": right_BN.amax(1).mean().item(),
         "truncated": 1 - is_end_AR.any(1).double().mean().item(),
         **dict(zip(("kl_forward", "kl_reverse", "entropy"), compared.mean(0).tolist(), strict=True)),
     }
