@@ -74,7 +74,11 @@ CASES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}, or all")
-    parser.add_argument("--pair", type=Path, help="a folder with student/ and teacher/; the embedded pair without it")
+    parser.add_argument(
+        "--pair",
+        type=lambda text: Path(text).resolve(),
+        help="a folder with student/ and teacher/; the embedded pair without it",
+    )
     parser.add_argument("--steps", type=int, help="training steps of every run")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUES", help="replace settings of the cases")
     parser.add_argument("--problems", type=int, default=64, help="held-out problems of a measurement")
