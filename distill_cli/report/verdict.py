@@ -176,6 +176,8 @@ def outside(metrics: Metrics) -> str | None:
         return None
     topk = f"a larger loss.topk={metrics.config.get('loss.topk')}"
     fix = f"loss.support=union or full, or {topk}" if support in ("teacher", "student") else topk
+    if metrics.config.get("loss.tail") == "renormalize":  # docs/findings.md: it lets the rest grow
+        fix = f"loss.tail=bucket, {fix}"
     what = f"{1 - mass:.0%} of the student's probability is outside the tokens that loss.support={support} compares"
     return f"{what}: set {fix}."
 

@@ -102,6 +102,7 @@ def test_mass_outside_the_support() -> None:
         "set loss.support=union or full, or a larger loss.topk=64."
     )
     assert only(found, loss__support="union").endswith("set a larger loss.topk=64.")
+    assert ": set loss.tail=bucket, loss.support=union" in only(found, loss__tail="renormalize")
 
 
 def test_low_teachability() -> None:
