@@ -17,5 +17,5 @@ def test_every_stage_can_be_rehearsed(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out" / "results.json").read_text())["stages"]
     states = {name: (stage["state"], stage.get("error")) for name, stage in found.items()}
     assert done.returncode == 0, (states, done.stdout, done.stderr)
-    assert states == dict.fromkeys("abcdefgh", ("passed", ""))
+    assert states == dict.fromkeys("abcdefghi", ("passed", ""))
     assert all(stage["figures"] for stage in found.values())
