@@ -34,7 +34,7 @@ SIZES = (
     *("model.student.dtype=float32", "model.teacher.dtype=float32", "train.precision=fp32"),
     *("train.activation_checkpointing=none", "train.micro_batch_tokens=2048"),
 )
-"""Of this run and of the cases."""
+"""Sizes and precisions that the warm-up and the cases share."""
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def hidden_and_ids(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def log_probabilities(case: dict[str, Any]) -> list[torch.Tensor]:
-    """Of two teachers, by the heads that the ranks share: by `logp_at`, and of the gathered rows of this rank."""
+    """Return the log-probabilities that two shared heads give, [N, K] each, after comparing the gathered rows."""
     parallel = layout(device=torch.device("cpu"), **case["mesh"])
     heads = TeacherHeads(parallel, case["vocab_size"], STUDENT_VOCAB // parallel.tensor.size())
     whole = [make_head(case), make_head(case | {"seed": 1})]

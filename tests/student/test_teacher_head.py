@@ -20,7 +20,7 @@ HEADS = {
     "padded": {"rows": 26, "vocab_size": 23, "with_bias": False},
     "ends before the last ranks": {"rows": 11, "vocab_size": 11, "with_bias": True},
 }
-"""Of `rows` ids of a teacher those below `vocab_size` are scored; the student has 24."""
+"""Teacher heads with `rows` ids, scored below `vocab_size`; the student has 24 ids."""
 CASES = {
     f"{layout}, {head}": {"ranks": ranks, "mesh": mesh, "seed": 0, **HEADS[head]}
     for layout, (ranks, mesh) in LAYOUTS.items()
