@@ -177,6 +177,7 @@ SIGNALS_LOSS = Figure("signals_loss", "divergence", "Divergence that weights and
 LENGTH = Figure("length", "lengths", "Tokens per answer")
 TRUNCATED = Figure("truncated", "lengths", "Answers cut off at their length limit", from_0_to_1=True)
 GUARD = Figure("guard", "lengths", "Answers that the length guard gives to the teacher", from_0_to_1=True)
+AGES = Figure("ages", "lengths", "Steps in which answers were written that go on")
 SPEED = Figure("speed", "time", "Response tokens per second", wide=True, height=130)
 PEAK = Figure("peak", "memory", "Measured peak of a rank", height=150)
 SAMPLED, HELD_OUT = "sampled in training", "held out"
@@ -280,7 +281,8 @@ METRICS = (
     Metric("teacher/<name>/val_accuracy", "its accuracy on its held-out rows, measured once before training "
         "(eval.teacher)", ANSWERS, "higher", before_training_only=True, needs="model.teachers"),
 
-    Metric("rollout/accuracy", "the step's sampled answers that the verifier accepts", ANSWERS, "higher",
+    Metric("rollout/accuracy", "the step's sampled answers that the verifier accepts; with rollout.carry_over, as the "
+        "next two, of the answers that ended in the step", ANSWERS, "higher",
         step_line="acc={:.3f}", panel=("accuracy", "{value:.1%} sampled"), figure=ACCURACY, series=SAMPLED,
         needs="data.verifier"),
     Metric("rollout/mean_length", "mean length of a sampled answer", "tokens", step_line="len={:.0f}",
@@ -290,8 +292,15 @@ METRICS = (
     Metric("rollout/engine_mismatch", "mean difference between the sampler's and the trainer's log-probability of the "
         "sampled tokens: about 1e-7 in float32, 1e-3 in bfloat16. If it grows, the engine does not have the trainer's "
         "weights", "nats", "lower", step_line="mismatch={:.1e}"),
-    Metric("rollout/drift", "the same in a replay: the distance of the student from the recorded one", "nats",
-        needs="rollout.replay"),
+    Metric("rollout/drift", "the same where the student has moved on since it sampled: in a replay, and with "
+        "rollout.staleness", "nats", needs="rollout.replay or rollout.staleness"),
+    Metric("rollout/carried", "answers that go on in the next step", "answers", needs="rollout.carry_over"),
+    Metric("rollout/mean_age", "steps in which they were written so far, on average", "steps",
+        figure=AGES, series="mean", needs="rollout.carry_over"),
+    Metric("rollout/oldest", "steps in which the oldest of them was written so far", "steps",
+        figure=AGES, series="oldest", needs="rollout.carry_over"),
+    Metric("rollout/dropped", "answers that were dropped at the beginning of the step, as they had been written in "
+        "rollout.max_age steps", "answers", "lower", needs="rollout.max_age"),
     Metric("rollout/on_policy_fraction", "sequences sampled from the student, with rollout.on_policy_fraction below 1",
         SEQUENCES),
     Metric("rollout/guard_share", "answers that the teacher writes for the length guard", ANSWERS,

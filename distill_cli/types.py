@@ -83,12 +83,31 @@ class Sample:
     sampled it. None if unknown: not requested (`SamplingSettings.logp`), or not written by the student."""
     finish_reason: str
     """`stop` (the last of `token_ids` is an end-of-sequence or stop token, or ends a stop string), `length`, or
-    `turn_limit` if the environment would have continued."""
+    `turn_limit` if the environment would have continued. Empty if the answer continues in a later step."""
     trained: list[bool] | None = None
     """True for tokens that the student wrote, False for observations, whose `logp` means nothing. None is all True."""
     num_turns: int = 1
     source: str = "student"
     """The writer: `student`, `teacher` or `dataset`."""
+
+    @property
+    def num_trained(self) -> int:
+        """Number of tokens that the student wrote."""
+        return len(self.token_ids) if self.trained is None else sum(self.trained)
+
+    def __add__(self, other: Sample) -> Sample:
+        """Return the tokens of both as one answer, with the other facts of `other`."""
+        logp, trained = None, None
+        if self.logp is not None and other.logp is not None:
+            logp = self.logp + other.logp
+        if self.trained is not None or other.trained is not None:
+            trained = [flag for one in (self, other) for flag in one.trained or [True] * len(one.token_ids)]
+        return replace(other, token_ids=self.token_ids + other.token_ids, logp=logp, trained=trained)
+
+    def part(self, begin: int, end: int | None = None) -> Sample:
+        """Return the tokens of a range."""
+        lists = {name: getattr(self, name) for name in ("token_ids", "logp", "trained")}
+        return replace(self, **{name: one and one[begin:end] for name, one in lists.items()})
 
     @property
     def written_ids(self) -> list[int]:
@@ -105,21 +124,38 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A prompt and an answer to it, not scored yet."""
+    """A prompt and an answer to it, or what a step wrote of the answer; not scored yet."""
 
     prompt: Prompt
     sample: Sample
     reward: float | None = None
     """From the environment or the verifier; None if neither judged the answer."""
+    carried: Sample | None = None
+    """What earlier steps wrote of the answer, and trained on; None if they wrote nothing (`rollout.carry_over`)."""
+
+    @property
+    def answer(self) -> Sample:
+        """The answer up to now."""
+        return self.sample if self.carried is None else self.carried + self.sample
+
+    @property
+    def context_ids(self) -> list[int]:
+        """Token ids before those of `sample`."""
+        return self.prompt.token_ids if self.carried is None else self.prompt.token_ids + self.carried.token_ids
 
     @property
     def token_ids(self) -> list[int]:
         """Token ids of prompt and answer."""
-        return self.prompt.token_ids + self.sample.token_ids
+        return self.context_ids + self.sample.token_ids
+
+    def context_for(self, target: Target) -> list[int]:
+        """Return the token ids before those of `sample`, with the prompt as a teacher reads it."""
+        ids = self.prompt.ids_for(target)
+        return ids if self.carried is None else ids + self.carried.token_ids
 
     def ids_for(self, target: Target) -> list[int]:
         """Return the token ids of the prompt as a teacher reads it and the answer, which it scores."""
-        return self.prompt.ids_for(target) + self.sample.token_ids
+        return self.context_for(target) + self.sample.token_ids
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,13 @@ WEIGHTS_FILE, MOMENTS_FILE = 1, 2
 Tensors = dict[str, torch.Tensor]
 Part = tuple[torch.Tensor, Any]
 """This rank's part of a tensor, and the DTensor's spec; None if the tensor is whole."""
+
+
+class Saved(Protocol):
+    """A part of a run's state with a file of its own."""
+
+    def save(self, file: Path) -> None:
+        """Write it."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +107,14 @@ class Saver:
         self._copied.set()
         self.trainable.optimizer.register_step_pre_hook(self._wait_for_copy)
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], *, in_flight: Saved | None = None) -> None:
         """Write the checkpoint of `step`, in the background with `async_save`.
 
         A checkpoint that cannot be written (a full disk) is a warning: earlier ones stay, and training goes on.
 
         Args:
             state: returned by `load`; JSON. Its `metrics` are the step's.
+            in_flight: written into a file of its own (`store.IN_FLIGHT`), by the first rank.
         """
         begin = time.perf_counter()
         self.finish()
@@ -121,7 +129,7 @@ class Saver:
         state["num_ranks"] = dist.get_world_size()
         now = torch.cuda.current_stream().record_event() if self._stream else None
         self._copied.clear()
-        args = (step, parts, now, state, random_states())
+        args = (step, parts, now, state, random_states(), in_flight)
         self._thread = threading.Thread(target=self._copy_and_write, args=args, name="checkpoint", daemon=True)
         self._thread.start()
         if not self.async_save:
@@ -146,7 +154,13 @@ class Saver:
         self._host.clear()
 
     def _copy_and_write(
-        self, step: int, parts: dict[str, Part], now: torch.cuda.Event | None, state: dict[str, Any], rank_state: Any
+        self,
+        step: int,
+        parts: dict[str, Part],
+        now: torch.cuda.Event | None,
+        state: dict[str, Any],
+        rank_state: Any,
+        in_flight: Saved | None,
     ) -> None:
         problem, copies = None, {}
         if self._stream is not None:  # a new thread is on the first GPU, and would allocate there
@@ -158,7 +172,7 @@ class Saver:
         finally:
             self._copied.set()
         failed = [one for one in self._gather(problem) if one]  # on any rank: none enters dcp
-        written = failed or self._gather(self._write(step, copies, state, rank_state))
+        written = failed or self._gather(self._write(step, copies, state, rank_state, in_flight))
         if dist.get_rank() == 0:
             self._seal(step, written)
 
@@ -183,7 +197,9 @@ class Saver:
         dist.all_gather_object(everyone, mine, group=self._group)
         return everyone
 
-    def _write(self, step: int, tensors: Tensors, state: dict[str, Any], rank_state: Any) -> dict[str, Any] | str:
+    def _write(
+        self, step: int, tensors: Tensors, state: dict[str, Any], rank_state: Any, in_flight: Saved | None
+    ) -> dict[str, Any] | str:
         """Write this rank's files; return their entries in the manifest, or why they could not be written."""
         rank, temporary = dist.get_rank(), atomic_dir.hidden(store.folder(self.run.checkpoints, step), "tmp")
         try:
@@ -197,6 +213,9 @@ class Saver:
                 write_json(temporary / store.STATE, {**state, "trackers": trackers})
                 shutil.copyfile(self.run.config, temporary / store.CONFIG)
                 mine += [temporary / store.STATE, temporary / store.CONFIG]
+                if in_flight is not None:
+                    in_flight.save(temporary / store.IN_FLIGHT)
+                    mine.append(temporary / store.IN_FLIGHT)
             return atomic_dir.describe(mine)
         except (Exception, dcp.api.CheckpointException) as error:  # a file system's errors, on any rank
             log.info("the checkpoint of step %d", step, exc_info=True)  # the main rank warns in one line

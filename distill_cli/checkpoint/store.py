@@ -28,6 +28,7 @@ from distill_cli.models.model_files import ModelFiles, fingerprint
 
 STATE = "state.json"
 CONFIG = "config.yaml"
+IN_FLIGHT = "in_flight.safetensors"
 
 
 @dataclass(frozen=True)

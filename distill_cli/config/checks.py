@@ -40,8 +40,10 @@ MAX_ENGINE_RANK = 512
 
 def config_problems(config: Config) -> list[str]:
     """Return one line for each value that cannot be: key=value: rule; fix."""
+    if wrong := _lines(config, _lengths):
+        return wrong
     found = [
-        *_lines(config, _limits, _rollout, _train, _data, _eval, _checkpoint, _run),
+        *_lines(config, _limits, _rollout, _carry_over, _train, _data, _eval, _checkpoint, _run),
         *_teacher_dependent(config),
         *secret_problems(asdict(config)),
     ]
@@ -157,6 +159,8 @@ def inert_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
                 reasons[f"loss.{name}"] = f"with {family.key}={value}: it is a parameter of {readers}"
     if not seed_matters(config):
         reasons["train.seed"] = "in a replay of all weights in the recorded order: add rollout.replay_shuffle=true"
+    if config.rollout.carry_over:
+        reasons["train.max_epochs"] = "with rollout.carry_over=true: train.max_steps ends the run"
     if config.data.train.get("streaming"):
         reasons["train.max_epochs"] = "on a source that is streamed: train.max_steps ends the run"
     else:
@@ -232,8 +236,43 @@ def _are_addresses(url: Any) -> bool:
     return isinstance(url, list) and bool(url) and all(isinstance(one, str) for one in url) and len({*url}) == len(url)
 
 
+def _lengths(config: Config) -> Problems:
+    value = config.rollout.max_new_tokens
+    fix = "must be a number of tokens, at least 1, or a schedule such as {0: 256, 100: 1024}"
+    numbers = [*value.keys(), *value.values()] if isinstance(value, dict) else [value]
+    if any(isinstance(one, bool) or not isinstance(one, int) for one in numbers):
+        yield "rollout.max_new_tokens", fix
+    elif isinstance(value, dict) and (0 not in value or min(value) < 0):
+        yield "rollout.max_new_tokens", f"a schedule begins at 0, and counts steps; {fix}"
+    elif min(config.rollout.length_schedule.values()) < 1:
+        yield "rollout.max_new_tokens", fix
+
+
+def _carry_over(config: Config) -> Problems:
+    rollout, loss = config.rollout, config.loss
+    if not rollout.carry_over:
+        return
+    other = "an answer is trained on in parts"
+    if loss.reward:
+        yield "loss.reward", f"with rollout.carry_over {other}, before its reward is known; leave one of them out"
+    weight = loss.token_weight
+    if weight is not None and "length" in token_weight.SIGNATURES.positional_of(weight):
+        yield "loss.token_weight", f"with rollout.carry_over {other}, before its length is known; choose another"
+    if rollout.stop:
+        yield "rollout.stop", "with rollout.carry_over a string may be cut in two; use rollout.stop_token_ids"
+    if rollout.on_policy_fraction < 1:
+        yield "rollout.on_policy_fraction", "with rollout.carry_over all answers are the student's; set it to 1"
+    if rollout.guard_above is not None:
+        yield "rollout.guard_above", "with rollout.carry_over all answers are the student's; leave it out"
+    if rollout.token_budget < rollout.num_sequences:
+        slots = f"{rollout.num_sequences} answers are written at a time"
+        yield "rollout.tokens_per_step", f"{slots}, each at least a token a step; raise it"
+
+
 def _rollout(config: Config) -> Problems:
     rollout = config.rollout
+    if rollout.staleness and rollout.score_while_sampling:
+        yield "rollout.score_while_sampling", "with rollout.staleness answers are scored steps later; leave it out"
     if rollout.on_policy_fraction < 1 and rollout.environment is not None:
         yield "rollout.on_policy_fraction", "with rollout.environment all sequences are the student's; set it to 1"
     if rollout.guard_above is not None and rollout.environment is not None:
@@ -249,7 +288,7 @@ def _rollout(config: Config) -> Problems:
     if rollout.top_k == 0:
         yield "rollout.top_k", "must be at least 1, or -1 for all tokens"
     whole, limit = rollout.max_sequence_length, config.data.max_prompt_tokens
-    if (room := whole - rollout.max_new_tokens) < (limit or 1):
+    if (room := whole - rollout.longest_answer) < (limit or 1):
         prompt = f"a prompt of up to data.max_prompt_tokens={limit}" if limit else "a prompt"
         rule = f"leaves {max(room, 0)} of rollout.max_sequence_length={whole} tokens for {prompt}"
         yield "rollout.max_new_tokens", f"{rule}; lower it, or raise rollout.max_sequence_length"
@@ -261,10 +300,9 @@ def _train(config: Config) -> Problems:
         yield "train.betas", "must be two numbers from 0 to below 1"
     if train.cpu_offload and train.offload_optimizer:
         yield "train.offload_optimizer", "train.cpu_offload=true keeps it in host memory already; drop one"
-    num_sequences = rollout.prompts_per_step * rollout.generations_per_prompt
-    if train.global_batch_size >= 1 and num_sequences % train.global_batch_size:
+    if train.global_batch_size >= 1 and rollout.num_sequences % train.global_batch_size:
         factors = f"{rollout.prompts_per_step} prompts x {rollout.generations_per_prompt} generations"
-        yield "train.global_batch_size", f"must divide the {num_sequences} sequences of a step ({factors})"
+        yield "train.global_batch_size", f"must divide the {rollout.num_sequences} sequences of a step ({factors})"
     if train.micro_batch_tokens < rollout.max_sequence_length:
         limit = f"rollout.max_sequence_length={rollout.max_sequence_length}"
         yield "train.micro_batch_tokens", f"must be at least {limit}; raise it, or lower the other"
@@ -336,7 +374,7 @@ def _checkpoint(config: Config) -> Problems:
         rule = "no such metric" if metric is None else "does not rank checkpoints"
         fix = nearest(checkpoint.metric, known) or "; choose a train/, rollout/ or val/ metric (docs/metrics.md)"
         yield "checkpoint.metric", f"{rule}{fix}"
-    elif metric.needs and config.rollout.replay is None and not attrgetter(metric.needs)(config):
+    elif metric.needs and config.rollout.replay is None and not _any_set(config, metric.needs):
         yield "checkpoint.metric", f"never recorded without {metric.needs}; set it, or choose another"
     elif metric.better is None and checkpoint.higher_is_better is None:
         yield "checkpoint.higher_is_better", f"{checkpoint.metric} has no better direction; set true or false"

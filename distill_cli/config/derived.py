@@ -10,7 +10,7 @@ from distill_cli.config.teachers import engine_key, teacher_configs
 
 def max_prompt_tokens(config: Config) -> int:
     """Return `data.max_prompt_tokens`, or what the longest answer leaves of a sequence."""
-    return config.data.max_prompt_tokens or config.rollout.max_sequence_length - config.rollout.max_new_tokens
+    return config.data.max_prompt_tokens or config.rollout.max_sequence_length - config.rollout.longest_answer
 
 
 def max_teacher_prompt_tokens(config: Config) -> int:
@@ -36,7 +36,7 @@ def needed_length(config: Config) -> int:
 
 def validation_length(config: Config) -> int:
     """Return the tokens of the longest sequence in validation."""
-    one_turn = max_prompt_tokens(config) + (config.eval.max_new_tokens or config.rollout.max_new_tokens)
+    one_turn = max_prompt_tokens(config) + (config.eval.max_new_tokens or config.rollout.longest_answer)
     return max(one_turn, config.rollout.max_sequence_length) if config.rollout.environment else one_turn
 
 
@@ -45,7 +45,7 @@ def scored_length(config: Config) -> int:
     teacher, rollout = config.model.teacher, config.rollout
     if config.data.teacher_context is None and teacher.chat_template is None and not teacher.chat_template_kwargs:
         return needed_length(config)
-    answer = rollout.max_new_tokens if rollout.max_turns == 1 else rollout.max_sequence_length
+    answer = rollout.longest_answer if rollout.max_turns == 1 else rollout.max_sequence_length
     return max(needed_length(config), max_teacher_prompt_tokens(config) + answer)
 
 
@@ -73,6 +73,8 @@ def needs_hidden(config: Config) -> bool:
 def scores_while_sampling(config: Config, *, on_gpus: bool) -> bool:
     """Whether answers are scored as they end; `overlap_problems` says why they cannot be."""
     given = config.rollout.score_while_sampling
+    if config.rollout.staleness:
+        return False
     return (on_gpus and not any(overlap_problems(config, on_gpus=on_gpus))) if given is None else given
 
 
@@ -90,7 +92,7 @@ def overlap_problems(config: Config, *, on_gpus: bool) -> Iterator[str]:
 
 def updates_per_step(config: Config) -> int:
     """Return the optimizer updates per training step."""
-    return config.rollout.prompts_per_step * config.rollout.generations_per_prompt // config.train.global_batch_size
+    return config.rollout.num_sequences // config.train.global_batch_size
 
 
 def micro_batches_per_update(config: Config, *, num_ranks: int) -> int:

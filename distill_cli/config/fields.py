@@ -55,10 +55,11 @@ def key(
     Args:
         metadata: any of `PROPERTIES` and `LIMITS`; `only_with` is a key (or several, `a or b`) without which this one
             has no effect; `credentials` is the environment variable that carries an address whole, if it may hold
-            credentials: files have it without them; `entries` makes a dictionary one of named sections (see
+            credentials: files have it without them; `schedule` if a value may be a dictionary of values by numbers of
+            steps; `entries` makes a dictionary one of named sections (see
             `declared_as`).
     """
-    assert metadata.keys() <= PROPERTIES | LIMITS.keys() | {"only_with", "credentials", "entries"}
+    assert metadata.keys() <= PROPERTIES | LIMITS.keys() | {"only_with", "credentials", "entries", "schedule"}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata, repr="credentials" not in metadata)

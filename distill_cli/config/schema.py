@@ -5,6 +5,7 @@ None here. Defaults are those of the Qwen3 recipe on GPUs, which is NeMo RL's; t
 group, and `model=tiny` scales all of them to a laptop.
 """
 
+import math
 from enum import Enum
 from typing import Any
 
@@ -214,8 +215,9 @@ class RolloutConfig:
     """Prompts per training step, over all ranks."""
     generations_per_prompt: int = key(1, at_least=1)
     """Answers sampled for each prompt. Each is a sequence of its own in the loss."""
-    max_new_tokens: int = key(7168, at_least=1, replay=True, evaluation=True)
-    """Greatest length of an answer in tokens."""
+    max_new_tokens: Any = key(7168, schedule=True, replay=True, evaluation=True)
+    """Greatest length of an answer in tokens. As a schedule, by numbers of steps: `{0: 256, 100: 1024, 300: 7168}` is
+    256 tokens at first, 1024 after 100 steps and 7168 after 300; what else depends on it follows from the greatest."""
     max_sequence_length: int = key(8192, replay=True, evaluation=True)
     """Greatest length of prompt and answer together in tokens."""
     temperature: float = key(1.0, at_least=0, at_most=2)
@@ -249,6 +251,18 @@ class RolloutConfig:
     """Share of the student's answers that the teacher writes while the guard is on."""
     guard_steps: int = key(20, at_least=1, resume=True, only_with="rollout.guard_above")
     """Steps over which that share falls to 0, in equal parts, once no more than guard_above reach the limit."""
+    carry_over: bool = False
+    """Write tokens_per_step tokens in each step, and go on with unfinished answers in the next one: no engine waits for
+    the longest answer. A step has prompts_per_step x generations_per_prompt slots; each writes an equal share, and
+    begins another answer at once when one ends. train.max_steps alone ends the run."""
+    tokens_per_step: int | None = key(None, at_least=1, only_with="rollout.carry_over")
+    """Tokens that the student writes in a step, over all slots; null is an eighth of max_new_tokens for each slot. More
+    of them ask for less reading of what earlier steps wrote, and train on it later."""
+    max_age: int | None = key(None, at_least=1, only_with="rollout.carry_over")
+    """Steps in which an answer may be written, at most; then it is dropped, and counted. null: any number."""
+    staleness: int = key(0, at_least=0)
+    """Steps between sampling and training: a step trains on answers that the student wrote with the weights of so many
+    steps before. 0 is on-policy."""
     score_while_sampling: bool | None = key(None, resume=True)
     """Let the teacher score an answer when it ends, in a process of its own, while the student still writes others. It
     must stay awake, and each engine have one rank. null: on GPUs if engine.teacher.sleep=false, on CPUs not."""
@@ -269,6 +283,30 @@ class RolloutConfig:
     max_turns: int = key(1, at_least=1, evaluation=True)
     """Turns of a sequence, at most, if there is an environment. rollout.max_new_tokens then limits each turn, and
     rollout.max_sequence_length all turns together with the environment's messages."""
+
+    @property
+    def length_schedule(self) -> dict[int, int]:
+        """Greatest lengths of an answer, by the number of steps after which they hold."""
+        return self.max_new_tokens if isinstance(self.max_new_tokens, dict) else {0: self.max_new_tokens}
+
+    def max_new_tokens_at(self, step: int) -> int:
+        """Return the greatest length of an answer that is sampled in a step, counted from 1."""
+        return self.length_schedule[max(after for after in self.length_schedule if after < step)]
+
+    @property
+    def longest_answer(self) -> int:
+        """The greatest length of an answer in the whole run."""
+        return max(self.length_schedule.values())
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of a step, or its slots."""
+        return self.prompts_per_step * self.generations_per_prompt
+
+    @property
+    def token_budget(self) -> int:
+        """`tokens_per_step`, or its default."""
+        return self.tokens_per_step or self.num_sequences * math.ceil(self.longest_answer / 8)
 
     @property
     def saves_hidden(self) -> bool:

@@ -283,7 +283,10 @@ def _plain(value: Any) -> Any:
 def _is_known(key: str) -> bool:
     """Whether a dotted key is one of the schema, one of its sections, or inside a dictionary."""
     keys, key = declared_keys(Config).items(), declared_as(Config, key)
-    return any(is_within(known, key) or (data["is_dictionary"] and is_within(key, known)) for known, data in keys)
+    return any(
+        is_within(known, key) or ((data["is_dictionary"] or data.get("schedule")) and is_within(key, known))
+        for known, data in keys
+    )
 
 
 def _type_problem(schema: DictConfig, key: str, value: Any) -> str | None:

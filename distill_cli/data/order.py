@@ -147,6 +147,27 @@ class PromptStream:
         return shuffled(self.rows, buffer=self.buffer, seed=seed) if self.shuffle else iter(self.rows)
 
 
+class PromptBatches:
+    """The batches of an order, of which those in use are kept: they are needed at different times."""
+
+    def __init__(self, order: PromptOrder | PromptStream) -> None:
+        self._order, self._kept = order, dict[int, list[Prompt]]()
+
+    def batch(self, step: int) -> list[Prompt]:
+        """Return the prompts of a step, counted from 0. Those of the steps between the newest kept one and it are read
+        too: a stream would otherwise begin again for them."""
+        if step not in self._kept:
+            newest = max(self._kept, default=step)
+            for number in range(newest + 1, step) if step > newest else ():
+                self._kept[number] = self._order.batch(number)
+            self._kept[step] = self._order.batch(step)
+        return self._kept[step]
+
+    def forget(self, *, before: int) -> None:
+        """Drop the batches of the steps before this one."""
+        self._kept = {step: prompts for step, prompts in self._kept.items() if step >= before}
+
+
 @lru_cache(maxsize=1)
 def permutation(size: int, *, seed: str, shuffle: bool) -> array[int]:
     """Return 0 to size - 1 in the seed's order, eight bytes each; one is kept for the steps of its epoch."""

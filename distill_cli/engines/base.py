@@ -14,6 +14,7 @@ chosen in `ranks.build_engines`; no other module depends on which one it calls.
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -25,6 +26,20 @@ from distill_cli.types import ModelHead, Sample, TeacherScores
 
 OnEnd = Callable[[int, Sample], object]
 """Takes the index of a prompt and its answer."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to answer."""
+
+    token_ids: list[int]
+    seed: int
+    max_new_tokens: int | None = None
+    """Greatest length of this answer, at most that of `SamplingSettings`; None is that."""
+
+
+Then = Callable[[int, Sample], Request | None]
+"""Takes the index of a chain and the answer to its last request; returns its next request, or None if it has ended."""
 
 
 class AnsweringEngine(Protocol):
@@ -54,6 +69,23 @@ class AnsweringEngine(Protocol):
             on_end: called with each answer by the time that this method returns, where possible as soon as it has
                 ended; not if the engine was interrupted.
         """
+
+    def sample_chains(self, requests: Sequence[Request], *, sampling: SamplingSettings, then: Then) -> None:
+        """Answer requests, and those that follow from their answers, until every chain has ended.
+
+        Args:
+            requests: the first request of each chain.
+            then: called with each answer. Where possible its next request joins the others at once, while they are
+                being answered; here it waits until all of them are. Not called after an interruption.
+        """
+        going = dict(enumerate(requests))
+        while going:
+            limits = {one.max_new_tokens for one in going.values()}
+            assert limits == {None}, "answers of different lengths need an engine that continues chains at once"
+            prompts, seeds = [one.token_ids for one in going.values()], [one.seed for one in going.values()]
+            samples = self.sample(prompts, seeds=seeds, sampling=sampling)
+            following = {index: then(index, sample) for index, sample in zip(going, samples, strict=True)}
+            going = {index: one for index, one in following.items() if one is not None}
 
     def wake(self) -> None:
         """Take the device's memory; does nothing if the engine holds it or needs none."""

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from distill_cli.engines import vllm_patches
-from distill_cli.engines.base import AnsweringEngine, OnEnd
+from distill_cli.engines.base import AnsweringEngine, OnEnd, Request, Then
 from distill_cli.engines.cpu_sampling import SCORE_FROM
 from distill_cli.engines.family_settings import format_arguments, read_config, supplied_fields
 from distill_cli.engines.process_setup import (
@@ -109,14 +109,8 @@ class VllmEngine(AnsweringEngine):
         Raises:
             DistillError: a bad request, or a failure in the engine, which stays usable.
         """
-        if sampling.stop and self.llm.model_config.skip_tokenizer_init:  # vLLM would ignore them
-            raise DistillError(f"{self.role} has no tokenizer (skip_tokenizer_init): it cannot stop at strings")
-        max_len = self.settings.max_model_len
-        self.check_token_ids(prompts, max_len=max_len - 1)
-        params = [
-            sampling_params(sampling, seed=seed, max_tokens=min(sampling.max_new_tokens, max_len - len(prompt)))
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+        requests = [Request(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        params = self._params_of(requests, sampling)
 
         def ended(index: int, output: Any) -> None:
             assert on_end is not None
@@ -127,6 +121,43 @@ class VllmEngine(AnsweringEngine):
             return [to_sample(output, logp=sampling.logp) for output in outputs]
         except Interrupted:
             return [Sample([], [] if sampling.logp else None, "length") for _ in prompts]
+
+    def sample_chains(self, requests: Sequence[Request], *, sampling: SamplingSettings, then: Then) -> None:
+        """Answer requests; the next request of a chain begins between two tokens of the others.
+
+        Raises:
+            DistillError: see `sample`.
+        """
+        chains = list(range(len(requests)))  # of each request, in the order in which the engine gets them
+
+        def ended(number: int, output: Any) -> None:
+            chain = chains[number]
+            if (request := then(chain, to_sample(output, logp=sampling.logp))) is not None:
+                chains.append(chain)
+                self.enqueue([request.token_ids], self._params_of([request], sampling))
+
+        try:
+            params = self._params_of(requests, sampling)
+            self.generate([request.token_ids for request in requests], params, on_end=ended)
+        except Interrupted:
+            return
+
+    def _params_of(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Any]:
+        """Return the `vllm.SamplingParams` of requests. Raises DistillError for a bad request."""
+        if sampling.stop and self.llm.model_config.skip_tokenizer_init:  # vLLM would ignore them
+            raise DistillError(f"{self.role} has no tokenizer (skip_tokenizer_init): it cannot stop at strings")
+        max_len = self.settings.max_model_len
+        self.check_token_ids([request.token_ids for request in requests], max_len=max_len - 1)
+        limits = [sampling.max_new_tokens if one.max_new_tokens is None else one.max_new_tokens for one in requests]
+        return [
+            sampling_params(sampling, seed=request.seed, max_tokens=min(limit, max_len - len(request.token_ids)))
+            for request, limit in zip(requests, limits, strict=True)
+        ]
+
+    def enqueue(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> None:
+        """Add requests to those that `generate` is running, between two of their tokens."""
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        self.llm.enqueue(inputs, list(params), use_tqdm=False, lora_request=self.lora_request)
 
     def generate(
         self, prompts: Sequence[list[int]], params: Sequence[Any], *, on_end: Callable[[int, Any], None] | None = None

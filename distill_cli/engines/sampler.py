@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from distill_cli.engines import reload, vllm_patches
-from distill_cli.engines.base import OnEnd, Sampler
+from distill_cli.engines.base import OnEnd, Request, Sampler, Then
 from distill_cli.engines.engine import VllmEngine, reason
 from distill_cli.engines.reach import check_names
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
@@ -60,10 +60,13 @@ class VllmSampler(VllmEngine, Sampler):
         on_end: OnEnd | None = None,
     ) -> list[Sample]:
         """Return one answer to each prompt, in their order; see `VllmEngine.sample`."""
-        self._check_usable()
-        if self.version == NO_WEIGHTS:
-            raise DistillError("the sampler has no weights since it slept: sync() comes before its next use")
+        self._check_weights()
         return super().sample(prompts, seeds=seeds, sampling=sampling, on_end=on_end)
+
+    def sample_chains(self, requests: Sequence[Request], *, sampling: SamplingSettings, then: Then) -> None:
+        """Answer requests and those that follow; see `VllmEngine.sample_chains`."""
+        self._check_weights()
+        super().sample_chains(requests, sampling=sampling, then=then)
 
     def sync(self, named_tensors: Iterable[Outgoing], *, version: int) -> None:
         """Replace the engine's weights with the trainer's. A collective if they are DTensors.
@@ -133,6 +136,11 @@ class VllmSampler(VllmEngine, Sampler):
         if not self.llm.reset_prefix_cache():
             self._is_broken = True
             raise DistillError("the sampler's prefix cache could not be reset: requests are still running")
+
+    def _check_weights(self) -> None:
+        self._check_usable()
+        if self.version == NO_WEIGHTS:
+            raise DistillError("the sampler has no weights since it slept: sync() comes before its next use")
 
     def _check_usable(self) -> None:
         self.check_awake()

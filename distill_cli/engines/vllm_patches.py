@@ -195,6 +195,7 @@ class Interrupted(BaseException):
 
 @reaches("vllm.v1.engine.llm_engine", "LLMEngine.step")
 @reaches("vllm.utils.counter", "Counter")
+@reaches("vllm.entrypoints.llm", "LLM.enqueue")
 class WatchedSteps:
     """Act between the steps of an engine (one token of every request).
 

@@ -372,9 +372,9 @@ def recorded(recording: Recording, config: Config, student: ModelFiles, tokenize
         yield f"{name}={new}: the rollouts were recorded with {old}; leave it out, or start a new run"
     rollout, loss, scores = config.rollout, config.loss, f"was recorded with {facts.temperature}, as its scores are"
     answer, sequence = recording.longest_response, recording.longest_sequence
-    if rollout.max_new_tokens < answer and rollout.max_turns == 1:
+    if rollout.longest_answer < answer and rollout.max_turns == 1:
         longest = f"the longest recorded answer has {answer} tokens"
-        yield f"rollout.max_new_tokens={rollout.max_new_tokens}: {longest}; raise it"
+        yield f"rollout.max_new_tokens={rollout.longest_answer}: {longest}; raise it"
     longest = f"the longest recorded sequence has {sequence} tokens"
     if rollout.max_sequence_length < sequence:
         yield f"rollout.max_sequence_length={rollout.max_sequence_length}: {longest}; raise it"

@@ -213,7 +213,7 @@ def scores_row(config: Config, steps: int, *, hidden_bytes: int) -> str | None:
         hidden_bytes: of the largest teacher's hidden state.
     """
     rollout = config.rollout
-    tokens = rollout.max_sequence_length if rollout.environment else rollout.max_new_tokens
+    tokens = rollout.max_sequence_length if rollout.environment else rollout.longest_answer
     sequences = rollout.prompts_per_step * rollout.generations_per_prompt
     token_bytes = 16 + (hidden_bytes if rollout.saves_hidden else 8 * config.loss.topk)
     gib = sequences * tokens * token_bytes / 2**30

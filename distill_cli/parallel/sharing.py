@@ -53,7 +53,15 @@ class EngineShare:
             costs: of each index, to partition them by.
         """
         shares = partition_by_cost(costs, self.num_engines)
-        mine = work(shares[self.index])
+        return self.exchange(shares, work(shares[self.index]))
+
+    def exchange(self, shares: Sequence[Sequence[int]], mine: Sequence[Item]) -> dict[int, Item]:
+        """Return index -> result on every rank of `group`. A collective.
+
+        Args:
+            shares: the indices that each engine worked on.
+            mine: the results of this rank's engine, in the order of its share.
+        """
         if len(shares) == 1:
             return dict(zip(shares[0], mine, strict=True))
         everyone: list[Sequence[Item]] = [[] for _ in range(dist.get_world_size(self.group))]

@@ -149,7 +149,7 @@ def train_sampling(resolved: ResolvedRun) -> SamplingSettings:
     """Return how the student answers in training."""
     rollout = resolved.config.rollout
     return SamplingSettings(
-        max_new_tokens=rollout.max_new_tokens,
+        max_new_tokens=rollout.longest_answer,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=max(rollout.top_k, 0),

@@ -7,16 +7,18 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_cli.checkpoint.saver import Trainable
+from distill_cli.checkpoint.store import IN_FLIGHT
 from distill_cli.config.derived import needs_hidden, validates
 from distill_cli.config.schema import OffPolicy
 from distill_cli.config.teachers import own_temperatures
 from distill_cli.data.isolated import IsolatedEnvironments, IsolatedVerifier
-from distill_cli.data.order import PromptOrder, PromptStream
+from distill_cli.data.order import PromptBatches, PromptOrder, PromptStream
 from distill_cli.data.prompts import (
     PromptMaker,
     PromptSettings,
@@ -36,6 +38,8 @@ from distill_cli.models.model_pair import OWN_TEMPLATE, read_template
 from distill_cli.parallel.mesh import Parallel, init_parallel
 from distill_cli.ranks.build_engines import train_sampling
 from distill_cli.resolved import ResolvedRun
+from distill_cli.rollout.carry_over import CarryOver
+from distill_cli.rollout.in_flight import InFlight
 from distill_cli.rollout.length_guard import LengthGuard
 from distill_cli.rollout.off_policy import dataset_samples, response_encoder, teacher_samples
 from distill_cli.rollout.on_policy import OnPolicy
@@ -198,11 +202,13 @@ def build_source(
     recorder: Recorder | None,
     *,
     guard_left: int = 0,
+    checkpoint: Path | None = None,
 ) -> RolloutSource:
     """Build the source of every step's scored sequences; a replay needs no workers.
 
     Args:
         guard_left: `Progress.guard_left`.
+        checkpoint: what is in flight is read from it; None if nothing is.
     """
     if isinstance(order, RecordedSteps):
         return Replay(order, planner, stages)
@@ -214,12 +220,19 @@ def build_source(
         write = by_teacher
     elif rollout.on_policy_fraction < 1:
         encode = response_encoder(rank.tokenizer, template_kwargs=config.model.chat_template_kwargs)
-        write = partial(dataset_samples, encode=encode, max_new_tokens=rollout.max_new_tokens)
+        write = partial(dataset_samples, encode=encode)
     number, fraction = rollout.generations_per_prompt, rollout.on_policy_fraction
     guard = None
     if rollout.guard_above is not None:
         guard = LengthGuard(rollout.guard_above, rollout.guard_share, rollout.guard_steps, by_teacher, guard_left)
-    return OnPolicy(order, number, worker, scoring, recorder, fraction, write, guard)
+    batches, carry_over, in_flight = PromptBatches(order), None, InFlight()
+    if rollout.carry_over:
+        budget, most = rollout.token_budget, rollout.max_age
+        carry_over = CarryOver(batches, number, rollout.num_sequences, budget, most, worker)
+    if checkpoint is not None and (file := checkpoint / IN_FLIGHT).is_file():
+        in_flight = InFlight.load(file, batches.batch)
+    limit, lag = rollout.max_new_tokens_at, rollout.staleness
+    return OnPolicy(order, number, worker, scoring, recorder, fraction, write, guard, limit, carry_over, lag, in_flight)
 
 
 def build_worker(rank: Rank, stages: Stages, sampler: Sampler, student: Student, trainable: Trainable) -> RolloutWorker:

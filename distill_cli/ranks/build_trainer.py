@@ -140,7 +140,10 @@ def build_trainer(
         else:
             prompts = validator.prompts[:number]
         probes = ProbeReport(prompts, worker, scoring, student, rollouts, config.loss.topk)
-    source = parts.build_source(rank, order, planner, stages, worker, scoring, recorder, guard_left=progress.guard_left)
+    left = progress.guard_left
+    source = parts.build_source(
+        rank, order, planner, stages, worker, scoring, recorder, guard_left=left, checkpoint=checkpoint
+    )
     return Trainer(
         config=config,
         num_steps=num_steps,
@@ -218,6 +221,8 @@ def complete_teachers(
 
 def count_steps(config: Config, order: parts.Order) -> int:
     """Return the number of steps of the whole run."""
+    if config.rollout.carry_over and config.rollout.replay is None:  # how many prompts a step takes is not known
+        return config.train.max_steps
     return int(min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch))
 
 

@@ -23,6 +23,8 @@ BATCH_TOKENS = {"cpu": 512, "cuda": 4096}
 
 Place = tuple[int, int]
 """The place of a sequence in the step, and the index of one of its teachers."""
+Key = int | tuple[int, int]
+"""The place of a sequence, or what `EarlyScores.places` finds it by where it is known only later."""
 Request = tuple[Rollout, Target]
 """A sequence, and a teacher that scores it."""
 
@@ -41,10 +43,12 @@ class EarlyScores:
         """Score `batch_tokens` tokens at a time, or more; the other arguments are those of `submit`."""
         self._hidden = hidden
         self._teachers, self._merged_eos_ids, self._batch_tokens = teachers, merged_eos_ids, batch_tokens
-        self._waiting: dict[int, dict[int, Request]] = defaultdict(dict)  # by teacher, then by place of the sequence
-        self._submitted: list[tuple[list[Place], Callable[[], list[TeacherScores]]]] = []
+        self._waiting: dict[int, dict[Key, Request]] = defaultdict(dict)  # by teacher, then by sequence
+        self._submitted: list[tuple[int, list[Key], Callable[[], list[TeacherScores]]]] = []
+        self.places: dict[Key, int] = {}
+        """Places of the sequences in the step that were added under another key."""
 
-    def add(self, place: int, rollout: Rollout) -> None:
+    def add(self, place: Key, rollout: Rollout) -> None:
         """Take a sequence that has ended, at its place in the step."""
         for target in rollout.prompt.targets:
             waiting = self._waiting[target.teacher]
@@ -56,13 +60,17 @@ class EarlyScores:
         """Wait for the scores of all sequences that were added."""
         for teacher in [teacher for teacher, waiting in self._waiting.items() if waiting]:
             self._submit(teacher)
-        return {place: scores for places, wait in self._submitted for place, scores in zip(places, wait(), strict=True)}
+        found = [(teacher, zip(keys, wait(), strict=True)) for teacher, keys, wait in self._submitted]
+        return {(self._place(key), teacher): scores for teacher, pairs in found for key, scores in pairs}
+
+    def _place(self, key: Key) -> int:
+        return key if isinstance(key, int) else self.places[key]
 
     def _submit(self, teacher: int) -> None:
         waiting = self._waiting.pop(teacher)
         own, merged = list(waiting.values()), self._merged_eos_ids
         wait = submit(own, self._teachers[teacher], merged_eos_ids=merged, hidden=self._hidden)
-        self._submitted.append(([(place, teacher) for place in waiting], wait))
+        self._submitted.append((teacher, list(waiting), wait))
 
 
 def submit(
@@ -78,7 +86,7 @@ def submit(
     assert all(one.logp is not None or one.source != "student" for one in samples), "sampled with logp=False"
     wait = teacher.submit(
         [rollout.ids_for(target) for rollout, target in requests],
-        response_starts=[len(rollout.prompt.ids_for(target)) for rollout, target in requests],
+        response_starts=[len(rollout.context_for(target)) for rollout, target in requests],
         hidden=hidden,
     )
     if hidden:

@@ -22,8 +22,9 @@ class LengthGuard:
     """The teacher's share while it is on."""
     steps: int
     """Steps over which the share falls to 0 after that."""
-    write: Callable[[Sequence[Prompt], Sequence[int]], list[Sample]]
-    """Returns the teacher's answers, given prompts and a seed for each (`off_policy.teacher_samples`). A collective."""
+    write: Callable[[Sequence[Prompt], Sequence[int], int], list[Sample]]
+    """Returns the teacher's answers, given prompts, a seed for each and their greatest length
+    (`off_policy.teacher_samples`). A collective."""
     left: int = 0
     """Steps until the share is 0: the guard's whole state."""
 

@@ -31,15 +31,21 @@ def off_policy_places(num_sequences: int, *, on_policy_fraction: float, seed: in
 
 
 def teacher_samples(
-    prompts: Sequence[Prompt], seeds: Sequence[int], *, scoring: ScoringWorker, sampling: SamplingSettings
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    *,
+    scoring: ScoringWorker,
+    sampling: SamplingSettings,
 ) -> list[Sample]:
     """Sample the teacher's answers with the student's settings. A collective."""
-    samples = scoring.sample(prompts, seeds=seeds, sampling=replace(sampling, logp=False))
+    sampling = replace(sampling, logp=False, max_new_tokens=max_new_tokens)
+    samples = scoring.sample(prompts, seeds=seeds, sampling=sampling)
     return [replace(sample, source="teacher") for sample in samples]
 
 
 def dataset_samples(
-    prompts: Sequence[Prompt], seeds: Sequence[int], *, encode: Callable[[str], list[int]], max_new_tokens: int
+    prompts: Sequence[Prompt], seeds: Sequence[int], max_new_tokens: int, *, encode: Callable[[str], list[int]]
 ) -> list[Sample]:
     """Return the dataset's answers; seeds have no effect."""
     return [dataset_sample(prompt, encode=encode, max_new_tokens=max_new_tokens) for prompt in prompts]

@@ -19,6 +19,7 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class MicroBatch:
     teachers: torch.Tensor
     """int64 [N]: the set of the token's teachers (`Prompt.teachers`)."""
     trained_places: torch.Tensor
-    """int64 [N, 2]: index of the token among those of its response that are trained, and their number."""
+    """int64 [N, 2]: index of the token among those of its response that are trained, and their number up to now."""
     advantages: torch.Tensor
     """float32 [N]: of rewards and penalties (`rollout.advantages`); 0 without them."""
 
@@ -150,10 +151,17 @@ class Planner:
     cut: Callable[..., BatchPlan]
     """`plan_batch` with the arguments that all global batches share."""
 
-    def plan(self, rollouts: Sequence[Rollout]) -> list[BatchPlan]:
-        """Plan each global batch; its sequences do not depend on the number of ranks."""
-        lengths, size = [len(rollout.token_ids) for rollout in rollouts], self.global_batch_size
-        return [self.cut(lengths[first : first + size], first=first) for first in range(0, len(lengths), size)]
+    def plan(self, rollouts: Sequence[Rollout], slots: Sequence[int] | None = None) -> list[BatchPlan]:
+        """Plan each global batch; its sequences do not depend on the number of ranks.
+
+        Args:
+            slots: rising; a global batch has the sequences of `global_batch_size` slots. None is one sequence a slot.
+        """
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
+        pairs = enumerate(range(len(lengths)) if slots is None else slots)
+        batches = groupby(pairs, key=lambda pair: pair[1] // self.global_batch_size)
+        places = [[place for place, _ in batch] for _, batch in batches]
+        return [self.cut([lengths[place] for place in own], first=own[0]) for own in places]
 
     def local_places(self, plans: Sequence[BatchPlan]) -> list[int]:
         """Return the places of the sequences that this rank trains on, in the order of training."""
@@ -249,12 +257,14 @@ def lay_out(
         tokens[0, begin : begin + len(ids)] = torch.tensor(ids)
         is_real[0, begin : begin + len(ids)] = True
         positions[0, begin : begin + place] = torch.arange(place)
-        rows = begin + len(rollout.prompt.token_ids) - 1 + trained  # the hidden state before each token predicts it
+        rows = begin + len(rollout.context_ids) - 1 + trained  # the hidden state before each token predicts it
         logp = torch.zeros(len(trained)) if sample.logp is None else torch.tensor(sample.logp)[trained]
         has_logp = torch.full((len(trained),), sample.logp is not None)
         origins = torch.stack([torch.full_like(trained, member), trained], dim=1)
         teachers = torch.full_like(trained, rollout.prompt.teachers)
-        ranks = torch.stack([torch.arange(len(trained)), torch.full_like(trained, len(trained))], dim=1)
+        earlier = 0 if rollout.carried is None else rollout.carried.num_trained
+        ranks = torch.arange(earlier, earlier + len(trained))
+        ranks = torch.stack([ranks, torch.full_like(trained, earlier + len(trained))], dim=1)
         advantage = torch.zeros(len(trained)) if advantages is None else advantages[member][trained]
         own_ids = torch.tensor(sample.token_ids)[trained]
         columns.append((rows, own_ids, logp, has_logp, origins, teachers, ranks, advantage))

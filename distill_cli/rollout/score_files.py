@@ -24,7 +24,7 @@ from distill_cli.data.order import permutation
 from distill_cli.data.recorded_run import FACTS, HEADS, STEP, Facts, Recording, step_folder, temporary_folder
 from distill_cli.errors import ConfigError
 from distill_cli.folders import atomic_dir
-from distill_cli.folders.run_dir import write_json
+from distill_cli.folders.run_dir import read_json, write_json
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import Planner
 from distill_cli.rollout.source import RolloutSource, ScoredBatch
@@ -62,22 +62,24 @@ class Recorder:
         everyone: list[dict[str, Any] | OSError] = [{}] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         if parallel.is_main:
-            self._seal(step, temporary, batch.rollouts, everyone)
+            self._seal(step, temporary, batch, everyone)
 
     def _seal(
-        self, step: int, temporary: Path, rollouts: Sequence[Rollout], everyone: Sequence[dict[str, Any] | OSError]
+        self, step: int, temporary: Path, batch: ScoredBatch, everyone: Sequence[dict[str, Any] | OSError]
     ) -> None:
         """Complete a step's folder from the ranks' manifest entries, or remove it after a rank's error."""
         try:
             if errors := [part for part in everyone if isinstance(part, OSError)]:
                 raise errors[0]
             entries = {name: entry for part in everyone if isinstance(part, dict) for name, entry in part.items()}
+            rollouts = batch.rollouts
             lengths = [len(rollout.token_ids) for rollout in rollouts]
             facts = {
                 "num_sequences": len(rollouts),
                 "num_tokens": sum(lengths),
                 "longest_response": max(len(rollout.sample.token_ids) for rollout in rollouts),
                 "longest_sequence": max(lengths),
+                "slots": batch.slots,
             }
             write_json(temporary / STEP, facts)
             atomic_dir.seal(temporary, step_folder(self._root, step), entries | atomic_dir.describe([temporary / STEP]))
@@ -95,7 +97,7 @@ def write_sequences(file: Path, rollouts: Sequence[Rollout], scores: Mapping[int
     token_ids = chain.from_iterable(rollout.token_ids for rollout in rollouts)
     tensors = {
         "places": torch.tensor(list(scores)),
-        "prompt_lengths": torch.tensor([len(rollout.prompt.token_ids) for rollout in rollouts]),
+        "prompt_lengths": torch.tensor([len(rollout.context_ids) for rollout in rollouts]),
         "response_lengths": torch.tensor([len(sample.token_ids) for sample in samples]),
         "token_ids": torch.tensor(list(token_ids), dtype=torch.int32),
         "trained": torch.tensor(list(chain.from_iterable(masks)), dtype=torch.bool),
@@ -116,6 +118,7 @@ def write_sequences(file: Path, rollouts: Sequence[Rollout], scores: Mapping[int
             "has_logp": rollout.sample.logp is not None,
             "has_observations": rollout.sample.trained is not None,
             "reward": rollout.reward,
+            "carried": [] if (part := rollout.carried) is None else [len(part.token_ids), part.num_trained],
             "teachers": [[target.teacher, target.weight] for target in rollout.prompt.targets],
             **{name: getattr(rollout.sample, name) for name in SAMPLE_FACTS},
         }
@@ -137,7 +140,12 @@ def read_sequences(file: Path) -> dict[int, Rollout]:
     by_place = {}
     for place, num_prompt, num_response, fact in zip(places, prompts, responses, facts, strict=True):
         targets = tuple(Target(*one) for one in fact.get("teachers", [[0, 1.0]]))  # older files have none
-        prompt = Prompt(fact["prompt_index"], list(islice(token_ids, num_prompt)), Example(""), targets)
+        context, carried = list(islice(token_ids, num_prompt)), None
+        if sizes := fact.get("carried"):  # of these, the number of trained ones alone matters
+            number, num_trained = sizes
+            trained_flags = [index < num_trained for index in range(number)]
+            carried, context = Sample(context[-number:], None, "", trained=trained_flags), context[:-number]
+        prompt = Prompt(fact["prompt_index"], context, Example(""), targets)
         ids, mask, logps = (list(islice(values, num_response)) for values in (token_ids, trained, logp))
         sample = Sample(
             ids,
@@ -145,7 +153,7 @@ def read_sequences(file: Path) -> dict[int, Rollout]:
             trained=mask if fact["has_observations"] else None,
             **{name: fact[name] for name in SAMPLE_FACTS},
         )
-        by_place[place] = Rollout(prompt, sample, reward=fact["reward"])
+        by_place[place] = Rollout(prompt, sample, reward=fact["reward"], carried=carried)
     return by_place
 
 
@@ -232,6 +240,11 @@ class RecordedSteps:
         by_place = {place: rollout for file in _files(folder) for place, rollout in read_sequences(file).items()}
         return [by_place[place] for place in range(len(by_place))]
 
+    def slots(self, step: int) -> list[int] | None:
+        """Read `ScoredBatch.slots` of a step."""
+        slots: list[int] | None = read_json(self._folder(step) / STEP).get("slots")  # older recordings have none
+        return slots
+
     def scores(self, step: int, places: Sequence[int]) -> dict[int, TeacherScores]:
         """Read the teacher's scores of the sequences at these places, in their order."""
         files = _files(self._folder(step))
@@ -260,6 +273,6 @@ class Replay(RolloutSource):
         self.stages.check_stop(within_s=self.stages.longest_s)
         with self.stages("read"):
             rollouts = self.recorded.rollouts(step)
-            plans = self.planner.plan(rollouts)
+            plans = self.planner.plan(rollouts, self.recorded.slots(step))
             scores = self.recorded.scores(step, self.planner.local_places(plans))
         return ScoredBatch(rollouts, plans, scores, is_current=False)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from distill_cli.parallel.mesh import Parallel
+from distill_cli.rollout.in_flight import InFlight
 from distill_cli.rollout.pack import BatchPlan, MicroBatch, micro_batches
 from distill_cli.types import Rollout, TeacherScores
 
@@ -33,6 +34,8 @@ class ScoredBatch:
     equal the trainer's; otherwise they may have drifted apart."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The source's own metrics of the step."""
+    slots: Sequence[int] | None = None
+    """Of each sequence, its slot (`rollout.carry_over`); None if each has its own."""
 
     def micro_batches(self, parallel: Parallel) -> list[MicroBatch]:
         """Lay out this rank's micro-batches of all global batches, in their order."""
@@ -45,9 +48,18 @@ class RolloutSource(Protocol):
 
     @abstractmethod
     def step(self, step: int) -> ScoredBatch:
-        """Return the batch of `step`, counted from 1; only the step, the student's weights and the length guard's state
-        determine it.
+        """Return the batch of `step`, counted from 1; only the step, the student's weights, the length guard's state
+        and what is in flight determine it.
 
         Raises:
             StopRequested: a rank received a stop request.
         """
+
+    def commit(self) -> None:
+        """Keep what the last `step` left in flight: the student learns from its batch now."""
+        return
+
+    @property
+    def state(self) -> InFlight | None:
+        """What a checkpoint keeps of the source; None if the step's number says it all."""
+        return None

@@ -19,10 +19,11 @@ from distill_cli.engines.weight_sync import Outgoing
 from distill_cli.losses.mixture import mix, uncertain_mass
 from distill_cli.parallel.sharing import EngineShare
 from distill_cli.rollout.early_scores import BATCH_TOKENS, EarlyScores, Place, deliver, submit
+from distill_cli.rollout.growing import sample_turns
 from distill_cli.rollout.pack import BatchPlan, Planner
 from distill_cli.rollout.source import ScoredBatch
 from distill_cli.rollout.stages import Stages
-from distill_cli.rollout.turns import Turns, sample_turns
+from distill_cli.rollout.turns import Turns
 from distill_cli.types import Prompt, Rollout, Sample, Target, TeacherScores
 
 
@@ -49,26 +50,38 @@ class Responder:
         *,
         seeds: Sequence[int],
         on_end: OnEnd | None = None,
+        max_new_tokens: int | None = None,
     ) -> list[Rollout]:
         """Return one answer of this rank's engine to each prompt, rewarded by the environment or the verifier.
 
         Args:
             on_end: called with each answer, all its turns, when it has ended.
+            max_new_tokens: of a turn; None is the settings'.
         """
+        sampling = self.sampling_up_to(max_new_tokens)
         if self.turns is not None:
-            return self.judge(sample_turns(prompts, self.turns, seeds, engine, self.sampling, on_end=on_end))
+            return self.judge(sample_turns(prompts, self.turns, seeds, engine, sampling, on_end=on_end))
         token_ids = [prompt.token_ids for prompt in prompts]
-        samples = engine.sample(token_ids, seeds=seeds, sampling=self.sampling, on_end=on_end)
+        samples = engine.sample(token_ids, seeds=seeds, sampling=sampling, on_end=on_end)
         return self.judge([Rollout(prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)])
 
+    def sampling_up_to(self, max_new_tokens: int | None) -> SamplingSettings:
+        """Return the settings with another greatest length of a turn; None is their own."""
+        return self.sampling if max_new_tokens is None else replace(self.sampling, max_new_tokens=max_new_tokens)
+
     def judge(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """Reward the last turn of answers to examples with a reference answer; keep an environment's rewards."""
+        """Reward the last turn of answers to examples with a reference answer; keep an environment's rewards.
+
+        Answers that continue in a later step have none yet.
+        """
         if self.verify is None:
             return rollouts
         pairs = {
-            index: (self.decode(rollout.sample.last_turn_ids), answer)
+            index: (self.decode(rollout.answer.last_turn_ids), answer)
             for index, rollout in enumerate(rollouts)
-            if (answer := rollout.prompt.example.answer) is not None and rollout.reward is None
+            if (answer := rollout.prompt.example.answer) is not None
+            and rollout.reward is None
+            and rollout.sample.finish_reason
         }
         rewards = dict(zip(pairs, self.verify(list(pairs.values())), strict=True))
         return [replace(rollout, reward=rewards.get(index, rollout.reward)) for index, rollout in enumerate(rollouts)]
@@ -110,6 +123,7 @@ class RolloutWorker:
         step: int,
         places: Sequence[int] | None = None,
         early: EarlyScores | None = None,
+        max_new_tokens: int | None = None,
     ) -> list[Rollout]:
         """Return one judged answer to each prompt, on all ranks. Call it inside `ready`.
 
@@ -117,6 +131,7 @@ class RolloutWorker:
             places: of the prompts' sequences in the step; None counts up from 0. Step and place make an answer's seed,
                 so that every engine samples the same answer.
             early: takes the sequences of this rank as they end.
+            max_new_tokens: of a turn; None is the responder's.
         """
         places = range(len(prompts)) if places is None else places
 
@@ -128,7 +143,8 @@ class RolloutWorker:
                 assert early is not None
                 early.add(places[mine[index]], Rollout(own[index], sample))
 
-            rollouts = self.responder.respond(self.sampler, own, seeds=seeds, on_end=None if early is None else end)
+            on_end, limit = None if early is None else end, max_new_tokens
+            rollouts = self.responder.respond(self.sampler, own, seeds=seeds, on_end=on_end, max_new_tokens=limit)
             return [(rollout.sample, rollout.reward) for rollout in rollouts]
 
         sampled = self.share.map(answer, [len(prompt.token_ids) for prompt in prompts])
@@ -182,7 +198,12 @@ class ScoringWorker:
         )
 
     def score(
-        self, rollouts: Sequence[Rollout], *, stage: str = "score", early: EarlyScores | None = None
+        self,
+        rollouts: Sequence[Rollout],
+        *,
+        stage: str = "score",
+        early: EarlyScores | None = None,
+        slots: Sequence[int] | None = None,
     ) -> ScoredBatch:
         """Plan the micro-batches of a step's sequences, and score this rank's.
 
@@ -191,8 +212,9 @@ class ScoringWorker:
         Args:
             stage: the stage that the time counts for.
             early: has taken the student's answers already.
+            slots: see `Planner.plan`.
         """
-        plans = self.planner.plan(rollouts)
+        plans = self.planner.plan(rollouts, slots)
         left = [early is None or rollout.sample.source != "student" for rollout in rollouts]
         scored: dict[Place, TeacherScores] = {}
         for index, teacher in enumerate(self.teachers):
@@ -216,7 +238,7 @@ class ScoringWorker:
                     found = early.collect()
                 scored |= deliver(found, needed)
         self.stages.check_stop()
-        return self._batch(rollouts, plans, scored)
+        return replace(self._batch(rollouts, plans, scored), slots=slots)
 
     def _score_with(
         self, index: int, rollouts: Sequence[Rollout], wanted: Mapping[int, Target], plans: Sequence[BatchPlan]

@@ -151,10 +151,14 @@ def token_metrics_CN(output: HeadOutput) -> torch.Tensor:
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Return means over the step's sequences, which every rank knows: the student's own, or all if there are none."""
+    """Return means over the sequences that ended in the step, which every rank knows: the student's own, or all if
+    there are none. Empty if none ended."""
     own = [rollout for rollout in rollouts if rollout.sample.source == "student"]
     share, rollouts = len(own) / len(rollouts), own or rollouts
-    samples = [rollout.sample for rollout in rollouts]
+    rollouts = [rollout for rollout in rollouts if rollout.sample.finish_reason]
+    if not rollouts:
+        return {}
+    samples = [rollout.answer for rollout in rollouts]
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     metrics = {
         "rollout/mean_length": fmean(len(sample.written_ids) for sample in samples),

@@ -100,8 +100,9 @@ class Trainer:
                 self.stages.longest_s = max(self.stages.longest_s, time.perf_counter() - began)
                 self.progress.step, self.progress.seconds = step, time.perf_counter() - begin
                 self.progress.unrecorded = None
-                self.observe_lengths(metrics["rollout/truncated_rate"])
-                self.check_truncation(metrics["rollout/truncated_rate"])
+                if "rollout/truncated_rate" in metrics and self.has_full_length(step):
+                    self.observe_lengths(metrics["rollout/truncated_rate"])
+                    self.check_truncation(metrics["rollout/truncated_rate"])
                 if step % self.config.checkpoint.period == 0 or step == self.num_steps:
                     self.save(metrics)
         except StopRequested as request:
@@ -133,6 +134,7 @@ class Trainer:
         if step == 1:
             self.log.example(batch.rollouts[0])
         self.stages.check_stop()  # the step's last check: from here on the student changes
+        self.source.commit()
         updates, of_terms = [], dict[str, float]()
         for plan in batch.plans:
             with self.stages("pack"):
@@ -176,6 +178,11 @@ class Trainer:
         settings = self.config.eval
         return (settings.period > 0 and step % settings.period == 0) or (step == self.num_steps and settings.at_end)
 
+    def has_full_length(self, step: int) -> bool:
+        """Return whether answers that `step` sampled may have the greatest length of the run."""
+        rollout = self.config.rollout
+        return rollout.max_new_tokens_at(step) == rollout.longest_answer
+
     def measures_terms_at(self, step: int) -> bool:
         """Return whether the gradients of the loss's terms are compared in `step`, which costs two passes more."""
         has_both = self.advantages is not None and any(
@@ -197,7 +204,7 @@ class Trainer:
             ranked = {name: plain(value) for name, value in metrics.items() if name.startswith(RANKED)}
             progress.note(settings.metric, ranked.get(settings.metric), higher_is_better=settings.keeps_highest)
             state = {**asdict(progress), "metrics": ranked, "data": self.data_fingerprint}
-            self.saver.save(progress.trained_step, state)
+            self.saver.save(progress.trained_step, state, in_flight=self.source.state)
 
     def check_finite(self, step: int, result: StepResult, plan: BatchPlan, batch: ScoredBatch) -> None:
         """Count consecutive updates that were skipped because loss or gradient was not finite.

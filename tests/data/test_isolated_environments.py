@@ -9,10 +9,12 @@ from transformers import AutoTokenizer
 from distill_cli.data.environments import Observation
 from distill_cli.data.isolated import Failed, IsolatedEnvironments
 from distill_cli.data.prompts import PromptMaker, PromptSettings, make_prompts
+from distill_cli.engines.base import AnsweringEngine
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.errors import ConfigError
 from distill_cli.models.model_files import ASSETS
-from distill_cli.rollout.turns import Turns, sample_turns
+from distill_cli.rollout.growing import sample_turns
+from distill_cli.rollout.turns import Turns
 from distill_cli.types import Example, Prompt, Sample
 
 MINE = """
@@ -78,8 +80,10 @@ def test_places_are_used_again(mine: IsolatedEnvironments) -> None:
     assert len(mine._free) <= 2
 
 
-class Scripted:
+class Scripted(AnsweringEngine):
     """A sampler whose answers are the prompt's last token."""
+
+    num_ranks = 1
 
     def sample(self, prompts, *, seeds, sampling, on_end=None) -> list[Sample]:
         return [Sample([ids[-1]], [0.0], "stop") for ids in prompts]

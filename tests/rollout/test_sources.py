@@ -49,7 +49,7 @@ def test_answers_may_be_scored_as_they_end(make, calls: list[str], fraction: flo
     source = replace(
         make(num_prompts=4),
         on_policy_fraction=fraction,
-        write_others=partial(dataset_samples, encode=lambda text: [7], max_new_tokens=4),
+        write_others=partial(dataset_samples, encode=lambda text: [7]),
     )
     late = source.step(1)
     source = replace(source, scoring=replace(source.scoring, begins_early=True))
@@ -110,7 +110,7 @@ def test_the_teacher_writes_its_share(make, calls: list[str]) -> None:
 
 def test_the_dataset_writes_all(make, calls: list[str]) -> None:
     student = make(num_prompts=2)
-    write = partial(dataset_samples, encode=lambda text: [len(text), 2], max_new_tokens=8)
+    write = partial(dataset_samples, encode=lambda text: [len(text), 2])
     batch = mixture(student, write, fraction=0.0).step(1)
     assert "sampler samples 0" in calls
     assert [one.sample.token_ids for one in batch.rollouts] == [[9, 2], [9, 2]]
@@ -127,7 +127,7 @@ def test_guard_gives_answers_to_the_teacher(make, calls: list[str]) -> None:
     student = make(num_prompts=8)
     write = partial(teacher_samples, scoring=student.scoring, sampling=student.worker.responder.sampling)
     guard = LengthGuard(above=0.3, most=0.5, steps=2, write=write)
-    source = replace(mixture(student, partial(dataset_samples, encode=lambda text: [7], max_new_tokens=8)), guard=guard)
+    source = replace(mixture(student, partial(dataset_samples, encode=lambda text: [7])), guard=guard)
 
     def sources(step: int) -> tuple[list[str], float]:
         batch = source.step(step)

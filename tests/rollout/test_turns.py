@@ -15,6 +15,7 @@ from distill_cli.data.environments import Observation
 from distill_cli.data.environments.calculator import Calculator, calculate
 from distill_cli.data.environments.guess import Guess
 from distill_cli.data.registry import names, resolve_environment
+from distill_cli.engines.base import AnsweringEngine
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.losses import linear_divergence
 from distill_cli.losses.distill_loss import DistillLoss
@@ -33,8 +34,10 @@ from tests.student.train_rank import made_up_model, made_up_rollout
 END = 2
 
 
-class Parrot:
+class Parrot(AnsweringEngine):
     """A sampler that answers a prompt with its length and the seed."""
+
+    num_ranks = 1
 
     def __init__(self, *, cut_from: int = 1000) -> None:
         self.prompts: list[list[int]] = []

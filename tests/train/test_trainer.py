@@ -77,7 +77,8 @@ class Saved:
     steps: list[tuple[int, dict | None]] = field(default_factory=list)
     last_step: int = 0
 
-    def save(self, step: int, state: dict) -> None:
+    def save(self, step: int, state: dict, *, in_flight: object = None) -> None:
+        assert in_flight is None
         assert "train/loss" in state["metrics"]
         self.last_step = step
         self.steps.append((step, state["unrecorded"]))
