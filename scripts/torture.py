@@ -1,6 +1,6 @@
 """Kill a run fifty times at random moments, and compare its result with that of an uninterrupted run.
 
-    python scripts/torture.py --kills 50
+    python scripts/torture.py --kills 50 [OVERRIDES ...]
 
 Each kill has a victim and a moment. A rank, an engine's process, torchrun or the launcher is killed (SIGKILL), a rank
 hangs (SIGSTOP), or the run receives a stop request (SIGTERM, SIGUSR1): at any time, while a checkpoint is written,
@@ -70,11 +70,13 @@ class Kill:
 class Wild:
     """The run that is killed, and its launcher's process."""
 
-    def __init__(self, folder: Path, *, rng: random.Random, hang_timeout_s: float) -> None:
+    def __init__(
+        self, folder: Path, *, rng: random.Random, hang_timeout_s: float, settings: Sequence[str] = SETTINGS
+    ) -> None:
         self.folder, self.run, self.rng = folder, folder / "runs/run", rng
         self.kills: list[Kill] = []
         self._pending: list[Kill] = []
-        self._settings = [*SETTINGS, f"cluster.hang_timeout_s={hang_timeout_s:g}"]
+        self._settings = [*settings, f"cluster.hang_timeout_s={hang_timeout_s:g}"]
         self._overrides: list[str] = []
         self._process = self._go_on()
 
@@ -185,11 +187,13 @@ def main() -> int:
     arguments.add_argument("--hang-timeout", type=float, default=60, help="cluster.hang_timeout_s; longer than a start")
     arguments.add_argument("--minutes", type=float, default=120, help="no further kills after this time")
     arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("overrides", nargs="*", help="more keys of the run")
     given = arguments.parse_args()
+    settings = (*SETTINGS, *given.overrides)
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     os.environ[MARK] = str(folder)
     shm, begin = set(os.listdir("/dev/shm")), time.monotonic()
-    wild = Wild(folder / "wild", rng=random.Random(given.seed), hang_timeout_s=given.hang_timeout)
+    wild = Wild(folder / "wild", rng=random.Random(given.seed), hang_timeout_s=given.hang_timeout, settings=settings)
     share = given.own_engines / given.kills
     first = wild.torture(given.kills - given.own_engines, minutes=given.minutes * (1 - share), victims=VICTIMS)
     victims = (*VICTIMS, "engine", "engine", "engine")
@@ -197,7 +201,7 @@ def main() -> int:
     wild.finish(last + 3)
     wild_s, begin = time.monotonic() - begin, time.monotonic()
     calm = folder / "calm"
-    start(calm, *SETTINGS, f"train.max_steps={first}").wait()
+    start(calm, *settings, f"train.max_steps={first}").wait()
     start(calm, "resume", "runs/run", *OWN_ENGINES, f"train.max_steps={last + 3}").wait()
     print_table(wild.kills, num_steps=last + 3, calm_s=time.monotonic() - begin, wild_s=wild_s)
     problems = compare(calm / "runs/run", wild.run, num_steps=last + 3)

@@ -256,7 +256,7 @@ class RolloutConfig:
     the longest answer. A step has prompts_per_step x generations_per_prompt slots; each writes an equal share, and
     begins another answer at once when one ends. train.max_steps alone ends the run."""
     tokens_per_step: int | None = key(None, at_least=1, only_with="rollout.carry_over")
-    """Tokens that the student writes in a step, over all slots; null is an eighth of max_new_tokens for each slot. More
+    """Tokens that the student writes in a step, over all slots; null is a quarter of max_new_tokens for each slot. More
     of them ask for less reading of what earlier steps wrote, and train on it later."""
     max_age: int | None = key(None, at_least=1, only_with="rollout.carry_over")
     """Steps in which an answer may be written, at most; then it is dropped, and counted. null: any number."""
@@ -306,7 +306,7 @@ class RolloutConfig:
     @property
     def token_budget(self) -> int:
         """`tokens_per_step`, or its default."""
-        return self.tokens_per_step or self.num_sequences * math.ceil(self.longest_answer / 8)
+        return self.tokens_per_step or self.num_sequences * math.ceil(self.longest_answer / 4)
 
     @property
     def saves_hidden(self) -> bool:
