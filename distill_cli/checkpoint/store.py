@@ -28,7 +28,8 @@ from distill_cli.models.model_files import ModelFiles, fingerprint
 
 STATE = "state.json"
 CONFIG = "config.yaml"
-IN_FLIGHT = "in_flight.safetensors"
+IN_FLIGHT = "in_flight.samples"
+"""Safetensors inside; with that suffix it would be read as a part of the student."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distill_cli.engines.base import Request
 from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.errors import DistillError
+from distill_cli.types import Sample
 
 from .reference import (
     EOS,
@@ -82,6 +84,48 @@ def test_answers_are_reported_as_they_end(sampler):
     with pytest.raises(DistillError, match="^the process of the teacher was killed$"):
         sampler.sample(prompts, seeds=seeds, sampling=sampling, on_end=fail)
     assert sampler.sample(prompts, seeds=seeds, sampling=sampling) == samples
+
+
+@pytest.mark.parametrize("part", [7, 1])
+def test_chains_continue_at_once(sampler, student, part):
+    """Answers in parts are those in one piece, however far the others are."""
+    prompts = random_sequences([1, 5, 33, 140])
+    limits = [24, 9, 24, 15]
+    whole = [
+        s.token_ids[:limit]
+        for s, limit in zip(sampler.sample(prompts, seeds=range(4), sampling=GREEDY), limits, strict=True)
+    ]
+    parts: list[list] = [[] for _ in prompts]
+    together = set()
+
+    def request(index):
+        written = [token for one in parts[index] for token in one.token_ids]
+        left = min(part, limits[index] - len(written))
+        return Request(prompts[index] + written, 10 * index + len(written), left) if left else None
+
+    def then(index, sample):
+        parts[index].append(sample)
+        together.add(len(sampler.llm.llm_engine.output_processor.request_states))
+        return request(index)
+
+    sampler.sample_chains([request(index) for index in range(4)], sampling=GREEDY, then=then)
+    assert [[token for one in own for token in one.token_ids] for own in parts] == whole
+    assert {one.finish_reason for own in parts for one in own} == {"length"}
+    assert max(together) > 1
+    joined = [
+        Sample(ids, [x for one in own for x in one.logp], "length") for ids, own in zip(whole, parts, strict=True)
+    ]
+    assert_logp_equal_reference(joined, student, prompts)
+
+
+def test_a_failing_chain_leaves_the_sampler_usable(sampler):
+    prompts = random_sequences([4, 9])
+    before = sampler.sample(prompts, seeds=[0, 0], sampling=GREEDY)
+    first = [Request(ids, 0, 3) for ids in prompts]
+    for wrong, message in (([], "has 0 tokens"), ([VOCAB_SIZE], "outside 0 to")):
+        with pytest.raises(DistillError, match=message):
+            sampler.sample_chains(first, sampling=GREEDY, then=lambda index, sample, ids=wrong: Request(ids, 0))
+    assert sampler.sample(prompts, seeds=[0, 0], sampling=GREEDY) == before
 
 
 def test_greedy_equals_transformers_argmax(sampler, student):
