@@ -47,6 +47,7 @@ from distill_cli.rollout.pack import Planner, plan_batch
 from distill_cli.rollout.score_files import RecordedSteps, Recorder, Replay
 from distill_cli.rollout.source import RolloutSource
 from distill_cli.rollout.stages import Stages
+from distill_cli.rollout.step_writer import StepWriter
 from distill_cli.rollout.turns import Turns, observation_encoder
 from distill_cli.rollout.workers import Responder, RolloutWorker, ScoringWorker
 from distill_cli.student.model import Student
@@ -232,7 +233,8 @@ def build_source(
     if checkpoint is not None and (file := checkpoint / IN_FLIGHT).is_file():
         in_flight = InFlight.load(file, batches.batch)
     limit, lag = rollout.max_new_tokens_at, rollout.staleness
-    return OnPolicy(order, number, worker, scoring, recorder, fraction, write, guard, limit, carry_over, lag, in_flight)
+    writer = StepWriter(order, number, worker, fraction, write, guard, limit, carry_over)
+    return OnPolicy(writer, scoring, recorder, lag, in_flight)
 
 
 def build_worker(rank: Rank, stages: Stages, sampler: Sampler, student: Student, trainable: Trainable) -> RolloutWorker:

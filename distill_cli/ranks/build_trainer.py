@@ -160,7 +160,7 @@ def build_trainer(
         data_fingerprint=order.fingerprint,
         teachers=teacher_names(config),
         advantages=build_advantages(config),
-        guard=source.guard if isinstance(source, OnPolicy) else None,
+        guard=source.writer.guard if isinstance(source, OnPolicy) else None,
         copies=list(copies.values()),
     )
 

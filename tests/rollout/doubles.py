@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.on_policy import OnPolicy
 from distill_cli.rollout.pack import Planner, plan_batch
 from distill_cli.rollout.stages import Stages
+from distill_cli.rollout.step_writer import StepWriter
 from distill_cli.rollout.workers import Responder, RolloutWorker, ScoringWorker
 from distill_cli.types import Example, Prompt, Sample, TeacherScores
 
@@ -94,15 +96,16 @@ def make_source(parallel: Parallel, calls: list[str], *, num_prompts: int = 2, s
     )
     stages = Stages(parallel, stop)
     planner = Planner(global_batch_size=2, rank=0, cut=partial(plan_batch, num_ranks=1, max_tokens=16))
-    return OnPolicy(
-        prompts=Prompts(num_prompts),
-        generations_per_prompt=1,
-        worker=RolloutWorker(
-            sampler=sampler,
-            weights=dict,
-            version=lambda: 0,
-            responder=Responder(SamplingSettings(max_new_tokens=4), seed=1, decode=str),
-            stages=stages,
-        ),
-        scoring=ScoringWorker([teacher], planner, stages),
+    worker = RolloutWorker(
+        sampler=sampler,
+        weights=dict,
+        version=lambda: 0,
+        responder=Responder(SamplingSettings(max_new_tokens=4), seed=1, decode=str),
+        stages=stages,
     )
+    return OnPolicy(StepWriter(Prompts(num_prompts), 1, worker), ScoringWorker([teacher], planner, stages))
+
+
+def writing(source: OnPolicy, **changes: object) -> OnPolicy:
+    """Return the source with another `StepWriter`."""
+    return replace(source, writer=replace(source.writer, **changes))

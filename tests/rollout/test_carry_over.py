@@ -30,6 +30,7 @@ from distill_cli.rollout.on_policy import OnPolicy
 from distill_cli.rollout.pack import Planner, lay_out, plan_batch
 from distill_cli.rollout.source import ScoredBatch
 from distill_cli.rollout.stages import Stages
+from distill_cli.rollout.step_writer import StepWriter
 from distill_cli.rollout.turns import Turns
 from distill_cli.rollout.workers import Responder, RolloutWorker, ScoringWorker
 from distill_cli.train.step_metrics import rollout_metrics
@@ -112,6 +113,7 @@ def make(parallel: Parallel) -> Make:
         turns: Turns | None = None,
         in_flight: InFlight | None = None,
         order: PromptOrder | PromptStream | None = None,
+        limit_at: Callable[[int], int | None] = lambda step: None,
         **others: object,
     ) -> OnPolicy:
         prompts = [Prompt(i, [length, ASK], Example("?", str(length))) for i, length in enumerate(lengths)]
@@ -124,7 +126,8 @@ def make(parallel: Parallel) -> Make:
         planner = Planner(batch_size, 0, partial(plan_batch, num_ranks=1, max_tokens=64))
         carry = CarryOver(PromptBatches(order), generations, slots, budget, max_age, worker) if budget else None
         scoring = ScoringWorker([Teacher("teacher", calls, stop)], planner, stages)
-        source = OnPolicy(order, generations, worker, scoring, carry_over=carry, **others)
+        writer = StepWriter(order, generations, worker, carry_over=carry, limit_at=limit_at)
+        source = OnPolicy(writer, scoring, **others)
         source.in_flight = in_flight or InFlight()
         source.calls, source.updates = calls, steps
         return source
@@ -193,14 +196,14 @@ def test_slots_follow_the_order(make: Make) -> None:
     for slot in range(4):
         own = [r for batch in batches for s, r in zip(batch.slots, batch.rollouts, strict=True) if s == slot]
         begun = [rollout.prompt.index for rollout in own if rollout.carried is None]
-        assert begun == [source.prompts.batch(number)[slot].index for number in range(len(begun))]
+        assert begun == [source.writer.prompts.batch(number)[slot].index for number in range(len(begun))]
 
 
 def test_parts_have_seeds_of_their_own(make: Make) -> None:
     source = make(lengths=[30] * 4, limit=40)
     run(source, range(1, 3))
-    first, second = source.worker.sampler.requests[:4], source.worker.sampler.requests[4:8]
-    seeds = [source.worker.responder.seed_of(step=1, sequence=slot) for slot in range(4)]
+    first, second = source.writer.worker.sampler.requests[:4], source.writer.worker.sampler.requests[4:8]
+    seeds = [source.writer.worker.responder.seed_of(step=1, sequence=slot) for slot in range(4)]
     assert [request.seed for request in first] == seeds
     assert [request.seed for request in second] == [request_seed(seed, 1) for seed in seeds]
     assert len({*seeds, *(request.seed for request in second)}) == 8
@@ -247,7 +250,7 @@ def test_answers_to_one_prompt_differ_in_seed(make: Make) -> None:
     pairs = list(zip(batch.slots, batch.rollouts, strict=True))
     first = {slot: rollout.prompt.index for slot, rollout in reversed(pairs)}
     assert first[0] == first[1] != first[2] == first[3]
-    assert len({request.seed for request in source.worker.sampler.requests}) == len(batch.rollouts)
+    assert len({request.seed for request in source.writer.worker.sampler.requests}) == len(batch.rollouts)
 
 
 class Countdown:
@@ -332,7 +335,7 @@ def test_resumed_sources_go_on_exactly(make: Make, tmp_path: Path, data: st.Data
     state, kept = first.state, None
     if state is not None:
         state.save(tmp_path / "in_flight")
-        kept = InFlight.load(tmp_path / "in_flight", first.prompts.batch)
+        kept = InFlight.load(tmp_path / "in_flight", first.writer.prompts.batch)
         assert kept == state
     after = run(make(**settings, in_flight=kept), range(at + 1, last))
     for one, other in zip(alone, [*before, *after], strict=True):

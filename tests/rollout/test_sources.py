@@ -13,7 +13,7 @@ from distill_cli.rollout.length_guard import LengthGuard
 from distill_cli.rollout.off_policy import dataset_samples, teacher_samples
 from distill_cli.rollout.on_policy import OnPolicy
 from distill_cli.rollout.stages import StopRequested
-from tests.rollout.doubles import make_source
+from tests.rollout.doubles import make_source, writing
 
 AWAKE = ["sampler wakes", "sync 0", "sampler samples 2", "sampler sleeps"]
 SCORED = ["teacher wakes", "teacher scores 2", "teacher sleeps"]
@@ -46,7 +46,7 @@ def test_engines_are_awake_in_turn(make, calls: list[str]) -> None:
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.0])
 def test_answers_may_be_scored_as_they_end(make, calls: list[str], fraction: float) -> None:
     """Those of the student; others when it has finished. Each in its place."""
-    source = replace(
+    source = writing(
         make(num_prompts=4),
         on_policy_fraction=fraction,
         write_others=partial(dataset_samples, encode=lambda text: [7]),
@@ -65,7 +65,7 @@ def test_answers_may_be_scored_as_they_end(make, calls: list[str], fraction: flo
 def test_stages_are_timed(make) -> None:
     source = make()
     source.step(1)
-    stages = source.worker.stages
+    stages = source.writer.worker.stages
     assert stages.lap().keys() == {f"time/{stage}_s" for stage in ("wake", "sync", "sample", "score")}
     assert stages.lap() == {}
 
@@ -94,12 +94,12 @@ def test_what_was_interrupted_is_not_recorded(make) -> None:
 
 
 def mixture(student: OnPolicy, write_others: Callable, *, fraction: float = 0.5) -> OnPolicy:
-    return replace(student, on_policy_fraction=fraction, write_others=write_others)
+    return writing(student, on_policy_fraction=fraction, write_others=write_others)
 
 
 def test_the_teacher_writes_its_share(make, calls: list[str]) -> None:
     student = make(num_prompts=4)
-    write = partial(teacher_samples, scoring=student.scoring, sampling=student.worker.responder.sampling)
+    write = partial(teacher_samples, scoring=student.scoring, sampling=student.writer.worker.responder.sampling)
     batch = mixture(student, write).step(1)
     others = ["teacher wakes", "teacher samples 2", "teacher sleeps"]
     assert calls == [*AWAKE, *others, "teacher wakes", "teacher scores 4", "teacher sleeps"]
@@ -125,9 +125,9 @@ def test_an_empty_share_wakes_no_engine(make, calls: list[str]) -> None:
 
 def test_guard_gives_answers_to_the_teacher(make, calls: list[str]) -> None:
     student = make(num_prompts=8)
-    write = partial(teacher_samples, scoring=student.scoring, sampling=student.worker.responder.sampling)
+    write = partial(teacher_samples, scoring=student.scoring, sampling=student.writer.worker.responder.sampling)
     guard = LengthGuard(above=0.3, most=0.5, steps=2, write=write)
-    source = replace(mixture(student, partial(dataset_samples, encode=lambda text: [7])), guard=guard)
+    source = writing(mixture(student, partial(dataset_samples, encode=lambda text: [7])), guard=guard)
 
     def sources(step: int) -> tuple[list[str], float]:
         batch = source.step(step)

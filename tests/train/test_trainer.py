@@ -261,7 +261,7 @@ def test_validation_wakes_what_it_measures(parallel: Parallel) -> None:
             calls.append(f"validate {engine.name}")
             return Score(1.0, 1.0, 0.0, 1)
 
-    validation = Validation(Validator(), source.worker, source.scoring.teachers)
+    validation = Validation(Validator(), source.writer.worker, source.scoring.teachers)
     validation.score_student()
     validation.score_teachers()
     assert calls == [
