@@ -43,10 +43,16 @@ class Ranks:
     num_nodes: int
     per_node: int
     on_gpus: bool
+    samplers: int = 0
+    """Ranks that sample alone, after those that train (`cluster.roles`)."""
 
     @property
     def total(self) -> int:
         return self.num_nodes * self.per_node
+
+    @property
+    def trainers(self) -> int:
+        return self.total - self.samplers
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typing import Any
 
 from distill_cli.config.choices import nearest
 from distill_cli.config.credentials import secret_problems
-from distill_cli.config.derived import needed_length, parse_duration, scored_length, validates
+from distill_cli.config.derived import needed_length, num_sampling_ranks, parse_duration, scored_length, validates
+from distill_cli.config.execution_schema import Roles
 from distill_cli.config.fields import LIMITS, declared_keys
 from distill_cli.config.loss_schema import LossConfig, Support, Tail
-from distill_cli.config.schema import HIDDEN, Config
+from distill_cli.config.schema import HIDDEN, Config, OffPolicy
 from distill_cli.config.teacher_jobs import job_config, job_key, own_key_problems, teacher_nodes
 from distill_cli.config.teachers import model_key, teacher_configs, teacher_problems
 from distill_cli.config.variation import plain
@@ -43,7 +44,7 @@ def config_problems(config: Config) -> list[str]:
     if wrong := _lines(config, _lengths):
         return wrong
     found = [
-        *_lines(config, _limits, _rollout, _carry_over, _train, _data, _eval, _checkpoint, _run),
+        *_lines(config, _limits, _rollout, _carry_over, _roles, _train, _data, _eval, _checkpoint, _run),
         *_teacher_dependent(config),
         *secret_problems(asdict(config)),
     ]
@@ -157,6 +158,8 @@ def inert_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
                 readers = " and ".join(one for one in family.functions if name in family.parameters_of(one))
                 value = "null" if chosen is None else chosen
                 reasons[f"loss.{name}"] = f"with {family.key}={value}: it is a parameter of {readers}"
+    if config.cluster.roles is Roles.shared:
+        reasons["engine.student.ranks"] = "with cluster.roles=shared: every rank samples"
     if not seed_matters(config):
         reasons["train.seed"] = "in a replay of all weights in the recorded order: add rollout.replay_shuffle=true"
     if config.rollout.carry_over:
@@ -269,6 +272,24 @@ def _carry_over(config: Config) -> Problems:
         yield "rollout.tokens_per_step", f"{slots}, each at least a token a step; raise it"
 
 
+def _roles(config: Config) -> Problems:
+    rollout, engine = config.rollout, config.engine.student
+    if not (number := num_sampling_ranks(config)):
+        return
+    if number % engine.tensor_parallel:
+        fix = f"make it a multiple of engine.student.tensor_parallel={engine.tensor_parallel}"
+        yield "engine.student.ranks", f"each engine has {engine.tensor_parallel} ranks; {fix}"
+    if rollout.score_while_sampling:
+        yield "rollout.score_while_sampling", "other ranks sample (cluster.roles=split); leave it out"
+    if rollout.guard_above is not None:
+        yield "rollout.guard_above", "the ranks that sample have no teacher (cluster.roles=split); leave it out"
+    if rollout.on_policy_fraction < 1 and rollout.off_policy is OffPolicy.teacher:
+        rule = "the ranks that sample have no teacher (cluster.roles=split)"
+        yield "rollout.off_policy", f"{rule}; set rollout.off_policy=dataset, or cluster.roles=shared"
+    if any(one.model.teacher.is_student for one in teacher_configs(config).values()):
+        yield "model.teacher.path", "the student's engine is on other ranks; set cluster.roles=shared"
+
+
 def _rollout(config: Config) -> Problems:
     rollout = config.rollout
     if rollout.staleness and rollout.score_while_sampling:
@@ -318,12 +339,22 @@ def _train(config: Config) -> Problems:
 def mesh_problems(config: Config, *, ranks_per_node: int) -> Iterator[str]:
     """Yield one line for each axis of the mesh that the ranks of the job cannot form."""
     sizes = {f"mesh.{name}": getattr(config.mesh, name) for name in ("tensor", "context", "expert", "replicate")}
-    num_ranks, product = ranks_per_node * config.cluster.nodes, math.prod(sizes.values())
+    samplers = num_sampling_ranks(config)
+    if (whole := ranks_per_node * config.cluster.nodes) <= samplers:
+        rule = f"{samplers} of {whole} ranks sample, and none is left to train"
+        yield f"cluster.roles=split: {rule}; take more ranks, or lower engine.student.ranks"
+        return
+    engine, (first, per_node) = config.engine.student.tensor_parallel, (whole - samplers, ranks_per_node)
+    if samplers and any(at // per_node != (at + engine - 1) // per_node for at in range(first, whole, engine)):
+        rule = f"an engine of {engine} ranks would span two nodes of {per_node}"
+        yield f"engine.student.ranks={samplers}: {rule}; make it a multiple of {engine} that fills nodes"
+    num_ranks, product = whole - samplers, math.prod(sizes.values())
     data_ranks = num_ranks // max(config.mesh.tensor * config.mesh.context, 1)
     if product >= 1 and num_ranks % product:
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
         divisors = ", ".join(str(size) for size in range(1, num_ranks + 1) if num_ranks % size == 0)
-        yield f"{shown}: their product {product} must divide the {num_ranks} ranks; make it one of {divisors}"
+        train = " that train" if samplers else ""
+        yield f"{shown}: their product {product} must divide the {num_ranks} ranks{train}; make it one of {divisors}"
     elif data_ranks > config.train.global_batch_size:
         rule = f"fewer sequences than the {data_ranks} ranks that share them; raise it, or take fewer ranks"
         yield f"train.global_batch_size={config.train.global_batch_size}: {rule}"

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 
+from distill_cli.config.execution_schema import Roles
 from distill_cli.config.schema import Config, Dtype, Precision
 from distill_cli.config.teachers import engine_key, teacher_configs
 
@@ -70,10 +71,17 @@ def needs_hidden(config: Config) -> bool:
     return config.loss.needs_hidden or config.rollout.saves_hidden
 
 
+def num_sampling_ranks(config: Config) -> int:
+    """Return the number of ranks that sample alone: none if all ranks do everything, or in a replay."""
+    if config.cluster.roles is Roles.shared or config.rollout.replay is not None:
+        return 0
+    return config.engine.student.ranks or config.engine.student.tensor_parallel
+
+
 def scores_while_sampling(config: Config, *, on_gpus: bool) -> bool:
     """Whether answers are scored as they end; `overlap_problems` says why they cannot be."""
     given = config.rollout.score_while_sampling
-    if config.rollout.staleness:
+    if config.rollout.staleness or num_sampling_ranks(config):
         return False
     return (on_gpus and not any(overlap_problems(config, on_gpus=on_gpus))) if given is None else given
 

@@ -6,6 +6,7 @@ from typing import Any
 from distill_cli.config.fields import key, section
 from distill_cli.metrics import find
 
+Roles = Enum("Roles", {"shared": "shared", "split": "split"})
 SearchSampler = Enum("SearchSampler", {"tpe": "tpe", "random": "random"})
 
 
@@ -31,8 +32,14 @@ class EngineModelConfig:
 
 
 @section
+class StudentEngineConfig(EngineModelConfig):
+    ranks: int | None = key(None, at_least=1)
+    """Ranks that sample, with cluster.roles=split: a multiple of tensor_parallel; null is the ranks of one engine."""
+
+
+@section
 class EngineConfig:
-    student: EngineModelConfig = key(factory=EngineModelConfig)
+    student: StudentEngineConfig = key(factory=StudentEngineConfig)
     teacher: EngineModelConfig = key(factory=EngineModelConfig)
 
 
@@ -117,6 +124,9 @@ class ClusterConfig:
     ranks_per_node: int | None = key(None, at_least=1, evaluation=True)
     """Processes of each node. On GPUs it must be the number of GPUs. null is one per GPU; on this machine's CPU the
     number that is fastest: one per core for small models, else one; on a cluster's CPUs one."""
+    roles: Roles = Roles.shared
+    """shared: every rank trains, samples and scores, in turn. split: the last engine.student.ranks ranks sample, and
+    the others train and score; with rollout.staleness both work at the same time."""
     max_restarts: int = key(3, at_least=0)
     """How often a failed run restarts by itself from its newest checkpoint. An attempt that fails before its first step
     is not repeated."""

@@ -65,7 +65,7 @@ def plan(overrides: Sequence[str], flags: Sequence[str], *, measures: bool) -> i
 
 
 def mesh_rows(resolved: ResolvedRun) -> Rows:
-    engine, mesh, ranks = resolved.config.engine, resolved.config.mesh, resolved.ranks.total
+    engine, mesh, ranks = resolved.config.engine, resolved.config.mesh, resolved.ranks.trainers
     between = ", and the tokens between them" if mesh.sequence_parallel else ""
     axes = {
         "shard": "each takes a share of the sequences",
@@ -77,7 +77,8 @@ def mesh_rows(resolved: ResolvedRun) -> Rows:
     sizes = {axis: getattr(mesh, axis) for axis in axes if axis != "shard"}
     sizes["shard"] = ranks // (mesh.replicate * mesh.context * mesh.tensor)
     return {
-        "ranks": f"{ranks} on {_devices(resolved)}",
+        "ranks": f"{resolved.ranks.total} on {_devices(resolved)}",
+        **roles_row(resolved),
         "student's engines": engine_row(resolved, engine.student),
         **{
             "teacher's engines" if name == ONLY else f"{name}'s engines": teacher_row(resolved, one, name)
@@ -86,6 +87,21 @@ def mesh_rows(resolved: ResolvedRun) -> Rows:
         **{axis: f"{sizes[axis]}: {use}" for axis, use in axes.items() if sizes[axis] > 1 or axis == "shard"},
         "of a rank": f"1/{ranks // mesh.replicate} of weights, gradients and optimizer",
     }
+
+
+def roles_row(resolved: ResolvedRun) -> Rows:
+    """Say who trains and who samples, if each rank does one of them."""
+    trainers, total = resolved.ranks.trainers, resolved.ranks.total
+    if trainers == total:
+        return {}
+
+    def named(first: int, end: int, does: str) -> str:
+        return f"rank {first} {does}s" if end - first == 1 else f"ranks {first} to {end - 1} {does}"
+
+    lag = resolved.config.rollout.staleness
+    how = f"at the same time, {lag} steps ahead" if lag else "one after the other: rollout.staleness is 0"
+    score = "train and score" if trainers > 1 else "trains and score"
+    return {"roles": f"{named(0, trainers, score)}, {named(trainers, total, 'sample')}, {how}"}
 
 
 def teacher_row(resolved: ResolvedRun, alone: Config, name: str) -> str:
@@ -106,12 +122,15 @@ def engine_row(resolved: ResolvedRun, engine: EngineModelConfig) -> str:
     ranks = engine.tensor_parallel
     each = "1 rank" if ranks == 1 else f"{ranks} ranks that share its matrices"
     sleeps = resolved.ranks.on_gpus and engine.sleep is not False
-    return f"{resolved.ranks.total // ranks}, each of {each}" + (", asleep while others work" if sleeps else "")
+    number = resolved.ranks.trainers
+    if resolved.ranks.samplers and engine is resolved.config.engine.student:
+        number = resolved.ranks.samplers
+    return f"{number // ranks}, each of {each}" + (", asleep while others work" if sleeps else "")
 
 
 def mesh_drawing(resolved: ResolvedRun) -> list[str]:
     """Return each rank by its place: a line is one share of the sequences; nothing for a single rank."""
-    mesh, ranks, per_node = resolved.config.mesh, resolved.ranks.total, resolved.ranks.per_node
+    mesh, ranks, per_node = resolved.config.mesh, resolved.ranks.trainers, resolved.ranks.per_node
     if ranks == 1:
         return []
     per_line, width = mesh.context * mesh.tensor, len(str(ranks - 1))
@@ -132,7 +151,7 @@ def mesh_drawing(resolved: ResolvedRun) -> list[str]:
 def step_rows(resolved: ResolvedRun) -> Rows:
     rollout, train, context = resolved.config.rollout, resolved.config.train, resolved.config.mesh.context
     sequences, length = rollout.prompts_per_step * rollout.generations_per_prompt, rollout.max_sequence_length
-    rounds = micro_batches_per_update(resolved.config, num_ranks=resolved.ranks.total)
+    rounds = micro_batches_per_update(resolved.config, num_ranks=resolved.ranks.trainers)
     how = ("packed" if train.packing else "padded") + (f", shared by {context} context ranks" if context > 1 else "")
     return {
         "sequences": f"{rollout.prompts_per_step} prompts x {rollout.generations_per_prompt} answers = {sequences}",

@@ -25,6 +25,7 @@ from distill_cli.config.checks import (
     mesh_problems,
     serving_problems,
 )
+from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.schema import Config, Dtype
 from distill_cli.config.teacher_jobs import job_config
 from distill_cli.config.teachers import engine_key, path_key, teacher_configs
@@ -200,6 +201,7 @@ def share_cores(facts: Facts, config: Config, student: ModelFiles) -> None:
     if on_cpu and config.cluster.ranks_per_node is None and not facts.problems:
         if facts.trains:
             number = best_ranks(config, student, facts.local_teachers(), hidden_states(facts, config))
+            number = max(number, 1 + derived.num_sampling_ranks(config))
         else:
             number = best_evaluation_ranks(config, student, role=facts.roles[0])
         facts.config = override(config, {"cluster.ranks_per_node": number})
@@ -209,7 +211,8 @@ def count_ranks(facts: Facts, config: Config) -> Iterator[str]:
     """Count the ranks. This machine must have their GPUs, and the installed vLLM must be the build for them."""
     given, jobs, visible = config.cluster.gpus_per_node or 0, config.cluster.parallel_jobs or 1, hardware.visible_gpus()
     gpus, per_node = hardware.gpus_per_node(config), hardware.ranks_per_node(config)
-    facts.ranks = Ranks(config.cluster.nodes, per_node, gpus > 0)
+    samplers = derived.num_sampling_ranks(config) if facts.trains else 0
+    facts.ranks = Ranks(config.cluster.nodes, per_node, gpus > 0, samplers)
     key = f"cluster.gpus_per_node={given}"
     if launcher_of(config.cluster.launcher).runs_here:
         if given > visible:
@@ -259,7 +262,9 @@ def read_recording(facts: Facts, config: Config) -> None:
 def check_engines(facts: Facts, config: Config, ranks: Ranks) -> Iterator[str]:
     """The ranks of a node must be able to hold the engines."""
     num_ranks: dict[str, int] = {}  # ranks on a node, for engines outside the run's job
-    engines = {"engine.student": (config.engine.student, facts.student)} if "student" in facts.roles else {}
+    engines = dict[str, tuple[EngineModelConfig, ModelFiles | None]]()
+    if "student" in facts.roles:
+        engines["engine.student"] = config.engine.student, facts.student
     for name, one in teacher_configs(config).items() if "teacher" in facts.roles else ():
         if not one.model.teacher.has_files:
             continue
@@ -304,14 +309,14 @@ def predict_memory(facts: Facts, config: Config, student: ModelFiles, ranks: Ran
     try:
         shape = predictions.read_shape(student.folder, config.model.student.lora)
         facts.memory = predictions.predict(
-            config, shape, *folders, num_ranks=ranks.total, gpu_bytes=gpu_bytes, hidden=hidden
+            config, shape, *folders, num_ranks=ranks.trainers, gpu_bytes=gpu_bytes, hidden=hidden
         )
         if total is None or not launcher_of(config.cluster.launcher).runs_here:
             return  # the memory of a cluster's node is not known here
         if ranks.on_gpus:
             yield from predictions.engine_problems(config, *folders, gpu_bytes=total)
         device = predictions.Device(total, ranks.on_gpus, ranks.per_node)
-        problem = predictions.problem(config, shape, *folders, num_ranks=ranks.total, device=device, hidden=hidden)
+        problem = predictions.problem(config, shape, *folders, num_ranks=ranks.trainers, device=device, hidden=hidden)
         yield from [problem] if problem else []
     except predictions.NoPrediction as error:
         facts.no_memory = str(error)

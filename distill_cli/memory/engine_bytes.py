@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill_cli.config.derived import needs_sampler, needs_scorer
+from distill_cli.config.derived import needs_sampler, needs_scorer, num_sampling_ranks
 from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.schema import Config, Dtype, StudentModel, TeacherModel
 from distill_cli.config.teachers import ONLY, engine_key, teacher_configs
@@ -43,7 +43,7 @@ def engines_of(config: Config, student: Path, teachers: Mapping[str, Path]) -> I
     Args:
         teachers: their folders by name; not read if none has an engine.
     """
-    if needs_sampler(config):
+    if needs_sampler(config) and not num_sampling_ranks(config):  # else it is on ranks of its own
         yield Engine("sampler", "engine.student", student, config.model.student, config.engine.student)
     if needs_scorer(config):
         for name, one in teacher_configs(config).items():

@@ -31,6 +31,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distill_cli.errors import ConfigError
 
+TIMEOUT_S = 1800.0
+"""Seconds after which a collective fails."""
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -97,7 +100,7 @@ class Parallel:
         return float(tensor)
 
 
-def init_parallel(*, device: torch.device, timeout_s: float = 1800, **axes: Any) -> Parallel:
+def init_parallel(*, device: torch.device, timeout_s: float = TIMEOUT_S, **axes: Any) -> Parallel:
     """Join the process group that torchrun set up, and build the mesh. A collective.
 
     Args:

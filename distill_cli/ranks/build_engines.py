@@ -37,6 +37,7 @@ def build_engines(
     *,
     should_stop: Callable[[], bool] | None = None,
     untouched: tuple[str, ...] = (),
+    samples: bool = True,
 ) -> Engines:
     """Build the engines that the run needs, asleep if they can sleep. A collective.
 
@@ -44,6 +45,7 @@ def build_engines(
         run: its folder has the addresses of teachers that are served by jobs of their own.
         should_stop: see `VllmEngine`.
         untouched: tensors of the student's files that the trainer does not have.
+        samples: whether this rank samples the student.
     """
     begin, config, sampler = time.perf_counter(), resolved.config, None
     # Built first: a companion loads while the sampler is built.
@@ -52,10 +54,12 @@ def build_engines(
     teachers = [
         None
         if one.config.model.teacher.is_student
-        else build_teacher(one, run.servers(name), works_apart=early, should_stop=should_stop)
+        else build_teacher(
+            one, run.servers(name), works_apart=(early or None) if samples else False, should_stop=should_stop
+        )
         for name, one in alone.items()
     ]
-    if needs_sampler(config):
+    if needs_sampler(config) and samples:
         settings = replace(engine_settings(resolved, "student"), untouched=untouched)
         sampler = build_sampler(resolved, settings, scores=None in teachers, should_stop=should_stop)
         sampler.sleep()
@@ -82,13 +86,17 @@ def build_sampler(
 
 
 def build_teacher(
-    resolved: ResolvedRun, servers: Path, *, works_apart: bool = False, should_stop: Callable[[], bool] | None = None
+    resolved: ResolvedRun,
+    servers: Path,
+    *,
+    works_apart: bool | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Teacher:
     """Build the run's only teacher, asleep if it can sleep; call `wait_ready` before using it. A collective.
 
     Args:
         servers: folder in which the servers of the teacher's job write where they are, if it has one.
-        works_apart: give it a process of its own, whether or not vLLM needs that.
+        works_apart: give it a process of its own; None if vLLM needs that next to the student's engine.
         should_stop: see `VllmEngine`.
     """
     loss, model = resolved.config.loss, resolved.config.model.teacher
@@ -107,7 +115,9 @@ def build_teacher(
         )
     student, teacher = engine_settings(resolved, "student"), engine_settings(resolved, "teacher")
     engine: Teacher
-    if works_apart or needs_companion(student, teacher, on_gpu=torch.cuda.is_available()):
+    if works_apart is None:
+        works_apart = needs_companion(student, teacher, on_gpu=torch.cuda.is_available())
+    if works_apart:
         engine = CompanionTeacher(teacher, topk=loss.topk, temperature=loss.temperature)
     else:
         engine = VllmTeacher(teacher, topk=loss.topk, temperature=loss.temperature, should_stop=should_stop)

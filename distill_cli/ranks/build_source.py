@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_cli.checkpoint.saver import Trainable
-from distill_cli.checkpoint.store import IN_FLIGHT
+from distill_cli.checkpoint.store import IN_FLIGHT, Checkpoint
 from distill_cli.config.derived import needs_hidden, validates
 from distill_cli.config.schema import OffPolicy
 from distill_cli.config.teachers import own_temperatures
@@ -33,9 +33,11 @@ from distill_cli.data.rows import Stream
 from distill_cli.engines.base import Sampler
 from distill_cli.engines.moving import MovingTeacher, ScoringSampler
 from distill_cli.engines.settings import SamplingSettings
+from distill_cli.engines.weight_sync import Outgoing
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.models.model_pair import OWN_TEMPLATE, read_template
-from distill_cli.parallel.mesh import Parallel, init_parallel
+from distill_cli.parallel.mesh import TIMEOUT_S, Parallel, init_parallel, layout
+from distill_cli.parallel.roles import SHARED, Role, join_roles
 from distill_cli.ranks.build_engines import train_sampling
 from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.carry_over import CarryOver
@@ -44,6 +46,7 @@ from distill_cli.rollout.length_guard import LengthGuard
 from distill_cli.rollout.off_policy import dataset_samples, response_encoder, teacher_samples
 from distill_cli.rollout.on_policy import OnPolicy
 from distill_cli.rollout.pack import Planner, plan_batch
+from distill_cli.rollout.remote import SamplingRanks, SplitSource
 from distill_cli.rollout.score_files import RecordedSteps, Recorder, Replay
 from distill_cli.rollout.source import RolloutSource
 from distill_cli.rollout.stages import Stages
@@ -70,15 +73,25 @@ class Rank:
     parallel: Parallel
     tokenizer: PreTrainedTokenizerBase
     """Renders the prompts."""
+    role: Role = SHARED
 
     @classmethod
-    def join(cls, run: RunDir) -> Rank:
-        """Read the run, join the process group and build the mesh. A collective."""
-        resolved = ResolvedRun.read(run)
-        parallel = init_parallel(device=pick_device(), **asdict(resolved.config.mesh))
+    def join(cls, run: RunDir, *, splits: bool = False) -> Rank:
+        """Read the run, join the process group and build the mesh. A collective.
+
+        Args:
+            splits: let some ranks sample alone, if the config says so (`cluster.roles`).
+        """
+        resolved, device, role = ResolvedRun.read(run), pick_device(), SHARED
+        mesh = asdict(resolved.config.mesh)
+        if splits and resolved.ranks.samplers:
+            role = join_roles(num_samplers=resolved.ranks.samplers, device=device, timeout_s=TIMEOUT_S)
+            parallel = layout(device=device, **(mesh if role.name == "train" else {}))
+        else:
+            parallel = init_parallel(device=device, **mesh)
         model, folder = resolved.config.model, resolved.tokenizer.folder
         template, code = model.chat_template, model.trust_remote_code
-        return cls(resolved, parallel, load_tokenizer(folder, chat_template=template, trust_remote_code=code))
+        return cls(resolved, parallel, load_tokenizer(folder, chat_template=template, trust_remote_code=code), role)
 
 
 def pick_device() -> torch.device:
@@ -198,7 +211,7 @@ def build_source(
     order: Order,
     planner: Planner,
     stages: Stages,
-    worker: RolloutWorker | None,
+    worker: RolloutWorker | SamplingRanks | None,
     scoring: ScoringWorker | None,
     recorder: Recorder | None,
     *,
@@ -208,6 +221,7 @@ def build_source(
     """Build the source of every step's scored sequences; a replay needs no workers.
 
     Args:
+        worker: samples the student on this rank, or stands for the ranks that do.
         guard_left: `Progress.guard_left`.
         checkpoint: what is in flight is read from it; None if nothing is.
     """
@@ -215,36 +229,69 @@ def build_source(
         return Replay(order, planner, stages)
     assert worker is not None, "only a replay has no engines"
     assert scoring is not None
+    rollout, batches = rank.resolved.config.rollout, PromptBatches(order)
+    in_flight = read_in_flight(checkpoint, batches)
+    if isinstance(worker, SamplingRanks):
+        return SplitSource(worker, scoring, recorder, rollout.staleness, in_flight, rollout.carry_over)
+    writer = build_writer(rank, order, batches, worker, scoring, guard_left=guard_left)
+    return OnPolicy(writer, scoring, recorder, rollout.staleness, in_flight)
+
+
+def read_in_flight(checkpoint: Path | None, batches: PromptBatches) -> InFlight:
+    """Return what was in flight at a checkpoint: nothing without one."""
+    if checkpoint is None:
+        return InFlight()
+    if (file := checkpoint / IN_FLIGHT).is_file():
+        return InFlight.load(file, batches.batch)
+    return InFlight(sampled_step=Checkpoint(checkpoint).step)
+
+
+def build_writer(
+    rank: Rank,
+    order: PromptOrder | PromptStream,
+    batches: PromptBatches,
+    worker: RolloutWorker,
+    scoring: ScoringWorker | None = None,
+    *,
+    guard_left: int = 0,
+) -> StepWriter:
+    """Build the writer of each step's sequences.
+
+    Args:
+        scoring: the teachers, where they write some of the answers.
+        guard_left: `Progress.guard_left`.
+    """
     config, rollout, write = rank.resolved.config, rank.resolved.config.rollout, None
-    by_teacher = partial(teacher_samples, scoring=scoring, sampling=worker.responder.sampling)
-    if rollout.on_policy_fraction < 1 and rollout.off_policy is OffPolicy.teacher:
-        write = by_teacher
-    elif rollout.on_policy_fraction < 1:
+    if rollout.on_policy_fraction < 1 and rollout.off_policy is OffPolicy.dataset:
         encode = response_encoder(rank.tokenizer, template_kwargs=config.model.chat_template_kwargs)
         write = partial(dataset_samples, encode=encode)
-    number, fraction = rollout.generations_per_prompt, rollout.on_policy_fraction
-    guard = None
-    if rollout.guard_above is not None:
-        guard = LengthGuard(rollout.guard_above, rollout.guard_share, rollout.guard_steps, by_teacher, guard_left)
-    batches, carry_over, in_flight = PromptBatches(order), None, InFlight()
+    guard = carry_over = None
+    if scoring is not None:
+        by_teacher = partial(teacher_samples, scoring=scoring, sampling=worker.responder.sampling)
+        if rollout.on_policy_fraction < 1 and rollout.off_policy is OffPolicy.teacher:
+            write = by_teacher
+        if rollout.guard_above is not None:
+            guard = LengthGuard(rollout.guard_above, rollout.guard_share, rollout.guard_steps, by_teacher, guard_left)
+    number = rollout.generations_per_prompt
     if rollout.carry_over:
         budget, most = rollout.token_budget, rollout.max_age
         carry_over = CarryOver(batches, number, rollout.num_sequences, budget, most, worker)
-    if checkpoint is not None and (file := checkpoint / IN_FLIGHT).is_file():
-        in_flight = InFlight.load(file, batches.batch)
-    limit, lag = rollout.max_new_tokens_at, rollout.staleness
-    writer = StepWriter(order, number, worker, fraction, write, guard, limit, carry_over)
-    return OnPolicy(writer, scoring, recorder, lag, in_flight)
+    fraction, limit = rollout.on_policy_fraction, rollout.max_new_tokens_at
+    return StepWriter(order, number, worker, fraction, write, guard, limit, carry_over)
 
 
 def build_worker(rank: Rank, stages: Stages, sampler: Sampler, student: Student, trainable: Trainable) -> RolloutWorker:
     """Build the worker that samples and judges the student's answers in training. A collective."""
     config, sampling = rank.resolved.config, train_sampling(rank.resolved)
-    assert student.published is not None
-    as_adapter = config.model.student.lora.syncs_adapter
-    weights = partial(synced_parameters, student.lm, student.published, as_adapter=as_adapter)
     responder = build_responder(rank, sampling, max_tokens=config.rollout.max_sequence_length)
-    return RolloutWorker(sampler, weights, lambda: trainable.num_updates, responder, stages)
+    return RolloutWorker(sampler, weights_of(rank, student), lambda: trainable.num_updates, responder, stages)
+
+
+def weights_of(rank: Rank, student: Student) -> Callable[[], Iterable[Outgoing]]:
+    """Return the function that returns the student's weights as its engine takes them."""
+    assert student.published is not None
+    as_adapter = rank.resolved.config.model.student.lora.syncs_adapter
+    return partial(synced_parameters, student.lm, student.published, as_adapter=as_adapter)
 
 
 def build_copies(resolved: ResolvedRun, lm: PreTrainedModel) -> dict[str, MovingCopy]:

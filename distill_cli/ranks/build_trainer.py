@@ -35,12 +35,14 @@ from distill_cli.parallel.mesh import Parallel
 from distill_cli.ranks import build_source as parts
 from distill_cli.ranks.build_engines import Engines, build_engines, leave
 from distill_cli.ranks.handshakes import shake_hands
+from distill_cli.ranks.sampler_rank import sampler_rank
 from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.advantages import AdvantageSettings, advantages
 from distill_cli.rollout.on_policy import OnPolicy
+from distill_cli.rollout.remote import SamplingRanks
 from distill_cli.rollout.score_files import RecordedSteps, Recorder, read_head, write_head
 from distill_cli.rollout.stages import Stages
-from distill_cli.rollout.workers import ScoringWorker
+from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
 from distill_cli.student.adapters import add_adapters
 from distill_cli.student.model import Student, build_lm, wrap
 from distill_cli.student.moving import MovingCopy
@@ -63,7 +65,10 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     Args:
         checkpoint: the checkpoint to continue from; None starts at step 1.
     """
-    rank = parts.Rank.join(run)
+    rank = parts.Rank.join(run, splits=True)
+    if rank.role.name == "sample":
+        sampler_rank(rank, checkpoint=checkpoint)
+        return
     config = rank.resolved.config
     limit_s = parse_duration(config.checkpoint.must_save_by or "")
     stop = StopFlag(deadline=None if limit_s is None else read_json(run.attempt_record)["launched"] + limit_s)
@@ -78,6 +83,8 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
         assert student.published is not None
         save_student(student.lm, student.published, rank.tokenizer, run.student, dtype=dtype)
     trainer.log.close()
+    if trainer.sampling_ranks is not None:
+        trainer.sampling_ranks.close()
     if rank.parallel.is_main:
         write_json(run.outcome, asdict(outcome))
     leave()
@@ -95,7 +102,9 @@ def build_trainer(
     if checkpoint is not None:
         check_data(checkpoint, order)
     built = build_model(resolved)  # before engines: vLLM changes classes of transformers
-    engines = build_engines(resolved, run, should_stop=stop.is_set, untouched=built[1].untouched)
+    engines = build_engines(
+        resolved, run, should_stop=stop.is_set, untouched=built[1].untouched, samples=rank.role.bridge is None
+    )
     sampler = engines[0]
     student = build_student(resolved, parallel, built)
     num_steps = count_steps(config, order)
@@ -113,7 +122,12 @@ def build_trainer(
     if is_hidden:
         student.heads = build_heads(rank, student)
     teachers = shake_hands(rank, run, teachers, stages, student.heads) if teachers else []
-    worker = None if sampler is None else parts.build_worker(rank, stages, sampler, student, trainable)
+    worker: RolloutWorker | SamplingRanks | None = None
+    if rank.role.bridge is not None:
+        version, dtype = (lambda: trainable.num_updates), getattr(torch, config.model.student.dtype.value)
+        worker = SamplingRanks(rank.role.bridge, parts.weights_of(rank, student), version, dtype, stages)
+    elif sampler is not None:
+        worker = parts.build_worker(rank, stages, sampler, student, trainable)
     early = scores_while_sampling(config, on_gpus=resolved.ranks.on_gpus)
     scoring = None
     if teachers:
@@ -162,6 +176,7 @@ def build_trainer(
         advantages=build_advantages(config),
         guard=source.writer.guard if isinstance(source, OnPolicy) else None,
         copies=list(copies.values()),
+        sampling_ranks=worker if isinstance(worker, SamplingRanks) else None,
     )
 
 

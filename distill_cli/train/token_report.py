@@ -19,6 +19,7 @@ from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.losses.teacher_chunk import is_among
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import MicroBatch
+from distill_cli.rollout.remote import SamplingRanks
 from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
 from distill_cli.student.model import Student
 from distill_cli.types import Prompt, Rollout, TokenViews
@@ -37,7 +38,7 @@ class ProbeReport:
     """Answer the same prompts each time, so that only the student differs."""
 
     prompts: Sequence[Prompt]
-    worker: RolloutWorker
+    worker: RolloutWorker | SamplingRanks
     scoring: ScoringWorker
     student: Student
     folder: RolloutsFolder

@@ -22,6 +22,7 @@ from distill_cli.folders.metrics_file import plain
 from distill_cli.folders.rollouts_table import RolloutsFolder
 from distill_cli.rollout.length_guard import LengthGuard
 from distill_cli.rollout.pack import BatchPlan, micro_batches
+from distill_cli.rollout.remote import SamplingRanks
 from distill_cli.rollout.source import RolloutSource, ScoredBatch
 from distill_cli.rollout.stages import Stages, StopRequested
 from distill_cli.student.model import Student
@@ -79,6 +80,8 @@ class Trainer:
     """The source's; None if rollout.guard_above=null."""
     copies: Sequence[MovingCopy] = ()
     """The weights of teachers that follow the student."""
+    sampling_ranks: SamplingRanks | None = None
+    """The ranks that sample, if those that train do not (`cluster.roles`)."""
 
     def run(self) -> Outcome:
         """Take every remaining step; validate and save as the config says. A collective."""

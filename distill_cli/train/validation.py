@@ -14,6 +14,7 @@ import torch
 from distill_cli.engines.base import AnsweringEngine, Teacher
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.parallel.sharing import EngineShare, partition_by_cost
+from distill_cli.rollout.remote import SamplingRanks
 from distill_cli.rollout.workers import Responder, RolloutWorker
 from distill_cli.types import Prompt, Rollout
 
@@ -157,12 +158,15 @@ class Validation:
     """Validate models during a run, in which engines take turns with the device's memory."""
 
     validator: Validator
-    worker: RolloutWorker
+    worker: RolloutWorker | SamplingRanks
     teachers: Sequence[Teacher] = ()
     """The teachers, in the config's order, if they are measured."""
 
     def score_student(self) -> Score:
         """Score the student with its current weights. A collective."""
+        if isinstance(self.worker, SamplingRanks):
+            score: Score = self.worker.validate()
+            return score
         with self.worker.ready() as sampler, self.worker.stages("eval"):
             return self.validator.run(sampler)
 
