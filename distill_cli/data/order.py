@@ -12,8 +12,10 @@ import itertools
 import logging
 import math
 import random
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache, partial
 from typing import ClassVar, TypeVar
@@ -74,7 +76,8 @@ class PromptOrder:
 class PromptStream:
     """Prompts made one after the other; an epoch's last ones share a step with the next epoch's first.
 
-    A prompt that is left out is replaced by the one that follows.
+    A prompt that is left out is replaced by the one that follows. The prompts of the next step are made in a thread
+    while a step is sampled and trained on.
     """
 
     rows: Sequence[Example] | Stream
@@ -95,10 +98,18 @@ class PromptStream:
 
     def __post_init__(self) -> None:
         self._num_read, self._warn_at = 0, 1
+        self._making = threading.Lock()  # an environment that opens prompts answers one request at a time
+        self._thread, self._ahead = ThreadPoolExecutor(1, "prompts"), Future[list[Prompt]]()
+        self._ahead.set_result([])
         self._rewind()
 
     def _rewind(self) -> None:
+        wait([self._ahead])
         self._next_step, self._prompts, self._last = 0, self._read(), list[Prompt]()
+        self._ahead = self._thread.submit(self._next_prompts)
+
+    def _next_prompts(self) -> list[Prompt]:
+        return list(itertools.islice(self._prompts, self.batch_size))
 
     @property
     def steps_per_epoch(self) -> float:
@@ -114,12 +125,13 @@ class PromptStream:
         if step < self._next_step - 1:
             self._rewind()
         while self._next_step <= step:
-            self._last = [next(self._prompts) for _ in range(self.batch_size)]
+            self._last = self._ahead.result()
             self._next_step += 1
             if self._num_read >= self._warn_at:
                 self._warn_at = 10 * self._num_read
                 for warning in self.left_out():
                     log.warning("data.train, so far: %s", warning)
+            self._ahead = self._thread.submit(self._next_prompts)
         return self._last
 
     def _read(self) -> Iterator[Prompt]:
@@ -127,7 +139,8 @@ class PromptStream:
         place, num_in_vain = 0, 0
         for epoch in itertools.count():
             for example in self._epoch(epoch):
-                prompt = self.make_prompt(example, place)
+                with self._making:
+                    prompt = self.make_prompt(example, place)
                 place += 1
                 self._num_read = max(self._num_read, place)
                 num_in_vain = num_in_vain + 1 if prompt is None else 0

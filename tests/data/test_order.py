@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 
 import pytest
@@ -22,8 +23,8 @@ def to_prompt(example: Example, index: int) -> Prompt | None:
     return None if example.question in ("q3", "q4", "") else Prompt(index, [1], example)
 
 
-def stream_of(rows, **settings) -> PromptStream:
-    return PromptStream(rows, to_prompt, **{"batch_size": 4, "seed": 7, "shuffle": True, "buffer": 5, **settings})
+def stream_of(rows, *, make=to_prompt, **settings) -> PromptStream:
+    return PromptStream(rows, make, **{"batch_size": 4, "seed": 7, "shuffle": True, "buffer": 5, **settings})
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -158,3 +159,33 @@ def test_teacher_alone_reads_the_context(tokenizer) -> None:
     prompt = maker(Example("What is 1 + 1?", context="1" * 500), 0)
     assert len(prompt.token_ids) < 40
     assert 85 <= len(prompt.targets[0].token_ids) <= 90
+
+
+def test_next_prompts_are_made_meanwhile() -> None:
+    made, go_on = [], threading.Event()
+
+    def slow(example: Example, place: int) -> Prompt:
+        if place >= 8:
+            go_on.wait(10)
+        made.append(place)
+        return Prompt(place, [place], example)
+
+    order = stream_of([Example(str(n)) for n in range(40)], make=slow, shuffle=False)
+    assert [prompt.index for prompt in order.batch(0)] == [0, 1, 2, 3]
+    assert [prompt.index for prompt in order.batch(1)] == [4, 5, 6, 7]
+    assert made == list(range(8))  # the third is in the making
+    go_on.set()
+    assert [prompt.index for prompt in order.batch(2)] == [8, 9, 10, 11]
+    assert [prompt.index for prompt in order.batch(0)] == [0, 1, 2, 3]
+
+
+def test_errors_of_next_prompts_come_in_turn() -> None:
+    def make(example: Example, place: int) -> Prompt:
+        if place == 5:
+            raise ConfigError("row 5: wrong")
+        return Prompt(place, [place], example)
+
+    order = stream_of([Example(str(n)) for n in range(40)], make=make, shuffle=False)
+    assert len(order.batch(0)) == 4
+    with pytest.raises(ConfigError, match="row 5: wrong"):
+        order.batch(1)

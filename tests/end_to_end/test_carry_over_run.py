@@ -47,24 +47,38 @@ def test_steps_have_their_budget(alone: Finished) -> None:
     assert "Steps in which answers were written that go on" in (alone.run.path / "report.html").read_text()
 
 
-def test_a_killed_run_carries_on_exactly(alone: Finished, tmp_path: Path) -> None:
-    process = start(tmp_path, *CARRIED, "run.name=r")
+SPLIT = ("cluster.roles=split", "cluster.ranks_per_node=3")
+"""Two ranks train, as in the shared run, and one samples."""
+
+
+def test_split_and_killed_runs_are_exact(alone: Finished, tmp_path: Path) -> None:
+    """The rank that samples is killed; what was sampled ahead with earlier weights is not lost."""
+    process = start(tmp_path, *CARRIED, *SPLIT, "run.name=r")
     run = tmp_path / "runs/r"
     wait_until((run / "checkpoints/step_2").exists, process)
-    psutil.Process(process.pid).children()[0].children()[1].kill()
+    psutil.Process(process.pid).children()[0].children()[2].kill()
     assert process.wait(200) == 0, (tmp_path / "output.txt").read_text()
-    assert "attempt 2 goes on from the checkpoint of step" in (tmp_path / "output.txt").read_text()
-    assert learned(read_metrics(run / "metrics.jsonl")) == learned(alone.metrics)
+    printed = (tmp_path / "output.txt").read_text()
+    assert "attempt 1 failed: rank 2 was killed by SIGKILL" in printed
+    assert "attempt 2 goes on from the checkpoint of step" in printed
+    rows, others = learned(read_metrics(run / "metrics.jsonl")), learned(alone.metrics)
+    for row, other in zip(rows[1:], others[1:], strict=True):
+        assert row.pop("roles/sample_s") > 0
+        assert row.pop("rollout/drift") == pytest.approx(other.pop("rollout/drift"), abs=1e-6)  # of another batch
+        assert row == other
     assert same_student(run, alone.run.path)
     # On one rank the slots are another engine's, and sums are taken in another order.
     for folder in (run / "checkpoints").glob("step_[3-6]"):
         shutil.rmtree(folder)
     (checkpoint, *_) = reversed(store.find(run / "checkpoints"))
     assert (checkpoint.path / store.IN_FLIGHT).is_file()
-    done = distill(tmp_path, "resume", "runs/r", "--step", str(checkpoint.step), "cluster.ranks_per_node=1")
+    done = distill(tmp_path, "resume", "runs/r", "--step", str(checkpoint.step), *SHARED)
     assert done.status == 0, done.stderr
     for row, other in zip(read_metrics(run / "metrics.jsonl")[1:], alone.metrics[1:], strict=True):
         assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-4)
+
+
+SHARED = ("cluster.roles=shared", "cluster.ranks_per_node=1")
 
 
 def test_a_replay_of_parts_is_exact(alone: Finished, tmp_path: Path) -> None:
