@@ -134,6 +134,9 @@ class Stage:
     """Whether time/step_s includes it."""
 
 
+SAMPLE_S = "roles/sample_s"
+
+
 # fmt: off
 STAGES = {
     "read": Stage("reading a recorded step, in a replay"),
@@ -313,7 +316,7 @@ METRICS = (
     Metric("rollout/environment_errors", "sequences whose environment failed", "sequences", "lower",
         needs="rollout.environment"),
 
-    Metric("roles/sample_s", "seconds in which the ranks that sample wrote the step's sequences", "s", "lower",
+    Metric(SAMPLE_S, "seconds in which the ranks that sample wrote the step's sequences", "s", "lower",
         needs="cluster.roles"),
     Metric("perf/tokens_per_s", "response tokens per second", "tokens/s", "higher", label="tokens/s",
         number_format=",.0f", step_line="tok/s={:.0f}", panel=("speed", "{value:,.0f} tokens/s"), figure=SPEED,

@@ -45,6 +45,8 @@ class Ranks:
     on_gpus: bool
     samplers: int = 0
     """Ranks that sample alone, after those that train (`cluster.roles`)."""
+    scorers: tuple[int, ...] = ()
+    """Ranks that score alone after these, by teacher: 0 for one that scores on the ranks that train."""
 
     @property
     def total(self) -> int:
@@ -52,7 +54,7 @@ class Ranks:
 
     @property
     def trainers(self) -> int:
-        return self.total - self.samplers
+        return self.total - self.samplers - sum(self.scorers)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """scripts/bench_*.py: what they compute from a run's figures."""
 
 import json
+import math
 import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 from distill_cli.types import Example
 
@@ -55,3 +57,40 @@ def test_pair_gets_unused_end_token(tmp_path: Path) -> None:
     assert read["generation_config"] == {"eos_token_id": 2}
     assert read["tokenizer_config"] == {"eos_token": "<file>", "pad_token": "<pad>"}
     assert read["tokenizer"] == {"added_tokens": added}
+
+
+def test_drawn_lengths_are_lognormal() -> None:
+    script = runpy.run_path(str(SCRIPTS / "length_model.py"))
+    facts = script["facts_of"](median=200, sigma=1, longest=2048)
+    assert facts["median"] == pytest.approx(200, rel=0.02)
+    assert facts["sigma"] == pytest.approx(0.99, abs=0.01)  # cut at 2,048
+    ends, moves = script["transitions"](script["place_times"](64), median=20, sigma=0.5)
+    probability = script["length_distribution"](ends, moves, longest=64)
+    assert probability.sum() == pytest.approx(1)
+    assert float((probability * torch.arange(1, 65)).sum()) == pytest.approx(20 * math.exp(0.125), rel=0.03)
+
+
+def test_schedules_count_their_work() -> None:
+    """Equal lengths: what each schedule reads and decodes is known."""
+    script = runpy.run_path(str(SCRIPTS / "simulate_schedule.py"))
+    schedule, lengths = script["Schedule"], script["Lengths"](median=100, sigma=0, longest=1000, prompt=10)
+    whole = script["counts"](schedule(sequences=8, trainers=2), lengths)
+    assert whole == {
+        **{"decodes": 100, "batched": 400, "prefill": 40, "read": 440, "responses": 400, "tokens": 800, "one": 1}
+    }
+    parts = script["counts"](schedule(sequences=8, trainers=2, per_slot=50), lengths)
+    assert (parts["decodes"], parts["batched"], parts["tokens"]) == (50, 200, 400)
+    assert parts["read"] == pytest.approx((400 + 8 * (25 + 1.5 * 10)) / 2, rel=0.1)  # half of the time 50 are carried
+    apart = script["counts"](schedule(sequences=8, trainers=1, samplers=3, ahead=True), lengths)
+    assert (apart["decodes"], apart["batched"], apart["read"]) == (100, 300, 880)
+
+
+def test_costs_are_recovered_from_their_times() -> None:
+    script = runpy.run_path(str(SCRIPTS / "simulate_schedule.py"))
+    lengths, schedule = script["Lengths"](), script["Schedule"]
+    true = script["Costs"]({"sample": [3e-3, 1e-4, 1e-5, 0.1], "score": [2e-5, 0.0], "train": [1e-4, 2e-5, 0.2]}, 0.1)
+    runs = [schedule(sequences=n, trainers=1, per_slot=q) for n in (16, 64) for q in (0, 128, 512)]
+    measured = [(one, {**true.step(one, lengths), "sync": 0.1}) for one in runs]
+    found = script["fit"](measured, lengths)
+    for one in (*runs, schedule(sequences=32, trainers=2, samplers=2, ahead=True)):
+        assert found.step(one, lengths)["step"] == pytest.approx(true.step(one, lengths)["step"], rel=1e-3)

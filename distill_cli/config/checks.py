@@ -12,13 +12,21 @@ from typing import Any
 
 from distill_cli.config.choices import nearest
 from distill_cli.config.credentials import secret_problems
-from distill_cli.config.derived import needed_length, num_sampling_ranks, parse_duration, scored_length, validates
+from distill_cli.config.derived import (
+    ends_by_epochs,
+    needed_length,
+    num_sampling_ranks,
+    parse_duration,
+    scored_length,
+    scoring_ranks,
+    validates,
+)
 from distill_cli.config.execution_schema import Roles
 from distill_cli.config.fields import LIMITS, declared_keys
 from distill_cli.config.loss_schema import LossConfig, Support, Tail
 from distill_cli.config.schema import HIDDEN, Config, OffPolicy
 from distill_cli.config.teacher_jobs import job_config, job_key, own_key_problems, teacher_nodes
-from distill_cli.config.teachers import model_key, teacher_configs, teacher_problems
+from distill_cli.config.teachers import engine_key, model_key, teacher_configs, teacher_problems
 from distill_cli.config.variation import plain
 from distill_cli.errors import ConfigError
 from distill_cli.losses import divergence, token_weight
@@ -160,9 +168,10 @@ def inert_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
                 reasons[f"loss.{name}"] = f"with {family.key}={value}: it is a parameter of {readers}"
     if config.cluster.roles is Roles.shared:
         reasons["engine.student.ranks"] = "with cluster.roles=shared: every rank samples"
+        reasons["engine.teacher.ranks"] = "with cluster.roles=shared: every rank scores"
     if not seed_matters(config):
         reasons["train.seed"] = "in a replay of all weights in the recorded order: add rollout.replay_shuffle=true"
-    if config.rollout.carry_over:
+    if not ends_by_epochs(config):
         reasons["train.max_epochs"] = "with rollout.carry_over=true: train.max_steps ends the run"
     if config.data.train.get("streaming"):
         reasons["train.max_epochs"] = "on a source that is streamed: train.max_steps ends the run"
@@ -276,9 +285,15 @@ def _roles(config: Config) -> Problems:
     rollout, engine = config.rollout, config.engine.student
     if not (number := num_sampling_ranks(config)):
         return
-    if number % engine.tensor_parallel:
-        fix = f"make it a multiple of engine.student.tensor_parallel={engine.tensor_parallel}"
-        yield "engine.student.ranks", f"each engine has {engine.tensor_parallel} ranks; {fix}"
+    if engine.ranks == 0:
+        yield "engine.student.ranks", "with cluster.roles=split some ranks sample; leave it out"
+    engines = {"engine.student": (number, engine)}
+    for name, ranks in scoring_ranks(config).items():
+        engines[engine_key(name)] = ranks, teacher_configs(config)[name].engine.teacher
+    for at, (ranks, one) in engines.items():
+        if one.tensor_parallel >= 1 and ranks % one.tensor_parallel:
+            fix = f"make it a multiple of {at}.tensor_parallel={one.tensor_parallel}"
+            yield f"{at}.ranks", f"each engine has {one.tensor_parallel} ranks; {fix}"
     if rollout.score_while_sampling:
         yield "rollout.score_while_sampling", "other ranks sample (cluster.roles=split); leave it out"
     if rollout.guard_above is not None:
@@ -339,25 +354,34 @@ def _train(config: Config) -> Problems:
 def mesh_problems(config: Config, *, ranks_per_node: int) -> Iterator[str]:
     """Yield one line for each axis of the mesh that the ranks of the job cannot form."""
     sizes = {f"mesh.{name}": getattr(config.mesh, name) for name in ("tensor", "context", "expert", "replicate")}
-    samplers = num_sampling_ranks(config)
-    if (whole := ranks_per_node * config.cluster.nodes) <= samplers:
-        rule = f"{samplers} of {whole} ranks sample, and none is left to train"
-        yield f"cluster.roles=split: {rule}; take more ranks, or lower engine.student.ranks"
+    others = num_sampling_ranks(config) + sum(scoring_ranks(config).values())
+    if (whole := ranks_per_node * config.cluster.nodes) <= others:
+        rule = f"{others} of {whole} ranks sample or score, and none is left to train"
+        yield f"cluster.roles=split: {rule}; take more ranks, or lower engine.student.ranks and engine.teacher.ranks"
         return
-    engine, (first, per_node) = config.engine.student.tensor_parallel, (whole - samplers, ranks_per_node)
-    if samplers and any(at // per_node != (at + engine - 1) // per_node for at in range(first, whole, engine)):
-        rule = f"an engine of {engine} ranks would span two nodes of {per_node}"
-        yield f"engine.student.ranks={samplers}: {rule}; make it a multiple of {engine} that fills nodes"
-    num_ranks, product = whole - samplers, math.prod(sizes.values())
+    num_ranks, product = whole - others, math.prod(sizes.values())
+    yield from _engines_on_two_nodes(config, first=num_ranks, per_node=ranks_per_node)
     data_ranks = num_ranks // max(config.mesh.tensor * config.mesh.context, 1)
     if product >= 1 and num_ranks % product:
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
         divisors = ", ".join(str(size) for size in range(1, num_ranks + 1) if num_ranks % size == 0)
-        train = " that train" if samplers else ""
+        train = " that train" if others else ""
         yield f"{shown}: their product {product} must divide the {num_ranks} ranks{train}; make it one of {divisors}"
     elif data_ranks > config.train.global_batch_size:
         rule = f"fewer sequences than the {data_ranks} ranks that share them; raise it, or take fewer ranks"
         yield f"train.global_batch_size={config.train.global_batch_size}: {rule}"
+
+
+def _engines_on_two_nodes(config: Config, *, first: int, per_node: int) -> Iterator[str]:
+    """Yield one line for each role whose engines would span nodes; `first` is the first rank that does not train."""
+    sizes = [("engine.student", num_sampling_ranks(config), config.engine.student.tensor_parallel)]
+    for name, ranks in scoring_ranks(config).items():
+        sizes.append((engine_key(name), ranks, teacher_configs(config)[name].engine.teacher.tensor_parallel))
+    for at, ranks, size in sizes:
+        if any(rank // per_node != (rank + size - 1) // per_node for rank in range(first, first + ranks, size)):
+            rule = f"an engine of {size} ranks would span two nodes of {per_node}"
+            yield f"{at}.ranks={ranks}: {rule}; choose numbers of ranks that are multiples of {size}"
+        first += ranks
 
 
 def _data(config: Config) -> Problems:

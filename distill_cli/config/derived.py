@@ -78,6 +78,15 @@ def num_sampling_ranks(config: Config) -> int:
     return config.engine.student.ranks or config.engine.student.tensor_parallel
 
 
+def scoring_ranks(config: Config) -> dict[str, int]:
+    """Return the number of ranks that score alone, by teacher: 0 for one whose engines are with the trainer."""
+    is_split, found = num_sampling_ranks(config) > 0, dict[str, int]()
+    for name, one in teacher_configs(config).items():
+        has_ranks = is_split and one.model.teacher.has_engine
+        found[name] = (one.engine.teacher.ranks or 0) if has_ranks else 0
+    return found
+
+
 def scores_while_sampling(config: Config, *, on_gpus: bool) -> bool:
     """Whether answers are scored as they end; `overlap_problems` says why they cannot be."""
     given = config.rollout.score_while_sampling
@@ -96,6 +105,11 @@ def overlap_problems(config: Config, *, on_gpus: bool) -> Iterator[str]:
     for key, engine in {"engine.student": config.engine.student, **teachers}.items():
         if engine.tensor_parallel > 1:
             yield f"each engine must have one rank; set {key}.tensor_parallel=1"
+
+
+def ends_by_epochs(config: Config) -> bool:
+    """Whether train.max_epochs may end the run: how many prompts a step takes is known."""
+    return not config.rollout.carry_over or config.rollout.replay is not None
 
 
 def updates_per_step(config: Config) -> int:

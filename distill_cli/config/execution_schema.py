@@ -15,6 +15,9 @@ class EngineModelConfig:
     tensor_parallel: int = key(1, evaluation=True)
     """Consecutive ranks that share one engine, for a model that is too large or too slow on one GPU. It must divide the
     ranks of a node, attention heads, the MLP and the vocabulary. Student, teacher and `mesh.tensor` may differ."""
+    ranks: int | None = key(None, at_least=0)
+    """Ranks that sample, or score with a teacher, alone, with cluster.roles=split: a multiple of tensor_parallel. null
+    is the ranks of one engine for the student, and 0 for a teacher: the ranks that train score."""
     sleep: bool | None = None
     """Free the GPU's memory while the other models work: the student's weights are dropped, the teacher's move to host
     memory. null is true on GPUs; engines on CPUs cannot sleep."""
@@ -32,14 +35,8 @@ class EngineModelConfig:
 
 
 @section
-class StudentEngineConfig(EngineModelConfig):
-    ranks: int | None = key(None, at_least=1)
-    """Ranks that sample, with cluster.roles=split: a multiple of tensor_parallel; null is the ranks of one engine."""
-
-
-@section
 class EngineConfig:
-    student: StudentEngineConfig = key(factory=StudentEngineConfig)
+    student: EngineModelConfig = key(factory=EngineModelConfig)
     teacher: EngineModelConfig = key(factory=EngineModelConfig)
 
 
@@ -125,8 +122,8 @@ class ClusterConfig:
     """Processes of each node. On GPUs it must be the number of GPUs. null is one per GPU; on this machine's CPU the
     number that is fastest: one per core for small models, else one; on a cluster's CPUs one."""
     roles: Roles = Roles.shared
-    """shared: every rank trains, samples and scores, in turn. split: the last engine.student.ranks ranks sample, and
-    the others train and score; with rollout.staleness both work at the same time."""
+    """shared: every rank trains, samples and scores, in turn. split: engine.student.ranks ranks sample,
+    engine.teacher.ranks score, and the others train; with rollout.staleness they work at the same time."""
     max_restarts: int = key(3, at_least=0)
     """How often a failed run restarts by itself from its newest checkpoint. An attempt that fails before its first step
     is not repeated."""

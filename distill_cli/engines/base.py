@@ -129,6 +129,8 @@ class Sampler(AnsweringEngine, Protocol):
 class Teacher(AnsweringEngine, Protocol):
     """Scores sequences with the teacher's distribution; its own answers are sampled to measure it."""
 
+    works_apart: bool = False
+    """Whether it is always awake, and works while its caller does other things."""
     comebacks: int = 0
     """How often it came back after it could not be reached."""
 

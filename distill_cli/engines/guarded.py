@@ -32,6 +32,7 @@ class GuardedTeacher(Teacher):
             limit: of `handshake.answers`.
         """
         self.num_ranks, self._teacher, self.name = teacher.num_ranks, teacher, name
+        self.works_apart = teacher.works_apart
         self._answers = partial(
             handshake.answers, topk=topk, vocab_size=vocab_size, temperature=temperature, limit=limit
         )

@@ -5,14 +5,23 @@ import textwrap
 from collections.abc import Sequence
 
 from distill_cli.config.compose import compose
-from distill_cli.config.derived import micro_batches_per_update, updates_per_step, validates
+from distill_cli.config.derived import ends_by_epochs, micro_batches_per_update, updates_per_step, validates
 from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.schema import Config, Dtype
 from distill_cli.config.teacher_jobs import job_config, teacher_nodes
 from distill_cli.config.teachers import ONLY, teacher_configs
 from distill_cli.config.variation import plain
 from distill_cli.jobs.new_runs import print_warnings, resolve_jobs, single_path
-from distill_cli.jobs.run_panels import Rows, layout_row, own_nodes, rows_table, training_rows, validation_rows
+from distill_cli.jobs.run_panels import (
+    Rows,
+    layout_row,
+    own_nodes,
+    roles_row,
+    rows_table,
+    step_row,
+    training_rows,
+    validation_rows,
+)
 from distill_cli.jobs.scratch_runs import Pace, check_only_job, measure
 from distill_cli.launch.base import launcher_of
 from distill_cli.machine import hardware
@@ -89,21 +98,6 @@ def mesh_rows(resolved: ResolvedRun) -> Rows:
     }
 
 
-def roles_row(resolved: ResolvedRun) -> Rows:
-    """Say who trains and who samples, if each rank does one of them."""
-    trainers, total = resolved.ranks.trainers, resolved.ranks.total
-    if trainers == total:
-        return {}
-
-    def named(first: int, end: int, does: str) -> str:
-        return f"rank {first} {does}s" if end - first == 1 else f"ranks {first} to {end - 1} {does}"
-
-    lag = resolved.config.rollout.staleness
-    how = f"at the same time, {lag} steps ahead" if lag else "one after the other: rollout.staleness is 0"
-    score = "train and score" if trainers > 1 else "trains and score"
-    return {"roles": f"{named(0, trainers, score)}, {named(trainers, total, 'sample')}, {how}"}
-
-
 def teacher_row(resolved: ResolvedRun, alone: Config, name: str) -> str:
     """Say where a teacher scores, and by how many engines of how many ranks."""
     model = alone.model.teacher
@@ -123,8 +117,8 @@ def engine_row(resolved: ResolvedRun, engine: EngineModelConfig) -> str:
     each = "1 rank" if ranks == 1 else f"{ranks} ranks that share its matrices"
     sleeps = resolved.ranks.on_gpus and engine.sleep is not False
     number = resolved.ranks.trainers
-    if resolved.ranks.samplers and engine is resolved.config.engine.student:
-        number = resolved.ranks.samplers
+    if resolved.ranks.samplers:
+        number = (resolved.ranks.samplers if engine is resolved.config.engine.student else engine.ranks) or number
     return f"{number // ranks}, each of {each}" + (", asleep while others work" if sleeps else "")
 
 
@@ -155,6 +149,7 @@ def step_rows(resolved: ResolvedRun) -> Rows:
     how = ("packed" if train.packing else "padded") + (f", shared by {context} context ranks" if context > 1 else "")
     return {
         "sequences": f"{rollout.prompts_per_step} prompts x {rollout.generations_per_prompt} answers = {sequences}",
+        "samples": step_row(resolved.config) if rollout.carry_over or rollout.staleness else None,
         "updates": f"{sequences} / {train.global_batch_size} sequences = {updates_per_step(resolved.config)}",
         "tokens": f"at most {sequences * length:,} ({length:,} a sequence)",
         "micro-batches": f"at most about {rounds} of {train.micro_batch_tokens:,} tokens, {how}, an update",
@@ -167,9 +162,12 @@ def run_rows(resolved: ResolvedRun) -> Rows:
     validations, most = num_validations(config, steps), config.eval.max_samples
     teacher = ", and the teacher once" if config.eval.teacher else ""
     on = f"on {min(most, resolved.num_validation_rows or most)} prompts{teacher}"
+    epochs = f", max_epochs {train.max_epochs}" if ends_by_epochs(config) else ""
     epoch = "not known: the data is streamed"
     if resolved.num_recorded_steps is not None:
         epoch = f"{resolved.num_recorded_steps:,} recorded steps"
+    elif not ends_by_epochs(config):
+        epoch = "each slot reads the data at its own pace (rollout.carry_over)"
     elif resolved.num_train_rows is not None:
         epoch = f"{resolved.num_train_rows // config.rollout.prompts_per_step:,} steps"
     return {
@@ -177,7 +175,7 @@ def run_rows(resolved: ResolvedRun) -> Rows:
         "trained": trained_row(resolved),
         "rows": f"{training_rows(resolved)}, {validation_rows(resolved)} for validation",
         "epoch": epoch,
-        "steps": f"{steps:,} (max_steps {train.max_steps:,}, max_epochs {train.max_epochs})",
+        "steps": f"{steps:,} (max_steps {train.max_steps:,}{epochs})",
         "validation": f"{validations} times {on}" if validations else "none",
         "checkpoints": checkpoint_row(resolved),
         "scores": scores_row(config, steps, hidden_bytes=hidden_bytes(resolved)),
@@ -268,6 +266,7 @@ def memory_rows(resolved: ResolvedRun) -> Rows:
 
 def pace_rows(resolved: ResolvedRun, pace: Pace) -> Rows:
     """Return the seconds of each stage of a step, of a step, and of what does not happen in every step."""
+    length = pace.mean_length
     ranks, times = resolved.ranks.total, ", ".join(f"{seconds:.2f}" for seconds in pace.steps)
     how = f"the median of {times}" if len(pace.steps) > 1 else "of one step"
     once = {
@@ -279,7 +278,8 @@ def pace_rows(resolved: ResolvedRun, pace: Pace) -> Rows:
     where = f"{ranks} rank{'s' * (ranks > 1)} on {_devices(resolved)} of {platform.node()}"
     return {
         **{stage: f"{seconds:9.3f}" for stage, seconds in pace.stages.items()},
-        "a step": f"{pace.step:9.3f}, {how}; answers of {pace.mean_length:.0f} tokens",
+        "a step": f"{pace.step:9.3f}, {how}" + (f"; answers of {length:.0f} tokens" if length is not None else ""),
+        "binds": pace.binding,
         **{name: f"{seconds:9.3f}, {text}" for name, (seconds, text) in once.items() if seconds is not None},
         "from": f"the first steps of this run, {where}; the first one is left out",
     }

@@ -25,7 +25,6 @@ from distill_cli.config.checks import (
     mesh_problems,
     serving_problems,
 )
-from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.schema import Config, Dtype
 from distill_cli.config.teacher_jobs import job_config
 from distill_cli.config.teachers import engine_key, path_key, teacher_configs
@@ -148,7 +147,7 @@ def resolve(
     """Return the facts as one frozen record."""
     recording, train, alone = facts.recording, config.train, teacher_configs(config).values()
     recorded = epoch = recording.num_steps if recording else None  # in steps; None of a streamed source
-    if epoch is None and data.num_train is not None:
+    if epoch is None and data.num_train is not None and derived.ends_by_epochs(config):
         epoch = data.num_train // config.rollout.prompts_per_step
     return ResolvedRun(
         config=config,
@@ -201,7 +200,8 @@ def share_cores(facts: Facts, config: Config, student: ModelFiles) -> None:
     if on_cpu and config.cluster.ranks_per_node is None and not facts.problems:
         if facts.trains:
             number = best_ranks(config, student, facts.local_teachers(), hidden_states(facts, config))
-            number = max(number, 1 + derived.num_sampling_ranks(config))
+            alone = derived.num_sampling_ranks(config) + sum(derived.scoring_ranks(config).values())
+            number = max(number, 1 + alone)
         else:
             number = best_evaluation_ranks(config, student, role=facts.roles[0])
         facts.config = override(config, {"cluster.ranks_per_node": number})
@@ -212,7 +212,8 @@ def count_ranks(facts: Facts, config: Config) -> Iterator[str]:
     given, jobs, visible = config.cluster.gpus_per_node or 0, config.cluster.parallel_jobs or 1, hardware.visible_gpus()
     gpus, per_node = hardware.gpus_per_node(config), hardware.ranks_per_node(config)
     samplers = derived.num_sampling_ranks(config) if facts.trains else 0
-    facts.ranks = Ranks(config.cluster.nodes, per_node, gpus > 0, samplers)
+    scorers = tuple(derived.scoring_ranks(config).values()) if samplers else ()
+    facts.ranks = Ranks(config.cluster.nodes, per_node, gpus > 0, samplers, scorers)
     key = f"cluster.gpus_per_node={given}"
     if launcher_of(config.cluster.launcher).runs_here:
         if given > visible:
@@ -262,9 +263,7 @@ def read_recording(facts: Facts, config: Config) -> None:
 def check_engines(facts: Facts, config: Config, ranks: Ranks) -> Iterator[str]:
     """The ranks of a node must be able to hold the engines."""
     num_ranks: dict[str, int] = {}  # ranks on a node, for engines outside the run's job
-    engines = dict[str, tuple[EngineModelConfig, ModelFiles | None]]()
-    if "student" in facts.roles:
-        engines["engine.student"] = config.engine.student, facts.student
+    engines = {"engine.student": (config.engine.student, facts.student)} if "student" in facts.roles else {}
     for name, one in teacher_configs(config).items() if "teacher" in facts.roles else ():
         if not one.model.teacher.has_files:
             continue

@@ -8,7 +8,9 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from distill_cli.config.derived import ends_by_epochs
 from distill_cli.config.loss_schema import LOSS_PARAMETERS
+from distill_cli.config.schema import Config
 from distill_cli.config.teacher_jobs import teacher_nodes
 from distill_cli.config.teachers import ONLY, teacher_configs
 from distill_cli.config.variation import plain
@@ -35,12 +37,25 @@ def start_panel(resolved: ResolvedRun, run: RunDir) -> Panel:
         **teacher_rows(resolved),
         "loss": f"{loss.kl_type}, top-{loss.topk}, tail {loss.tail.value}",
         "data": f"{training_rows(resolved)}, {validation_rows(resolved)} for validation",
-        "steps": f"{resolved.num_steps} of {config.rollout.prompts_per_step} prompts",
+        "steps": f"{resolved.num_steps} of {step_row(config)}",
         "ranks": f"{ranks.per_node} on {'GPUs' if ranks.on_gpus else cores_row(resolved)}{nodes}",
+        **roles_row(resolved),
         "layout": layout_row(resolved),
         "folder": relative(run.path),
     }
     return Panel(rows_table(rows), title="distill", title_align="left", expand=False)
+
+
+def step_row(config: Config) -> str:
+    """Say what a step samples, and with which weights if not with the current ones."""
+    rollout = config.rollout
+    text = f"{rollout.prompts_per_step} prompts"
+    if not ends_by_epochs(config):
+        share = rollout.token_budget // rollout.num_sequences
+        text = f"{rollout.token_budget:,} tokens, about {share} of each of {rollout.num_sequences} answers"
+    if rollout.staleness and rollout.replay is None:
+        text += f", sampled {rollout.staleness} step{'s' * (rollout.staleness > 1)} before"
+    return text
 
 
 def teacher_rows(resolved: ResolvedRun) -> Rows:
@@ -58,6 +73,24 @@ def teacher_rows(resolved: ResolvedRun) -> Rows:
 def own_nodes(number: int) -> str:
     """Say how many nodes a teacher has of its own."""
     return f" on {number} {'node' if number == 1 else 'nodes'} of its own"
+
+
+def roles_row(resolved: ResolvedRun) -> dict[str, str]:
+    """Say who trains, who samples and who scores, if each rank does one of them."""
+    ranks, lag = resolved.ranks, resolved.config.rollout.staleness
+    if ranks.trainers == ranks.total:
+        return {}
+    names = list(teacher_configs(resolved.config))
+    sizes = [(ranks.trainers, "train" if all(ranks.scorers) else "train and score"), (ranks.samplers, "sample")]
+    scorers = zip(names, ranks.scorers, strict=True)
+    sizes += [(size, "score" + ("" if one == ONLY else f" with {one}")) for one, size in scorers]
+    first, parts = 0, []
+    for size, does in sizes:
+        if size:
+            parts.append(f"{first} {does}" if size == 1 else f"{first} to {first + size - 1} {does}")
+        first += size
+    how = f"at the same time, {lag} step{'s' * (lag > 1)} ahead" if lag else "in turn, as rollout.staleness is 0"
+    return {"roles": f"ranks {', '.join(parts)}: {how}"}
 
 
 def cores_row(resolved: ResolvedRun) -> str:

@@ -22,7 +22,7 @@ from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir, read_json
 from distill_cli.jobs.new_runs import make_bare_run, print_warnings, require_here, resolve_jobs
 from distill_cli.launch.local import start_ranks
-from distill_cli.metrics import STAGES
+from distill_cli.metrics import SAMPLE_S, STAGES
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 
@@ -131,14 +131,29 @@ class Pace:
     teacher_validation: float | None
     checkpoint: float | None
     """How long a checkpoint stops training; None if the run has none, or was too short to write one."""
-    mean_length: float
-    """Tokens of an answer."""
+    mean_length: float | None
+    """Tokens of an answer; None if none ended (`rollout.carry_over`)."""
+    sampling_ranks: float | None = None
+    """Seconds in which the ranks that sample alone write a step's sequences; None if there are none."""
     rows: Sequence[Mapping[str, float]] = ()
     """The short run's metrics."""
 
     @property
     def step(self) -> float:
         return sum(self.stages.values())
+
+    @property
+    def binding(self) -> str:
+        """The stage that sets the pace, and the keys that change it."""
+        if (sampling := self.sampling_ranks) is None:
+            stage = max(self.stages, key=self.stages.__getitem__)
+            remedy = STAGES[stage].remedy if stage in STAGES else ""
+            return f"{stage}, {self.stages[stage] / self.step:.0%} of a step" + (f": {remedy}" if remedy else "")
+        training = self.step - self.stages.get("sample", 0.0) - self.stages.get("sync", 0.0)
+        each = f"a step of the ranks that sample takes {sampling:.3f} s, of those that train {training:.3f} s"
+        if sampling > training:
+            return f"sampling ({each}): more ranks sample with engine.student.ranks; rollout.carry_over=true"
+        return f"training ({each}): fewer ranks sample with engine.student.ranks"
 
 
 def measure(resolved: ResolvedRun) -> Pace:
@@ -182,6 +197,7 @@ def pace(rows: Sequence[Mapping[str, float]], *, began: float) -> Pace:
     stages = {name: typical(f"time/{name}_s") for name, stage in STAGES.items() if stage.within_step}
     stages["other"] = max(0.0, typical("time/step_s") - sum(stages.values()))
     last, first = steps[-1], steps[0]
+    lengths = [row["rollout/mean_length"] for row in steps if "rollout/mean_length" in row]
     validation = None
     if "val/accuracy" in last:
         usual = typical("time/record_s") if plain[-1] is not last else 0.0
@@ -195,6 +211,7 @@ def pace(rows: Sequence[Mapping[str, float]], *, began: float) -> Pace:
         validation=validation,
         teacher_validation=teacher_validation,
         checkpoint=last.get("time/checkpoint_s"),
-        mean_length=fmean(row["rollout/mean_length"] for row in steps),
+        mean_length=fmean(lengths) if lengths else None,
+        sampling_ranks=typical(SAMPLE_S) or None,
         rows=rows,
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill_cli.config.derived import needs_sampler, needs_scorer, num_sampling_ranks
+from distill_cli.config.derived import needs_sampler, needs_scorer, num_sampling_ranks, scoring_ranks
 from distill_cli.config.execution_schema import EngineModelConfig
 from distill_cli.config.schema import Config, Dtype, StudentModel, TeacherModel
 from distill_cli.config.teachers import ONLY, engine_key, teacher_configs
@@ -47,7 +47,7 @@ def engines_of(config: Config, student: Path, teachers: Mapping[str, Path]) -> I
         yield Engine("sampler", "engine.student", student, config.model.student, config.engine.student)
     if needs_scorer(config):
         for name, one in teacher_configs(config).items():
-            if not one.model.teacher.has_engine:
+            if not one.model.teacher.has_engine or scoring_ranks(config)[name]:
                 continue
             shown = "scorer" if name == ONLY else f"scorer {name}"
             yield Engine(shown, engine_key(name), teachers[name], one.model.teacher, one.engine.teacher)

@@ -6,7 +6,6 @@ import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from itertools import count
 from typing import Any
 
 import torch
@@ -26,13 +25,14 @@ class Mailbox:
     """Messages from one rank to another, in their order. The sender does not wait for the receiver."""
 
     def __init__(self, store: dist.Store, name: str) -> None:
-        self._store = dist.PrefixStore(name, store)
-        self._numbers = count()
-        """Of messages put or taken: a rank does one of both."""
+        # A connection of its own: one that waits lets no other thread use it.
+        self._store = dist.PrefixStore(name, store.clone())  # type: ignore[attr-defined]  # stubs lack it
+        self._next = 0
+        """Number of the next message that is put or taken: a rank does one of both."""
 
     def put(self, message: Any) -> None:
         """Send a message: anything that can be pickled."""
-        number, content = next(self._numbers), pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        number, content = self._count(), pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         chunks = [content[begin : begin + CHUNK_BYTES] for begin in range(0, len(content), CHUNK_BYTES)]
         for index, chunk in enumerate(chunks):
             self._store.set(f"{number}/{index}", chunk)  # type: ignore[arg-type]  # takes bytes, too
@@ -44,7 +44,7 @@ class Mailbox:
         Args:
             while_waiting: called once a second; what it raises ends the wait.
         """
-        number = str(next(self._numbers))
+        number = str(self._count())
         while True:
             try:
                 self._store.wait([number], POLL)
@@ -56,6 +56,14 @@ class Mailbox:
         for key in (number, *keys):
             self._store.delete_key(key)
         return pickle.loads(content)
+
+    def _count(self) -> int:
+        self._next += 1
+        return self._next - 1
+
+    def has_next(self) -> bool:
+        """Return whether `take` would return at once."""
+        return self._store.check([str(self._next)])
 
     def close(self) -> None:
         """Let the receiver know that the last message is on its way."""

@@ -16,12 +16,14 @@ from distill_cli.engines.base import Sampler, Teacher
 from distill_cli.engines.companion import CompanionTeacher, needs_companion
 from distill_cli.engines.from_config import settings_of
 from distill_cli.engines.moving import ScoringSampler
+from distill_cli.engines.rank_teacher import RankTeacher
 from distill_cli.engines.sampler import VllmSampler
 from distill_cli.engines.server_files import finder
 from distill_cli.engines.server_info import DISTILL, VLLM
 from distill_cli.engines.settings import EngineSettings, SamplingSettings
 from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.folders.run_dir import RunDir
+from distill_cli.parallel.roles import Bridge
 from distill_cli.resolved import ResolvedRun
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ def build_engines(
     *,
     should_stop: Callable[[], bool] | None = None,
     untouched: tuple[str, ...] = (),
-    samples: bool = True,
+    bridge: Bridge | None = None,
 ) -> Engines:
     """Build the engines that the run needs, asleep if they can sleep. A collective.
 
@@ -45,21 +47,23 @@ def build_engines(
         run: its folder has the addresses of teachers that are served by jobs of their own.
         should_stop: see `VllmEngine`.
         untouched: tensors of the student's files that the trainer does not have.
-        samples: whether this rank samples the student.
+        bridge: to the ranks that sample and score; None if this one does everything.
     """
     begin, config, sampler = time.perf_counter(), resolved.config, None
     # Built first: a companion loads while the sampler is built.
     alone = resolved.by_teacher() if needs_scorer(config) else {}
-    early = scores_while_sampling(config, on_gpus=torch.cuda.is_available())
-    teachers = [
-        None
-        if one.config.model.teacher.is_student
-        else build_teacher(
-            one, run.servers(name), works_apart=(early or None) if samples else False, should_stop=should_stop
-        )
-        for name, one in alone.items()
-    ]
-    if needs_sampler(config) and samples:
+    works_apart: bool | None = scores_while_sampling(config, on_gpus=torch.cuda.is_available()) or None
+    if bridge is not None:
+        works_apart = False  # no engine of the student is in this process
+    links, teachers = {} if bridge is None else bridge.links, list[Teacher | None]()
+    for index, (name, one) in enumerate(alone.items()):
+        if index in links:
+            teachers.append(RankTeacher(links[index][0]))
+        elif one.config.model.teacher.is_student:
+            teachers.append(None)
+        else:
+            teachers.append(build_teacher(one, run.servers(name), works_apart=works_apart, should_stop=should_stop))
+    if needs_sampler(config) and bridge is None:
         settings = replace(engine_settings(resolved, "student"), untouched=untouched)
         sampler = build_sampler(resolved, settings, scores=None in teachers, should_stop=should_stop)
         sampler.sleep()

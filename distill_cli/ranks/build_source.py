@@ -16,7 +16,7 @@ from distill_cli.checkpoint.saver import Trainable
 from distill_cli.checkpoint.store import IN_FLIGHT, Checkpoint
 from distill_cli.config.derived import needs_hidden, validates
 from distill_cli.config.schema import OffPolicy
-from distill_cli.config.teachers import own_temperatures
+from distill_cli.config.teachers import own_temperatures, teacher_configs
 from distill_cli.data.isolated import IsolatedEnvironments, IsolatedVerifier
 from distill_cli.data.order import PromptBatches, PromptOrder, PromptStream
 from distill_cli.data.prompts import (
@@ -37,7 +37,7 @@ from distill_cli.engines.weight_sync import Outgoing
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.models.model_pair import OWN_TEMPLATE, read_template
 from distill_cli.parallel.mesh import TIMEOUT_S, Parallel, init_parallel, layout
-from distill_cli.parallel.roles import SHARED, Role, join_roles
+from distill_cli.parallel.roles import SHARED, Engines, Role, join_roles
 from distill_cli.ranks.build_engines import train_sampling
 from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.carry_over import CarryOver
@@ -85,7 +85,10 @@ class Rank:
         resolved, device, role = ResolvedRun.read(run), pick_device(), SHARED
         mesh = asdict(resolved.config.mesh)
         if splits and resolved.ranks.samplers:
-            role = join_roles(num_samplers=resolved.ranks.samplers, device=device, timeout_s=TIMEOUT_S)
+            pairs = zip(resolved.ranks.scorers, teacher_configs(resolved.config).values(), strict=True)
+            teachers = [Engines(number, one.engine.teacher.tensor_parallel) for number, one in pairs]
+            samplers = resolved.ranks.samplers
+            role = join_roles(num_samplers=samplers, teachers=teachers, device=device, timeout_s=TIMEOUT_S)
             parallel = layout(device=device, **(mesh if role.name == "train" else {}))
         else:
             parallel = init_parallel(device=device, **mesh)

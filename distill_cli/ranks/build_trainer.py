@@ -16,7 +16,13 @@ from transformers import PreTrainedModel
 
 from distill_cli.checkpoint.saver import Saver, Trainable, load
 from distill_cli.checkpoint.store import Checkpoint, prune
-from distill_cli.config.derived import needs_hidden, parse_duration, scores_while_sampling, updates_per_step
+from distill_cli.config.derived import (
+    ends_by_epochs,
+    needs_hidden,
+    parse_duration,
+    scores_while_sampling,
+    updates_per_step,
+)
 from distill_cli.config.schema import Config, Precision
 from distill_cli.config.teachers import own_temperatures, teacher_configs, teacher_names
 from distill_cli.data.recorded_run import Facts, Recording, vocabulary_digest
@@ -36,6 +42,7 @@ from distill_cli.ranks import build_source as parts
 from distill_cli.ranks.build_engines import Engines, build_engines, leave
 from distill_cli.ranks.handshakes import shake_hands
 from distill_cli.ranks.sampler_rank import sampler_rank
+from distill_cli.ranks.scorer_rank import scorer_rank
 from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.advantages import AdvantageSettings, advantages
 from distill_cli.rollout.on_policy import OnPolicy
@@ -68,6 +75,9 @@ def run_rank(run: RunDir, console: IO[str], *, checkpoint: Path | None = None) -
     rank = parts.Rank.join(run, splits=True)
     if rank.role.name == "sample":
         sampler_rank(rank, checkpoint=checkpoint)
+        return
+    if rank.role.name == "score":
+        scorer_rank(rank, run)
         return
     config = rank.resolved.config
     limit_s = parse_duration(config.checkpoint.must_save_by or "")
@@ -102,9 +112,8 @@ def build_trainer(
     if checkpoint is not None:
         check_data(checkpoint, order)
     built = build_model(resolved)  # before engines: vLLM changes classes of transformers
-    engines = build_engines(
-        resolved, run, should_stop=stop.is_set, untouched=built[1].untouched, samples=rank.role.bridge is None
-    )
+    bridge = rank.role.bridge
+    engines = build_engines(resolved, run, should_stop=stop.is_set, untouched=built[1].untouched, bridge=bridge)
     sampler = engines[0]
     student = build_student(resolved, parallel, built)
     num_steps = count_steps(config, order)
@@ -123,9 +132,9 @@ def build_trainer(
         student.heads = build_heads(rank, student)
     teachers = shake_hands(rank, run, teachers, stages, student.heads) if teachers else []
     worker: RolloutWorker | SamplingRanks | None = None
-    if rank.role.bridge is not None:
+    if bridge is not None:
         version, dtype = (lambda: trainable.num_updates), getattr(torch, config.model.student.dtype.value)
-        worker = SamplingRanks(rank.role.bridge, parts.weights_of(rank, student), version, dtype, stages)
+        worker = SamplingRanks(bridge, parts.weights_of(rank, student), version, dtype, stages)
     elif sampler is not None:
         worker = parts.build_worker(rank, stages, sampler, student, trainable)
     early = scores_while_sampling(config, on_gpus=resolved.ranks.on_gpus)
@@ -236,7 +245,7 @@ def complete_teachers(
 
 def count_steps(config: Config, order: parts.Order) -> int:
     """Return the number of steps of the whole run."""
-    if config.rollout.carry_over and config.rollout.replay is None:  # how many prompts a step takes is not known
+    if not ends_by_epochs(config):
         return config.train.max_steps
     return int(min(config.train.max_steps, config.train.max_epochs * order.steps_per_epoch))
 

@@ -16,17 +16,22 @@ with the weights of the last `sync` before it: nothing depends on which side is 
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from distill_cli.engines.weight_sync import Deferred, Outgoing, full_tensors, shapes_of
+from distill_cli.metrics import SAMPLE_S
 from distill_cli.parallel.bridge import WeightChannel
 from distill_cli.parallel.roles import Bridge
 from distill_cli.rollout.in_flight import InFlight, SampledStep, Slot
@@ -34,10 +39,10 @@ from distill_cli.rollout.score_files import Recorder
 from distill_cli.rollout.source import RolloutSource, ScoredBatch
 from distill_cli.rollout.stages import Stages, StopRequested
 from distill_cli.rollout.step_writer import StepWriter
-from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
+from distill_cli.rollout.workers import PendingScores, RolloutWorker, ScoringWorker
 from distill_cli.types import Prompt, Rollout
 
-SAMPLE_S = "roles/sample_s"
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,10 +57,42 @@ class SamplingRanks:
     dtype: torch.dtype
     """The engine's, to which matrices are cast before they travel."""
     stages: Stages
+    on_step: Callable[[int, SampledStep], object] = lambda step, sampled: None
+    """Called with each step as soon as it is sampled, in a thread."""
     _sent: int | None = None
     """The last version that was sent."""
-    _steps: dict[int, tuple[SampledStep, tuple[Slot, ...]]] = field(default_factory=dict)
-    """Steps whose answers have come."""
+    _steps: dict[int, Future[tuple[SampledStep, tuple[Slot, ...]]]] = field(default_factory=dict)
+    """Those that have begun and were not taken."""
+    _answers: SimpleQueue[Any] = field(default_factory=SimpleQueue)
+    """Of other commands."""
+
+    def __post_init__(self) -> None:
+        self._group = dist.new_group(backend="gloo")  # the thread's
+        self._thread = threading.Thread(target=self._listen, name="sampled", daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        """Take answers until the ranks that sample end. Every rank that trains runs it: a collective."""
+        step = 0
+        try:
+            while True:
+                box: list[Any] = [self.bridge.answers.take() if self.stages.parallel.is_main else None]
+                dist.broadcast_object_list(box, src=0, group=self._group)
+                command, answer = box[0]
+                if command == "close":
+                    return
+                if command == "step":
+                    step, sampled, slots = answer
+                    self.on_step(step, sampled)
+                    self._steps[step].set_result((sampled, slots))
+                else:
+                    self._answers.put(answer)
+        except BaseException as error:  # the main thread raises it
+            log.info("no more answers of the ranks that sample", exc_info=True)
+            self._answers.put(error)
+            for future in list(self._steps.values()):
+                if not future.done():
+                    future.set_exception(error)
 
     def sync(self) -> None:
         """Send the student's weights, unless they are there. A collective."""
@@ -73,19 +110,21 @@ class SamplingRanks:
 
     def begin(self, step: int) -> None:
         """Let them write the next step's sequences with the weights that they have."""
+        self._steps[step] = Future()
         self._command("step", step=step)
 
     def take(self, step: int) -> tuple[SampledStep, tuple[Slot, ...]]:
         """Block until a step that has begun is there; return it, once."""
-        while step not in self._steps:
-            self._answer()
-        return self._steps.pop(step)
+        found = self._steps[step].result()
+        del self._steps[step]
+        return found
 
     def ask(self, command: str, **arguments: Any) -> Any:
         """Return the answer to a command. Steps that have begun are written before it."""
         self._command(command, **arguments)
-        while (answer := self._answer()) is None:
-            pass
+        answer = self._answers.get()
+        if isinstance(answer, BaseException):
+            raise answer
         return answer
 
     def close(self) -> None:
@@ -93,21 +132,11 @@ class SamplingRanks:
         if self.stages.parallel.is_main:
             self.bridge.commands.close()
         self._command("close")
+        self._thread.join()
 
     def _command(self, command: str, **arguments: Any) -> None:
         if self.stages.parallel.is_main:
             self.bridge.commands.put((command, arguments))
-
-    def _answer(self) -> Any:
-        """Take the next answer; return None if it was a step. A collective."""
-        box: list[Any] = [self.bridge.answers.take() if self.stages.parallel.is_main else None]
-        dist.broadcast_object_list(box, src=0)
-        command, answer = box[0]
-        if command != "step":
-            return answer
-        step, *found = answer
-        self._steps[step] = tuple(found)
-        return None
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -147,6 +176,13 @@ class SplitSource(RolloutSource):
         self._begun, self._slots = self.in_flight.sampled_step, {self.in_flight.sampled_step: self.in_flight.slots}
         self._trained, self._committed = first - 1, self.in_flight.sampled_step
         self._now = first - 1
+        self._scores: dict[int, PendingScores] = {}
+        if self.scoring.can_begin:
+            self.ranks.on_step = self._begin_scores
+
+    def _begin_scores(self, step: int, sampled: SampledStep) -> None:
+        """Let the ranks that score begin, while this one may train on an earlier step."""
+        self._scores[step] = self.scoring.begin_step(sampled.rollouts, slots=sampled.slots)
 
     def step(self, step: int) -> ScoredBatch:
         ranks, stages = self.ranks, self.ranks.stages
@@ -160,7 +196,10 @@ class SplitSource(RolloutSource):
                 ranks.begin(self._begun)
         with stages("sample"):
             sampled = self._sampled(step)
-        batch = self.scoring.score(sampled.rollouts, slots=sampled.slots)
+        if (pending := self._scores.pop(step, None)) is not None:
+            batch = self.scoring.finish_step(pending)
+        else:
+            batch = self.scoring.score(sampled.rollouts, slots=sampled.slots)
         if self.recorder is not None:
             with stages("record"):
                 self.recorder.write(step, batch)
@@ -238,6 +277,8 @@ def serve(
         answer: Any = None
         try:
             if command == "close":
+                if parallel.is_main:
+                    bridge.answers.put((command, None))
                 return
             if command == "sync":
                 weights.version = arguments["version"]

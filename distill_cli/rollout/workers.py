@@ -166,6 +166,17 @@ TeacherHeadReader = Callable[[int, Teacher], object]
 """Takes a teacher's index and the awake teacher. A collective."""
 
 
+@dataclass(frozen=True)
+class PendingScores:
+    """The sequences of a step that are being scored by ranks that do nothing else."""
+
+    rollouts: Sequence[Rollout]
+    plans: Sequence[BatchPlan]
+    slots: Sequence[int] | None
+    waits: Mapping[int, tuple[list[int], Callable[[], list[TeacherScores]]]]
+    """By teacher: places in `rollouts`, and what waits for their scores."""
+
+
 @dataclass
 class ScoringWorker:
     """Score the sequences that each rank trains on with their teachers. Building it is a collective."""
@@ -239,6 +250,37 @@ class ScoringWorker:
                 scored |= deliver(found, needed)
         self.stages.check_stop()
         return replace(self._batch(rollouts, plans, scored), slots=slots)
+
+    @property
+    def can_begin(self) -> bool:
+        """Whether all teachers score on ranks of their own, each of which scores for some ranks alone."""
+        apart = all(teacher.works_apart for teacher in self.teachers)
+        return apart and all(share.num_engines == 1 for share in self.shares)
+
+    def begin_step(self, rollouts: Sequence[Rollout], *, slots: Sequence[int] | None = None) -> PendingScores:
+        """Plan the micro-batches of a step's sequences, and let the teachers score this rank's. Not a collective.
+
+        Args:
+            slots: see `Planner.plan`.
+        """
+        plans = self.planner.plan(rollouts, slots)
+        mine, waits = self.planner.local_places(plans), {}
+        for index, teacher in enumerate(self.teachers):
+            requests = {place: t for place in mine for t in rollouts[place].prompt.targets if t.teacher == index}
+            if requests:
+                own = [(rollouts[place], target) for place, target in requests.items()]
+                wait = submit(own, teacher, merged_eos_ids=self.merged_eos_ids, hidden=self.hidden)
+                waits[index] = list(requests), wait
+        return PendingScores(rollouts, plans, slots, waits)
+
+    def finish_step(self, pending: PendingScores) -> ScoredBatch:
+        """Wait for the scores that `begin_step` asked for. A collective."""
+        scored: dict[Place, TeacherScores] = {}
+        with self.stages("score"), self.stages.unless_lost():
+            for index, (places, wait) in pending.waits.items():
+                scored |= {(place, index): scores for place, scores in zip(places, wait(), strict=True)}
+        self.stages.check_stop()
+        return replace(self._batch(pending.rollouts, pending.plans, scored), slots=pending.slots)
 
     def _score_with(
         self, index: int, rollouts: Sequence[Rollout], wanted: Mapping[int, Target], plans: Sequence[BatchPlan]

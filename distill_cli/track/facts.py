@@ -62,7 +62,7 @@ def run_tags(config: Config, run: RunDir) -> dict[str, str]:
 
 def attempt_tags(resolved: ResolvedRun, run: RunDir) -> dict[str, str]:
     """Return the tags that may differ between attempts: host, job, mesh."""
-    mesh = mesh_text(resolved.config.mesh, resolved.ranks.total)
+    mesh = mesh_text(resolved.config.mesh, resolved.ranks.trainers)
     found = {"host": platform.node(), "user": getpass.getuser(), "attempt": str(run.attempt), "mesh": mesh}
     for name in LAUNCHERS:
         found |= launcher_of(name).tags()

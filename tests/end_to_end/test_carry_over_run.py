@@ -47,19 +47,19 @@ def test_steps_have_their_budget(alone: Finished) -> None:
     assert "Steps in which answers were written that go on" in (alone.run.path / "report.html").read_text()
 
 
-SPLIT = ("cluster.roles=split", "cluster.ranks_per_node=3")
-"""Two ranks train, as in the shared run, and one samples."""
+SPLIT = ("cluster.roles=split", "engine.teacher.ranks=1", "cluster.ranks_per_node=4")
+"""Two ranks train, as in the shared run, one samples and one scores."""
 
 
 def test_split_and_killed_runs_are_exact(alone: Finished, tmp_path: Path) -> None:
-    """The rank that samples is killed; what was sampled ahead with earlier weights is not lost."""
+    """The rank that scores is killed; what was sampled ahead with earlier weights is not lost."""
     process = start(tmp_path, *CARRIED, *SPLIT, "run.name=r")
     run = tmp_path / "runs/r"
     wait_until((run / "checkpoints/step_2").exists, process)
-    psutil.Process(process.pid).children()[0].children()[2].kill()
+    psutil.Process(process.pid).children()[0].children()[3].kill()
     assert process.wait(200) == 0, (tmp_path / "output.txt").read_text()
     printed = (tmp_path / "output.txt").read_text()
-    assert "attempt 1 failed: rank 2 was killed by SIGKILL" in printed
+    assert "attempt 1 failed: rank 3 was killed by SIGKILL" in printed
     assert "attempt 2 goes on from the checkpoint of step" in printed
     rows, others = learned(read_metrics(run / "metrics.jsonl")), learned(alone.metrics)
     for row, other in zip(rows[1:], others[1:], strict=True):
