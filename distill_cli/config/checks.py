@@ -377,7 +377,8 @@ def _engines_on_two_nodes(config: Config, *, first: int, per_node: int) -> Itera
     sizes = [("engine.student", num_sampling_ranks(config), config.engine.student.tensor_parallel)]
     for name, ranks in scoring_ranks(config).items():
         sizes.append((engine_key(name), ranks, teacher_configs(config)[name].engine.teacher.tensor_parallel))
-    for at, ranks, size in sizes:
+    for at, ranks, tensor_parallel in sizes:
+        size = max(tensor_parallel, 1)  # a smaller one is refused elsewhere
         if any(rank // per_node != (rank + size - 1) // per_node for rank in range(first, first + ranks, size)):
             rule = f"an engine of {size} ranks would span two nodes of {per_node}"
             yield f"{at}.ranks={ranks}: {rule}; choose numbers of ranks that are multiples of {size}"
