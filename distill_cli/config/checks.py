@@ -4,7 +4,7 @@ Reads nothing but the config, and the signature of a user's own divergence.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from operator import attrgetter
@@ -15,25 +15,21 @@ from distill_cli.config.credentials import secret_problems
 from distill_cli.config.derived import (
     ends_by_epochs,
     needed_length,
-    num_sampling_ranks,
     parse_duration,
     scored_length,
-    scoring_ranks,
     validates,
 )
 from distill_cli.config.execution_schema import Roles
 from distill_cli.config.fields import LIMITS, declared_keys
+from distill_cli.config.layout_checks import Problems, role_problems
 from distill_cli.config.loss_schema import LossConfig, Support, Tail
-from distill_cli.config.schema import HIDDEN, Config, OffPolicy
+from distill_cli.config.schema import HIDDEN, Config
 from distill_cli.config.teacher_jobs import job_config, job_key, own_key_problems, teacher_nodes
-from distill_cli.config.teachers import engine_key, model_key, teacher_configs, teacher_problems
+from distill_cli.config.teachers import model_key, teacher_configs, teacher_problems
 from distill_cli.config.variation import plain
 from distill_cli.errors import ConfigError
 from distill_cli.losses import divergence, token_weight
 from distill_cli.metrics import METRICS, find
-
-Problems = Iterator[tuple[str, str]]
-"""Keys, each with the rule that its value breaks and the fix."""
 
 RESERVED_ENGINE_KWARGS = {
     *("model", "tokenizer", "revision", "dtype", "quantization", "trust_remote_code", "max_model_len", "seed"),
@@ -52,7 +48,7 @@ def config_problems(config: Config) -> list[str]:
     if wrong := _lines(config, _lengths):
         return wrong
     found = [
-        *_lines(config, _limits, _rollout, _carry_over, _roles, _train, _data, _eval, _checkpoint, _run),
+        *_lines(config, _limits, _rollout, _carry_over, role_problems, _train, _data, _eval, _checkpoint, _run),
         *_teacher_dependent(config),
         *secret_problems(asdict(config)),
     ]
@@ -281,30 +277,6 @@ def _carry_over(config: Config) -> Problems:
         yield "rollout.tokens_per_step", f"{slots}, each at least a token a step; raise it"
 
 
-def _roles(config: Config) -> Problems:
-    rollout, engine = config.rollout, config.engine.student
-    if not (number := num_sampling_ranks(config)):
-        return
-    if engine.ranks == 0:
-        yield "engine.student.ranks", "with cluster.roles=split some ranks sample; leave it out"
-    engines = {"engine.student": (number, engine)}
-    for name, ranks in scoring_ranks(config).items():
-        engines[engine_key(name)] = ranks, teacher_configs(config)[name].engine.teacher
-    for at, (ranks, one) in engines.items():
-        if one.tensor_parallel >= 1 and ranks % one.tensor_parallel:
-            fix = f"make it a multiple of {at}.tensor_parallel={one.tensor_parallel}"
-            yield f"{at}.ranks", f"each engine has {one.tensor_parallel} ranks; {fix}"
-    if rollout.score_while_sampling:
-        yield "rollout.score_while_sampling", "other ranks sample (cluster.roles=split); leave it out"
-    if rollout.guard_above is not None:
-        yield "rollout.guard_above", "the ranks that sample have no teacher (cluster.roles=split); leave it out"
-    if rollout.on_policy_fraction < 1 and rollout.off_policy is OffPolicy.teacher:
-        rule = "the ranks that sample have no teacher (cluster.roles=split)"
-        yield "rollout.off_policy", f"{rule}; set rollout.off_policy=dataset, or cluster.roles=shared"
-    if any(one.model.teacher.is_student for one in teacher_configs(config).values()):
-        yield "model.teacher.path", "the student's engine is on other ranks; set cluster.roles=shared"
-
-
 def _rollout(config: Config) -> Problems:
     rollout = config.rollout
     if rollout.staleness and rollout.score_while_sampling:
@@ -349,40 +321,6 @@ def _train(config: Config) -> Problems:
         yield "mesh.sequence_parallel", "needs tensor-parallel ranks; raise mesh.tensor, or leave it out"
     if train.compile and mesh.tensor > 1:
         yield "train.compile", f"gives wrong gradients with mesh.tensor={mesh.tensor} in this torch; turn one off"
-
-
-def mesh_problems(config: Config, *, ranks_per_node: int) -> Iterator[str]:
-    """Yield one line for each axis of the mesh that the ranks of the job cannot form."""
-    sizes = {f"mesh.{name}": getattr(config.mesh, name) for name in ("tensor", "context", "expert", "replicate")}
-    others = num_sampling_ranks(config) + sum(scoring_ranks(config).values())
-    if (whole := ranks_per_node * config.cluster.nodes) <= others:
-        rule = f"{others} of {whole} ranks sample or score, and none is left to train"
-        yield f"cluster.roles=split: {rule}; take more ranks, or lower engine.student.ranks and engine.teacher.ranks"
-        return
-    num_ranks, product = whole - others, math.prod(sizes.values())
-    yield from _engines_on_two_nodes(config, first=num_ranks, per_node=ranks_per_node)
-    data_ranks = num_ranks // max(config.mesh.tensor * config.mesh.context, 1)
-    if product >= 1 and num_ranks % product:
-        shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        divisors = ", ".join(str(size) for size in range(1, num_ranks + 1) if num_ranks % size == 0)
-        train = " that train" if others else ""
-        yield f"{shown}: their product {product} must divide the {num_ranks} ranks{train}; make it one of {divisors}"
-    elif data_ranks > config.train.global_batch_size:
-        rule = f"fewer sequences than the {data_ranks} ranks that share them; raise it, or take fewer ranks"
-        yield f"train.global_batch_size={config.train.global_batch_size}: {rule}"
-
-
-def _engines_on_two_nodes(config: Config, *, first: int, per_node: int) -> Iterator[str]:
-    """Yield one line for each role whose engines would span nodes; `first` is the first rank that does not train."""
-    sizes = [("engine.student", num_sampling_ranks(config), config.engine.student.tensor_parallel)]
-    for name, ranks in scoring_ranks(config).items():
-        sizes.append((engine_key(name), ranks, teacher_configs(config)[name].engine.teacher.tensor_parallel))
-    for at, ranks, tensor_parallel in sizes:
-        size = max(tensor_parallel, 1)  # a smaller one is refused elsewhere
-        if any(rank // per_node != (rank + size - 1) // per_node for rank in range(first, first + ranks, size)):
-            rule = f"an engine of {size} ranks would span two nodes of {per_node}"
-            yield f"{at}.ranks={ranks}: {rule}; choose numbers of ranks that are multiples of {size}"
-        first += ranks
 
 
 def _data(config: Config) -> Problems:

@@ -19,12 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from distill_cli import memory as predictions
 from distill_cli.config import derived
-from distill_cli.config.checks import (
-    config_problems,
-    evaluation_problems,
-    mesh_problems,
-    serving_problems,
-)
+from distill_cli.config.checks import config_problems, evaluation_problems, serving_problems
+from distill_cli.config.layout_checks import mesh_problems
 from distill_cli.config.schema import Config, Dtype
 from distill_cli.config.teacher_jobs import job_config
 from distill_cli.config.teachers import engine_key, path_key, teacher_configs

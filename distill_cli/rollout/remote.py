@@ -62,9 +62,11 @@ class SamplingRanks:
     _sent: int | None = None
     """The last version that was sent."""
     _steps: dict[int, Future[tuple[SampledStep, tuple[Slot, ...]]]] = field(default_factory=dict)
-    """Those that have begun and were not taken."""
+    """Those that were not taken. An answer may come before this rank has begun the step: others are ahead of it."""
     _answers: SimpleQueue[Any] = field(default_factory=SimpleQueue)
     """Of other commands."""
+    _error: BaseException | None = None
+    """Why no more answers come."""
 
     def __post_init__(self) -> None:
         self._group = dist.new_group(backend="gloo")  # the thread's
@@ -73,7 +75,6 @@ class SamplingRanks:
 
     def _listen(self) -> None:
         """Take answers until the ranks that sample end. Every rank that trains runs it: a collective."""
-        step = 0
         try:
             while True:
                 box: list[Any] = [self.bridge.answers.take() if self.stages.parallel.is_main else None]
@@ -84,15 +85,19 @@ class SamplingRanks:
                 if command == "step":
                     step, sampled, slots = answer
                     self.on_step(step, sampled)
-                    self._steps[step].set_result((sampled, slots))
+                    self._future(step).set_result((sampled, slots))
                 else:
                     self._answers.put(answer)
         except BaseException as error:  # the main thread raises it
             log.info("no more answers of the ranks that sample", exc_info=True)
+            self._error = error
             self._answers.put(error)
             for future in list(self._steps.values()):
                 if not future.done():
                     future.set_exception(error)
+
+    def _future(self, step: int) -> Future[tuple[SampledStep, tuple[Slot, ...]]]:
+        return self._steps.setdefault(step, Future())
 
     def sync(self) -> None:
         """Send the student's weights, unless they are there. A collective."""
@@ -110,12 +115,14 @@ class SamplingRanks:
 
     def begin(self, step: int) -> None:
         """Let them write the next step's sequences with the weights that they have."""
-        self._steps[step] = Future()
         self._command("step", step=step)
 
     def take(self, step: int) -> tuple[SampledStep, tuple[Slot, ...]]:
         """Block until a step that has begun is there; return it, once."""
-        found = self._steps[step].result()
+        future = self._future(step)
+        if self._error is not None:
+            raise self._error
+        found = future.result()
         del self._steps[step]
         return found
 
@@ -214,6 +221,7 @@ class SplitSource(RolloutSource):
     def commit(self) -> None:
         self._trained, self._committed = self._now, self._begun
         self._waiting.pop(self._now, None)
+        self._slots = {step: kept for step, kept in self._slots.items() if step >= self._now}
 
     @property
     def state(self) -> InFlight | None:
@@ -221,9 +229,7 @@ class SplitSource(RolloutSource):
         if self.staleness == 0 and not self.keeps_slots:
             return None
         waiting = tuple(self._sampled(step) for step in range(self._trained + 1, self._committed + 1))
-        slots = self._slots[self._committed]
-        self._slots = {step: kept for step, kept in self._slots.items() if step >= self._committed}
-        return InFlight(self._committed, waiting, slots)
+        return InFlight(self._committed, waiting, self._slots[self._committed])
 
 
 class IncomingWeights:

@@ -43,6 +43,7 @@ def kill_and_resume(stage: Stage) -> None:
         stage,
         *("run.name=killed", f"run.root={folder.parent}", f"train.max_steps={KILLED_STEPS}", "checkpoint.period=2"),
         *("eval.period=0", "eval.at_start=false", "eval.at_end=false", "eval.record_samples=0"),
+        "rollout.carry_over=true",  # what is in flight is a part of the checkpoint
         *("engine.student.enforce_eager=true", "engine.teacher.enforce_eager=true"),  # two starts
     )
     begin = time.monotonic()

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from distill_cli.config.checks import config_problems, inert_overrides, mesh_problems
+from distill_cli.config.checks import config_problems, inert_overrides
 from distill_cli.config.compose import compose
 from distill_cli.config.derived import num_sampling_ranks, scores_while_sampling, scoring_ranks
+from distill_cli.config.layout_checks import mesh_problems
 from distill_cli.config.schema import Config
 from distill_cli.jobs.preflight import preflight
 from distill_cli.jobs.run_panels import roles_row, step_row
