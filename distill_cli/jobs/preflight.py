@@ -286,6 +286,17 @@ def check_overlap(config: Config, ranks: Ranks) -> Iterator[str]:
             yield f"rollout.score_while_sampling=true: {problem}"
 
 
+def check_staleness(facts: Facts, config: Config) -> None:
+    """Warn of losses that stale answers may make diverge."""
+    sampled = [name for name in ("policy_gradient", "reward", "penalty") if getattr(config.loss, name)]
+    if config.rollout.staleness and sampled and config.rollout.replay is None:
+        terms = " and ".join(f"loss.{name}" for name in sampled)
+        risk = "may diverge at learning rates at which current answers do not"
+        facts.warnings.append(
+            f"rollout.staleness={config.rollout.staleness}: {terms} {risk} (docs/scaling.md); watch rollout/drift"
+        )
+
+
 def check_offload(facts: Facts, config: Config, ranks: Ranks) -> None:
     """Warn of offloading on CPUs."""
     for name in ("cpu_offload", "offload_optimizer"):
@@ -371,5 +382,5 @@ CHECKS: tuple[Check, ...] = (
     *(*COMMON_CHECKS, model_checks.trainable, model_checks.layout, read_recording, model_checks.recorded),
     *(model_checks.templates, model_checks.pair, model_checks.rotary, model_checks.router),
     *(model_checks.tensor_parallel, model_checks.expert_parallel, model_checks.tried_layouts, model_checks.adapters),
-    *(teacher_checks.check_servers, check_overlap, check_offload, predict_memory, check_disk),
+    *(teacher_checks.check_servers, check_overlap, check_staleness, check_offload, predict_memory, check_disk),
 )

@@ -105,3 +105,12 @@ def test_memory_is_that_of_a_rank_that_trains() -> None:
     assert "sampler" not in split.memory.parts
     apart = preflight(config_of(SPLIT, "engine.teacher.ranks=1", "cluster.ranks_per_node=3"))
     assert "scorer" not in apart.memory.parts
+
+
+def test_stale_policy_gradients_are_warned_of() -> None:
+    def warnings(*overrides: str) -> list[str]:
+        return [line for line in preflight(config_of(*overrides)).warnings if "rollout.staleness" in line]
+
+    (line,) = warnings("loss=policy_gradient", "rollout.staleness=1")
+    assert "loss.policy_gradient may diverge" in line
+    assert warnings("loss=reverse", "rollout.staleness=1") == warnings("loss=policy_gradient") == []
