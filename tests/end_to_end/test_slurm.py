@@ -43,6 +43,18 @@ def test_two_nodes_equal_one_node(cluster: Cluster, two_ranks: Finished, tmp_pat
     check_account(cluster, job, "State,NNodes,ExitCode", "COMPLETED|2|0:0")
 
 
+@pytest.mark.slow
+def test_each_role_may_have_its_node(cluster: Cluster, one_rank: Finished, tmp_path: Path) -> None:
+    """One node trains, one samples and one scores: the numbers are those of one rank that does all."""
+    roles = ("cluster.roles=split", "engine.teacher.ranks=1", "cluster.nodes=3")
+    done = cluster.distill(tmp_path, *SHORT, *NO_EVAL, *roles, "cluster=slurm", "--wait")
+    assert done.status == 0, done.stdout + done.stderr
+    for ours, theirs in zip(done.metrics[1:], one_rank.metrics[1:], strict=True):
+        assert ours["train/response_tokens"] == theirs["train/response_tokens"]
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
+        assert ours["roles/sample_s"] > 0
+
+
 SLOW_VERIFIER = """
 import time
 from pathlib import Path
