@@ -61,7 +61,7 @@ class Schedule:
     """How a step is done."""
 
     sequences: int
-    """Of a step, or slots."""
+    """Sequences of a step, or its slots."""
     trainers: int
     samplers: int = 0
     """Ranks that sample alone; 0 is all."""

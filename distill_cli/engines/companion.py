@@ -11,11 +11,9 @@ from __future__ import annotations
 import os
 import queue
 import threading
-import traceback
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -23,15 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distill_cli.engines.base import OnEnd, Teacher
+from distill_cli.engines.asked_teacher import AskedTeacher, answer_of
 from distill_cli.engines.companion_process import STORE_FILE, death_of, start_process
-from distill_cli.engines.engine import reason
 from distill_cli.engines.process_setup import prepare_process
-from distill_cli.engines.settings import EngineSettings, SamplingSettings
+from distill_cli.engines.settings import EngineSettings
 from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.engines.teacher_batches import BatchTeacher
-from distill_cli.errors import ConfigError, DistillError
-from distill_cli.types import ModelHead, Sample, TeacherScores
+from distill_cli.errors import DistillError
 
 BUILDERS: dict[str, Callable[..., VllmTeacher]] = {"start": VllmTeacher, "start_batches": BatchTeacher}
 """What the first request builds, by its name."""
@@ -46,7 +42,7 @@ def needs_companion(sampler: EngineSettings, teacher: EngineSettings, *, on_gpu:
     return sampler.tensor_parallel != teacher.tensor_parallel or (on_gpu and teacher.sleep_mode)
 
 
-class CompanionTeacher(Teacher):
+class CompanionTeacher(AskedTeacher):
     """A `VllmTeacher` in another process. Every rank builds one at the same point: a collective.
 
     It loads while the rank continues; `wait_ready`, or the first use, waits for it. All methods raise DistillError,
@@ -59,7 +55,7 @@ class CompanionTeacher(Teacher):
         self.num_ranks = settings.tensor_parallel
         self._settings = settings
         self._is_ready = False
-        self._requests = deque[Future[Any]]()
+        super().__init__()
         host = os.environ.get("MASTER_ADDR", "localhost")
         # The store of the companions' process group, which rank 0 serves.
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
@@ -89,40 +85,6 @@ class CompanionTeacher(Teacher):
                 raise
             self._is_ready = True
 
-    def score(
-        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
-    ) -> list[TeacherScores]:
-        """Score in the companion; see `Teacher`."""
-        return self.submit(sequences, response_starts=response_starts, hidden=hidden)()
-
-    def submit(
-        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
-    ) -> Callable[[], list[TeacherScores]]:
-        """Let the companion score meanwhile; see `Teacher`."""
-        self.wait_ready()
-        starts = list(response_starts)
-        request = self._send("score", sequences=list(sequences), response_starts=starts, hidden=hidden)
-        return lambda: self._answer(request)
-
-    def head(self, rows: tuple[int, int] | None = None) -> ModelHead:
-        """Return the head, from the companion; see `Teacher`."""
-        return self._call("head", rows=rows)
-
-    def sample(
-        self,
-        prompts: Sequence[list[int]],
-        *,
-        seeds: Sequence[int],
-        sampling: SamplingSettings,
-        on_end: OnEnd | None = None,
-    ) -> list[Sample]:
-        """Sample in the companion; see `VllmEngine.sample`. `on_end` is called when all have ended."""
-        samples = self._call("sample", prompts=list(prompts), seeds=list(seeds), sampling=sampling)
-        if on_end is not None:
-            for index, sample in enumerate(samples):
-                on_end(index, sample)
-        return samples
-
     def sleep(self) -> None:
         """Move the weights to host memory and drop the KV cache; does nothing without `settings.sleep_mode`."""
         if self._settings.sleep_mode:
@@ -140,32 +102,21 @@ class CompanionTeacher(Teacher):
         self._connection.close()
         self._store = None
 
-    def _call(self, method: str, **arguments: Any) -> Any:
-        self.wait_ready()
-        return self._answer(self._send(method, **arguments))
-
-    def _send(self, method: str, **arguments: Any) -> Future[Any]:
-        request = Future[Any]()
+    def _put(self, method: str, arguments: dict[str, Any]) -> None:
         try:
             self._connection.send((method, arguments))
         except OSError:
             raise self._death() from None
-        self._requests.append(request)
-        return request
 
-    def _answer(self, request: Future[Any]) -> Any:
-        """Return the answer to a request; a dead process closes its end, or is noticed within a second."""
-        while not request.done():  # answers come in the order of the requests
-            try:
-                while not self._connection.poll(1.0):
-                    if self._process.poll() is not None:
-                        raise self._death()
-                self._requests.popleft().set_result(self._connection.recv())
-            except (EOFError, OSError):
-                raise self._death() from None
-        if isinstance(answer := request.result(), DistillError):
-            raise answer
-        return answer
+    def _take(self) -> Any:
+        """Return the next answer; a dead process closes its end, or is noticed within a second."""
+        try:
+            while not self._connection.poll(1.0):
+                if self._process.poll() is not None:
+                    raise self._death()
+            return self._connection.recv()
+        except (EOFError, OSError):
+            raise self._death() from None
 
     def _death(self) -> DistillError:
         if self._connection.closed:
@@ -188,19 +139,18 @@ def serve(connection: Connection) -> None:
             method, arguments = connection.recv()
         except EOFError:
             return
-        answer: Any = None
-        try:
-            if teacher is None:
-                join_companions()  # collective
-                teacher = BUILDERS[method](**arguments)
-            else:
-                answer = getattr(teacher, method)(**arguments)
-        except Exception as error:
-            if not isinstance(error, ConfigError):  # that is the user's, and says it all
-                traceback.print_exc()
-            is_known = isinstance(error, DistillError)
-            answer = error if is_known else DistillError(f"the teacher failed: {reason(error)}")
-        answers.put(answer)
+        if teacher is not None:
+            answers.put(answer_of(partial(getattr(teacher, method), **arguments)))
+            continue
+        built = answer_of(partial(build, BUILDERS[method], arguments))
+        teacher = None if isinstance(built, DistillError) else built
+        answers.put(built if teacher is None else None)
+
+
+def build(builder: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Join the other companions and return the teacher. A collective."""
+    join_companions()
+    return builder(**arguments)
 
 
 def _bits(tensor: torch.Tensor) -> Any:

@@ -7,86 +7,38 @@ the answers, so that the engine goes on while the rank trains.
 from __future__ import annotations
 
 import pickle
-import threading
 import time
-import traceback
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from distill_cli.engines.base import OnEnd, Teacher
-from distill_cli.engines.engine import reason
-from distill_cli.engines.settings import SamplingSettings
-from distill_cli.errors import ConfigError, DistillError
+from distill_cli.engines.asked_teacher import AskedTeacher, answer_of
+from distill_cli.engines.base import Teacher
 from distill_cli.parallel.roles import Link
-from distill_cli.types import ModelHead, Sample, TeacherScores
 
 POLL_S, CLOSING_POLL_S = 0.005, 0.5
 
 
-class RankTeacher(Teacher):
+class RankTeacher(AskedTeacher):
     """The teacher, as a rank that trains calls it."""
 
     num_ranks = 1
     works_apart = True
 
     def __init__(self, link: Link) -> None:
+        super().__init__()
         self._link = link
-        self._requests = deque[Future[Any]]()
-        self._sending, self._receiving = threading.Lock(), threading.Lock()
 
-    def score(
-        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
-    ) -> list[TeacherScores]:
-        return self.submit(sequences, response_starts=response_starts, hidden=hidden)()
+    def _put(self, method: str, arguments: dict[str, Any]) -> None:
+        self._link.requests.put((method, arguments))
 
-    def submit(
-        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
-    ) -> Callable[[], list[TeacherScores]]:
-        """Let the engine score meanwhile; see `Teacher`."""
-        starts = list(response_starts)
-        request = self._send("score", sequences=list(sequences), response_starts=starts, hidden=hidden)
-        return lambda: self._answer(request)
-
-    def head(self, rows: tuple[int, int] | None = None) -> ModelHead:
-        head: ModelHead = self._answer(self._send("head", rows=rows))
-        return head
-
-    def sample(
-        self,
-        prompts: Sequence[list[int]],
-        *,
-        seeds: Sequence[int],
-        sampling: SamplingSettings,
-        on_end: OnEnd | None = None,
-    ) -> list[Sample]:
-        """Return one answer to each prompt; `on_end` is called when all have ended."""
-        request = self._send("sample", prompts=list(prompts), seeds=list(seeds), sampling=sampling)
-        samples: list[Sample] = self._answer(request)
-        for index, sample in enumerate(samples if on_end is not None else ()):
-            assert on_end is not None
-            on_end(index, sample)
-        return samples
-
-    def _send(self, method: str, **arguments: Any) -> Future[Any]:
-        request = Future[Any]()
-        with self._sending:
-            self._link.requests.put((method, arguments))
-            self._requests.append(request)
-        return request
-
-    def _answer(self, request: Future[Any]) -> Any:
-        with self._receiving:
-            while not request.done():  # answers come in the order of the requests
-                ((_, content),) = self._link.replies.receive()
-                self._requests.popleft().set_result(pickle.loads(content.numpy().tobytes()))
-        if isinstance(answer := request.result(), DistillError):
-            raise answer
-        return answer
+    def _take(self) -> Any:
+        ((_, content),) = self._link.replies.receive()
+        return pickle.loads(content.numpy().tobytes())
 
 
 def serve_ranks(teacher: Teacher, links: Sequence[Link], *, is_closing: Callable[[], bool]) -> None:
@@ -118,14 +70,7 @@ def serve_ranks(teacher: Teacher, links: Sequence[Link], *, is_closing: Callable
         if box[0] is None:
             return
         index, (method, arguments) = box[0]
-        answer: Any = None
-        try:
-            answer = getattr(teacher, method)(**arguments)
-        except Exception as error:
-            if not isinstance(error, ConfigError):  # that is the user's, and says it all
-                traceback.print_exc()
-            is_known = isinstance(error, DistillError)
-            answer = error if is_known else DistillError(f"the teacher failed: {reason(error)}")
+        answer = answer_of(partial(getattr(teacher, method), **arguments))
         if links:
             senders[index].submit(_reply, links[index], answer)
 

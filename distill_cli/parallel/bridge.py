@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 CHUNK_BYTES = 4 << 20
-"""Of a message: a store takes values of up to 8 MiB."""
+"""Size of a message's parts: a store takes values of up to 8 MiB."""
 BUCKET_BYTES = 2**26
-"""Of tensors that are broadcast at a time; a larger one is alone."""
+"""Size of the tensors that one broadcast carries, at most; a larger tensor has its own."""
 ALIGNMENT = 16
 """Tensors begin at multiples of it in a bucket, so that their bytes can be read as any dtype."""
 POLL = timedelta(seconds=1)

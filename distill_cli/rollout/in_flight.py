@@ -27,7 +27,7 @@ class SampledStep:
 
     rollouts: tuple[Rollout, ...]
     origins: tuple[tuple[int, int], ...]
-    """Of each: the batch of `PromptOrder` that its prompt is in, and the prompt's index there."""
+    """The batch of `PromptOrder` that each rollout's prompt is in, and the prompt's index there."""
     slots: tuple[int, ...] | None = None
     """`ScoredBatch.slots`."""
     metrics: Mapping[str, float] = field(default_factory=dict)

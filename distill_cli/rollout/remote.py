@@ -64,7 +64,7 @@ class SamplingRanks:
     _steps: dict[int, Future[tuple[SampledStep, tuple[Slot, ...]]]] = field(default_factory=dict)
     """Those that were not taken. An answer may come before this rank has begun the step: others are ahead of it."""
     _answers: SimpleQueue[Any] = field(default_factory=SimpleQueue)
-    """Of other commands."""
+    """Answers to commands other than `step`."""
     _error: BaseException | None = None
     """Why no more answers come."""
 

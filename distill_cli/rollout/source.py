@@ -35,7 +35,7 @@ class ScoredBatch:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The source's own metrics of the step."""
     slots: Sequence[int] | None = None
-    """Of each sequence, its slot (`rollout.carry_over`); None if each has its own."""
+    """The slot of each sequence (`rollout.carry_over`); None if each has its own."""
 
     def micro_batches(self, parallel: Parallel) -> list[MicroBatch]:
         """Lay out this rank's micro-batches of all global batches, in their order."""

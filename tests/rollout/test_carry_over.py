@@ -222,6 +222,16 @@ def test_only_new_tokens_are_scored_and_trained(make: Make) -> None:
     assert sum(len(row.rows) for row in rows) == 20
 
 
+def test_parts_may_be_scored_as_they_end(make: Make) -> None:
+    late, source = run(make(), range(1, 6)), make()
+    source.scoring = replace(source.scoring, begins_early=True)
+    for one, other in zip(run(source, range(1, 6)), late, strict=True):
+        assert (one.rollouts, one.plans) == (other.rollouts, other.plans)
+        assert one.scores.keys() == other.scores.keys() == set(range(len(one.rollouts)))
+        for place, scores in other.scores.items():
+            assert one.scores[place].topk_ids.equal(scores.topk_ids)
+
+
 def test_answers_count_when_they_end(make: Make) -> None:
     batches = run(make(lengths=[12] * 4, limit=40), range(1, 4))
     assert [rollout_metrics(batch.rollouts) for batch in batches[:2]] == [{}, {}]
