@@ -173,6 +173,7 @@ TEACHERS_KL = Figure("teachers_kl", "divergence", "KL forward per token, by teac
 TEACHERS_AGREEMENT = Figure("teachers_agreement", "divergence", "Agreement on the likeliest token, by teacher")
 TEACHERS_ACCURACY = Figure("teachers_accuracy", "accuracy", "Right answers sampled in training, by teacher",
     from_0_to_1=True, wide=True)
+ALIGNMENT = Figure("alignment", "divergence", "Tokens that align with the teacher's own", from_0_to_1=True)
 GRAD_NORM = Figure("grad_norm", "divergence", "Gradient norm, before clipping")
 GRAD_TERMS = Figure("grad_terms", "divergence", "Gradient norm of each term of the loss", log=True)
 SIGNALS = Figure("signals", "divergence", "Tokens that weights and clip leave", from_0_to_1=True)
@@ -259,6 +260,15 @@ METRICS = (
 
     Metric("train/mixture_uncertainty", "probability that may lie in the rest instead of at a token where a row's "
         "teachers are mixed: theirs outside their top-k (teachers.md)", "probability", "lower", needs="model.teachers"),
+
+    Metric("train/aligned_rate", "compared tokens that begin where a token of a teacher with a tokenizer of its own "
+        "does; the others begin inside one (cross_tokenizer.md)", TOKENS, "higher", needs="model.teacher.tokenizer",
+        label="aligned", figure=ALIGNMENT, series="aligned"),
+    Metric("train/residual_mass", "probability of that teacher's likeliest tokens that is no token of the student's: "
+        "in the loss's rest class", "probability", "lower", needs="model.teacher.tokenizer", label="residue",
+        figure=MASS, series="the teacher's residue"),
+    Metric("train/left_out_rate", "sampled tokens of which that teacher says nothing: without loss", TOKENS, "lower",
+        needs="model.teacher.tokenizer", label="left out", figure=ALIGNMENT, series="left out"),
 
     Metric("probe/kl_forward", "train/kl_forward at the prompts of eval.record_samples, which are the same each time",
         "nats", "lower", figure=PROBE_KL, series="forward", needs="eval.record_samples"),

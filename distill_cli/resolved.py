@@ -112,6 +112,8 @@ class ResolvedRun:
     warnings: tuple[str, ...]
     servers: dict[str, str] = field(default_factory=dict)
     """By name, the kind of servers of each teacher that has some (`engines.server_info.ServerKind.name`)."""
+    tokenizers: dict[str, str] = field(default_factory=dict)
+    """By name, what is known of each teacher's own tokenizer (`jobs.other_tokens`)."""
 
     def model(self, role: str) -> ModelFiles:
         """Return the files of the model with the role `student` or `teacher`, which must be the only one."""
@@ -122,14 +124,17 @@ class ResolvedRun:
         return {name: self._alone(name, config) for name, config in teacher_configs(self.config).items()}
 
     def _alone(self, name: str, config: Config) -> ResolvedRun:
+        teachers = {ONLY: self.teachers[name]} if name in self.teachers else {}
         lengths = dataclasses.replace(
             self.lengths,
             teacher_prompt=derived.max_teacher_prompt_tokens(config),
-            teacher=config.engine.teacher.max_model_len or derived.scored_length(config),
+            teacher=scored_length(config, self.teachers.get(name)),
         )
-        teachers = {ONLY: self.teachers[name]} if name in self.teachers else {}
         servers = {ONLY: self.servers[name]} if name in self.servers else {}
-        return dataclasses.replace(self, config=config, lengths=lengths, teachers=teachers, servers=servers)
+        alone = dataclasses.replace(self, config=config, lengths=lengths, teachers=teachers, servers=servers)
+        if not config.model.teacher.has_own_tokenizer or name not in self.teachers:
+            return alone
+        return dataclasses.replace(alone, vocabulary=SharedVocabulary(self.teachers[name].vocab_size, None, ()))
 
     def write(self, run: RunDir) -> None:
         """Write resolved.json, and copies of the files of served teachers. config.yaml has the config."""
@@ -163,6 +168,15 @@ class ResolvedRun:
             found = resolved.teachers.items()
             moved["teachers"] = {name: files.on_this_machine(key=path_key(name)) for name, files in found}
         return dataclasses.replace(resolved, **moved)
+
+
+def scored_length(config: Config, teacher: ModelFiles | None) -> int:
+    """Return the tokens of the longest sequence in the engine of a run's only teacher."""
+    if (given := config.engine.teacher.max_model_len) is not None:
+        return given
+    needed, most = derived.scored_length(config), None if teacher is None else teacher.max_positions
+    # What a teacher with a tokenizer of its own cannot read is left out of the loss.
+    return min(needed, most) if config.model.teacher.has_own_tokenizer and most is not None else needed
 
 
 def _build(kind: Any, value: Any) -> Any:

@@ -174,11 +174,15 @@ class TeacherScores:
     """float32 [R], of the response tokens themselves, normalised in the same way; NaN with hidden states."""
     hidden: torch.Tensor
     """[R, H], of the engine's dtype: the last hidden state before the teacher's head."""
+    alignment: torch.Tensor
+    """float32 [R, 2] if the teacher has a tokenizer of its own: 1 where a token of the teacher begins and 0 inside one,
+    and the probability in its top-k of what is no token of the student's. Else [R, 0]."""
 
     @classmethod
     def of_topk(cls, topk_ids: torch.Tensor, topk_logp: torch.Tensor, sampled_logp: torch.Tensor) -> TeacherScores:
         """Return scores by their top-k."""
-        return cls(topk_ids, topk_logp, sampled_logp, topk_logp.new_empty(len(sampled_logp), 0))
+        none = topk_logp.new_empty(len(sampled_logp), 0)
+        return cls(topk_ids, topk_logp, sampled_logp, none, none)
 
     @classmethod
     def of_hidden(cls, hidden: torch.Tensor) -> TeacherScores:
@@ -187,7 +191,7 @@ class TeacherScores:
 
         rows = len(hidden)
         none = torch.empty(rows, 0, dtype=torch.int32), torch.empty(rows, 0)
-        return cls(*none, torch.full((rows,), torch.nan), hidden)
+        return cls(*none, torch.full((rows,), torch.nan), hidden, torch.empty(rows, 0))
 
     @classmethod
     def empty(cls, topk: int = 1) -> TeacherScores:
@@ -207,7 +211,9 @@ class TeacherScores:
         padded = [torch.nn.functional.pad(part.hidden, (0, width - part.hidden.shape[1])) for part in parts]
         columns = ([getattr(part, name) for part in parts] for name in ("topk_ids", "topk_logp", "sampled_logp"))
         ids, logp, sampled_logp = map(torch.cat, columns)
-        return cls(ids, logp, sampled_logp, torch.cat(padded))
+        width = max(part.alignment.shape[1] for part in parts)
+        alignment = [part.alignment if part.alignment.shape[1] else shared_tokens(part, width) for part in parts]
+        return cls(ids, logp, sampled_logp, torch.cat(padded), torch.cat(alignment))
 
     def take(self, rows: torch.Tensor | slice) -> TeacherScores:
         """Return the scores of these rows."""
@@ -215,11 +221,27 @@ class TeacherScores:
 
     def first(self, topk: int) -> TeacherScores:
         """Return the scores cut to the `topk` likeliest tokens of each row."""
-        return TeacherScores(self.topk_ids[:, :topk], self.topk_logp[:, :topk], self.sampled_logp, self.hidden)
+        return replace(self, topk_ids=self.topk_ids[:, :topk], topk_logp=self.topk_logp[:, :topk])
+
+    @property
+    def is_known(self) -> torch.Tensor:
+        """bool [R]: False where the teacher says nothing of the student's token."""
+        import torch
+
+        if not self.alignment.shape[1]:
+            return torch.ones_like(self.sampled_logp, dtype=torch.bool)
+        return self.topk_ids[:, 0] >= 0
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> TeacherScores:
         """Return the scores on `device`."""
         return TeacherScores(*(tensor.to(device, non_blocking=non_blocking) for tensor in vars(self).values()))
+
+
+def shared_tokens(scores: TeacherScores, width: int) -> torch.Tensor:
+    """Return the `alignment` of scores by a teacher with the student's tokenizer: [R, width]."""
+    alignment = scores.sampled_logp.new_zeros(len(scores.sampled_logp), width)
+    alignment[:, :1] = 1.0
+    return alignment
 
 
 LOGIT_ROWS = 8192

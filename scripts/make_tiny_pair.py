@@ -148,7 +148,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     torch.manual_seed(recipe.seed)
     config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=recipe.num_layers,
@@ -192,7 +192,7 @@ def draw_batches(
             order = rng.sample(problems, len(problems))
         batch, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
         prompts = [encode(render_prompt(problem.question, tokenizer), tokenizer) for problem in batch]
-        answers = [encode(course.solve(problem.question, rng) + TURN_END, tokenizer) for problem in batch]
+        answers = [encode(course.solve(problem.question, rng) + tokenizer.eos_token, tokenizer) for problem in batch]
         width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
         input_ids_BT = torch.full((len(batch), width), tokenizer.pad_token_id)
         targets_BT = torch.full((len(batch), width), IGNORED)

@@ -20,6 +20,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"parallel"},
     {"resolved"},
     {"memory", "data", "engines", "launch", "report"},
+    {"tokens"},
     {"rollout", "serving"},
     {"student"},
     {"checkpoint"},

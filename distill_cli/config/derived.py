@@ -18,8 +18,13 @@ def max_teacher_prompt_tokens(config: Config) -> int:
     """Return `data.max_teacher_prompt_tokens`, or its default: the student's limit, or a sequence if it has context."""
     if config.data.max_teacher_prompt_tokens is not None:
         return config.data.max_teacher_prompt_tokens
-    has_context = config.data.teacher_context is not None
-    return config.rollout.max_sequence_length if has_context else max_prompt_tokens(config)
+    if config.data.teacher_context is not None:
+        return config.rollout.max_sequence_length
+    return max_prompt_tokens(config) * (OWN_LENGTH if config.model.teacher.has_own_tokenizer else 1)
+
+
+OWN_LENGTH = 2
+"""Tokens of a teacher with a tokenizer of its own for each of the student's, at most: what is longer is left out."""
 
 
 def max_engine_mismatch(config: Config) -> float:
@@ -44,9 +49,12 @@ def validation_length(config: Config) -> int:
 def scored_length(config: Config) -> int:
     """Return the tokens of the longest sequence that the teacher may see: its own prompt and the student's answer."""
     teacher, rollout = config.model.teacher, config.rollout
+    answer = rollout.longest_answer if rollout.max_turns == 1 else rollout.max_sequence_length
+    if teacher.has_own_tokenizer:
+        longest = max(answer, config.eval.max_new_tokens or 0)
+        return max_teacher_prompt_tokens(config) + OWN_LENGTH * longest
     if config.data.teacher_context is None and teacher.chat_template is None and not teacher.chat_template_kwargs:
         return needed_length(config)
-    answer = rollout.longest_answer if rollout.max_turns == 1 else rollout.max_sequence_length
     return max(needed_length(config), max_teacher_prompt_tokens(config) + answer)
 
 

@@ -22,6 +22,7 @@ Schedule = Enum("Schedule", {"constant": "constant", "cosine": "cosine", "linear
 OnTruncation = Enum("OnTruncation", {"warn": "warn", "stop": "stop"})
 OverlongPrompts = Enum("OverlongPrompts", {"drop": "drop", "truncate": "truncate"})
 EosMap = Enum("EosMap", {"auto": "auto", "off": "off"})
+TeacherTokenizer = Enum("TeacherTokenizer", {"student": "student", "own": "own"})
 LoraSync = Enum("LoraSync", {"merged": "merged", "adapter": "adapter"})
 STUDENT = "student"
 """`model.teacher.path` of a teacher that is the student; `./student` is a folder of that name."""
@@ -68,9 +69,9 @@ class StudentModel:
 @section
 class TeacherModel:
     path: str | None = key(None, evaluation=True)
-    """A Hugging Face folder or hub name. Its vocabulary must be the student's. `student` is the student itself, as it
-    is at each step (self-distillation): give it a context or a template of its own, `ema` or `refresh`. With the `url`
-    of a vLLM server only its config and tokenizer are read."""
+    """A Hugging Face folder or hub name. Its vocabulary must be the student's, unless tokenizer=own. `student` is the
+    student itself, as it is at each step (self-distillation): give it a context or a template of its own, `ema` or
+    `refresh`. With the `url` of a vLLM server only its config and tokenizer are read."""
     ema: float | None = key(None, at_least=0, below=1)
     """The teacher's weights are a running mean of the student's: after each training step ema x teacher + (1 - ema) x
     student. For path=student."""
@@ -99,9 +100,13 @@ class TeacherModel:
     """Type of the scorer's weights."""
     quantization: str | None = key(None, evaluation=True)
     """A vLLM quantization method (fp8, awq, ...); null leaves the weights as they are."""
+    tokenizer: TeacherTokenizer = TeacherTokenizer.student
+    """student: the teacher reads the student's tokens. own: it has a tokenizer of its own, reads what the student wrote
+    as text in its own tokens and its prompts in its own chat template; its distributions are brought to the student's
+    tokens by their bytes (docs/cross_tokenizer.md)."""
     chat_template: str | None = None
     """The template of the teacher's prompt: a Jinja file, the template itself, or `own` for the one in the teacher's
-    folder; null is the student's. The answer's tokens are the student's in any case."""
+    folder; null is the student's, or its own with tokenizer=own. The answer's text is the student's in any case."""
     chat_template_kwargs: dict[str, Any] = key(factory=dict)
     """Arguments of the template for the teacher alone; they override `model.chat_template_kwargs`."""
 
@@ -114,6 +119,11 @@ class TeacherModel:
     def moves_apart(self) -> bool:
         """Whether its weights are the student's of earlier steps."""
         return self.is_student and (self.ema is not None or self.refresh > 1)
+
+    @property
+    def has_own_tokenizer(self) -> bool:
+        """Whether it reads other tokens than the student's."""
+        return self.tokenizer is TeacherTokenizer.own
 
     @property
     def has_files(self) -> bool:

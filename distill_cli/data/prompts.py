@@ -1,7 +1,7 @@
 """Turn examples into prompts: apply the templates and tokenize, for the student and, if it reads another, the teacher.
 
-Response tokens are shared, prompts need not be: the teacher may have a chat template of its own (`model.teacher`), or
-read a context that the student does not (`data.teacher_context`).
+The answer's text is shared, prompts need not be: the teacher may have a tokenizer or a chat template of its own
+(`model.teacher`), or read a context that the student does not (`data.teacher_context`).
 """
 
 import logging
@@ -52,10 +52,12 @@ class TeacherPromptSettings:
     """How an example becomes a teacher's prompt."""
 
     name: str = "teacher"
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Its own, with its own chat template; None is the student's."""
     max_tokens: int | None = None
     """Most tokens of its prompt; None is the student's limit."""
     chat_template: str | None = None
-    """The text of its chat template; None is the student's."""
+    """The text of its chat template; None is its tokenizer's."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of its chat template, in addition to the student's and overriding them."""
     has_context: bool = False
@@ -94,7 +96,7 @@ class PromptSettings:
     def has_own_prompt(self, teacher: TeacherPromptSettings) -> bool:
         """Return whether a teacher's prompt may differ from the student's."""
         has_own_template = teacher.chat_template is not None or self.kwargs_of(teacher) != self.template_kwargs
-        return teacher.has_context or has_own_template
+        return teacher.tokenizer is not None or teacher.has_context or has_own_template
 
 
 Opening = Callable[[Example], str]
@@ -174,7 +176,7 @@ class PromptMaker:
     def student_ids(self, example: Example, cut: int) -> list[int]:
         """Return the token ids of the student's prompt, with the question cut to `cut` characters."""
         text = _fill(self.settings.prompt_template, question=example.question[:cut])
-        return self._render(example, text, self.settings.template_kwargs, None)
+        return self._render(example, text, self.settings.template_kwargs)
 
     def teacher_ids(self, teacher: TeacherPromptSettings, example: Example, cut: int) -> list[int]:
         """Return the token ids of a teacher's prompt, with the context cut, or the question if it reads none."""
@@ -183,7 +185,9 @@ class PromptMaker:
         else:
             question = _fill(self.settings.prompt_template, question=example.question)
             text = _fill(teacher.prompt_template, question=question, context=example.context[:cut])
-        return self._render(example, text, self.settings.kwargs_of(teacher), teacher.chat_template)
+        return self._render(
+            example, text, self.settings.kwargs_of(teacher), teacher.chat_template, tokenizer=teacher.tokenizer
+        )
 
     def _fit(
         self,
@@ -206,20 +210,26 @@ class PromptMaker:
         return ids_of(example, cut) if cut else []
 
     def _render(
-        self, example: Example, text: str, template_kwargs: Mapping[str, Any], template: str | None
+        self,
+        example: Example,
+        text: str,
+        template_kwargs: Mapping[str, Any],
+        template: str | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> list[int]:
         """Render `text` as the user's last message, after the example's earlier messages."""
-        system = self.settings.system_prompt
-        if self.tokenizer.chat_template is None and template is None:
+        system, tokenizer = self.settings.system_prompt, tokenizer or self.tokenizer
+        if tokenizer.chat_template is None and template is None:
             earlier = [message["content"] for message in example.messages[:-1]]
-            return self.tokenizer.encode("\n\n".join([*([system] if system else []), *earlier, text]))
+            return tokenizer.encode("\n\n".join([*([system] if system else []), *earlier, text]))
         messages = [*(dict(message) for message in example.messages[:-1]), {"role": "user", "content": text}]
         if system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
-        rendered = self.tokenizer.apply_chat_template(
+        rendered = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True, **template_kwargs
         )
-        return self.tokenizer.encode(rendered, add_special_tokens=False)
+        return tokenizer.encode(rendered, add_special_tokens=False)
 
     def warnings(self) -> list[str]:
         """Return one line for each way in which prompts were left out or truncated."""

@@ -19,6 +19,8 @@ from distill_cli.data.registry import resolve_environment, resolve_verifier
 from distill_cli.data.row_check import DataFacts
 from distill_cli.engines.process_setup import hide_broken_packages
 from distill_cli.errors import ConfigError, broken, collect
+from distill_cli.jobs import other_tokens
+from distill_cli.jobs.other_tokens import OtherTokens
 from distill_cli.models import known_families, lora_names, model_files, model_pair, tensor_plan, tried_families
 from distill_cli.models.model_files import ModelFiles
 from distill_cli.models.model_pair import Vocabularies
@@ -198,12 +200,25 @@ def pair(
     if config.model.tokenizer and (other := Vocabularies.of(tokenizer.folder, student.folder).problem()):
         yield f"model.tokenizer={config.model.tokenizer}: not the student's vocabulary: {other}; leave it out"
     alone = teacher_configs(config)
+    own = {name: files for name, files in teachers.items() if alone[name].model.teacher.has_own_tokenizer}
     pairs = {
         name: Vocabularies.of(student.folder, files.folder, tokenizer=tokenizer.folder)
         for name, files in teachers.items()
+        if name not in own
     }
-    vocabulary = shared_vocabulary(config, list(pairs.values()), student, list(teachers.values()))
+    sample = facts.data.sample if facts.data else None
+    others = collect(partial(other_tokens.compare, student, files, tokenizer, sample) for files in own.values())
+    facts.other_tokens = dict(zip(own, others, strict=True))
+    same = [files for name, files in teachers.items() if name not in own]
+    vocabulary = shared_vocabulary(config, list(pairs.values()), student, same, list(others))
     facts.vocabulary = facts.vocabulary or vocabulary  # a recording's goes first
+    for name, files in own.items():
+        found = facts.other_tokens[name]
+        if found.aligned < other_tokens.LITTLE:
+            what = f"{path_key(name)}={files.path}: of a sample only {found.aligned:.0%} of the student's tokens begin"
+            facts.warnings.append(f"{what} where its own do; at the others it says what follows inside a token")
+        if config.loss.topk > files.vocab_size:
+            yield f"loss.topk={config.loss.topk}: must be at most the {files.vocab_size} tokens of {path_key(name)}"
     for name, both in pairs.items():
         if problem := both.problem():
             what = f"its vocabulary is not the student's ({config.model.student.path}): {problem}"
@@ -212,7 +227,11 @@ def pair(
         yield f"loss.topk={config.loss.topk}: must be at most the vocabulary of {vocabulary.size}"
     yield from _too_long(config, "the student", student, needed_length(config))
     for name, files in teachers.items():
-        yield from _too_long(alone[name], _shown(name), files, scored_length(alone[name]))
+        if name not in own:
+            yield from _too_long(alone[name], _shown(name), files, scored_length(alone[name]))
+    for name in own:
+        if not alone[name].model.teacher.chat_template and model_pair.chat_template(teachers[name].folder) is None:
+            facts.warnings.append(f"{path_key(name)}: has no chat template: it reads the plain text of prompts")
     for name, both in pairs.items():
         prefix = "" if len(pairs) == 1 else f"{model_key(name)}: "
         warnings = _pair_warnings(facts, alone[name], both, student, teachers[name], tokenizer)
@@ -259,7 +278,11 @@ def _pair_warnings(
 
 
 def shared_vocabulary(
-    config: Config, pairs: Sequence[Vocabularies], student: ModelFiles, teachers: Sequence[ModelFiles]
+    config: Config,
+    pairs: Sequence[Vocabularies],
+    student: ModelFiles,
+    teachers: Sequence[ModelFiles],
+    others: Sequence[OtherTokens] = (),
 ) -> SharedVocabulary:
     """Return the ids that all models have, and the end-of-sequence tokens that the loss merges, the student's first.
 
@@ -267,14 +290,17 @@ def shared_vocabulary(
 
     Args:
         pairs: the student with each of the teachers.
+        others: the teachers with tokenizers of their own.
     """
     limit = min((both.limit for both in pairs if both.limit is not None), default=None)
     merged: tuple[int, ...] = ()
-    if config.model.eos_map is not EosMap.off and any(teacher.eos_ids != student.eos_ids for teacher in teachers):
-        theirs = {token for teacher in teachers for token in teacher.eos_ids}
+    ends = [*(teacher.eos_ids for teacher in teachers), *(other.end_ids for other in others)]
+    if config.model.eos_map is not EosMap.off and any({*own} != {*student.eos_ids} for own in ends):
+        theirs = {token for own in ends for token in own}
         merged = (*student.eos_ids, *sorted(theirs - {*student.eos_ids}))
     below = tuple(token for token in merged if limit is None or token < limit)
-    return SharedVocabulary(limit or min(size for both in pairs for size in both.sizes), limit, below)
+    size = min((size for both in pairs for size in both.sizes), default=student.vocab_size)
+    return SharedVocabulary(limit or size, limit, below if len(below) > 1 else ())
 
 
 def positions(config: Config, student: ModelFiles) -> Iterator[str]:

@@ -173,6 +173,10 @@ def run_rows(resolved: ResolvedRun) -> Rows:
     return {
         "parameters": parameter_row(resolved),
         "trained": trained_row(resolved),
+        **{
+            "teacher's tokenizer" if name == ONLY else f"{name}'s tokenizer": text
+            for name, text in resolved.tokenizers.items()
+        },
         "rows": f"{training_rows(resolved)}, {validation_rows(resolved)} for validation",
         "epoch": epoch,
         "steps": f"{steps:,} (max_steps {train.max_steps:,}{epochs})",

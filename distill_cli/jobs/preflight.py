@@ -36,10 +36,11 @@ from distill_cli.launch.nodes import make_folder
 from distill_cli.machine import hardware
 from distill_cli.models import model_files, param_counts
 from distill_cli.models.model_files import ModelFiles
-from distill_cli.resolved import Lengths, PredictedMemory, Ranks, ResolvedRun, SharedVocabulary
+from distill_cli.resolved import Lengths, PredictedMemory, Ranks, ResolvedRun, SharedVocabulary, scored_length
 from distill_cli.track.base import tracker_problems
 
 if TYPE_CHECKING:
+    from distill_cli.jobs.other_tokens import OtherTokens
     from distill_cli.jobs.served_teachers import Served
 
 
@@ -60,6 +61,8 @@ class Facts:
     served: dict[str, Served] = field(default_factory=dict)
     """By name, what the servers of a teacher say that has some."""
     tokenizer: ModelFiles | None = None
+    other_tokens: dict[str, OtherTokens] = field(default_factory=dict)
+    """By name, the teachers with a tokenizer of their own."""
     ranks: Ranks | None = None
     data: DataFacts | None = None
     recording: Recording | None = None
@@ -141,23 +144,24 @@ def resolve(
     facts: Facts, config: Config, student: ModelFiles, tokenizer: ModelFiles, ranks: Ranks, data: DataFacts
 ) -> ResolvedRun:
     """Return the facts as one frozen record."""
-    recording, train, alone = facts.recording, config.train, teacher_configs(config).values()
+    recording, train, alone = facts.recording, config.train, teacher_configs(config)
+    teachers = facts.teachers or {}
     recorded = epoch = recording.num_steps if recording else None  # in steps; None of a streamed source
     if epoch is None and data.num_train is not None and derived.ends_by_epochs(config):
         epoch = data.num_train // config.rollout.prompts_per_step
     return ResolvedRun(
         config=config,
         student=student,
-        teachers=facts.teachers or {},
+        teachers=teachers,
         tokenizer=tokenizer,
         vocabulary=facts.vocabulary or SharedVocabulary(student.vocab_size, None, ()),
         ranks=ranks,
         lengths=Lengths(
             prompt=derived.max_prompt_tokens(config),
-            teacher_prompt=max(map(derived.max_teacher_prompt_tokens, alone)),
+            teacher_prompt=max(map(derived.max_teacher_prompt_tokens, alone.values())),
             validation=derived.validation_length(config),
             student=config.engine.student.max_model_len or derived.needed_length(config),
-            teacher=max(one.engine.teacher.max_model_len or derived.scored_length(one) for one in alone),
+            teacher=max(scored_length(one, teachers.get(name)) for name, one in alone.items()),
         ),
         num_steps=train.max_steps if epoch is None else min(train.max_steps, train.max_epochs * epoch),
         num_train_rows=data.num_train,
@@ -168,6 +172,7 @@ def resolve(
         no_memory=facts.no_memory,
         warnings=tuple(dict.fromkeys(facts.warnings)),
         servers={name: served.kind.name for name, served in facts.served.items()},
+        tokenizers={name: found.verdict for name, found in facts.other_tokens.items()},
     )
 
 

@@ -56,6 +56,8 @@ from distill_cli.rollout.workers import Responder, RolloutWorker, ScoringWorker
 from distill_cli.student.model import Student
 from distill_cli.student.moving import MovingCopy
 from distill_cli.student.weights import synced_parameters
+from distill_cli.tokens.token_map import TokenMap
+from distill_cli.tokens.translation import Translation
 from distill_cli.train.validation import Validator, first_of_each
 
 FIRST_COPY = -10
@@ -129,20 +131,33 @@ def prompt_settings(resolved: ResolvedRun) -> PromptSettings:
 
 def teacher_prompt_settings(name: str, resolved: ResolvedRun) -> TeacherPromptSettings:
     """Return how examples become prompts of the run's only teacher."""
-    data, model = resolved.config.data, resolved.config.model
-    template = model.teacher.chat_template  # None is the student's
+    data, model, tokenizer = resolved.config.data, resolved.config.model, None
+    template = model.teacher.chat_template
+    if model.teacher.has_own_tokenizer and resolved.teachers:
+        tokenizer = load_tokenizer(resolved.model("teacher").folder, trust_remote_code=model.trust_remote_code)
+        template = None if template == OWN_TEMPLATE else template
     if template == OWN_TEMPLATE:
         template = load_template(resolved.model("teacher").folder, trust_remote_code=model.trust_remote_code)
     elif template is not None:
         template = read_template(template)
     return TeacherPromptSettings(
         name=name,
+        tokenizer=tokenizer,
         max_tokens=resolved.lengths.teacher_prompt,
         chat_template=template,
         template_kwargs=model.teacher.chat_template_kwargs,
         has_context=data.teacher_context is not None,
         prompt_template=data.teacher_prompt_template,
     )
+
+
+def build_translations(resolved: ResolvedRun) -> dict[int, Translation]:
+    """Build what translates to the tokens of the teachers with a tokenizer of their own, by their index."""
+    alone = enumerate(resolved.by_teacher().values())
+    own = {index: one for index, one in alone if one.config.model.teacher.has_own_tokenizer}
+    maps = {index: TokenMap.read(one.student, one.model("teacher"), one.tokenizer) for index, one in own.items()}
+    topk = resolved.config.loss.topk
+    return {index: Translation(tokens, topk, own[index].lengths.teacher) for index, tokens in maps.items()}
 
 
 def build_validator(rank: Rank) -> Validator | None:

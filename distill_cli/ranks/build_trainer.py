@@ -131,6 +131,7 @@ def build_trainer(
     if is_hidden:
         student.heads = build_heads(rank, student)
     teachers = shake_hands(rank, run, teachers, stages, student.heads) if teachers else []
+    translations = parts.build_translations(resolved) if teachers else {}
     worker: RolloutWorker | SamplingRanks | None = None
     if bridge is not None:
         version, dtype = (lambda: trainable.num_updates), getattr(torch, config.model.student.dtype.value)
@@ -147,6 +148,7 @@ def build_trainer(
             student.merged_eos_ids,
             hidden=is_hidden,
             heads=None if student.heads is None else partial(read_moving_head, student.heads),
+            translations=translations,
             begins_early=early,
         )
     validation = probes = None
@@ -155,7 +157,7 @@ def build_trainer(
         record_heads(run, student.heads)
     rollouts = RolloutsFolder(run.rollouts, decode, lambda token: show([token]), is_written=is_main)
     if validator is not None and worker is not None:
-        validation = Validation(validator, worker, teachers if config.eval.teacher else [])
+        validation = Validation(validator, worker, teachers if config.eval.teacher else [], translations)
     if (number := config.eval.record_samples) and worker is not None and scoring is not None:
         if validator is None:
             assert not isinstance(order, RecordedSteps), "config.checks refuses it"

@@ -9,6 +9,7 @@ train on it.
 import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from distill_cli.engines.base import Teacher
 from distill_cli.losses.merged_eos import merge_topk
+from distill_cli.tokens.translation import Translation
 from distill_cli.types import Rollout, Target, TeacherScores
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 4096}
@@ -39,9 +41,14 @@ class EarlyScores:
         batch_tokens: int,
         merged_eos_ids: Sequence[int] = (),
         hidden: bool = False,
+        translations: Mapping[int, Translation] = MappingProxyType({}),
     ) -> None:
-        """Score `batch_tokens` tokens at a time, or more; the other arguments are those of `submit`."""
-        self._hidden = hidden
+        """Score `batch_tokens` tokens at a time, or more; the other arguments are those of `submit`.
+
+        Args:
+            translations: by index of the teachers with a tokenizer of their own.
+        """
+        self._hidden, self._translations = hidden, translations
         self._teachers, self._merged_eos_ids, self._batch_tokens = teachers, merged_eos_ids, batch_tokens
         self._waiting: dict[int, dict[Key, Request]] = defaultdict(dict)  # by teacher, then by sequence
         self._submitted: list[tuple[int, list[Key], Callable[[], list[TeacherScores]]]] = []
@@ -69,32 +76,51 @@ class EarlyScores:
     def _submit(self, teacher: int) -> None:
         waiting = self._waiting.pop(teacher)
         own, merged = list(waiting.values()), self._merged_eos_ids
-        wait = submit(own, self._teachers[teacher], merged_eos_ids=merged, hidden=self._hidden)
+        options: dict[str, Any] = {"hidden": self._hidden, "translation": self._translations.get(teacher)}
+        wait = submit(own, self._teachers[teacher], merged_eos_ids=merged, **options)
         self._submitted.append((teacher, list(waiting), wait))
 
 
 def submit(
-    requests: Sequence[Request], teacher: Teacher, *, merged_eos_ids: Sequence[int] = (), hidden: bool = False
+    requests: Sequence[Request],
+    teacher: Teacher,
+    *,
+    merged_eos_ids: Sequence[int] = (),
+    hidden: bool = False,
+    translation: Translation | None = None,
 ) -> Callable[[], list[TeacherScores]]:
     """Begin to score answers with a teacher, which may read prompts of its own; return what waits for the scores.
 
     Args:
         merged_eos_ids: tokens that count as one (`model.eos_map`), which are merged in the top-k here.
         hidden: take hidden states instead of the top-k; the trainer merges tokens in what it makes of them.
+        translation: to the tokens of a teacher with a tokenizer of its own.
     """
     samples = [rollout.sample for rollout, _ in requests]
     assert all(one.logp is not None or one.source != "student" for one in samples), "sampled with logp=False"
-    wait = teacher.submit(
-        [rollout.ids_for(target) for rollout, target in requests],
-        response_starts=[len(rollout.context_for(target)) for rollout, target in requests],
-        hidden=hidden,
-    )
+    if translation is not None:
+        wait = _submit_translated(requests, teacher, translation)
+    else:
+        wait = teacher.submit(
+            [rollout.ids_for(target) for rollout, target in requests],
+            response_starts=[len(rollout.context_for(target)) for rollout, target in requests],
+            hidden=hidden,
+        )
     if hidden:
         return wait
     return lambda: [
         merge_topk(scores, sampled_ids=sample.token_ids, merged_eos_ids=merged_eos_ids)
         for sample, scores in zip(samples, wait(), strict=True)
     ]
+
+
+def _submit_translated(
+    requests: Sequence[Request], teacher: Teacher, translation: Translation
+) -> Callable[[], list[TeacherScores]]:
+    translated = [translation.request(rollout, target) for rollout, target in requests]
+    starts = [one.response_start for one in translated]
+    wait = teacher.submit([one.token_ids for one in translated], response_starts=starts)
+    return lambda: translation.to_student(wait(), translated)
 
 
 def deliver(scores: Mapping[Place, TeacherScores], needed: Sequence[Iterable[Place]]) -> dict[Place, TeacherScores]:

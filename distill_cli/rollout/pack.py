@@ -253,7 +253,9 @@ def lay_out(
     is_real = torch.zeros(1, plan.length, dtype=torch.bool)
     for member, place in zip(plan.members, plan.places, strict=True):
         rollout, begin = rollouts[member], bounds[-1]
-        sample, ids, trained = rollout.sample, rollout.token_ids, trained_tokens(rollout.sample)
+        sample, ids = rollout.sample, rollout.token_ids
+        trained = trained_tokens(sample)
+        trained = trained[scores[member].is_known[trained]]
         tokens[0, begin : begin + len(ids)] = torch.tensor(ids)
         is_real[0, begin : begin + len(ids)] = True
         positions[0, begin : begin + place] = torch.arange(place)

@@ -9,6 +9,7 @@ interrupted the engine, all ranks raise StopRequested instead of returning its r
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -18,12 +19,13 @@ from distill_cli.engines.settings import SamplingSettings
 from distill_cli.engines.weight_sync import Outgoing
 from distill_cli.losses.mixture import mix, uncertain_mass
 from distill_cli.parallel.sharing import EngineShare
-from distill_cli.rollout.early_scores import BATCH_TOKENS, EarlyScores, Place, deliver, submit
+from distill_cli.rollout.early_scores import BATCH_TOKENS, EarlyScores, Place, Request, deliver, submit
 from distill_cli.rollout.growing import sample_turns
 from distill_cli.rollout.pack import BatchPlan, Planner
 from distill_cli.rollout.source import ScoredBatch
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.turns import Turns
+from distill_cli.tokens.translation import Translation
 from distill_cli.types import Prompt, Rollout, Sample, Target, TeacherScores
 
 
@@ -190,6 +192,8 @@ class ScoringWorker:
     """Whether the teachers return their hidden states instead of their top-k."""
     heads: TeacherHeadReader | None = None
     """Reads the head of a teacher whose weights move, each time that it has scored."""
+    translations: Mapping[int, Translation] = field(default_factory=dict)
+    """By index of the teachers with a tokenizer of their own."""
     begins_early: bool = False
     """Whether a sequence is scored when it ends, while others are still sampled (`rollout.score_while_sampling`)."""
     shares: list[EngineShare] = field(init=False)
@@ -205,7 +209,11 @@ class ScoringWorker:
             return None
         batch_tokens = BATCH_TOKENS[self.stages.parallel.device.type]
         return EarlyScores(
-            self.teachers, batch_tokens=batch_tokens, merged_eos_ids=self.merged_eos_ids, hidden=self.hidden
+            self.teachers,
+            batch_tokens=batch_tokens,
+            merged_eos_ids=self.merged_eos_ids,
+            hidden=self.hidden,
+            translations=self.translations,
         )
 
     def score(
@@ -265,12 +273,11 @@ class ScoringWorker:
         """
         plans = self.planner.plan(rollouts, slots)
         mine, waits = self.planner.local_places(plans), {}
-        for index, teacher in enumerate(self.teachers):
+        for index in range(len(self.teachers)):
             requests = {place: t for place in mine for t in rollouts[place].prompt.targets if t.teacher == index}
             if requests:
                 own = [(rollouts[place], target) for place, target in requests.items()]
-                wait = submit(own, teacher, merged_eos_ids=self.merged_eos_ids, hidden=self.hidden)
-                waits[index] = list(requests), wait
+                waits[index] = list(requests), self._submit(index, own)
         return PendingScores(rollouts, plans, slots, waits)
 
     def finish_step(self, pending: PendingScores) -> ScoredBatch:
@@ -290,19 +297,29 @@ class ScoringWorker:
         Args:
             wanted: the sequences of the whole step that the teacher scores, by place.
         """
-        share, teacher = self.shares[index], self.teachers[index]
+        share = self.shares[index]
         members = [place for plan in plans for rank in share.data_ranks for place in plan.members_of(rank)]
         places = [place for place in members if place in wanted]
 
         def score(mine: list[int]) -> list[TeacherScores]:
             own = [(rollouts[places[one]], wanted[places[one]]) for one in mine]
             with self.stages.unless_lost():
-                return submit(own, teacher, merged_eos_ids=self.merged_eos_ids, hidden=self.hidden)()
+                return self._submit(index, own)()
             return [TeacherScores.empty() for _ in mine]
 
         costs = [len(rollouts[place].ids_for(wanted[place])) for place in places]
         found = share.map(score, costs) if places else {}
         return {(places[one], index): scores for one, scores in found.items()}
+
+    def _submit(self, index: int, requests: Sequence[Request]) -> Callable[[], list[TeacherScores]]:
+        """Begin to score answers with a teacher; return what waits for the scores."""
+        return submit(
+            requests,
+            self.teachers[index],
+            merged_eos_ids=self.merged_eos_ids,
+            hidden=self.hidden,
+            translation=self.translations.get(index),
+        )
 
     def _batch(
         self, rollouts: Sequence[Rollout], plans: Sequence[BatchPlan], scored: Mapping[Place, TeacherScores]
@@ -326,16 +343,16 @@ class ScoringWorker:
     def sample(self, prompts: Sequence[Prompt], *, seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
         """Return the answer of each prompt's main teacher to its version of the prompt, on all ranks."""
         answers: dict[int, Sample] = {}
-        for index, teacher in enumerate(self.teachers):
+        for index in range(len(self.teachers)):
             mine = {place: one.main_target for place, one in enumerate(prompts) if one.main_target.teacher == index}
             if mine:
-                answers |= self._sample_with(teacher, prompts, mine, seeds=seeds, sampling=sampling)
+                answers |= self._sample_with(index, prompts, mine, seeds=seeds, sampling=sampling)
         self.stages.check_stop()
         return [answers[place] for place in range(len(prompts))]
 
     def _sample_with(
         self,
-        teacher: Teacher,
+        index: int,
         prompts: Sequence[Prompt],
         wanted: Mapping[int, Target],
         *,
@@ -343,6 +360,9 @@ class ScoringWorker:
         sampling: SamplingSettings,
     ) -> dict[int, Sample]:
         places, ids = list(wanted), [prompts[place].ids_for(target) for place, target in wanted.items()]
+        teacher, translation, longest = self.teachers[index], self.translations.get(index), sampling.max_new_tokens
+        if translation is not None:
+            sampling = translation.sampling(sampling)
 
         def answer(mine: list[int]) -> list[Sample]:
             own_seeds = [seeds[places[one]] for one in mine]
@@ -353,6 +373,9 @@ class ScoringWorker:
         engines = EngineShare.of_all_ranks(teacher.num_ranks, self.stages.parallel)
         with self.stages.awake(teacher), self.stages("sample"):
             sampled = engines.map(answer, [len(one) for one in ids])
+        if translation is not None:
+            read = partial(translation.sample, max_new_tokens=longest)
+            sampled = {one: read(sample) for one, sample in sampled.items()}
         return {places[one]: sample for one, sample in sampled.items()}
 
 

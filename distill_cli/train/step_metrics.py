@@ -58,6 +58,29 @@ def train_metrics(updates: Updates, *, is_current: bool, parallel: Parallel) -> 
     }
 
 
+def alignment_metrics(updates: Updates, rollouts: Sequence[Rollout], *, parallel: Parallel) -> dict[str, float]:
+    """Return how the student's tokens fit those of teachers with other ones; empty without any. A collective.
+
+    Args:
+        rollouts: all of the step.
+    """
+    sums = torch.zeros(4, device=parallel.device)
+    for batches, _ in updates:
+        for alignment in (batch.scores.alignment for batch in batches):
+            own = alignment.new_tensor([float(alignment.shape[1] > 0 and len(alignment) > 0), len(alignment)])
+            values = alignment.sum(0) if alignment.shape[1] else alignment.new_zeros(2)
+            sums += torch.cat([own, values]).to(sums)
+    num_own, number, aligned, residue = parallel.all_sum(sums).tolist()
+    if not num_own:
+        return {}
+    num_written = sum(rollout.sample.num_trained for rollout in rollouts)
+    return {
+        "train/aligned_rate": aligned / max(number, 1),
+        "train/residual_mass": residue / max(number, 1),
+        "train/left_out_rate": 1 - number / max(num_written, 1),
+    }
+
+
 def signal_metrics(updates: Updates, student: Student, *, parallel: Parallel) -> dict[str, float]:
     """Return what token weights, the clip and the limit of importance ratios leave: shares of a step. A collective.
 

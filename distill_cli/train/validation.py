@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -16,6 +16,7 @@ from distill_cli.parallel.mesh import Parallel
 from distill_cli.parallel.sharing import EngineShare, partition_by_cost
 from distill_cli.rollout.remote import SamplingRanks
 from distill_cli.rollout.workers import Responder, RolloutWorker
+from distill_cli.tokens.translation import Translation
 from distill_cli.types import Prompt, Rollout
 
 
@@ -99,15 +100,23 @@ class Validator:
         """The names of the problems' datasets, in alphabetical order."""
         return sorted({prompt.example.dataset for prompt in self.prompts})
 
-    def for_teacher(self, index: int) -> Validator:
-        """Return the problems of one teacher, as it reads them; they keep their weights for it."""
+    def for_teacher(self, index: int, translation: Translation | None = None) -> Validator:
+        """Return the problems of one teacher, as it reads them; they keep their weights for it.
+
+        Args:
+            translation: to its tokens, if it has a tokenizer of its own.
+        """
         prompts = [
             replace(prompt, token_ids=prompt.ids_for(target), targets=(target,))
             for prompt in self.prompts
             for target in prompt.targets
             if target.teacher == index
         ]
-        return replace(self, prompts=prompts)
+        responder = self.responder
+        if translation is not None:
+            sampling = translation.sampling(responder.sampling)
+            responder = replace(responder, sampling=sampling, decode=translation.decode)
+        return replace(self, prompts=prompts, responder=responder)
 
     def run(self, engine: AnsweringEngine) -> Score:
         """Score the engine's answers. A collective: each engine answers its share."""
@@ -161,6 +170,8 @@ class Validation:
     worker: RolloutWorker | SamplingRanks
     teachers: Sequence[Teacher] = ()
     """The teachers, in the config's order, if they are measured."""
+    translations: Mapping[int, Translation] = field(default_factory=dict)
+    """By index of the teachers with a tokenizer of their own."""
 
     def score_student(self) -> Score:
         """Score the student with its current weights. A collective."""
@@ -175,7 +186,7 @@ class Validation:
         stages, datasets, each = self.worker.stages, self.validator.datasets, []
         for index, teacher in enumerate(self.teachers):
             with stages.awake(teacher), stages("eval"):
-                validator = self.validator.for_teacher(index)
+                validator = self.validator.for_teacher(index, self.translations.get(index))
                 each.append(validator.totals(teacher, datasets, within=stages.unless_lost))
             stages.check_stop()
         return Score.of(torch.stack(each).sum(0), datasets), [Score.of(totals, datasets) for totals in each]

@@ -249,7 +249,7 @@ def test_validation_wakes_what_it_measures(parallel: Parallel) -> None:
     class Validator:
         datasets = ("",)
 
-        def for_teacher(self, index: int) -> "Validator":
+        def for_teacher(self, index: int, translation: None) -> "Validator":
             calls.append(f"as teacher {index} reads")
             return self
 

@@ -1,0 +1,83 @@
+"""What stands between the student's tokens and a teacher with a tokenizer of its own (`model.teacher.tokenizer=own`).
+
+The teacher reads what the student wrote as text in its own tokens, its scores come back as those of the student's
+tokens, and what it writes itself becomes the student's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from distill_cli.engines.settings import SamplingSettings
+from distill_cli.tokens.align import Alignment, align
+from distill_cli.tokens.byte_vocabulary import NO_TOKEN
+from distill_cli.tokens.student_scores import to_student
+from distill_cli.tokens.token_map import TokenMap
+from distill_cli.types import Rollout, Sample, Target, TeacherScores
+
+
+@dataclass(frozen=True)
+class TeacherRequest:
+    """A sequence for the teacher to score."""
+
+    token_ids: list[int]
+    response_start: int
+    alignment: Alignment
+    """Of the tokens from `response_start` on."""
+    written: list[int]
+    """The same part of the answer in the student's tokens."""
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Translates between the student's tokens and those of one teacher."""
+
+    tokens: TokenMap
+    topk: int
+    """Likeliest tokens of each position that are kept."""
+    max_tokens: int
+    """Longest sequence that the teacher scores; the end of a longer one is left out."""
+
+    def request(self, rollout: Rollout, target: Target) -> TeacherRequest:
+        """Return the sequence that a teacher scores, which begins with its version of the prompt."""
+        prompt = rollout.prompt.ids_for(target)
+        whole = align(rollout.answer.token_ids, self.tokens)
+        carried = 0 if rollout.carried is None else len(rollout.carried.token_ids)
+        first, part = whole.part(carried)
+        token_ids = (prompt + whole.teacher_ids)[: self.max_tokens]
+        return TeacherRequest(token_ids, min(len(prompt) + first, len(token_ids)), part, rollout.sample.token_ids)
+
+    def to_student(self, scores: Sequence[TeacherScores], requests: Sequence[TeacherRequest]) -> list[TeacherScores]:
+        """Return the scores of the student's tokens; empty ones if the teacher was interrupted."""
+        wanted = [len(one.token_ids) - one.response_start for one in requests]
+        if [len(one.sampled_logp) for one in scores] != wanted:
+            return [TeacherScores.empty(self.topk) for _ in requests]
+        alignments, written = [one.alignment for one in requests], [one.written for one in requests]
+        return to_student(scores, alignments, written, self.tokens, topk=self.topk)
+
+    def sampling(self, sampling: SamplingSettings) -> SamplingSettings:
+        """Return the student's settings as the teacher answers with: its own tokens end an answer."""
+        known = (self.tokens.special_of_student.get(token, NO_TOKEN) for token in sampling.stop_token_ids)
+        return replace(sampling, stop_token_ids=tuple(token for token in known if token != NO_TOKEN))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of the teacher's tokens, without special ones."""
+        return b"".join(map(self.tokens.bytes_of_teacher.__getitem__, token_ids)).decode("utf-8", "replace")
+
+    def sample(self, sample: Sample, *, max_new_tokens: int) -> Sample:
+        """Return the teacher's answer in the student's tokens."""
+        ids: list[int] = []
+        text = b""
+        for token in [*sample.token_ids, None]:
+            special = None if token is None else self.tokens.special_of_teacher.get(token)
+            if token is not None and special is None:
+                text += self.tokens.bytes_of_teacher[token]
+                continue
+            ids += [piece for piece, _ in self.tokens.student.encode(text) if piece != NO_TOKEN]
+            text = b""
+            if special is not None and special != NO_TOKEN:
+                ids.append(special)
+        if len(ids) <= max_new_tokens:
+            return replace(sample, token_ids=ids, logp=None)
+        return replace(sample, token_ids=ids[:max_new_tokens], logp=None, finish_reason="length")

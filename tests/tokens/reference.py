@@ -1,0 +1,99 @@
+"""What a teacher says of the student's tokens, by enumerating what it may write: no tables, no vectors.
+
+A teacher is a function from the tokens so far to the probabilities of the next. The student reads a continuation of
+the teacher's tokens u1 u2 ... as the deepest of its tokens w whose encoding by the teacher is a beginning of them, else
+as the longest token that u1 begins with.
+"""
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from distill_cli.tokens.byte_vocabulary import NO_TOKEN, ByteVocabulary
+
+Model = Callable[[Sequence[int]], list[float]]
+RESIDUE = "residue"
+
+
+def random_model(size: int, *, seed: int) -> Model:
+    """A teacher without a pattern, whose probabilities depend on all tokens so far."""
+
+    def probabilities(context: Sequence[int]) -> list[float]:
+        digest = hashlib.sha256(repr((seed, list(context))).encode()).digest()
+        weights = [random.Random(digest + bytes([token])).random() ** 3 + 1e-3 for token in range(size)]
+        return [weight / sum(weights) for weight in weights]
+
+    return probabilities
+
+
+class Reference:
+    def __init__(
+        self, student: ByteVocabulary, teacher: ByteVocabulary, model: Model, *, ends: tuple[int, int]
+    ) -> None:
+        self.student, self.teacher, self.model = student, teacher, model
+        self.ends = ends
+        self.paths = {}
+        for w, data in enumerate(student.token_bytes):
+            if data and student.encode(data) == [(w, len(data))]:
+                path = tuple(u for u, _ in teacher.encode(data))
+                if NO_TOKEN not in path:
+                    self.paths[path] = w
+
+    def bytes_of(self, u: int) -> bytes:
+        return self.teacher.token_bytes[u] or b""
+
+    def longest(self, data: bytes) -> int:
+        fits = [w for w, own in enumerate(self.student.token_bytes) if own and data.startswith(own)]
+        return max(fits, key=lambda w: len(self.student.token_bytes[w] or b""), default=NO_TOKEN)
+
+    def goes_on(self, path: tuple[int, ...]) -> bool:
+        return any(len(other) > len(path) and other[: len(path)] == path for other in self.paths)
+
+    def at_boundary(self, context: Sequence[int], text: Sequence[int] | None = None, written: bytes = b"") -> Counter:
+        """Return the probabilities of the student's tokens where a token of the teacher begins.
+
+        Args:
+            text: the teacher's tokens that follow: what it would write after others is not known. None: it is.
+            written: the bytes of the student's token that follows, which the teacher's last tokens may go past.
+        """
+        found: Counter = Counter()
+        self._read(list(context), (), NO_TOKEN, 1.0, found, text, written)
+        return found
+
+    def _read(
+        self,
+        context: list[int],
+        path: tuple[int, ...],
+        holder: int,
+        mass: float,
+        found: Counter,
+        text: Sequence[int] | None,
+        written: bytes,
+    ) -> None:
+        so_far = b"".join(map(self.bytes_of, path))
+        for u, p in enumerate(self.model(context)):
+            longer = (*path, u)
+            if not path:
+                own = self.ends[0] if u == self.ends[1] else self.longest(self.bytes_of(u))
+            elif longer in self.paths:
+                own = self.paths[longer]
+            elif len(so_far) < len(written) and (so_far + self.bytes_of(u)).startswith(written):
+                own = self.longest(written)
+            else:
+                own = holder
+            is_known = text is None or (tuple(text[: len(longer)]) == longer and len(text) > len(longer))
+            if self.goes_on(longer) and is_known:
+                self._read([*context, u], longer, own, mass * p, found, text, written)
+            else:
+                found[own if own != NO_TOKEN else RESIDUE] += mass * p
+
+    def inside(self, context: Sequence[int], pending: bytes) -> Counter:
+        """Return the probabilities of the student's tokens after the first bytes of a token of the teacher."""
+        fits = {u: p for u, p in enumerate(self.model(context)) if self.bytes_of(u).startswith(pending)}
+        found: Counter = Counter()
+        for u, p in fits.items():
+            rest = self.bytes_of(u)[len(pending) :]
+            own = self.longest(rest) if rest else NO_TOKEN
+            found[own if own != NO_TOKEN else RESIDUE] += p / sum(fits.values())
+        return found
