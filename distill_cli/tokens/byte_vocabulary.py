@@ -125,6 +125,10 @@ class ByteVocabulary:
             lengths[data[0]].add(len(data))
         return {byte: sorted(found, reverse=True) for byte, found in lengths.items()}
 
+    def token_of(self, data: bytes) -> int:
+        """Return the token of exactly these bytes; NO_TOKEN if there is none."""
+        return self._by_bytes.get(data, NO_TOKEN)
+
     def first(self, data: bytes) -> int:
         """Return the longest token that bytes begin with; NO_TOKEN if there is none."""
         by_bytes, size = self._by_bytes, len(data)

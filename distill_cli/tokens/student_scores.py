@@ -1,25 +1,32 @@
 """A teacher's scores of an answer in its own tokens, as scores of the student's tokens.
 
-At a token of the student that begins o bytes into the teacher's token U of the same text, with P the teacher's
-distribution there, r the first o bytes of U, and c(u) the bytes of u:
+Before a token of the student the text ends where a token of the teacher begins, or inside one. What the teacher may be
+writing there, given the tokens that the student wrote:
 
-    M    = sum of P(u) over the u that begin with r                                       1 where a token begins (o = 0)
-    Q(v) = sum of P(u) / M over the u of which v is the student's next token after r      (`TokenMap.first`, `.after`)
+1. Its next token begins here. The weight is the product A of the probabilities of its tokens before.
+2. It is inside a token u that began earlier, whose spelling (`TokenMap.spellings`) begins with the student's tokens
+   since then. The weight is A of that beginning times u's probability. So a number that the student ends early is not
+   taken for the teacher's: after `13` its token `132` is still possible, and `2` follows then.
 
-A u that ends after r says nothing of the next token: its probability is a residue, in the loss's rest class, as is that
-of a token that the student has none for.
+The student's next token follows from u's spelling in 2, and from that of the next u in 1; the weights are normalised.
+A u that ends here, while the text goes on inside another token, says nothing of what follows: its probability is a
+residue, in the loss's rest class, like that of a token that the student has none for. Where the student's tokens are no
+spelling of what the teacher reads, the teacher's tokens that begin with the same bytes stand for 2.
 
-Then the text that was written tells more, since the teacher scored it. A student's token that goes beyond U takes its
-part of what Q gives to U's text: the product of the probabilities of the teacher's tokens that it covers whole, times
-the sum of those of the tokens that begin with what is left of it. And where U is the beginning of other tokens of the
-student (`TokenMap.tree`), each takes its part by the teacher's next distribution.
+The text that was written tells more, since the teacher scored it. A student's token that goes beyond the teacher's
+token U takes its part of what U has: the product of the probabilities of the teacher's tokens that it covers whole,
+times the sum of those of the tokens that begin with what is left of it. And where U is the beginning of other tokens of
+the student (`TokenMap.tree`), each takes its part by the teacher's next distribution.
+
+If the student's tokens spell the teacher's, the probabilities of those that were written multiply to the teacher's of
+the text.
 
 Shape letters: T tokens of the teacher, R of the student, K the teacher's top-k, C = K + 1: and the written token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
@@ -31,10 +38,11 @@ from distill_cli.losses.distill_loss import PADDING_LOGP
 from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.tokens.align import Alignment
 from distill_cli.tokens.byte_vocabulary import NO_TOKEN
-from distill_cli.tokens.token_map import OTHER_BYTES, Ints, TokenMap
+from distill_cli.tokens.token_map import HASH_BASE, OTHER_BYTES, Ints, TokenMap
 from distill_cli.types import TeacherScores
 
 Floats = NDArray[numpy.float64]
+Bools = NDArray[numpy.bool_]
 
 
 @dataclass
@@ -55,6 +63,22 @@ class _Shares:
         """Move probability from one token to another."""
         self.add(rows, target, masses)
         self.add(rows, source, -masses)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """The teacher's tokens that may have begun at some of the student's, and go on at later ones."""
+
+    rows: Ints
+    """The student's tokens inside them: [n]"""
+    starts: Ints
+    """The student's tokens where they began: [n]"""
+    targets: Ints
+    """The student's next tokens, or NO_TOKEN for a token of the teacher that ends before: [n, C]"""
+    probs: Floats
+    """[n, C]: 0 for tokens of the teacher that the student's do not spell."""
+    has_text: Bools
+    """Whether the teacher's token of the text is among them: [n]"""
 
 
 def to_student(
@@ -80,8 +104,7 @@ def to_student(
     if not scores:
         return []
     rows = _Rows.of(scores, alignments, written, tokens)
-    shares, residue_R = rows.shares()
-    return rows.collect(shares, residue_R, topk=topk)
+    return rows.collect(*rows.shares(), topk=topk)
 
 
 @dataclass(frozen=True)
@@ -93,8 +116,11 @@ class _Rows:
     probs_TK: Floats
     teacher_T: Ints
     """The teacher's tokens of the text."""
-    logp_T: Floats
-    known_T: NDArray[numpy.bool_]
+    prob_T: Floats
+    """Of these tokens."""
+    before_T: Floats
+    """log A: the sum of their log-probabilities before each, over all answers; [T + 1]."""
+    known_T: Bools
     """Whether the teacher's token of the text is in the top-k."""
     written_R: Ints
     first_R: Ints
@@ -104,7 +130,9 @@ class _Rows:
     """See `Alignment.places_R4`, with tokens counted over all answers."""
     end_R: Ints
     """The end of the answer's scores among the teacher's tokens."""
-    is_compared_R: NDArray[numpy.bool_]
+    answer_end_R: Ints
+    """The end of the answer among the student's tokens."""
+    is_compared_R: Bools
     sizes: list[int]
     """Of the answers."""
 
@@ -117,87 +145,150 @@ class _Rows:
         tokens: TokenMap,
     ) -> _Rows:
         counts = [len(one.sampled_logp) for one in scores]
-        bases = numpy.concatenate([[0], numpy.cumsum(counts)]).astype(numpy.int64)
         sizes = [len(one.places_R4) for one in alignments]
+        bases, bounds = (numpy.array(list(accumulate(one, initial=0)), dtype=numpy.int64) for one in (counts, sizes))
         base_R, end_R = numpy.repeat(bases[:-1], sizes), numpy.repeat(bases[1:], sizes)
-        places_R4 = numpy.concatenate([one.places_R4 for one in alignments])
-        first_R, offset_R, last_R, until_R = places_R4.T
+        first_R, offset_R, last_R, until_R = numpy.concatenate([one.places_R4 for one in alignments]).T
         is_compared_R = (first_R >= 0) & (last_R + base_R < end_R)
         whole = TeacherScores.cat(scores)
         ids_TK = whole.topk_ids.numpy().astype(numpy.int64)
-        teacher_T = numpy.array(
-            [token for one, count in zip(alignments, counts, strict=True) for token in one.teacher_ids[:count]],
-            dtype=numpy.int64,
-        )
+        logp_T = whole.sampled_logp.numpy().astype(numpy.float64).clip(min=PADDING_LOGP)
+        shown = [token for one, count in zip(alignments, counts, strict=True) for token in one.teacher_ids[:count]]
+        teacher_T: Ints = numpy.array(shown, dtype=numpy.int64)
         return cls(
-            tokens,
-            ids_TK,
-            numpy.exp(whole.topk_logp.numpy().astype(numpy.float64)),
-            teacher_T,
-            whole.sampled_logp.numpy().astype(numpy.float64),
-            (ids_TK == teacher_T[:, None]).any(1),
-            numpy.array([token for one in written for token in one], dtype=numpy.int64),
-            numpy.where(is_compared_R, first_R + base_R, 0),
-            offset_R,
-            numpy.where(is_compared_R, last_R + base_R, 0),
-            until_R,
-            end_R,
-            is_compared_R,
-            sizes,
+            map=tokens,
+            ids_TK=ids_TK,
+            probs_TK=numpy.exp(whole.topk_logp.numpy().astype(numpy.float64)),
+            teacher_T=teacher_T,
+            prob_T=numpy.exp(logp_T),
+            before_T=numpy.concatenate([[0.0], numpy.cumsum(logp_T)]),
+            known_T=(ids_TK == teacher_T[:, None]).any(1),
+            written_R=numpy.array([token for one in written for token in one], dtype=numpy.int64),
+            first_R=numpy.where(is_compared_R, first_R + base_R, 0),
+            offset_R=offset_R,
+            last_R=numpy.where(is_compared_R, last_R + base_R, 0),
+            until_R=until_R,
+            end_R=end_R,
+            answer_end_R=numpy.repeat(bounds[1:], sizes),
+            is_compared_R=is_compared_R,
+            sizes=sizes,
         )
 
     def candidates(self, places: Ints) -> tuple[Ints, Floats]:
         """Return the teacher's likeliest tokens at its tokens, and the written one with a probability of 0 if it is one
         of them: [n, C] each."""
-        own = self.teacher_T[places]
-        left = numpy.where(self.known_T[places], 0.0, numpy.exp(self.logp_T[places]))
-        ids = numpy.concatenate([self.ids_TK[places], own[:, None]], axis=1)
+        left = numpy.where(self.known_T[places], 0.0, self.prob_T[places])
+        ids = numpy.concatenate([self.ids_TK[places], self.teacher_T[places][:, None]], axis=1)
         return ids, numpy.concatenate([self.probs_TK[places], left[:, None]], axis=1)
 
-    def shares(self) -> tuple[_Shares, Floats]:
-        """Return the probabilities of the student's tokens, and the residue [R]."""
+    def shares(self) -> tuple[_Shares, Floats, Floats]:
+        """Return the probabilities of the student's tokens, the residue [R], and those of the teacher's tokens of the
+        text in which the student's begin [R]."""
         shares, residue_R = _Shares(), numpy.zeros(len(self.first_R))
-        holder_R, path_R = numpy.full(len(self.first_R), NO_TOKEN), numpy.zeros(len(self.first_R))
         begins = (self.is_compared_R & (self.offset_R == 0)).nonzero()[0]
         inside = (self.is_compared_R & (self.offset_R > 0)).nonzero()[0]
-        # Where both begin a token.
-        places = self.first_R[begins]
-        targets, probs = self.map.first[self.ids_TK[places]], self.probs_TK[places]
+        holder_R: Ints = numpy.full(len(self.first_R), NO_TOKEN)
+        weight_R = numpy.ones(len(self.first_R))
+        self._go_on(begins, inside, shares, residue_R, holder_R, weight_R)
+        # The teacher's next token begins here.
+        places, weights = self.first_R[begins], weight_R[begins]
+        targets, probs = self.map.first[self.ids_TK[places]], self.probs_TK[places] * weights[:, None]
         shares.add(begins[:, None], targets, probs)
-        residue_R[begins] = (probs * (targets < 0)).sum(1)
-        holder_R[begins], path_R[begins] = self.map.first[self.teacher_T[places]], numpy.exp(self.logp_T[places])
-        # Where the student's begins inside the teacher's.
-        places, offset = self.first_R[inside], self.offset_R[inside]
+        residue_R[begins] += (probs * (targets < 0)).sum(1)
+        holder_R[begins] = self.map.first[self.teacher_T[places]]
+        path_R = weight_R * self.prob_T[self.first_R]
+        is_left_R = self.is_compared_R & (self.last_R > self.first_R)
+        self._walk(begins, shares, holder_R, path_R, is_left_R)
+        self._cover(is_left_R.nonzero()[0], shares, holder_R, path_R)
+        return shares, residue_R, path_R
+
+    def _go_on(
+        self, begins: Ints, inside: Ints, shares: _Shares, residue_R: Floats, holder_R: Ints, weight_R: Floats
+    ) -> None:
+        """Add what follows inside tokens of the teacher that began earlier.
+
+        Args:
+            holder_R: gets the student's token that follows inside the text's own, where one begins inside.
+            weight_R: gets the weight of the text's own token of the teacher, by which its probability counts.
+        """
+        number, is_reached_R = len(self.first_R), numpy.zeros(len(self.first_R), dtype=bool)
+        begun = list(self._begun(begins))
+        for one in begun:
+            same = one.has_text & (self.first_R[one.rows] == self.first_R[one.starts])
+            is_reached_R[one.rows[same]] = True
+        counts_R = is_reached_R | (self.offset_R == 0)
+        peak_R = numpy.where(self.offset_R == 0, self.before_T[self.first_R], -numpy.inf)
+        for one in begun:
+            numpy.maximum.at(peak_R, one.rows, self.before_T[self.first_R[one.starts]])
+        total_R = numpy.where(self.offset_R == 0, numpy.exp(self.before_T[self.first_R] - peak_R), 0.0)
+        scaled = []
+        for one in begun:
+            keep = counts_R[one.rows]
+            weights = numpy.exp(self.before_T[self.first_R[one.starts]] - peak_R[one.rows]) * keep
+            scaled.append(one.probs * weights[:, None])
+            total_R += numpy.bincount(one.rows, weights=scaled[-1].sum(1), minlength=number)
+        total_R = numpy.where(total_R > 0, total_R, 1.0)
+        for one, probs in zip(begun, scaled, strict=True):
+            probs = probs / total_R[one.rows][:, None]
+            shares.add(one.rows[:, None], one.targets, probs)
+            residue_R += numpy.bincount(one.rows, weights=(probs * (one.targets < 0)).sum(1), minlength=number)
+            same = one.has_text & (self.first_R[one.rows] == self.first_R[one.starts])
+            holder_R[one.rows[same]] = one.targets[same, -1]
+        weight_R[:] = numpy.exp(numpy.where(counts_R, self.before_T[self.first_R] - peak_R, 0.0)) / total_R
+        self._go_on_by_bytes(inside[~is_reached_R[inside]], shares, residue_R, holder_R, weight_R)
+
+    def _begun(self, begins: Ints) -> Iterator[_Begun]:
+        """Yield the teacher's tokens that go on after one more token of the student each time."""
+        starts, hashes, count = begins, numpy.zeros(len(begins), dtype=numpy.uint64), 0
+        spellings = self.map.spellings
+        while len(starts):
+            hashes = hashes * HASH_BASE + (self.written_R[starts + count] + 2).astype(numpy.uint64)
+            count += 1
+            going = (starts + count < self.answer_end_R[starts]) & spellings.are_open(hashes)
+            starts, hashes = starts[going], hashes[going]
+            rows = starts + count
+            places = self.first_R[starts]
+            ids, probs = self.candidates(places)
+            fits = spellings.begins_with(ids, count, hashes[:, None])
+            targets = numpy.where(fits, spellings.next_token(ids, count), NO_TOKEN)
+            # The text's own token may end here: what follows it is known.
+            is_text = ids == self.teacher_T[places][:, None]
+            ends = (self.offset_R[rows] == 0) & (self.first_R[rows] == places + 1)
+            probs = probs * (fits & ~(is_text & ends[:, None] & (targets < 0)))
+            keep = self.is_compared_R[rows]
+            yield _Begun(*(one[keep] for one in (rows, starts, targets, probs, fits[:, -1])))
+
+    def _go_on_by_bytes(
+        self, rows: Ints, shares: _Shares, residue_R: Floats, holder_R: Ints, weight_R: Floats
+    ) -> None:
+        """Add what follows inside a token of the teacher that the student's tokens do not spell."""
+        places, offset = self.first_R[rows], self.offset_R[rows]
         ids, probs = self.candidates(places)
         own = self.teacher_T[places]
         targets = self.map.after(ids, offset[:, None], own[:, None])
         probs = probs * (targets != OTHER_BYTES)
         whole = probs.sum(1)
-        shares.add(inside[:, None], targets, probs / whole[:, None])
-        residue_R[inside] = (probs * (targets < 0)).sum(1) / whole
-        holder_R[inside] = self.map.after(own, offset, own)
-        path_R[inside] = numpy.exp(self.logp_T[places]) / whole
-        is_left_R = self.is_compared_R & (self.last_R > self.first_R)
-        self._walk(begins, shares, holder_R, is_left_R)
-        self._cover(is_left_R.nonzero()[0], shares, holder_R, path_R)
-        return shares, residue_R
+        shares.add(rows[:, None], targets, probs / whole[:, None])
+        residue_R[rows] = (probs * (targets < 0)).sum(1) / whole
+        holder_R[rows], weight_R[rows] = self.map.after(own, offset, own), 1 / whole
 
-    def _walk(self, rows: Ints, shares: _Shares, holder_R: Ints, is_left_R: NDArray[numpy.bool_]) -> None:
+    def _walk(self, rows: Ints, shares: _Shares, holder_R: Ints, path_R: Floats, is_left_R: Bools) -> None:
         """Follow the text down the tree of the student's longer tokens.
 
         Args:
             holder_R: gets the token that has the probability of the text that was followed.
+            path_R: the probability of the text's own token of the teacher.
             is_left_R: of written tokens that end in a later token of the teacher; False for those that are reached.
         """
         rows = rows[self.known_T[self.first_R[rows]]]  # no probability is known of the others' tokens to take from
-        nodes, holders = self.teacher_T[self.first_R[rows]], holder_R[rows]
-        masses = numpy.exp(self.logp_T[self.first_R[rows]])
+        nodes, holders, masses = self.teacher_T[self.first_R[rows]], holder_R[rows], path_R[rows]
         tree, depth = self.map.tree, 0
         while len(rows):
             depth += 1
             places = self.first_R[rows] + depth
             inside = (places < self.end_R[rows]) & tree.is_inner[nodes]
-            rows, nodes, holders, masses, places = (one[inside] for one in (rows, nodes, holders, masses, places))
+            rows, nodes, holders, places = (one[inside] for one in (rows, nodes, holders, places))
+            masses = masses[inside]
             if not len(rows):
                 return
             is_last = places == self.last_R[rows]
@@ -212,19 +303,19 @@ class _Rows:
             targets = numpy.where(covers & (targets < 0), self.written_R[rows][:, None], targets)
             moved = masses[:, None] * probs * (targets >= 0)
             shares.move(rows[:, None], numpy.broadcast_to(holders[:, None], targets.shape), targets, moved)
-            masses = masses * numpy.exp(self.logp_T[places])
+            masses = masses * self.prob_T[places]
             holders = numpy.where(targets[:, -1] >= 0, targets[:, -1], holders)
             nodes, holder_R[rows] = found[:, -1], holders
             going = nodes >= 0
-            rows, nodes, holders, masses = (one[going] for one in (rows, nodes, holders, masses))
+            rows, nodes, holders = (one[going] for one in (rows, nodes, holders))
+            masses = masses[going]
 
     def _cover(self, rows: Ints, shares: _Shares, holder_R: Ints, path_R: Floats) -> None:
         """Give written tokens that end in a later token of the teacher their part."""
         if not len(rows):
             return
-        total_T = numpy.concatenate([[0.0], numpy.cumsum(self.logp_T)])
         first, last, until = self.first_R[rows], self.last_R[rows], self.until_R[rows]
-        between = numpy.exp(total_T[last] - total_T[first + 1])
+        between = numpy.exp(self.before_T[last] - self.before_T[first + 1])
         ids, probs = self.candidates(last)
         own = self.teacher_T[last]
         alike = self.map.begins_alike(ids, own[:, None], until[:, None])
@@ -233,7 +324,7 @@ class _Rows:
         shares.add(rows, self.written_R[rows], masses)
         shares.add(rows[is_known], holder_R[rows[is_known]], -masses[is_known])
 
-    def collect(self, shares: _Shares, residue_R: Floats, *, topk: int) -> list[TeacherScores]:
+    def collect(self, shares: _Shares, residue_R: Floats, path_R: Floats, *, topk: int) -> list[TeacherScores]:
         """Add the parts up, and return the likeliest tokens of each answer's rows."""
         number, size = len(self.first_R), self.map.student.size
         rows, tokens, masses = (numpy.concatenate(one) for one in (shares.rows, shares.tokens, shares.masses))
@@ -246,7 +337,7 @@ class _Rows:
         # A written token that is not among the likeliest has its probability all the same.
         alone = self.is_compared_R & (self.offset_R == 0) & ~self.known_T[self.first_R]
         alone &= (self.last_R == self.first_R) & (self.map.first[self.teacher_T[self.first_R]] == self.written_R)
-        written[alone] += numpy.exp(self.logp_T[self.first_R[alone]])
+        written[alone] += path_R[alone]
         order = numpy.lexsort((-sums, row))
         row, token, sums = row[order], token[order], sums[order]
         column = numpy.arange(len(row)) - numpy.searchsorted(row, row)

@@ -1,9 +1,9 @@
 """How a teacher's tokens read in a student's vocabulary. No torch.
 
-A teacher's token u, of bytes c(u), says that the text goes on with c(u). The student would then write the longest of
-its tokens that c(u) begins with: `first`. Where the student is already o bytes into the teacher's token, it is the
-longest one that the bytes after these begin with: `after`. This assignment of probability is byte-prefix
-marginalisation (arXiv 2607.22334).
+A teacher's token u says that the text goes on with its bytes, which the student would write as its tokens v1 v2 ...:
+its spelling (`spellings`). So u's probability is that of v1 first; and of v2 where the student has written v1 since u
+would have begun. Where the student has written other tokens for these bytes, the longest of its tokens follows that the
+rest of them begins with (`after`).
 
 A student's token w that the teacher writes as several tokens E(w) = u1 u2 ... is a path in a tree, whose edges are the
 teacher's tokens: `tree`. Only tokens that the student's tokenizer itself gives for their bytes have one, so the tree
@@ -37,6 +37,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 }
 """Contents of tokens that do the same in different families."""
 HASH_BASE = numpy.uint64(1_099_511_628_211)
+Hashes = NDArray[numpy.uint64]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,47 @@ class Tree:
         return numpy.where(nodes >= 0, self.tokens[nodes], NO_TOKEN)
 
 
+@dataclass(frozen=True)
+class Spellings:
+    """The teacher's tokens as sequences of the student's."""
+
+    starts: Ints
+    """Place of each of the teacher's tokens in the arrays below, which have one entry more than tokens for each."""
+    lengths: Ints
+    tokens: Ints
+    """The student's tokens of each, and NO_TOKEN at the end."""
+    hashes: Hashes
+    """Of the student's tokens before each place (`hash_of`)."""
+    open_hashes: Hashes
+    """Those of beginnings after which a spelling goes on, and of whole spellings of several tokens; rising."""
+
+    @classmethod
+    def of(cls, spellings: Sequence[Sequence[int]]) -> Spellings:
+        lengths: Ints = numpy.array([len(one) for one in spellings], dtype=numpy.int64)
+        starts: Ints = numpy.concatenate([[0], numpy.cumsum(lengths + 1)]).astype(numpy.int64)
+        tokens: Ints = numpy.array([token for one in spellings for token in (*one, NO_TOKEN)], dtype=numpy.int64)
+        hashes = _prefix_hashes(tokens, starts)
+        place = numpy.arange(len(tokens)) - numpy.repeat(starts[:-1], lengths + 1)
+        whole = numpy.repeat(lengths, lengths + 1)
+        return cls(starts, lengths, tokens, hashes, numpy.unique(hashes[(place > 0) & (whole > 1)]))
+
+    def next_token(self, teacher: Ints, number: Ints | int) -> Ints:
+        """Return the student's token after the first `number` of the teacher's tokens' spellings, or NO_TOKEN."""
+        return self.tokens[self.starts[teacher] + numpy.minimum(number, self.lengths[teacher])]
+
+    def begins_with(self, teacher: Ints, number: Ints, hashes: Hashes) -> NDArray[numpy.bool_]:
+        """Return whether spellings begin with `number` tokens of these hashes."""
+        long = self.lengths[teacher] >= number
+        return long & (self.hashes[self.starts[teacher] + numpy.where(long, number, 0)] == hashes)
+
+    def are_open(self, hashes: Hashes) -> NDArray[numpy.bool_]:
+        """Return whether tokens of these hashes are in `open_hashes`."""
+        if not len(self.open_hashes):
+            return numpy.zeros(hashes.shape, dtype=bool)
+        place = numpy.minimum(numpy.searchsorted(self.open_hashes, hashes), len(self.open_hashes) - 1)
+        return self.open_hashes[place] == hashes
+
+
 class TokenMap:
     """The teacher's tokens in the student's vocabulary."""
 
@@ -95,11 +137,13 @@ class TokenMap:
         self.lengths: Ints = numpy.array([len(one) for one in data], dtype=numpy.int64)
         self.starts: Ints = numpy.concatenate([[0], numpy.cumsum(self.lengths + 1)])
         """Place in `hashes` and `afters` of each of the teacher's tokens, which has one entry more than bytes."""
-        self.hashes = _prefix_hashes(data, self.starts)
+        flat = numpy.frombuffer(b"".join(one + b"\0" for one in data), dtype=numpy.uint8)
+        self.hashes = _prefix_hashes(flat.astype(numpy.int64), self.starts)
         """By token and number of its first bytes: equal if these bytes are."""
         self.afters: Ints = numpy.full(self.starts[-1], UNKNOWN, dtype=numpy.int64)
-        self.first = self._first()
-        """By the teacher's token the student's, or NO_TOKEN."""
+        self.spellings = self._spell()
+        self.first: Ints = self.spellings.next_token(numpy.arange(self.teacher_ids), 0)
+        """By the teacher's token the student's first one, or NO_TOKEN."""
 
     @classmethod
     def read(cls, student: ModelFiles, teacher: ModelFiles, tokenizer: ModelFiles) -> TokenMap:
@@ -112,19 +156,26 @@ class TokenMap:
         ends = Ends(student.eos_ids, teacher.eos_ids)
         return cls(*vocabularies, ends=ends, teacher_ids=teacher.vocab_size)
 
-    def _first(self) -> Ints:
+    def _spell(self) -> Spellings:
         same = {}
         if self.student.is_byte_level == self.teacher.is_byte_level:
             same = {text: number for number, text in enumerate(self.student.texts) if text is not None}
-        first = numpy.full(self.teacher_ids, NO_TOKEN, dtype=numpy.int64)
+        found = list[list[int]]()
         for u, data in enumerate(self.bytes_of_teacher):
+            twin = same.get(self.teacher.texts[u] or "") if data else None
             if u in self.special_of_teacher:
-                first[u] = self.special_of_teacher[u]
-            elif data:
-                twin = same.get(self.teacher.texts[u] or "")
-                is_twin = twin is not None and self.student.token_bytes[twin] == data
-                first[u] = twin if twin is not None and is_twin else self.student.first(data)
-        return first
+                found.append([self.special_of_teacher[u]])
+            elif not data:
+                found.append([NO_TOKEN])
+            elif twin is not None and self.student.token_bytes[twin] == data:
+                found.append([twin])
+            elif (whole := self.student.token_of(data)) != NO_TOKEN:
+                found.append([whole])
+            else:
+                tokens = [token for token, _ in self.student.encode(data)]
+                # What the teacher's own tokenizer would not write is no beginning of longer text.
+                found.append(tokens if self.teacher.is_own_encoding(u) else tokens[:1])
+        return Spellings.of(found)
 
     def after(self, tokens: Ints, offset: Ints, begins_with: Ints) -> Ints:
         """Return the student's tokens that follow inside teacher's tokens, ENDS_HERE or OTHER_BYTES.
@@ -214,12 +265,12 @@ def _roles(student: ByteVocabulary, teacher: ByteVocabulary) -> Iterator[tuple[l
                 yield mine, other
 
 
-def _prefix_hashes(data: Sequence[bytes], starts: Ints) -> NDArray[numpy.uint64]:
-    """Return the hashes of all beginnings of all tokens, the empty one first."""
-    flat = numpy.frombuffer(b"".join(one + b"\0" for one in data), dtype=numpy.uint8)
+def _prefix_hashes(flat: Ints, starts: Ints) -> Hashes:
+    """Return the hashes of all beginnings of sequences that lie end to end, each followed by one entry more."""
     lengths = numpy.diff(starts) - 1
     hashes = numpy.zeros(starts[-1], dtype=numpy.uint64)
     for place in range(1, int(lengths.max(initial=0)) + 1):
         at = starts[:-1][lengths >= place] + place
-        hashes[at] = hashes[at - 1] * HASH_BASE + flat[at - 1].astype(numpy.uint64) + numpy.uint64(1)
+        hashes[at] = hashes[at - 1] * HASH_BASE + (flat[at - 1] + 2).astype(numpy.uint64)
     return hashes
+

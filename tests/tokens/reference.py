@@ -2,7 +2,7 @@
 
 A teacher is a function from the tokens so far to the probabilities of the next. The student reads a continuation of
 the teacher's tokens u1 u2 ... as the deepest of its tokens w whose encoding by the teacher is a beginning of them, else
-as the longest token that u1 begins with.
+as the first token of u1's spelling.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from distill_cli.tokens.align import Alignment
 from distill_cli.tokens.byte_vocabulary import NO_TOKEN, ByteVocabulary
 
 Model = Callable[[Sequence[int]], list[float]]
@@ -27,12 +28,19 @@ def random_model(size: int, *, seed: int) -> Model:
     return probabilities
 
 
+def probability_of(model: Model, ids: Sequence[int]) -> float:
+    """Return a model's probability of a sequence."""
+    found = 1.0
+    for place, u in enumerate(ids):
+        found *= model(ids[:place])[u]
+    return found
+
+
 class Reference:
     def __init__(
         self, student: ByteVocabulary, teacher: ByteVocabulary, model: Model, *, ends: tuple[int, int]
     ) -> None:
-        self.student, self.teacher, self.model = student, teacher, model
-        self.ends = ends
+        self.student, self.teacher, self.model, self.ends = student, teacher, model, ends
         self.paths = {}
         for w, data in enumerate(student.token_bytes):
             if data and student.encode(data) == [(w, len(data))]:
@@ -43,6 +51,13 @@ class Reference:
     def bytes_of(self, u: int) -> bytes:
         return self.teacher.token_bytes[u] or b""
 
+    def spelling(self, u: int) -> list[int]:
+        if u == self.ends[1]:
+            return [self.ends[0]]
+        data = self.bytes_of(u)
+        spelling = [w for w, _ in self.student.encode(data)]
+        return spelling if self.teacher.encode(data) == [(u, len(data))] else spelling[:1]
+
     def longest(self, data: bytes) -> int:
         fits = [w for w, own in enumerate(self.student.token_bytes) if own and data.startswith(own)]
         return max(fits, key=lambda w: len(self.student.token_bytes[w] or b""), default=NO_TOKEN)
@@ -50,16 +65,35 @@ class Reference:
     def goes_on(self, path: tuple[int, ...]) -> bool:
         return any(len(other) > len(path) and other[: len(path)] == path for other in self.paths)
 
-    def at_boundary(self, context: Sequence[int], text: Sequence[int] | None = None, written: bytes = b"") -> Counter:
-        """Return the probabilities of the student's tokens where a token of the teacher begins.
+    def at(self, answer: Sequence[int], alignment: Alignment, place: int, *, knows_all: bool = False) -> Counter:
+        """Return the probabilities of the student's tokens at a place of an answer.
 
         Args:
-            text: the teacher's tokens that follow: what it would write after others is not known. None: it is.
-            written: the bytes of the student's token that follows, which the teacher's last tokens may go past.
+            knows_all: also what the teacher would write after other tokens than the text's.
         """
-        found: Counter = Counter()
-        self._read(list(context), (), NO_TOKEN, 1.0, found, text, written)
-        return found
+        ids, places = alignment.teacher_ids, alignment.places_R4.tolist()
+        first, offset, *_ = places[place]
+        found, is_reached = Counter(), False
+        for start in (index for index in range(place) if places[index][1] == 0):
+            begun, so_far = places[start][0], list(answer[start:place])
+            weight = probability_of(self.model, ids[:begun])
+            for u, p in enumerate(self.model(ids[:begun])):
+                spelling = self.spelling(u)
+                if spelling[: len(so_far)] != so_far:
+                    continue
+                is_text = u == ids[begun]
+                is_reached |= is_text and begun == first
+                if len(spelling) > len(so_far):
+                    found[spelling[len(so_far)]] += weight * p
+                elif not (is_text and offset == 0 and first == begun + 1):
+                    found[RESIDUE] += weight * p
+        if offset and not is_reached:
+            return self.inside(ids[:first], self.bytes_of(ids[first])[:offset])
+        if offset == 0:
+            written = self.student.token_bytes[answer[place]] or b""
+            text = None if knows_all else ids[first:]
+            self._read(ids[:first], (), NO_TOKEN, probability_of(self.model, ids[:first]), found, text, written)
+        return Counter({token: p / sum(found.values()) for token, p in found.items()})
 
     def _read(
         self,
@@ -71,11 +105,17 @@ class Reference:
         text: Sequence[int] | None,
         written: bytes,
     ) -> None:
+        """Add the probabilities of the student's tokens where a token of the teacher begins.
+
+        Args:
+            text: the teacher's tokens that follow: what it would write after others is not known. None: it is.
+            written: the bytes of the student's token that follows, which the teacher's last tokens may go past.
+        """
         so_far = b"".join(map(self.bytes_of, path))
         for u, p in enumerate(self.model(context)):
             longer = (*path, u)
             if not path:
-                own = self.ends[0] if u == self.ends[1] else self.longest(self.bytes_of(u))
+                own = self.spelling(u)[0]
             elif longer in self.paths:
                 own = self.paths[longer]
             elif len(so_far) < len(written) and (so_far + self.bytes_of(u)).startswith(written):
