@@ -26,8 +26,7 @@ from distill_cli.models.model_files import ModelFiles
 from distill_cli.tokens.byte_vocabulary import NO_TOKEN, ByteVocabulary
 
 Ints = NDArray[numpy.int64]
-ENDS_HERE, OTHER_BYTES = -1, -2
-"""In place of a student's token: the teacher's token has no byte after these, or does not begin with them."""
+Bools = NDArray[numpy.bool_]
 UNKNOWN = -3
 """An entry of the table of `after` that was not looked up yet."""
 ROLES: dict[str, tuple[str, ...]] = {
@@ -60,7 +59,7 @@ class Tree:
     """By edge, the node that it leads to."""
     tokens: Ints
     """By node, the student's token, or NO_TOKEN."""
-    is_inner: NDArray[numpy.bool_]
+    is_inner: Bools
     """By node, whether edges lead on."""
 
     def child(self, nodes: Ints, tokens: Ints) -> Ints:
@@ -71,6 +70,12 @@ class Tree:
         place = numpy.minimum(numpy.searchsorted(self.keys, keys), len(self.keys) - 1)
         return numpy.where(self.keys[place] == keys, self.children[place], NO_TOKEN)
 
+    def edges(self, nodes: Ints) -> tuple[Ints, Ints, Ints]:
+        """Return all edges from nodes: the index of the node, the teacher's token, and the node that it leads to."""
+        bounds = (nodes * self.teacher_ids, (nodes + 1) * self.teacher_ids)
+        which, at = spread(*(numpy.searchsorted(self.keys, one) for one in bounds))
+        return which, self.keys[at] % self.teacher_ids, self.children[at]
+
     def token_of(self, nodes: Ints) -> Ints:
         """Return the student's tokens of nodes, NO_TOKEN where there is none."""
         return numpy.where(nodes >= 0, self.tokens[nodes], NO_TOKEN)
@@ -80,15 +85,15 @@ class Tree:
 class Spellings:
     """The teacher's tokens as sequences of the student's."""
 
-    starts: Ints
-    """Place of each of the teacher's tokens in the arrays below, which have one entry more than tokens for each."""
-    lengths: Ints
-    tokens: Ints
-    """The student's tokens of each, and NO_TOKEN at the end."""
+    first: Ints
+    """By the teacher's token, the first of the student's, or NO_TOKEN."""
     hashes: Hashes
-    """Of the student's tokens before each place (`hash_of`)."""
-    open_hashes: Hashes
-    """Those of beginnings after which a spelling goes on, and of whole spellings of several tokens; rising."""
+    """Of the beginnings of spellings of several tokens, the whole included, and of single tokens that are the beginning
+    of some; rising."""
+    teacher: Ints
+    """The teacher's token of each."""
+    following: Ints
+    """The student's token that follows in the spelling, NO_TOKEN after the whole."""
 
     @classmethod
     def of(cls, spellings: Sequence[Sequence[int]]) -> Spellings:
@@ -96,25 +101,30 @@ class Spellings:
         starts: Ints = numpy.concatenate([[0], numpy.cumsum(lengths + 1)]).astype(numpy.int64)
         tokens: Ints = numpy.array([token for one in spellings for token in (*one, NO_TOKEN)], dtype=numpy.int64)
         hashes = _prefix_hashes(tokens, starts)
-        place = numpy.arange(len(tokens)) - numpy.repeat(starts[:-1], lengths + 1)
-        whole = numpy.repeat(lengths, lengths + 1)
-        return cls(starts, lengths, tokens, hashes, numpy.unique(hashes[(place > 0) & (whole > 1)]))
+        owners = numpy.repeat(numpy.arange(len(lengths)), lengths + 1)
+        is_beginning, is_long = numpy.arange(len(tokens)) > starts[owners], lengths[owners] > 1
+        is_open = is_beginning & (is_long | numpy.isin(hashes, hashes[is_beginning & is_long]))
+        places = is_open.nonzero()[0]
+        places = places[numpy.argsort(hashes[places], kind="stable")]
+        return cls(tokens[starts[:-1]], hashes[places], owners[places], tokens[places])
 
-    def next_token(self, teacher: Ints, number: Ints | int) -> Ints:
-        """Return the student's token after the first `number` of the teacher's tokens' spellings, or NO_TOKEN."""
-        return self.tokens[self.starts[teacher] + numpy.minimum(number, self.lengths[teacher])]
+    def after(self, hashes: Hashes) -> tuple[Bools, tuple[Ints, Ints, Ints]]:
+        """Find the teacher's tokens that begin with tokens of these hashes.
 
-    def begins_with(self, teacher: Ints, number: Ints, hashes: Hashes) -> NDArray[numpy.bool_]:
-        """Return whether spellings begin with `number` tokens of these hashes."""
-        long = self.lengths[teacher] >= number
-        return long & (self.hashes[self.starts[teacher] + numpy.where(long, number, 0)] == hashes)
+        Returns:
+            Whether there are some, [n]; and of all of them the place in `hashes`, the teacher's token, and the
+            student's that follows.
+        """
+        begin, end = (numpy.searchsorted(self.hashes, hashes, side=side) for side in ("left", "right"))
+        which, at = spread(begin, end)
+        return end > begin, (which, self.teacher[at], self.following[at])
 
-    def are_open(self, hashes: Hashes) -> NDArray[numpy.bool_]:
-        """Return whether tokens of these hashes are in `open_hashes`."""
-        if not len(self.open_hashes):
-            return numpy.zeros(hashes.shape, dtype=bool)
-        place = numpy.minimum(numpy.searchsorted(self.open_hashes, hashes), len(self.open_hashes) - 1)
-        return self.open_hashes[place] == hashes
+
+def spread(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+    """Return all numbers of several ranges, after the index of the range of each."""
+    counts = end - begin
+    which = numpy.repeat(numpy.arange(len(counts)), counts)
+    return which, begin[which] + numpy.arange(len(which)) - numpy.repeat(numpy.cumsum(counts) - counts, counts)
 
 
 class TokenMap:
@@ -142,7 +152,7 @@ class TokenMap:
         """By token and number of its first bytes: equal if these bytes are."""
         self.afters: Ints = numpy.full(self.starts[-1], UNKNOWN, dtype=numpy.int64)
         self.spellings = self._spell()
-        self.first: Ints = self.spellings.next_token(numpy.arange(self.teacher_ids), 0)
+        self.first = self.spellings.first
         """By the teacher's token the student's first one, or NO_TOKEN."""
 
     @classmethod
@@ -172,37 +182,42 @@ class TokenMap:
             elif (whole := self.student.token_of(data)) != NO_TOKEN:
                 found.append([whole])
             else:
-                tokens = [token for token, _ in self.student.encode(data)]
-                # What the teacher's own tokenizer would not write is no beginning of longer text.
-                found.append(tokens if self.teacher.is_own_encoding(u) else tokens[:1])
+                found.append([token for token, _ in self.student.encode(data)])
         return Spellings.of(found)
 
-    def after(self, tokens: Ints, offset: Ints, begins_with: Ints) -> Ints:
-        """Return the student's tokens that follow inside teacher's tokens, ENDS_HERE or OTHER_BYTES.
+    def after(self, tokens: Ints, offset: Ints) -> Ints:
+        """Return the longest student's tokens that follow after the first bytes of the teacher's; NO_TOKEN at an end.
 
         Args:
-            tokens: the teacher's.
-            offset: bytes of them that are written.
-            begins_with: tokens of the teacher that begin with these bytes.
+            tokens: the teacher's, which have at least `offset` bytes.
         """
-        fits = (self.lengths[tokens] >= offset) & (
-            self.hashes[self.starts[tokens] + numpy.minimum(offset, self.lengths[tokens])]
-            == self.hashes[self.starts[begins_with] + offset]
-        )
         places = self.starts[tokens] + offset
-        places = numpy.where(fits, places, 0)
-        wanted = numpy.unique(places[fits & (self.afters[places] == UNKNOWN)])
+        wanted = numpy.unique(places[self.afters[places] == UNKNOWN])
         owners = numpy.searchsorted(self.starts, wanted, side="right") - 1
         for place, owner in zip(wanted.tolist(), owners.tolist(), strict=True):
             rest = self.bytes_of_teacher[owner][place - self.starts[owner] :]
-            self.afters[place] = self.student.first(rest) if rest else ENDS_HERE
-        return numpy.where(fits, self.afters[places], OTHER_BYTES)
+            self.afters[place] = self.student.first(rest)
+        return self.afters[places]
 
-    def begins_alike(self, tokens: Ints, others: Ints, length: Ints) -> NDArray[numpy.bool_]:
-        """Return whether the teacher's tokens have the same first bytes as others, which have at least so many."""
-        long = self.lengths[tokens] >= length
-        mine = self.hashes[self.starts[tokens] + numpy.where(long, length, 0)]
-        return long & (mine == self.hashes[self.starts[others] + length])
+    def alike(self, tokens: Ints, length: Ints) -> tuple[Ints, Ints]:
+        """Return all of the teacher's tokens with the same first bytes as some, after the index of each of those.
+
+        Args:
+            tokens: the teacher's, which have at least `length` bytes; [n].
+            length: above 0.
+        """
+        hashes, owners = self._beginnings
+        wanted = self.hashes[self.starts[tokens] + length]
+        which, at = spread(*(numpy.searchsorted(hashes, wanted, side=side) for side in ("left", "right")))
+        return which, owners[at]
+
+    @cached_property
+    def _beginnings(self) -> tuple[Hashes, Ints]:
+        """The hashes of all beginnings of the teacher's tokens, rising, and the token of each."""
+        owners = numpy.repeat(numpy.arange(self.teacher_ids), self.lengths + 1)
+        places = (numpy.arange(len(owners)) > self.starts[owners]).nonzero()[0]
+        places = places[numpy.argsort(self.hashes[places], kind="stable")]
+        return self.hashes[places], owners[places]
 
     @cached_property
     def tree(self) -> Tree:
@@ -226,7 +241,7 @@ class TokenMap:
             tokens[node] = w
         keys = numpy.array(sorted(edges), dtype=numpy.int64)
         children = numpy.array([edges[key] for key in keys.tolist()], dtype=numpy.int64)
-        is_inner = numpy.zeros(len(tokens), dtype=bool)
+        is_inner: Bools = numpy.zeros(len(tokens), dtype=bool)
         is_inner[keys // self.teacher_ids] = True
         return Tree(self.teacher_ids, keys, children, numpy.array(tokens), is_inner)
 
@@ -273,4 +288,3 @@ def _prefix_hashes(flat: Ints, starts: Ints) -> Hashes:
         at = starts[:-1][lengths >= place] + place
         hashes[at] = hashes[at - 1] * HASH_BASE + (flat[at - 1] + 2).astype(numpy.uint64)
     return hashes
-

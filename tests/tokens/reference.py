@@ -54,9 +54,7 @@ class Reference:
     def spelling(self, u: int) -> list[int]:
         if u == self.ends[1]:
             return [self.ends[0]]
-        data = self.bytes_of(u)
-        spelling = [w for w, _ in self.student.encode(data)]
-        return spelling if self.teacher.encode(data) == [(u, len(data))] else spelling[:1]
+        return [w for w, _ in self.student.encode(self.bytes_of(u))]
 
     def longest(self, data: bytes) -> int:
         fits = [w for w, own in enumerate(self.student.token_bytes) if own and data.startswith(own)]

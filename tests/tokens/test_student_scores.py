@@ -108,7 +108,7 @@ def test_equals_enumerating_what_is_known(tokens: TokenMap) -> None:
             assert_equal({**row.found, RESIDUE: row.residue}, expected)
             kinds[row.is_aligned] += 1
     assert kinds[True] > 200
-    assert kinds[False] > 20 or not len(tokens.spellings.open_hashes)
+    assert kinds[False] > 20 or not len(tokens.spellings.hashes)
 
 
 def test_exact_where_the_teacher_covers(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_written_tokens_have_the_text_s_probability(tmp_path: Path, further: lis
     """If the teacher's tokens are made of the student's, the probabilities of both of a text are equal."""
     own, longer = PAIRS["the teacher's are longer"]
     tokens = map_of(byte_level(tmp_path / "s", own), byte_level(tmp_path / "t", [*longer, *further]))
-    assert len(tokens.spellings.open_hashes)
+    assert len(tokens.spellings.hashes)
     model = random_model(tokens.teacher.size, seed=4)
     for answer in written_answers(tokens, 40)[::2]:
         alignment = align(answer, tokens)

@@ -1,0 +1,233 @@
+"""What a teacher may be writing at each of the student's tokens, as far as the text alone says. No torch.
+
+Before a token of the student the text ends where a token of the teacher begins, or inside one. What the teacher may be
+writing there, given the tokens that the student wrote:
+
+1. Its next token begins here (`is_aligned_R`). The weight is the product A of the probabilities of its tokens before.
+2. It is inside a token u that began earlier, whose spelling (`TokenMap.spellings`) begins with the student's tokens
+   since then: an entry of `begun_E4`. The weight is A of that beginning times u's probability. So a number that the
+   student ends early is not taken for the teacher's: after `13` its token `132` is possible, and `2` follows then.
+
+The student's next token follows from u's spelling in 2, and from that of the next u in 1. A u that ends here, while the
+text goes on inside another token, says nothing of what follows. Where the student's tokens are no spelling of what the
+teacher reads, the teacher's tokens that begin with the same bytes stand for 2.
+
+The text that was written tells more, since the teacher scored it (`moves_E5`). A student's token that goes beyond the
+teacher's token U takes its part of what U has: the product of the probabilities of the teacher's tokens that it covers
+whole, times the sum of those of the tokens that begin with what is left of it. And where U is the beginning of other
+tokens of the student (`TokenMap.tree`), each takes its part by the teacher's next distribution.
+
+`losses.own_tokens` makes probabilities of it.
+
+Shape letters: T tokens of the teacher, R of the student, E entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import numpy
+
+from distill_cli.tokens.align import Alignment
+from distill_cli.tokens.byte_vocabulary import NO_TOKEN
+from distill_cli.tokens.token_map import HASH_BASE, Bools, Ints, TokenMap
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """The student's tokens of several answers end to end, and the teacher's."""
+
+    teacher_T: Ints
+    """The teacher's tokens."""
+    written_R: Ints
+    """The student's tokens."""
+    is_compared_R: Bools
+    """False for those that are left out."""
+    is_aligned_R: Bools
+    """Whether a token of the teacher begins where the student's does."""
+    first_R: Ints
+    """The teacher's token that begins there, or in which the student's begins."""
+    begun_E4: Ints
+    """The student's token, the place at which one of the teacher's began before it, that one, and the student's next
+    token, NO_TOKEN if it ends there."""
+    moves_E5: Ints
+    """The student's token, the place of a later token of the teacher, that one, the student's token that takes its
+    probability, and the one that has it."""
+    counts: list[int]
+    """Tokens of the teacher, by answer."""
+    sizes: list[int]
+    """Of the student, likewise."""
+
+
+def plan_text(
+    alignments: Sequence[Alignment], written: Sequence[Sequence[int]], counts: Sequence[int], tokens: TokenMap
+) -> TextPlan:
+    """Plan several answers.
+
+    Args:
+        written: the answers in the student's tokens.
+        counts: the teacher's tokens of each answer that are scored: fewer if it was cut.
+    """
+    return _Planner.of(alignments, written, counts, tokens).plan()
+
+
+@dataclass
+class _Entries:
+    """Rows of a table, as columns of parts."""
+
+    parts: list[list[Ints]] = field(default_factory=list)
+
+    def add(self, *columns: Ints) -> None:
+        self.parts.append([numpy.broadcast_to(column, columns[-1].shape) for column in columns])
+
+    def table(self, width: int) -> Ints:
+        none = [numpy.zeros(0, dtype=numpy.int64)] * width
+        return numpy.stack([numpy.concatenate(one) for one in zip(none, *self.parts, strict=True)], axis=1)
+
+
+@dataclass(frozen=True)
+class _Planner:
+    map: TokenMap
+    teacher_T: Ints
+    written_R: Ints
+    is_compared_R: Bools
+    first_R: Ints
+    offset_R: Ints
+    last_R: Ints
+    until_R: Ints
+    """See `Alignment.places_R4`, with tokens counted over all answers."""
+    end_R: Ints
+    """The end of the answer among the teacher's tokens."""
+    answer_end_R: Ints
+    """The end of the answer among the student's tokens."""
+    counts: list[int]
+    sizes: list[int]
+    begun: _Entries = field(default_factory=_Entries)
+    moves: _Entries = field(default_factory=_Entries)
+
+    @classmethod
+    def of(
+        cls, alignments: Sequence[Alignment], written: Sequence[Sequence[int]], counts: Sequence[int], tokens: TokenMap
+    ) -> _Planner:
+        sizes = [len(one.places_R4) for one in alignments]
+        bases, bounds = (numpy.array(list(accumulate(one, initial=0)), dtype=numpy.int64) for one in (counts, sizes))
+        base_R, end_R = numpy.repeat(bases[:-1], sizes), numpy.repeat(bases[1:], sizes)
+        first_R, offset_R, last_R, until_R = numpy.concatenate([one.places_R4 for one in alignments]).T
+        is_compared_R = (first_R >= 0) & (last_R + base_R < end_R)
+        shown = [token for one, count in zip(alignments, counts, strict=True) for token in one.teacher_ids[:count]]
+        return cls(
+            map=tokens,
+            teacher_T=numpy.array(shown, dtype=numpy.int64),
+            written_R=numpy.array([token for one in written for token in one], dtype=numpy.int64),
+            is_compared_R=is_compared_R,
+            first_R=numpy.where(is_compared_R, first_R + base_R, 0),
+            offset_R=numpy.where(is_compared_R, offset_R, 0),
+            last_R=numpy.where(is_compared_R, last_R + base_R, 0),
+            until_R=until_R,
+            end_R=end_R,
+            answer_end_R=numpy.repeat(bounds[1:], sizes),
+            counts=list(counts),
+            sizes=sizes,
+        )
+
+    def plan(self) -> TextPlan:
+        is_aligned_R = self.is_compared_R & (self.offset_R == 0)
+        begins, inside = is_aligned_R.nonzero()[0], (self.is_compared_R & (self.offset_R > 0)).nonzero()[0]
+        holder_R: Ints = numpy.full(len(self.first_R), NO_TOKEN)
+        holder_R[begins] = self.map.first[self.teacher_T[self.first_R[begins]]]
+        self._begin(begins, holder_R)
+        self._begin_by_bytes(inside[holder_R[inside] == NO_TOKEN], holder_R)
+        is_left_R = self.is_compared_R & (self.last_R > self.first_R)
+        self._walk(begins, holder_R, is_left_R)
+        self._cover(is_left_R.nonzero()[0], holder_R)
+        return TextPlan(
+            teacher_T=self.teacher_T,
+            written_R=self.written_R,
+            is_compared_R=self.is_compared_R,
+            is_aligned_R=is_aligned_R,
+            first_R=self.first_R,
+            begun_E4=self.begun.table(4),
+            moves_E5=self.moves.table(5),
+            counts=self.counts,
+            sizes=self.sizes,
+        )
+
+    def _begin(self, begins: Ints, holder_R: Ints) -> None:
+        """Plan the teacher's tokens that began earlier and are spelled as the student wrote since.
+
+        Args:
+            holder_R: gets the student's next token inside the text's own token of the teacher.
+        """
+        starts, hashes, count = begins, numpy.zeros(len(begins), dtype=numpy.uint64), 0
+        spellings, found = self.map.spellings, list[tuple[Ints, ...]]()
+        while len(starts):
+            hashes = hashes * HASH_BASE + (self.written_R[starts + count] + 2).astype(numpy.uint64)
+            count += 1
+            going = starts + count < self.answer_end_R[starts]
+            starts, hashes = starts[going], hashes[going]
+            going, (which, tokens, targets) = spellings.after(hashes)
+            rows, places = (starts + count)[which], self.first_R[starts][which]
+            is_text, is_aligned = tokens == self.teacher_T[places], self.offset_R[rows] == 0
+            # The text's own token may end here: what follows it is known.
+            is_known = is_text & (targets == NO_TOKEN) & is_aligned & (self.first_R[rows] == places + 1)
+            keep = self.is_compared_R[rows] & ~is_known
+            own = keep & is_text & ~is_aligned & (self.first_R[rows] == places)
+            holder_R[rows[own]] = targets[own]
+            found.append((rows[keep], places[keep], tokens[keep], targets[keep]))
+            starts, hashes = starts[going], hashes[going]
+        for rows, *columns in found:  # inside a token that the student does not spell all else counts by bytes too
+            keep = (self.offset_R[rows] == 0) | (holder_R[rows] != NO_TOKEN)
+            self.begun.add(*(one[keep] for one in (rows, *columns)))
+
+    def _begin_by_bytes(self, rows: Ints, holder_R: Ints) -> None:
+        """Plan the teacher's tokens with the same first bytes as the text's own, which the student's do not spell."""
+        places, offset = self.first_R[rows], self.offset_R[rows]
+        own = self.teacher_T[places]
+        which, tokens = self.map.alike(own, offset)
+        targets = self.map.after(tokens, offset[which])
+        self.begun.add(rows[which], places[which], tokens, targets)
+        holder_R[rows] = self.map.after(own, offset)
+
+    def _walk(self, rows: Ints, holder_R: Ints, is_left_R: Bools) -> None:
+        """Follow the text down the tree of the student's longer tokens.
+
+        Args:
+            holder_R: gets the token that has the probability of the text that was followed.
+            is_left_R: of written tokens that end in a later token of the teacher; False for those that are reached.
+        """
+        nodes, holders = self.teacher_T[self.first_R[rows]], holder_R[rows]
+        tree, depth = self.map.tree, 0
+        while len(rows):
+            depth += 1
+            places = self.first_R[rows] + depth
+            inside = (places < self.end_R[rows]) & tree.is_inner[nodes]
+            rows, nodes, holders, places = (one[inside] for one in (rows, nodes, holders, places))
+            own, written, is_last = self.teacher_T[places], self.written_R[rows], places == self.last_R[rows]
+            is_left_R[rows[is_last]] = False
+            which, tokens, children = tree.edges(nodes)
+            targets = tree.tokens[children]
+            keep = targets != NO_TOKEN
+            which, tokens, targets = which[keep], tokens[keep], targets[keep]
+            self.moves.add(rows[which], places[which], tokens, targets, holders[which])
+            # The written token also has the tokens that go past its end, where they lead to no longer one.
+            ends = is_last.nonzero()[0]
+            which, tokens = self.map.alike(own[ends], self.until_R[rows[ends]])
+            which = ends[which]
+            keep = tree.token_of(tree.child(nodes[which], tokens)) == NO_TOKEN
+            which, tokens = which[keep], tokens[keep]
+            self.moves.add(rows[which], places[which], tokens, written[which], holders[which])
+            nodes = tree.child(nodes, own)
+            targets = tree.token_of(nodes)
+            targets = numpy.where(is_last & (targets == NO_TOKEN), written, targets)
+            holders = numpy.where(targets != NO_TOKEN, targets, holders)
+            holder_R[rows] = holders
+            rows, nodes, holders = (one[nodes != NO_TOKEN] for one in (rows, nodes, holders))
+
+    def _cover(self, rows: Ints, holder_R: Ints) -> None:
+        """Give written tokens that end in a later token of the teacher their part."""
+        last = self.last_R[rows]
+        which, tokens = self.map.alike(self.teacher_T[last], self.until_R[rows])
+        rows, last = rows[which], last[which]
+        self.moves.add(rows, last, tokens, self.written_R[rows], holder_R[rows])
