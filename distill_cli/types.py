@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -159,6 +159,59 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class OwnText:
+    """An answer in the tokens of a teacher with a tokenizer of its own, and what that says of the student's tokens.
+
+    Shape letters: T tokens of the teacher, E entries; see `tokens.text_plan`, which makes it.
+    """
+
+    token_ids: torch.Tensor
+    """int32 [T]"""
+    places: torch.Tensor
+    """int32 [R, 2]: the teacher's token in which the student's begins, below 0 if it is left out; and 1 where one of
+    the teacher's begins there, else 0."""
+    begun: torch.Tensor
+    """int32 [E, 4]"""
+    moves: torch.Tensor
+    """int32 [E, 5]"""
+
+    @classmethod
+    def plain(cls, number: int) -> OwnText:
+        """Return the text of a teacher with the student's tokens, `number` of them."""
+        import torch
+
+        ids = torch.full((number,), -1, dtype=torch.int32)
+        places = torch.stack([torch.arange(number, dtype=torch.int32), torch.ones(number, dtype=torch.int32)], dim=1)
+        return cls(ids, places, *(torch.empty(0, width, dtype=torch.int32) for width in (4, 5)))
+
+    @classmethod
+    def cat(cls, parts: Sequence[OwnText]) -> OwnText:
+        """Return several answers end to end."""
+        import torch
+
+        rows, texts, shifted = 0, 0, []
+        for part in parts:
+            places = part.places + part.places.new_tensor([texts, 0]) * (part.places[:, :1] >= 0)
+            begun = part.begun + part.begun.new_tensor([rows, texts, 0, 0])
+            shifted.append((part.token_ids, places, begun, part.moves + part.moves.new_tensor([rows, texts, 0, 0, 0])))
+            rows, texts = rows + len(part.places), texts + len(part.token_ids)
+        return cls(*map(torch.cat, zip(*shifted, strict=True)))
+
+    def take(self, rows: torch.Tensor | slice) -> OwnText:
+        """Return some of the student's tokens with the whole text."""
+        import torch
+
+        places = self.places[rows]
+        new = torch.full((len(self.places),), -1, dtype=torch.int32, device=self.places.device)
+        new[rows] = torch.arange(len(places), dtype=torch.int32, device=self.places.device)
+        kept = []
+        for entries in (self.begun, self.moves):
+            entries = torch.cat([new[entries[:, :1].long()], entries[:, 1:]], dim=1)
+            kept.append(entries[entries[:, 0] >= 0])
+        return OwnText(self.token_ids, places, *kept)
+
+
+@dataclass(frozen=True)
 class TeacherScores:
     """The teacher's distributions at response tokens: of one sequence, or of several end to end.
 
@@ -173,10 +226,13 @@ class TeacherScores:
     sampled_logp: torch.Tensor
     """float32 [R], of the response tokens themselves, normalised in the same way; NaN with hidden states."""
     hidden: torch.Tensor
-    """[R, H], of the engine's dtype: the last hidden state before the teacher's head."""
+    """[R, H], of the engine's dtype: the last hidden state before the teacher's head. With `text` [T, H], of its
+    tokens."""
     alignment: torch.Tensor
     """float32 [R, 2] if the teacher has a tokenizer of its own: 1 where a token of the teacher begins and 0 inside one,
     and the probability in its top-k of what is no token of the student's. Else [R, 0]."""
+    text: OwnText | None = None
+    """Of hidden states of a teacher with a tokenizer of its own."""
 
     @classmethod
     def of_topk(cls, topk_ids: torch.Tensor, topk_logp: torch.Tensor, sampled_logp: torch.Tensor) -> TeacherScores:
@@ -185,13 +241,16 @@ class TeacherScores:
         return cls(topk_ids, topk_logp, sampled_logp, none, none)
 
     @classmethod
-    def of_hidden(cls, hidden: torch.Tensor) -> TeacherScores:
+    def of_hidden(cls, hidden: torch.Tensor, text: OwnText | None = None) -> TeacherScores:
         """Return scores by hidden states."""
         import torch
 
-        rows = len(hidden)
+        rows = len(hidden) if text is None else len(text.places)
         none = torch.empty(rows, 0, dtype=torch.int32), torch.empty(rows, 0)
-        return cls(*none, torch.full((rows,), torch.nan), hidden, torch.empty(rows, 0))
+        alignment = torch.empty(rows, 0)
+        if text is not None:
+            alignment = torch.stack([text.places[:, 1].float(), torch.zeros(rows)], dim=1)
+        return cls(*none, torch.full((rows,), torch.nan), hidden, alignment, text)
 
     @classmethod
     def empty(cls, topk: int = 1) -> TeacherScores:
@@ -213,11 +272,16 @@ class TeacherScores:
         ids, logp, sampled_logp = map(torch.cat, columns)
         width = max(part.alignment.shape[1] for part in parts)
         alignment = [part.alignment if part.alignment.shape[1] else shared_tokens(part, width) for part in parts]
-        return cls(ids, logp, sampled_logp, torch.cat(padded), torch.cat(alignment))
+        text = None
+        if any(part.text is not None for part in parts):
+            text = OwnText.cat([part.text or OwnText.plain(len(part.sampled_logp)) for part in parts])
+        return cls(ids, logp, sampled_logp, torch.cat(padded), torch.cat(alignment), text)
 
     def take(self, rows: torch.Tensor | slice) -> TeacherScores:
         """Return the scores of these rows."""
-        return TeacherScores(*(tensor[rows] for tensor in vars(self).values()))
+        names = ("topk_ids", "topk_logp", "sampled_logp", "alignment", *(() if self.text else ("hidden",)))
+        kept: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
+        return replace(self, **kept, text=None if self.text is None else self.text.take(rows))
 
     def first(self, topk: int) -> TeacherScores:
         """Return the scores cut to the `topk` likeliest tokens of each row."""
@@ -230,11 +294,16 @@ class TeacherScores:
 
         if not self.alignment.shape[1]:
             return torch.ones_like(self.sampled_logp, dtype=torch.bool)
-        return self.topk_ids[:, 0] >= 0
+        return self.topk_ids[:, 0] >= 0 if self.text is None else self.text.places[:, 0] >= 0
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> TeacherScores:
         """Return the scores on `device`."""
-        return TeacherScores(*(tensor.to(device, non_blocking=non_blocking) for tensor in vars(self).values()))
+        parts: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "text"}
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in parts.items()}
+        text = self.text
+        if text is not None:
+            text = OwnText(*(tensor.to(device, non_blocking=non_blocking) for tensor in vars(text).values()))
+        return replace(self, **moved, text=text)
 
 
 def shared_tokens(scores: TeacherScores, width: int) -> torch.Tensor:

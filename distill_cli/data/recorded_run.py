@@ -6,6 +6,7 @@ RUN/scores/ holds (`rollout.score_files` writes and reads the tensors):
 |-------------------------------|-----------------------------------------------------------------------------|
 | `recording.json`              | what holds for every step: `Facts`                                          |
 | `heads/<teacher>_<id>.safetensors` | with hidden states: rows of a teacher's head from this id on, by its index |
+| `tokens/<teacher>.safetensors` | what the ids of that head are to the student, if its tokenizer is its own  |
 | `step_<n>/rank_<r>.safetensors` | the sequences that data rank r trained on, with the teacher's scores      |
 | `step_<n>/step.json`          | how many sequences of how many tokens                                       |
 | `step_<n>/manifest.json`      | the files' sizes and SHA-256; written last: a step is complete or absent    |
@@ -25,7 +26,7 @@ from distill_cli.folders.run_dir import RunDir, read_json
 from distill_cli.models import model_files
 from distill_cli.models.safetensors_header import BITS, read_header
 
-FACTS, STEP, HEADS = "recording.json", "step.json", "heads"
+FACTS, STEP, HEADS, TOKENS = "recording.json", "step.json", "heads", "tokens"
 
 
 @dataclass(frozen=True)

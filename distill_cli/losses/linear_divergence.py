@@ -33,6 +33,7 @@ from distill_cli.losses.chunks import chunk_size
 from distill_cli.losses.class_chunk import ClassChunk
 from distill_cli.losses.full_chunk import FullChunk
 from distill_cli.losses.head import Head, Merged, Shard, add_product, logit_dtype, multiply
+from distill_cli.losses.own_logits import OwnLogits
 from distill_cli.losses.teacher_chunk import TeacherChunk, TeacherHidden, TeacherView, TopK, view_of_topk
 from distill_cli.losses.token_loss import TokenLoss, Tokens
 
@@ -74,6 +75,8 @@ class HeadOutput:
     """float32 [N]; see `Tokens.teacher_entropy_n`."""
     teachability_N: torch.Tensor
     """float32 [N]: see `Tokens.teachability_n`; [N, 0] without `num_top`, unless the loss reads it."""
+    residue_N: torch.Tensor
+    """float32 [N]: see `TeacherView.residue_n`; [N, 0] without it."""
     teacher_top_ids_NM: torch.Tensor
     """int64 [N, M]: the teacher's likeliest tokens; padded with PADDING_ID where fewer are known."""
     teacher_top_logp_NM: torch.Tensor
@@ -202,6 +205,7 @@ class _Chunks:
         self._transform, self._teacher, self._token_loss = head.transform, teacher, token_loss
         self._sampled_ids_N, self._merged_eos_ids = sampled_ids_N, merged_eos_ids
         self._of_teacher = None
+        self._own: OwnLogits | None = None
         if isinstance(teacher, TeacherHidden):
             self._of_teacher = teacher.head.operands(teacher.hidden_NH)
 
@@ -212,7 +216,12 @@ class _Chunks:
         hidden, weight, bias = self.operands
         size = chunk_size(*weight.shape, num_tokens=hidden.shape[0], most=most)
         keeps_tanh = self._transform.soft_cap is not None and grads is not None
-        num_buffers = 2 + keeps_tanh + (self._of_teacher is not None)
+        has_logits = isinstance(self._teacher, TeacherHidden) and self._teacher.own is None
+        num_buffers = 2 + keeps_tanh + has_logits
+        if isinstance(self._teacher, TeacherHidden) and (own := self._teacher.own) is not None:
+            assert self._of_teacher is not None
+            options: dict[str, Any] = {"shard": self.shard, "num_tokens": size}
+            self._own = OwnLogits(own.text, self._teacher.head, own.head, self._of_teacher, **options)
         shape = num_buffers, size, self.shard.size
         buffers = torch.empty(shape, dtype=logit_dtype(weight), device=weight.device)
         for start in range(0, max(hidden.shape[0], 1), size):  # without tokens one empty chunk, for its shapes
@@ -260,6 +269,10 @@ class _Chunks:
         if isinstance(self._teacher, TopK):
             return view_of_topk(self._teacher, rows, logits_nV, shard=self.shard, **options), None
         assert self._of_teacher is not None
+        if self._own is not None:
+            probs_nV, merged = self._own.probabilities(rows), self._merged_eos_ids
+            chunk = TeacherChunk.of_probabilities(probs_nV, self._teacher, shard=self.shard, merged_eos_ids=merged)
+            return chunk.view(logits_nV, self._sampled_ids_N[rows], **options), chunk
         chunk = TeacherChunk(
             self._teacher,
             self._of_teacher,
@@ -299,6 +312,7 @@ class _Chunks:
             "teacher_sampled_logp_N": view.sampled_logp_n,
             "teacher_entropy_N": view.entropy_n,
             "teachability_N": loss_n.new_empty(len(loss_n), 0) if view.teachability_n is None else view.teachability_n,
+            "residue_N": loss_n.new_empty(len(loss_n), 0) if view.residue_n is None else view.residue_n,
             "teacher_top_ids_NM": view.top_ids_nM,
             "teacher_top_logp_NM": view.top_logp_nM,
         }, grad_nV

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
+LEFT = 1e-6
+"""The least share of a token's probability that moves leave: less is their rounding, and the token has none."""
+
 
 @dataclass(frozen=True)
 class Parts:

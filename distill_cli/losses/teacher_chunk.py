@@ -15,7 +15,9 @@ import torch.distributed as dist
 from distill_cli.losses.distill_loss import PADDING_LOGP, with_rest
 from distill_cli.losses.head import ABSENT_LOGIT, Head, Merged, Shard, multiply
 from distill_cli.losses.merged_eos import PADDING_ID
+from distill_cli.losses.own_logits import OwnHead
 from distill_cli.losses.softmax import Softmax
+from distill_cli.types import OwnText
 
 ABSENT_BELOW = ABSENT_LOGIT / 2
 Support = Literal["teacher", "student", "union", "full"]
@@ -35,6 +37,14 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class OwnTeacher:
+    """What the tokens of a teacher with a tokenizer of its own are to the student."""
+
+    text: OwnText
+    head: OwnHead
+
+
+@dataclass(frozen=True)
 class TeacherHidden:
     """The teacher's hidden states before its head, from which any support follows."""
 
@@ -47,6 +57,8 @@ class TeacherHidden:
     support: Support
     topk: int
     """Ids of the teacher's and of the student's in the support; at most `vocab_size`. `full` has all."""
+    own: OwnTeacher | None = None
+    """Of a teacher with a tokenizer of its own. Its hidden states are those of its own tokens."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,8 @@ class TeacherView:
     top_logp_nM: torch.Tensor
     teachability_n: torch.Tensor | None
     """See `Tokens`."""
+    residue_n: torch.Tensor | None = None
+    """Of a teacher with a tokenizer of its own, by its hidden states: the probability of no token of the student."""
 
 
 def view_of_topk(
@@ -108,6 +122,8 @@ class TeacherChunk:
         """
         hidden_NH, weight_vH, bias_v = operands
         self.shard, self.logits_nV, self.num_ids, self._teacher = shard, buffer_nV, weight_vH.shape[0], teacher
+        self.rest_n: torch.Tensor | None = None
+        """The probability of no token, if ids are absent here and there; those have ABSENT_LOGIT."""
         buffer_nV[:, self.num_ids :] = ABSENT_LOGIT
         if self.num_ids:
             own_nv = buffer_nV[:, : self.num_ids]
@@ -115,6 +131,28 @@ class TeacherChunk:
             teacher.head.transform.apply(own_nv, bias_V=bias_v, tanh_nV=scratch_nV[:, : self.num_ids])
         self.merged = Merged(buffer_nV, merged_eos_ids, shard=shard) if merged_eos_ids else None
         self.softmax = Softmax.of(buffer_nV, shard)
+
+    @classmethod
+    def of_probabilities(
+        cls, probs_nV: torch.Tensor, teacher: TeacherHidden, *, shard: Shard, merged_eos_ids: Sequence[int]
+    ) -> TeacherChunk:
+        """Return the chunk of a teacher whose probabilities are known, overwritten by its logits. Collectives.
+
+        Args:
+            probs_nV: this rank's shard, at the temperature; what they lack of 1 is the probability of no token.
+        """
+        chunk = cls.__new__(cls)
+        chunk.shard, chunk.num_ids, chunk._teacher = shard, probs_nV.shape[1], teacher
+        sums_n2 = torch.stack([probs_nV.sum(-1), (probs_nV * probs_nV.log().clamp_min(ABSENT_LOGIT)).sum(-1)], dim=1)
+        total_n, weighted_n = shard.all_reduce(sums_n2, dist.ReduceOp.SUM).unbind(1)
+        rest_n = chunk.rest_n = (1 - total_n).clamp_min(0.0)
+        chunk.logits_nV = probs_nV.log_().mul_(shard.temperature).clamp_min_(ABSENT_LOGIT)
+        chunk.merged = Merged(chunk.logits_nV, merged_eos_ids, shard=shard) if merged_eos_ids else None
+        argmax_n = Softmax.of(chunk.logits_nV, shard).argmax_n
+        entropy_n = -weighted_n - torch.xlogy(rest_n, rest_n)
+        none_n = torch.zeros_like(total_n)  # the logits are logarithms of probabilities
+        chunk.softmax = Softmax(log_sum_n=none_n, log_sum_at_one_n=none_n, entropy_n=entropy_n, argmax_n=argmax_n)
+        return chunk
 
     @property
     def is_full(self) -> bool:
@@ -143,15 +181,19 @@ class TeacherChunk:
         elif support != "full":
             ids_nK = own_ids_nK if support == "student" else theirs_nK
         top_ids_nM, top_logp_nM = self.likeliest(num_top)
+        logp_nK = self.logp_at(ids_nK)
+        if self.rest_n is not None:  # an absent id is in the rest
+            ids_nK = ids_nK.masked_fill(logp_nK <= PADDING_LOGP, PADDING_ID)
         return TeacherView(
             ids_nK,
-            self.logp_at(ids_nK),
+            logp_nK,
             argmax_n=self.softmax.argmax_n,
             sampled_logp_n=self.sampled_logp(sampled_ids_n),
             entropy_n=self.softmax.entropy_n,
             top_ids_nM=top_ids_nM,
             top_logp_nM=top_logp_nM,
             teachability_n=self.logp_at(own_ids_nK).exp().sum(-1) if teachability else None,
+            residue_n=self.rest_n,
         )
 
     def likeliest(self, num: int) -> tuple[torch.Tensor, torch.Tensor]:

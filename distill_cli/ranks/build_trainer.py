@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 import torch
@@ -47,7 +48,14 @@ from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.advantages import AdvantageSettings, advantages
 from distill_cli.rollout.on_policy import OnPolicy
 from distill_cli.rollout.remote import SamplingRanks
-from distill_cli.rollout.score_files import RecordedSteps, Recorder, read_head, write_head
+from distill_cli.rollout.score_files import (
+    RecordedSteps,
+    Recorder,
+    read_firsts,
+    read_head,
+    write_firsts,
+    write_head,
+)
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
 from distill_cli.student.adapters import add_adapters
@@ -58,6 +66,7 @@ from distill_cli.student.published import Published
 from distill_cli.student.teacher_head import TeacherHeads
 from distill_cli.student.weights import load_weights, save_student
 from distill_cli.terminal.step_printer import StepPrinter
+from distill_cli.tokens.translation import Translation
 from distill_cli.train.run_log import RunLog
 from distill_cli.train.run_state import Progress
 from distill_cli.train.token_report import ProbeReport
@@ -127,11 +136,11 @@ def build_trainer(
     stages, planner = Stages(parallel, stop), parts.build_planner(rank)
     moving = partial(parts.moving_teacher, student=student, trainable=trainable)
     teachers = complete_teachers(resolved, engines, moving, copies)
+    translations = parts.build_translations(resolved) if teachers else {}
     is_hidden = uses_hidden(resolved)
     if is_hidden:
-        student.heads = build_heads(rank, student)
+        student.heads = build_heads(rank, student, translations)
     teachers = shake_hands(rank, run, teachers, stages, student.heads) if teachers else []
-    translations = parts.build_translations(resolved) if teachers else {}
     worker: RolloutWorker | SamplingRanks | None = None
     if bridge is not None:
         version, dtype = (lambda: trainable.num_updates), getattr(torch, config.model.student.dtype.value)
@@ -191,14 +200,19 @@ def build_trainer(
     )
 
 
-def build_heads(rank: parts.Rank, student: Student) -> TeacherHeads:
+def build_heads(
+    rank: parts.Rank, student: Student, translations: Mapping[int, Translation] = MappingProxyType({})
+) -> TeacherHeads:
     """Build the holder of the teachers' heads: of a replay's as they were recorded, else still empty. A collective."""
     vocabulary, recorded = rank.resolved.vocabulary, rank.resolved.recorded_run
     shard = student.lm.get_output_embeddings().weight.shape[0] // rank.parallel.tensor.size()
     heads = TeacherHeads(rank.parallel, vocabulary.size if vocabulary.limit is None else vocabulary.limit, shard)
+    heads.firsts |= {index: torch.from_numpy(one.tokens.first) for index, one in translations.items()}
     if recorded is not None:
         folder = Recording.of(str(recorded)).folder
         for index in range(len(teacher_names(rank.resolved.config))):
+            if (firsts := read_firsts(folder, index)) is not None:
+                heads.firsts[index] = firsts
             heads.read(index, partial(read_head, folder, index))
     return heads
 
@@ -215,7 +229,9 @@ def record_heads(run: RunDir, heads: TeacherHeads) -> None:
         if heads.parallel.data_rank == heads.parallel.context.get_local_rank() == 0:
             bias, transform = None if head.bias_V is None else head.bias_V.cpu(), head.transform
             rows = ModelHead(head.weight_VH.cpu(), bias, transform.scale, transform.soft_cap)
-            write_head(run.scores, index, heads.rows[0], rows)
+            write_head(run.scores, index, heads.rows(index)[0], rows)
+            if index in heads.firsts:
+                write_firsts(run.scores, index, heads.firsts[index])
 
 
 def read_moving_head(heads: TeacherHeads, index: int, teacher: Teacher) -> None:

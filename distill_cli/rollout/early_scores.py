@@ -99,7 +99,7 @@ def submit(
     samples = [rollout.sample for rollout, _ in requests]
     assert all(one.logp is not None or one.source != "student" for one in samples), "sampled with logp=False"
     if translation is not None:
-        wait = _submit_translated(requests, teacher, translation)
+        wait = _submit_translated(requests, teacher, translation, hidden=hidden)
     else:
         wait = teacher.submit(
             [rollout.ids_for(target) for rollout, target in requests],
@@ -115,12 +115,12 @@ def submit(
 
 
 def _submit_translated(
-    requests: Sequence[Request], teacher: Teacher, translation: Translation
+    requests: Sequence[Request], teacher: Teacher, translation: Translation, *, hidden: bool
 ) -> Callable[[], list[TeacherScores]]:
     translated = [translation.request(rollout, target) for rollout, target in requests]
     starts = [one.response_start for one in translated]
-    wait = teacher.submit([one.token_ids for one in translated], response_starts=starts)
-    return lambda: translation.to_student(wait(), translated)
+    wait = teacher.submit([one.token_ids for one in translated], response_starts=starts, hidden=hidden)
+    return lambda: translation.to_student(wait(), translated, hidden=hidden)
 
 
 def deliver(scores: Mapping[Place, TeacherScores], needed: Sequence[Iterable[Place]]) -> dict[Place, TeacherScores]:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from distill_cli.data.order import permutation
-from distill_cli.data.recorded_run import FACTS, HEADS, STEP, Facts, Recording, step_folder, temporary_folder
+from distill_cli.data.recorded_run import FACTS, HEADS, STEP, TOKENS, Facts, Recording, step_folder, temporary_folder
 from distill_cli.errors import ConfigError
 from distill_cli.folders import atomic_dir
 from distill_cli.folders.run_dir import read_json, write_json
@@ -29,7 +29,7 @@ from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import Planner
 from distill_cli.rollout.source import RolloutSource, ScoredBatch
 from distill_cli.rollout.stages import Stages
-from distill_cli.types import Example, ModelHead, Prompt, Rollout, Sample, Target, TeacherScores
+from distill_cli.types import Example, ModelHead, OwnText, Prompt, Rollout, Sample, Target, TeacherScores
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,8 @@ def write_sequences(file: Path, rollouts: Sequence[Rollout], scores: Mapping[int
                 "teacher_logp": whole.sampled_logp.contiguous(),
             }
         ),
+        **({"alignment": whole.alignment.contiguous()} if whole.alignment.shape[1] else {}),
+        **_text_tensors(list(scores.values())),
     }
     facts = [
         {
@@ -125,6 +127,16 @@ def write_sequences(file: Path, rollouts: Sequence[Rollout], scores: Mapping[int
         for rollout in rollouts
     ]
     save_file(tensors, file, metadata={"sequences": json.dumps(facts)})
+
+
+def _text_tensors(parts: Sequence[TeacherScores]) -> dict[str, torch.Tensor]:
+    """Return the texts of teachers with tokenizers of their own; nothing if no teacher has one."""
+    if all(part.text is None for part in parts):
+        return {}
+    texts = [part.text or OwnText.plain(len(part.sampled_logp)) for part in parts]
+    lengths = [[len(column) for column in (one.token_ids, one.begun, one.moves)] for one in texts]
+    columns = {f"text_{name}": torch.cat([getattr(one, name) for one in texts]) for name in vars(texts[0])}
+    return {"text_lengths": torch.tensor(lengths).reshape(-1, 3)} | columns
 
 
 def read_sequences(file: Path) -> dict[int, Rollout]:
@@ -163,17 +175,35 @@ def read_scores(file: Path, places: set[int], *, topk: int) -> dict[int, Teacher
     with safe_open(file, framework="pt") as stored:
         lengths = stored.get_tensor("response_lengths").tolist()
         hidden_RH = stored.get_slice("hidden") if "hidden" in stored.keys() else None  # noqa: SIM118
+        alignment_R2 = stored.get_slice("alignment") if "alignment" in stored.keys() else None  # noqa: SIM118
+        texts = _read_texts(stored, lengths) if "text_lengths" in stored.keys() else None  # noqa: SIM118
         if hidden_RH is None:
             ids_RK, logp_RK, sampled_R = (stored.get_slice(name) for name in ("topk_ids", "topk_logp", "teacher_logp"))
-        for place, end, length in zip(stored.get_tensor("places").tolist(), accumulate(lengths), lengths, strict=True):
+        found = zip(stored.get_tensor("places").tolist(), accumulate(lengths), lengths, strict=True)
+        for index, (place, end, length) in enumerate(found):
             if place in places:
                 rows = slice(end - length, end)
-                if hidden_RH is not None:
+                if hidden_RH is not None and texts is not None:
+                    by_place[place] = TeacherScores.of_hidden(hidden_RH[texts[index][0]], texts[index][1])
+                elif hidden_RH is not None:
                     by_place[place] = TeacherScores.of_hidden(hidden_RH[rows])
                 else:
                     topk_of = ids_RK[rows, :topk], logp_RK[rows, :topk], sampled_R[rows]
                     by_place[place] = TeacherScores.of_topk(*topk_of)
+                if alignment_R2 is not None:
+                    by_place[place] = replace(by_place[place], alignment=alignment_R2[rows])
     return by_place
+
+
+def _read_texts(stored: Any, lengths: Sequence[int]) -> list[tuple[slice, OwnText]]:
+    """Return each sequence's text, after the rows of its hidden states."""
+    counts = stored.get_tensor("text_lengths")
+    sizes = torch.cat([counts[:, :1], torch.tensor(lengths)[:, None], counts[:, 1:]], dim=1).T.tolist()
+    names = ("token_ids", "places", "begun", "moves")
+    columns = [stored.get_tensor(f"text_{name}").split(one) for name, one in zip(names, sizes, strict=True)]
+    ends = accumulate(sizes[0])
+    rows = [slice(end - size, end) for end, size in zip(ends, sizes[0], strict=True)]
+    return [(one, OwnText(*parts)) for one, *parts in zip(rows, *columns, strict=True)]
 
 
 def write_head(root: Path, teacher: int, first: int, head: ModelHead) -> None:
@@ -206,6 +236,24 @@ def read_head(root: Path, teacher: int, rows: tuple[int, int]) -> ModelHead:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         what = f"the head of teacher {teacher} cannot be read ({type(error).__name__}: {error})"
         raise ConfigError(f"{root / HEADS}: {what}; restore it") from error
+
+
+def write_firsts(root: Path, teacher: int, firsts: torch.Tensor) -> None:
+    """Write what the ids of a teacher with a tokenizer of its own are to the student (`OwnHead`)."""
+    file = root / TOKENS / f"{teacher}.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    save_file({"firsts": firsts}, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").rename(file)
+
+
+def read_firsts(root: Path, teacher: int) -> torch.Tensor | None:
+    """Return what the ids of a teacher are to the student; None if they are the student's. Raises ConfigError."""
+    file = root / TOKENS / f"{teacher}.safetensors"
+    try:
+        return load_file(file)["firsts"] if file.exists() else None
+    except (OSError, SafetensorError, KeyError) as error:
+        what = f"the tokens of teacher {teacher} cannot be read ({type(error).__name__}: {error})"
+        raise ConfigError(f"{file}: {what}; restore it") from error
 
 
 class RecordedSteps:

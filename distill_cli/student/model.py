@@ -26,7 +26,7 @@ from distill_cli.errors import ConfigError
 from distill_cli.losses.head import Head
 from distill_cli.losses.linear_divergence import HeadOutput, join, linear_divergence
 from distill_cli.losses.objective import BatchLoss, Facts, Objective, calls_of
-from distill_cli.losses.teacher_chunk import TeacherHidden, TopK
+from distill_cli.losses.teacher_chunk import OwnTeacher, TeacherHidden, TopK
 from distill_cli.machine.torch_versions import varlen_operator
 from distill_cli.models.known_families import HEADS
 from distill_cli.models.traits import Traits
@@ -41,7 +41,7 @@ from distill_cli.student.published import Published
 from distill_cli.student.router_loss import RouterLoss
 from distill_cli.student.teacher_head import TeacherHeads
 from distill_cli.student.weights import empty_parameters
-from distill_cli.types import TeacherScores
+from distill_cli.types import OwnText, TeacherScores
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -209,9 +209,15 @@ class Student(nn.Module):
         if scores.hidden.shape[1] == 0:
             return TopK(scores.topk_ids, scores.topk_logp, scores.sampled_logp)
         assert self.heads is not None
-        head = heads[teachers.bit_length() - 1]
+        index = teachers.bit_length() - 1
+        head, own, text = heads[index], self.heads.own(index), scores.text
         hidden = scores.hidden[:, : head.weight_VH.shape[1]].to(head.weight_VH.dtype)
-        return TeacherHidden(hidden, head, self.heads.vocab_size, objective.support, objective.topk)
+        if own is None:
+            hidden = hidden if text is None else hidden[text.places[:, 0].long()]
+            return TeacherHidden(hidden, head, self.heads.vocab_size, objective.support, objective.topk)
+        size = self._head().weight_VH.shape[0] * (1 if self.tensor is None else self.tensor.size())
+        text = text or OwnText.plain(0)  # a micro-batch without loss
+        return TeacherHidden(hidden, head, size, objective.support, objective.topk, OwnTeacher(text, own))
 
     def _hidden_states(self, batch: MicroBatch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return the decoder's output for a micro-batch, its rows end to end, [1, T, H]; and its routers' logits."""

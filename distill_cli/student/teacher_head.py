@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from distill_cli.losses.head import Head, logit_dtype
 from distill_cli.losses.head import Shard as VocabularyShard
 from distill_cli.losses.logit_transform import LogitTransform
+from distill_cli.losses.own_logits import OwnHead
 from distill_cli.losses.teacher_chunk import TeacherChunk, TeacherHidden
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.types import ModelHead
@@ -36,17 +37,34 @@ class TeacherHeads:
     """First id that no teacher scores."""
     shard_size: int
     """V"""
+    firsts: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Of teachers with a tokenizer of their own, by index: by id of theirs the student's first token, below 0 if there
+    is none; int64."""
     _parts: dict[int, tuple[DTensor, torch.Tensor | None, LogitTransform]] = field(default_factory=dict)
 
-    @property
-    def rows(self) -> tuple[int, int]:
-        """The ids that this rank's shard of the student's head has, as far as teachers score them."""
-        first = self.parallel.tensor.get_local_rank() * self.shard_size
-        return first, max(first, min(first + self.shard_size, self.vocab_size))
+    def rows(self, index: int) -> tuple[int, int]:
+        """Return a teacher's ids that this rank has: those of its shard of the student's head, as far as teachers score
+        them; of a teacher with a tokenizer of its own an even part."""
+        size, last = self._size(index), len(self.firsts[index]) if index in self.firsts else self.vocab_size
+        first = self.parallel.tensor.get_local_rank() * size
+        return first, max(first, min(first + size, last))
+
+    def own(self, index: int) -> OwnHead | None:
+        """Return what this rank's ids of a teacher are to the student; None if they are the student's."""
+        if index not in self.firsts:
+            return None
+        first, last = self.rows(index)
+        return OwnHead(self.firsts[index][first:last].to(self.parallel.device), self._size(index))
+
+    def _size(self, index: int) -> int:
+        """Return the ids of a rank's shard of a teacher's vocabulary."""
+        if index not in self.firsts:
+            return self.shard_size
+        return -(-len(self.firsts[index]) // self.parallel.tensor.size())
 
     def read(self, index: int, read_rows: ReadRows) -> None:
         """Take a teacher's head, or take it anew. A collective: the ranks that share an engine read together."""
-        mesh, (first, last), device = self.parallel.fsdp, self.rows, self.parallel.device
+        mesh, (first, last), device = self.parallel.fsdp, self.rows(index), self.parallel.device
         shard = mesh.ndim - 1  # behind the axis of copies, if there is one
         size = -(-(last - first) // mesh.size(shard))  # as DTensor cuts: the last ranks may have fewer
         begin = min(first + mesh.get_local_rank(shard) * size, last)
@@ -76,16 +94,17 @@ class TeacherHeads:
         """
         head, group = self._whole(index), self.parallel.tensor.get_group() if self.parallel.tensor.size() > 1 else None
         hidden_NH = hidden_NH.to(head.weight_VH)
+        size = self._size(index)
         buffer_NV, scratch_NV = torch.empty(
-            2, len(hidden_NH), self.shard_size, dtype=logit_dtype(hidden_NH), device=hidden_NH.device
+            2, len(hidden_NH), size, dtype=logit_dtype(hidden_NH), device=hidden_NH.device
         )
         chunk = TeacherChunk(
-            TeacherHidden(hidden_NH, head, self.vocab_size, "teacher", ids_NK.shape[1]),
+            TeacherHidden(hidden_NH, head, size * self.parallel.tensor.size(), "teacher", ids_NK.shape[1]),
             head.operands(hidden_NH),
             slice(None),
             buffer_nV=buffer_NV,
             scratch_nV=scratch_NV,
-            shard=VocabularyShard(self.shard_size, group, temperature),
+            shard=VocabularyShard(size, group, temperature),
             merged_eos_ids=(),
         )
         return chunk.logp_at(ids_NK.to(hidden_NH.device))

@@ -13,7 +13,7 @@ import torch
 
 from distill_cli.losses.distill_loss import PADDING_LOGP
 from distill_cli.losses.merged_eos import PADDING_ID
-from distill_cli.losses.own_tokens import weigh
+from distill_cli.losses.own_tokens import LEFT, weigh
 from distill_cli.tokens.align import Alignment
 from distill_cli.tokens.byte_vocabulary import NO_TOKEN
 from distill_cli.tokens.text_plan import TextPlan, plan_text
@@ -76,7 +76,10 @@ def _translate(plan: TextPlan, scores: TeacherScores, tokens: TokenMap, *, topk:
 
     size = tokens.student.size
     keys_P, places_E = torch.unique(rows_E * size + tokens_E, return_inverse=True)
-    sums_P = torch.zeros(len(keys_P), dtype=torch.float64).index_add(0, places_E, masses_E).clamp_min(0.0)
+    none_P = torch.zeros(len(keys_P), dtype=torch.float64)
+    gains_P = none_P.index_add(0, places_E, masses_E.clamp_min(0.0))
+    sums_P = gains_P.index_add(0, places_E, masses_E.clamp_max(0.0))
+    sums_P = torch.where(sums_P > LEFT * gains_P, sums_P, 0.0)
     row_P, token_P = keys_P // size, keys_P % size
     is_written_P = token_P == written_R[row_P]
     written = torch.zeros(len(first_R), dtype=torch.float64)

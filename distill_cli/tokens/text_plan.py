@@ -26,13 +26,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy
 
 from distill_cli.tokens.align import Alignment
 from distill_cli.tokens.byte_vocabulary import NO_TOKEN
 from distill_cli.tokens.token_map import HASH_BASE, Bools, Ints, TokenMap
+from distill_cli.types import OwnText
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,28 @@ def plan_text(
         counts: the teacher's tokens of each answer that are scored: fewer if it was cut.
     """
     return _Planner.of(alignments, written, counts, tokens).plan()
+
+
+def own_texts(plan: TextPlan) -> list[OwnText]:
+    """Return a plan's answers one by one, as tensors."""
+    import torch
+
+    bounds, texts = ([0, *accumulate(one)] for one in (plan.sizes, plan.counts))
+    found = []
+    tables = [table[numpy.argsort(table[:, 0], kind="stable")] for table in (plan.begun_E4, plan.moves_E5)]
+    at = [numpy.searchsorted(table[:, 0], bounds) for table in tables]
+    for index, ((begin, end), (first, last)) in enumerate(zip(pairwise(bounds), pairwise(texts), strict=True)):
+        is_compared_R = plan.is_compared_R[begin:end]
+        places_R = numpy.where(is_compared_R, plan.first_R[begin:end] - first, NO_TOKEN)
+        entries = []
+        for table, cuts in zip(tables, at, strict=True):
+            own = table[cuts[index] : cuts[index + 1]].copy()
+            own[:, :2] -= numpy.array([begin, first])
+            entries.append(own)
+        places_R2 = numpy.stack([places_R, plan.is_aligned_R[begin:end].astype(numpy.int64)], axis=1)
+        parts = (plan.teacher_T[first:last], places_R2, *entries)
+        found.append(OwnText(*(torch.from_numpy(part.astype(numpy.int32)) for part in parts)))
+    return found
 
 
 @dataclass

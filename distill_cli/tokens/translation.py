@@ -13,6 +13,7 @@ from distill_cli.engines.settings import SamplingSettings
 from distill_cli.tokens.align import Alignment, align
 from distill_cli.tokens.byte_vocabulary import NO_TOKEN
 from distill_cli.tokens.student_scores import to_student
+from distill_cli.tokens.text_plan import own_texts, plan_text
 from distill_cli.tokens.token_map import TokenMap
 from distill_cli.types import Rollout, Sample, Target, TeacherScores
 
@@ -48,12 +49,21 @@ class Translation:
         token_ids = (prompt + whole.teacher_ids)[: self.max_tokens]
         return TeacherRequest(token_ids, min(len(prompt) + first, len(token_ids)), part, rollout.sample.token_ids)
 
-    def to_student(self, scores: Sequence[TeacherScores], requests: Sequence[TeacherRequest]) -> list[TeacherScores]:
-        """Return the scores of the student's tokens; empty ones if the teacher was interrupted."""
+    def to_student(
+        self, scores: Sequence[TeacherScores], requests: Sequence[TeacherRequest], *, hidden: bool = False
+    ) -> list[TeacherScores]:
+        """Return the scores of the student's tokens; empty ones if the teacher was interrupted.
+
+        Args:
+            hidden: the scores are hidden states.
+        """
         wanted = [len(one.token_ids) - one.response_start for one in requests]
         if [len(one.sampled_logp) for one in scores] != wanted:
             return [TeacherScores.empty(self.topk) for _ in requests]
         alignments, written = [one.alignment for one in requests], [one.written for one in requests]
+        if hidden:
+            texts = own_texts(plan_text(alignments, written, wanted, self.tokens)) if requests else []
+            return [TeacherScores.of_hidden(one.hidden, text) for one, text in zip(scores, texts, strict=True)]
         return to_student(scores, alignments, written, self.tokens, topk=self.topk)
 
     def sampling(self, sampling: SamplingSettings) -> SamplingSettings:

@@ -65,11 +65,13 @@ def alignment_metrics(updates: Updates, rollouts: Sequence[Rollout], *, parallel
         rollouts: all of the step.
     """
     sums = torch.zeros(4, device=parallel.device)
-    for batches, _ in updates:
-        for alignment in (batch.scores.alignment for batch in batches):
+    for batches, result in updates:
+        for batch, output in zip(batches, result.outputs, strict=True):
+            alignment = batch.scores.alignment
             own = alignment.new_tensor([float(alignment.shape[1] > 0 and len(alignment) > 0), len(alignment)])
             values = alignment.sum(0) if alignment.shape[1] else alignment.new_zeros(2)
             sums += torch.cat([own, values]).to(sums)
+            sums[-1] += output.residue_N.sum()
     num_own, number, aligned, residue = parallel.all_sum(sums).tolist()
     if not num_own:
         return {}

@@ -1,0 +1,148 @@
+"""A teacher with a tokenizer of its own, by its hidden states, against dense float64 distributions."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.divergence import DIVERGENCES
+from distill_cli.losses.head import Head
+from distill_cli.losses.linear_divergence import HeadOutput, linear_divergence
+from distill_cli.losses.logit_transform import LogitTransform
+from distill_cli.losses.own_logits import OwnHead
+from distill_cli.losses.teacher_chunk import OwnTeacher, Support, TeacherHidden
+from distill_cli.tokens.align import Alignment, align
+from distill_cli.tokens.student_scores import to_student
+from distill_cli.tokens.text_plan import own_texts, plan_text
+from distill_cli.tokens.token_map import TokenMap
+from distill_cli.types import TeacherScores
+from tests.losses.reference import HeadLoss
+from tests.tokens.test_student_scores import PAIRS, written_answers
+from tests.tokens.vocabularies import byte_level, map_of
+
+HIDDEN = 8
+TRANSFORM = LogitTransform(scale=0.7, soft_cap=6.0)
+
+
+class Pair:
+    """A student, and a teacher with other tokens, of random weights; and some answers."""
+
+    def __init__(self, tokens: TokenMap, *, temperature: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.tokens, self.temperature = tokens, temperature
+        self.answers = written_answers(tokens, 16)
+        self.alignments: list[Alignment] = [align(answer, tokens) for answer in self.answers]
+        self.head = Head(draw(tokens.teacher.size, HIDDEN), draw(tokens.teacher.size), TRANSFORM)
+        self.hidden = [draw(len(one.teacher_ids), HIDDEN) for one in self.alignments]
+        self.written = torch.tensor([token for answer in self.answers for token in answer])
+        self.student = draw(len(self.written), HIDDEN).requires_grad_(), draw(tokens.student.size, HIDDEN)
+        self.student[1].requires_grad_()
+
+    def run(self, teacher: TeacherHidden, kl_type: str, weights: torch.Tensor) -> HeadOutput:
+        hidden, weight = self.student
+        return linear_divergence(
+            hidden,
+            Head(weight),
+            teacher,
+            HeadLoss(DistillLoss(kl_type=kl_type), weights),
+            sampled_ids_N=self.written,
+            temperature=self.temperature,
+            chunk_tokens=7,
+        )
+
+    def by_hidden(self, support: Support, *, topk: int) -> TeacherHidden:
+        plan = plan_text(self.alignments, self.answers, [len(one) for one in self.hidden], self.tokens)
+        parts = zip(self.hidden, own_texts(plan), strict=True)
+        scores = TeacherScores.cat([TeacherScores.of_hidden(one, text) for one, text in parts])
+        assert scores.text is not None
+        own = OwnTeacher(scores.text, OwnHead(torch.from_numpy(self.tokens.first), self.tokens.teacher_ids))
+        return TeacherHidden(scores.hidden, self.head, self.tokens.student.size, support, topk, own)
+
+    def by_topk(self) -> TeacherScores:
+        """The teacher's whole distribution, as its engine returns it."""
+        found = []
+        for hidden, alignment in zip(self.hidden, self.alignments, strict=True):
+            raw = TRANSFORM.scale * (hidden @ self.head.weight_VH.T + self.head.bias_V)
+            logits = TRANSFORM.soft_cap * (raw / TRANSFORM.soft_cap).tanh()
+            logp = (logits / self.temperature).log_softmax(-1)
+            top, own = logp.topk(logp.shape[1]), logp.gather(1, torch.tensor(alignment.teacher_ids)[:, None])[:, 0]
+            found.append(TeacherScores.of_topk(top.indices.int(), top.values, own))
+        size = self.tokens.student.size
+        return TeacherScores.cat(to_student(found, self.alignments, self.answers, self.tokens, topk=size))
+
+    def reference(self, support: str, kl_type: str, *, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The divergence at each token, from dense distributions: classes are the support and all other tokens.
+
+        And whether both models give the rest something: else it is rounding.
+        """
+        scores, (hidden, weight) = self.by_topk(), self.student
+        q_NV = (hidden @ weight.T / self.temperature).softmax(-1)
+        p_NV = torch.zeros_like(q_NV)
+        rows, columns = (scores.topk_ids >= 0).nonzero(as_tuple=True)
+        p_NV[rows, scores.topk_ids[rows, columns].long()] = scores.topk_logp[rows, columns].double().exp()
+        values, are_clear = [], []
+        for p_V, q_V in zip(p_NV, q_NV, strict=True):
+            theirs, ours = p_V.topk(topk).indices.tolist(), q_V.topk(topk).indices.tolist()
+            ids = {"teacher": theirs, "student": ours, "union": theirs + ours, "full": range(len(p_V))}[support]
+            ids = sorted({token for token in ids if p_V[token] > 0})
+            p_C = torch.cat([p_V[ids], (1 - p_V[ids].sum())[None].clamp_min(1e-30)])
+            rest = [token for token in range(len(q_V)) if token not in ids]
+            q_C = torch.cat([q_V[ids], q_V[rest].sum()[None]])
+            values.append(DIVERGENCES[kl_type](p_C.log(), q_C.log()).sum())
+            are_clear.append(bool(p_C[-1] > 1e-3) and len(rest) > 0)
+        return torch.stack(values), torch.tensor(are_clear)
+
+
+@pytest.fixture(params=PAIRS)
+def tokens(request: pytest.FixtureRequest, tmp_path: Path) -> TokenMap:
+    return map_of(*(byte_level(tmp_path / str(index), merges) for index, merges in enumerate(PAIRS[request.param])))
+
+
+@pytest.mark.parametrize("support", ["teacher", "student", "union"])
+@pytest.mark.parametrize("kl_type", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_loss_and_gradient_equal_dense(tokens: TokenMap, support: Support, kl_type: str, temperature: float) -> None:
+    pair = Pair(tokens, temperature=temperature)
+    expected, is_clear = pair.reference(support, kl_type, topk=1)
+    assert float(is_clear.double().mean()) > 0.2
+    output = pair.run(pair.by_hidden(support, topk=1), kl_type, is_clear.double())
+    torch.testing.assert_close(output.divergence_N[is_clear], expected[is_clear], rtol=1e-5, atol=1e-5)
+    assert_gradients(pair, output.loss, expected[is_clear].sum())
+
+
+def assert_gradients(pair: Pair, loss: torch.Tensor, expected: torch.Tensor) -> None:
+    found = torch.autograd.grad(loss, pair.student)
+    right = torch.autograd.grad(expected, pair.student)
+    for got, want in zip(found, right, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kl_type", DIVERGENCES)
+def test_full_has_a_class_of_what_no_token_has(tokens: TokenMap, kl_type: str) -> None:
+    pair = Pair(tokens)
+    expected, is_clear = pair.reference("full", kl_type, topk=1)
+    output = pair.run(pair.by_hidden("full", topk=1), kl_type, is_clear.double())
+    torch.testing.assert_close(output.divergence_N[is_clear], expected[is_clear], rtol=1e-5, atol=1e-5)
+    if is_clear.any():
+        assert_gradients(pair, output.loss, expected[is_clear].sum())
+
+
+@pytest.mark.parametrize("kl_type", DIVERGENCES)
+def test_full_equals_top_k_of_all(tokens: TokenMap, kl_type: str) -> None:
+    """Where the teacher leaves nothing to a rest: what it has of nothing is rounding, and reverse terms read it."""
+    pair = Pair(tokens)
+    scores = pair.by_topk()
+    keep = scores.alignment[:, 1] == 0
+    if kl_type in ("reverse", "mixed", "skew_reverse"):
+        keep &= (scores.topk_ids >= 0).sum(1) == tokens.student.size
+    outputs = [
+        pair.run(pair.by_hidden(support, topk=tokens.student.size), kl_type, keep.double())
+        for support in ("full", "teacher")
+    ]
+    torch.testing.assert_close(outputs[0].divergence_N[keep], outputs[1].divergence_N[keep], rtol=1e-6, atol=1e-6)
+    assert_gradients(pair, outputs[0].loss, outputs[1].loss)
