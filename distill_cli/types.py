@@ -174,6 +174,8 @@ class OwnText:
     """int32 [E, 4]"""
     moves: torch.Tensor
     """int32 [E, 5]"""
+    splits: torch.Tensor
+    """int32 [E, 3]"""
 
     @classmethod
     def plain(cls, number: int) -> OwnText:
@@ -182,7 +184,7 @@ class OwnText:
 
         ids = torch.full((number,), -1, dtype=torch.int32)
         places = torch.stack([torch.arange(number, dtype=torch.int32), torch.ones(number, dtype=torch.int32)], dim=1)
-        return cls(ids, places, *(torch.empty(0, width, dtype=torch.int32) for width in (4, 5)))
+        return cls(ids, places, *(torch.empty(0, width, dtype=torch.int32) for width in (4, 5, 3)))
 
     @classmethod
     def cat(cls, parts: Sequence[OwnText]) -> OwnText:
@@ -193,7 +195,8 @@ class OwnText:
         for part in parts:
             places = part.places + part.places.new_tensor([texts, 0]) * (part.places[:, :1] >= 0)
             begun = part.begun + part.begun.new_tensor([rows, texts, 0, 0])
-            shifted.append((part.token_ids, places, begun, part.moves + part.moves.new_tensor([rows, texts, 0, 0, 0])))
+            moves = part.moves + part.moves.new_tensor([rows, texts, 0, 0, 0])
+            shifted.append((part.token_ids, places, begun, moves, part.splits + part.splits.new_tensor([rows, 0, 0])))
             rows, texts = rows + len(part.places), texts + len(part.token_ids)
         return cls(*map(torch.cat, zip(*shifted, strict=True)))
 
@@ -205,7 +208,7 @@ class OwnText:
         new = torch.full((len(self.places),), -1, dtype=torch.int32, device=self.places.device)
         new[rows] = torch.arange(len(places), dtype=torch.int32, device=self.places.device)
         kept = []
-        for entries in (self.begun, self.moves):
+        for entries in (self.begun, self.moves, self.splits):
             entries = torch.cat([new[entries[:, :1].long()], entries[:, 1:]], dim=1)
             kept.append(entries[entries[:, 0] >= 0])
         return OwnText(self.token_ids, places, *kept)
@@ -232,7 +235,7 @@ class TeacherScores:
     """float32 [R, 2] if the teacher has a tokenizer of its own: 1 where a token of the teacher begins and 0 inside one,
     and the probability in its top-k of what is no token of the student's. Else [R, 0]."""
     text: OwnText | None = None
-    """Of hidden states of a teacher with a tokenizer of its own."""
+    """Of a teacher with a tokenizer of its own. With a top-k it has `splits` alone, and the student's tokens."""
 
     @classmethod
     def of_topk(cls, topk_ids: torch.Tensor, topk_logp: torch.Tensor, sampled_logp: torch.Tensor) -> TeacherScores:
@@ -279,7 +282,9 @@ class TeacherScores:
 
     def take(self, rows: torch.Tensor | slice) -> TeacherScores:
         """Return the scores of these rows."""
-        names = ("topk_ids", "topk_logp", "sampled_logp", "alignment", *(() if self.text else ("hidden",)))
+        names = ["topk_ids", "topk_logp", "sampled_logp", "alignment"]
+        if self.text is None or not self.hidden.shape[1]:
+            names.append("hidden")
         kept: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
         return replace(self, **kept, text=None if self.text is None else self.text.take(rows))
 
@@ -294,7 +299,7 @@ class TeacherScores:
 
         if not self.alignment.shape[1]:
             return torch.ones_like(self.sampled_logp, dtype=torch.bool)
-        return self.topk_ids[:, 0] >= 0 if self.text is None else self.text.places[:, 0] >= 0
+        return self.topk_ids[:, 0] >= 0 if self.topk_ids.shape[1] or self.text is None else self.text.places[:, 0] >= 0
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> TeacherScores:
         """Return the scores on `device`."""

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from distill_cli.losses.distill_loss import PADDING_LOGP, bucket_classes
 from distill_cli.losses.divergence import forward, reverse
+from distill_cli.losses.groups import Grouped
 from distill_cli.losses.head import Merged, Shard
 from distill_cli.losses.teacher_chunk import TeacherView
 from distill_cli.losses.token_loss import TokenLoss, Tokens
@@ -44,12 +45,14 @@ class ClassChunk:
         *,
         shard: Shard,
         merged: Merged | None,
+        grouped: Grouped | None = None,
     ) -> None:
         """Take logits at temperature 1, and overwrite both buffers.
 
         Two collectives: a MAX of [n] and a SUM of [n, K + 3] (K + 4 if the temperature is not 1).
         """
-        self.temperature, self.merged = shard.temperature, merged
+        self.temperature, self.merged, self.grouped = shard.temperature, merged, grouped
+        class_ids_n = sampled_ids_n if grouped is None else grouped.class_ids_n
         ids_nK, self.teacher_logp_nK = teacher.ids_nK, teacher.logp_nK
         is_scaled = shard.temperature != 1.0
         local_peak_n, local_argmax_n = logits_nV.max(-1)
@@ -57,9 +60,9 @@ class ClassChunk:
         # A token id if the largest logit is in this shard, else one beyond any vocabulary.
         self.argmax_n = torch.where(local_peak_n == peak_n, local_argmax_n + shard.first, torch.iinfo(torch.int64).max)
         logits_nV.sub_(peak_n[:, None])
-        index, owned = shard.locate(torch.cat([ids_nK, sampled_ids_n[:, None]], dim=-1))
+        index, owned = shard.locate(torch.cat([ids_nK, class_ids_n[:, None]], dim=-1))
         self.index_nK, self.owned_nK = index[:, :-1], owned[:, :-1]
-        self.sampled_index_n1, self.owns_sampled_n1 = index[:, -1:], owned[:, -1:]
+        self.sampled_index_n1, self.owns_sampled_n1 = shard.locate(sampled_ids_n[:, None])
         picked = [logits_nV.gather(1, index).masked_fill_(~owned, 0.0)]
         if is_scaled:
             picked.append(torch.exp(logits_nV, out=scratch_nV).sum(-1, keepdim=True))
@@ -89,6 +92,8 @@ class ClassChunk:
         self.logp_nC = torch.cat([ids_logp_nK, (self.rest_sum_n.log() - log_sum_n)[:, None]], dim=-1)
         self.entropy_n = log_sum_n - (rest_exp_logit_n + (ids_exp_nK * ids_logit_nK).sum(-1)) / self.sum_n
         self.sampled_logp_n = sampled_n - (sums[:, -1].log() if is_scaled else log_sum_n)
+        if grouped is not None:
+            self.sampled_logp_n = grouped.sampled_logp_n
         self.class_logp_n = class_n * (1 / self.temperature) - log_sum_n
 
     def logp_of(self, logits_nM: torch.Tensor) -> torch.Tensor:
@@ -158,6 +163,8 @@ class ClassChunk:
         grad_nV.scatter_add_(1, self.index_nK, grad_nK.masked_fill(~self.owned_nK, 0.0))
         if self.merged is not None:
             self.merged.spread(grad_nV)
+        if self.grouped is not None:
+            self.grouped.spread(grad_nV)
         if grads[2] is not None:
             grad_n1 = grad_sampled_n[:, None].masked_fill(~self.owns_sampled_n1, 0.0)
             grad_nV.scatter_add_(1, self.sampled_index_n1, grad_n1)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.losses.class_chunk import MIN_REST_SUM
+from distill_cli.losses.groups import Grouped
 from distill_cli.losses.head import Merged, Shard
 from distill_cli.losses.softmax import Softmax, by_blocks
 from distill_cli.losses.teacher_chunk import ABSENT_BELOW, TeacherChunk
@@ -44,6 +45,7 @@ class FullChunk:
         shard: Shard,
         merged: Merged | None,
         with_gradient: bool,
+        grouped: Grouped | None = None,
     ) -> None:
         """Take logits at temperature 1; with the gradient the teacher's are overwritten by g. Four collectives of [n].
 
@@ -51,10 +53,12 @@ class FullChunk:
             terms: the divergence's, elementwise (`TokenLoss.terms`).
         """
         self.shard, self.merged, self.logits_nV, self.grad_nV = shard, merged, logits_nV, teacher.logits_nV
+        self.grouped, class_ids_n = grouped, sampled_ids_n if grouped is None else grouped.class_ids_n
         self.softmax, temperature = Softmax.of(logits_nV, shard), shard.temperature
         self.entropy_n, self.argmax_n = self.softmax.entropy_n, self.softmax.argmax_n
         self.sampled_index_n1, self.owns_sampled_n1 = shard.locate(sampled_ids_n[:, None])
-        sampled_n = logits_nV.gather(1, self.sampled_index_n1).masked_fill_(~self.owns_sampled_n1, 0.0)[:, 0]
+        class_index_n1, owns_class_n1 = shard.locate(class_ids_n[:, None])
+        sampled_n = logits_nV.gather(1, class_index_n1).masked_fill_(~owns_class_n1, 0.0)[:, 0]
         shard.all_reduce(sampled_n, dist.ReduceOp.SUM)
         log_sum_n, class_n = self.softmax.log_sum_at_one_n, sampled_n
         if merged is not None:
@@ -64,7 +68,7 @@ class FullChunk:
                 one_class_n = merged.logit_n - log_sum_n
                 own_n = (merged.logits_nE - log_sum_n[:, None]).exp().sum(-1)
                 log_sum_n = log_sum_n + (own_n - one_class_n.exp()).log1p()
-        self.sampled_logp_n = sampled_n - log_sum_n
+        self.sampled_logp_n = sampled_n - log_sum_n if grouped is None else grouped.sampled_logp_n
         self.class_logp_n = class_n / temperature - self.softmax.log_sum_n
 
         self.num_ids = teacher.num_ids
@@ -160,6 +164,8 @@ class FullChunk:
             grad_nV[:, self.num_ids :].addcmul_(rest_nr.exp_(), rest_n[:, None])
         if self.merged is not None:
             self.merged.spread(grad_nV)
+        if self.grouped is not None:
+            self.grouped.spread(grad_nV)
         if grads[1] is not None:
             grad_n1 = (grads[1] / divisor)[:, None].masked_fill(~self.owns_sampled_n1, 0.0)
             grad_nV.scatter_add_(1, self.sampled_index_n1, grad_n1)

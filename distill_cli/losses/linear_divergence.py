@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from distill_cli.losses.chunks import chunk_size
 from distill_cli.losses.class_chunk import ClassChunk
 from distill_cli.losses.full_chunk import FullChunk
+from distill_cli.losses.groups import Grouped, RowGroups
 from distill_cli.losses.head import Head, Merged, Shard, add_product, logit_dtype, multiply
 from distill_cli.losses.own_logits import OwnLogits
 from distill_cli.losses.teacher_chunk import TeacherChunk, TeacherHidden, TeacherView, TopK, view_of_topk
@@ -76,7 +77,7 @@ class HeadOutput:
     teachability_N: torch.Tensor
     """float32 [N]: see `Tokens.teachability_n`; [N, 0] without `num_top`, unless the loss reads it."""
     residue_N: torch.Tensor
-    """float32 [N]: see `TeacherView.residue_n`; [N, 0] without it."""
+    """float32 [N]: see `TeacherView.residue_n`; 0 without it."""
     teacher_top_ids_NM: torch.Tensor
     """int64 [N, M]: the teacher's likeliest tokens; padded with PADDING_ID where fewer are known."""
     teacher_top_logp_NM: torch.Tensor
@@ -220,8 +221,8 @@ class _Chunks:
         num_buffers = 2 + keeps_tanh + has_logits
         if isinstance(self._teacher, TeacherHidden) and (own := self._teacher.own) is not None:
             assert self._of_teacher is not None
-            options: dict[str, Any] = {"shard": self.shard, "num_tokens": size}
-            self._own = OwnLogits(own.text, self._teacher.head, own.head, self._of_teacher, **options)
+            of_own: dict[str, Any] = {"shard": self.shard, "num_tokens": size}
+            self._own = OwnLogits(own.text, self._teacher.head, own.head, self._of_teacher, **of_own)
         shape = num_buffers, size, self.shard.size
         buffers = torch.empty(shape, dtype=logit_dtype(weight), device=weight.device)
         for start in range(0, max(hidden.shape[0], 1), size):  # without tokens one empty chunk, for its shapes
@@ -230,12 +231,16 @@ class _Chunks:
             tanh_nV = others.pop() if keeps_tanh else scratch_nV  # no gradient reads it there
             multiply(hidden[rows], weight.t(), out=logits_nV)
             self._transform.apply(logits_nV, bias_V=bias, tanh_nV=tanh_nV)
+            with_gradient, sampled_ids_n = grads is not None, self._sampled_ids_N[rows]
+            groups = None if (found := self._teacher.groups) is None else found.take(rows, len(logits_nV))
+            grouped = None if groups is None else Grouped(logits_nV, groups, sampled_ids_n, shard=self.shard)
             merged = Merged(logits_nV, self._merged_eos_ids, shard=self.shard) if self._merged_eos_ids else None
             top_ids_nM, top_logits_nM = self.shard.likeliest(logits_nV, num_top)
-            view, teacher = self._see_teacher(logits_nV, scratch_nV, others, rows=rows, num_top=num_top)
+            options: dict[str, Any] = {"rows": rows, "num_top": num_top, "groups": groups}
+            class_ids_n = sampled_ids_n if grouped is None else grouped.class_ids_n
+            view, teacher = self._see_teacher(logits_nV, scratch_nV, others, class_ids_n, **options)
             chunk: ClassChunk | FullChunk
-            with_gradient, sampled_ids_n = grads is not None, self._sampled_ids_N[rows]
-            shared: dict[str, Any] = {"shard": self.shard, "merged": merged}
+            shared: dict[str, Any] = {"shard": self.shard, "merged": merged, "grouped": grouped}
             if teacher is not None and teacher.is_full:
                 shared |= {"terms": self._token_loss.terms, "with_gradient": with_gradient}
                 chunk = FullChunk(logits_nV, teacher, sampled_ids_n, **shared)
@@ -254,15 +259,19 @@ class _Chunks:
         logits_nV: torch.Tensor,
         scratch_nV: torch.Tensor,
         buffers: Sequence[torch.Tensor],
+        class_ids_n: torch.Tensor,
         *,
         rows: slice,
         num_top: int,
+        groups: RowGroups | None,
     ) -> tuple[TeacherView, TeacherChunk | None]:
         """Return the teacher's predictions, and its chunk if its hidden states are given. Collectives.
 
         Args:
             logits_nV: the student's, which are only read.
             buffers: one for the teacher's logits, if its hidden states are given.
+            class_ids_n: the sampled tokens, or those that stand for them.
+            groups: of these rows.
         """
         options: dict[str, Any] = {"num_top": num_top}
         options["teachability"] = self._token_loss.reads_teachability or num_top > 0
@@ -270,9 +279,9 @@ class _Chunks:
             return view_of_topk(self._teacher, rows, logits_nV, shard=self.shard, **options), None
         assert self._of_teacher is not None
         if self._own is not None:
-            probs_nV, merged = self._own.probabilities(rows), self._merged_eos_ids
+            probs_nV, merged = self._own.probabilities(rows, groups), self._merged_eos_ids
             chunk = TeacherChunk.of_probabilities(probs_nV, self._teacher, shard=self.shard, merged_eos_ids=merged)
-            return chunk.view(logits_nV, self._sampled_ids_N[rows], **options), chunk
+            return chunk.view(logits_nV, class_ids_n, **options), chunk
         chunk = TeacherChunk(
             self._teacher,
             self._of_teacher,
@@ -282,7 +291,7 @@ class _Chunks:
             shard=self.shard,
             merged_eos_ids=self._merged_eos_ids,
         )
-        return chunk.view(logits_nV, self._sampled_ids_N[rows], **options), chunk
+        return chunk.view(logits_nV, class_ids_n, **options), chunk
 
     def _lose(
         self, chunk: ClassChunk | FullChunk, view: TeacherView, rows: slice, *, with_gradient: bool
@@ -312,7 +321,7 @@ class _Chunks:
             "teacher_sampled_logp_N": view.sampled_logp_n,
             "teacher_entropy_N": view.entropy_n,
             "teachability_N": loss_n.new_empty(len(loss_n), 0) if view.teachability_n is None else view.teachability_n,
-            "residue_N": loss_n.new_empty(len(loss_n), 0) if view.residue_n is None else view.residue_n,
+            "residue_N": torch.zeros_like(loss_n) if view.residue_n is None else view.residue_n,
             "teacher_top_ids_NM": view.top_ids_nM,
             "teacher_top_logp_NM": view.top_logp_nM,
         }, grad_nV

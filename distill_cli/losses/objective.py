@@ -190,15 +190,16 @@ def is_near(log_ratio_n: torch.Tensor, is_sampled_n: torch.Tensor, objective: Ob
 
 
 def calls_of(
-    teachers_N: torch.Tensor, objectives: Mapping[int, Objective], default: Objective, *, from_hidden: bool
+    teachers_N: torch.Tensor, objectives: Mapping[int, Objective], default: Objective, *, is_apart: bool
 ) -> list[tuple[Objective, list[int]]]:
     """Return the sets of teachers whose tokens one call of the head takes together, each with an objective of theirs.
 
-    Tokens share a call if they share a temperature; with hidden states only those of one teacher do.
+    Tokens share a call if they share a temperature. Of teachers that are apart, since their hidden states are given or
+    their tokens are their own, only those of one do.
     """
     calls: dict[tuple[object, ...], tuple[Objective, list[int]]] = {}
-    is_simple = not from_hidden and all(one.temperature == default.temperature for one in objectives.values())
+    is_simple = not is_apart and all(one.temperature == default.temperature for one in objectives.values())
     for teachers in [0] if is_simple else teachers_N.unique().tolist():
         one = objectives.get(teachers, default)
-        calls.setdefault((one.temperature, teachers if from_hidden else None), (one, []))[1].append(teachers)
+        calls.setdefault((one.temperature, teachers if is_apart else None), (one, []))[1].append(teachers)
     return list(calls.values())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from distill_cli.losses.groups import RowGroups, group_probabilities
 from distill_cli.losses.head import Head, Shard, multiply
 from distill_cli.losses.own_tokens import LEFT, weigh
 from distill_cli.types import OwnText
@@ -83,10 +84,13 @@ class OwnLogits:
         logp_E[order_E] = torch.cat(of_wanted).double()
         return torch.cat(of_text).double(), logp_E
 
-    def probabilities(self, rows: slice) -> torch.Tensor:
+    def probabilities(self, rows: slice, groups: RowGroups | None) -> torch.Tensor:
         """Return the probabilities of this rank's shard of the student's vocabulary at some of its tokens: [n, V].
 
         They add up to 1 over all shards, less what is no token of the student. Collectives.
+
+        Args:
+            groups: of these rows.
         """
         weight_n, first_n = self._weight_N[rows], self._first_N[rows]
         begins = self._is_aligned_N[rows].nonzero()[:, 0]
@@ -105,6 +109,8 @@ class OwnLogits:
         least_e = LEFT * flat[lost_e]
         flat.index_add_(0, lost_e, losses_e.to(flat))
         flat[lost_e] = torch.where(flat[lost_e] > least_e, flat[lost_e], 0.0)
+        if groups is not None:
+            group_probabilities(probs_nV, groups)
         return probs_nV[:, self._shard.first : self._shard.first + self._shard.size]
 
     def _entries(self, rows: slice, part: slice) -> tuple[torch.Tensor, torch.Tensor]:

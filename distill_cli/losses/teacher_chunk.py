@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from distill_cli.losses.distill_loss import PADDING_LOGP, with_rest
+from distill_cli.losses.groups import RowGroups
 from distill_cli.losses.head import ABSENT_LOGIT, Head, Merged, Shard, multiply
 from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.losses.own_logits import OwnHead
@@ -34,6 +35,8 @@ class TopK:
     """[N, K], normalised over the whole vocabulary; PADDING_LOGP at padding."""
     sampled_logp_N: torch.Tensor
     """[N], of the sampled token."""
+    groups: RowGroups | None = None
+    """Of a teacher with a tokenizer of its own, whose top-k has the tokens that stand for others."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class TeacherHidden:
     """Ids of the teacher's and of the student's in the support; at most `vocab_size`. `full` has all."""
     own: OwnTeacher | None = None
     """Of a teacher with a tokenizer of its own. Its hidden states are those of its own tokens."""
+    groups: RowGroups | None = None
+    """Likewise."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from distill_cli.folders.rollouts_table import RolloutsFolder
 from distill_cli.folders.run_dir import RunDir, read_json, write_json
 from distill_cli.losses import divergence, token_weight
 from distill_cli.losses.distill_loss import DistillLoss
+from distill_cli.losses.groups import TokenGroups
 from distill_cli.losses.objective import Objective, TokenWeight
 from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import fingerprint
@@ -51,10 +52,10 @@ from distill_cli.rollout.remote import SamplingRanks
 from distill_cli.rollout.score_files import (
     RecordedSteps,
     Recorder,
-    read_firsts,
     read_head,
-    write_firsts,
+    read_tokens,
     write_head,
+    write_tokens,
 )
 from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
@@ -137,9 +138,11 @@ def build_trainer(
     moving = partial(parts.moving_teacher, student=student, trainable=trainable)
     teachers = complete_teachers(resolved, engines, moving, copies)
     translations = parts.build_translations(resolved) if teachers else {}
+    of_tokens = own_tokens(resolved, translations)
+    student.groups = {index: groups for index, (_, groups) in of_tokens.items()}
     is_hidden = uses_hidden(resolved)
     if is_hidden:
-        student.heads = build_heads(rank, student, translations)
+        student.heads = build_heads(rank, student, {index: firsts for index, (firsts, _) in of_tokens.items()})
     teachers = shake_hands(rank, run, teachers, stages, student.heads) if teachers else []
     worker: RolloutWorker | SamplingRanks | None = None
     if bridge is not None:
@@ -162,8 +165,11 @@ def build_trainer(
         )
     validation = probes = None
     recorder = build_recorder(resolved, run, parallel) if config.rollout.save_scores else None
-    if recorder is not None and student.heads is not None:
-        record_heads(run, student.heads)
+    if recorder is not None:
+        for index, (firsts, groups) in of_tokens.items() if is_main else ():
+            write_tokens(run.scores, index, firsts, groups)
+        if student.heads is not None:
+            record_heads(run, student.heads)
     rollouts = RolloutsFolder(run.rollouts, decode, lambda token: show([token]), is_written=is_main)
     if validator is not None and worker is not None:
         validation = Validation(validator, worker, teachers if config.eval.teacher else [], translations)
@@ -200,19 +206,33 @@ def build_trainer(
     )
 
 
+def own_tokens(
+    resolved: ResolvedRun, translations: Mapping[int, Translation]
+) -> dict[int, tuple[torch.Tensor, TokenGroups]]:
+    """Return by index, of the teachers with a tokenizer of their own, the student's first token of each of theirs, and
+    the groups of the student's: of a replay's as they were recorded."""
+    if (recorded := resolved.recorded_run) is None:
+        return {index: (torch.from_numpy(one.tokens.first), one.tokens.groups) for index, one in translations.items()}
+    folder = Recording.of(str(recorded)).folder
+    found = {index: read_tokens(folder, index) for index in range(len(teacher_names(resolved.config)))}
+    return {index: one for index, one in found.items() if one is not None}
+
+
 def build_heads(
-    rank: parts.Rank, student: Student, translations: Mapping[int, Translation] = MappingProxyType({})
+    rank: parts.Rank, student: Student, firsts: Mapping[int, torch.Tensor] = MappingProxyType({})
 ) -> TeacherHeads:
-    """Build the holder of the teachers' heads: of a replay's as they were recorded, else still empty. A collective."""
+    """Build the holder of the teachers' heads: of a replay's as they were recorded, else still empty. A collective.
+
+    Args:
+        firsts: see `TeacherHeads`.
+    """
     vocabulary, recorded = rank.resolved.vocabulary, rank.resolved.recorded_run
     shard = student.lm.get_output_embeddings().weight.shape[0] // rank.parallel.tensor.size()
     heads = TeacherHeads(rank.parallel, vocabulary.size if vocabulary.limit is None else vocabulary.limit, shard)
-    heads.firsts |= {index: torch.from_numpy(one.tokens.first) for index, one in translations.items()}
+    heads.firsts |= firsts
     if recorded is not None:
         folder = Recording.of(str(recorded)).folder
         for index in range(len(teacher_names(rank.resolved.config))):
-            if (firsts := read_firsts(folder, index)) is not None:
-                heads.firsts[index] = firsts
             heads.read(index, partial(read_head, folder, index))
     return heads
 
@@ -230,8 +250,6 @@ def record_heads(run: RunDir, heads: TeacherHeads) -> None:
             bias, transform = None if head.bias_V is None else head.bias_V.cpu(), head.transform
             rows = ModelHead(head.weight_VH.cpu(), bias, transform.scale, transform.soft_cap)
             write_head(run.scores, index, heads.rows(index)[0], rows)
-            if index in heads.firsts:
-                write_firsts(run.scores, index, heads.firsts[index])
 
 
 def read_moving_head(heads: TeacherHeads, index: int, teacher: Teacher) -> None:

@@ -25,6 +25,7 @@ from distill_cli.data.recorded_run import FACTS, HEADS, STEP, TOKENS, Facts, Rec
 from distill_cli.errors import ConfigError
 from distill_cli.folders import atomic_dir
 from distill_cli.folders.run_dir import read_json, write_json
+from distill_cli.losses.groups import TokenGroups
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.rollout.pack import Planner
 from distill_cli.rollout.source import RolloutSource, ScoredBatch
@@ -134,9 +135,9 @@ def _text_tensors(parts: Sequence[TeacherScores]) -> dict[str, torch.Tensor]:
     if all(part.text is None for part in parts):
         return {}
     texts = [part.text or OwnText.plain(len(part.sampled_logp)) for part in parts]
-    lengths = [[len(column) for column in (one.token_ids, one.begun, one.moves)] for one in texts]
+    lengths = [[len(column) for column in (one.token_ids, one.begun, one.moves, one.splits)] for one in texts]
     columns = {f"text_{name}": torch.cat([getattr(one, name) for one in texts]) for name in vars(texts[0])}
-    return {"text_lengths": torch.tensor(lengths).reshape(-1, 3)} | columns
+    return {"text_lengths": torch.tensor(lengths).reshape(-1, 4)} | columns
 
 
 def read_sequences(file: Path) -> dict[int, Rollout]:
@@ -191,7 +192,8 @@ def read_scores(file: Path, places: set[int], *, topk: int) -> dict[int, Teacher
                     topk_of = ids_RK[rows, :topk], logp_RK[rows, :topk], sampled_R[rows]
                     by_place[place] = TeacherScores.of_topk(*topk_of)
                 if alignment_R2 is not None:
-                    by_place[place] = replace(by_place[place], alignment=alignment_R2[rows])
+                    text = None if texts is None else texts[index][1]
+                    by_place[place] = replace(by_place[place], alignment=alignment_R2[rows], text=text)
     return by_place
 
 
@@ -199,7 +201,7 @@ def _read_texts(stored: Any, lengths: Sequence[int]) -> list[tuple[slice, OwnTex
     """Return each sequence's text, after the rows of its hidden states."""
     counts = stored.get_tensor("text_lengths")
     sizes = torch.cat([counts[:, :1], torch.tensor(lengths)[:, None], counts[:, 1:]], dim=1).T.tolist()
-    names = ("token_ids", "places", "begun", "moves")
+    names = ("token_ids", "places", "begun", "moves", "splits")
     columns = [stored.get_tensor(f"text_{name}").split(one) for name, one in zip(names, sizes, strict=True)]
     ends = accumulate(sizes[0])
     rows = [slice(end - size, end) for end, size in zip(ends, sizes[0], strict=True)]
@@ -238,20 +240,27 @@ def read_head(root: Path, teacher: int, rows: tuple[int, int]) -> ModelHead:
         raise ConfigError(f"{root / HEADS}: {what}; restore it") from error
 
 
-def write_firsts(root: Path, teacher: int, firsts: torch.Tensor) -> None:
-    """Write what the ids of a teacher with a tokenizer of its own are to the student (`OwnHead`)."""
+def write_tokens(root: Path, teacher: int, firsts: torch.Tensor, groups: TokenGroups) -> None:
+    """Write what the tokens of a teacher with a tokenizer of its own are to the student.
+
+    Args:
+        firsts: by id of its tokens, the student's first one.
+    """
     file = root / TOKENS / f"{teacher}.safetensors"
     file.parent.mkdir(exist_ok=True)
-    save_file({"firsts": firsts}, file.with_suffix(".tmp"))
+    save_file({"firsts": firsts.contiguous(), **vars(groups)}, file.with_suffix(".tmp"))
     file.with_suffix(".tmp").rename(file)
 
 
-def read_firsts(root: Path, teacher: int) -> torch.Tensor | None:
-    """Return what the ids of a teacher are to the student; None if they are the student's. Raises ConfigError."""
+def read_tokens(root: Path, teacher: int) -> tuple[torch.Tensor, TokenGroups] | None:
+    """Return what `write_tokens` wrote; None if the teacher has the student's tokens. Raises ConfigError."""
     file = root / TOKENS / f"{teacher}.safetensors"
+    if not file.exists():
+        return None
     try:
-        return load_file(file)["firsts"] if file.exists() else None
-    except (OSError, SafetensorError, KeyError) as error:
+        tensors = load_file(file)
+        return tensors.pop("firsts"), TokenGroups(**tensors)
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
         what = f"the tokens of teacher {teacher} cannot be read ({type(error).__name__}: {error})"
         raise ConfigError(f"{file}: {what}; restore it") from error
 

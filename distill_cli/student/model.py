@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from distill_cli.errors import ConfigError
+from distill_cli.losses.groups import RowGroups, TokenGroups
 from distill_cli.losses.head import Head
 from distill_cli.losses.linear_divergence import HeadOutput, join, linear_divergence
 from distill_cli.losses.objective import BatchLoss, Facts, Objective, calls_of
@@ -96,6 +97,8 @@ class Student(nn.Module):
         self.own_objectives = dict(own_objectives or {})
         self.heads: TeacherHeads | None = None
         """The teachers' heads, if their hidden states are given."""
+        self.groups: dict[int, TokenGroups] = {}
+        """By index of the teachers with a tokenizer of their own."""
         self.merged_eos_ids = tuple(merged_eos_ids)
 
     @property
@@ -177,7 +180,8 @@ class Student(nn.Module):
                 **options,
             )
 
-        calls = calls_of(batch.teachers, self.own_objectives, self.objective, from_hidden=from_hidden)
+        is_apart = from_hidden or bool(self.groups)
+        calls = calls_of(batch.teachers, self.own_objectives, self.objective, is_apart=is_apart)
         if len(calls) < 2:
             objective, (first, *_) = calls[0] if calls else (self.objective, [0])
             return outputs(slice(None), objective, first)
@@ -206,10 +210,13 @@ class Student(nn.Module):
         self, scores: TeacherScores, objective: Objective, teachers: int, heads: Mapping[int, Head]
     ) -> TopK | TeacherHidden:
         """Return what is known of the teacher of some tokens, one of `teachers`."""
+        index, groups = teachers.bit_length() - 1, None
+        if index in self.groups:
+            splits = scores.topk_ids.new_empty(0, 3) if scores.text is None else scores.text.splits
+            groups = RowGroups.of(self.groups[index].to(splits.device), splits)
         if scores.hidden.shape[1] == 0:
-            return TopK(scores.topk_ids, scores.topk_logp, scores.sampled_logp)
+            return TopK(scores.topk_ids, scores.topk_logp, scores.sampled_logp, groups)
         assert self.heads is not None
-        index = teachers.bit_length() - 1
         head, own, text = heads[index], self.heads.own(index), scores.text
         hidden = scores.hidden[:, : head.weight_VH.shape[1]].to(head.weight_VH.dtype)
         if own is None:
@@ -217,7 +224,7 @@ class Student(nn.Module):
             return TeacherHidden(hidden, head, self.heads.vocab_size, objective.support, objective.topk)
         size = self._head().weight_VH.shape[0] * (1 if self.tensor is None else self.tensor.size())
         text = text or OwnText.plain(0)  # a micro-batch without loss
-        return TeacherHidden(hidden, head, size, objective.support, objective.topk, OwnTeacher(text, own))
+        return TeacherHidden(hidden, head, size, objective.support, objective.topk, OwnTeacher(text, own), groups)
 
     def _hidden_states(self, batch: MicroBatch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return the decoder's output for a micro-batch, its rows end to end, [1, T, H]; and its routers' logits."""

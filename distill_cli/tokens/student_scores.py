@@ -16,7 +16,7 @@ from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.losses.own_tokens import LEFT, weigh
 from distill_cli.tokens.align import Alignment
 from distill_cli.tokens.byte_vocabulary import NO_TOKEN
-from distill_cli.tokens.text_plan import TextPlan, plan_text
+from distill_cli.tokens.text_plan import TextPlan, own_texts, plan_text
 from distill_cli.tokens.token_map import TokenMap
 from distill_cli.types import TeacherScores
 
@@ -45,7 +45,9 @@ def to_student(
         return []
     plan = plan_text(alignments, written, [len(one.sampled_logp) for one in scores], tokens)
     whole = _translate(plan, TeacherScores.cat(scores), tokens, topk=topk)
-    return [whole.take(slice(begin, end)) for begin, end in pairwise(accumulate(plan.sizes, initial=0))]
+    parts = [whole.take(slice(begin, end)) for begin, end in pairwise(accumulate(plan.sizes, initial=0))]
+    texts = own_texts(plan, splits_only=True)
+    return [replace(part, text=text) for part, text in zip(parts, texts, strict=True)]
 
 
 def _translate(plan: TextPlan, scores: TeacherScores, tokens: TokenMap, *, topk: int) -> TeacherScores:
@@ -74,7 +76,9 @@ def _translate(plan: TextPlan, scores: TeacherScores, tokens: TokenMap, *, topk:
     tokens_E = torch.cat([targets_nK[is_ours_nK], parts.tokens_E])
     masses_E = torch.cat([masses_nK[is_ours_nK], parts.masses_E])
 
-    size = tokens.student.size
+    groups, splits_E3 = tokens.groups, torch.from_numpy(plan.splits_E3)
+    tokens_E = groups.stand_in(rows_E, tokens_E, splits_E3)
+    size, written_R = tokens.student.size, groups.stand_in(torch.arange(len(first_R)), written_R, splits_E3)
     keys_P, places_E = torch.unique(rows_E * size + tokens_E, return_inverse=True)
     none_P = torch.zeros(len(keys_P), dtype=torch.float64)
     gains_P = none_P.index_add(0, places_E, masses_E.clamp_min(0.0))
@@ -85,8 +89,9 @@ def _translate(plan: TextPlan, scores: TeacherScores, tokens: TokenMap, *, topk:
     written = torch.zeros(len(first_R), dtype=torch.float64)
     written[row_P[is_written_P]] = sums_P[is_written_P]
     # A written token that is not among the likeliest has its probability all the same.
-    alone_R = is_open_R & (firsts[teacher_T[first_R]] == written_R) & is_compared_R
-    covered_E = moves_E5[moves_E5[:, 3] == written_R[moves_E5[:, 0]], 0]
+    own_R = torch.from_numpy(plan.written_R)
+    alone_R = is_open_R & (firsts[teacher_T[first_R]] == own_R) & is_compared_R
+    covered_E = moves_E5[moves_E5[:, 3] == own_R[moves_E5[:, 0]], 0]
     alone_R[covered_E] = False
     written += torch.where(alone_R, parts.weight_N * logp_T.exp()[first_R], 0.0)
     ids_RK, logp_RK = _likeliest(row_P, token_P, sums_P, num_rows=len(first_R), topk=topk)

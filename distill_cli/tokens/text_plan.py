@@ -32,7 +32,8 @@ import numpy
 
 from distill_cli.tokens.align import Alignment
 from distill_cli.tokens.byte_vocabulary import NO_TOKEN
-from distill_cli.tokens.token_map import HASH_BASE, Bools, Ints, TokenMap
+from distill_cli.tokens.token_map import HASH_BASE, TokenMap
+from distill_cli.tokens.tree import Bools, Ints
 from distill_cli.types import OwnText
 
 
@@ -56,6 +57,9 @@ class TextPlan:
     moves_E5: Ints
     """The student's token, the place of a later token of the teacher, that one, the student's token that takes its
     probability, and the one that has it."""
+    splits_E3: Ints
+    """The student's token, one of its vocabulary, and the one that stands for it there: for those that are not in the
+    group of their first token of the teacher (`tree.groups_of`) there."""
     counts: list[int]
     """Tokens of the teacher, by answer."""
     sizes: list[int]
@@ -74,13 +78,18 @@ def plan_text(
     return _Planner.of(alignments, written, counts, tokens).plan()
 
 
-def own_texts(plan: TextPlan) -> list[OwnText]:
-    """Return a plan's answers one by one, as tensors."""
+def own_texts(plan: TextPlan, *, splits_only: bool = False) -> list[OwnText]:
+    """Return a plan's answers one by one, as tensors.
+
+    Args:
+        splits_only: for scores by a top-k, which need no more.
+    """
     import torch
 
     bounds, texts = ([0, *accumulate(one)] for one in (plan.sizes, plan.counts))
     found = []
-    tables = [table[numpy.argsort(table[:, 0], kind="stable")] for table in (plan.begun_E4, plan.moves_E5)]
+    tables = [table[: 0 if splits_only else None] for table in (plan.begun_E4, plan.moves_E5)] + [plan.splits_E3]
+    tables = [table[numpy.argsort(table[:, 0], kind="stable")] for table in tables]
     at = [numpy.searchsorted(table[:, 0], bounds) for table in tables]
     for index, ((begin, end), (first, last)) in enumerate(zip(pairwise(bounds), pairwise(texts), strict=True)):
         is_compared_R = plan.is_compared_R[begin:end]
@@ -88,10 +97,12 @@ def own_texts(plan: TextPlan) -> list[OwnText]:
         entries = []
         for table, cuts in zip(tables, at, strict=True):
             own = table[cuts[index] : cuts[index + 1]].copy()
-            own[:, :2] -= numpy.array([begin, first])
+            own[:, 0] -= begin
+            if table.shape[1] > 3:
+                own[:, 1] -= first
             entries.append(own)
         places_R2 = numpy.stack([places_R, plan.is_aligned_R[begin:end].astype(numpy.int64)], axis=1)
-        parts = (plan.teacher_T[first:last], places_R2, *entries)
+        parts = (plan.teacher_T[first : first if splits_only else last], places_R2, *entries)
         found.append(OwnText(*(torch.from_numpy(part.astype(numpy.int32)) for part in parts)))
     return found
 
@@ -128,6 +139,7 @@ class _Planner:
     counts: list[int]
     sizes: list[int]
     begun: _Entries = field(default_factory=_Entries)
+    splits: _Entries = field(default_factory=_Entries)
     moves: _Entries = field(default_factory=_Entries)
 
     @classmethod
@@ -173,6 +185,7 @@ class _Planner:
             first_R=self.first_R,
             begun_E4=self.begun.table(4),
             moves_E5=self.moves.table(5),
+            splits_E3=self.splits.table(3),
             counts=self.counts,
             sizes=self.sizes,
         )
@@ -221,7 +234,7 @@ class _Planner:
             is_left_R: of written tokens that end in a later token of the teacher; False for those that are reached.
         """
         nodes, holders = self.teacher_T[self.first_R[rows]], holder_R[rows]
-        tree, depth = self.map.tree, 0
+        tree, depth, end_R = self.map.tree, 0, self.end_R
         while len(rows):
             depth += 1
             places = self.first_R[rows] + depth
@@ -231,6 +244,9 @@ class _Planner:
             is_left_R[rows[is_last]] = False
             which, tokens, children = tree.edges(nodes)
             targets = tree.tokens[children]
+            self._split(
+                rows, which, children, holders, on_path=tree.child(nodes, own), goes_on=places + 1 < end_R[rows]
+            )
             keep = targets != NO_TOKEN
             which, tokens, targets = which[keep], tokens[keep], targets[keep]
             self.moves.add(rows[which], places[which], tokens, targets, holders[which])
@@ -247,6 +263,24 @@ class _Planner:
             holders = numpy.where(targets != NO_TOKEN, targets, holders)
             holder_R[rows] = holders
             rows, nodes, holders = (one[nodes != NO_TOKEN] for one in (rows, nodes, holders))
+
+    def _split(self, rows: Ints, which: Ints, children: Ints, holders: Ints, *, on_path: Ints, goes_on: Bools) -> None:
+        """Let a token stand for those below it that nothing more is known of.
+
+        Args:
+            which, children: the nodes below those of the text, after the index of the row.
+            holders: of each row, the token that stands for what no node below does.
+            on_path: of each row, the node below that the text goes on with, or NO_TOKEN.
+            goes_on: of each row, whether the teacher's next distribution is known.
+        """
+        tree = self.map.tree
+        known = (children == on_path[which]) & goes_on[which] & tree.is_inner[children]
+        own = tree.tokens[children]
+        stands = numpy.where(own != NO_TOKEN, own, holders[which])
+        is_own = known & (own != NO_TOKEN)
+        self.splits.add(rows[which[is_own]], own[is_own], own[is_own])
+        at, below = tree.at_or_below(children[~known])
+        self.splits.add(rows[which[~known]][at], below, stands[~known][at])
 
     def _cover(self, rows: Ints, holder_R: Ints) -> None:
         """Give written tokens that end in a later token of the teacher their part."""

@@ -18,15 +18,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy
 from numpy.typing import NDArray
 
 from distill_cli.models.model_files import ModelFiles
 from distill_cli.tokens.byte_vocabulary import NO_TOKEN, ByteVocabulary
+from distill_cli.tokens.tree import Bools, Ints, Tree, groups_of, spread
 
-Ints = NDArray[numpy.int64]
-Bools = NDArray[numpy.bool_]
 UNKNOWN = -3
 """An entry of the table of `after` that was not looked up yet."""
 ROLES: dict[str, tuple[str, ...]] = {
@@ -36,6 +36,9 @@ ROLES: dict[str, tuple[str, ...]] = {
 }
 """Contents of tokens that do the same in different families."""
 HASH_BASE = numpy.uint64(1_099_511_628_211)
+if TYPE_CHECKING:
+    from distill_cli.losses.groups import TokenGroups
+
 Hashes = NDArray[numpy.uint64]
 
 
@@ -46,39 +49,6 @@ class Ends:
     student: Sequence[int]
     teacher: Sequence[int]
     """The first one ends what the teacher is shown."""
-
-
-@dataclass(frozen=True)
-class Tree:
-    """Nodes are sequences of the teacher's tokens; the first ones, by id, are single tokens."""
-
-    teacher_ids: int
-    keys: Ints
-    """Of the edges, rising: the node times `teacher_ids`, and the token that leads on."""
-    children: Ints
-    """By edge, the node that it leads to."""
-    tokens: Ints
-    """By node, the student's token, or NO_TOKEN."""
-    is_inner: Bools
-    """By node, whether edges lead on."""
-
-    def child(self, nodes: Ints, tokens: Ints) -> Ints:
-        """Return the nodes to which the teacher's tokens lead; NO_TOKEN where they leave the tree."""
-        if not len(self.keys):
-            return numpy.full(numpy.broadcast_shapes(nodes.shape, tokens.shape), NO_TOKEN)
-        keys = nodes * self.teacher_ids + tokens
-        place = numpy.minimum(numpy.searchsorted(self.keys, keys), len(self.keys) - 1)
-        return numpy.where(self.keys[place] == keys, self.children[place], NO_TOKEN)
-
-    def edges(self, nodes: Ints) -> tuple[Ints, Ints, Ints]:
-        """Return all edges from nodes: the index of the node, the teacher's token, and the node that it leads to."""
-        bounds = (nodes * self.teacher_ids, (nodes + 1) * self.teacher_ids)
-        which, at = spread(*(numpy.searchsorted(self.keys, one) for one in bounds))
-        return which, self.keys[at] % self.teacher_ids, self.children[at]
-
-    def token_of(self, nodes: Ints) -> Ints:
-        """Return the student's tokens of nodes, NO_TOKEN where there is none."""
-        return numpy.where(nodes >= 0, self.tokens[nodes], NO_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -118,13 +88,6 @@ class Spellings:
         begin, end = (numpy.searchsorted(self.hashes, hashes, side=side) for side in ("left", "right"))
         which, at = spread(begin, end)
         return end > begin, (which, self.teacher[at], self.following[at])
-
-
-def spread(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
-    """Return all numbers of several ranges, after the index of the range of each."""
-    counts = end - begin
-    which = numpy.repeat(numpy.arange(len(counts)), counts)
-    return which, begin[which] + numpy.arange(len(which)) - numpy.repeat(numpy.cumsum(counts) - counts, counts)
 
 
 class TokenMap:
@@ -220,30 +183,35 @@ class TokenMap:
         return self.hashes[places], owners[places]
 
     @cached_property
+    def groups(self) -> TokenGroups:
+        """The student's tokens that begin with the same token of the teacher."""
+        import torch
+
+        from distill_cli.losses.groups import TokenGroups
+
+        return TokenGroups(*map(torch.from_numpy, groups_of(self.tree)))
+
+    @cached_property
     def tree(self) -> Tree:
         """The student's tokens that the teacher writes as several."""
-        nodes: dict[tuple[int, ...], int] = {}
-        edges: dict[int, int] = {}
-        tokens = self.first.tolist()
+        paths, is_root = dict[tuple[int, ...], int](), self._is_root()
         for w, data in enumerate(self.student.token_bytes):
             if not data or w in self.special_of_student:
                 continue
-            path = [u for u, _ in self.teacher.encode(data)]
-            if len(path) < 2 or NO_TOKEN in path or not self.student.is_own_encoding(w):
-                continue
-            node = path[0]
-            for depth, u in enumerate(path[1:], start=2):
-                key = node * self.teacher_ids + u
-                if key not in edges:
-                    edges[key] = nodes[tuple(path[:depth])] = len(tokens)
-                    tokens.append(NO_TOKEN)
-                node = edges[key]
-            tokens[node] = w
-        keys = numpy.array(sorted(edges), dtype=numpy.int64)
-        children = numpy.array([edges[key] for key in keys.tolist()], dtype=numpy.int64)
-        is_inner: Bools = numpy.zeros(len(tokens), dtype=bool)
-        is_inner[keys // self.teacher_ids] = True
-        return Tree(self.teacher_ids, keys, children, numpy.array(tokens), is_inner)
+            path = tuple(u for u, _ in self.teacher.encode(data))
+            is_path = len(path) > 1 and NO_TOKEN not in path and is_root[path[0]]
+            if is_path and self.student.is_own_encoding(w):
+                paths[path] = w
+        return Tree.of(paths, self.first)
+
+    def _is_root(self) -> Bools:
+        """Return whether a token of the teacher is one of the student that the teacher writes with it alone."""
+        tokens = self.first.tolist()
+        found: Bools = numpy.zeros(self.teacher_ids, dtype=bool)
+        for u, data in enumerate(self.bytes_of_teacher):
+            same = data and self.student.token_bytes[tokens[u]] == data if tokens[u] != NO_TOKEN else False
+            found[u] = bool(same) and self.teacher.is_own_encoding(u)
+        return found
 
 
 def _match_special(student: ByteVocabulary, teacher: ByteVocabulary, ends: Ends) -> dict[int, int]:

@@ -7,14 +7,15 @@ import torch
 
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.losses.divergence import DIVERGENCES
+from distill_cli.losses.groups import RowGroups
 from distill_cli.losses.head import Head
 from distill_cli.losses.linear_divergence import HeadOutput, linear_divergence
 from distill_cli.losses.logit_transform import LogitTransform
 from distill_cli.losses.own_logits import OwnHead
-from distill_cli.losses.teacher_chunk import OwnTeacher, Support, TeacherHidden
+from distill_cli.losses.teacher_chunk import OwnTeacher, Support, TeacherHidden, TopK
 from distill_cli.tokens.align import Alignment, align
 from distill_cli.tokens.student_scores import to_student
-from distill_cli.tokens.text_plan import own_texts, plan_text
+from distill_cli.tokens.text_plan import TextPlan, own_texts, plan_text
 from distill_cli.tokens.token_map import TokenMap
 from distill_cli.types import TeacherScores
 from tests.losses.reference import HeadLoss
@@ -43,7 +44,7 @@ class Pair:
         self.student = draw(len(self.written), HIDDEN).requires_grad_(), draw(tokens.student.size, HIDDEN)
         self.student[1].requires_grad_()
 
-    def run(self, teacher: TeacherHidden, kl_type: str, weights: torch.Tensor) -> HeadOutput:
+    def run(self, teacher: TopK | TeacherHidden, kl_type: str, weights: torch.Tensor) -> HeadOutput:
         hidden, weight = self.student
         return linear_divergence(
             hidden,
@@ -56,12 +57,25 @@ class Pair:
         )
 
     def by_hidden(self, support: Support, *, topk: int) -> TeacherHidden:
-        plan = plan_text(self.alignments, self.answers, [len(one) for one in self.hidden], self.tokens)
-        parts = zip(self.hidden, own_texts(plan), strict=True)
+        parts = zip(self.hidden, own_texts(self.plan), strict=True)
         scores = TeacherScores.cat([TeacherScores.of_hidden(one, text) for one, text in parts])
         assert scores.text is not None
         own = OwnTeacher(scores.text, OwnHead(torch.from_numpy(self.tokens.first), self.tokens.teacher_ids))
-        return TeacherHidden(scores.hidden, self.head, self.tokens.student.size, support, topk, own)
+        groups = RowGroups.of(self.tokens.groups, scores.text.splits)
+        return TeacherHidden(scores.hidden, self.head, self.tokens.student.size, support, topk, own, groups)
+
+    @property
+    def plan(self) -> TextPlan:
+        return plan_text(self.alignments, self.answers, [len(one) for one in self.hidden], self.tokens)
+
+    def grouped(self, q_NV: torch.Tensor) -> torch.Tensor:
+        """The student's probabilities by the tokens that stand for others at each place."""
+        splits, found = torch.from_numpy(self.plan.splits_E3), torch.zeros_like(q_NV)
+        for token in range(q_NV.shape[1]):
+            ids = torch.full((len(q_NV),), token)
+            stands = self.tokens.groups.stand_in(torch.arange(len(q_NV)), ids, splits)
+            found = found.scatter_add(1, stands[:, None], q_NV[:, token : token + 1])
+        return found
 
     def by_topk(self) -> TeacherScores:
         """The teacher's whole distribution, as its engine returns it."""
@@ -81,7 +95,7 @@ class Pair:
         And whether both models give the rest something: else it is rounding.
         """
         scores, (hidden, weight) = self.by_topk(), self.student
-        q_NV = (hidden @ weight.T / self.temperature).softmax(-1)
+        q_NV = self.grouped((hidden @ weight.T / self.temperature).softmax(-1))
         p_NV = torch.zeros_like(q_NV)
         rows, columns = (scores.topk_ids >= 0).nonzero(as_tuple=True)
         p_NV[rows, scores.topk_ids[rows, columns].long()] = scores.topk_logp[rows, columns].double().exp()
@@ -115,6 +129,23 @@ def test_loss_and_gradient_equal_dense(tokens: TokenMap, support: Support, kl_ty
     assert_gradients(pair, output.loss, expected[is_clear].sum())
 
 
+@pytest.mark.parametrize("kl_type", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_top_k_equals_dense(tokens: TokenMap, kl_type: str, temperature: float) -> None:
+    """By what the engine returns, brought to the student's tokens before the head."""
+    pair = Pair(tokens, temperature=temperature)
+    expected, is_clear = pair.reference("teacher", kl_type, topk=1)
+    scores = pair.by_topk().first(1)
+    assert scores.text is not None
+    groups = RowGroups.of(tokens.groups, scores.text.splits)
+    known = TopK(scores.topk_ids.long(), scores.topk_logp.double(), scores.sampled_logp.double(), groups)
+    output = pair.run(known, kl_type, is_clear.double())
+    torch.testing.assert_close(output.divergence_N[is_clear], expected[is_clear], rtol=1e-5, atol=1e-5)
+    assert_gradients(pair, output.loss, expected[is_clear].sum())
+    own = (pair.student[0] @ pair.student[1].T).log_softmax(-1).gather(1, pair.written[:, None])[:, 0]
+    torch.testing.assert_close(output.sampled_logp_N, own.detach(), rtol=1e-6, atol=1e-6)
+
+
 def assert_gradients(pair: Pair, loss: torch.Tensor, expected: torch.Tensor) -> None:
     found = torch.autograd.grad(loss, pair.student)
     right = torch.autograd.grad(expected, pair.student)
@@ -139,7 +170,8 @@ def test_full_equals_top_k_of_all(tokens: TokenMap, kl_type: str) -> None:
     scores = pair.by_topk()
     keep = scores.alignment[:, 1] == 0
     if kl_type in ("reverse", "mixed", "skew_reverse"):
-        keep &= (scores.topk_ids >= 0).sum(1) == tokens.student.size
+        stand = pair.grouped(torch.ones(len(keep), tokens.student.size)) > 0
+        keep &= (scores.topk_ids >= 0).sum(1) == stand.sum(1)
     outputs = [
         pair.run(pair.by_hidden(support, topk=tokens.student.size), kl_type, keep.double())
         for support in ("full", "teacher")

@@ -45,8 +45,26 @@ class Reference:
         for w, data in enumerate(student.token_bytes):
             if data and student.encode(data) == [(w, len(data))]:
                 path = tuple(u for u, _ in teacher.encode(data))
-                if NO_TOKEN not in path:
+                if NO_TOKEN not in path and (len(path) == 1 or self._is_root(path[0])):
                     self.paths[path] = w
+        self.path_of = {w: path for path, w in self.paths.items()}
+
+    def _is_root(self, u: int) -> bool:
+        data = self.bytes_of(u)
+        return len(self.spelling(u)) == 1 and self.teacher.encode(data) == [(u, len(data))]
+
+    def stands_in(self, w: int, text: Sequence[int]) -> int:
+        """Return the token that stands for one, where the teacher's tokens `text` follow."""
+        path = self.path_of.get(w, ())
+        if len(path) < 2:
+            return w
+        same = next(
+            (n for n, pair in enumerate(zip(path, text, strict=False)) if pair[0] != pair[1]), min(len(path), len(text))
+        )
+        depth = min(len(path), same + 1) if 0 < same < len(text) else max(same, 1)
+        while path[:depth] not in self.paths and depth > 1:
+            depth -= 1
+        return self.paths[path[:depth]]
 
     def bytes_of(self, u: int) -> bytes:
         return self.teacher.token_bytes[u] or b""
@@ -86,12 +104,19 @@ class Reference:
                 elif not (is_text and offset == 0 and first == begun + 1):
                     found[RESIDUE] += weight * p
         if offset and not is_reached:
-            return self.inside(ids[:first], self.bytes_of(ids[first])[:offset])
+            inside, grouped = self.inside(ids[:first], self.bytes_of(ids[first])[:offset]), Counter()
+            for token, p in inside.items():
+                grouped[token if token == RESIDUE else self.stands_in(token, [])] += p
+            return grouped
         if offset == 0:
             written = self.student.token_bytes[answer[place]] or b""
             text = None if knows_all else ids[first:]
             self._read(ids[:first], (), NO_TOKEN, probability_of(self.model, ids[:first]), found, text, written)
-        return Counter({token: p / sum(found.values()) for token, p in found.items()})
+        total, grouped = sum(found.values()), Counter()
+        for token, p in found.items():
+            token = token if token == RESIDUE else self.stands_in(token, ids[first:] if offset == 0 else [])
+            grouped[token] += p / total
+        return grouped
 
     def _read(
         self,
