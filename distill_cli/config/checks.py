@@ -221,6 +221,11 @@ def _models(config: Config) -> Problems:
         yield "model.teacher.refresh", "model.teacher.ema moves the teacher at every step; leave one of them out"
     if teacher.url is not None and not _are_addresses(teacher.url):
         yield "model.teacher.url", "must be an address such as http://127.0.0.1:8008, or a list of some"
+    if teacher.has_own_tokenizer and teacher.is_student:
+        yield "model.teacher.tokenizer", "model.teacher.path=student has the student's; leave it out"
+    if teacher.has_own_tokenizer and config.rollout.environment is not None:
+        rule = "an environment's messages are in the student's template, which this teacher does not read"
+        yield "model.teacher.tokenizer", f"{rule}; leave out rollout.environment"
     if teacher.nodes > 0 and not teacher.has_files:
         other = "path=student" if teacher.is_student else "url"
         yield "model.teacher.nodes", f"model.teacher.{other} needs no job of its own; leave one of them out"

@@ -83,7 +83,7 @@ class PromptSettings:
     teachers: tuple[TeacherPromptSettings, ...] = (TeacherPromptSettings(),)
     """Those of the run, in the config's order."""
     mixes: bool = True
-    """Whether an example may have several teachers: they need one temperature."""
+    """Whether an example may have several teachers: they need one temperature, a top-k, and the student's tokenizer."""
 
     def kwargs_of(self, teacher: TeacherPromptSettings) -> Mapping[str, Any]:
         """Return the arguments of a teacher's chat template."""
@@ -244,7 +244,7 @@ class PromptMaker:
         reasons = {
             "empty": "have no question and are left out",
             "refused": f"are refused by the environment and left out; the last: {self.last.get('refused')}",
-            "mixed": "ask for several teachers, which need one temperature and a top-k, and are left out",
+            "mixed": "ask for several teachers, which need one temperature, a top-k and one tokenizer: left out",
             "unknown": f"ask for no known teacher ({names}) and are left out; the last: {self.last.get('unknown')}",
             "long": f"are longer than {limit} and left out",
             "cut": f"are truncated to {limit}",

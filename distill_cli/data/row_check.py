@@ -8,7 +8,7 @@ from itertools import islice
 
 from distill_cli.config.derived import needs_hidden
 from distill_cli.config.schema import Config, OffPolicy
-from distill_cli.config.teachers import model_key, own_temperatures, teacher_names
+from distill_cli.config.teachers import model_key, own_temperatures, teacher_configs, teacher_names
 from distill_cli.data.registry import load_examples
 from distill_cli.data.routing import asked_for, route
 from distill_cli.data.rows import Stream
@@ -56,7 +56,10 @@ def check_data(config: Config, known: KnownData | None = None, *, trains_on_rows
     """
     rollout, known = config.rollout, {} if known is None else known
     imitates = rollout.on_policy_fraction < 1 and rollout.off_policy is OffPolicy.dataset
-    teachers = teacher_names(config), own_temperatures(config) if config.model.teachers else None
+    teachers: object = None
+    if config.model.teachers:
+        own = [one.model.teacher.tokenizer for one in teacher_configs(config).values()]
+        teachers = teacher_names(config), own_temperatures(config), own
     inputs = repr((config.data, teachers, imitates, config.eval.max_samples, config.checkpoint.metric, trains_on_rows))
     if inputs in known:
         return known[inputs]
@@ -111,6 +114,8 @@ class Routing:
         self._names, self._key = teacher_names(config), config.data.teacher_key
         self._temperatures = own_temperatures(config) if len(self._names) > 1 else {}
         self._needs_hidden = needs_hidden(config)
+        alone = teacher_configs(config).items()
+        self._own_tokenizers = [name for name, one in alone if one.model.teacher.has_own_tokenizer]
         self._counts = Counter[int]()
 
     def add(self, example: Example, *, place: int) -> None:
@@ -130,6 +135,10 @@ class Routing:
         if len(weights) > 1 and self._needs_hidden:
             what = f"data.train: row {place} mixes teachers, which is done with their top-k"
             raise ConfigError(f"{what}; set loss.support=teacher, and no rollout.save_scores=hidden")
+
+        if len(weights) > 1 and self._own_tokenizers:
+            what = f"data.train: row {place} mixes teachers, which need the student's tokenizer"
+            raise ConfigError(f"{what}; {self._own_tokenizers[0]} has its own: give each row one teacher")
 
     def warnings(self, num: int) -> list[str]:
         """Return a warning for each teacher without a row, of `num`."""

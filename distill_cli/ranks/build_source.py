@@ -125,7 +125,9 @@ def prompt_settings(resolved: ResolvedRun) -> PromptSettings:
         template_kwargs=model.chat_template_kwargs,
         overlong=data.overlong_prompts.value,
         teachers=tuple(teacher_prompt_settings(name, one) for name, one in alone.items()),
-        mixes=not own_temperatures(resolved.config) and not needs_hidden(resolved.config),
+        mixes=not own_temperatures(resolved.config)
+        and not needs_hidden(resolved.config)
+        and not any(one.config.model.teacher.has_own_tokenizer for one in alone.values()),
     )
 
 

@@ -22,7 +22,14 @@ from distill_cli.models.model_files import read_config, tensors
 from distill_cli.parallel.mesh import Parallel
 from distill_cli.ranks import build_trainer as parts
 from distill_cli.ranks.build_engines import build_engines, build_teacher, leave
-from distill_cli.ranks.build_source import Rank, build_order, build_planner, build_worker
+from distill_cli.ranks.build_source import (
+    Rank,
+    build_order,
+    build_planner,
+    build_translations,
+    build_worker,
+    prompt_maker,
+)
 from distill_cli.ranks.self_check import MASSES, Finding, SelfCheck
 from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.score_files import RecordedSteps
@@ -30,6 +37,7 @@ from distill_cli.rollout.stages import Stages
 from distill_cli.rollout.workers import ScoringWorker
 from distill_cli.student.model import Student
 from distill_cli.terminal.console import Console
+from distill_cli.tokens.translation import Translation
 from distill_cli.types import Target
 
 CHECKED_TOKENS = 64
@@ -41,7 +49,8 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
     whole = Rank.join(run)
     names, alone = list(whole.resolved.by_teacher()), list(whole.resolved.by_teacher().values())
     order, planner = build_order(whole), build_planner(whole)
-    rank = replace(whole, resolved=alone[0])  # the other teachers are checked one by one
+    # The other teachers are checked one by one.
+    rank = replace(whole, resolved=replace(alone[0], vocabulary=whole.resolved.vocabulary))
     resolved, config, parallel = rank.resolved, rank.resolved.config, rank.parallel
     built = parts.build_model(resolved)  # before engines: vLLM changes classes of transformers
     own = with_student_as_teacher(with_masses(resolved))
@@ -58,18 +67,32 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
     sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, CHECKED_TOKENS))
     screen = Console(file=console, highlight=False, soft_wrap=not console.isatty())
 
-    def scoring_by(teacher: Teacher) -> ScoringWorker:
-        return ScoringWorker([teacher], planner, stages, student.merged_eos_ids)
+    translations = build_translations(whole.resolved)
+
+    def scoring_by(teacher: Teacher, translation: Translation | None = None) -> ScoringWorker:
+        translated = {} if translation is None else {0: translation}
+        return ScoringWorker([teacher], planner, stages, student.merged_eos_ids, translations=translated)
 
     def of_teacher(index: int) -> dict[str, Any]:
-        one = alone[index]
+        one, translation = alone[index], translations.get(index)
+        targets: list[tuple[Target, ...]] | None = None
+        wide = with_masses(one)
+        if translation is not None:
+            translation = replace(translation, topk=wide.config.loss.topk)
+            make = prompt_maker(replace(whole, resolved=one))
+            made = [make(prompt.example, prompt.index) for prompt in order.batch(0)]
+            targets = [(Target(),) if prompt is None else prompt.targets for prompt in made]
         return {
             "name": names[index] if len(names) > 1 else "",
             "config": one.config,
-            "make_scoring": lambda: scoring_by(build_teacher(with_masses(one), run.servers(names[index]))),
+            "make_scoring": lambda: scoring_by(build_teacher(wide, run.servers(names[index])), translation),
             "load_teacher": lambda: load_teacher(one, parallel),
+            "translation": translation,
+            "targets": targets,
+            "vocab_size": one.vocabulary.size,
         }
 
+    firsts = {index: torch.from_numpy(one.tokens.first) for index, one in translations.items() if index == 0}
     check = SelfCheck(
         parallel=parallel,
         prompts=[replace(prompt, targets=(Target(),)) for prompt in order.batch(0)],
@@ -79,8 +102,7 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
         trainable=trainable,
         saver=parts.build_saver(config, run, trainable),
         checkpoints=run.checkpoints,
-        vocab_size=resolved.vocabulary.size,
-        heads=parts.build_heads(rank, student) if needs_hidden(config) else None,
+        heads=parts.build_heads(rank, student, firsts) if needs_hidden(config) else None,
         **of_teacher(0),
     )
     others = (replace(check, **of_teacher(index)).run_other_teacher() for index in range(1, len(alone)))
@@ -101,7 +123,8 @@ def with_student_as_teacher(resolved: ResolvedRun) -> ResolvedRun:
     student = resolved.config.model.student
     teacher = TeacherModel(path=student.path, revision=student.revision, dtype=student.dtype)
     config = override(resolved.config, {"model.teacher": teacher})
-    return replace(resolved, config=config, teachers={ONLY: resolved.student})
+    lengths = replace(resolved.lengths, teacher=resolved.lengths.student)
+    return replace(resolved, config=config, teachers={ONLY: resolved.student}, lengths=lengths)
 
 
 def finding_line(finding: Finding) -> str:
@@ -115,7 +138,7 @@ def with_masses(resolved: ResolvedRun) -> ResolvedRun:
     """Return the run with a top-k of the largest of MASSES, unless `loss.topk` is larger; a server may not allow it."""
     if resolved.config.model.teacher.addresses:
         return resolved
-    vocab_size = resolved.vocabulary.limit or resolved.student.vocab_size
+    vocab_size = resolved.vocabulary.limit or min(resolved.student.vocab_size, resolved.vocabulary.size)
     topk = max(resolved.config.loss.topk, min(MASSES[-1], vocab_size))
     return replace(resolved, config=override(resolved.config, {"loss.topk": topk}))
 
@@ -128,6 +151,8 @@ def load_teacher(resolved: ResolvedRun, parallel: Parallel) -> Student:
     """
     if resolved.config.model.teacher.addresses:
         raise DistillError("the teacher is on a server")
+    if resolved.config.model.teacher.has_own_tokenizer:
+        raise DistillError("the teacher reads other tokens")
     folder = resolved.model("teacher").folder
     if resolved.config.model.teacher.quantization or "quantization_config" in read_config(folder):
         raise DistillError("the teacher is quantized")

@@ -28,7 +28,8 @@ from distill_cli.student.adapters import B
 from distill_cli.student.model import Student
 from distill_cli.student.optimizer import StepResult, accumulate_gradient, count_response_tokens, optimizer_step
 from distill_cli.student.teacher_head import TeacherHeads
-from distill_cli.types import Prompt, Rollout
+from distill_cli.tokens.translation import Translation
+from distill_cli.types import Prompt, Rollout, Target
 
 AtTokens = Callable[[MicroBatch, HeadOutput], torch.Tensor]
 """Returns a value for each response token of a micro-batch, given the head's outputs: [N]."""
@@ -46,6 +47,7 @@ SYNC_SHIFT = 0.2
 
 QUESTIONS = {
     "mass": ("top-k mass of the teacher", ""),
+    "aligned": ("the student's tokens are the teacher's text", "see model.teacher.path={model.teacher.path}"),
     "sampler": ("sampler and trainer agree", "compare model.student.dtype, train.precision, engine.student.kwargs"),
     "own scorer": (
         "scorer and trainer agree on the student",
@@ -131,6 +133,10 @@ class SelfCheck:
     """Takes the teacher's head, if the run needs its hidden states."""
     name: str = ""
     """The teacher's, if there are several."""
+    translation: Translation | None = None
+    """To the teacher's tokens, if its tokenizer is its own."""
+    targets: Sequence[tuple[Target, ...]] | None = None
+    """The teacher with its own versions of `prompts`; None if it reads the student's."""
 
     def run(self) -> Findings:
         """Answer every question in turn, the same on every rank."""
@@ -230,16 +236,36 @@ class SelfCheck:
     ) -> Generator[Finding, None, list[MicroBatch]]:
         """Check the teacher on these answers; return the scored micro-batches."""
         yield from self.shake_hands(scoring)
+        if self.translation is not None:
+            self.student.groups = {0: self.translation.tokens.groups}
+        if self.targets is not None:
+            pairs = zip(rollouts, self.targets, strict=True)
+            rollouts = [replace(one, prompt=replace(one.prompt, targets=targets)) for one, targets in pairs]
         batches, masses = self.score(rollouts, scoring)
+        if self.translation is not None:
+            yield self.check_alignment(batches, rollouts)
         yield self.answer("mass", None, ", ".join(f"{mass:.4f} at {k}" for k, mass in masses.items()))
         yield from self.check_teacher(batches)
         return batches
+
+    def check_alignment(self, batches: Sequence[MicroBatch], rollouts: Sequence[Rollout]) -> Finding:
+        """Say how the tokens of the answers align with the teacher's own; most must be compared."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)
+        for batch in batches:
+            aligned = batch.scores.alignment[:, 0]
+            sums += torch.stack([aligned.double().sum(), torch.tensor(len(aligned)).double()]).to(sums)
+        aligned, number = self.parallel.all_sum(sums).tolist()
+        written = max(sum(rollout.sample.num_trained for rollout in rollouts), 1)
+        text = f"{aligned / written:.1%} begin where its own do, {1 - number / written:.1%} are left out"
+        return self.answer("aligned", number > written / 2, text)
 
     def shake_hands(self, scoring: ScoringWorker) -> Findings:
         """Answer the questions of the handshake, as a run does before its first step."""
         (teacher,), stages = scoring.teachers, scoring.stages
         with stages.awake(teacher), stages("handshake"):
-            probe = handshake.make_probe(teacher, [prompt.token_ids for prompt in self.prompts])
+            targets = self.targets or [prompt.targets for prompt in self.prompts]
+            pairs = zip(self.prompts, targets, strict=True)
+            probe = handshake.make_probe(teacher, [prompt.ids_for(of_teacher[0]) for prompt, of_teacher in pairs])
         number = probe.scores[0].topk_ids.shape[1]  # more than loss.topk: see MASSES
         limit = handshake.EXACT if self.limits is EXACT else handshake.ROUNDED
         size, temperature = self.vocab_size, self.config.loss.temperature

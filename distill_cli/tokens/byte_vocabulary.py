@@ -28,6 +28,8 @@ SPACE = "\u2581"
 """SentencePiece's mark for a space."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 NO_TOKEN = -1
+KINDS = {"merges": "BPE", "unk_id": "Unigram"}
+"""Models by a key that only they have."""
 Piece = tuple[int, int]
 """A token's id, or NO_TOKEN, and its number of bytes."""
 
@@ -63,17 +65,24 @@ class ByteVocabulary:
         file = folder / "tokenizer.json"
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            model, added = content["model"], content["added_tokens"]
-            kind, vocabulary = model["type"], _vocabulary(model)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            kind = _kind(content["model"])
+            found = cls._read(content) if kind in ("BPE", "Unigram") else None
+        except Exception as error:  # tokenizers raises no narrower type
             what = f"cannot be read as a tokenizer ({type(error).__name__}: {error})"
             fix = "load the model's tokenizer with transformers and save it, which writes that file"
             raise ConfigError(f"{file}: {what}; {fix}") from error
-        is_byte_level = '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
-        is_sentencepiece = not is_byte_level and any(text.startswith(SPACE) for text in vocabulary)
-        if kind not in ("BPE", "Unigram") or not (is_byte_level or is_sentencepiece):
+        if found is None:
             what = f"its tokens ({kind}) cannot be read as bytes"
             raise ConfigError(f"{file}: {what}; byte-level and SentencePiece tokenizers can")
+        return found
+
+    @classmethod
+    def _read(cls, content: dict[str, Any]) -> ByteVocabulary | None:
+        """Return None if the alphabet is neither GPT-2's nor SentencePiece's."""
+        model, added, vocabulary = content["model"], content["added_tokens"], _vocabulary(content["model"])
+        is_byte_level = '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
+        if not (is_byte_level or any(text.startswith(SPACE) for text in vocabulary)):
+            return None
         size = 1 + max([*vocabulary.values(), *(one["id"] for one in added)])
         texts: list[str | None] = [None] * size
         found: list[bytes | None] = [None] * size
@@ -84,9 +93,11 @@ class ByteVocabulary:
         special = {}
         for one in added:
             texts[one["id"]] = one["content"]
-            found[one["id"]] = None if one["special"] else one["content"].encode()
             if one["special"]:
+                found[one["id"]] = None
                 special[one["id"]] = one["content"]
+            elif one["content"] not in vocabulary:
+                found[one["id"]] = one["content"].encode()
         unknown = _unknown_id(model, vocabulary)
         if unknown is not None:
             found[unknown] = None
@@ -113,7 +124,8 @@ class ByteVocabulary:
                 ids[data].append(number)
         best = {data: same[0] for data, same in ids.items()}
         for data, same in ids.items():
-            if len(same) > 1 and len(pieces := list(self._pieces(data))) == 1 and pieces[0][0] in same:
+            pieces = self._tokenize(data.decode(), data) if len(same) > 1 else None
+            if pieces and len(pieces) == 1 and pieces[0][0] in same:
                 best[data] = pieces[0][0]
         return best
 
@@ -177,6 +189,16 @@ class ByteVocabulary:
             place += length
 
 
+def _kind(model: dict[str, Any]) -> str:
+    """Return a model's type, which old files like GPT-2's do not name, and what it has that no bytes stand for."""
+    kind = model.get("type") or next((kind for key, kind in KINDS.items() if key in model), "of no known type")
+    if affix := model.get("end_of_word_suffix") or model.get("continuing_subword_prefix"):
+        return f"{kind} with {affix!r} in its tokens"
+    if kind == "Unigram" and model["unk_id"] is None:  # an error of tokenizers at any unknown character
+        return "Unigram without an unknown token"
+    return str(kind)
+
+
 def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
     vocabulary = model["vocab"]
     if isinstance(vocabulary, list):  # unigram: pieces with their scores
@@ -204,18 +226,48 @@ def _from_text(text: str, *, has_bytes: bool) -> bytes:
 def _plain(content: dict[str, Any], *, is_byte_level: bool) -> dict[str, Any]:
     """Return a tokenizer's JSON without what changes a text."""
     exact = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    hidden = _hidden(content)
     plain = {
         **content,
+        "model": _with_hidden(content["model"], hidden),
         "normalizer": None,
         "pre_tokenizer": _without_prefix(content.get("pre_tokenizer")),
         "post_processor": None,
         "truncation": None,
         "padding": None,
-        "added_tokens": [{**one, **exact} for one in content["added_tokens"]],
+        "added_tokens": [
+            {**one, **exact, "content": hidden.get(one["content"], one["content"])} for one in content["added_tokens"]
+        ],
     }
     if not is_byte_level:
         plain["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     return plain
+
+
+def _hidden(content: dict[str, Any]) -> dict[str, str]:
+    """Return other names for the special tokens that the model has: with a space, which both alphabets write otherwise.
+
+    Unigram finds them in a text, and BPE finds one of a single character, or that merges make.
+    """
+    vocabulary = _vocabulary(content["model"])
+    special = (one["content"] for one in content["added_tokens"] if one["special"])
+    return {text: f" {text}" for text in special if text in vocabulary}
+
+
+def _with_hidden(model: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
+    """Rename tokens of a model."""
+    if isinstance(model["vocab"], list):
+        vocabulary = [[hidden.get(text, text), score] for text, score in model["vocab"]]
+        return {**model, "vocab": vocabulary}
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    unknown = model.get("unk_token") or ""
+    return {
+        **model,
+        "vocab": {hidden.get(text, text): number for text, number in model["vocab"].items()},
+        "merges": [pair for pair in pairs if hidden.keys().isdisjoint([*pair, "".join(pair)])],
+        # One without an id is an error at any unknown character.
+        "unk_token": hidden.get(unknown, unknown) if unknown in model["vocab"] else None,
+    }
 
 
 def _without_prefix(part: Any) -> Any:

@@ -279,6 +279,8 @@ class _Planner:
         stands = numpy.where(own != NO_TOKEN, own, holders[which])
         is_own = known & (own != NO_TOKEN)
         self.splits.add(rows[which[is_own]], own[is_own], own[is_own])
+        # Those of the group's own token stay in the group.
+        known |= stands == self.map.first[self.teacher_T[self.first_R[rows]]][which]
         at, below = tree.at_or_below(children[~known])
         self.splits.add(rows[which[~known]][at], below, stands[~known][at])
 

@@ -23,6 +23,7 @@ PAIRS = {
     "the teacher's are longer": ([AB], [AB, BA, ("ab", "ab"), ("ab", "a"), ("ba", "b")]),
     "the student's are longer": ([AB, ("ab", "ab"), ("b", "b")], []),
     "both": ([AB, ("ab", "a"), ("b", "b")], [BA, ("ba", "b"), ("a", "a")]),
+    "with a gap": ([("b", "b"), ("a", "bb")], []),
     "across": ([AB, ("ab", "b")], [BA, ("ba", "a")]),
 }
 """Merges of the student and of the teacher."""
