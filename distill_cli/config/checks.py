@@ -22,7 +22,7 @@ from distill_cli.config.derived import (
 from distill_cli.config.execution_schema import Roles
 from distill_cli.config.fields import LIMITS, declared_keys
 from distill_cli.config.layout_checks import Problems, role_problems
-from distill_cli.config.loss_schema import LossConfig, Support, Tail
+from distill_cli.config.loss_schema import Alignment, LossConfig, Support, Tail
 from distill_cli.config.schema import HIDDEN, Config
 from distill_cli.config.teacher_jobs import job_config, job_key, own_key_problems, teacher_nodes
 from distill_cli.config.teachers import model_key, teacher_configs, teacher_problems
@@ -101,6 +101,11 @@ def _loss(config: Config) -> Problems:
     loss, rollout = config.loss, config.rollout
     if loss.support is Support.full and loss.tail is not Tail.bucket:
         yield "loss.tail", "nothing is outside of loss.support=full; leave it out"
+    if loss.alignment is not Alignment.bytes:
+        if loss.needs_hidden or rollout.saves_hidden:
+            yield "loss.alignment", "compares the teacher's top-k; set loss.support=teacher, and no save_scores=hidden"
+        if rollout.replay is None and not config.model.teachers and not config.model.teacher.has_own_tokenizer:
+            yield "loss.alignment", "is of a teacher with other tokens; set model.teacher.tokenizer=own, or bytes"
     weights = {name: getattr(loss, name) for name in ("divergence_weight", "policy_gradient", "reward", "penalty")}
     if not any(weights.values()):
         yield "loss.divergence_weight", f"nothing is trained; set one of {', '.join(weights)} above 0"

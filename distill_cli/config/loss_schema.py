@@ -8,6 +8,7 @@ from distill_cli.losses import divergence, token_weight
 from distill_cli.losses.signature import Signatures
 
 Tail = Enum("Tail", {"bucket": "bucket", "renormalize": "renormalize", "zero": "zero"})
+Alignment = Enum("Alignment", {"bytes": "bytes", "spans": "spans", "rank": "rank"})
 Support = Enum("Support", {"teacher": "teacher", "student": "student", "union": "union", "full": "full"})
 
 LOSS_PARAMETERS: dict[str, type] = {**divergence.SIGNATURES.parameters, **token_weight.SIGNATURES.parameters}
@@ -39,6 +40,11 @@ class LossConfig:
     topk: int = key(64, at_least=1)
     """The k of the top-k, at most the vocabulary. The teacher's engine returns that many tokens; loss.support=full
     needs none."""
+    alignment: Alignment = Alignment.bytes
+    """How a teacher with a tokenizer of its own is compared (model.teacher.tokenizer=own; docs/cross_tokenizer.md).
+    bytes: by the bytes of its tokens. Two older methods to compare with: spans, tokens of equal bytes, and the
+    likelihood of the text between places where both begin a token (TRL's GOLD); rank, the likeliest tokens of both by
+    rank, whatever they are (ULD, arXiv 2402.12030)."""
     tail: Tail = Tail.bucket
     """Treatment of the tokens outside the support: one further class (bucket), both sides renormalised on the support
     (renormalize), or a teacher that is zero there (zero)."""

@@ -50,8 +50,7 @@ def compare(student: ModelFiles, teacher: ModelFiles, tokenizer: ModelFiles, sam
     number = max(len(places), 1)
     found = {tokens.special_of_teacher.get(end, NO_TOKEN) for end in teacher.eos_ids} - {NO_TOKEN}
     theirs = [token for token, data in enumerate(tokens.bytes_of_teacher) if data]
-    firsts = ((u, tokens.first[u]) for u in theirs)
-    twins = sum(v >= 0 and tokens.student.token_bytes[v] == tokens.bytes_of_teacher[u] for u, v in firsts)
+    twins = sum(tokens.twins[u] != NO_TOKEN for u in theirs)
     return OtherTokens(
         tuple(sorted(found)),
         twins / max(len(theirs), 1),

@@ -57,8 +57,13 @@ def skew_reverse(logp: Tensor, logq: Tensor, *, skew: Annotated[float, Range(0, 
     return forward(logq, _log_mixture(logq, logp, weight=skew))
 
 
+def l1(logp: Tensor, logq: Tensor) -> Tensor:
+    """The sum of |p - q|: twice the total variation."""
+    return (logp.exp() - logq.exp()).abs()
+
+
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    function.__name__: function for function in (forward, reverse, mixed, jsd, skew_forward, skew_reverse)
+    function.__name__: function for function in (forward, reverse, mixed, jsd, skew_forward, skew_reverse, l1)
 }
 
 

@@ -33,6 +33,10 @@ class TokenGroups:
     reps_G: torch.Tensor
     """The token that stands for each group."""
 
+    @classmethod
+    def none(cls) -> TokenGroups:
+        return cls(*(torch.empty(0, dtype=torch.int64) for _ in range(3)))
+
     def to(self, device: torch.device) -> TokenGroups:
         return TokenGroups(*(tensor.to(device) for tensor in vars(self).values()))
 

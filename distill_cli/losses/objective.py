@@ -50,6 +50,8 @@ class Objective:
     """Most of a token's divergence, and of the size of its log-ratio in the policy gradient, in nats."""
     policy_gradient: float = 0.0
     max_ratio: float = 8.0
+    by_rank: bool = False
+    """Compare both models' likeliest tokens by rank, whatever they are."""
 
     @property
     def is_plain(self) -> bool:

@@ -37,6 +37,8 @@ class TopK:
     """[N], of the sampled token."""
     groups: RowGroups | None = None
     """Of a teacher with a tokenizer of its own, whose top-k has the tokens that stand for others."""
+    by_rank: bool = False
+    """Whether the support is the student's top-k instead, and its i-th token is compared with the teacher's i-th."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,16 @@ def view_of_topk(
 ) -> TeacherView:
     """Return what is known of a teacher by its top-k. A collective if teachability is read."""
     ids_nK, logp_nK = teacher.ids_NK[rows], teacher.logp_NK[rows]
-    mass_n = None
+    argmax_n, mass_n = ids_nK[:, 0].long(), None
+    if teacher.by_rank:
+        ids_nK, _ = shard.likeliest(student_logits_nV, ids_nK.shape[1])
     if teachability:
         own_ids_nK, _ = shard.likeliest(student_logits_nV, min(ids_nK.shape[1], shard.total))
         mass_n = logp_nK.exp().masked_fill(~is_among(ids_nK.long(), own_ids_nK), 0.0).sum(-1)
     return TeacherView(
         ids_nK,
         logp_nK,
-        argmax_n=ids_nK[:, 0].long(),
+        argmax_n=argmax_n,
         sampled_logp_n=teacher.sampled_logp_N[rows],
         entropy_n=top_entropy(logp_nK),
         top_ids_nM=ids_nK[:, :num_top].long(),

@@ -159,7 +159,10 @@ def build_translations(resolved: ResolvedRun) -> dict[int, Translation]:
     own = {index: one for index, one in alone if one.config.model.teacher.has_own_tokenizer}
     maps = {index: TokenMap.read(one.student, one.model("teacher"), one.tokenizer) for index, one in own.items()}
     topk = resolved.config.loss.topk
-    return {index: Translation(tokens, topk, own[index].lengths.teacher) for index, tokens in maps.items()}
+    return {
+        index: Translation(tokens, topk, own[index].lengths.teacher, own[index].config.loss.alignment.value)
+        for index, tokens in maps.items()
+    }
 
 
 def build_validator(rank: Rank) -> Validator | None:

@@ -24,6 +24,7 @@ from distill_cli.config.derived import (
     scores_while_sampling,
     updates_per_step,
 )
+from distill_cli.config.loss_schema import Alignment
 from distill_cli.config.schema import Config, Precision
 from distill_cli.config.teachers import own_temperatures, teacher_configs, teacher_names
 from distill_cli.data.recorded_run import Facts, Recording, vocabulary_digest
@@ -212,7 +213,7 @@ def own_tokens(
     """Return by index, of the teachers with a tokenizer of their own, the student's first token of each of theirs, and
     the groups of the student's: of a replay's as they were recorded."""
     if (recorded := resolved.recorded_run) is None:
-        return {index: (torch.from_numpy(one.tokens.first), one.tokens.groups) for index, one in translations.items()}
+        return {index: (torch.from_numpy(one.tokens.first), one.groups) for index, one in translations.items()}
     folder = Recording.of(str(recorded)).folder
     found = {index: read_tokens(folder, index) for index in range(len(teacher_names(resolved.config)))}
     return {index: one for index, one in found.items() if one is not None}
@@ -330,6 +331,7 @@ def build_objective(config: Config) -> Objective:
         clip=loss.token_clip,
         policy_gradient=loss.policy_gradient,
         max_ratio=loss.max_ratio,
+        by_rank=loss.alignment is Alignment.rank,
     )
 
 

@@ -237,7 +237,7 @@ class SelfCheck:
         """Check the teacher on these answers; return the scored micro-batches."""
         yield from self.shake_hands(scoring)
         if self.translation is not None:
-            self.student.groups = {0: self.translation.tokens.groups}
+            self.student.groups = {0: self.translation.groups}
         if self.targets is not None:
             pairs = zip(rollouts, self.targets, strict=True)
             rollouts = [replace(one, prompt=replace(one.prompt, targets=targets)) for one, targets in pairs]

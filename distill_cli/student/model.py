@@ -215,7 +215,7 @@ class Student(nn.Module):
             splits = scores.topk_ids.new_empty(0, 3) if scores.text is None else scores.text.splits
             groups = RowGroups.of(self.groups[index].to(splits.device), splits)
         if scores.hidden.shape[1] == 0:
-            return TopK(scores.topk_ids, scores.topk_logp, scores.sampled_logp, groups)
+            return TopK(scores.topk_ids, scores.topk_logp, scores.sampled_logp, groups, objective.by_rank)
         assert self.heads is not None
         head, own, text = heads[index], self.heads.own(index), scores.text
         hidden = scores.hidden[:, : head.weight_VH.shape[1]].to(head.weight_VH.dtype)

@@ -194,23 +194,23 @@ class TokenMap:
     @cached_property
     def tree(self) -> Tree:
         """The student's tokens that the teacher writes as several."""
-        paths, is_root = dict[tuple[int, ...], int](), self._is_root()
+        paths, twins = dict[tuple[int, ...], int](), self.twins
         for w, data in enumerate(self.student.token_bytes):
             if not data or w in self.special_of_student:
                 continue
             path = tuple(u for u, _ in self.teacher.encode(data))
-            is_path = len(path) > 1 and NO_TOKEN not in path and is_root[path[0]]
-            if is_path and self.student.is_own_encoding(w):
+            is_path = len(path) > 1 and NO_TOKEN not in path and twins[path[0]] != NO_TOKEN
+            if is_path and self.student.is_own_encoding(w) and self.teacher.is_own_encoding(path[0]):
                 paths[path] = w
         return Tree.of(paths, self.first)
 
-    def _is_root(self) -> Bools:
-        """Return whether a token of the teacher is one of the student that the teacher writes with it alone."""
-        tokens = self.first.tolist()
-        found: Bools = numpy.zeros(self.teacher_ids, dtype=bool)
-        for u, data in enumerate(self.bytes_of_teacher):
-            same = data and self.student.token_bytes[tokens[u]] == data if tokens[u] != NO_TOKEN else False
-            found[u] = bool(same) and self.teacher.is_own_encoding(u)
+    @cached_property
+    def twins(self) -> Ints:
+        """By the teacher's token the student's of the same bytes, or that does the same; else NO_TOKEN."""
+        found = self.first.copy()
+        for u, (v, data) in enumerate(zip(self.first.tolist(), self.bytes_of_teacher, strict=True)):
+            if data and v != NO_TOKEN and self.student.token_bytes[v] != data:
+                found[u] = NO_TOKEN
         return found
 
 

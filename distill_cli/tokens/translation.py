@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distill_cli.engines.settings import SamplingSettings
+from distill_cli.losses.groups import TokenGroups
 from distill_cli.tokens.align import Alignment, align
+from distill_cli.tokens.baselines import by_rank, by_spans
 from distill_cli.tokens.byte_vocabulary import NO_TOKEN
 from distill_cli.tokens.student_scores import to_student
 from distill_cli.tokens.text_plan import own_texts, plan_text
@@ -28,6 +30,8 @@ class TeacherRequest:
     """Of the tokens from `response_start` on."""
     written: list[int]
     """The same part of the answer in the student's tokens."""
+    logp: list[float]
+    """Their log-probabilities by the student that sampled them; 0 if they are not known."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,13 @@ class Translation:
     """Likeliest tokens of each position that are kept."""
     max_tokens: int
     """Longest sequence that the teacher scores; the end of a longer one is left out."""
+    alignment: str = "bytes"
+    """`loss.alignment`."""
+
+    @property
+    def groups(self) -> TokenGroups:
+        """The student's tokens that count as one: none but by bytes."""
+        return self.tokens.groups if self.alignment == "bytes" else TokenGroups.none()
 
     def request(self, rollout: Rollout, target: Target) -> TeacherRequest:
         """Return the sequence that a teacher scores, which begins with its version of the prompt."""
@@ -47,7 +58,8 @@ class Translation:
         carried = 0 if rollout.carried is None else len(rollout.carried.token_ids)
         first, part = whole.part(carried)
         token_ids = (prompt + whole.teacher_ids)[: self.max_tokens]
-        return TeacherRequest(token_ids, min(len(prompt) + first, len(token_ids)), part, rollout.sample.token_ids)
+        sample, start = rollout.sample, min(len(prompt) + first, len(token_ids))
+        return TeacherRequest(token_ids, start, part, sample.token_ids, sample.logp or [0.0] * len(sample.token_ids))
 
     def to_student(
         self, scores: Sequence[TeacherScores], requests: Sequence[TeacherRequest], *, hidden: bool = False
@@ -64,6 +76,11 @@ class Translation:
         if hidden:
             texts = own_texts(plan_text(alignments, written, wanted, self.tokens)) if requests else []
             return [TeacherScores.of_hidden(one.hidden, text) for one, text in zip(scores, texts, strict=True)]
+        if self.alignment == "rank":
+            return [by_rank(one, request.alignment) for one, request in zip(scores, requests, strict=True)]
+        if self.alignment == "spans":
+            pairs = zip(scores, requests, strict=True)
+            return [by_spans(one, r.alignment, r.written, r.logp, self.tokens, topk=self.topk) for one, r in pairs]
         return to_student(scores, alignments, written, self.tokens, topk=self.topk)
 
     def sampling(self, sampling: SamplingSettings) -> SamplingSettings:

@@ -32,6 +32,8 @@ def divergence(kl_type: str, p: torch.Tensor, q: torch.Tensor, *, kl_weight: flo
         return kl(p, a * p + (1 - a) * q)
     if kl_type == "skew_reverse":
         return kl(q, (1 - a) * p + a * q)
+    if kl_type == "l1":
+        return (p - q).abs().sum(-1)
     raise NotImplementedError(f"a divergence without a reference: {kl_type}")
 
 

@@ -260,7 +260,7 @@ def test_extreme_logits_stay_finite(kl_type: str, tail: str, kl_weight: float) -
     assert bool((output.loss_N >= -1e-6).all())
 
 
-@pytest.mark.parametrize("kl_type", DIVERGENCES)
+@pytest.mark.parametrize("kl_type", [name for name in DIVERGENCES if name != "l1"])  # its gradients cancel
 @pytest.mark.parametrize("q_rest", [1e-3, 1e-6, 1e-9, 1e-20])
 @pytest.mark.parametrize("p_rest", [0.3, 1e-4])
 def test_tiny_rest_is_precise(kl_type: str, p_rest: float, q_rest: float) -> None:

@@ -5,8 +5,8 @@ from omegaconf import OmegaConf
 from distill_cli.config.choices import conf_dir
 from distill_cli.losses import divergence, token_weight
 
-TERMS = {"policy_gradient", "reward", "no_teacher"}
-"""Files that set other terms of the loss."""
+TERMS = {"policy_gradient", "reward", "no_teacher", "uld", "gold"}
+"""Files that set other terms of the loss, or another alignment."""
 
 
 def contents(folder: str) -> dict[str, object]:

@@ -76,10 +76,15 @@ def split(pattern: str) -> tuple[Any, Any]:
 
 
 def gpt_2(folder: Path) -> Path:
-    """With a space in front of a text, and a file as old as GPT-2's, which does not name the model's type."""
+    """With a space in front of a text, and a file as old as GPT-2's: no type of the model, and merges as texts."""
     tokenizer = byte_level_bpe(pre_tokenizers.ByteLevel(add_prefix_space=True), special=["<|endoftext|>"])
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    return edit(write(tokenizer, folder), lambda content: content["model"].pop("type"))
+
+    def age(content: dict[str, Any]) -> None:
+        del content["model"]["type"]
+        content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+
+    return edit(write(tokenizer, folder), age)
 
 
 def llama_3(folder: Path) -> Path:
@@ -327,7 +332,7 @@ def test_encodes_as_its_tokenizer(
 ) -> None:
     """Of a text that normalisation leaves alone, with the space that some put in front."""
     tokenizer = Tokenizer.from_file(str(folders[name] / "tokenizer.json"))
-    for text in ascii_text()[:400]:
+    for text in ascii_text()[:200]:  # the license
         text = text.strip().lower().replace("  ", " ").replace("\t", " ")
         expected = tokenizer.encode(text, add_special_tokens=False).ids
         found = vocabularies[name].encode((" " * (name in PREPENDS and text != "") + text).encode())
