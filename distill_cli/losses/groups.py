@@ -41,17 +41,17 @@ class TokenGroups:
         return TokenGroups(*(tensor.to(device) for tensor in vars(self).values()))
 
     def stand_in(self, rows_E: torch.Tensor, tokens_E: torch.Tensor, splits_S3: torch.Tensor) -> torch.Tensor:
-        """Return the token that stands for each of some, at rows: [E].
+        """Return the token that stands for each of some, at rows that are broadcast to them; itself if below 0.
 
         Args:
             splits_S3: row, token, and the token that stands for it there.
         """
         if not len(self.members_M):
             return tokens_E
-        size = 1 + int(torch.cat([self.members_M, tokens_E, splits_S3[:, 1]]).max())
+        size = 1 + int(torch.cat([self.members_M, tokens_E.flatten(), splits_S3[:, 1]]).max())
         table = torch.arange(size, device=tokens_E.device)
         table[self.members_M] = self.reps_G[self.groups_M]
-        found_E = table[tokens_E]
+        found_E = torch.where(tokens_E >= 0, table[tokens_E], tokens_E)
         if len(splits_S3):
             keys_S, order_S = (splits_S3[:, 0] * size + splits_S3[:, 1]).sort()
             keys_E = rows_E * size + tokens_E

@@ -69,16 +69,34 @@ def _translate(plan: TextPlan, scores: TeacherScores, tokens: TokenMap, *, topk:
 
     begins = is_aligned_R.nonzero()[:, 0]
     places, firsts = first_R[begins], torch.from_numpy(tokens.first)
-    targets_nK, masses_nK = firsts[ids_TK[places]], probs_TK[places] * parts.weight_N[begins, None]
+    targets_nK = tokens.groups.stand_in(begins[:, None], firsts[ids_TK[places]], torch.from_numpy(plan.splits_E3))
+    masses_nK = probs_TK[places] * parts.weight_N[begins, None]
     residue_R = parts.residue_N.index_add(0, begins, (masses_nK * (targets_nK < 0)).sum(1))
-    is_ours_nK = targets_nK >= 0
-    rows_E = torch.cat([begins[:, None].expand_as(targets_nK)[is_ours_nK], parts.rows_E])
-    tokens_E = torch.cat([targets_nK[is_ours_nK], parts.tokens_E])
-    masses_E = torch.cat([masses_nK[is_ours_nK], parts.masses_E])
+    splits_E3 = torch.from_numpy(plan.splits_E3)
+    is_part_E = parts.masses_E != 0
+    part_rows_E, part_masses_E = parts.rows_E[is_part_E], parts.masses_E[is_part_E]
+    part_tokens_E = tokens.groups.stand_in(part_rows_E, parts.tokens_E[is_part_E], splits_E3)
+    written_R = tokens.groups.stand_in(torch.arange(len(first_R)), written_R, splits_E3)
 
-    groups, splits_E3 = tokens.groups, torch.from_numpy(plan.splits_E3)
-    tokens_E = groups.stand_in(rows_E, tokens_E, splits_E3)
-    size, written_R = tokens.student.size, groups.stand_in(torch.arange(len(first_R)), written_R, splits_E3)
+    # Most rows are the teacher's top-k under other ids; the others are added up token by token.
+    is_plain_R = torch.zeros(len(first_R), dtype=torch.bool)
+    sorted_nK = targets_nK.sort(dim=1).values
+    is_plain_R[begins] = (sorted_nK[:, 0] >= 0) & (sorted_nK[:, 1:] != sorted_nK[:, :-1]).all(1)
+    is_plain_R[part_rows_E] = False
+    plain_n = is_plain_R[begins]
+    ids_RK = torch.full((len(first_R), topk), PADDING_ID, dtype=torch.int32)
+    logp_RK = torch.full((len(first_R), topk), PADDING_LOGP, dtype=torch.float64)
+    written = torch.zeros(len(first_R), dtype=torch.float64)
+    at, width = begins[plain_n], min(topk, ids_TK.shape[1])
+    ids_RK[at, :width] = targets_nK[plain_n, :width].int()
+    logp_RK[at, :width] = masses_nK[plain_n, :width].log()
+    written[at] = (masses_nK[plain_n] * (targets_nK[plain_n] == written_R[at, None])).sum(1)
+
+    is_ours_nK = (targets_nK >= 0) & ~plain_n[:, None]
+    rows_E = torch.cat([begins[:, None].expand_as(targets_nK)[is_ours_nK], part_rows_E])
+    tokens_E = torch.cat([targets_nK[is_ours_nK], part_tokens_E])
+    masses_E = torch.cat([masses_nK[is_ours_nK], part_masses_E])
+    size = tokens.student.size
     keys_P, places_E = torch.unique(rows_E * size + tokens_E, return_inverse=True)
     none_P = torch.zeros(len(keys_P), dtype=torch.float64)
     gains_P = none_P.index_add(0, places_E, masses_E.clamp_min(0.0))
@@ -86,7 +104,6 @@ def _translate(plan: TextPlan, scores: TeacherScores, tokens: TokenMap, *, topk:
     sums_P = torch.where(sums_P > LEFT * gains_P, sums_P, 0.0)
     row_P, token_P = keys_P // size, keys_P % size
     is_written_P = token_P == written_R[row_P]
-    written = torch.zeros(len(first_R), dtype=torch.float64)
     written[row_P[is_written_P]] = sums_P[is_written_P]
     # A written token that is not among the likeliest has its probability all the same.
     own_R = torch.from_numpy(plan.written_R)
@@ -94,32 +111,35 @@ def _translate(plan: TextPlan, scores: TeacherScores, tokens: TokenMap, *, topk:
     covered_E = moves_E5[moves_E5[:, 3] == own_R[moves_E5[:, 0]], 0]
     alone_R[covered_E] = False
     written += torch.where(alone_R, parts.weight_N * logp_T.exp()[first_R], 0.0)
-    ids_RK, logp_RK = _likeliest(row_P, token_P, sums_P, num_rows=len(first_R), topk=topk)
+    _fill_likeliest(row_P, token_P, sums_P, ids_RK, logp_RK)
     return replace(
         TeacherScores.of_topk(ids_RK, logp_RK.float(), written.log().clamp_min(PADDING_LOGP).float()),
         alignment=torch.stack([is_aligned_R.double(), residue_R], dim=1).float(),
     )
 
 
-def _likeliest(
-    row_P: torch.Tensor, token_P: torch.Tensor, sums_P: torch.Tensor, *, num_rows: int, topk: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's likeliest tokens, and their log-probabilities: [num_rows, topk] each.
+def _fill_likeliest(
+    row_P: torch.Tensor, token_P: torch.Tensor, sums_P: torch.Tensor, ids_RK: torch.Tensor, logp_RK: torch.Tensor
+) -> None:
+    """Fill in the likeliest tokens of some rows, and their log-probabilities.
 
     Args:
         row_P: rising.
     """
-    order_P = sums_P.argsort(descending=True, stable=True)
-    order_P = order_P[row_P[order_P].argsort(stable=True)]
-    row_P, token_P, sums_P = row_P[order_P], token_P[order_P], sums_P[order_P]
-    column_P = torch.arange(len(row_P)) - torch.searchsorted(row_P, row_P)
-    keep_P = (column_P < topk) & (sums_P > 0)
-    at = row_P[keep_P], column_P[keep_P]
-    ids_RK = torch.full((num_rows, topk), PADDING_ID, dtype=torch.int32)
-    logp_RK = torch.full((num_rows, topk), PADDING_LOGP, dtype=torch.float64)
-    ids_RK[at] = token_P[keep_P].int()
-    logp_RK[at] = sums_P[keep_P].log()
-    return ids_RK, logp_RK
+    if not len(row_P):
+        return
+    which_P, counts = torch.unique_consecutive(row_P, return_inverse=True, return_counts=True)[1:]
+    column_P = torch.arange(len(row_P)) - (counts.cumsum(0) - counts)[which_P]
+    padded = sums_P.new_zeros(len(counts), int(counts.max()))
+    padded[which_P, column_P] = sums_P
+    tokens = torch.full_like(padded, PADDING_ID, dtype=torch.int64)
+    tokens[which_P, column_P] = token_P
+    best, order = padded.topk(min(ids_RK.shape[1], padded.shape[1]), dim=1)
+    rows = torch.unique_consecutive(row_P)
+    is_some = best > 0
+    ids = torch.where(is_some, tokens.gather(1, order), PADDING_ID).int()
+    ids_RK[rows, : ids.shape[1]] = ids
+    logp_RK[rows, : ids.shape[1]] = torch.where(is_some, best.log(), PADDING_LOGP)
 
 
 class _Known:
@@ -134,16 +154,18 @@ class _Known:
         *,
         size: int,
     ) -> None:
-        self._size, self._teacher_T, self._prob_T = size, teacher_T, prob_T
-        self._keys, order = (torch.arange(len(ids_TK))[:, None] * size + ids_TK).flatten().sort()
-        self._probs = probs_TK.flatten()[order]
+        self._ids_TK, self._probs_TK, self._teacher_T, self._prob_T = ids_TK, probs_TK, teacher_T, prob_T
+        self._size = size
 
     def at(self, places_E: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
         """Return the probabilities of tokens at places, 0 where they are not known: float64 [E]."""
         if not len(places_E):
-            return self._probs[:0]
-        keys_E = places_E * self._size + tokens_E
-        found_E = torch.searchsorted(self._keys, keys_E).clamp_max(len(self._keys) - 1)
-        is_text_E = tokens_E == self._teacher_T[places_E]
-        known_E = torch.where(self._keys[found_E] == keys_E, self._probs[found_E], 0.0)
-        return torch.where(is_text_E, self._prob_T[places_E], known_E)
+            return self._prob_T[:0]
+        places, which_E = torch.unique(places_E, return_inverse=True)
+        ids, order = self._ids_TK[places].sort(dim=1)
+        keys = (torch.arange(len(places))[:, None] * self._size + ids).flatten()
+        keys_E = which_E * self._size + tokens_E
+        found_E = torch.searchsorted(keys, keys_E).clamp_max(len(keys) - 1)
+        probs = self._probs_TK[places].gather(1, order).flatten()
+        known_E = torch.where(keys[found_E] == keys_E, probs[found_E], 0.0)
+        return torch.where(tokens_E == self._teacher_T[places_E], self._prob_T[places_E], known_E)
