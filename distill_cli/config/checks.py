@@ -101,11 +101,8 @@ def _loss(config: Config) -> Problems:
     loss, rollout = config.loss, config.rollout
     if loss.support is Support.full and loss.tail is not Tail.bucket:
         yield "loss.tail", "nothing is outside of loss.support=full; leave it out"
-    if loss.alignment is not Alignment.bytes:
-        if loss.needs_hidden or rollout.saves_hidden:
-            yield "loss.alignment", "compares the teacher's top-k; set loss.support=teacher, and no save_scores=hidden"
-        if rollout.replay is None and not config.model.teachers and not config.model.teacher.has_own_tokenizer:
-            yield "loss.alignment", "is of a teacher with other tokens; set model.teacher.tokenizer=own, or bytes"
+    if loss.alignment is not Alignment.bytes and (loss.needs_hidden or rollout.saves_hidden):
+        yield "loss.alignment", "compares the teacher's top-k; set loss.support=teacher, and no save_scores=hidden"
     weights = {name: getattr(loss, name) for name in ("divergence_weight", "policy_gradient", "reward", "penalty")}
     if not any(weights.values()):
         yield "loss.divergence_weight", f"nothing is trained; set one of {', '.join(weights)} above 0"

@@ -16,7 +16,7 @@ from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.losses.own_tokens import LEFT, weigh
 from distill_cli.tokens.align import Alignment
 from distill_cli.tokens.byte_vocabulary import NO_TOKEN
-from distill_cli.tokens.text_plan import TextPlan, own_texts, plan_text
+from distill_cli.tokens.text_plan import Begun, TextPlan, own_texts, plan_text
 from distill_cli.tokens.token_map import TokenMap
 from distill_cli.types import TeacherScores
 
@@ -46,7 +46,7 @@ def to_student(
     plan = plan_text(alignments, written, [len(one.sampled_logp) for one in scores], tokens)
     whole = _translate(plan, TeacherScores.cat(scores), tokens, topk=topk)
     parts = [whole.take(slice(begin, end)) for begin, end in pairwise(accumulate(plan.sizes, initial=0))]
-    texts = own_texts(plan, splits_only=True)
+    texts = own_texts(plan, tokens, splits_only=True)
     return [replace(part, text=text) for part, text in zip(parts, texts, strict=True)]
 
 
@@ -57,15 +57,16 @@ def _translate(plan: TextPlan, scores: TeacherScores, tokens: TokenMap, *, topk:
     logp_T = scores.sampled_logp.double().clamp_min(PADDING_LOGP)
     is_known_T = (ids_TK == teacher_T[:, None]).any(1)
     known = _Known(ids_TK, probs_TK, teacher_T, logp_T.exp(), size=tokens.teacher_ids)
-    begun_E4, moves_E5 = torch.from_numpy(plan.begun_E4), torch.from_numpy(plan.moves_E5)
+    moves_E5 = torch.from_numpy(plan.moves_E5)
     # Where the text's token is not in the top-k, no other token of the student has its probability.
     is_open_R = is_aligned_R & ~is_known_T[first_R]
     is_open_E = is_open_R[moves_E5[:, 0]]
     moves_E5 = moves_E5[~is_open_E | (moves_E5[:, 3] == written_R[moves_E5[:, 0]])]
     moves_E5[is_open_R[moves_E5[:, 0]], 4] = NO_TOKEN
     before_T = torch.cat([logp_T.new_zeros(1), logp_T.cumsum(0)])
-    probs = [known.at(entries[:, 1], entries[:, 2]) for entries in (begun_E4, moves_E5)]
-    parts = weigh(before_T, first_R, is_aligned_R, begun_E4, probs[0], moves_E5, probs[1])
+    begun_E4, begun_probs_E = known.begun(plan.begun, tokens)
+    move_probs_E = known.at(moves_E5[:, 1], moves_E5[:, 2])
+    parts = weigh(before_T, first_R, is_aligned_R, begun_E4, begun_probs_E, moves_E5, move_probs_E)
 
     begins = is_aligned_R.nonzero()[:, 0]
     places, firsts = first_R[begins], torch.from_numpy(tokens.first)
@@ -156,6 +157,20 @@ class _Known:
     ) -> None:
         self._ids_TK, self._probs_TK, self._teacher_T, self._prob_T = ids_TK, probs_TK, teacher_T, prob_T
         self._size = size
+
+    def begun(self, begun: Begun, tokens: TokenMap) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the known tokens of the teacher that may have begun, as entries, and their probabilities."""
+        places = torch.from_numpy(begun.places)
+        text, ids = self._teacher_T[places, None], self._ids_TK[places]
+        is_known = (ids == text).any(1, keepdim=True)
+        ids = torch.cat([ids, text], dim=1)
+        own = torch.where(is_known, 0.0, self._prob_T[places, None])
+        probs = torch.cat([self._probs_TK[places], own], dim=1)
+        fits, targets = map(torch.from_numpy, begun.targets_of(ids.numpy(), text[:, 0].numpy(), tokens))
+        at, column = (fits & (probs > 0)).nonzero(as_tuple=True)
+        rows = torch.from_numpy(begun.rows)[at]
+        found = rows, places[at], ids[at, column], targets[at, column]
+        return torch.stack(found, dim=1), probs[at, column]
 
     def at(self, places_E: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
         """Return the probabilities of tokens at places, 0 where they are not known: float64 [E]."""

@@ -5,7 +5,7 @@ writing there, given the tokens that the student wrote:
 
 1. Its next token begins here (`is_aligned_R`). The weight is the product A of the probabilities of its tokens before.
 2. It is inside a token u that began earlier, whose spelling (`TokenMap.spellings`) begins with the student's tokens
-   since then: an entry of `begun_E4`. The weight is A of that beginning times u's probability. So a number that the
+   since then: an entry of `begun`. The weight is A of that beginning times u's probability. So a number that the
    student ends early is not taken for the teacher's: after `13` its token `132` is possible, and `2` follows then.
 
 The student's next token follows from u's spelling in 2, and from that of the next u in 1. A u that ends here, while the
@@ -24,17 +24,66 @@ Shape letters: T tokens of the teacher, R of the student, E entries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy
 
 from distill_cli.tokens.align import Alignment
 from distill_cli.tokens.byte_vocabulary import NO_TOKEN
-from distill_cli.tokens.token_map import HASH_BASE, TokenMap
+from distill_cli.tokens.token_map import HASH_BASE, Hashes, TokenMap
 from distill_cli.tokens.tree import Bools, Ints
 from distill_cli.types import OwnText
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The places at which tokens of the teacher may have begun in which the student's do; [n] each."""
+
+    rows: Ints
+    """The student's tokens."""
+    places: Ints
+    """The places in the teacher's."""
+    numbers: Ints
+    """The student's tokens since then; 0 if it is by their bytes."""
+    hashes: Hashes
+    """Of these tokens."""
+    offsets: Ints
+    """The bytes since then, if it is by them."""
+    ends: Bools
+    """Whether the text's own token of the teacher ends there, after which all is known."""
+
+    def targets_of(self, teacher: Ints, text: Ints, tokens: TokenMap) -> tuple[Bools, Ints]:
+        """Return which of some tokens of the teacher may have begun at each place, and the student's that follow.
+
+        Args:
+            teacher: [n, K]
+            text: the teacher's own tokens at the places: [n].
+        """
+        by_bytes, text = (self.numbers == 0)[:, None], text[:, None]
+        fits, targets = tokens.spellings.follow(teacher, self.numbers[:, None], self.hashes[:, None])
+        fits &= ~((teacher == text) & self.ends[:, None] & (targets == NO_TOKEN))
+        alike = by_bytes & tokens.begins_alike(teacher, text, self.offsets[:, None])
+        offsets = numpy.broadcast_to(self.offsets[:, None], teacher.shape)
+        targets = targets.copy()
+        targets[alike] = tokens.after(teacher[alike], offsets[alike])
+        return numpy.where(by_bytes, alike, fits), targets
+
+    def entries_E4(self, text_T: Ints, tokens: TokenMap) -> Ints:
+        """Return all tokens of the teacher that may have begun: the student's token, the place, the teacher's token,
+        and the student's that follows, NO_TOKEN if it ends there."""
+        spelled, by_bytes = (self.numbers > 0).nonzero()[0], (self.numbers == 0).nonzero()[0]
+        which, teacher, targets = tokens.spellings.after(self.hashes[spelled])
+        at = spelled[which]
+        keep = ~((teacher == text_T[self.places[at]]) & self.ends[at] & (targets == NO_TOKEN))
+        at, teacher, targets = at[keep], teacher[keep], targets[keep]
+        which, others = tokens.alike(text_T[self.places[by_bytes]], self.offsets[by_bytes])
+        also = by_bytes[which]
+        at, teacher = numpy.concatenate([at, also]), numpy.concatenate([teacher, others])
+        targets = numpy.concatenate([targets, tokens.after(others, self.offsets[also])])
+        return numpy.stack([self.rows[at], self.places[at], teacher, targets], axis=1)
 
 
 @dataclass(frozen=True)
@@ -51,9 +100,7 @@ class TextPlan:
     """Whether a token of the teacher begins where the student's does."""
     first_R: Ints
     """The teacher's token that begins there, or in which the student's begins."""
-    begun_E4: Ints
-    """The student's token, the place at which one of the teacher's began before it, that one, and the student's next
-    token, NO_TOKEN if it ends there."""
+    begun: Begun
     moves_E5: Ints
     """The student's token, the place of a later token of the teacher, that one, the student's token that takes its
     probability, and the one that has it."""
@@ -78,7 +125,7 @@ def plan_text(
     return _Planner.of(alignments, written, counts, tokens).plan()
 
 
-def own_texts(plan: TextPlan, *, splits_only: bool = False) -> list[OwnText]:
+def own_texts(plan: TextPlan, tokens: TokenMap, *, splits_only: bool = False) -> list[OwnText]:
     """Return a plan's answers one by one, as tensors.
 
     Args:
@@ -88,7 +135,10 @@ def own_texts(plan: TextPlan, *, splits_only: bool = False) -> list[OwnText]:
 
     bounds, texts = ([0, *accumulate(one)] for one in (plan.sizes, plan.counts))
     found = []
-    tables = [table[: 0 if splits_only else None] for table in (plan.begun_E4, plan.moves_E5)] + [plan.splits_E3]
+    begun_E4 = numpy.zeros((0, 4), dtype=numpy.int64)
+    if not splits_only:
+        begun_E4 = plan.begun.entries_E4(plan.teacher_T, tokens)
+    tables = [begun_E4, plan.moves_E5[: 0 if splits_only else None], plan.splits_E3]
     tables = [table[numpy.argsort(table[:, 0], kind="stable")] for table in tables]
     at = [numpy.searchsorted(table[:, 0], bounds) for table in tables]
     for index, ((begin, end), (first, last)) in enumerate(zip(pairwise(bounds), pairwise(texts), strict=True)):
@@ -138,7 +188,7 @@ class _Planner:
     """The end of the answer among the student's tokens."""
     counts: list[int]
     sizes: list[int]
-    begun: _Entries = field(default_factory=_Entries)
+    begun: list[tuple[Any, ...]] = field(default_factory=list)
     splits: _Entries = field(default_factory=_Entries)
     moves: _Entries = field(default_factory=_Entries)
 
@@ -183,7 +233,7 @@ class _Planner:
             is_compared_R=self.is_compared_R,
             is_aligned_R=is_aligned_R,
             first_R=self.first_R,
-            begun_E4=self.begun.table(4),
+            begun=Begun(*self._begun_columns()),
             moves_E5=self.moves.table(5),
             splits_E3=self.splits.table(3),
             counts=self.counts,
@@ -197,34 +247,40 @@ class _Planner:
             holder_R: gets the student's next token inside the text's own token of the teacher.
         """
         starts, hashes, count = begins, numpy.zeros(len(begins), dtype=numpy.uint64), 0
-        spellings, found = self.map.spellings, list[tuple[Ints, ...]]()
+        spellings, found = self.map.spellings, list[tuple[Any, ...]]()
         while len(starts):
             hashes = hashes * HASH_BASE + (self.written_R[starts + count] + 2).astype(numpy.uint64)
             count += 1
             going = starts + count < self.answer_end_R[starts]
             starts, hashes = starts[going], hashes[going]
-            going, (which, tokens, targets) = spellings.after(hashes)
-            rows, places = (starts + count)[which], self.first_R[starts][which]
-            is_text, is_aligned = tokens == self.teacher_T[places], self.offset_R[rows] == 0
-            # The text's own token may end here: what follows it is known.
-            is_known = is_text & (targets == NO_TOKEN) & is_aligned & (self.first_R[rows] == places + 1)
-            keep = self.is_compared_R[rows] & ~is_known
-            own = keep & is_text & ~is_aligned & (self.first_R[rows] == places)
-            holder_R[rows[own]] = targets[own]
-            found.append((rows[keep], places[keep], tokens[keep], targets[keep]))
+            going = spellings.are_open(hashes)
             starts, hashes = starts[going], hashes[going]
+            rows, places = starts + count, self.first_R[starts]
+            keep = self.is_compared_R[rows]
+            is_aligned, numbers = self.offset_R[rows] == 0, numpy.full(len(rows), count)
+            fits, targets = spellings.follow(self.teacher_T[places], numbers, hashes)
+            own = keep & fits & ~is_aligned & (self.first_R[rows] == places)
+            holder_R[rows[own]] = targets[own]
+            # The text's own token may end here: what follows it is known.
+            ends = is_aligned & (self.first_R[rows] == places + 1)
+            found.append(tuple(one[keep] for one in (rows, places, numbers, hashes, numpy.zeros_like(rows), ends)))
         for rows, *columns in found:  # inside a token that the student does not spell all else counts by bytes too
             keep = (self.offset_R[rows] == 0) | (holder_R[rows] != NO_TOKEN)
-            self.begun.add(*(one[keep] for one in (rows, *columns)))
+            self.begun.append(tuple(one[keep] for one in (rows, *columns)))
 
     def _begin_by_bytes(self, rows: Ints, holder_R: Ints) -> None:
         """Plan the teacher's tokens with the same first bytes as the text's own, which the student's do not spell."""
         places, offset = self.first_R[rows], self.offset_R[rows]
         own = self.teacher_T[places]
-        which, tokens = self.map.alike(own, offset)
-        targets = self.map.after(tokens, offset[which])
-        self.begun.add(rows[which], places[which], tokens, targets)
+        none = numpy.zeros_like(rows)
+        self.begun.append((rows, places, none, none.astype(numpy.uint64), offset, none.astype(bool)))
         holder_R[rows] = self.map.after(own, offset)
+
+    def _begun_columns(self) -> Iterator[Any]:
+        """Yield the columns of `Begun`."""
+        none = numpy.zeros(0, dtype=numpy.int64)
+        empty = (none, none, none, none.astype(numpy.uint64), none, none.astype(bool))
+        yield from (numpy.concatenate(column) for column in zip(empty, *self.begun, strict=True))
 
     def _walk(self, rows: Ints, holder_R: Ints, is_left_R: Bools) -> None:
         """Follow the text down the tree of the student's longer tokens.

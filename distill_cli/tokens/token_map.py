@@ -64,6 +64,12 @@ class Spellings:
     """The teacher's token of each."""
     following: Ints
     """The student's token that follows in the spelling, NO_TOKEN after the whole."""
+    lengths: Ints
+    """By the teacher's token, the student's tokens of its spelling."""
+    starts: Ints
+    tokens: Ints
+    all_hashes: Hashes
+    """All spellings end to end, each with NO_TOKEN at its end; where each begins; and the hashes before each token."""
 
     @classmethod
     def of(cls, spellings: Sequence[Sequence[int]]) -> Spellings:
@@ -76,18 +82,25 @@ class Spellings:
         is_open = is_beginning & (is_long | numpy.isin(hashes, hashes[is_beginning & is_long]))
         places = is_open.nonzero()[0]
         places = places[numpy.argsort(hashes[places], kind="stable")]
-        return cls(tokens[starts[:-1]], hashes[places], owners[places], tokens[places])
+        in_order = hashes[places], owners[places], tokens[places]
+        return cls(tokens[starts[:-1]], *in_order, lengths, starts, tokens, hashes)
 
-    def after(self, hashes: Hashes) -> tuple[Bools, tuple[Ints, Ints, Ints]]:
-        """Find the teacher's tokens that begin with tokens of these hashes.
-
-        Returns:
-            Whether there are some, [n]; and of all of them the place in `hashes`, the teacher's token, and the
-            student's that follows.
-        """
+    def are_open(self, hashes: Hashes) -> Bools:
+        """Return whether some of the teacher's tokens begin with tokens of these hashes."""
         begin, end = (numpy.searchsorted(self.hashes, hashes, side=side) for side in ("left", "right"))
-        which, at = spread(begin, end)
-        return end > begin, (which, self.teacher[at], self.following[at])
+        return end > begin
+
+    def after(self, hashes: Hashes) -> tuple[Ints, Ints, Ints]:
+        """Return all of the teacher's tokens that begin with tokens of these hashes: the place in `hashes`, the
+        teacher's token, and the student's that follows."""
+        which, at = spread(*(numpy.searchsorted(self.hashes, hashes, side=side) for side in ("left", "right")))
+        return which, self.teacher[at], self.following[at]
+
+    def follow(self, teacher: Ints, numbers: Ints, hashes: Hashes) -> tuple[Bools, Ints]:
+        """Return whether tokens of the teacher begin with `numbers` tokens of these hashes, and what follows then."""
+        places = self.starts[teacher] + numpy.minimum(numbers, self.lengths[teacher])
+        fits = (self.lengths[teacher] >= numbers) & (self.all_hashes[places] == hashes)
+        return fits, numpy.where(fits, self.tokens[places], NO_TOKEN)
 
 
 class TokenMap:
@@ -161,6 +174,12 @@ class TokenMap:
             rest = self.bytes_of_teacher[owner][place - self.starts[owner] :]
             self.afters[place] = self.student.first(rest)
         return self.afters[places]
+
+    def begins_alike(self, tokens: Ints, others: Ints, length: Ints) -> Bools:
+        """Return whether tokens of the teacher have the same first bytes as others, which have at least `length`."""
+        long = self.lengths[tokens] >= length
+        mine = self.hashes[self.starts[tokens] + numpy.where(long, length, 0)]
+        return long & (mine == self.hashes[self.starts[others] + length])
 
     def alike(self, tokens: Ints, length: Ints) -> tuple[Ints, Ints]:
         """Return all of the teacher's tokens with the same first bytes as some, after the index of each of those.

@@ -74,7 +74,7 @@ class Translation:
             return [TeacherScores.empty(self.topk) for _ in requests]
         alignments, written = [one.alignment for one in requests], [one.written for one in requests]
         if hidden:
-            texts = own_texts(plan_text(alignments, written, wanted, self.tokens)) if requests else []
+            texts = own_texts(plan_text(alignments, written, wanted, self.tokens), self.tokens) if requests else []
             return [TeacherScores.of_hidden(one.hidden, text) for one, text in zip(scores, texts, strict=True)]
         if self.alignment == "rank":
             return [by_rank(one, request.alignment) for one, request in zip(scores, requests, strict=True)]

@@ -57,7 +57,7 @@ class Pair:
         )
 
     def by_hidden(self, support: Support, *, topk: int) -> TeacherHidden:
-        parts = zip(self.hidden, own_texts(self.plan), strict=True)
+        parts = zip(self.hidden, own_texts(self.plan, self.tokens), strict=True)
         scores = TeacherScores.cat([TeacherScores.of_hidden(one, text) for one, text in parts])
         assert scores.text is not None
         own = OwnTeacher(scores.text, OwnHead(torch.from_numpy(self.tokens.first), self.tokens.teacher_ids))
