@@ -19,6 +19,9 @@ from distill_cli.tokens.text_plan import own_texts, plan_text
 from distill_cli.tokens.token_map import TokenMap
 from distill_cli.types import Rollout, Sample, Target, TeacherScores
 
+LOOK_BACK = 16
+"""Tokens before those of a step that are read again with them (`rollout.carry_over`)."""
+
 
 @dataclass(frozen=True)
 class TeacherRequest:
@@ -32,6 +35,8 @@ class TeacherRequest:
     """The same part of the answer in the student's tokens."""
     logp: list[float]
     """Their log-probabilities by the student that sampled them; 0 if they are not known."""
+    num_earlier: int = 0
+    """The first of them, which earlier steps wrote, whose scores are not returned."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,16 @@ class Translation:
     def request(self, rollout: Rollout, target: Target) -> TeacherRequest:
         """Return the sequence that a teacher scores, which begins with its version of the prompt."""
         prompt = rollout.prompt.ids_for(target)
-        whole = align(rollout.answer.token_ids, self.tokens)
+        answer = rollout.answer.token_ids
+        whole = align(answer, self.tokens)
+        # A token of the teacher that began in what earlier steps wrote may go on here.
         carried = 0 if rollout.carried is None else len(rollout.carried.token_ids)
-        first, part = whole.part(carried)
+        begin = max(0, carried - LOOK_BACK)
+        first, part = whole.part(begin)
         token_ids = (prompt + whole.teacher_ids)[: self.max_tokens]
-        sample, start = rollout.sample, min(len(prompt) + first, len(token_ids))
-        return TeacherRequest(token_ids, start, part, sample.token_ids, sample.logp or [0.0] * len(sample.token_ids))
+        logp = [0.0] * (carried - begin) + (rollout.sample.logp or [0.0] * len(rollout.sample.token_ids))
+        start = min(len(prompt) + first, len(token_ids))
+        return TeacherRequest(token_ids, start, part, answer[begin:], logp, carried - begin)
 
     def to_student(
         self, scores: Sequence[TeacherScores], requests: Sequence[TeacherRequest], *, hidden: bool = False
@@ -72,6 +81,13 @@ class Translation:
         wanted = [len(one.token_ids) - one.response_start for one in requests]
         if [len(one.sampled_logp) for one in scores] != wanted:
             return [TeacherScores.empty(self.topk) for _ in requests]
+        found = self._to_student(scores, requests, wanted, hidden=hidden)
+        pairs = zip(found, requests, strict=True)
+        return [one.take(slice(request.num_earlier, None)) if request.num_earlier else one for one, request in pairs]
+
+    def _to_student(
+        self, scores: Sequence[TeacherScores], requests: Sequence[TeacherRequest], wanted: list[int], *, hidden: bool
+    ) -> list[TeacherScores]:
         alignments, written = [one.alignment for one in requests], [one.written for one in requests]
         if hidden:
             texts = own_texts(plan_text(alignments, written, wanted, self.tokens), self.tokens) if requests else []

@@ -87,7 +87,7 @@ def test_composing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         ("loss.topk=3.5", "could not be converted to Integer"),
         ("train.precision=bf17", "expected one of [bf16, fp32]"),
         ("loss=mixd", "did you mean mixed?"),
-        ("loss=mixd", "(loss has: forward, jsd, mixed, no_teacher, policy_gradient, reverse, reward, "),
+        ("loss=mixd", "(loss has: forward, gold, jsd, l1, mixed, no_teacher, policy_gradient, reverse, reward, "),
         ("~loss.topk", "keys cannot be removed"),
         ("a b", "not an override"),
         ("data=jsonl", "data.train.path: a value is needed"),

@@ -33,7 +33,7 @@ def log_probabilities(case: dict[str, Any]) -> list[torch.Tensor]:
     for index, head in enumerate(whole):
         heads.read(index, head.part)
     hidden, ids = hidden_and_ids(case["vocab_size"])
-    first, last = heads.rows
+    first, last = heads.rows(0)
     gathered = heads.gather()
     for index, head in enumerate(whole):
         torch.testing.assert_close(gathered[index].weight_VH, head.weight[first:last], rtol=0, atol=0)
