@@ -222,7 +222,8 @@ def pair(
     for name, both in pairs.items():
         if problem := both.problem():
             what = f"its vocabulary is not the student's ({config.model.student.path}): {problem}"
-            yield f"{path_key(name)}={teachers[name].path}: {what}; choose a pair with the same tokenizer"
+            fix = f"set {model_key(name)}.tokenizer=own, or choose a pair with the same tokenizer"
+            yield f"{path_key(name)}={teachers[name].path}: {what}; {fix}"
     if config.loss.topk > vocabulary.size:
         yield f"loss.topk={config.loss.topk}: must be at most the vocabulary of {vocabulary.size}"
     yield from _too_long(config, "the student", student, needed_length(config))

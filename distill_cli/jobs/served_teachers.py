@@ -134,13 +134,18 @@ def keep_files(contents: dict[str, Any], *, vocab_size: int) -> Path:
 def limit_problems(config: Config, served: Served, *, key: str) -> Iterator[str]:
     """Yield what the run needs and the servers of its only teacher do not give, with the flag that would."""
     topk, length, most = config.loss.topk, scored_length(config), served.max_topk
+    if config.model.teacher.has_own_tokenizer:  # what is longer is left out
+        length = config.engine.teacher.max_model_len or length
     at, is_vllm = f"{key}.url={served.files.path}", served.kind is VLLM
     if most is not None and topk > most:
         flag = f"--max-logprobs {topk}" if is_vllm else f"--max-topk {topk}"
         yield f"loss.topk={topk}: {at} gives at most {most}; start it with {flag}, or lower it"
     if length > served.max_length:
         flag = f"--max-model-len {length + 1}" if is_vllm else f"engine.teacher.max_model_len={length}"
-        yield f"{at}: takes {served.max_length} tokens, and sequences have up to {length}; start it with {flag}"
+        fix = f"start it with {flag}"
+        if config.model.teacher.has_own_tokenizer:
+            fix += f", or set engine.teacher.max_model_len={served.max_length}: longer ones are left out from there on"
+        yield f"{at}: takes {served.max_length} tokens, and sequences have up to {length}; {fix}"
 
 
 def vllm_problems(

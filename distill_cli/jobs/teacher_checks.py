@@ -56,9 +56,9 @@ def check_servers(facts: Facts, config: Config) -> Iterator[str]:
         yield from limit_problems(alone[name], served, key=key)
         if served.kind is VLLM:
             facts.warnings.append(slowness(served, key=key))
-            yield from vllm_problems(
-                alone[name], served, key=key, vocabulary=facts.vocabulary, tokenizer=facts.tokenizer
-            )
+            is_own = alone[name].model.teacher.has_own_tokenizer
+            vocabulary, tokenizer = (None, served.files) if is_own else (facts.vocabulary, facts.tokenizer)
+            yield from vllm_problems(alone[name], served, key=key, vocabulary=vocabulary, tokenizer=tokenizer)
 
 
 def job_problems(facts: Facts, config: Config) -> Iterator[str]:
