@@ -140,7 +140,7 @@ def build_trainer(
     teachers = complete_teachers(resolved, engines, moving, copies)
     translations = parts.build_translations(resolved) if teachers else {}
     of_tokens = own_tokens(resolved, translations)
-    student.groups = {index: groups for index, (_, groups) in of_tokens.items()}
+    student.groups = {index: groups.to(parallel.device) for index, (_, groups) in of_tokens.items()}
     is_hidden = uses_hidden(resolved)
     if is_hidden:
         student.heads = build_heads(rank, student, {index: firsts for index, (firsts, _) in of_tokens.items()})
@@ -230,7 +230,7 @@ def build_heads(
     vocabulary, recorded = rank.resolved.vocabulary, rank.resolved.recorded_run
     shard = student.lm.get_output_embeddings().weight.shape[0] // rank.parallel.tensor.size()
     heads = TeacherHeads(rank.parallel, vocabulary.size if vocabulary.limit is None else vocabulary.limit, shard)
-    heads.firsts |= firsts
+    heads.firsts |= {index: one.to(rank.parallel.device) for index, one in firsts.items()}
     if recorded is not None:
         folder = Recording.of(str(recorded)).folder
         for index in range(len(teacher_names(rank.resolved.config))):

@@ -210,7 +210,7 @@ class Student(nn.Module):
         self, scores: TeacherScores, objective: Objective, teachers: int, heads: Mapping[int, Head]
     ) -> TopK | TeacherHidden:
         """Return what is known of the teacher of some tokens, one of `teachers`."""
-        index, groups = teachers.bit_length() - 1, None
+        index, groups = max(teachers.bit_length() - 1, 0), None  # 0 of no tokens
         if index in self.groups:
             splits = scores.topk_ids.new_empty(0, 3) if scores.text is None else scores.text.splits
             groups = RowGroups.of(self.groups[index].to(splits.device), splits)
