@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
+import numpy
 import torch
 
 from distill_cli.losses.distill_loss import PADDING_LOGP
@@ -16,7 +17,7 @@ from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.losses.own_tokens import LEFT, weigh
 from distill_cli.tokens.align import Alignment
 from distill_cli.tokens.byte_vocabulary import NO_TOKEN
-from distill_cli.tokens.text_plan import Begun, TextPlan, own_texts, plan_text
+from distill_cli.tokens.text_plan import Begun, Steps, TextPlan, plan_text, split_texts
 from distill_cli.tokens.token_map import TokenMap
 from distill_cli.types import TeacherScores
 
@@ -44,36 +45,38 @@ def to_student(
     if not scores:
         return []
     plan = plan_text(alignments, written, [len(one.sampled_logp) for one in scores], tokens)
-    whole = _translate(plan, TeacherScores.cat(scores), tokens, topk=topk)
+    whole, splits_E3 = _translate(plan, TeacherScores.cat(scores), tokens, topk=topk)
     parts = [whole.take(slice(begin, end)) for begin, end in pairwise(accumulate(plan.sizes, initial=0))]
-    texts = own_texts(plan, tokens, splits_only=True)
+    texts = split_texts(plan, splits_E3.numpy())
     return [replace(part, text=text) for part, text in zip(parts, texts, strict=True)]
 
 
-def _translate(plan: TextPlan, scores: TeacherScores, tokens: TokenMap, *, topk: int) -> TeacherScores:
+def _translate(
+    plan: TextPlan, scores: TeacherScores, tokens: TokenMap, *, topk: int
+) -> tuple[TeacherScores, torch.Tensor]:
+    """Return the scores of a plan's tokens, and the splits of their groups (`OwnText.splits`)."""
     first_R, written_R, teacher_T = (torch.from_numpy(one) for one in (plan.first_R, plan.written_R, plan.teacher_T))
     is_aligned_R, is_compared_R = torch.from_numpy(plan.is_aligned_R), torch.from_numpy(plan.is_compared_R)
     ids_TK, probs_TK = scores.topk_ids.long(), scores.topk_logp.double().exp()
     logp_T = scores.sampled_logp.double().clamp_min(PADDING_LOGP)
     is_known_T = (ids_TK == teacher_T[:, None]).any(1)
-    known = _Known(ids_TK, probs_TK, teacher_T, logp_T.exp(), size=tokens.teacher_ids)
-    moves_E5 = torch.from_numpy(plan.moves_E5)
+    known = _Known(ids_TK, probs_TK, teacher_T, logp_T.exp())
+    moves_E5, move_probs_E, splits_E3 = known.moves(plan.steps, tokens)
     # Where the text's token is not in the top-k, no other token of the student has its probability.
     is_open_R = is_aligned_R & ~is_known_T[first_R]
     is_open_E = is_open_R[moves_E5[:, 0]]
-    moves_E5 = moves_E5[~is_open_E | (moves_E5[:, 3] == written_R[moves_E5[:, 0]])]
+    keep_E = ~is_open_E | (moves_E5[:, 3] == written_R[moves_E5[:, 0]])
+    moves_E5, move_probs_E = moves_E5[keep_E], move_probs_E[keep_E]
     moves_E5[is_open_R[moves_E5[:, 0]], 4] = NO_TOKEN
     before_T = torch.cat([logp_T.new_zeros(1), logp_T.cumsum(0)])
     begun_E4, begun_probs_E = known.begun(plan.begun, tokens)
-    move_probs_E = known.at(moves_E5[:, 1], moves_E5[:, 2])
     parts = weigh(before_T, first_R, is_aligned_R, begun_E4, begun_probs_E, moves_E5, move_probs_E)
 
     begins = is_aligned_R.nonzero()[:, 0]
     places, firsts = first_R[begins], torch.from_numpy(tokens.first)
-    targets_nK = tokens.groups.stand_in(begins[:, None], firsts[ids_TK[places]], torch.from_numpy(plan.splits_E3))
+    targets_nK = tokens.groups.stand_in(begins[:, None], firsts[ids_TK[places]], splits_E3)
     masses_nK = probs_TK[places] * parts.weight_N[begins, None]
     residue_R = parts.residue_N.index_add(0, begins, (masses_nK * (targets_nK < 0)).sum(1))
-    splits_E3 = torch.from_numpy(plan.splits_E3)
     is_part_E = parts.masses_E != 0
     part_rows_E, part_masses_E = parts.rows_E[is_part_E], parts.masses_E[is_part_E]
     part_tokens_E = tokens.groups.stand_in(part_rows_E, parts.tokens_E[is_part_E], splits_E3)
@@ -113,10 +116,8 @@ def _translate(plan: TextPlan, scores: TeacherScores, tokens: TokenMap, *, topk:
     alone_R[covered_E] = False
     written += torch.where(alone_R, parts.weight_N * logp_T.exp()[first_R], 0.0)
     _fill_likeliest(row_P, token_P, sums_P, ids_RK, logp_RK)
-    return replace(
-        TeacherScores.of_topk(ids_RK, logp_RK.float(), written.log().clamp_min(PADDING_LOGP).float()),
-        alignment=torch.stack([is_aligned_R.double(), residue_R], dim=1).float(),
-    )
+    scores = TeacherScores.of_topk(ids_RK, logp_RK.float(), written.log().clamp_min(PADDING_LOGP).float())
+    return replace(scores, alignment=torch.stack([is_aligned_R.double(), residue_R], dim=1).float()), splits_E3
 
 
 def _fill_likeliest(
@@ -147,40 +148,36 @@ class _Known:
     """The probabilities that a top-k knows, and those of the text's tokens."""
 
     def __init__(
-        self,
-        ids_TK: torch.Tensor,
-        probs_TK: torch.Tensor,
-        teacher_T: torch.Tensor,
-        prob_T: torch.Tensor,
-        *,
-        size: int,
+        self, ids_TK: torch.Tensor, probs_TK: torch.Tensor, teacher_T: torch.Tensor, prob_T: torch.Tensor
     ) -> None:
         self._ids_TK, self._probs_TK, self._teacher_T, self._prob_T = ids_TK, probs_TK, teacher_T, prob_T
-        self._size = size
+
+    def _at(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the teacher's likeliest tokens and the text's, whose probability is 0 if it is among them: [n, C]."""
+        text, ids = self._teacher_T[places, None], self._ids_TK[places]
+        own = torch.where((ids == text).any(1, keepdim=True), 0.0, self._prob_T[places, None])
+        return torch.cat([ids, text], dim=1), torch.cat([self._probs_TK[places], own], dim=1)
 
     def begun(self, begun: Begun, tokens: TokenMap) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the known tokens of the teacher that may have begun, as entries, and their probabilities."""
         places = torch.from_numpy(begun.places)
-        text, ids = self._teacher_T[places, None], self._ids_TK[places]
-        is_known = (ids == text).any(1, keepdim=True)
-        ids = torch.cat([ids, text], dim=1)
-        own = torch.where(is_known, 0.0, self._prob_T[places, None])
-        probs = torch.cat([self._probs_TK[places], own], dim=1)
-        fits, targets = map(torch.from_numpy, begun.targets_of(ids.numpy(), text[:, 0].numpy(), tokens))
+        ids, probs = self._at(places)
+        fits, targets = map(torch.from_numpy, begun.targets_of(ids.numpy(), ids[:, -1].numpy(), tokens))
         at, column = (fits & (probs > 0)).nonzero(as_tuple=True)
         rows = torch.from_numpy(begun.rows)[at]
-        found = rows, places[at], ids[at, column], targets[at, column]
-        return torch.stack(found, dim=1), probs[at, column]
+        return torch.stack([rows, places[at], ids[at, column], targets[at, column]], dim=1), probs[at, column]
 
-    def at(self, places_E: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
-        """Return the probabilities of tokens at places, 0 where they are not known: float64 [E]."""
-        if not len(places_E):
-            return self._prob_T[:0]
-        places, which_E = torch.unique(places_E, return_inverse=True)
-        ids, order = self._ids_TK[places].sort(dim=1)
-        keys = (torch.arange(len(places))[:, None] * self._size + ids).flatten()
-        keys_E = which_E * self._size + tokens_E
-        found_E = torch.searchsorted(keys, keys_E).clamp_max(len(keys) - 1)
-        probs = self._probs_TK[places].gather(1, order).flatten()
-        known_E = torch.where(keys[found_E] == keys_E, probs[found_E], 0.0)
-        return torch.where(tokens_E == self._teacher_T[places_E], self._prob_T[places_E], known_E)
+    def moves(self, steps: Steps, tokens: TokenMap) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the moves of known tokens of the teacher, their probabilities, and the splits below these tokens."""
+        places = torch.from_numpy(steps.places)
+        ids, probs = self._at(places)
+        targets, children = steps.targets_of(ids.numpy(), ids[:, -1].numpy(), tokens)
+        which, column = (children != NO_TOKEN).nonzero()
+        # The text's token may be there twice.
+        pairs = numpy.unique(numpy.stack([which, children[which, column]], axis=1), axis=0)
+        splits_E3 = steps.splits_E3(tokens, *pairs.T)
+        targets_nC = torch.from_numpy(targets)
+        at, place = ((targets_nC != NO_TOKEN) & (probs > 0)).nonzero(as_tuple=True)
+        rows, holders = (torch.from_numpy(one)[at] for one in (steps.rows, steps.holders))
+        found = rows, places[at], ids[at, place], targets_nC[at, place], holders
+        return torch.stack(found, dim=1), probs[at, place], torch.from_numpy(splits_E3)

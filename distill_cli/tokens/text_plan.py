@@ -12,7 +12,7 @@ The student's next token follows from u's spelling in 2, and from that of the ne
 text goes on inside another token, says nothing of what follows. Where the student's tokens are no spelling of what the
 teacher reads, the teacher's tokens that begin with the same bytes stand for 2.
 
-The text that was written tells more, since the teacher scored it (`moves_E5`). A student's token that goes beyond the
+The text that was written tells more, since the teacher scored it (`steps`). A student's token that goes beyond the
 teacher's token U takes its part of what U has: the product of the probabilities of the teacher's tokens that it covers
 whole, times the sum of those of the tokens that begin with what is left of it. And where U is the beginning of other
 tokens of the student (`TokenMap.tree`), each takes its part by the teacher's next distribution.
@@ -87,6 +87,76 @@ class Begun:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """The places at which the text tells more of a token of the student: in the tree, and where it ends; [n] each."""
+
+    rows: Ints
+    """The student's tokens."""
+    places: Ints
+    """The later tokens of the teacher."""
+    nodes: Ints
+    """The tree's node before each, NO_TOKEN if the text has left the tree."""
+    holders: Ints
+    """The student's token that has the probability up to there."""
+    written: Ints
+    """The student's written token if it ends there, else NO_TOKEN."""
+    until: Ints
+    """The bytes of the teacher's token up to its end, if it ends there."""
+    known: Ints
+    """The node that the text goes on to, if the teacher's distribution there is known, else NO_TOKEN."""
+    reps: Ints
+    """The token that stands for the group of the student's token."""
+
+    def targets_of(self, teacher: Ints, text: Ints, tokens: TokenMap) -> tuple[Ints, Ints]:
+        """Return the student's tokens that take the probability of some of the teacher's, or NO_TOKEN; and their nodes.
+
+        Args:
+            teacher: [n, K]
+            text: the text's own tokens at the places: [n].
+        """
+        children = tokens.tree.child(self.nodes[:, None], teacher)
+        targets = tokens.tree.token_of(children)
+        # The written token also has the tokens that go past its end, where they lead to no longer one.
+        alike = tokens.begins_alike(teacher, text[:, None], self.until[:, None])
+        covers = (targets == NO_TOKEN) & (self.written != NO_TOKEN)[:, None] & alike
+        return numpy.where(covers, self.written[:, None], targets), children
+
+    def moves_E5(self, text_T: Ints, tokens: TokenMap) -> Ints:
+        """Return all moves: the student's token, the place, the teacher's token there, the student's token that takes
+        its probability, and the one that has it."""
+        which, teacher, children = tokens.tree.edges(self.nodes)
+        targets = tokens.tree.tokens[children]
+        is_some = targets != NO_TOKEN
+        ends = (self.written != NO_TOKEN).nonzero()[0]
+        at, others = tokens.alike(text_T[self.places[ends]], self.until[ends])
+        also = ends[at]
+        is_other = tokens.tree.token_of(tokens.tree.child(self.nodes[also], others)) == NO_TOKEN
+        also, others = also[is_other], others[is_other]
+        which = numpy.concatenate([which[is_some], also])
+        teacher = numpy.concatenate([teacher[is_some], others])
+        targets = numpy.concatenate([targets[is_some], self.written[also]])
+        return numpy.stack([self.rows[which], self.places[which], teacher, targets, self.holders[which]], axis=1)
+
+    def splits_E3(self, tokens: TokenMap, which: Ints, children: Ints) -> Ints:
+        """Return the tokens that others stand for below some nodes: the student's token, one of its vocabulary, and the
+        one that stands for it.
+
+        Args:
+            which, children: the step, and the node below its own; [m] each.
+        """
+        tree = tokens.tree
+        own, known = tree.tokens[children], children == self.known[which]
+        stands = numpy.where(own != NO_TOKEN, own, self.holders[which])
+        alone = known & (own != NO_TOKEN)
+        # Those of the group's own token stay in the group.
+        below = ~known & (stands != self.reps[which])
+        at, others = tree.at_or_below(children[below])
+        rows = numpy.concatenate([self.rows[which[alone]], self.rows[which[below]][at]])
+        split = numpy.concatenate([own[alone], others])
+        return numpy.stack([rows, split, numpy.concatenate([own[alone], stands[below][at]])], axis=1)
+
+
+@dataclass(frozen=True)
 class TextPlan:
     """The student's tokens of several answers end to end, and the teacher's."""
 
@@ -101,12 +171,7 @@ class TextPlan:
     first_R: Ints
     """The teacher's token that begins there, or in which the student's begins."""
     begun: Begun
-    moves_E5: Ints
-    """The student's token, the place of a later token of the teacher, that one, the student's token that takes its
-    probability, and the one that has it."""
-    splits_E3: Ints
-    """The student's token, one of its vocabulary, and the one that stands for it there: for those that are not in the
-    group of their first token of the teacher (`tree.groups_of`) there."""
+    steps: Steps
     counts: list[int]
     """Tokens of the teacher, by answer."""
     sizes: list[int]
@@ -125,50 +190,44 @@ def plan_text(
     return _Planner.of(alignments, written, counts, tokens).plan()
 
 
-def own_texts(plan: TextPlan, tokens: TokenMap, *, splits_only: bool = False) -> list[OwnText]:
-    """Return a plan's answers one by one, as tensors.
+def own_texts(plan: TextPlan, tokens: TokenMap) -> list[OwnText]:
+    """Return a plan's answers one by one, as tensors."""
+    which, _, children = tokens.tree.edges(plan.steps.nodes)
+    tables = [
+        plan.begun.entries_E4(plan.teacher_T, tokens),
+        plan.steps.moves_E5(plan.teacher_T, tokens),
+        plan.steps.splits_E3(tokens, which, children),
+    ]
+    return _by_answer(plan, plan.teacher_T, plan.counts, tables)
 
-    Args:
-        splits_only: for scores by a top-k, which need no more.
-    """
+
+def split_texts(plan: TextPlan, splits_E3: Ints) -> list[OwnText]:
+    """Return the splits of a plan's answers one by one, which is all that scores by a top-k need."""
+    none = [numpy.zeros((0, width), dtype=numpy.int64) for width in (4, 5)]
+    return _by_answer(plan, plan.teacher_T[:0], [0] * len(plan.counts), [*none, splits_E3])
+
+
+def _by_answer(plan: TextPlan, teacher_T: Ints, counts: Sequence[int], tables: Sequence[Ints]) -> list[OwnText]:
     import torch
 
-    bounds, texts = ([0, *accumulate(one)] for one in (plan.sizes, plan.counts))
-    found = []
-    begun_E4 = numpy.zeros((0, 4), dtype=numpy.int64)
-    if not splits_only:
-        begun_E4 = plan.begun.entries_E4(plan.teacher_T, tokens)
-    tables = [begun_E4, plan.moves_E5[: 0 if splits_only else None], plan.splits_E3]
+    bounds, texts = ([0, *accumulate(one)] for one in (plan.sizes, counts))
+    starts = [0, *accumulate(plan.counts)]
     tables = [table[numpy.argsort(table[:, 0], kind="stable")] for table in tables]
-    at = [numpy.searchsorted(table[:, 0], bounds) for table in tables]
-    for index, ((begin, end), (first, last)) in enumerate(zip(pairwise(bounds), pairwise(texts), strict=True)):
-        is_compared_R = plan.is_compared_R[begin:end]
-        places_R = numpy.where(is_compared_R, plan.first_R[begin:end] - first, NO_TOKEN)
+    at, found = [numpy.searchsorted(table[:, 0], bounds) for table in tables], []
+    pairs = zip(pairwise(bounds), pairwise(texts), starts, strict=False)
+    for index, ((begin, end), (first, last), start) in enumerate(pairs):
+        places_R = numpy.where(plan.is_compared_R[begin:end], plan.first_R[begin:end] - start, NO_TOKEN)
         entries = []
         for table, cuts in zip(tables, at, strict=True):
             own = table[cuts[index] : cuts[index + 1]].copy()
             own[:, 0] -= begin
             if table.shape[1] > 3:
-                own[:, 1] -= first
+                own[:, 1] -= start
             entries.append(own)
         places_R2 = numpy.stack([places_R, plan.is_aligned_R[begin:end].astype(numpy.int64)], axis=1)
-        parts = (plan.teacher_T[first : first if splits_only else last], places_R2, *entries)
+        parts = (teacher_T[first:last], places_R2, *entries)
         found.append(OwnText(*(torch.from_numpy(part.astype(numpy.int32)) for part in parts)))
     return found
-
-
-@dataclass
-class _Entries:
-    """Rows of a table, as columns of parts."""
-
-    parts: list[list[Ints]] = field(default_factory=list)
-
-    def add(self, *columns: Ints) -> None:
-        self.parts.append([numpy.broadcast_to(column, columns[-1].shape) for column in columns])
-
-    def table(self, width: int) -> Ints:
-        none = [numpy.zeros(0, dtype=numpy.int64)] * width
-        return numpy.stack([numpy.concatenate(one) for one in zip(none, *self.parts, strict=True)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -189,8 +248,7 @@ class _Planner:
     counts: list[int]
     sizes: list[int]
     begun: list[tuple[Any, ...]] = field(default_factory=list)
-    splits: _Entries = field(default_factory=_Entries)
-    moves: _Entries = field(default_factory=_Entries)
+    steps: list[tuple[Ints, ...]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -234,8 +292,7 @@ class _Planner:
             is_aligned_R=is_aligned_R,
             first_R=self.first_R,
             begun=Begun(*self._begun_columns()),
-            moves_E5=self.moves.table(5),
-            splits_E3=self.splits.table(3),
+            steps=Steps(*self._step_columns()),
             counts=self.counts,
             sizes=self.sizes,
         )
@@ -290,59 +347,34 @@ class _Planner:
             is_left_R: of written tokens that end in a later token of the teacher; False for those that are reached.
         """
         nodes, holders = self.teacher_T[self.first_R[rows]], holder_R[rows]
-        tree, depth, end_R = self.map.tree, 0, self.end_R
+        tree, depth = self.map.tree, 0
         while len(rows):
             depth += 1
             places = self.first_R[rows] + depth
             inside = (places < self.end_R[rows]) & tree.is_inner[nodes]
             rows, nodes, holders, places = (one[inside] for one in (rows, nodes, holders, places))
-            own, written, is_last = self.teacher_T[places], self.written_R[rows], places == self.last_R[rows]
+            is_last = places == self.last_R[rows]
             is_left_R[rows[is_last]] = False
-            which, tokens, children = tree.edges(nodes)
-            targets = tree.tokens[children]
-            self._split(
-                rows, which, children, holders, on_path=tree.child(nodes, own), goes_on=places + 1 < end_R[rows]
-            )
-            keep = targets != NO_TOKEN
-            which, tokens, targets = which[keep], tokens[keep], targets[keep]
-            self.moves.add(rows[which], places[which], tokens, targets, holders[which])
-            # The written token also has the tokens that go past its end, where they lead to no longer one.
-            ends = is_last.nonzero()[0]
-            which, tokens = self.map.alike(own[ends], self.until_R[rows[ends]])
-            which = ends[which]
-            keep = tree.token_of(tree.child(nodes[which], tokens)) == NO_TOKEN
-            which, tokens = which[keep], tokens[keep]
-            self.moves.add(rows[which], places[which], tokens, written[which], holders[which])
-            nodes = tree.child(nodes, own)
-            targets = tree.token_of(nodes)
-            targets = numpy.where(is_last & (targets == NO_TOKEN), written, targets)
+            following = tree.child(nodes, self.teacher_T[places])
+            is_known = (following != NO_TOKEN) & (places + 1 < self.end_R[rows]) & tree.is_inner[following]
+            known = numpy.where(is_known, following, NO_TOKEN)
+            written = numpy.where(is_last, self.written_R[rows], NO_TOKEN)
+            until = numpy.where(is_last, self.until_R[rows], 0)
+            reps = self.map.first[self.teacher_T[self.first_R[rows]]]
+            self.steps.append((rows, places, nodes, holders, written, until, known, reps))
+            targets = tree.token_of(following)
+            targets = numpy.where(targets == NO_TOKEN, written, targets)
             holders = numpy.where(targets != NO_TOKEN, targets, holders)
             holder_R[rows] = holders
-            rows, nodes, holders = (one[nodes != NO_TOKEN] for one in (rows, nodes, holders))
-
-    def _split(self, rows: Ints, which: Ints, children: Ints, holders: Ints, *, on_path: Ints, goes_on: Bools) -> None:
-        """Let a token stand for those below it that nothing more is known of.
-
-        Args:
-            which, children: the nodes below those of the text, after the index of the row.
-            holders: of each row, the token that stands for what no node below does.
-            on_path: of each row, the node below that the text goes on with, or NO_TOKEN.
-            goes_on: of each row, whether the teacher's next distribution is known.
-        """
-        tree = self.map.tree
-        known = (children == on_path[which]) & goes_on[which] & tree.is_inner[children]
-        own = tree.tokens[children]
-        stands = numpy.where(own != NO_TOKEN, own, holders[which])
-        is_own = known & (own != NO_TOKEN)
-        self.splits.add(rows[which[is_own]], own[is_own], own[is_own])
-        # Those of the group's own token stay in the group.
-        known |= stands == self.map.first[self.teacher_T[self.first_R[rows]]][which]
-        at, below = tree.at_or_below(children[~known])
-        self.splits.add(rows[which[~known]][at], below, stands[~known][at])
+            going = following != NO_TOKEN
+            rows, nodes, holders = rows[going], following[going], holders[going]
 
     def _cover(self, rows: Ints, holder_R: Ints) -> None:
-        """Give written tokens that end in a later token of the teacher their part."""
-        last = self.last_R[rows]
-        which, tokens = self.map.alike(self.teacher_T[last], self.until_R[rows])
-        rows, last = rows[which], last[which]
-        self.moves.add(rows, last, tokens, self.written_R[rows], holder_R[rows])
+        """Give written tokens that end in a later token of the teacher, outside the tree, their part."""
+        none, last = numpy.full(len(rows), NO_TOKEN), self.last_R[rows]
+        self.steps.append((rows, last, none, holder_R[rows], self.written_R[rows], self.until_R[rows], none, none))
+
+    def _step_columns(self) -> Iterator[Ints]:
+        """Yield the columns of `Steps`."""
+        empty = [numpy.zeros(0, dtype=numpy.int64)] * 8
+        yield from (numpy.concatenate(column) for column in zip(empty, *self.steps, strict=True))

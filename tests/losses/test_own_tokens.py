@@ -17,7 +17,7 @@ from distill_cli.tokens.align import Alignment, align
 from distill_cli.tokens.student_scores import to_student
 from distill_cli.tokens.text_plan import TextPlan, own_texts, plan_text
 from distill_cli.tokens.token_map import TokenMap
-from distill_cli.types import TeacherScores
+from distill_cli.types import OwnText, TeacherScores
 from tests.losses.reference import HeadLoss
 from tests.tokens.test_student_scores import PAIRS, written_answers
 from tests.tokens.vocabularies import byte_level, map_of
@@ -68,9 +68,13 @@ class Pair:
     def plan(self) -> TextPlan:
         return plan_text(self.alignments, self.answers, [len(one) for one in self.hidden], self.tokens)
 
+    @property
+    def splits(self) -> torch.Tensor:
+        return OwnText.cat(own_texts(self.plan, self.tokens)).splits.long()
+
     def grouped(self, q_NV: torch.Tensor) -> torch.Tensor:
         """The student's probabilities by the tokens that stand for others at each place."""
-        splits, found = torch.from_numpy(self.plan.splits_E3), torch.zeros_like(q_NV)
+        splits, found = self.splits, torch.zeros_like(q_NV)
         for token in range(q_NV.shape[1]):
             ids = torch.full((len(q_NV),), token)
             stands = self.tokens.groups.stand_in(torch.arange(len(q_NV)), ids, splits)
