@@ -54,6 +54,8 @@ class ByteVocabulary:
     """Each token as its tokenizer writes it; None for ids without a token."""
     special: dict[int, str]
     """Special tokens, which stand for no text: their contents by id."""
+    added: dict[int, str]
+    """Tokens that are found in a text before its model sees it, special or not: their contents by id."""
     is_byte_level: bool
     unknown_id: int | None
     _plain: Tokenizer = field(repr=False)
@@ -103,7 +105,15 @@ class ByteVocabulary:
             found[unknown] = None
         plain = Tokenizer.from_str(json.dumps(_plain(content, is_byte_level=is_byte_level)))
         plain.encode_special_tokens = True
-        return cls(found, texts, special, is_byte_level, unknown, plain)
+        contents = {one["id"]: one["content"] for one in added}
+        return cls(found, texts, special, contents, is_byte_level, unknown, plain)
+
+    def within(self, num_ids: int) -> ByteVocabulary:
+        """Return the tokens that a model of `num_ids` ids has; its tokenizer may have more."""
+        special, added = ({n: text for n, text in one.items() if n < num_ids} for one in (self.special, self.added))
+        unknown = self.unknown_id if self.unknown_id is not None and self.unknown_id < num_ids else None
+        tokens, texts = self.token_bytes[:num_ids], self.texts[:num_ids]
+        return ByteVocabulary(tokens, texts, special, added, self.is_byte_level, unknown, self._plain)
 
     @property
     def size(self) -> int:
@@ -171,7 +181,8 @@ class ByteVocabulary:
         """Return the tokenizer's pieces of a text; None if they do not add up to it."""
         encoding, pieces, place = self._plain.encode(text, add_special_tokens=False), [], 0
         for number, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            own = self.token_bytes[number]
+            number = number if number < self.size else NO_TOKEN
+            own = None if number == NO_TOKEN else self.token_bytes[number]
             length = len(text[begin:end].encode()) if own is None else len(own)
             if length == 0 or (own is not None and data[place : place + length] != own):
                 return None

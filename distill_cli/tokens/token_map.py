@@ -138,9 +138,9 @@ class TokenMap:
         Args:
             tokenizer: the model whose tokenizer the student reads with.
         """
-        vocabularies = ByteVocabulary.read(tokenizer.folder), ByteVocabulary.read(teacher.folder)
-        ends = Ends(student.eos_ids, teacher.eos_ids)
-        return cls(*vocabularies, ends=ends, teacher_ids=teacher.vocab_size)
+        ours, theirs = ByteVocabulary.read(tokenizer.folder), ByteVocabulary.read(teacher.folder)
+        ours, theirs = ours.within(student.vocab_size), theirs.within(teacher.vocab_size)
+        return cls(ours, theirs, ends=Ends(student.eos_ids, teacher.eos_ids), teacher_ids=teacher.vocab_size)
 
     def _spell(self) -> Spellings:
         same = {}
@@ -235,8 +235,7 @@ class TokenMap:
 
 def _match_special(student: ByteVocabulary, teacher: ByteVocabulary, ends: Ends) -> dict[int, int]:
     """Return the student's token of each of the teacher's that stands for no text."""
-    ours = {content: number for number, content in student.special.items()}
-    found = {number: ours.get(content, NO_TOKEN) for number, content in teacher.special.items()}
+    found = _same_special(teacher, student)
     for mine, theirs in _roles(student, teacher):
         found |= dict.fromkeys(theirs, mine[0])
     for number in ends.teacher:
@@ -247,14 +246,20 @@ def _match_special(student: ByteVocabulary, teacher: ByteVocabulary, ends: Ends)
 
 def _match_back(student: ByteVocabulary, teacher: ByteVocabulary, ends: Ends) -> dict[int, int]:
     """Return the teacher's token of each of the student's that stands for no text."""
-    theirs = {content: number for number, content in teacher.special.items()}
-    found = {number: theirs.get(content, NO_TOKEN) for number, content in student.special.items()}
+    found = _same_special(student, teacher)
     for ours, same in _roles(student, teacher):
         found |= dict.fromkeys(ours, same[0])
     for number in ends.student:
         if found.get(number, NO_TOKEN) == NO_TOKEN:
             found[number] = next(iter(ends.teacher), NO_TOKEN)
     return found
+
+
+def _same_special(one: ByteVocabulary, other: ByteVocabulary) -> dict[int, int]:
+    """Return the other's token, or NO_TOKEN, of each that is special, or whose twin in the other is."""
+    contents = {content: number for number, content in other.added.items()}
+    twins = {number: contents.get(content, NO_TOKEN) for number, content in one.added.items()}
+    return {number: twin for number, twin in twins.items() if number in one.special or twin in other.special}
 
 
 def _roles(student: ByteVocabulary, teacher: ByteVocabulary) -> Iterator[tuple[list[int], list[int]]]:
