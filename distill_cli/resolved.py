@@ -127,7 +127,7 @@ class ResolvedRun:
         teachers = {ONLY: self.teachers[name]} if name in self.teachers else {}
         lengths = dataclasses.replace(
             self.lengths,
-            teacher_prompt=derived.max_teacher_prompt_tokens(config),
+            teacher_prompt=teacher_prompt_length(config, self.teachers.get(name)),
             teacher=scored_length(config, self.teachers.get(name)),
         )
         servers = {ONLY: self.servers[name]} if name in self.servers else {}
@@ -177,6 +177,13 @@ def scored_length(config: Config, teacher: ModelFiles | None) -> int:
     needed, most = derived.scored_length(config), None if teacher is None else teacher.max_positions
     # What a teacher with a tokenizer of its own cannot read is left out of the loss.
     return min(needed, most) if config.model.teacher.has_own_tokenizer and most is not None else needed
+
+
+def teacher_prompt_length(config: Config, teacher: ModelFiles | None) -> int:
+    """Return the tokens of the longest prompt of a run's only teacher."""
+    limit = derived.max_teacher_prompt_tokens(config)
+    # Its sequences may be cut, but not within the prompt.
+    return min(limit, scored_length(config, teacher) - 1) if config.model.teacher.has_own_tokenizer else limit
 
 
 def _build(kind: Any, value: Any) -> Any:

@@ -103,6 +103,11 @@ def _loss(config: Config) -> Problems:
         yield "loss.tail", "nothing is outside of loss.support=full; leave it out"
     if loss.alignment is not Alignment.bytes and (loss.needs_hidden or rollout.saves_hidden):
         yield "loss.alignment", "compares the teacher's top-k; set loss.support=teacher, and no save_scores=hidden"
+    if loss.alignment is Alignment.rank and loss.policy_gradient:
+        yield (
+            "loss.policy_gradient",
+            "needs the teacher's probability of a token, of which loss.alignment=rank has none",
+        )
     weights = {name: getattr(loss, name) for name in ("divergence_weight", "policy_gradient", "reward", "penalty")}
     if not any(weights.values()):
         yield "loss.divergence_weight", f"nothing is trained; set one of {', '.join(weights)} above 0"
@@ -354,7 +359,10 @@ def _eval(config: Config) -> Problems:
 
 
 def _engine(config: Config) -> Problems:
-    for role, needed in (("student", needed_length(config)), ("teacher", scored_length(config))):
+    lengths = {"student": needed_length(config), "teacher": scored_length(config)}
+    if config.model.teacher.has_own_tokenizer:  # what is longer is left out of the loss
+        del lengths["teacher"]
+    for role, needed in lengths.items():
         engine, at = getattr(config.engine, role), f"engine.{role}"
         if engine.max_model_len is not None and engine.max_model_len < needed:
             yield f"{at}.max_model_len", f"sequences have up to {needed} tokens; leave it out"

@@ -173,6 +173,26 @@ def templates(config: Config, tokenizer: ModelFiles, data: DataFacts) -> None:
             model_pair.render(f"{key}: it", text, messages, tokens, kwargs)
 
 
+def own_templates(config: Config, tokenizer: ModelFiles, teachers: dict[str, ModelFiles], data: DataFacts) -> None:
+    """Render the first row with the models' own templates, as far as prompts are made with them. Raises ConfigError."""
+    if data.sample is None:
+        return
+    model, messages = config.model, _sample_messages(config, data.sample)
+    used = {} if model.chat_template is not None else {tokenizer.folder: (tokenizer.path, model.chat_template_kwargs)}
+    for name, alone in teacher_configs(config).items():
+        teacher, kwargs = (
+            alone.model.teacher,
+            {**model.chat_template_kwargs, **alone.model.teacher.chat_template_kwargs},
+        )
+        reads_own = teacher.has_own_tokenizer and teacher.chat_template is None
+        if name in teachers and (reads_own or teacher.chat_template == model_pair.OWN_TEMPLATE):
+            used[teachers[name].folder] = f"{path_key(name)}={teachers[name].path}", kwargs
+    for folder, (shown, kwargs) in used.items():
+        if (text := model_pair.chat_template(folder)) is not None:
+            tokens = model_pair.special_tokens(folder)
+            model_pair.render(f"{shown}: its chat template", text, messages, tokens, kwargs)
+
+
 def _given_templates(config: Config) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield key, template (a file or its text) and arguments of each template that the config gives."""
     model = config.model
@@ -405,6 +425,12 @@ def recorded(recording: Recording, config: Config, student: ModelFiles, tokenize
     longest = f"the longest recorded sequence has {sequence} tokens"
     if rollout.max_sequence_length < sequence:
         yield f"rollout.max_sequence_length={rollout.max_sequence_length}: {longest}; raise it"
+    old, new = teacher_configs(before), teacher_configs(config)
+    for name in old.keys() & new.keys():
+        kinds = [one[name].loss.alignment for one in (old, new)]
+        if old[name].model.teacher.has_own_tokenizer and kinds[0] is not kinds[1]:
+            was = f"the tokens of {model_key(name)} were aligned by {kinds[0].value} when they were recorded"
+            yield f"loss.alignment={kinds[1].value}: {was}; leave it out"
     topk, positions = f"{facts.topk} tokens of the teacher were recorded", student.max_positions or math.inf
     key, path = f"model.student.path={student.path}", before.model.student.path
     is_topk = not facts.hidden

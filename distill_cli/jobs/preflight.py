@@ -36,7 +36,15 @@ from distill_cli.launch.nodes import make_folder
 from distill_cli.machine import hardware
 from distill_cli.models import model_files, param_counts
 from distill_cli.models.model_files import ModelFiles
-from distill_cli.resolved import Lengths, PredictedMemory, Ranks, ResolvedRun, SharedVocabulary, scored_length
+from distill_cli.resolved import (
+    Lengths,
+    PredictedMemory,
+    Ranks,
+    ResolvedRun,
+    SharedVocabulary,
+    scored_length,
+    teacher_prompt_length,
+)
 from distill_cli.track.base import tracker_problems
 
 if TYPE_CHECKING:
@@ -158,7 +166,7 @@ def resolve(
         ranks=ranks,
         lengths=Lengths(
             prompt=derived.max_prompt_tokens(config),
-            teacher_prompt=max(map(derived.max_teacher_prompt_tokens, alone.values())),
+            teacher_prompt=max(teacher_prompt_length(one, teachers.get(name)) for name, one in alone.items()),
             validation=derived.validation_length(config),
             student=config.engine.student.max_model_len or derived.needed_length(config),
             teacher=max(scored_length(one, teachers.get(name)) for name, one in alone.items()),
@@ -385,7 +393,7 @@ SERVING_CHECKS: tuple[Check, ...] = (
 EVALUATION_CHECKS: tuple[Check, ...] = (*COMMON_CHECKS, model_checks.positions)
 CHECKS: tuple[Check, ...] = (
     *(*COMMON_CHECKS, model_checks.trainable, model_checks.layout, read_recording, model_checks.recorded),
-    *(model_checks.templates, model_checks.pair, model_checks.rotary, model_checks.router),
+    *(model_checks.templates, model_checks.own_templates, model_checks.pair, model_checks.rotary, model_checks.router),
     *(model_checks.tensor_parallel, model_checks.expert_parallel, model_checks.tried_layouts, model_checks.adapters),
     *(teacher_checks.check_servers, check_overlap, check_staleness, check_offload, predict_memory, check_disk),
 )

@@ -56,7 +56,8 @@ class TokenGroups:
             keys_S, order_S = (splits_S3[:, 0] * size + splits_S3[:, 1]).sort()
             keys_E = rows_E * size + tokens_E
             place_E = torch.searchsorted(keys_S, keys_E).clamp_max(len(keys_S) - 1)
-            found_E = torch.where(keys_S[place_E] == keys_E, splits_S3[order_S[place_E], 2], found_E)
+            is_split_E = (keys_S[place_E] == keys_E) & (tokens_E >= 0)
+            found_E = torch.where(is_split_E, splits_S3[order_S[place_E], 2], found_E)
         return found_E
 
 

@@ -213,7 +213,7 @@ def own_tokens(
     """Return by index, of the teachers with a tokenizer of their own, the student's first token of each of theirs, and
     the groups of the student's: of a replay's as they were recorded."""
     if (recorded := resolved.recorded_run) is None:
-        return {index: (torch.from_numpy(one.tokens.first), one.groups) for index, one in translations.items()}
+        return {index: (one.firsts, one.groups) for index, one in translations.items()}
     folder = Recording.of(str(recorded)).folder
     found = {index: read_tokens(folder, index) for index in range(len(teacher_names(resolved.config)))}
     return {index: one for index, one in found.items() if one is not None}

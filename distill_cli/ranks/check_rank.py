@@ -30,6 +30,7 @@ from distill_cli.ranks.build_source import (
     build_worker,
     prompt_maker,
 )
+from distill_cli.ranks.handshakes import QUESTIONS
 from distill_cli.ranks.self_check import MASSES, Finding, SelfCheck
 from distill_cli.resolved import ResolvedRun
 from distill_cli.rollout.score_files import RecordedSteps
@@ -81,7 +82,9 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
             translation = replace(translation, topk=wide.config.loss.topk)
             make = prompt_maker(replace(whole, resolved=one))
             made = [make(prompt.example, prompt.index) for prompt in order.batch(0)]
-            targets = [(Target(),) if prompt is None else prompt.targets for prompt in made]
+            tokenizer = make.settings.teachers[0].tokenizer or whole.tokenizer
+            unread = Target(token_ids=tokenizer.encode(QUESTIONS[0]))  # a prompt that is too long for this teacher
+            targets = [(unread,) if prompt is None else prompt.targets for prompt in made]
         return {
             "name": names[index] if len(names) > 1 else "",
             "config": one.config,
@@ -92,7 +95,6 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
             "vocab_size": one.vocabulary.size,
         }
 
-    firsts = {index: torch.from_numpy(one.tokens.first) for index, one in translations.items() if index == 0}
     check = SelfCheck(
         parallel=parallel,
         prompts=[replace(prompt, targets=(Target(),)) for prompt in order.batch(0)],
@@ -102,7 +104,7 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
         trainable=trainable,
         saver=parts.build_saver(config, run, trainable),
         checkpoints=run.checkpoints,
-        heads=parts.build_heads(rank, student, firsts) if needs_hidden(config) else None,
+        heads=parts.build_heads(rank, student) if needs_hidden(config) else None,
         **of_teacher(0),
     )
     others = (replace(check, **of_teacher(index)).run_other_teacher() for index in range(1, len(alone)))

@@ -128,11 +128,11 @@ def probe_prompts(rank: Rank, name: str) -> list[list[int]]:
     index = [teacher.name for teacher in settings.teachers].index(name)
     make, room = PromptMaker(rank.tokenizer, settings, is_scored=False), rank.resolved.lengths.teacher
     most = max(1, min(room - handshake.ANSWER_TOKENS, rank.resolved.lengths.prompt))
-    ids = []
+    ids, tokenizer = [], settings.teachers[index].tokenizer or rank.tokenizer
     for number, question in enumerate(QUESTIONS):
         prompt = make(Example(question), number)
         found = {target.teacher: prompt.ids_for(target) for target in prompt.targets} if prompt is not None else {}
-        ids.append((found.get(index) or rank.tokenizer.encode(question, add_special_tokens=False))[:most])
+        ids.append((found.get(index) or tokenizer.encode(question, add_special_tokens=False))[:most])
     return ids
 
 

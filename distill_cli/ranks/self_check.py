@@ -236,8 +236,9 @@ class SelfCheck:
     ) -> Generator[Finding, None, list[MicroBatch]]:
         """Check the teacher on these answers; return the scored micro-batches."""
         yield from self.shake_hands(scoring)
-        if self.translation is not None:
-            self.student.groups = {0: self.translation.groups}
+        self.student.groups = {} if self.translation is None else {0: self.translation.groups}
+        if self.heads is not None:
+            self.heads.firsts = {} if self.translation is None else {0: self.translation.firsts}
         if self.targets is not None:
             pairs = zip(rollouts, self.targets, strict=True)
             rollouts = [replace(one, prompt=replace(one.prompt, targets=targets)) for one, targets in pairs]
@@ -252,8 +253,8 @@ class SelfCheck:
         """Say how the tokens of the answers align with the teacher's own; most must be compared."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)
         for batch in batches:
-            aligned = batch.scores.alignment[:, 0]
-            sums += torch.stack([aligned.double().sum(), torch.tensor(len(aligned)).double()]).to(sums)
+            aligned = batch.scores.alignment[:, :1]  # a row without sequences has no columns
+            sums += torch.stack([aligned.double().sum(), torch.tensor(aligned.numel()).double()]).to(sums)
         aligned, number = self.parallel.all_sum(sums).tolist()
         written = max(sum(rollout.sample.num_trained for rollout in rollouts), 1)
         text = f"{aligned / written:.1%} begin where its own do, {1 - number / written:.1%} are left out"

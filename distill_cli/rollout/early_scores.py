@@ -106,7 +106,7 @@ def submit(
             response_starts=[len(rollout.context_for(target)) for rollout, target in requests],
             hidden=hidden,
         )
-    if hidden:
+    if hidden or (translation is not None and translation.alignment == "rank"):  # ranks have no tokens to merge
         return wait
     return lambda: [
         merge_topk(scores, sampled_ids=sample.token_ids, merged_eos_ids=merged_eos_ids)

@@ -254,8 +254,9 @@ def lay_out(
     for member, place in zip(plan.members, plan.places, strict=True):
         rollout, begin = rollouts[member], bounds[-1]
         sample, ids = rollout.sample, rollout.token_ids
-        trained = trained_tokens(sample)
-        trained = trained[scores[member].is_known[trained]]
+        written = trained_tokens(sample)
+        is_known = scores[member].is_known[written]
+        trained = written[is_known]
         tokens[0, begin : begin + len(ids)] = torch.tensor(ids)
         is_real[0, begin : begin + len(ids)] = True
         positions[0, begin : begin + place] = torch.arange(place)
@@ -265,8 +266,8 @@ def lay_out(
         origins = torch.stack([torch.full_like(trained, member), trained], dim=1)
         teachers = torch.full_like(trained, rollout.prompt.teachers)
         earlier = 0 if rollout.carried is None else rollout.carried.num_trained
-        ranks = torch.arange(earlier, earlier + len(trained))
-        ranks = torch.stack([ranks, torch.full_like(trained, earlier + len(trained))], dim=1)
+        end = earlier + len(written)
+        ranks = torch.stack([torch.arange(earlier, end)[is_known], torch.full_like(trained, end)], dim=1)
         advantage = torch.zeros(len(trained)) if advantages is None else advantages[member][trained]
         own_ids = torch.tensor(sample.token_ids)[trained]
         columns.append((rows, own_ids, logp, has_logp, origins, teachers, ranks, advantage))

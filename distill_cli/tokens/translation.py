@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from distill_cli.engines.settings import SamplingSettings
 from distill_cli.losses.groups import TokenGroups
@@ -18,6 +19,9 @@ from distill_cli.tokens.student_scores import to_student
 from distill_cli.tokens.text_plan import own_texts, plan_text
 from distill_cli.tokens.token_map import TokenMap
 from distill_cli.types import Rollout, Sample, Target, TeacherScores
+
+if TYPE_CHECKING:
+    import torch
 
 LOOK_BACK = 16
 """Tokens before those of a step that are read again with them (`rollout.carry_over`)."""
@@ -50,6 +54,13 @@ class Translation:
     """Longest sequence that the teacher scores; the end of a longer one is left out."""
     alignment: str = "bytes"
     """`loss.alignment`."""
+
+    @property
+    def firsts(self) -> torch.Tensor:
+        """By the teacher's token the student's first one, or NO_TOKEN: int64."""
+        import torch
+
+        return torch.from_numpy(self.tokens.first)
 
     @property
     def groups(self) -> TokenGroups:

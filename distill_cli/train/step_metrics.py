@@ -5,7 +5,7 @@ Shape letters: N response tokens of a micro-batch, C metrics that are averaged o
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from statistics import fmean
 
@@ -58,24 +58,29 @@ def train_metrics(updates: Updates, *, is_current: bool, parallel: Parallel) -> 
     }
 
 
-def alignment_metrics(updates: Updates, rollouts: Sequence[Rollout], *, parallel: Parallel) -> dict[str, float]:
+def alignment_metrics(
+    updates: Updates, rollouts: Sequence[Rollout], indices: Iterable[int], *, parallel: Parallel
+) -> dict[str, float]:
     """Return how the student's tokens fit those of teachers with other ones; empty without any. A collective.
 
     Args:
         rollouts: all of the step.
+        indices: those of the run's teachers that have other tokens.
     """
-    sums = torch.zeros(4, device=parallel.device)
+    own = [1 << index for index in indices]
+    num_written = sum(rollout.sample.num_trained for rollout in rollouts if rollout.prompt.teachers in own)
+    if not num_written:
+        return {}
+    sums = torch.zeros(3, device=parallel.device)
     for batches, result in updates:
         for batch, output in zip(batches, result.outputs, strict=True):
-            alignment = batch.scores.alignment
-            own = alignment.new_tensor([float(alignment.shape[1] > 0 and len(alignment) > 0), len(alignment)])
-            values = alignment.sum(0) if alignment.shape[1] else alignment.new_zeros(2)
-            sums += torch.cat([own, values]).to(sums)
-            sums[-1] += output.residue_N.sum()
-    num_own, number, aligned, residue = parallel.all_sum(sums).tolist()
-    if not num_own:
-        return {}
-    num_written = sum(rollout.sample.num_trained for rollout in rollouts)
+            batch = batch.to(parallel.device)
+            is_own_N = torch.isin(batch.teachers, batch.teachers.new_tensor(own))
+            sums[0] += is_own_N.sum()
+            if batch.scores.alignment.shape[1]:
+                sums[1:] += batch.scores.alignment[is_own_N].sum(0)
+            sums[-1] += output.residue_N[is_own_N].sum()
+    number, aligned, residue = parallel.all_sum(sums).tolist()
     return {
         "train/aligned_rate": aligned / max(number, 1),
         "train/residual_mass": residue / max(number, 1),

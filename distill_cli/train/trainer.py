@@ -159,7 +159,7 @@ class Trainer:
             trained = train_metrics(updates, is_current=batch.is_current, parallel=mesh)
             trained |= {f"train/grad_norm_{term}": norm for term, norm in of_terms.items()}
             trained |= signal_metrics(updates, self.student, parallel=mesh)
-            trained |= alignment_metrics(updates, batch.rollouts, parallel=mesh)
+            trained |= alignment_metrics(updates, batch.rollouts, self.student.groups, parallel=mesh)
             if len(self.teachers) > 1:
                 trained |= teacher_metrics(updates, batch.rollouts, names=self.teachers, parallel=mesh)
             self.check_mismatch(step, trained.get("rollout/engine_mismatch", 0.0))

@@ -36,6 +36,12 @@ def test_a_replay_equals_its_run(other: Finished) -> None:
             assert replayed[recorded["step"]][key] == recorded[key]
 
 
+def test_a_replay_keeps_its_alignment(other: Finished) -> None:
+    refused = distill(other.folder, "replay", str(other.run.path), "run.name=gold", "tracker=none", "loss=gold")
+    assert refused.status == 2
+    assert "loss.alignment=spans: the tokens of model.teacher were aligned by bytes" in refused.stderr
+
+
 def test_the_same_tokenizer_changes_nothing(tmp_path: Path) -> None:
     runs = [
         distill(

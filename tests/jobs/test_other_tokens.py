@@ -32,6 +32,9 @@ def test_the_teacher_may_need_more_tokens() -> None:
     assert max_teacher_prompt_tokens(job.config) == 2 * max_teacher_prompt_tokens(shared.config)
     assert scored_length(job.config) > scored_length(shared.config)
     assert preflight(job.config).lengths.teacher <= 512  # its positions
+    (short,) = compose(["model=tiny_other", "engine.teacher.max_model_len=40"])  # what is longer is left out
+    lengths = preflight(short.config).lengths
+    assert (lengths.teacher, lengths.teacher_prompt) == (40, 39)
 
 
 def test_other_tokens_need_to_be_asked_for() -> None:
@@ -50,7 +53,27 @@ def test_bad_combinations_are_refused() -> None:
     assert "loss.alignment=rank: compares the teacher's top-k" in problems_of(
         "model=tiny_other", "loss=uld", "loss.support=full"
     )
+    assert "loss.policy_gradient=1.0: needs the teacher's probability" in problems_of(
+        "model=tiny_other", "loss=uld", "loss.policy_gradient=1"
+    )
     assert "loss.topk=600: must be at most" in problems_of("model=tiny_other", "loss.topk=600")
+
+
+def test_own_templates_render_the_first_row(make_model: MakeModel) -> None:
+    """Some refuse a system prompt, and that is said before an engine starts."""
+    source = Path(__file__).parents[2] / "distill_cli/assets/tiny_pair/student/tokenizer.json"
+    student, teacher = make_model("s"), make_model("t")
+    for folder in (student, teacher):
+        (folder / "tokenizer.json").write_text(source.read_text())
+    (teacher / "chat_template.jinja").write_text(
+        "{{ raise_exception('no system role') if messages[0].role == 'system' }}"
+    )
+    given = [*pair(student, teacher), *FEW_RANKS, "model.teacher.tokenizer=own"]
+    problems = problems_of(*given, "data.system_prompt=be brief")
+    assert f"model.teacher.path={teacher}: its chat template fails on the first row" in problems
+    assert "no system role" in problems
+    (job,) = compose(given)
+    preflight(job.config)
 
 
 def test_a_row_has_one_teacher(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.losses.divergence import DIVERGENCES
-from distill_cli.losses.groups import RowGroups
+from distill_cli.losses.groups import RowGroups, TokenGroups
 from distill_cli.losses.head import Head
 from distill_cli.losses.linear_divergence import HeadOutput, linear_divergence
 from distill_cli.losses.logit_transform import LogitTransform
@@ -155,6 +155,14 @@ def assert_gradients(pair: Pair, loss: torch.Tensor, expected: torch.Tensor) -> 
     right = torch.autograd.grad(expected, pair.student)
     for got, want in zip(found, right, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_stands_for_itself() -> None:
+    groups = TokenGroups(torch.tensor([1, 2]), torch.tensor([0, 0]), torch.tensor([1]))
+    splits = torch.tensor([[0, 3, 2], [1, 2, 2]])
+    rows, tokens = torch.tensor([[0], [1]]), torch.tensor([[1, 2, 3, -1], [1, 2, 3, -1]])
+    # A padding of row 1 has the key of token 3 in row 0.
+    assert groups.stand_in(rows, tokens, splits).tolist() == [[1, 1, 2, -1], [1, 2, 3, -1]]
 
 
 @pytest.mark.parametrize("kl_type", DIVERGENCES)

@@ -51,6 +51,21 @@ def test_other_writers_have_no_logp() -> None:
     assert batch.has_sampler_logp.tolist() == [token < 4 for token in batch.sampled_ids.tolist()]
 
 
+def test_left_out_tokens_have_no_rows() -> None:
+    """A teacher with other tokens says nothing of the second one; the others keep their places in the answer."""
+    one = rollout([1, 2], [4, 5, 6])
+    scores = scores_of(one)
+    ids, aligned = scores.topk_ids.clone(), torch.zeros(3, 2)
+    ids[1] = -1
+    ((row,),) = plan_batch([5], num_ranks=1, max_tokens=8).rows
+    batch = lay_out(row, [one], {0: replace(scores, topk_ids=ids, alignment=aligned)})
+    assert batch.rows.tolist() == [1, 3]
+    assert batch.sampled_ids.tolist() == [4, 6]
+    assert batch.origins.tolist() == [[0, 0], [0, 2]]
+    assert batch.trained_places.tolist() == [[0, 3], [2, 3]]
+    assert batch.scores.sampled_logp.tolist() == [-4, -6]
+
+
 def test_members_are_places_in_the_step() -> None:
     rollouts = [rollout([1], [2] * length) for length in (5, 3, 4, 1, 7, 2)]
     planner = Planner(global_batch_size=4, rank=1, cut=partial(plan_batch, num_ranks=2, max_tokens=8))

@@ -1,6 +1,8 @@
 """Metrics averaged over response tokens, computed by hand."""
 
+from dataclasses import replace
 from math import log
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from distill_cli.losses.distill_loss import DistillLoss
 from distill_cli.losses.head import Head
 from distill_cli.losses.linear_divergence import linear_divergence
 from distill_cli.losses.teacher_chunk import TopK
-from distill_cli.train.step_metrics import TOKEN_METRICS, token_metrics_CN
+from distill_cli.rollout.pack import lay_out, plan_batch
+from distill_cli.train.step_metrics import TOKEN_METRICS, alignment_metrics, token_metrics_CN
+from distill_cli.types import Example, Prompt, Rollout, Sample, Target, TeacherScores
 from tests.losses.reference import HeadLoss
 
 
@@ -37,3 +41,24 @@ def test_token_metrics_by_hand() -> None:
             "train/top1_agreement": 0,
         }
     )
+
+
+def test_alignment_is_of_other_tokens_alone() -> None:
+    """Answers of two teachers in a row; the second one has other tokens, and says nothing of one of three."""
+
+    def scored(teacher: int, *ids: int) -> tuple[Rollout, TeacherScores]:
+        prompt = Prompt(0, [1], Example("q"), (Target(teacher),))
+        top = torch.tensor(ids, dtype=torch.int32)[:, None]
+        scores = TeacherScores.of_topk(top, torch.zeros(len(ids), 1), torch.zeros(len(ids)))
+        return Rollout(prompt, Sample([4] * len(ids), None, "stop", source="teacher")), scores
+
+    (one, shared), (other, own) = scored(0, 5, 5, 5, 5), scored(1, 5, -1, 5)
+    own = replace(own, alignment=torch.tensor([[1.0, 0.1], [0.0, 0.0], [0.0, 0.3]]))
+    ((row,),) = plan_batch([5, 4], num_ranks=1, max_tokens=16).rows
+    batch = lay_out(row, [one, other], {0: shared, 1: own})
+    result = SimpleNamespace(outputs=[SimpleNamespace(residue_N=torch.zeros(6))])
+    parallel = SimpleNamespace(device=torch.device("cpu"), all_sum=lambda sums: sums)
+    found = alignment_metrics([([batch], result)], [one, other], [1], parallel=parallel)
+    expected = {"train/aligned_rate": 1 / 2, "train/residual_mass": 0.4 / 2, "train/left_out_rate": 1 / 3}
+    assert found == pytest.approx(expected)
+    assert alignment_metrics([([batch], result)], [one, other], [], parallel=parallel) == {}
