@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -316,6 +316,16 @@ def shared_tokens(scores: TeacherScores, width: int) -> torch.Tensor:
     alignment = scores.sampled_logp.new_zeros(len(scores.sampled_logp), width)
     alignment[:, :1] = 1.0
     return alignment
+
+
+class HiddenSize(NamedTuple):
+    """What memory the hidden states and the head of a teacher take."""
+
+    width: int
+    num_bytes: int
+    """Of each number."""
+    own_ids: int | None = None
+    """Rows of the head of a teacher with a tokenizer of its own; None is the student's vocabulary."""
 
 
 LOGIT_ROWS = 8192

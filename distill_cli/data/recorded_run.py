@@ -25,6 +25,7 @@ from distill_cli.folders import atomic_dir
 from distill_cli.folders.run_dir import RunDir, read_json
 from distill_cli.models import model_files
 from distill_cli.models.safetensors_header import BITS, read_header
+from distill_cli.types import HiddenSize
 
 FACTS, STEP, HEADS, TOKENS = "recording.json", "step.json", "heads", "tokens"
 
@@ -88,11 +89,16 @@ class Recording:
         longest = (max(step[f"longest_{part}"] for step in steps) for part in ("response", "sequence"))
         return cls(root, facts, len(steps), *longest)
 
-    def hidden_states(self) -> list[tuple[int, int]]:
-        """Return the numbers, and bytes each, of the hidden states of each teacher; none if a top-k was recorded."""
+    def hidden_states(self) -> list[HiddenSize]:
+        """Return the sizes of the hidden states of each teacher; none if a top-k was recorded."""
         heads = {file.stem.partition("_")[0]: file for file in sorted((self.folder / HEADS).glob("*.safetensors"))}
-        found = [read_header(file)["weight"] for _, file in sorted(heads.items())]
-        return [(width, BITS[kind] // 8) for kind, (_, width) in found]
+        found = []
+        for index, file in sorted(heads.items()):
+            kind, (_, width) = read_header(file)["weight"]
+            own = self.folder / TOKENS / f"{index}.safetensors"
+            own_ids = read_header(own)["firsts"][1][0] if own.exists() else None
+            found.append(HiddenSize(width, BITS[kind] // 8, own_ids))
+        return found
 
 
 def recorded_run(replay: str) -> RunDir:

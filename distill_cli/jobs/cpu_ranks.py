@@ -9,6 +9,7 @@ from distill_cli.config.teachers import teacher_configs
 from distill_cli.machine import hardware
 from distill_cli.models import param_counts
 from distill_cli.models.model_files import ModelFiles
+from distill_cli.types import HiddenSize
 
 SEQUENCES_OF_A_RANK = 16
 """A rank with fewer sequences of an update does not pay for what it does once a token and once a layer."""
@@ -21,7 +22,7 @@ PROCESS_BYTES = 2**30
 
 
 def best_ranks(
-    config: Config, student: ModelFiles, teachers: Mapping[str, ModelFiles], hidden: Sequence[tuple[int, int]] = ()
+    config: Config, student: ModelFiles, teachers: Mapping[str, ModelFiles], hidden: Sequence[HiddenSize] = ()
 ) -> int:
     """Return the number of ranks for the cores of this machine that a run may use.
 
@@ -63,7 +64,7 @@ def _fits(
     config: Config,
     student: ModelFiles,
     teachers: Mapping[str, ModelFiles],
-    hidden: Sequence[tuple[int, int]],
+    hidden: Sequence[HiddenSize],
     num_ranks: int,
 ) -> bool:
     device = predictions.Device(hardware.host_memory() - num_ranks * PROCESS_BYTES, False, num_ranks)

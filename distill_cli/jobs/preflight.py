@@ -46,6 +46,7 @@ from distill_cli.resolved import (
     teacher_prompt_length,
 )
 from distill_cli.track.base import tracker_problems
+from distill_cli.types import HiddenSize
 
 if TYPE_CHECKING:
     from distill_cli.jobs.other_tokens import OtherTokens
@@ -341,16 +342,18 @@ def predict_memory(facts: Facts, config: Config, student: ModelFiles, ranks: Ran
         facts.no_memory = str(error)
 
 
-def hidden_states(facts: Facts, config: Config) -> list[tuple[int, int]]:
-    """Return the numbers, and bytes each, of the hidden states of each teacher whose head the trainer has."""
+def hidden_states(facts: Facts, config: Config) -> list[HiddenSize]:
+    """Return the sizes of the hidden states of each teacher whose head the trainer has."""
     if facts.recording is not None:
         return facts.recording.hidden_states()
     teachers = (facts.teachers or {}) if derived.needs_hidden(config) else {}
     found = []
     for name, files in teachers.items():
         served = facts.served.get(name)
-        dtype = served.dtype if served else teacher_configs(config)[name].model.teacher.dtype.value
-        found.append((model_files.hidden_size(files.folder), 4 if dtype == "float32" else 2))
+        model = teacher_configs(config)[name].model.teacher
+        num_bytes = 4 if (served.dtype if served else model.dtype.value) == "float32" else 2
+        own_ids = files.vocab_size if model.has_own_tokenizer else None
+        found.append(HiddenSize(model_files.hidden_size(files.folder), num_bytes, own_ids))
     return found
 
 

@@ -13,6 +13,7 @@ from distill_cli.config.teachers import teacher_configs
 from distill_cli.losses.chunks import chunk_size
 from distill_cli.memory.layers import LayerShape
 from distill_cli.memory.shape import ModelShape
+from distill_cli.types import HiddenSize
 
 PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "loss")
 TOPK_BYTES = 45
@@ -45,11 +46,11 @@ class Step:
     """Tokens of the longest sequence."""
     copies: int = 0
     """Copies of the trained parameters: those of moving teachers."""
-    teachers: tuple[tuple[int, int], ...] = ()
-    """Numbers and bytes each of the hidden states of teachers that return them, whose heads the trainer has."""
+    teachers: tuple[HiddenSize, ...] = ()
+    """The teachers that return hidden states, whose heads the trainer has."""
 
     @classmethod
-    def of(cls, config: Config, *, num_ranks: int, on_gpu: bool, teachers: Sequence[tuple[int, int]] = ()) -> Step:
+    def of(cls, config: Config, *, num_ranks: int, on_gpu: bool, teachers: Sequence[HiddenSize] = ()) -> Step:
         """Return the update of a config, with sequences of the greatest length; `teachers` as in the field."""
         train, mesh = config.train, config.mesh
         copies = num_ranks // (mesh.tensor * mesh.context)
@@ -156,7 +157,7 @@ def trainer_moments(shape: ModelShape, step: Step) -> list[Moment]:
     optimizer = on_device * 8 * own / s
     rests_on_host = step.on_gpu and step.train.offload_optimizer
     weights += step.copies * FLOAT32 * own
-    heads = sum(size * shape.vocab * hidden for hidden, size in step.teachers) / tensor
+    heads = sum(one.num_bytes * (one.own_ids or shape.vocab) * one.width for one in step.teachers) / tensor
     resting = {"weights": (on_device * weights + heads) / s, "optimizer": 0 if rests_on_host else optimizer}
     reduced = on_device * FLOAT32 / s  # bytes of a reduced gradient's element
     head_output = FLOAT32 * (step.tokens / step.mesh.context) * HEAD_OUTPUTS * step.micro_batches
@@ -220,12 +221,17 @@ def _loss_bytes(shape: ModelShape, step: Step) -> float:
     if shape.has_soft_cap:
         parts.append(FLOAT32 * chunk * vocab)
     if step.teachers:  # all heads, where they are not whole already; of the largest its logits, its hidden states twice
-        own, size = max(step.teachers)
-        gathered = sum(size * vocab * own for own, size in step.teachers) if step.parameter_ranks > 1 else 0
-        converted = FLOAT32 * own * (vocab + tokens) if size < FLOAT32 and not step.on_gpu else 0
-        parts += [FLOAT32 * chunk * vocab, 2 * size * tokens * own, gathered, converted]
-    if step.teachers and not step.topk and not step.on_gpu:
-        parts.append(BLOCKS * FLOAT32 * BLOCK_ELEMENTS)
+        rows = [(one.own_ids or shape.vocab) // step.mesh.tensor for one in step.teachers]
+        (width, size, _), number = max(zip(step.teachers, rows, strict=True), key=lambda pair: pair[0].width)
+        heads = [each.num_bytes * own * each.width for each, own in zip(step.teachers, rows, strict=True)]
+        gathered = sum(heads) if step.parameter_ranks > 1 else 0
+        converted = FLOAT32 * width * (number + tokens) if size < FLOAT32 and not step.on_gpu else 0
+        blocks = BLOCKS * FLOAT32 * BLOCK_ELEMENTS if not step.topk and not step.on_gpu else 0
+        logits = [FLOAT32 * chunk * vocab + blocks]
+        for one, ids in zip(step.teachers, rows, strict=True):
+            if one.own_ids is not None:  # `own_logits` has them over the teacher's ids, then over all of the student's
+                logits.append(FLOAT32 * chunk * max(2 * ids + shape.vocab, ids + 2 * shape.vocab))
+        parts += [max(logits), 2 * size * tokens * width, gathered, converted]
     if step.computed < FLOAT32:
         parts.append(step.computed * chunk * vocab if step.on_gpu else FLOAT32 * (matrix + hidden))
     return sum(parts)

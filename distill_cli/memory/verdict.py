@@ -13,6 +13,7 @@ from distill_cli.memory.engine_bytes import CPU_KV_CACHE_GIB, engine_bytes, engi
 from distill_cli.memory.shape import ModelShape
 from distill_cli.memory.trainer_bytes import Step, trainer_moments
 from distill_cli.resolved import PredictedMemory
+from distill_cli.types import HiddenSize
 
 CUT_FAMILIES = {"qwen2", "qwen3", "llama", "mistral", "gemma3_text"}
 """Families for which `mesh.tensor` is suggested: others may have no plan, which only transformers knows."""
@@ -39,7 +40,7 @@ def predict(
     *,
     num_ranks: int,
     gpu_bytes: int | None,
-    hidden: Sequence[tuple[int, int]] = (),
+    hidden: Sequence[HiddenSize] = (),
 ) -> PredictedMemory:
     """Return the memory of a rank.
 
@@ -118,7 +119,7 @@ def problem(
     *,
     num_ranks: int,
     device: Device,
-    hidden: Sequence[tuple[int, int]] = (),
+    hidden: Sequence[HiddenSize] = (),
 ) -> str | None:
     """Return one line if a rank's peak does not fit, with the keys that alone make it fit; None if it does.
 

@@ -148,8 +148,8 @@ def test_doctor_names_fixes(tmp_path: Path) -> None:
 
 
 LOSSES = (
-    *("forward", "jsd", "mixed", "no_teacher", "policy_gradient", "reverse", "reward"),
-    *("skew_forward", "skew_reverse"),
+    *("forward", "gold", "jsd", "l1", "mixed", "no_teacher", "policy_gradient", "reverse", "reward"),
+    *("skew_forward", "skew_reverse", "uld"),
 )
 TYPED = {
     "distill loss=": [f"loss={name}" for name in LOSSES],

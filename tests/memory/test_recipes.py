@@ -17,7 +17,7 @@ from distill_cli.resolved import Ranks
 from distill_cli.verbs.ls import first_comment
 from tests.memory.published import MODELS, describe, num_parameters, write_folder
 
-RECIPES = [name for name in group_choices("model", [conf_dir()]) if name not in ("custom", "tiny")]
+RECIPES = [name for name in group_choices("model", [conf_dir()]) if name not in ("custom", "tiny", "tiny_other")]
 CARD = re.compile(r": (one|two|four|eight) (\d+) GB GPUs?$")
 NUMBERS = {"one": 1, "two": 2, "four": 4, "eight": 8}
 USABLE_GIB = {24: 22.0, 80: 79.1}

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distill_cli.config.schema import Checkpointing, LoraConfig, MeshConfig, Precision, TrainConfig
 from distill_cli.memory.shape import ModelShape, shape_of
 from distill_cli.memory.trainer_bytes import Step, trainer_moments
+from distill_cli.types import HiddenSize
 from tests.student.forked import run_cases
 
 
@@ -72,8 +73,8 @@ class Case:
     """The rank of adapters."""
     rows: bool = False
     """One document a row."""
-    teachers: tuple[tuple[int, int], ...] = ()
-    """Numbers and bytes each of the hidden states of teachers; the first one's answers are scored."""
+    teachers: tuple[tuple[int, ...], ...] = ()
+    """`HiddenSize` of each teacher that returns hidden states; the first one's answers are scored."""
     support: str = "teacher"
 
     @property
@@ -83,7 +84,9 @@ class Case:
         num_sharers = self.ranks // (mesh.tensor * mesh.replicate)
         ids = {"full": 0, "union": 2 * self.topk}.get(self.support, self.topk)
         sizes = self.tokens, ids, self.micro_batches, num_sharers
-        return Step(train, mesh, *sizes, length=self.tokens // 2, teachers=self.teachers)
+        return Step(
+            train, mesh, *sizes, length=self.tokens // 2, teachers=tuple(HiddenSize(*one) for one in self.teachers)
+        )
 
     @property
     def shape(self) -> ModelShape:
@@ -106,6 +109,11 @@ HIDDEN: dict[str, Case] = {
     "union, bf16": Case(SMALL, precision="bf16", tokens=1024, teachers=((384, 2),), support="union"),
     "student, two teachers, shard=2": Case(SMALL, 2, tokens=1024, teachers=((384, 4), (256, 4)), support="student"),
     "full, tensor=2": Case(SMALL, 2, {"tensor": 2}, tokens=1024, teachers=((384, 4),), support="full"),
+    "teacher, other tokens": Case(SMALL, tokens=1024, teachers=((384, 4, 6144),)),
+    "full, other tokens": Case(SMALL, tokens=1024, teachers=((384, 4, 6144),), support="full"),
+    "full, other tokens, tensor=2": Case(
+        SMALL, 2, {"tensor": 2}, tokens=1024, teachers=((384, 4, 6144),), support="full"
+    ),
     "full, large vocabulary": Case(
         LARGE | {"num_hidden_layers": 2},
         activation_checkpointing="full",

@@ -6,6 +6,7 @@
 import gc
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from distill_cli.student.adapters import add_adapters
 from distill_cli.student.model import Checkpointing, Student, wrap
 from distill_cli.student.optimizer import build_optimizer, build_schedule, optimizer_step
 from distill_cli.student.teacher_head import TeacherHeads
-from distill_cli.types import Example, ModelHead, Prompt, Rollout, Sample, TeacherScores
+from distill_cli.types import Example, ModelHead, OwnText, Prompt, Rollout, Sample, TeacherScores
 from tests.student.forked import case_ranks
 
 MARK = "mark: "
@@ -136,10 +137,12 @@ def build_student(
     return student
 
 
-def made_up_heads(teachers: Sequence[tuple[int, int]], vocab: int, parallel: Parallel) -> TeacherHeads:
+def made_up_heads(teachers: Sequence[tuple[int, ...]], vocab: int, parallel: Parallel) -> TeacherHeads:
     """Heads of random weights."""
     heads = TeacherHeads(parallel, vocab, vocab // parallel.tensor.size())
-    for index, (hidden, size) in enumerate(teachers):
+    for index, (hidden, size, *own_ids) in enumerate(teachers):
+        if own_ids:
+            heads.firsts[index] = torch.arange(own_ids[0]) % vocab
 
         def rows(one: tuple[int, int], hidden: int = hidden, dtype: torch.dtype = OF_SIZE[size]) -> ModelHead:
             return ModelHead(torch.randn(one[1] - one[0], hidden, dtype=dtype))
@@ -157,13 +160,13 @@ def made_up_batches(
     max_tokens: int,
     parallel: Parallel,
     rows: bool = False,
-    teacher: tuple[int, int] | None = None,
+    teacher: tuple[int, ...] | None = None,
 ) -> list[MicroBatch]:
     """This rank's micro-batches of `number` sequences of random tokens, all of them response but for the first.
 
     Args:
         rows: make each sequence a row of its own.
-        teacher: numbers and bytes each of hidden states that take the place of a top-k.
+        teacher: `HiddenSize` of hidden states that take the place of a top-k.
     """
     rollouts, scores = [], {}
     for index in range(number):
@@ -173,7 +176,8 @@ def made_up_batches(
         scores[index] = TeacherScores.of_topk(top, torch.full(top.shape, -5.0), torch.full((length - 1,), -5.0))
         if teacher is not None:
             hidden = torch.randn(length - 1, teacher[0], dtype=OF_SIZE[teacher[1]])
-            scores[index] = TeacherScores.of_hidden(hidden)
+            text = replace(OwnText.plain(len(hidden)), token_ids=top[:, 0]) if teacher[2:] else None
+            scores[index] = TeacherScores.of_hidden(hidden, text)
         sample = Sample(ids[1:], [-1.0] * (length - 1), "stop")
         rollouts.append(Rollout(Prompt(index, ids[:1], Example("q")), sample))
     plan = plan_batch(
