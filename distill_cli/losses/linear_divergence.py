@@ -132,8 +132,8 @@ def linear_divergence(
         token_loss: called once per chunk, in order. It carries the tokens' weights and the one division.
         sampled_ids_N: int [N].
         group: the tensor-parallel ranks, all of which must call with the same tokens. Only [n, K + 4] and smaller
-            cross ranks. Outputs are equal on all of them. Hidden's gradient is partial: sum it over `group`. Those of
-            weight and bias are this shard's, and whole.
+            cross ranks, and of a teacher with other tokens the whole [n, V]. Outputs are equal on all of them. Hidden's
+            gradient is partial: sum it over `group`. Those of weight and bias are this shard's, and whole.
         chunk_tokens: tokens at a time, at most; changes results by rounding only. None: see `chunk_size`.
         num_top: number of both models' likeliest tokens to return: one more pass over the logits, which training does
             not need.

@@ -182,6 +182,15 @@ def outside(metrics: Metrics) -> str | None:
     return f"{what}: set {fix}."
 
 
+def unread(metrics: Metrics) -> str | None:
+    """A teacher with a tokenizer of its own says nothing of many tokens."""
+    found = metrics.last("train/left_out_rate")
+    if found is None or found < 0.05:
+        return None
+    what = f"{found:.0%} of sampled tokens have no loss: the teacher lacks tokens for them, or reads no further"
+    return f"{what}; raise engine.teacher.max_model_len, or choose another teacher (docs/cross_tokenizer.md)."
+
+
 def unteachable(metrics: Metrics) -> str | None:
     """The teacher wants tokens that the student hardly considers."""
     found = metrics.last("probe/teachability")
@@ -254,6 +263,6 @@ def expected_gain(metrics: Metrics) -> str | None:
 
 
 RULES: Sequence[Callable[[Metrics], str | None]] = (
-    truncation, growth, collapse, outside, unteachable, agreed, clipped
+    truncation, growth, collapse, outside, unread, unteachable, agreed, clipped
 )  # fmt: skip
 """In the order of importance."""

@@ -105,6 +105,11 @@ def test_mass_outside_the_support() -> None:
     assert ": set loss.tail=bucket, loss.support=union" in only(found, loss__tail="renormalize")
 
 
+def test_tokens_that_the_teacher_lacks() -> None:
+    assert only(rows(train__left_out_rate=lambda step: 0.125)).startswith("12% of sampled tokens have no loss")
+    assert only(rows(train__left_out_rate=lambda step: 0.01)).startswith("Nothing looks wrong")
+
+
 def test_low_teachability() -> None:
     found = rows(probe__teachability=lambda step: 0.6 if step % 10 == 0 else None, probe__topk_overlap=lambda step: 0.3)
     sentence = only(found)
