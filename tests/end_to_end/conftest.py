@@ -25,13 +25,11 @@ class Finished:
 
     folder: Path
     """Where it was typed."""
+    run: RunDir
+    """The folder's latest run when the command ended: a later command does not change it."""
     status: int
     stdout: str
     stderr: str
-
-    @property
-    def run(self) -> RunDir:
-        return RunDir((self.folder / "runs" / "latest").resolve())
 
     @property
     def metrics(self) -> list[dict]:
@@ -52,7 +50,8 @@ def distill(folder: Path, *argv: str, timeout_s: float = 300, **env: str) -> Fin
         text=True,
         timeout=timeout_s,
     )
-    return Finished(folder, done.returncode, done.stdout, done.stderr)
+    latest = RunDir((folder / "runs" / "latest").resolve())
+    return Finished(folder, latest, done.returncode, done.stdout, done.stderr)
 
 
 def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *argv: str) -> list[str]:

@@ -9,6 +9,7 @@ from distill_cli.data.recorded_run import Recording
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.models.model_files import ASSETS, hidden_size
+from distill_cli.types import HiddenSize
 from tests.end_to_end.conftest import SHORT, Finished, distill
 from tests.end_to_end.naive import check_numbers, check_run
 
@@ -64,7 +65,9 @@ def test_replays_have_any_support(recorded: Finished, tmp_path: Path) -> None:
         for metric in ("loss", "kl_forward", "kl_reverse", "grad_norm", "entropy", "weighted_loss"):
             assert ours[f"train/{metric}"] == pytest.approx(theirs[f"train/{metric}"], rel=1e-6, abs=1e-7), metric
     assert json.loads((recorded.run.scores / "recording.json").read_text())["hidden"] is True
-    assert Recording.of(str(recorded.run.path)).hidden_states() == [(hidden_size(ASSETS / "tiny_pair/teacher"), 4)]
+    assert Recording.of(str(recorded.run.path)).hidden_states() == [
+        HiddenSize(hidden_size(ASSETS / "tiny_pair/teacher"), 4)
+    ]
 
 
 def test_a_damaged_head_is_named(recorded: Finished, tmp_path: Path) -> None:
