@@ -46,8 +46,9 @@ def main() -> None:
     tables = len(tokens.tree.keys) + len(tokens.spellings.hashes) + len(tokens.groups.reps_G)
     print(f"tables of both vocabularies: {time.perf_counter() - begin:.2f} s ({tables} entries)")
     length = arguments.tokens + 8
-    translation = Translation(tokens, arguments.topk, 2 * length)
-    engine = VllmTeacher(EngineSettings(str(teacher.folder), 2 * length, dtype="float32"), topk=arguments.topk)
+    longest = min(2 * length, teacher.max_positions or 2 * length)
+    translation = Translation(tokens, arguments.topk, longest)
+    engine = VllmTeacher(EngineSettings(str(teacher.folder), longest, dtype="float32"), topk=arguments.topk)
     rng, text = random.Random(0), "\n".join(path.read_text() for path in sorted(TEXT))
     requests = []
     for _ in range(arguments.sequences):

@@ -1,8 +1,8 @@
 """Distill teachers with other tokens into small students, by bytes and by older methods: docs/cross_tokenizer.md.
 
-    python scripts/compare_cross_tokenizer.py [--seeds 42 43 44] [--out FOLDER]
+    python scripts/compare_cross_tokenizer.py [KEY=VALUE ...] [--losses mixed uld gold] [--seeds 42 43 44] [--out DIR]
 
-Prints the accuracy on held-out problems before and after each run.
+Prints the accuracy on held-out problems before and after each run. KEY=VALUE are overrides of every run.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import json
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
-
-METHODS = ("mixed", "uld", "gold")
 
 
 def run(folder: Path, name: str, *overrides: str) -> dict[str, float]:
@@ -28,18 +27,17 @@ def run(folder: Path, name: str, *overrides: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--losses", nargs="+", default=["mixed", "uld", "gold"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--out", type=Path, help="folder of the runs; a temporary one by default")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every run")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for method in METHODS:
-            for seed in arguments.seeds:
-                found = run(folder, f"{method}_{seed}", f"loss={method}", f"train.seed={seed}")
-                print(
-                    f"loss={method:<6} seed {seed}", *(f"{key} {value:.1%}" for key, value in found.items()), flush=True
-                )
+        for loss, seed in product(arguments.losses, arguments.seeds):
+            found = run(folder, f"{loss}_{seed}", f"loss={loss}", f"train.seed={seed}", *arguments.overrides)
+            print(f"loss={loss:<6} seed {seed}", *(f"{key} {value:.1%}" for key, value in found.items()), flush=True)
 
 
 if __name__ == "__main__":

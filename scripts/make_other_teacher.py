@@ -1,10 +1,11 @@
 """Make the teacher of another family that ships with distill: it adds and subtracts like the tiny pair's teacher.
 
-    python scripts/make_other_teacher.py [--out DIR]
+    python scripts/make_other_teacher.py [--out DIR] [--careless]
 
 It shares nothing with the tiny pair but the problems: another tokenizer, in which a number is one token, other merges,
 other special tokens, another chat template. `model=tiny_other` distills it into the tiny student
-(`model.teacher.tokenizer=own`).
+(`model.teacher.tokenizer=own`). With --careless it becomes a student that makes the tiny student's mistakes, for the
+other direction (docs/cross_tokenizer.md).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from make_tiny_pair import (
     OUT,
     Course,
     Recipe,
+    careless_solution,
     make_model,
     measure_accuracy,
     right_solution,
@@ -43,6 +45,7 @@ CHAT_TEMPLATE = """\
 WORDS = r"\p{N}{1,3}|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
 """How it splits text before merging: up to three digits together, as Llama 3's."""
 RECIPE = Recipe(num_layers=4, seed=3, courses=(Course(right_solution, steps=4000, lr=3e-3),))
+CARELESS = Course(careless_solution, steps=100, lr=1e-3)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -79,12 +82,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT / "other_teacher", help="folder of the model")
-    out = parser.parse_args().out
+    parser.add_argument("--careless", action="store_true", help="the shipped model, with carries and borrows forgotten")
+    arguments = parser.parse_args()
+    out, shipped = arguments.out, OUT / "other_teacher"
+    if arguments.careless and out == shipped:
+        parser.error("--careless: give a folder of its own, --out DIR")
     torch.set_num_threads(1)  # with more, sums change their order, and the weights with them
     torch.use_deterministic_algorithms(True)
     tokenizer, problems = make_tokenizer(), training_problems()
-    model = make_model(RECIPE, tokenizer)
-    for course in RECIPE.courses:
+    model = Qwen3ForCausalLM.from_pretrained(shipped) if arguments.careless else make_model(RECIPE, tokenizer)
+    for course in [CARELESS] if arguments.careless else RECIPE.courses:
         train(model, course, problems, tokenizer, seed=RECIPE.seed)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
