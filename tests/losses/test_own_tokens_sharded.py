@@ -51,7 +51,7 @@ def run(
         sampled_ids_N=pair.written,
         temperature=pair.temperature,
         group=group,
-        chunk_tokens=7,
+        chunk_tokens=50,
         num_top=2,
     )
     grads = list(torch.autograd.grad(output.loss, leaves))
