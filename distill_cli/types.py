@@ -235,7 +235,7 @@ class TeacherScores:
     """float32 [R, 2] if the teacher has a tokenizer of its own: 1 where a token of the teacher begins and 0 inside one,
     and the probability in its top-k of what is no token of the student's. Else [R, 0]."""
     text: OwnText | None = None
-    """Of a teacher with a tokenizer of its own. With a top-k it has `splits` alone, and the student's tokens."""
+    """None if the teacher reads the student's tokens. With a top-k it has `splits` alone, and the student's tokens."""
 
     @classmethod
     def of_topk(cls, topk_ids: torch.Tensor, topk_logp: torch.Tensor, sampled_logp: torch.Tensor) -> TeacherScores:
@@ -323,7 +323,7 @@ class HiddenSize(NamedTuple):
 
     width: int
     num_bytes: int
-    """Of each number."""
+    """The bytes of one number."""
     own_ids: int | None = None
     """Rows of the head of a teacher with a tokenizer of its own; None is the student's vocabulary."""
 

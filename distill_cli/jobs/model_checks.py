@@ -1,4 +1,4 @@
-"""Checks of the models: names, vocabularies, end tokens, templates, lengths, layouts, recordings. No torch."""
+"""Checks of the models: names, vocabularies, end tokens, lengths, layouts, recordings. No torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import attrgetter
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distill_cli.config.derived import needed_length, scored_length, validation_length
 from distill_cli.config.schema import Config, EosMap
@@ -16,18 +15,17 @@ from distill_cli.config.teachers import ONLY, model_key, own_temperatures, path_
 from distill_cli.config.variation import forbidden_changes, load_config, override
 from distill_cli.data.recorded_run import Recording, vocabulary_digest
 from distill_cli.data.registry import resolve_environment, resolve_verifier
-from distill_cli.data.row_check import DataFacts
 from distill_cli.engines.process_setup import hide_broken_packages
 from distill_cli.errors import ConfigError, broken, collect
 from distill_cli.jobs import other_tokens
 from distill_cli.jobs.other_tokens import OtherTokens
+from distill_cli.jobs.template_checks import sample_messages
 from distill_cli.models import known_families, lora_names, model_files, model_pair, tensor_plan, tried_families
 from distill_cli.models.model_files import ModelFiles
 from distill_cli.models.model_pair import Vocabularies
 from distill_cli.models.tensor_names import EMBEDDING, HEAD, LAYER
 from distill_cli.models.traits import Traits
 from distill_cli.resolved import SharedVocabulary
-from distill_cli.types import Example
 
 if TYPE_CHECKING:
     from distill_cli.jobs.preflight import Facts
@@ -154,63 +152,12 @@ def layout(facts: Facts, config: Config, student: ModelFiles) -> Iterator[str]:
         yield f"mesh.context={size}: ranks cannot share sequences of this student ({reasons}); set it to 1"
 
 
-def names(config: Config) -> Iterator[str]:
-    """Verifier, environment and templates must exist. Raises ConfigError."""
+def names(config: Config) -> None:
+    """Verifier and environment must exist. Raises ConfigError."""
     if config.data.verifier is not None:
         resolve_verifier(config.data.verifier)
     if config.rollout.environment is not None:
         resolve_environment(config.rollout.environment)
-    for key, template, _ in _given_templates(config):
-        if "{" not in template and not Path(template).is_file():
-            yield f"{key}={template}: no such file, and no template either: those have {{{{ }}}} in them"
-
-
-def templates(config: Config, tokenizer: ModelFiles, data: DataFacts) -> None:
-    """Render the first row with each template of the config; ranks render all rows. Raises ConfigError."""
-    for key, template, kwargs in _given_templates(config):
-        if data.sample is not None and "{" in (text := model_pair.read_template(template)):
-            messages, tokens = _sample_messages(config, data.sample), model_pair.special_tokens(tokenizer.folder)
-            model_pair.render(f"{key}: it", text, messages, tokens, kwargs)
-
-
-def own_templates(config: Config, tokenizer: ModelFiles, teachers: dict[str, ModelFiles], data: DataFacts) -> None:
-    """Render the first row with the models' own templates, as far as prompts are made with them. Raises ConfigError."""
-    if data.sample is None:
-        return
-    model, messages = config.model, _sample_messages(config, data.sample)
-    used = {} if model.chat_template is not None else {tokenizer.folder: (tokenizer.path, model.chat_template_kwargs)}
-    for name, alone in teacher_configs(config).items():
-        teacher, kwargs = (
-            alone.model.teacher,
-            {**model.chat_template_kwargs, **alone.model.teacher.chat_template_kwargs},
-        )
-        reads_own = teacher.has_own_tokenizer and teacher.chat_template is None
-        if name in teachers and (reads_own or teacher.chat_template == model_pair.OWN_TEMPLATE):
-            used[teachers[name].folder] = f"{path_key(name)}={teachers[name].path}", kwargs
-    for folder, (shown, kwargs) in used.items():
-        if (text := model_pair.chat_template(folder)) is not None:
-            tokens = model_pair.special_tokens(folder)
-            model_pair.render(f"{shown}: its chat template", text, messages, tokens, kwargs)
-
-
-def _given_templates(config: Config) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield key, template (a file or its text) and arguments of each template that the config gives."""
-    model = config.model
-    if model.chat_template is not None:
-        yield "model.chat_template", model.chat_template, model.chat_template_kwargs
-    for name, alone in teacher_configs(config).items():
-        teacher = alone.model.teacher
-        if teacher.chat_template is not None and teacher.chat_template != model_pair.OWN_TEMPLATE:
-            kwargs = {**model.chat_template_kwargs, **teacher.chat_template_kwargs}
-            yield f"{model_key(name)}.chat_template", teacher.chat_template, kwargs
-
-
-def _sample_messages(config: Config, sample: Example) -> list[dict[str, str]]:
-    user = config.data.prompt_template.replace("{question}", sample.question)
-    messages = [*(dict(message) for message in sample.messages[:-1]), {"role": "user", "content": user}]
-    if config.data.system_prompt is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": config.data.system_prompt})
-    return messages
 
 
 def pair(
@@ -233,10 +180,7 @@ def pair(
     vocabulary = shared_vocabulary(config, list(pairs.values()), student, same, list(others))
     facts.vocabulary = facts.vocabulary or vocabulary  # a recording's goes first
     for name, files in own.items():
-        found = facts.other_tokens[name]
-        if found.aligned < other_tokens.LITTLE:
-            what = f"{path_key(name)}={files.path}: of a sample only {found.aligned:.0%} of the student's tokens begin"
-            facts.warnings.append(f"{what} where its own do; at the others it says what follows inside a token")
+        facts.warnings += _own_warnings(alone[name], f"{path_key(name)}={files.path}", files, facts.other_tokens[name])
         if config.loss.topk > files.vocab_size:
             yield f"loss.topk={config.loss.topk}: must be at most the {files.vocab_size} tokens of {path_key(name)}"
     for name, both in pairs.items():
@@ -250,9 +194,6 @@ def pair(
     for name, files in teachers.items():
         if name not in own:
             yield from _too_long(alone[name], _shown(name), files, scored_length(alone[name]))
-    for name in own:
-        if not alone[name].model.teacher.chat_template and model_pair.chat_template(teachers[name].folder) is None:
-            facts.warnings.append(f"{path_key(name)}: has no chat template: it reads the plain text of prompts")
     for name, both in pairs.items():
         prefix = "" if len(pairs) == 1 else f"{model_key(name)}: "
         warnings = _pair_warnings(facts, alone[name], both, student, teachers[name], tokenizer)
@@ -270,6 +211,15 @@ def _too_long(config: Config, who: str, model: ModelFiles, length: int) -> Itera
     what = ", ".join(f"{key}={value}" for key, value in given.items())
     if length > (most := model.max_positions or math.inf):
         yield f"{what}: sequences of up to {length} tokens, and {who} has {most} positions; lower the largest"
+
+
+def _own_warnings(config: Config, shown: str, teacher: ModelFiles, found: OtherTokens) -> Iterator[str]:
+    """Yield what to know of a run's only teacher, which has a tokenizer of its own."""
+    if found.aligned < other_tokens.LITTLE:
+        what = f"{shown}: of a sample only {found.aligned:.0%} of the student's tokens begin where its own do"
+        yield f"{what}; at the others it says what follows inside a token"
+    if not config.model.teacher.chat_template and model_pair.chat_template(teacher.folder) is None:
+        yield f"{shown}: has no chat template: it reads the plain text of prompts"
 
 
 def _pair_warnings(
@@ -292,7 +242,7 @@ def _pair_warnings(
         ends = f"the student ends with tokens {list(student.eos_ids)} and the teacher with {list(teacher.eos_ids)}"
         yield f"{ends}; {auto if config.model.eos_map is EosMap.auto else off}"
     if sample is not None and config.model.teacher.chat_template is config.model.chat_template is None:
-        messages, folders = _sample_messages(config, sample), (tokenizer.folder, teacher.folder)
+        messages, folders = sample_messages(config, sample), (tokenizer.folder, teacher.folder)
         if text := model_pair.template_difference(*folders, messages, **config.model.chat_template_kwargs):
             fix = "both read the student's unless model.teacher.chat_template=own"
             yield f"student and teacher have different chat templates, {text}; {fix}"

@@ -29,7 +29,7 @@ from distill_cli.data.recorded_run import Recording
 from distill_cli.data.row_check import DataFacts, KnownData, check_data
 from distill_cli.engines.settings import tensor_parallel_problem
 from distill_cli.errors import ConfigError, broken, refuse
-from distill_cli.jobs import model_checks, teacher_checks
+from distill_cli.jobs import model_checks, teacher_checks, template_checks
 from distill_cli.jobs.cpu_ranks import best_evaluation_ranks, best_ranks
 from distill_cli.launch.base import launcher_of
 from distill_cli.launch.nodes import make_folder
@@ -387,7 +387,7 @@ def room(config: Config, warnings: list[str], *, num_params: int, num_trained: i
 COMMON_CHECKS: tuple[Check, ...] = (
     *(ask_cluster, use_hub_cache, find_student, teacher_checks.find_teachers, model_checks.weights),
     *(model_checks.causal, model_checks.sizes, share_cores, count_ranks, check_mesh, read_data),
-    *(model_checks.names, check_engines),
+    *(model_checks.names, template_checks.template_files, check_engines),
 )
 SERVING_CHECKS: tuple[Check, ...] = (
     *(use_hub_cache, teacher_checks.find_teachers, model_checks.weights, model_checks.causal, model_checks.sizes),
@@ -396,7 +396,7 @@ SERVING_CHECKS: tuple[Check, ...] = (
 EVALUATION_CHECKS: tuple[Check, ...] = (*COMMON_CHECKS, model_checks.positions)
 CHECKS: tuple[Check, ...] = (
     *(*COMMON_CHECKS, model_checks.trainable, model_checks.layout, read_recording, model_checks.recorded),
-    *(model_checks.templates, model_checks.own_templates, model_checks.pair, model_checks.rotary, model_checks.router),
+    *(template_checks.templates, model_checks.pair, model_checks.rotary, model_checks.router),
     *(model_checks.tensor_parallel, model_checks.expert_parallel, model_checks.tried_layouts, model_checks.adapters),
     *(teacher_checks.check_servers, check_overlap, check_staleness, check_offload, predict_memory, check_disk),
 )

@@ -36,7 +36,7 @@ class TopK:
     sampled_logp_N: torch.Tensor
     """[N], of the sampled token."""
     groups: RowGroups | None = None
-    """Of a teacher with a tokenizer of its own, whose top-k has the tokens that stand for others."""
+    """What the tokens of the top-k stand for, if the teacher has a tokenizer of its own."""
     by_rank: bool = False
     """Whether the support is the student's top-k instead, and its i-th token is compared with the teacher's i-th."""
 
@@ -63,7 +63,7 @@ class TeacherHidden:
     topk: int
     """Ids of the teacher's and of the student's in the support; at most `vocab_size`. `full` has all."""
     own: OwnTeacher | None = None
-    """Of a teacher with a tokenizer of its own. Its hidden states are those of its own tokens."""
+    """None if the teacher reads the student's tokens; else the hidden states are those of its own."""
     groups: RowGroups | None = None
     """Likewise."""
 
@@ -84,7 +84,7 @@ class TeacherView:
     teachability_n: torch.Tensor | None
     """See `Tokens`."""
     residue_n: torch.Tensor | None = None
-    """Of a teacher with a tokenizer of its own, by its hidden states: the probability of no token of the student."""
+    """The probability of no token of the student, if a teacher with a tokenizer of its own gives hidden states."""
 
 
 def view_of_topk(

@@ -38,8 +38,8 @@ class TeacherHeads:
     shard_size: int
     """V"""
     firsts: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Of teachers with a tokenizer of their own, by index: by id of theirs the student's first token, below 0 if there
-    is none; int64."""
+    """By index of the teachers with a tokenizer of their own: by id of theirs the student's first token, below 0 if
+    there is none; int64."""
     _parts: dict[int, tuple[DTensor, torch.Tensor | None, LogitTransform]] = field(default_factory=dict)
 
     def rows(self, index: int) -> tuple[int, int]:

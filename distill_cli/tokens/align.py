@@ -21,7 +21,7 @@ from distill_cli.tokens.byte_vocabulary import NO_TOKEN
 from distill_cli.tokens.token_map import Ints, TokenMap
 
 LEFT_OUT = (-1, 0, -1, 0)
-"""Of a token that is not compared."""
+"""The places of a token that is not compared."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Alignment:
     teacher_ids: list[int]
     """The answer as the teacher reads it."""
     places_R4: Ints
-    """Of each of the student's tokens: the teacher's token in which it begins, the bytes of that one before it, the
-    teacher's token in which it ends, and the bytes of that one up to its end. LEFT_OUT if the teacher has no token for
-    a part of it."""
+    """By the student's token: the teacher's token in which it begins, the bytes of that one before it, the teacher's
+    token in which it ends, and the bytes of that one up to its end. LEFT_OUT if the teacher has no token for a part of
+    it."""
 
     def part(self, begin: int) -> tuple[int, Alignment]:
         """Return the alignment of the tokens from `begin` on, after the place of their first token of the teacher."""

@@ -7,6 +7,7 @@ Shape letters: T tokens of the teacher, R of the student, K the teacher's top-k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ import torch
 from distill_cli.losses.distill_loss import PADDING_LOGP
 from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.tokens.align import Alignment
+from distill_cli.tokens.byte_vocabulary import NO_TOKEN
 from distill_cli.tokens.token_map import TokenMap
 from distill_cli.types import TeacherScores
 
@@ -60,26 +62,28 @@ def by_spans(
     number = len(scores.sampled_logp)
     places, is_compared_R = _boundaries(alignment, number)
     begins = is_compared_R.nonzero()[:, 0].tolist()
-    twins = tokens.twins.tolist()
+    twins_TK = torch.from_numpy(tokens.twins)[scores.topk_ids.long()].tolist()
+    probs_TK = scores.topk_logp.double().exp().tolist()
     ids_RK = torch.full((len(written), topk), PADDING_ID, dtype=torch.int32)
-    logp_RK = torch.full((len(written), topk), PADDING_LOGP)
-    sampled_R = torch.full((len(written),), PADDING_LOGP)
+    probs_RK = torch.zeros(len(written), topk, dtype=torch.float64)
+    sampled_R = torch.zeros(len(written), dtype=torch.float64)
     for row, following in zip(begins, [*begins[1:], len(written)], strict=True):
         place = int(places[row])
         end = int(places[following]) if following < len(written) else number
         kept: dict[int, float] = {}
-        for u, p in zip(scores.topk_ids[place].tolist(), scores.topk_logp[place].double().exp().tolist(), strict=True):
-            if (v := twins[u]) >= 0:
+        for v, p in zip(twins_TK[place], probs_TK[place], strict=True):
+            if v != NO_TOKEN:
                 kept[v] = kept.get(v, 0.0) + p
         own, whole = written[row], float(scores.sampled_logp[place:end].double().sum())
         if following > row + 1 or end > place + 1:
             others = sum(p for v, p in kept.items() if v != own)
             rest = sum(logp[row + 1 : following])
-            kept[own] = min(torch.tensor(whole - rest).exp().item(), max(MOST - others, 1e-9))
+            kept[own] = min(math.exp(min(whole - rest, 0.0)), max(MOST - others, 1e-9))
         likeliest = sorted(kept.items(), key=lambda pair: -pair[1])[:topk]
         for column, (v, p) in enumerate(likeliest):
-            ids_RK[row, column], logp_RK[row, column] = v, torch.tensor(p).log()
-        sampled_R[row] = torch.tensor(kept.get(own, 0.0)).log().clamp_min(PADDING_LOGP)
+            ids_RK[row, column], probs_RK[row, column] = v, p
+        sampled_R[row] = kept.get(own, 0.0)
+    logp_RK, sampled_R = (one.log().clamp_min(PADDING_LOGP).float() for one in (probs_RK, sampled_R))
     return replace(TeacherScores.of_topk(ids_RK, logp_RK, sampled_R), alignment=_aligned(is_compared_R))
 
 

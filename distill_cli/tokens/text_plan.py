@@ -49,7 +49,7 @@ class Begun:
     numbers: Ints
     """The student's tokens since then; 0 if it is by their bytes."""
     hashes: Hashes
-    """Of these tokens."""
+    """Their hash, as in `Spellings`."""
     offsets: Ints
     """The bytes since then, if it is by them."""
     ends: Bools
@@ -175,7 +175,7 @@ class TextPlan:
     counts: list[int]
     """Tokens of the teacher, by answer."""
     sizes: list[int]
-    """Of the student, likewise."""
+    """Tokens of the student, by answer."""
 
 
 def plan_text(

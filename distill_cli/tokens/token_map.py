@@ -58,8 +58,8 @@ class Spellings:
     first: Ints
     """By the teacher's token, the first of the student's, or NO_TOKEN."""
     hashes: Hashes
-    """Of the beginnings of spellings of several tokens, the whole included, and of single tokens that are the beginning
-    of some; rising."""
+    """Rising: those of the beginnings of spellings of several tokens, the whole included, and of single tokens that are
+    the beginning of some."""
     teacher: Ints
     """The teacher's token of each."""
     following: Ints

@@ -34,7 +34,7 @@ class TeacherRequest:
     token_ids: list[int]
     response_start: int
     alignment: Alignment
-    """Of the tokens from `response_start` on."""
+    """How the tokens from `response_start` on lie in the student's."""
     written: list[int]
     """The same part of the answer in the student's tokens."""
     logp: list[float]

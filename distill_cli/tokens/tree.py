@@ -23,7 +23,7 @@ class Tree:
 
     teacher_ids: int
     keys: Ints
-    """Of the edges, rising: the node times `teacher_ids`, and the token that leads on."""
+    """By edge, rising: the node times `teacher_ids`, plus the token that leads on."""
     children: Ints
     """By edge, the node that it leads to."""
     tokens: Ints
@@ -35,7 +35,7 @@ class Tree:
     bounds: Ints
     """By node, the first of `below` that is at it or below it, and the one after the last: [nodes, 2]."""
     roots: Ints
-    """Of `below`, the first of the teacher's tokens."""
+    """By token of `below`, the first of the teacher's."""
 
     @classmethod
     def of(cls, paths: Mapping[tuple[int, ...], int], first: Ints) -> Tree:

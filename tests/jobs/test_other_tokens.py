@@ -76,6 +76,20 @@ def test_own_templates_render_the_first_row(make_model: MakeModel) -> None:
     preflight(job.config)
 
 
+def test_given_templates_print_the_teachers_tokens(make_model: MakeModel) -> None:
+    source = Path(__file__).parents[2] / "distill_cli/assets/tiny_pair/student/tokenizer.json"
+    student, teacher = make_model("s"), make_model("t")
+    for folder in (student, teacher):
+        (folder / "tokenizer.json").write_text(source.read_text())
+    (teacher / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<begin>"}))
+    template = teacher / "given.jinja"
+    template.write_text("{{ raise_exception('no begin') if bos_token != '<begin>' }}{{ messages[0].content }}")
+    given = [*pair(student, teacher), *FEW_RANKS, f"model.teacher.chat_template={template}"]
+    (job,) = compose([*given, "model.teacher.tokenizer=own"])
+    preflight(job.config)
+    assert "no begin" in problems_of(*given)
+
+
 def test_a_row_has_one_teacher(tmp_path: Path) -> None:
     rows = [{"question": "1 + 1?", "answer": "2", "who": ["a", "b"]}] * 64
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
