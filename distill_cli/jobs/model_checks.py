@@ -218,6 +218,10 @@ def _own_warnings(config: Config, shown: str, teacher: ModelFiles, found: OtherT
     if found.aligned < other_tokens.LITTLE:
         what = f"{shown}: of a sample only {found.aligned:.0%} of the student's tokens begin where its own do"
         yield f"{what}; at the others it says what follows inside a token"
+    limit = min(config.engine.teacher.max_model_len or math.inf, teacher.max_positions or math.inf)
+    if limit < (needed := needed_length(config)):
+        what = f"{shown}: reads {limit} tokens, and the student's sequences have up to {needed}"
+        yield f"{what}: what is beyond has no loss"
     if not config.model.teacher.chat_template and model_pair.chat_template(teacher.folder) is None:
         yield f"{shown}: has no chat template: it reads the plain text of prompts"
 

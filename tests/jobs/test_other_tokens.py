@@ -76,6 +76,14 @@ def test_own_templates_render_the_first_row(make_model: MakeModel) -> None:
     preflight(job.config)
 
 
+def test_a_shorter_teacher_is_warned_of() -> None:
+    warned = "reads 100 tokens, and the student's sequences have up to 128: what is beyond has no loss"
+    (short,) = compose(["model=tiny_other", "engine.teacher.max_model_len=100"])
+    assert warned in " ".join(preflight(short.config).warnings)
+    (long,) = compose(["model=tiny_other"])
+    assert "no loss" not in " ".join(preflight(long.config).warnings)
+
+
 def test_given_templates_print_the_teachers_tokens(make_model: MakeModel) -> None:
     source = Path(__file__).parents[2] / "distill_cli/assets/tiny_pair/student/tokenizer.json"
     student, teacher = make_model("s"), make_model("t")
