@@ -108,16 +108,19 @@ def _loss(config: Config) -> Problems:
             "loss.policy_gradient",
             "needs the teacher's probability of a token, of which loss.alignment=rank has none",
         )
-    weights = {name: getattr(loss, name) for name in ("divergence_weight", "policy_gradient", "reward", "penalty")}
+    terms = ("divergence_weight", "policy_gradient", "likelihood", "reward", "penalty")
+    weights = {name: getattr(loss, name) for name in terms}
     if not any(weights.values()):
         yield "loss.divergence_weight", f"nothing is trained; set one of {', '.join(weights)} above 0"
     if not loss.divergence_weight and not loss.policy_gradient:
         for name in ("token_weight", "token_clip"):
             if getattr(loss, name) is not None:
                 yield f"loss.{name}", "changes the divergence, whose weight is 0; leave it out"
-    for name in ("policy_gradient", "reward", "penalty"):
+    for name in ("policy_gradient", "likelihood", "reward", "penalty"):
         if weights[name] and loss.temperature != 1:
             yield f"loss.{name}", f"sampled tokens have no temperature: loss.temperature={loss.temperature:g} must be 1"
+    if loss.likelihood and rollout.on_policy_fraction == 1 and rollout.guard_above is None:
+        yield "loss.likelihood", "is of tokens that the student did not write: lower rollout.on_policy_fraction, to 0"
     if rollout.saves_hidden and config.model.teacher.is_student:
         yield "rollout.save_scores", "the head of model.teacher.path=student is another at each step; set true"
     for name in ("policy_gradient", "reward", "penalty"):
@@ -342,8 +345,6 @@ def _data(config: Config) -> Problems:
         yield from ((f"data.{name}", f"must contain {{{one}}}") for one in parts if f"{{{one}}}" not in template)
     if not data.train and config.rollout.replay is None:
         yield "data.train", "a source is needed; choose data=... (distill ls data)"
-    if validates(config) and data.verifier is None:
-        yield "data.verifier", "validation needs one to judge answers; choose exact, or set data.validation=null"
 
 
 def _benchmark(config: Config) -> Problems:

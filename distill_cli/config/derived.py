@@ -59,8 +59,9 @@ def scored_length(config: Config) -> int:
 
 
 def validates(config: Config) -> bool:
-    """Whether the run validates."""
-    return bool(config.data.validation and (config.eval.period or config.eval.at_start or config.eval.at_end))
+    """Whether the run measures its accuracy on validation's answers."""
+    is_judged = config.data.validation and config.data.verifier is not None
+    return bool(is_judged and (config.eval.period or config.eval.at_start or config.eval.at_end))
 
 
 def needs_sampler(config: Config) -> bool:

@@ -1,5 +1,6 @@
 """The section `loss` of the config."""
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -21,6 +22,17 @@ def with_parameters(cls: type) -> type:
         cls.__annotations__[name] = f"{kind.__name__} | None"
         setattr(cls, name, None)
     return cls
+
+
+def describe_loss(config: Mapping[str, Any]) -> str:
+    """Return the terms of a loss in a line, from a config's values by dotted key."""
+    loss = {key.removeprefix("loss."): value for key, value in config.items() if key.startswith("loss.")}
+    divergence = f"{loss.get('kl_type')}, top-{loss.get('topk')}, tail {loss.get('tail')}"
+    others = {
+        "likelihood": "supervised", "policy_gradient": "policy gradient", "reward": "reward", "penalty": "penalty"
+    }  # fmt: skip
+    added = [shown for name, shown in others.items() if loss.get(name)]
+    return " + ".join([divergence] * bool(loss.get("divergence_weight", 1.0)) + added)
 
 
 @section
@@ -64,6 +76,9 @@ class LossConfig:
     reward: float = key(0.0, at_least=0)
     """Weight of the policy gradient whose advantage is the answer's reward, less the mean of all answers to its prompt
     and divided by their standard deviation (GRPO). The reward is the verifier's or the environment's."""
+    likelihood: float = key(0.0, at_least=0)
+    """Weight of the cross-entropy of the tokens that the student did not write: supervised training on the dataset's or
+    the teacher's answers (`rollout.off_policy`), with the divergence or without it (`loss=sft`)."""
     penalty: float = key(0.0, at_least=0)
     """Advantage below 0 of the least likely sampled tokens, whatever the teacher says: the control of `loss=no_teacher`
     (arXiv 2608.31046). The loss of these tokens is divided by their number."""

@@ -9,7 +9,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distill_cli.errors import ConfigError
@@ -18,13 +18,21 @@ from distill_cli.types import Example
 log = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant", "tool")
+QUESTIONS = ("prompt", "question", "instruction", "problem", "query", "input", "text")
+"""Usual names of a column of prompts, the likeliest first."""
+CONVERSATIONS = ("messages", "conversation", "chat")
+"""Usual names of a column of conversations."""
+
+
+NO_ANSWERS = "; for prompts without answers to check, choose data=prompts, or set answer_key=null"
 
 
 @dataclass(frozen=True)
 class Columns:
     """The column that each key of a source names; a dot goes into a nested one (`reward_model.ground_truth`)."""
 
-    question_key: str
+    question_key: str | None
+    """None is the first of QUESTIONS that is there, or, where it holds messages or is missing, of CONVERSATIONS."""
     messages_key: str | None = None
     """A conversation in place of a question: a list of `role` and `content`."""
     answer_key: str | None = None
@@ -47,11 +55,25 @@ class Columns:
             columns.pop("question_key", None)
         return columns
 
+    def found_in(self, row: Mapping[str, Any], *, where: str) -> "Columns":
+        """Return the columns with that of the question, by the first row. Raises ConfigError if there is none."""
+        if self.question_key is not None or self.messages_key is not None:
+            return self
+        for name in (*QUESTIONS, *CONVERSATIONS):
+            if isinstance(row.get(name), str):
+                return replace(self, question_key=name)
+            if isinstance(row.get(name), list):
+                return replace(self, messages_key=name)
+        fix = f"give question_key or messages_key, or name it {QUESTIONS[0]}"
+        raise ConfigError(f"{where}: no column of prompts; there are: {', '.join(row) or 'none'}; {fix}")
+
     def check(self, known: Sequence[str], *, where: str) -> None:
         """Raise ConfigError if a column is missing, and name those that exist."""
         missing = [f"{key}={column}" for key, column in self.named.items() if column.split(".")[0] not in known]
         if missing:
-            raise ConfigError(f"{where}: no such column: {', '.join(missing)}; there are: {', '.join(known) or 'none'}")
+            fix = NO_ANSWERS if self.answer_key is not None and missing == [f"answer_key={self.answer_key}"] else ""
+            there = ", ".join(known) or "none"
+            raise ConfigError(f"{where}: no such column: {', '.join(missing)}; there are: {there}{fix}")
 
     def to_example(self, row: Mapping[str, Any], *, where: str) -> Example:
         """Return a row's example; its question is blank if the row has none, and is left out later.
@@ -66,9 +88,12 @@ class Columns:
             messages, last_answer = _conversation(value, f"{where}: {self.messages_key}")
             question, response = messages[-1]["content"] if messages else "", response or last_answer
         else:
+            assert self.question_key is not None, "found_in comes first"
             question = _value(row, self.question_key, where)
             if question is not None and not isinstance(question, str):
                 raise ConfigError(f"{where}: {self.question_key} must be a text, not {_shown(question)}")
+        if self.answer_key is not None and "." not in self.answer_key and self.answer_key not in row:
+            raise ConfigError(f"{where}: no column {self.answer_key!r}; this row has: {_names(row)}{NO_ANSWERS}")
         answer, context = _text(row, self.answer_key, where), _text(row, self.context_key, where)
         if answer is not None and self.answer_from is not None:
             answer = ANSWERS[self.answer_from](answer)
@@ -152,10 +177,14 @@ def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
     value: Any = row
     for part in [column] if column in row else column.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            there = ", ".join(map(repr, value if isinstance(value, Mapping) else row))
-            raise ConfigError(f"{where}: no column {column!r}; this row has: {there or 'none'}")
+            there = _names(value if isinstance(value, Mapping) else row)
+            raise ConfigError(f"{where}: no column {column!r}; this row has: {there}")
         value = value[part]
     return value
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, row)) or "none"
 
 
 def _text(row: Mapping[str, Any], column: str | None, where: str) -> str | None:

@@ -180,10 +180,16 @@ def run_rows(resolved: ResolvedRun) -> Rows:
         "rows": f"{training_rows(resolved)}, {validation_rows(resolved)} for validation",
         "epoch": epoch,
         "steps": f"{steps:,} (max_steps {train.max_steps:,}{epochs})",
-        "validation": f"{validations} times {on}" if validations else "none",
+        "validation": f"{validations} times {on}" if validations else unjudged_row(config),
         "checkpoints": checkpoint_row(resolved),
         "scores": scores_row(config, steps, hidden_bytes=hidden_bytes(resolved)),
     }
+
+
+def unjudged_row(config: Config) -> str:
+    """Say what is measured on validation's prompts if no verifier judges answers to them."""
+    number = config.eval.record_samples if config.data.validation and config.data.verifier is None else 0
+    return f"KL at {number} held-out prompts; no accuracy without data.verifier" if number else "none"
 
 
 def num_validations(config: Config, steps: int) -> int:

@@ -1,15 +1,15 @@
 """The panels that a run prints before its first step and after its last."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from distill_cli.config.derived import ends_by_epochs
-from distill_cli.config.loss_schema import LOSS_PARAMETERS
+from distill_cli.config.derived import ends_by_epochs, validates
+from distill_cli.config.loss_schema import describe_loss
 from distill_cli.config.schema import Config
 from distill_cli.config.teacher_jobs import teacher_nodes
 from distill_cli.config.teachers import ONLY, teacher_configs
@@ -30,12 +30,12 @@ Rows = dict[str, str | None]
 
 def start_panel(resolved: ResolvedRun, run: RunDir) -> Panel:
     """Show what is about to run: models, loss, data, steps, ranks, folder."""
-    config, loss, ranks = resolved.config, resolved.config.loss, resolved.ranks
+    config, ranks = resolved.config, resolved.ranks
     nodes = f" of each of {ranks.num_nodes} nodes" if ranks.num_nodes > 1 else ""
     rows: Rows = {
         "student": config.model.student.path,
         **teacher_rows(resolved),
-        "loss": f"{loss.kl_type}, top-{loss.topk}, tail {loss.tail.value}",
+        "loss": describe_loss(plain(config)),
         "data": f"{training_rows(resolved)}, {validation_rows(resolved)} for validation",
         "steps": f"{resolved.num_steps} of {step_row(config)}",
         "ranks": f"{ranks.per_node} on {'GPUs' if ranks.on_gpus else cores_row(resolved)}{nodes}",
@@ -131,7 +131,7 @@ def end_panel(resolved: ResolvedRun, outcome: Outcome, run: RunDir) -> Panel:
         "metrics": relative(run.metrics),
         "report": relative(run.report) if run.report.exists() else None,
         **{tracker.label: tracker.page for tracker in trackers_of(resolved.config, run)},
-        "next": next_command(resolved, run),
+        "next": "\n".join(next_commands(resolved, run)),
     }
     return Panel(rows_table(rows), title="done", title_align="left", expand=False)
 
@@ -141,15 +141,16 @@ def relative(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def next_command(resolved: ResolvedRun, run: RunDir) -> str:
-    """Return a command that repeats this run alone with another loss."""
-    verb = ["replay", relative(resolved.recorded_run)] if resolved.recorded_run else []
-    verb += ["rollout.replay_shuffle=true"] if resolved.config.rollout.replay_shuffle else []
-    own_loss = tuple(f"loss.{name}=" for name in ("kl_type", *LOSS_PARAMETERS))
-    changed = ("loss=", *own_loss, "loss.kwargs", "rollout.replay_shuffle=", "run.name=", "search.", "hydra/", "hydra.")
-    repeated = [word for word in run.typed_overrides() if not word.lstrip("+").startswith(changed)]
-    loss = "forward" if resolved.config.loss.kl_type == "reverse" else "reverse"
-    return shlex.join(["distill", *verb, *repeated, f"loss={loss}"])
+def next_commands(resolved: ResolvedRun, run: RunDir) -> Iterator[str]:
+    """Yield commands to type next: talk to the student, measure it, train on the recorded answers with another loss."""
+    config, folder = resolved.config, relative(run.path)
+    recording = resolved.recorded_run or (run.path if config.rollout.save_scores else None)
+    if recording is not None:
+        loss = "forward" if config.loss.kl_type == "reverse" else "reverse"
+        yield shlex.join(["distill", "replay", relative(recording), f"loss={loss}"])
+    yield shlex.join(["distill", "chat", folder])
+    if validates(config):
+        yield shlex.join(["distill", "eval", folder, "--against", "before", "teacher"])
 
 
 def _count(rows: int | None) -> str:

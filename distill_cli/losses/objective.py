@@ -1,14 +1,15 @@
-"""What training minimises: a divergence from the teacher at each token, weighted and clipped, and advantages beside it.
+"""What training minimises: a divergence from the teacher at each token, weighted and clipped, and further terms.
 
 At a token with divergence D, weight w and the student's probability q of the sampled token y, ratio r = q / q' with the
 sampler's q', teacher's p, and an advantage A that knows nothing of the teacher (a verifier's reward, a penalty):
 
-    loss = divergence_weight w clip(D) - policy_gradient w r clip(log p(y) - log q(y)) - r A
+    loss = divergence_weight w clip(D) - policy_gradient w r clip(log p(y) - log q(y)) - r A - likelihood log q(y)
 
-Only D and r have gradients. The gradient of the second term is an estimate, from one token, of the reverse KL's (as in
-tinker-cookbook's distillation/train_on_policy.py and prime-rl's `opd` loss). r is the importance ratio of the current
-student and the one that sampled; tokens at which it is above `max_ratio`, or below its inverse, and tokens that the
-student did not sample have neither the second nor the third term.
+Only D, r and the last term have gradients. The gradient of the second term is an estimate, from one token, of the
+reverse KL's (as in tinker-cookbook's distillation/train_on_policy.py and prime-rl's `opd` loss). r is the importance
+ratio of the current student and the one that sampled; tokens at which it is above `max_ratio`, or below its inverse,
+and tokens that the student did not sample have neither the second nor the third term. The last term, cross-entropy, is
+that of the tokens that the student did not sample, and of no others.
 
 Shape letters: N tokens of a micro-batch, n of a chunk, K ids of the support, C = K + 1 classes: the ids, then the rest.
 """
@@ -49,6 +50,7 @@ class Objective:
     clip: float | None = None
     """Most of a token's divergence, and of the size of its log-ratio in the policy gradient, in nats."""
     policy_gradient: float = 0.0
+    likelihood: float = 0.0
     max_ratio: float = 8.0
     by_rank: bool = False
     """Compare both models' likeliest tokens by rank, whatever they are."""
@@ -61,7 +63,7 @@ class Objective:
     @property
     def plain(self) -> Objective:
         """The divergence alone, as it is."""
-        return replace(self, divergence_weight=1.0, weight=None, clip=None, policy_gradient=0.0)
+        return replace(self, divergence_weight=1.0, weight=None, clip=None, policy_gradient=0.0, likelihood=0.0)
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,9 @@ class BatchLoss(TokenLoss):
             loss_n, weight_n = divergence_n[mine_n], weights_n[mine_n]
             loss_n = loss_n if objective.clip is None else loss_n.clamp_max(objective.clip)
             loss_n = objective.divergence_weight * weight_n * loss_n
+            if objective.likelihood:
+                others_n = torch.where(facts.has_sampler_logp_N, 0.0, tokens.sampled_logp_n)[mine_n]
+                loss_n = loss_n - objective.likelihood * others_n
             if not objective.policy_gradient and not self._has_advantages:
                 return loss_n
             ratio_n = torch.where(

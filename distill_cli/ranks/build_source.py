@@ -59,6 +59,7 @@ from distill_cli.student.weights import synced_parameters
 from distill_cli.tokens.token_map import TokenMap
 from distill_cli.tokens.translation import Translation
 from distill_cli.train.validation import Validator, first_of_each
+from distill_cli.types import Prompt
 
 FIRST_COPY = -10
 """Versions of a moving teacher's weights count down from here, apart from the student's and the sampler's own."""
@@ -165,20 +166,26 @@ def build_translations(resolved: ResolvedRun) -> dict[int, Translation]:
     }
 
 
+def held_out_prompts(rank: Rank) -> list[Prompt]:
+    """Return the prompts of data.validation, eval.max_samples of each dataset at most; none without it."""
+    validation, number = rank.resolved.config.data.validation, rank.resolved.config.eval.max_samples
+    if not validation:
+        return []
+    examples = load_examples(validation, key="data.validation")
+    limit = number if isinstance(examples, Stream) else None
+    prompts = make_prompts(examples, prompt_maker(rank, is_scored=False), key="data.validation", limit=limit)
+    return first_of_each(prompts, number)
+
+
 def build_validator(rank: Rank) -> Validator | None:
     """Build the validation; None if the run has none."""
     resolved, config, settings = rank.resolved, rank.resolved.config, rank.resolved.config.eval
-    if config.data.validation is None or not validates(config):
+    if not validates(config):
         return None
-    assert config.data.verifier is not None, "config.checks refuses a validation without one"
-    examples = load_examples(config.data.validation, key="data.validation")
-    limit = settings.max_samples if isinstance(examples, Stream) else None
-    prompts = make_prompts(examples, prompt_maker(rank, is_scored=False), key="data.validation", limit=limit)
     sampling = replace(train_sampling(resolved), temperature=settings.temperature, top_p=settings.top_p, top_k=0)
     sampling = replace(sampling, max_new_tokens=settings.max_new_tokens or sampling.max_new_tokens, logp=False)
     responder = build_responder(rank, sampling, max_tokens=resolved.lengths.validation)
-    chosen = first_of_each(prompts, settings.max_samples)
-    return Validator(chosen, responder, settings.batch_size, rank.parallel, settings.repeat)
+    return Validator(held_out_prompts(rank), responder, settings.batch_size, rank.parallel, settings.repeat)
 
 
 def build_responder(rank: Rank, sampling: SamplingSettings, *, max_tokens: int) -> Responder:

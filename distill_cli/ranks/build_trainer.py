@@ -175,11 +175,10 @@ def build_trainer(
     if validator is not None and worker is not None:
         validation = Validation(validator, worker, teachers if config.eval.teacher else [], translations)
     if (number := config.eval.record_samples) and worker is not None and scoring is not None:
-        if validator is None:
+        prompts = (parts.held_out_prompts(rank) if validator is None else validator.prompts)[:number]
+        if not prompts:
             assert not isinstance(order, RecordedSteps), "config.checks refuses it"
             prompts = order.first(number)
-        else:
-            prompts = validator.prompts[:number]
         probes = ProbeReport(prompts, worker, scoring, student, rollouts, config.loss.topk)
     left = progress.guard_left
     source = parts.build_source(
@@ -330,6 +329,7 @@ def build_objective(config: Config) -> Objective:
         weight=weight,
         clip=loss.token_clip,
         policy_gradient=loss.policy_gradient,
+        likelihood=loss.likelihood,
         max_ratio=loss.max_ratio,
         by_rank=loss.alignment is Alignment.rank,
     )

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from distill_cli.config.loss_schema import describe_loss
 from distill_cli.metrics import STAGES, Metric
 from distill_cli.report.comparison import two_key_grid
 from distill_cli.report.figures import field
@@ -39,7 +40,7 @@ def facts(history: History) -> list[tuple[str, str]]:
     rows = {
         "student": config.get("model.student.path"),
         "teacher": teachers(config),
-        "loss": f"{config.get('loss.kl_type')}, top-{config.get('loss.topk')}, tail {config.get('loss.tail')}",
+        "loss": describe_loss(config),
         "time": f"{history.result.step} steps in {clock(seconds)}" if seconds else None,
         "folder": history.result.folder,
         "command": history.command,

@@ -112,12 +112,12 @@ class Student(nn.Module):
 
     @contextmanager
     def term_alone(self, term: Literal["divergence", "advantage"]) -> Iterator[None]:
-        """Have within the block the loss's terms that depend on the teacher alone, or those that do not."""
+        """Have within the block the loss's terms other than advantages, or advantages."""
         before = self.objective, self.own_objectives, self.has_advantages
         if term == "divergence":
             self.has_advantages = False
         else:
-            off = partial(replace, divergence_weight=0.0, policy_gradient=0.0)
+            off = partial(replace, divergence_weight=0.0, policy_gradient=0.0, likelihood=0.0)
             self.objective = off(self.objective)
             self.own_objectives = {key: off(one) for key, one in self.own_objectives.items()}
         try:

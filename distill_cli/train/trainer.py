@@ -45,7 +45,7 @@ from distill_cli.types import Rollout
 log = logging.getLogger(__name__)
 
 TRUNCATED_STEPS = 3
-"""Warn or stop after this many steps in a row above `rollout.max_truncated_rate`."""
+"""Warn or stop after so many steps in a row above `rollout.max_truncated_rate`; warn again when they double."""
 RANKED = ("train", "rollout", "val", "teacher")
 """Kinds of metrics that a checkpoint keeps: checkpoints can be ranked by them."""
 
@@ -191,7 +191,7 @@ class Trainer:
     def measures_terms_at(self, step: int) -> bool:
         """Return whether the gradients of the loss's terms are compared in `step`, which costs two passes more."""
         has_both = self.advantages is not None and any(
-            one.divergence_weight or one.policy_gradient for one in self.student.objectives
+            one.divergence_weight or one.policy_gradient or one.likelihood for one in self.student.objectives
         )
         return has_both and (step == 1 or self.validates_at(step))
 
@@ -260,7 +260,8 @@ class Trainer:
         """
         limit, progress = self.config.rollout.max_truncated_rate, self.progress
         progress.truncated_steps = progress.truncated_steps + 1 if truncated_rate > limit else 0
-        if progress.truncated_steps == 0 or progress.truncated_steps % TRUNCATED_STEPS:
+        times, left = divmod(progress.truncated_steps, TRUNCATED_STEPS)
+        if left or times.bit_count() != 1:  # after 3, 6, 12, 24, ... steps
             return
         steps = f"{progress.truncated_steps} steps in a row"
         problem = f"rollout/truncated_rate is above rollout.max_truncated_rate={limit} for {steps}"

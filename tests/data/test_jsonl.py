@@ -35,6 +35,7 @@ def test_columns_are_chosen_by_key(tmp_path: Path) -> None:
         (b'{"question": "\xff", "answer": 1}\n', ":1: not UTF-8"),
         (b"[1, 2]\n", ":1: a JSON list"),
         (b'{"question": "a", "answer": 1}\n{"query": "a"}\n', ":2: no column 'question'; this row has: 'query'"),
+        (b'{"question": "a"}\n', ":1: no column 'answer'; this row has: 'question'; for prompts without answers"),
         (b'{"question": 3, "answer": 1}\n', ":1: question must be a text"),
         (b'{"question": "a", "answer": {}}\n', ":1: answer must be a text or a number"),
     ],

@@ -15,14 +15,17 @@ from distill_cli.config.compose import compose
 from distill_cli.data.prompts import PromptMaker, make_prompts
 from distill_cli.data.registry import load_examples
 from distill_cli.data.rows import Stream, boxed_answer, final_answer
+from distill_cli.data.sources import instructions
 from distill_cli.errors import ConfigError
 from distill_cli.models.model_files import ASSETS
 from distill_cli.ranks.build_source import prompt_settings
 from distill_cli.types import Example
 from tests.data.published import QUESTION, localize, make_copy
 
-PUBLISHED = [f.stem for f in sorted((conf_dir() / "data").glob("*.yaml")) if f.stem not in ("arithmetic",)]
-OWN_FILES = ("jsonl", "table")
+PUBLISHED = [
+    f.stem for f in sorted((conf_dir() / "data").glob("*.yaml")) if f.stem not in ("arithmetic", "instructions")
+]
+OWN_FILES = ("jsonl", "prompts", "table")
 NO_EVAL = ["eval.period=0", "eval.at_start=false", "eval.at_end=false"]
 
 
@@ -48,7 +51,8 @@ def test_every_yaml_loads_published_columns(name: str, tmp_path: Path, tokenizer
     if name in OWN_FILES:
         file = tmp_path / "rows.jsonl"
         file.write_text(json.dumps({"question": QUESTION, "answer": 7}) + "\n")
-        argv += [f"data.train.path={file}", f"data.validation.path={file}"]
+        argv.append(f"data.train.path={file}")
+        argv += [f"data.validation.path={file}"] * (name != "prompts")
     if name == "sources":
         one = "{mine: {source: table, path: openai/gsm8k, name: main, answer_from: final}}"
         argv += [f"data.train.sources={one}", "data.train.weights={mine: 2}", f"data.validation.sources={one}"]
@@ -234,7 +238,7 @@ def test_wrong_table_names_its_columns(tmp_path: Path) -> None:
     for name, content in {
         "a.parquet": b"no parquet",
         "b.csv": b"",
-        "c.txt": b"x",
+        "c.xml": b"x",
         "d.csv": b"question\n\xff\n",
     }.items():
         (tmp_path / name).write_bytes(content)
@@ -258,3 +262,51 @@ def test_source_alone_names_its_group() -> None:
         "data.train.source=jsonl: keys of another source are still there; choose data=jsonl"
         in caught.value.problems[-1]
     )
+
+
+@pytest.mark.parametrize("column", ["prompt", "question", "instruction", "problem", "query", "input", "text"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_prompts_column_is_found(column: str, suffix: str, tmp_path: Path) -> None:
+    import pandas
+
+    rows, file = pandas.DataFrame([{"id": 1, column: "a"}, {"id": 2, column: "b"}]), tmp_path / f"p.{suffix}"
+    write = {"jsonl": lambda at: rows.to_json(at, orient="records", lines=True), "csv": rows.to_csv}
+    write.get(suffix, rows.to_parquet)(file)
+    for streaming in (False, True):
+        spec = {"source": "table", "path": str(file), "question_key": None, "answer_key": None, "streaming": streaming}
+        assert [(one.question, one.answer) for one in load_examples(spec, key="data.train")] == [
+            ("a", None),
+            ("b", None),
+        ]
+
+
+def test_text_and_conversations_are_found(tmp_path: Path) -> None:
+    spec = {"source": "table", "question_key": None, "answer_key": None}
+    (tmp_path / "p.txt").write_text("What is 1 + 1?\nWhy?\n")
+    found = load_examples({**spec, "path": str(tmp_path / "p.txt")}, key="data.train")
+    assert [one.question for one in found] == ["What is 1 + 1?", "Why?"]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"input": [{"role": "user", "content": "Hello"}], "id": 3}))
+    (found,) = load_examples({**spec, "path": str(tmp_path / "c.jsonl")}, key="data.train")
+    assert found.question == "Hello"
+
+
+def test_missing_prompts_are_named(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"id": 1, "label": "x"}')
+    spec = {"source": "table", "path": str(tmp_path / "p.jsonl"), "question_key": None, "answer_key": None}
+    with pytest.raises(ConfigError, match="no column of prompts; there are: id, label; give question_key"):
+        load_examples(spec, key="data.train")
+
+
+def test_instructions_share_no_topic() -> None:
+    of_split = {split: instructions.load(split=split, size=500) for split in ("train", "validation")}
+    assert instructions.load(split="train", size=20) == of_split["train"][:20]
+    topics = {topic for names in instructions.TOPICS.values() for topic in names.split(", ")}
+    found = {
+        split: {topic for topic in topics for row in rows if f" {topic} " in f" {row.question.rstrip('.?')} "}
+        for split, rows in of_split.items()
+    }
+    assert found["train"]
+    assert found["validation"]
+    assert not found["train"] & found["validation"]
+    with pytest.raises(ConfigError, match="size=100000: must be between 1 and"):
+        instructions.load(split="train", size=100_000)

@@ -195,6 +195,8 @@ class Reference:
             loss_T = loss_T - torch.where(is_near, ratio_T, 0.0) * advantage_T
             sums["sampled"] += len(ratio_T)
             sums["near"] += int(is_near.sum())
+        else:
+            loss_T = loss_T - loss.likelihood * raw_RV.log_softmax(-1)[mask].gather(1, ids_T1)[:, 0]
         with torch.no_grad():
             self.report(rollout, loss_T, p, q, logp_TV, logq_TV, sums)
             sums["below"] += int((divergence_T <= clip).sum())

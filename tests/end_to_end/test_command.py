@@ -149,7 +149,7 @@ def test_doctor_names_fixes(tmp_path: Path) -> None:
 
 LOSSES = (
     *("forward", "gold", "jsd", "l1", "mixed", "no_teacher", "policy_gradient", "reverse", "reward"),
-    *("skew_forward", "skew_reverse", "uld"),
+    *("sft", "skew_forward", "skew_reverse", "uld"),
 )
 TYPED = {
     "distill loss=": [f"loss={name}" for name in LOSSES],

@@ -61,6 +61,7 @@ def dense_loss(
     ratio_N = torch.where(near_N, ratio_N, 0.0)
     total_N = objective.divergence_weight * weights_N * divergence_N.clamp_max(clip)
     total_N = total_N - objective.policy_gradient * weights_N * ratio_N * gap_N.clamp(-clip, clip)
+    total_N = total_N - objective.likelihood * torch.where(facts.has_sampler_logp_N, 0.0, logq_N)
     return (total_N - ratio_N * facts.advantage_N) / 7
 
 
@@ -74,6 +75,8 @@ def dense_loss(
         ({"weight": weight_of("first_fraction", fraction=0.5)}, 0.0),
         ({"divergence_weight": 0.0, "policy_gradient": 1.0}, 0.0),
         ({"policy_gradient": 0.5, "clip": 0.7, "weight": weight_of("position", half_life=2.0)}, 0.0),
+        ({"divergence_weight": 0.0, "likelihood": 1.0}, 0.0),
+        ({"likelihood": 0.5, "clip": 0.7, "policy_gradient": 0.5}, 0.3),
         ({}, 0.3),
         ({"divergence_weight": 0.0}, 0.3),
         ({"divergence_weight": 2.0, "policy_gradient": 0.5, "max_ratio": 1.1}, 0.3),

@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 from distill_cli.config.choices import conf_dir
 from distill_cli.losses import divergence, token_weight
 
-TERMS = {"policy_gradient", "reward", "no_teacher", "uld", "gold"}
+TERMS = {"policy_gradient", "reward", "no_teacher", "sft", "uld", "gold"}
 """Files that set other terms of the loss, or another alignment."""
 
 

@@ -20,7 +20,10 @@ from distill_cli.types import Example
 
 NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0, got 0")
 """Parts of the errors of `datasets` and pyarrow for a file that has columns alone."""
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+FORMATS = {
+    **{".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"},
+    ".txt": "text",  # a row a line, of the column `text`
+}
 
 
 def load(
@@ -29,7 +32,7 @@ def load(
     name: str | None = None,
     split: str = "train",
     revision: str | None = None,
-    question_key: str = "question",
+    question_key: str | None = "question",
     answer_key: str | None = "answer",
     answer_from: str | None = None,
     messages_key: str | None = None,
@@ -48,7 +51,8 @@ def load(
         name: the dataset's configuration, if it has several.
         split: `train`, `test`, or a part such as `train[:1000]`; a single file is all of one split.
         revision: branch, tag or commit on the hub.
-        question_key: column of the user's message. A dot goes into a nested column.
+        question_key: column of the user's message. A dot goes into a nested column. null finds it: prompt, question,
+            instruction, problem, query, input, text, or a conversation's: messages, conversation, chat.
         answer_key: column of the answer that a verifier compares with; null if there is none.
         answer_from: where the answer stands in that column: `final` (after ####), `boxed`; null takes all of it. A row
             without it has no answer.
@@ -72,19 +76,24 @@ def load(
         question_key, messages_key, answer_key, context_key, response_key, answer_from, dataset, teacher_key
     )
     if path.endswith(".jsonl"):
+        where, line = next(read_lines(path))
+        first_row = read_object(line, where=where)
+        columns = columns.found_in(first_row, where=path)
         if not streaming:
             return [read_example(*line, columns) for line in islice(read_lines(path), limit)] * repeat
-        where, line = next(read_lines(path))
-        columns.check(list(read_object(line, where=where)), where=path)
+        columns.check(list(first_row), where=path)
         return _stream(lambda: (partial(read_example, *line, columns) for line in read_lines(path)), limit, repeat)
     rows, where = _open(path, name=name, split=split, revision=revision, streaming=streaming), f"{path} ({split})"
     if streaming:
         first = next(_read(rows, where=where), None)
         if first is None:
             raise ConfigError(f"{where}: no rows")
+        columns = columns.found_in(first[1], where=where)
         columns.check(list(first[1]), where=where)
         make = columns.to_example
         return _stream(lambda: (partial(make, row, where=at) for at, row in _read(rows, where=where)), limit, repeat)
+    if len(rows):
+        columns = columns.found_in(rows[0], where=where)
     columns.check(rows.column_names, where=where)
     tops = {column.split(".")[0] for column in columns.named.values()}
     rows = rows.select_columns([column for column in rows.column_names if column in tops])
