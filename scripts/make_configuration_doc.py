@@ -24,9 +24,8 @@ INTRODUCTION = """\
 # Configuration
 
 Every key, with its type, default and meaning. `python scripts/make_configuration_doc.py` writes this page from
-[`schema.py`](../distill_cli/config/schema.py), [`loss_schema.py`](../distill_cli/config/loss_schema.py),
-[`execution_schema.py`](../distill_cli/config/execution_schema.py),
-[`divergence.py`](../distill_cli/losses/divergence.py) and [`conf/`](../conf); a test checks that it is current.
+`schema.py`, `loss_schema.py` and `execution_schema.py` in `distill_cli/config/`,
+`distill_cli/losses/divergence.py` and `conf/`; a test checks that it is current.
 
 Defaults are those of the Qwen3 recipe on GPUs. The files of `conf/` set others by group; `model=tiny`, the default
 choice, selects sizes for a laptop in several groups. `distill --cfg job` prints what a command composes to.

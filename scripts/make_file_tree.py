@@ -1,4 +1,4 @@
-"""Write the list of the package's files into README.md, each with the first sentence of its docstring.
+"""Write the list of the package's files into CONTRIBUTING.md, each with the first sentence of its docstring.
 
 python scripts/make_file_tree.py          # a test checks that it is current
 """
@@ -38,12 +38,12 @@ def tree() -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_tree(readme: str) -> str:
-    """Return the text of README.md with the current list."""
-    before, rest = readme.split(BEGIN)
+def with_tree(page: str) -> str:
+    """Return the text of CONTRIBUTING.md with the current list."""
+    before, rest = page.split(BEGIN)
     return before + BEGIN + tree() + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tree(readme.read_text()))
+    page = ROOT / "CONTRIBUTING.md"
+    page.write_text(with_tree(page.read_text()))

@@ -5,6 +5,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from distill_cli.jobs.search import read_search
 from distill_cli.verbs.command_line import parser_of
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 GROUPS = {file.name for file in (ROOT / "conf").iterdir() if file.is_dir()}
 PLACEHOLDER = re.compile(r"\.\.\.|<[^>]+>|\b[A-Z]{3,}\b")
 
@@ -73,13 +74,56 @@ def test_generated_page_is_current(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_readme_lists_every_file() -> None:
+def test_contributing_lists_every_file() -> None:
     script = runpy.run_path(str(ROOT / "scripts/make_file_tree.py"))
-    readme = (ROOT / "README.md").read_text()
-    assert script["with_tree"](readme) == readme, "run scripts/make_file_tree.py"
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert script["with_tree"](page) == page, "run scripts/make_file_tree.py"
+
+
+def test_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "nemo_rl.md"], ids=lambda page: page.name)
 def test_named_python_files_exist(page: Path) -> None:
     named = set(re.findall(r"`((?:\w+/)+\w+\.py)`", page.read_text()))
     assert sorted(name for name in named if not any((ROOT / at / name).is_file() for at in (".", "distill_cli"))) == []
+
+
+def quoted_errors() -> list[str]:
+    """The errors of troubleshooting.md; an ellipsis stands for what varies."""
+    return re.findall(r"(?m)^\| `([^`]*…[^`]*)` \|", (ROOT / "docs/troubleshooting.md").read_text())
+
+
+@pytest.mark.parametrize("text", quoted_errors())
+def test_a_quoted_error_exists(text: str) -> None:
+    source = "\n".join(file.read_text() for file in (ROOT / "distill_cli").rglob("*.py"))
+    parts = [part.strip(" :;,()=") for part in text.split("…")]
+    assert [part for part in parts if part not in source] == []
+
+
+def test_twenty_errors_are_quoted() -> None:
+    assert len(quoted_errors()) >= 20
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_of_the_front_pages_exist(page: str) -> None:
+    """`mkdocs build --strict` checks those between the pages of docs/."""
+    targets = [link for link in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()) if "://" not in link]
+    assert targets
+    for target in targets:
+        file, _, anchor = target.partition("#")
+        assert (ROOT / file).exists(), target
+        headings = re.findall(r"(?m)^#+ (.*)", (ROOT / (file or page)).read_text()) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+def test_site_lists_every_page() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text()
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f": {page.name}\n" not in nav] == []
+
+
+def test_changelog_has_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()

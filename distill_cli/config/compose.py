@@ -117,7 +117,7 @@ def composed_job(config: DictConfig, overrides: Sequence[str]) -> Job:
         ConfigError: a key is unknown, or has no value.
     """
     problems = [f"{key}: unknown key" for key in variation.unknown_keys(config)]
-    refuse([*problems, *(f"{key}: a value is needed" for key in sorted(OmegaConf.missing_keys(config)))])
+    refuse([*problems, *map(variation.missing_value, sorted(OmegaConf.missing_keys(config)))])
     runtime = HydraConfig.get()
     task, swept = [without_credentials(text.removeprefix("++")) for text in runtime.overrides.task], []
     if runtime.mode is not None and runtime.mode.name == "MULTIRUN":

@@ -88,7 +88,7 @@ def override(config: Config, overrides: Overrides, *, typed: Sequence[str] = (),
             raise ConfigError(f"{line}: {one_line(error)}") from error
     for key in unread:
         OmegaConf.update(merged, key, {}, merge=False)
-    refuse(f"{key}: a value is needed" for key in sorted(OmegaConf.missing_keys(merged)))
+    refuse(map(missing_value, sorted(OmegaConf.missing_keys(merged))))
     changed: Any = OmegaConf.to_object(merged)
     return changed
 
@@ -223,6 +223,16 @@ def sweep_keys(overrides: Sequence[str]) -> set[str]:
 def takes_fractions(key: str) -> bool:
     """Whether 0.5 is a value of the key's type."""
     return _type_problem(OmegaConf.structured(Config), key, 0.5) is None
+
+
+def missing_value(key: str) -> str:
+    """Return the line about a key that has no value and no default."""
+    fixes = {
+        "data.train.": "; give a file or dataset (data=prompts if it has no answers), or choose one (distill ls data)",
+        "data.validation.": "; give held-out rows, or set data.validation=null",
+        "model.": "; give a folder or a hub name, or choose a pair (distill ls model)",
+    }
+    return f"{key}: a value is needed" + next((fix for at, fix in fixes.items() if key.startswith(at)), "")
 
 
 def unknown_keys(config: DictConfig) -> list[str]:

@@ -89,6 +89,9 @@ class Columns:
             question, response = messages[-1]["content"] if messages else "", response or last_answer
         else:
             assert self.question_key is not None, "found_in comes first"
+            if "." not in self.question_key and self.question_key not in row:
+                fix = "name the column by question_key, or choose data=prompts, which finds it"
+                raise ConfigError(f"{where}: no column {self.question_key!r}; this row has: {_names(row)}; {fix}")
             question = _value(row, self.question_key, where)
             if question is not None and not isinstance(question, str):
                 raise ConfigError(f"{where}: {self.question_key} must be a text, not {_shown(question)}")

@@ -260,7 +260,7 @@ def read_data(facts: Facts, config: Config) -> Iterator[str]:
     rows, prompts = facts.data.num_train, config.rollout.prompts_per_step
     if rows is not None and 0 < rows < prompts:
         fix = "lower it (and train.global_batch_size), or give more"
-        yield f"rollout.prompts_per_step={prompts}: the training data has only {rows} rows; {fix}"
+        yield f"rollout.prompts_per_step={prompts}: the training data has only {rows} row{'s' * (rows > 1)}; {fix}"
 
 
 def read_recording(facts: Facts, config: Config) -> None:

@@ -2,7 +2,7 @@
 
 Each rule reads the rows of metrics.jsonl and the config, and returns a sentence or None. A rule that finds no evidence
 is silent: a level counts over RECENT steps, a trend only where it is clear (`trend`). The thresholds are this project's
-choice; docs/diagnosis.md has them. Left out: what a single step shows.
+choice; docs/report.md has them. Left out: what a single step shows.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,7 @@
 """Resume a run, or the unfinished runs of a sweep, from the newest checkpoint.
 
 In the same folder, on any number of ranks and any mesh. Keys that have shaped the weights cannot be changed: they are
-compared with the checkpoint's own config, and a difference is refused. The README lists the keys that can.
+compared with the checkpoint's own config, and a difference is refused. docs/runs.md lists the keys that can.
 
 examples
   distill resume runs/latest
