@@ -72,7 +72,8 @@ class Source:
             read = AutoModelForCausalLM.from_pretrained(self.folder, **file, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(self.folder, **file)
         except ImportError as error:
-            raise ConfigError(f"{self.gguf}: reading it needs the package gguf; pip install "distill-cli[gguf]"") from error
+            fix = 'pip install "distill-cli[gguf]"'
+            raise ConfigError(f"{self.gguf}: reading it needs the package gguf; {fix}") from error
         config = read.config
         if hasattr(config, "quantization_config"):  # of the file: the weights are float32 now
             del config.quantization_config
