@@ -191,7 +191,7 @@ class History:
     def sample_files(self) -> list[tuple[int, Path]]:
         """The recorded steps and their files, the earliest first."""
         files = [(file.stem[5:], file) for file in RunDir(self.result.folder).rollouts.glob("step_*.parquet")]
-        return sorted((int(step), file) for step, file in files if step.isdigit())
+        return sorted((int(step), file) for step, file in files if step.isdecimal() and file.is_file())
 
     @property
     def accuracies(self) -> tuple[float | None, float | None, float | None]:
