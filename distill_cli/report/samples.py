@@ -64,7 +64,8 @@ def read_answers(histories: Sequence[History]) -> tuple[list[Answer], list[str]]
         between = max(len(files) - 1, 1) if len(histories) > 1 else 1
         for step, file in files[::between]:
             try:
-                table = pyarrow.parquet.read_table(file)
+                with file.open("rb") as content:
+                    table = pyarrow.parquet.read_table(content)
             except (OSError, pyarrow.ArrowException):
                 unreadable.append(f"{history.name}/{file.name}")
                 continue
