@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from distill_cli.errors import ConfigError
+from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.atomic_dir import replacing
 from distill_cli.metrics import ACCURACY, METRICS, SECTIONS
 from distill_cli.report import figures, samples, sections
@@ -172,9 +172,15 @@ def vega() -> str:
     """Return Vega, Vega-Lite and Vega-Embed as one script, which defines `vegaEmbed`.
 
     Bundling takes seconds: the script is kept in the user's cache folder, under the bundler's version.
+
+    Raises:
+        DistillError: the bundler is not installed.
     """
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cached = cache_home / "distill" / f"vega-{metadata.version('vl-convert-python')}.js"
+    try:
+        cached = cache_home / "distill" / f"vega-{metadata.version('vl-convert-python')}.js"
+    except metadata.PackageNotFoundError as error:
+        raise DistillError("vl-convert-python is not installed, which has the figures' script; install it") from error
     if cached.is_file():
         return cached.read_text()
     import vl_convert

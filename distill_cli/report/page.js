@@ -46,30 +46,45 @@ function look() {
   };
 }
 
-const figures = new Map(); // of the figures now on the page, by id: the place, its specification, and Vega's view
+const figures = new Map(); // what is drawn, by the figure's id
 let highlighted = ""; // the run that the legend highlights
 
 function datasetsOf(spec) {
   return [...(spec.data ? [spec.data.name] : []), ...(spec.layer ?? []).flatMap(datasetsOf)];
 }
 
-// Draw a figure, or give new data to the one that is there.
+// Draw a figure, or give new data to the one that is there; one that is out of sight is drawn when it comes into sight.
 async function drawChart(chart, datasets) {
   const place = document.getElementById("chart-" + chart.id);
   if (!place) return; // it came after this page
   const text = JSON.stringify([chart.spec, dark.matches]);
   const old = figures.get(chart.id);
   if (old?.place === place && old.text === text) {
-    for (const name of new Set(datasetsOf(chart.spec))) old.view.data(name, datasets[name].map((row) => ({ ...row })));
-    await old.view.runAsync();
-    return;
+    old.datasets = datasets;
+    return redraw(old);
   }
   old?.view.finalize();
   const spec = { width: "container", ...chart.spec, autosize: { type: "fit-x", contains: "padding" }, datasets };
   spec.params = [{ name: "chosen", value: highlighted }];
   const options = { actions: false, renderer: "svg", ast: AST, tooltip: { theme: dark.matches ? "dark" : "light" }, config: look() };
-  figures.set(chart.id, { place, text, view: (await vegaEmbed(place, spec, options)).view });
+  const { view } = await vegaEmbed(place, spec, options);
+  figures.set(chart.id, { place, text, view, names: new Set(datasetsOf(chart.spec)), datasets, drawn: datasets, isInSight: false });
+  sight.observe(place);
 }
+
+async function redraw(figure) {
+  if (!figure.isInSight || figure.drawn === figure.datasets) return;
+  figure.drawn = figure.datasets;
+  for (const name of figure.names) figure.view.data(name, figure.drawn[name].map((row) => ({ ...row })));
+  await figure.view.runAsync();
+}
+
+const sight = new IntersectionObserver((changes) => changes.forEach(({ target, isIntersecting }) => {
+  const figure = figures.get(target.id.replace("chart-", ""));
+  if (figure?.place !== target) return;
+  figure.isInSight = isIntersecting;
+  redraw(figure);
+}), { rootMargin: "100px" });
 
 function drawCharts(data) {
   return Promise.all(data.charts.map((chart) => drawChart(chart, data.datasets)));
@@ -301,8 +316,8 @@ function startSamples(samples, names) {
   runs.replaceChildren(...present.map((run) => element("option", { value: run }, names[run])));
   runs.value = shown.run;
   runs.parentElement.hidden = present.length < 2;
-  const redraw = (aim) => { shown.aim = aim; drawSamples(samples); shown.aim = null; drawWorst(samples); };
-  runs.onchange = () => { shown.run = Number(runs.value); shown.steps.clear(); shown.worst = null; redraw("worst"); };
+  const draw = (aim) => { shown.aim = aim; drawSamples(samples); shown.aim = null; drawWorst(samples); };
+  runs.onchange = () => { shown.run = Number(runs.value); shown.steps.clear(); shown.worst = null; draw("worst"); };
   document.getElementById("prompts").onkeydown = (event) => choosePrompt(samples, event);
   document.getElementById("measure").onchange = (event) => { shown.measure = event.target.value; drawSamples(samples); };
   const notes = [];
@@ -310,7 +325,7 @@ function startSamples(samples, names) {
   if (samples.unreadable.length) notes.push(`Left out, since they cannot be read: ${samples.unreadable.join(", ")}.`);
   document.getElementById("cut").hidden = !notes.length;
   document.getElementById("cut").textContent = notes.join(" ");
-  redraw(isFirst ? "worst" : null);
+  draw(isFirst ? "worst" : null);
 }
 
 let page = { data: null, samples: null, from: null }; // what is shown, and the address that the samples came from

@@ -1,1 +1,1 @@
-"""The local page about the runs below a folder (`distill ui`): a list, and the report of each run, kept up to date"""
+"""The page of `distill ui`: a list of the runs below a folder, and the report of each, kept up to date."""

@@ -127,6 +127,5 @@ def _answer(request: Request, text: str, media_type: str) -> Response:
 
 
 def _failed(request: Request, error: Exception) -> Response:
-    is_known = isinstance(error, HTTPException)
-    status, text = (error.status_code, error.detail) if is_known else (500, str(error))
+    status, text = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, str(error))
     return PlainTextResponse((text + "\n").encode(errors="replace"), status)

@@ -3,7 +3,7 @@
 
 const PAUSE_MS = 1000;
 const HIDDEN_MS = 10000; // between two looks of a page in the background
-const SHARE = 4; // a look that takes long is followed by a pause as many times as long
+const SHARE = 2; // a look that takes long is followed by a pause as many times as long
 
 let wake = () => {};
 document.addEventListener("visibilitychange", () => document.hidden || wake());

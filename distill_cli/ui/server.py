@@ -29,7 +29,7 @@ def serve(root: Path, *, port: int, opens_browser: bool) -> None:
     Raises:
         ConfigError: the port is not free.
     """
-    with _bind(port) as listener:
+    with suppress(KeyboardInterrupt), _bind(port) as listener:
         port = listener.getsockname()[1]
         address = f"http://{HOST}:{port}/"
         print(f"{root}: {address} (Ctrl-C ends it)", flush=True)
@@ -40,8 +40,7 @@ def serve(root: Path, *, port: int, opens_browser: bool) -> None:
             app, lifespan="off", ws="none", log_level="error", access_log=False, server_header=False,
             timeout_graceful_shutdown=STOP_S,
         )  # fmt: skip
-        with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def _bind(port: int) -> socket.socket:

@@ -268,7 +268,7 @@ def test_hostile_runs_execute_nothing(page: Browser, root: Path, address: str) -
         page.hover(".answer .tokens .t:nth-child(2)", until="!document.getElementById('tip').hidden")
         click(page, "#log summary")
         append(run, 14 if path == query else 15)
-        page.wait(f"figures.get('loss').view.data('steps').some(row => row.step === {14 if path == query else 15})")
+        page.wait(f"page.data.datasets.steps.some(row => row.step === {14 if path == query else 15})")
         page.hover(
             "#chart-positions .role-mark.mark-symbol path",
             until="document.querySelector('#vg-tooltip-element.visible') !== null",
