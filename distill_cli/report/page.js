@@ -69,6 +69,7 @@ async function drawChart(chart, datasets) {
   const options = { actions: false, renderer: "svg", ast: AST, tooltip: { theme: dark.matches ? "dark" : "light" }, config: look() };
   const { view } = await vegaEmbed(place, spec, options);
   figures.set(chart.id, { place, text, view, names: new Set(datasetsOf(chart.spec)), datasets, drawn: datasets, isInSight: false });
+  sight.unobserve(place); // else a place that was observed before is not reported again
   sight.observe(place);
 }
 
@@ -335,10 +336,11 @@ async function showPage(source) {
   const block = source.getElementById("samples");
   const from = block ? block.dataset.url ?? "here" : null;
   const isNew = from !== page.from;
+  const before = page.data;
   const data = await unpack(source.getElementById("data"));
   page = { data, from, samples: isNew && block ? await unpack(block) : page.samples };
   await drawCharts(data);
-  if (data.runs.length > 1) drawLegend(data.runs);
+  if (data.runs.length > 1 && String(data.runs) !== String(before?.runs)) drawLegend(data.runs);
   if (isNew && block) startSamples(page.samples, data.runs);
   document.documentElement.dataset.drawn = data.charts.length;
 }

@@ -22,7 +22,7 @@ from distill_cli.report.read import (
     rows_from_the_end,
     short_settings,
     state_of,
-)  # fmt: skip
+)
 from distill_cli.report.sections import teachers
 from distill_cli.terminal.step_printer import PACE_STEPS, seconds_left
 from distill_cli.ui.find import FILES, Found, find_runs, is_run, stamps, walk
@@ -85,18 +85,20 @@ class Listing:
     def lines(self, *, within_s: float = math.inf) -> list[Line]:
         """Return the line of each run and sweep, a sweep before its runs.
 
-        After `within_s` a run that was never read has a line without facts, whose state is READING.
+        Runs that were never read take `within_s` at most; the rest of them have the state READING, until the next call.
         """
         with self._lock:
-            deadline = time.monotonic() + within_s
             self._known = known = find_runs(self.root)
             self._lines = {name: line for name, line in self._lines.items() if name in known}
-            return [
-                self._line(found)
-                if found.name in self._lines or time.monotonic() < deadline
-                else replace(_named(found), state=READING)
-                for found in known.values()
-            ]
+            spent, lines = 0.0, []
+            for found in known.values():
+                is_new, began = found.name not in self._lines, time.monotonic()
+                if is_new and spent > within_s and found.runs is None:
+                    lines.append(replace(_named(found), state=READING))
+                    continue
+                lines.append(self._line(found))
+                spent += time.monotonic() - began if is_new else 0.0
+            return lines
 
     def line(self, found: Found) -> Line:
         """Return the line of a run as it is now."""
@@ -118,19 +120,20 @@ class Listing:
     def _line(self, found: Found) -> Line:
         if found.runs is not None or found.problem:
             return _named(found)
+        files = stamps(found.folder, FILES)
+        has_ended = files[-1] is not None
+        stamp: tuple[object, object] = (files, None)
         try:
             with naming_damage(found.folder):
-                files = stamps(found.folder, FILES)
-                has_ended = files[-1] is not None
-                stamp = (files, None if has_ended else _signs_of_life(found.folder))
+                stamp = stamp if has_ended else (files, _signs_of_life(found.folder))
                 old, line = self._lines.get(found.name, (None, None))
                 if line is None or old != stamp:
                     line = summarize(found)
                     json.dumps(vars(line), allow_nan=False)  # ValueError: a number is infinite
-                    self._lines[found.name] = stamp, line
-                return line
         except DistillError as error:
-            return replace(_named(found), problem=str(error), has_page=False)
+            line = replace(_named(found), problem=str(error), has_page=False)
+        self._lines[found.name] = stamp, line
+        return line
 
 
 def _signs_of_life(folder: Path) -> tuple[str, tuple[str, int] | None]:

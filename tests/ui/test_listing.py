@@ -64,23 +64,26 @@ def test_running_run_has_time_left(tmp_path: Path) -> None:
 def test_unchanged_runs_are_not_read_again(tmp_path: Path) -> None:
     run, listing = make_running(tmp_path / "run", recorded=()), Listing(tmp_path)
     make_run(tmp_path / "other", config=CONFIG, recorded=())
+    make_run(tmp_path / "zero", config="[", recorded=())
     before = listing.lines()
+    assert before[2].problem
     assert all(old is new for old, new in zip(before, listing.lines(), strict=True))
     append(run, 13)
-    other, changed = listing.lines()
+    other, changed, _ = listing.lines()
     assert other is before[0]
     assert changed.step == 13
     run.beat("train 40")
     assert listing.lines()[1].stage == "train"
     shutil.rmtree(run.path)
-    assert listing.lines() == [other]
+    assert listing.lines() == [other, before[2]]
 
 
 def test_list_does_not_wait_for_all(tmp_path: Path) -> None:
     for number in range(3):
         make_run(tmp_path / f"run{number}", config=CONFIG, recorded=(), num_steps=1)
     listing = Listing(tmp_path)
-    assert [line.state for line in listing.lines(within_s=0)] == [READING] * 3
+    assert [line.state for line in listing.lines(within_s=0)] == ["finished", READING, READING]
+    assert [line.state for line in listing.lines(within_s=0)] == ["finished", "finished", READING]
     assert [line.state for line in listing.lines()] == ["finished"] * 3
     assert [line.state for line in listing.lines(within_s=0)] == ["finished"] * 3
 

@@ -156,6 +156,10 @@ def test_run_page_follows_its_run(page: Browser, root: Path, address: str) -> No
     assert page.run("document.getElementById('now').innerText").startswith("running, step 14 of 40, train")
     assert "in 14 steps" in page.run("document.getElementById('headline').innerText")
     page.wait("document.getElementById('lines').innerText.includes('line 100')")
+    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    page.wait("window.mark !== document.querySelector('#chart-loss svg')")
+    append(run, 15)
+    page.wait(f"{last} === 15")
     run.outcome.write_text(json.dumps({"state": "finished", "num_steps": 14, "seconds": 61.0}))
     page.wait("document.title === 'finished - run - distill'")
     assert page.run("document.getElementById('now').innerText") == "finished, step 14, 1:01 in all"
@@ -235,9 +239,10 @@ def test_chosen_runs_are_compared(page: Browser, root: Path, address: str) -> No
     page.wait("document.documentElement?.dataset.drawn > 0 && document.title.startsWith('2 runs: ')")
     assert set(page.run("[...document.querySelectorAll('#legend button')].map(b => b.textContent)")) == {"one", "two"}
     click(page, "#legend button")
+    page.run("document.querySelector('#legend button').focus()")
     append(running, 13)
     page.wait("[...document.querySelectorAll('#comparison tbody tr')].some(r => r.cells[2].innerText === '13')")
-    assert page.run("document.querySelectorAll('#legend button[aria-pressed=true]').length") == 1
+    assert page.run("document.activeElement === document.querySelector('#legend button[aria-pressed=true]')")
     page.open(f"{address}report?run=sweep")
     assert page.run("document.querySelectorAll('#comparison tbody tr').length") == 3
     assert page.run("[...document.querySelectorAll('#config thead th')].at(-1).innerText") == "loss.kl_weight"
@@ -320,4 +325,8 @@ def test_narrow_windows_are_not_exceeded(page: Browser, root: Path, address: str
         assert page.run("document.documentElement.scrollWidth") <= 420
         background = page.run("getComputedStyle(document.body).backgroundColor")
         assert (background == "rgb(20, 23, 27)") == dark
+        if "long" in path:
+            page.run("document.querySelector('.tokens').focus()")
+            press(page, "ArrowRight", times=9)
+            assert page.run("document.getElementById('tip').getBoundingClientRect().right") <= 420
     assert page.messages == []
