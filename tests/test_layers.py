@@ -21,7 +21,7 @@ LAYERS = [  # the lowest first; a name is the first component under distill_cli
     {"resolved"},
     {"memory", "data", "engines", "launch", "report"},
     {"tokens"},
-    {"rollout", "serving"},
+    {"rollout", "serving", "ui"},
     {"student"},
     {"checkpoint"},
     {"train", "track"},
@@ -42,6 +42,7 @@ NO_TORCH = [
     "distill_cli.ranks.worker",
     "distill_cli.metrics",
     "distill_cli.report.comparison",
+    "distill_cli.ui.server",
 ]
 NO_CONFIG = ["student", "parallel", "losses", "checkpoint/saver.py", "data/prompts.py"]
 """Take plain arguments; `ranks` passes them the values of the config."""

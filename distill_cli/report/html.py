@@ -11,15 +11,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from distill_cli.errors import ConfigError
+from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.atomic_dir import replacing
 from distill_cli.metrics import ACCURACY, METRICS, SECTIONS
 from distill_cli.report import figures, samples, sections
@@ -30,6 +31,8 @@ from distill_cli.report.verdict import verdict
 
 FILE = "report.html"
 """Name of the page in its run's or sweep's folder, or, of several, in the current one."""
+FOLDER = Path(__file__).parent
+"""Where page.html, page.css and the scripts are."""
 PLACES = ("grid", *SECTIONS, "samples")
 MAX_ROWS = 1000
 """Steps of one run in a page; neighbouring steps are averaged if there are more."""
@@ -52,16 +55,31 @@ def write_report(results: Sequence[RunResult], path: Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Page:
+    """What the page about some runs shows."""
+
+    words: Mapping[str, Any]
+    """The variables of page.html: sentences, tables, and the figures of each section."""
+    data: Mapping[str, Any]
+    """What the page's script draws figures from: their specifications and datasets, and the names of the runs."""
+
+
 def render(histories: Sequence[History]) -> str:
     """Return the page. A single run has facts, time and memory; several have a comparison and a legend."""
-    answers = samples.read_answers(histories)
+    recorded = samples.read_samples(histories)
+    page = make_page(histories, recorded)
+    return templates(FOLDER).get_template("page.html").render(
+        page.words, data=packed(page.data), samples=packed(recorded.shown), css=Markup(part("page.css")),
+        script=Markup(part("dom.js") + part("page.js")), vega=Markup(vega()),
+    )  # fmt: skip
+
+
+def make_page(histories: Sequence[History], recorded: samples.Samples) -> Page:
+    """Return the page about one run, or several compared; `recorded` are their answers."""
     names, first, many = [history.name for history in histories], histories[0], len(histories) > 1
     among = pools([history.result for history in histories])
-    data: dict[str, Any] = {
-        "datasets": datasets(histories, among, list(samples.position_rows(histories, answers))),
-        "runs": names,
-        "samples": samples.page_samples(answers) if answers else None,
-    }
+    data: dict[str, Any] = {"datasets": datasets(histories, among, recorded.positions), "runs": names}
     data["charts"] = list(make_charts(histories, among, data["datasets"]))
     if many:
         own: dict[str, Any] = {
@@ -78,13 +96,22 @@ def render(histories: Sequence[History]) -> str:
         own |= {"memory_note": sections.memory_note(first), "time_note": sections.time_note(first)}
         own["config"] = sections.config_table(first)
     charts = {section: [one for one in data["charts"] if one["section"] == section] for section in PLACES}
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    packed = base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
-    strict = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=jinja2.StrictUndefined)
-    return strict.from_string(_part("page.html")).render(
-        **own, names=names, many=many, charts=charts, has_samples=bool(answers), data=packed,
-        css=Markup(_part("page.css")), script=Markup(_part("page.js")), vega=Markup(_vega()),
+    shared = {"names": names, "many": many, "charts": charts, "has_samples": bool(recorded.shown)}
+    return Page(own | shared, data)
+
+
+def templates(*folders: Path) -> jinja2.Environment:
+    """Return the templates in these folders: texts are escaped, and a variable that is missing is an error."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folders), trim_blocks=True, lstrip_blocks=True, autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )  # fmt: skip
+
+
+def packed(value: Any) -> str:
+    """Return a value as gzipped JSON in base64, which no text in it can end early."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 def datasets(histories: Sequence[History], among: Sequence[Pool], positions: list[Row]) -> dict[str, list[Row]]:
@@ -135,18 +162,25 @@ def make_charts(
         yield figures.chart("samples", "positions", "KL by position in the answer", spec, wide=True)
 
 
-def _part(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text()
+def part(name: str) -> str:
+    """Return one of the files that the page is made of."""
+    return (FOLDER / name).read_text()
 
 
 @cache
-def _vega() -> str:
+def vega() -> str:
     """Return Vega, Vega-Lite and Vega-Embed as one script, which defines `vegaEmbed`.
 
     Bundling takes seconds: the script is kept in the user's cache folder, under the bundler's version.
+
+    Raises:
+        DistillError: the bundler is not installed.
     """
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cached = cache_home / "distill" / f"vega-{metadata.version('vl-convert-python')}.js"
+    try:
+        cached = cache_home / "distill" / f"vega-{metadata.version('vl-convert-python')}.js"
+    except metadata.PackageNotFoundError as error:
+        raise DistillError("vl-convert-python is not installed, which has the figures' script; install it") from error
     if cached.is_file():
         return cached.read_text()
     import vl_convert

@@ -12,21 +12,18 @@ const LOOKS = {
     hues: ["#7fb0ff", "#ff9d57", "#5fd39a", "#c39bff", "#ff85b8", "#6fd3e3", "#dcbf64", "#a3adba", "#ff8a80", "#9fb0ff"],
   },
 };
+// Whether Vega interprets its expressions instead of compiling them: where the page's policy forbids that.
+const AST = document.documentElement.hasAttribute("data-no-eval");
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
-function element(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (key === "class") made.className = value;
-    else if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
-    else made.setAttribute(key, value);
+// Return the data of a <script> block: its own, or what its address has.
+async function unpack(block) {
+  if (block.dataset.url) {
+    const answer = await fetch(block.dataset.url);
+    if (!answer.ok) throw new Error(await answer.text());
+    return answer.json();
   }
-  made.append(...children); // strings become text nodes
-  return made;
-}
-
-async function readData() {
-  const bytes = Uint8Array.from(atob(document.getElementById("data").textContent), (c) => c.charCodeAt(0));
+  const bytes = Uint8Array.from(atob(block.textContent), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).json();
 }
@@ -49,33 +46,66 @@ function look() {
   };
 }
 
-let views = []; // the Vega views of the figures now on the page
+const figures = new Map(); // what is drawn, by the figure's id
+let highlighted = ""; // the run that the legend highlights
+
+function datasetsOf(spec) {
+  return [...(spec.data ? [spec.data.name] : []), ...(spec.layer ?? []).flatMap(datasetsOf)];
+}
+
+// Draw a figure, or give new data to the one that is there; one that is out of sight is drawn when it comes into sight.
+async function drawChart(chart, datasets) {
+  const place = document.getElementById("chart-" + chart.id);
+  if (!place) return; // it came after this page
+  const text = JSON.stringify([chart.spec, dark.matches]);
+  const old = figures.get(chart.id);
+  if (old?.place === place && old.text === text) {
+    old.datasets = datasets;
+    return redraw(old);
+  }
+  old?.view.finalize();
+  const spec = { width: "container", ...chart.spec, autosize: { type: "fit-x", contains: "padding" }, datasets };
+  spec.params = [{ name: "chosen", value: highlighted }];
+  const options = { actions: false, renderer: "svg", ast: AST, tooltip: { theme: dark.matches ? "dark" : "light" }, config: look() };
+  const { view } = await vegaEmbed(place, spec, options);
+  figures.set(chart.id, { place, text, view, names: new Set(datasetsOf(chart.spec)), datasets, drawn: datasets, isInSight: false });
+  sight.unobserve(place); // else a place that was observed before is not reported again
+  sight.observe(place);
+}
+
+async function redraw(figure) {
+  if (!figure.isInSight || figure.drawn === figure.datasets) return;
+  figure.drawn = figure.datasets;
+  for (const name of figure.names) figure.view.data(name, figure.drawn[name].map((row) => ({ ...row })));
+  await figure.view.runAsync();
+}
+
+const sight = new IntersectionObserver((changes) => changes.forEach(({ target, isIntersecting }) => {
+  const figure = figures.get(target.id.replace("chart-", ""));
+  if (figure?.place !== target) return;
+  figure.isInSight = isIntersecting;
+  redraw(figure);
+}), { rootMargin: "100px" });
 
 function drawCharts(data) {
-  const options = { actions: false, renderer: "svg", ast: false, tooltip: { theme: dark.matches ? "dark" : "light" } };
-  return Promise.all(data.charts.map((chart) => {
-    const spec = { width: "container", ...chart.spec, autosize: { type: "fit-x", contains: "padding" }, datasets: data.datasets };
-    spec.params = [{ name: "chosen", value: "" }];
-    const place = document.getElementById("chart-" + chart.id);
-    return vegaEmbed(place, spec, { ...options, config: look() });
-  })).then((drawn) => { views = drawn.map((each) => each.view); });
+  return Promise.all(data.charts.map((chart) => drawChart(chart, data.datasets)));
 }
 
 // One legend for all figures: a click highlights a run in each of them, a second click shows all again.
 function drawLegend(runs) {
   const { hues } = dark.matches ? LOOKS.dark : LOOKS.light;
-  const buttons = runs.map((run, at) => element("button", { "aria-pressed": false }, element("i", { style: `background: ${hues[at % hues.length]}` }), run));
+  const buttons = runs.map((run, at) => element("button", { "aria-pressed": run === highlighted }, element("i", { style: `background: ${hues[at % hues.length]}` }), run));
   buttons.forEach((button, at) => button.addEventListener("click", () => {
-    const chosen = button.getAttribute("aria-pressed") === "true" ? "" : runs[at];
-    buttons.forEach((other, place) => other.setAttribute("aria-pressed", runs[place] === chosen));
-    views.forEach((view) => view.signal("chosen", chosen).run());
+    highlighted = highlighted === runs[at] ? "" : runs[at];
+    buttons.forEach((other, place) => other.setAttribute("aria-pressed", runs[place] === highlighted));
+    figures.forEach(({ view }) => view.signal("chosen", highlighted).run());
   }));
   document.getElementById("legend").replaceChildren(...buttons);
 }
 
 // ---- the disagreement view
 
-const shown = { run: 0, measure: "kl_forward", prompt: 0, steps: new Set(), aim: null };
+const shown = { run: null, measure: "kl_forward", prompt: 0, steps: new Set(), follows: true, worst: null, aim: null };
 
 function visible(text) {
   if (text === "") return element("span", { class: "ws" }, "∅");
@@ -117,10 +147,12 @@ function drawSamples(samples) {
   const list = document.getElementById("prompts");
   list.replaceChildren(...ordered.map((prompt) => element(
     "li",
-    { role: "option", "aria-selected": prompt.number === shown.prompt, onclick: () => { shown.prompt = prompt.number; shown.aim = null; drawSamples(samples); } },
+    { id: `prompt-${prompt.number}`, role: "option", "aria-selected": prompt.number === shown.prompt, onclick: () => showPrompt(samples, prompt.number) },
     element("span", { class: "text" }, prompt.name),
     element("span", { class: "kls" }, `KL ${[...new Set([steps[0], last])].map((step) => mean(prompt, step).toPrecision(2)).join(" → ")}`, ...rewards(prompt.answers, steps[0], last)),
   )));
+
+  list.setAttribute("aria-activedescendant", `prompt-${shown.prompt}`);
 
   const chosen = byPrompt[shown.prompt];
   const answers = chosen.answers.filter((answer) => shown.steps.has(answer.step)).sort((a, b) => a.step - b.step);
@@ -128,13 +160,37 @@ function drawSamples(samples) {
     element("div", { class: "prompt-text" }, chosen.text.trim()),
     ...answers.map((answer) => drawAnswer(samples, answer)),
   );
+  const focused = document.activeElement?.id;
   document.getElementById("steps").replaceChildren("steps ", ...steps.map((step) => element(
     "button",
-    { "aria-pressed": shown.steps.has(step), onclick: () => { shown.steps.has(step) && shown.steps.size > 1 ? shown.steps.delete(step) : shown.steps.add(step); drawSamples(samples); } },
+    { id: `step-${step}`, "aria-pressed": shown.steps.has(step), onclick: () => toggleStep(samples, step) },
     step === 0 ? "0, before" : String(step),
   )));
+  if (focused?.startsWith("step-")) document.getElementById(focused)?.focus();
   const stops = [0.05, 0.25, 0.5, 1].map((share) => colour(share * samples.scale, samples.scale)).join(", ");
   document.getElementById("scale").replaceChildren("0 ", element("i", { style: `background: linear-gradient(90deg, transparent, ${stops})` }), ` ${samples.scale.toPrecision(2)} nats and more`);
+}
+
+function showPrompt(samples, number) {
+  shown.prompt = number;
+  shown.aim = null;
+  drawSamples(samples);
+}
+
+function choosePrompt(samples, event) {
+  const move = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[event.key];
+  const next = move && document.getElementById(`prompt-${shown.prompt}`)[move];
+  if (move) event.preventDefault();
+  if (!next) return;
+  showPrompt(samples, Number(next.id.replace("prompt-", "")));
+  document.getElementById(next.id).scrollIntoView({ block: "nearest" });
+}
+
+function toggleStep(samples, step) {
+  shown.follows = false;
+  if (shown.steps.has(step) && shown.steps.size > 1) shown.steps.delete(step);
+  else shown.steps.add(step);
+  drawSamples(samples);
 }
 
 function reward(answer) {
@@ -162,8 +218,26 @@ function drawAnswer(samples, answer) {
   return element(
     "div", { class: "answer" },
     element("header", {}, element("b", {}, answer.step === 0 ? "before training" : `after step ${answer.step}`), `  ${answer.length} tokens${cut}${ended}, mean KL forward ${answer.mean.toPrecision(3)}`, ...reward(answer)),
-    element("div", { class: "tokens" }, ...tokens),
+    element("div", { class: "tokens", ...byKeys(samples, answer, tokens) }, ...tokens),
   );
+}
+
+// Attributes of an answer's box by which arrow keys move from token to token, as the pointer does.
+function byKeys(samples, answer, tokens) {
+  let at = -1;
+  const leave = () => { tokens[at]?.classList.remove("here"); hideTip(); };
+  const onkeydown = (event) => {
+    const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (event.key === "Escape") leave();
+    if (!move || !tokens.length) return;
+    event.preventDefault();
+    leave();
+    at = Math.max(0, Math.min(at + move, tokens.length - 1));
+    tokens[at].classList.add("here");
+    tokens[at].scrollIntoView({ block: "nearest" });
+    showTip(samples, answer, at, tokens[at]);
+  };
+  return { tabindex: 0, role: "group", "aria-label": "tokens; arrow keys move through them", "aria-describedby": "tip", onkeydown, onblur: leave };
 }
 
 function topFive(samples, title, numbers, logps, own) {
@@ -214,12 +288,13 @@ function drawWorst(samples) {
   const choose = document.getElementById("worst-step");
   const steps = [...new Set(samples.worst.filter((token) => token.run === shown.run).map((token) => token.step))];
   choose.replaceChildren(...steps.reverse().map((step) => element("option", { value: step }, step === 0 ? "before training" : `after step ${step}`)));
+  if (steps.includes(shown.worst)) choose.value = shown.worst;
   const fill = () => {
     const step = Number(choose.value);
     const rows = samples.worst.filter((token) => token.run === shown.run && token.step === step);
     document.querySelector("#worst tbody").replaceChildren(...rows.map((token) => element(
       "tr",
-      { onclick: () => { shown.prompt = token.prompt; shown.aim = token; shown.steps.add(token.step); drawSamples(samples); document.querySelector(".aim")?.scrollIntoView({ block: "center" }); } },
+      { tabindex: 0, onkeydown: (event) => event.key === "Enter" && event.currentTarget.click(), onclick: () => { shown.prompt = token.prompt; shown.aim = token; shown.steps.add(token.step); drawSamples(samples); document.querySelector(".aim")?.scrollIntoView({ block: "center" }); } },
       element("td", {}, token.kl.toPrecision(3)),
       element("td", {}, samples.prompts[token.prompt].name.slice(0, 60)),
       element("td", { class: "code" }, "…" + token.before.slice(-40).replaceAll("\n", "↵")),
@@ -228,35 +303,50 @@ function drawWorst(samples) {
       element("td", { class: "code" }, `${oneLine(token.teacher[0])} ${percent(token.teacher[1])}`),
     )));
   };
-  choose.onchange = fill;
+  choose.onchange = () => { shown.worst = Number(choose.value); fill(); };
   fill();
 }
 
-function startSamples(data) {
-  const samples = data.samples;
+// Show the recorded answers. Of answers that were shown before, keep the chosen run, prompt and steps.
+function startSamples(samples, names) {
   const runs = document.getElementById("run");
   const present = [...new Set(samples.answers.map((answer) => answer.run))];
-  runs.append(...present.map((run) => element("option", { value: run }, data.runs[run])));
+  const isFirst = !present.includes(shown.run);
+  if (isFirst) shown.run = present[0];
+  if (shown.follows) shown.steps.clear();
+  runs.replaceChildren(...present.map((run) => element("option", { value: run }, names[run])));
+  runs.value = shown.run;
   runs.parentElement.hidden = present.length < 2;
-  shown.run = present[0];
-  const redraw = () => { shown.aim = "worst"; drawSamples(samples); shown.aim = null; drawWorst(samples); };
-  runs.onchange = () => { shown.run = Number(runs.value); shown.steps.clear(); redraw(); };
+  const draw = (aim) => { shown.aim = aim; drawSamples(samples); shown.aim = null; drawWorst(samples); };
+  runs.onchange = () => { shown.run = Number(runs.value); shown.steps.clear(); shown.worst = null; draw("worst"); };
+  document.getElementById("prompts").onkeydown = (event) => choosePrompt(samples, event);
   document.getElementById("measure").onchange = (event) => { shown.measure = event.target.value; drawSamples(samples); };
-  if (samples.cut) {
-    const note = document.getElementById("cut");
-    note.hidden = false;
-    note.textContent = `Long answers are cut: ${samples.cut.toLocaleString()} tokens are left out of this page and of the worst tokens; rollouts/*.parquet in the run's folder has all.`;
-  }
-  redraw();
+  const notes = [];
+  if (samples.cut) notes.push(`Long answers are cut: ${samples.cut.toLocaleString()} tokens are left out of this page and of the worst tokens; rollouts/*.parquet in the run's folder has all.`);
+  if (samples.unreadable.length) notes.push(`Left out, since they cannot be read: ${samples.unreadable.join(", ")}.`);
+  document.getElementById("cut").hidden = !notes.length;
+  document.getElementById("cut").textContent = notes.join(" ");
+  draw(isFirst ? "worst" : null);
 }
 
-readData().then(async (data) => {
+let page = { data: null, samples: null, from: null }; // what is shown, and the address that the samples came from
+
+// Show what the blocks of a document hold: this one's, or those of the same page as it is now.
+async function showPage(source) {
+  const block = source.getElementById("samples");
+  const from = block ? block.dataset.url ?? "here" : null;
+  const isNew = from !== page.from;
+  const before = page.data;
+  const data = await unpack(source.getElementById("data"));
+  page = { data, from, samples: isNew && block ? await unpack(block) : page.samples };
   await drawCharts(data);
-  const legend = () => data.runs.length > 1 && drawLegend(data.runs);
-  legend();
-  dark.addEventListener("change", () => { drawCharts(data); legend(); });
-  if (data.samples) startSamples(data);
+  if (data.runs.length > 1 && String(data.runs) !== String(before?.runs)) drawLegend(data.runs);
+  if (isNew && block) startSamples(page.samples, data.runs);
   document.documentElement.dataset.drawn = data.charts.length;
+}
+
+const started = showPage(document).then(() => {
+  dark.addEventListener("change", () => { drawCharts(page.data); if (page.data.runs.length > 1) drawLegend(page.data.runs); });
 }).catch((error) => {
   console.error(error);
   document.querySelector("header").append(element("p", { class: "wrong" }, `This page could not be drawn: ${error.message}`));

@@ -7,6 +7,7 @@ answers are cut, and the page says so.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from heapq import nlargest
 from statistics import fmean
 from typing import Any, TypeGuard
@@ -35,17 +36,45 @@ Answer = dict[str, Any]
 KL forward of every token, None if a token has no loss."""
 
 
-def read_answers(histories: Sequence[History]) -> list[Answer]:
-    """Read every recorded step of one run, the first and the last of each of several. Long answers are cut."""
-    tables = []
+@dataclass(frozen=True)
+class Samples:
+    """What the page shows of the recorded answers."""
+
+    shown: dict[str, Any] | None
+    """The data of the disagreement view; None without answers."""
+    positions: list[dict[str, Any]]
+    """The `positions` dataset."""
+
+
+def read_samples(histories: Sequence[History]) -> Samples:
+    """Read the recorded answers of the runs of a page."""
+    answers, unreadable = read_answers(histories)
+    shown = page_samples(answers) | {"unreadable": unreadable} if answers else None
+    return Samples(shown, list(position_rows(histories, answers)))
+
+
+def read_answers(histories: Sequence[History]) -> tuple[list[Answer], list[str]]:
+    """Read every recorded step of one run, the first and the last of each of several. Long answers are cut.
+
+    Return the answers and the names of files that are damaged.
+    """
+    tables, unreadable = [], []
     for run, history in enumerate(histories):
         files = history.sample_files
         between = max(len(files) - 1, 1) if len(histories) > 1 else 1
-        tables += [(run, step, pyarrow.parquet.read_table(file)) for step, file in files[::between]]
-    tables = [(run, step, table) for run, step, table in tables if "kl_forward" in table.column_names]
+        for step, file in files[::between]:
+            try:
+                with file.open("rb") as content:
+                    table = pyarrow.parquet.read_table(content)
+            except (OSError, pyarrow.ArrowException):
+                unreadable.append(f"{history.name}/{file.name}")
+                continue
+            if {"kl_forward", *ROW, *BY_TOKEN} <= set(table.column_names):
+                tables.append((run, step, table))
     lengths = [pyarrow.compute.list_value_length(table["kl_forward"]).to_pylist() for _, _, table in tables]
     limit = longest_shown([length for of_table in lengths for length in of_table])
-    return [{"run": run, "step": step, **row} for run, step, table in tables for row in _cut(table, limit)]
+    answers = [{"run": run, "step": step, **row} for run, step, table in tables for row in _cut(table, limit)]
+    return answers, unreadable
 
 
 def _cut(table: pyarrow.Table, limit: int) -> list[dict[str, Any]]:

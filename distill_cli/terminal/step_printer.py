@@ -131,9 +131,7 @@ class Screen:
     def seconds_left(self) -> float | None:
         """Return the time left at the pace of the last steps, with their validations and checkpoints."""
         times = [at for at, _ in self.rows[-PACE_STEPS - 1 :]]
-        if not self.num_steps or len(times) < 2:
-            return None
-        return (self.num_steps - self.step) * (times[-1] - times[0]) / (len(times) - 1)
+        return seconds_left(times, step=self.step, num_steps=self.num_steps)
 
     def lines(self) -> list[tuple[str, str]]:
         """Return label and text of each line: the stage, then the metrics that have a value."""
@@ -145,6 +143,13 @@ class Screen:
             spark = sparks([row[metric.name] for _, row in self.rows[-SPARK_STEPS:] if metric.name in row])
             rows.setdefault(label, []).append(text.format(value=value, first=first, spark=spark, name=metric.series))
         return [(label, ", ".join(parts)) for label, parts in rows.items()]
+
+
+def seconds_left(times: Sequence[float], *, step: int, num_steps: int | None) -> float | None:
+    """Return the time left after a step; `times` are when the last steps ended. None if there is no pace yet."""
+    if not num_steps or len(times) < 2:
+        return None
+    return (num_steps - step) * (times[-1] - times[0]) / (len(times) - 1)
 
 
 def clock(seconds: float) -> str:

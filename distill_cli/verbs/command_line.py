@@ -24,8 +24,8 @@ from distill_cli.errors import ConfigError, refuse
 
 Arguments = argparse.Namespace
 VERBS = (
-    *("train", "plan", "check", "resume", "replay", "watch", "eval", "export", "prune", "serve", "report", "track"),
-    *("ls", "doctor"),
+    *("train", "plan", "check", "resume", "replay", "watch", "ui", "eval", "export", "prune", "serve", "report"),
+    *("track", "ls", "doctor"),
 )
 
 
@@ -130,6 +130,14 @@ def given(word: str) -> str:
     if not word:
         raise argparse.ArgumentTypeError("a value is needed")
     return word
+
+
+def number(flag: str, text: str, *, at_least: int, at_most: int | None = None) -> int:
+    """Return the whole number in a flag's value. Raises ConfigError if there is none, or it is out of range."""
+    rule = f"at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+    if not text.isdecimal() or int(text) < at_least or (at_most is not None and int(text) > at_most):
+        raise ConfigError(f"{flag} {text}: must be a whole number {rule}")
+    return int(text)
 
 
 def text(verb: str) -> str:

@@ -13,8 +13,7 @@ examples
 
 from pathlib import Path
 
-from distill_cli.errors import ConfigError
-from distill_cli.verbs.command_line import Arguments, Parser
+from distill_cli.verbs.command_line import Arguments, Parser, number
 
 
 def declare(parser: Parser) -> None:
@@ -49,11 +48,3 @@ def main(arguments: Arguments) -> int:
         if value is not None
     }
     return serve(arguments.overrides, listen=listen, fixed_batches=arguments.fixed_batches, **limits)
-
-
-def number(flag: str, text: str, *, at_least: int, at_most: int | None = None) -> int:
-    """Return the whole number in a flag's value. Raises ConfigError if there is none, or it is out of range."""
-    rule = f"at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
-    if not text.isdecimal() or int(text) < at_least or (at_most is not None and int(text) > at_most):
-        raise ConfigError(f"{flag} {text}: must be a whole number {rule}")
-    return int(text)

@@ -1,4 +1,4 @@
-"""A headless Chromium driven over a pipe in the DevTools protocol, for pages from disk."""
+"""A headless Chromium driven over a pipe in the DevTools protocol, for pages from disk and from this machine."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Browser:
-    """One page of one browser. `messages` collects console output, errors and requests."""
+    """One page of one browser. `messages` collects console output, errors, and requests to other places."""
 
     def __init__(self, send: int, receive: int) -> None:
         self._send, self._receive, self._rest = send, receive, b""
         self._number, self._session = 0, None
         self.messages: list[str] = []
+        self.origins = ("file:", "data:")
+        """What a page may ask."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -57,17 +59,18 @@ class Browser:
                 self.messages.append(json.dumps(message["params"]["args"]))
             case "Log.entryAdded":
                 self.messages.append(json.dumps(message["params"]["entry"]))
-            case "Network.requestWillBeSent" if not message["params"]["request"]["url"].startswith(("file:", "data:")):
+            case "Network.requestWillBeSent" if not message["params"]["request"]["url"].startswith(self.origins):
                 self.messages.append(f"requested {message['params']['request']['url']}")
         return message
 
-    def open(self, file: Path, *, dark: bool = False, width: int = 1280, height: int = 900) -> None:
-        """Open the page and wait until its script has drawn everything."""
+    def open(self, page: Path | str, *, dark: bool = False, width: int = 1280, height: int = 900) -> None:
+        """Open a file or an address, and wait until its script has drawn everything."""
         self.messages.clear()
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        url = f"{file.resolve().as_uri()}?{self._number}"  # another than that of the page before
+        # A file has another address than the page before.
+        url = page if isinstance(page, str) else f"{page.resolve().as_uri()}?{self._number}"
         self.call("Page.navigate", url=url)
         self.wait(f"location.href === {json.dumps(url)} && document.documentElement?.dataset.drawn !== undefined")
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from distill_cli.errors import DistillError
 from distill_cli.folders.run_dir import Element, SweepDir, element_name
 from distill_cli.report.html import write_report
-from distill_cli.report.read import read_results, thinned
+from distill_cli.report.read import read_histories, read_results, thinned
 from distill_cli.report.samples import MAX_TOKENS, longest_shown
 from tests.report.browser import CHROMIUM, Browser, browser
 from tests.report.made import make_run
@@ -196,6 +197,28 @@ def test_unfinished_run_has_a_page(chromium: Browser, tmp_path: Path) -> None:
     assert drawn(chromium) == set()
     assert "Nothing was measured yet" in chromium.run("document.getElementById('headline').textContent")
     assert chromium.messages == []
+
+
+@needs_browser
+def test_damaged_answers_are_left_out(chromium: Browser, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", recorded=(0, 10, 20))
+    (run.rollouts / "step_20.parquet").write_bytes(b"PAR1 cut off")
+    chromium.open(page_of(tmp_path, run.path))
+    assert chromium.run("[...document.querySelectorAll('#steps button')].map(b => b.textContent)") == [
+        "0, before",
+        "10",
+    ]
+    note = chromium.run("document.getElementById('cut').innerText")
+    assert note == "Left out, since they cannot be read: run/step_20.parquet."
+    assert chromium.messages == []
+
+
+@pytest.mark.parametrize("file", ["outcome.json", "resolved.json", "metrics.jsonl"])
+def test_damaged_run_is_named(tmp_path: Path, file: str) -> None:
+    run = make_run(tmp_path / "run", recorded=())
+    (run.path / file).write_text("[1]\n")
+    with pytest.raises(DistillError, match="run: one of its files is damaged"):
+        read_histories(read_results([run.path]))
 
 
 def test_page_needs_no_torch(tmp_path: Path) -> None:
