@@ -46,7 +46,7 @@ NO_TORCH = [
 ]
 NO_CONFIG = ["student", "parallel", "losses", "checkpoint/saver.py", "data/prompts.py"]
 """Take plain arguments; `ranks` passes them the values of the config."""
-FILES = sorted(PACKAGE.rglob("*.py"))
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if "assets" not in file.relative_to(PACKAGE).parts)
 
 
 def unit(path: Path) -> str:

@@ -24,7 +24,21 @@ from distill_cli.errors import ConfigError, refuse
 
 Arguments = argparse.Namespace
 VERBS = (
-    *("train", "plan", "check", "resume", "replay", "watch", "ui", "eval", "export", "prune", "serve", "report"),
+    *(
+        "init",
+        "train",
+        "plan",
+        "check",
+        "resume",
+        "replay",
+        "watch",
+        "ui",
+        "eval",
+        "export",
+        "prune",
+        "serve",
+        "report",
+    ),
     *("track", "ls", "doctor"),
 )
 

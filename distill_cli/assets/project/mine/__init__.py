@@ -1,0 +1,1 @@
+"""What this project brings of its own."""
