@@ -28,10 +28,8 @@ def phrase(file: Path) -> str:
 def tree() -> str:
     """Return the list in Markdown: a heading for each folder, a line for each file."""
     lines = []
-    folders = sorted(
-        {file.parent for file in PACKAGE.rglob("*.py") if "assets" not in file.parts},
-        key=lambda folder: (folder != PACKAGE, folder),
-    )
+    files = [file for file in PACKAGE.rglob("*.py") if "assets" not in file.parts]
+    folders = sorted({file.parent for file in files}, key=lambda folder: (folder != PACKAGE, folder))
     for folder in folders:
         about = phrase(folder / "__init__.py")
         lines.append(f"- **{folder.relative_to(ROOT)}/** {about}".rstrip())

@@ -23,4 +23,5 @@ def test_divergence_is_zero_at_equality_alone() -> None:
 def test_config_composes() -> None:
     (job,) = compose(["experiment=mine"], ["--config-dir", "conf"])
     assert config_problems(job.config) == []
-    assert len(load_examples(job.config.data.train, key="data.train")) >= job.config.rollout.prompts_per_step
+    rows = list(load_examples(job.config.data.train, key="data.train"))
+    assert len(rows) >= job.config.rollout.prompts_per_step
