@@ -58,6 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         *((f"{verb} nothing", "no such folder") for verb in ("watch", "report", "resume", "export", "track sync")),
         *((verb, "distill") for verb in ("watch", "report", "resume", "export", "eval", "track")),
         ("ls nosuch", "there are: checkpoint"),
+        ("ls loss=nosuch", "loss=nosuch: no such choice"),
         *((f"{verb} --foo", f"--foo: distill {verb} has no such flag") for verb in VERBS),
         *((f"{verb} runs/x --step -1", "-1: distill") for verb in ("resume", "eval", "export")),
         *((f"{verb} runs/x --step", "--step: expected one argument") for verb in ("resume", "eval", "export")),

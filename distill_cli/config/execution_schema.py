@@ -189,6 +189,7 @@ class RunConfig:
     root: str = "runs"
     """Folder of all runs."""
     name: str | None = None
-    """Name of the run's folder in root; null is <date>-<time>_<model>_<loss>."""
+    """Name of the run's folder in root; null is <date>-<time>_<model>_<loss>, or with the
+    experiment in place of the model."""
     print_every: int = key(1, at_least=1, resume=True)
     """Steps between printed lines if the output is no terminal."""

@@ -238,9 +238,9 @@ def create(path: Path, *, command: Sequence[str], config: str = "", env: dict[st
     return RunDir(path)
 
 
-def default_name(choices: dict[str, str]) -> str:
+def default_name(model: str, loss: str) -> str:
     """Return `<date>-<time>_<model>_<loss>`."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}_{choices.get('model')}_{choices.get('loss')}"
+    return f"{time.strftime('%Y%m%d-%H%M%S')}_{model}_{loss}"
 
 
 def element_name(index: int, swept: Sequence[str]) -> str:

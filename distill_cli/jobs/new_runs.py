@@ -21,6 +21,7 @@ from distill_cli.folders import run_dir
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.preflight import preflight
 from distill_cli.launch.base import LAUNCHERS, launcher_of
+from distill_cli.models.model_files import NOT_FOUND
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
 
@@ -38,13 +39,23 @@ def resolve_jobs(jobs: Sequence[Job], *, is_new: bool = True) -> tuple[list[Job]
     problems = list(folder_problems(jobs)) if is_new else []
 
     def resolve(job: Job) -> ResolvedRun:
-        resolved = preflight(job.config, known_data, problems)
+        try:
+            resolved = preflight(job.config, known_data, problems)
+        except ConfigError as error:
+            raise ConfigError(*error.problems, *how_to_get(job, error.problems)) from error
         inert = inert_overrides(resolved.config, job.overrides)
         unread = unread_keys(resolved.config.cluster, job.overrides)
         return replace(resolved, warnings=(*resolved.warnings, *inert, *unread))
 
     resolved = collect(partial(resolve, job) for job in jobs)
     return [replace(job, config=one.config) for job, one in zip(jobs, resolved, strict=True)], resolved
+
+
+def how_to_get(job: Job, problems: Sequence[str]) -> Iterator[str]:
+    """Yield where it stands how to get an experiment's models, if some of them are missing."""
+    choice = job.choices.get("experiment")
+    if choice and any(line.startswith("model.") and NOT_FOUND in line for line in problems):
+        yield f"experiment={choice}: its models are made or fetched first; distill ls experiment={choice} says how"
 
 
 def folder_problems(jobs: Sequence[Job]) -> Iterator[str]:
@@ -85,8 +96,10 @@ def print_warnings(resolved: Sequence[ResolvedRun], *, console: Console, printed
 
 def single_path(job: Job) -> Path:
     """Return the folder of a run that is part of no sweep; it may not exist yet."""
-    root = Path(job.config.run.root)
-    return root / (job.config.run.name or run_dir.free_name(root, run_dir.default_name(job.choices)))
+    root, choices, kl_type = Path(job.config.run.root), job.choices, job.config.loss.kl_type
+    model = choices.get("experiment") or choices.get("model")
+    loss = kl_type.partition(":")[2] or choices.get("loss")  # a function of the user's
+    return root / (job.config.run.name or run_dir.free_name(root, run_dir.default_name(str(model), str(loss))))
 
 
 def prepare(resolved: ResolvedRun, path: Path, *, command: Sequence[str], env: dict[str, Any] | None = None) -> RunDir:

@@ -25,6 +25,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 State = tuple[Path, int, int]
 """What tells a file from its later content: path, size and time of its last change."""
 ASSETS = Path(__file__).parent.parent / "assets"
+NOT_FOUND = "no such folder, and not on the hub or in its cache"
+"""What is wrong with a path that names no model."""
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
 """Files downloaded from the hub: no pickles. Python runs only if `model.trust_remote_code` is set."""
 FILE_NAMES = (
@@ -140,7 +142,7 @@ def _download(path: str, revision: str | None, key: str, *, needs_weights: bool)
         return Path(snapshot_download(path, revision=revision, local_files_only=is_offline, **patterns))
     except (OSError, ValueError) as error:  # the bases of its HTTP, cache and validation errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ConfigError(f"{key}={path}: no such folder, and not on the hub or in its cache ({reason})") from error
+        raise ConfigError(f"{key}={path}: {NOT_FOUND} ({reason})") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""List config groups, or one group's choices with what each is.
+"""List config groups, one group's choices with what each is, or the file of a choice.
 
 examples
   distill ls               the groups
   distill ls loss
   distill ls data
+  distill ls experiment=smollm2
   distill ls families      the model families that were tried, and what works with each
 """
 
@@ -18,19 +19,21 @@ FAMILIES = "families"
 
 
 def declare(parser: Parser) -> None:
-    group = parser.add_argument("group", nargs="?", metavar="GROUP", help="one of the groups that `distill ls` lists")
+    group = parser.add_argument(
+        "group", nargs="?", metavar="GROUP", help="a group that `distill ls` lists, or GROUP=CHOICE"
+    )
     complete_with(group, [*groups([conf_dir()]), FAMILIES])
 
 
 def main(arguments: Arguments) -> int:
-    """Print the groups with their choices, or one group's choices with what each is; return 0.
+    """Print the groups with their choices, one group's choices with what each is, or a choice's file; return 0.
 
     Raises:
-        ConfigError: there is no such group.
+        ConfigError: there is no such group or choice.
     """
-    folder, group = conf_dir(), arguments.group
-    known = groups([folder])
-    if group is None:
+    folder, known = conf_dir(), groups([conf_dir()])
+    group, _, chosen = (arguments.group or "").partition("=")
+    if not group:
         for name in known:
             print(f"{name:<18}{', '.join(group_choices(name, [folder]))}")
         return 0
@@ -39,7 +42,13 @@ def main(arguments: Arguments) -> int:
         return 0
     if group not in known:
         raise ConfigError(f"{group}: no such group{nearest(group, known)} (there are: {', '.join(known)})")
-    for choice in group_choices(group, [folder]):
+    choices = group_choices(group, [folder])
+    if chosen:
+        if chosen not in choices:
+            raise ConfigError(f"{group}={chosen}: no such choice{nearest(chosen, choices)} ({', '.join(choices)})")
+        print((folder / group / f"{chosen}.yaml").read_text(), end="")
+        return 0
+    for choice in choices:
         print(f"{group}={choice:<20}{first_comment(folder / group / f'{choice}.yaml')}")
     return 0
 
