@@ -13,10 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from distill_cli.data.sources import instructions
 from distill_cli.errors import ConfigError, DistillError
 from distill_cli.folders.atomic_dir import replacing
 from distill_cli.models import model_files
 from distill_cli.student.decoder import decoder_of, layers_of
+
+NUM_REQUESTS = 64
+TEXT_TOKENS = 64
+"""Tokens of a text that the choice of layers reads; there are about ten times as many in all."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,12 @@ class Pruned:
     """Layers of the model that was read."""
     kept: list[int]
     """Those that stayed, counted from 0."""
+    kl: float
+    """KL(whole || pruned), in nats per token of the texts that chose the layers."""
 
 
 def prune(model: str, folder: Path, *, num_layers: int | None) -> Pruned:
-    """Write a model with `num_layers` of its layers, spread evenly over all; None keeps all.
+    """Write a model with `num_layers` of its layers; None keeps all.
 
     Raises:
         ConfigError: no such model, a number of layers that it does not have, or the folder exists.
@@ -43,7 +50,7 @@ def prune(model: str, folder: Path, *, num_layers: int | None) -> Pruned:
         if num_layers is None and source.gguf is None:
             raise ConfigError(f"--layers: a value is needed; {model} is a Hugging Face folder already")
         lm, tokenizer = source.load()
-        kept = keep_layers(lm, num_layers, model=model)
+        kept = keep_layers(lm, num_layers, texts_NT=_texts(tokenizer), model=model)
         try:
             with replacing(folder) as temporary:
                 lm.save_pretrained(temporary)
@@ -107,32 +114,61 @@ def _source(model: str) -> Iterator[Source]:
         yield Source(unpacked.parent, unpacked.name)
 
 
-def keep_layers(lm: PreTrainedModel, num_layers: int | None, *, model: str) -> Pruned:
-    """Leave out layers in place, and what the config says of each.
+def keep_layers(lm: PreTrainedModel, num_layers: int | None, *, texts_NT: torch.Tensor, model: str) -> Pruned:
+    """Leave out a block of layers in place, and what the config says of each.
+
+    The first and the last layer stay. Of all blocks between them, the one goes without which the model's predictions
+    change least: KL(whole || pruned), the mean over the tokens of `texts_NT` (int64).
 
     Raises:
         ConfigError: the model has fewer layers, or they are not a list of its decoder.
     """
-    layers, decoder = layers_of(lm), decoder_of(lm)
+    layers, decoder, config = layers_of(lm), decoder_of(lm), lm.config.get_text_config()
     total = len(layers)
-    wanted = total if num_layers is None else num_layers
-    if wanted > total:
-        raise ConfigError(f"--layers {wanted}: {model} has {total}; give fewer")
-    kept = [round(place * (total - 1) / (wanted - 1)) for place in range(wanted)]
+    size = total - (total if num_layers is None else num_layers)
+    if size < 0:
+        raise ConfigError(f"--layers {num_layers}: {model} has {total}; give fewer")
     holders = [name for name, child in decoder.named_children() if list(child.children()) == layers]
     if len(holders) != 1:
         raise ConfigError(f"{model}: {type(lm).__name__} has its layers in no list of its decoder; it is not supported")
-    setattr(decoder, holders[0], torch.nn.ModuleList(layers[index] for index in kept))
-    for place, index in enumerate(kept):
-        for part in layers[index].modules():
-            if part.__dict__.get("layer_idx") == index:
-                part.__dict__["layer_idx"] = place
-    config = lm.config.get_text_config()
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == total and name != "architectures":
+    by_layer = {name: value for name, value in config.to_dict().items() if isinstance(value, list)}
+    by_layer = {name: value for name, value in by_layer.items() if len(value) == total and name != "architectures"}
+
+    def without(begin: int) -> list[int]:
+        kept = [index for index in range(total) if not begin <= index < begin + size]
+        setattr(decoder, holders[0], torch.nn.ModuleList(layers[index] for index in kept))
+        for place, index in enumerate(kept):
+            for part in layers[index].modules():
+                if "layer_idx" in part.__dict__:
+                    part.__dict__["layer_idx"] = place
+        for name, value in by_layer.items():
             setattr(config, name, [value[index] for index in kept])
-    config.num_hidden_layers = wanted
-    return Pruned(total, kept)
+        config.num_hidden_layers = len(kept)
+        return kept
+
+    if not size:
+        return Pruned(total, list(range(total)), 0.0)
+    whole = _logp(lm, texts_NT)
+    losses = {}
+    for begin in range(1, total - size):
+        without(begin)
+        pruned = _logp(lm, texts_NT)
+        losses[begin] = float((whole.exp() * (whole - pruned)).sum(-1).mean())
+    best = min(losses, key=lambda begin: losses[begin])
+    return Pruned(total, without(best), losses[best])
+
+
+@torch.no_grad()
+def _logp(lm: PreTrainedModel, texts_NT: torch.Tensor) -> torch.Tensor:
+    """Return a model's log-probabilities at every token: float32 [N x T, V]."""
+    return lm.eval()(texts_NT, use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Return some of the requests that ship with distill (`data=instructions`) as tokens: int64 [N, T]."""
+    requests = " ".join(example.question for example in instructions.load(split="train", size=NUM_REQUESTS))
+    ids = tokenizer(requests, add_special_tokens=False).input_ids
+    return torch.tensor(ids[: len(ids) // TEXT_TOKENS * TEXT_TOKENS]).view(-1, TEXT_TOKENS)
 
 
 def _check(folder: Path, lm: PreTrainedModel) -> None:

@@ -5,20 +5,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill_cli.errors import ConfigError
-from distill_cli.jobs.prune import prune
+from distill_cli.jobs.prune import _texts, prune
 from distill_cli.models.model_files import ASSETS
 from tests.families import make_model, save_model
 
 TEACHER = ASSETS / "tiny_pair" / "teacher"
 
 
-def test_layers_are_spread_evenly(tmp_path: Path) -> None:
+def test_the_block_that_matters_least_goes(tmp_path: Path) -> None:
     found = prune(str(TEACHER), tmp_path / "student", num_layers=3)
-    assert (found.num_layers, found.kept) == (4, [0, 2, 3])
     whole, pruned = (AutoModelForCausalLM.from_pretrained(at) for at in (TEACHER, tmp_path / "student"))
+    assert found.num_layers == 4
+    losses = {}
+    for gone in (1, 2):
+        smaller = AutoModelForCausalLM.from_pretrained(TEACHER)
+        smaller.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(smaller.model.layers) if i != gone)
+        ids = _texts(AutoTokenizer.from_pretrained(TEACHER))
+        with torch.no_grad():
+            logp, logq = (lm(ids, use_cache=False).logits.log_softmax(-1) for lm in (whole, smaller))
+        losses[gone] = (logp.exp() * (logp - logq)).sum(-1).mean().item()
+    least = min(losses, key=lambda gone: losses[gone])
+    assert found.kept == [index for index in range(4) if index != least]
+    assert found.kl == pytest.approx(losses[least], rel=1e-4)
     assert pruned.config.num_hidden_layers == 3
     for place, index in enumerate(found.kept):
         for name, value in pruned.model.layers[place].state_dict().items():
@@ -29,11 +40,14 @@ def test_layers_are_spread_evenly(tmp_path: Path) -> None:
 
 
 def test_each_layer_keeps_its_type(tmp_path: Path) -> None:
-    sliding = {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+    sliding = {
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention"] + ["sliding_attention"] * 2 + ["full_attention"],
+    }
     save_model(make_model("gemma3_text", **sliding), tmp_path / "source")
     prune(str(tmp_path / "source"), tmp_path / "student", num_layers=2)
     config = json.loads((tmp_path / "student" / "config.json").read_text())
-    assert config["layer_types"] == ["sliding_attention", "full_attention"]
+    assert config["layer_types"] == ["full_attention", "full_attention"]
 
 
 @pytest.mark.parametrize(
