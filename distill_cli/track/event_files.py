@@ -3,8 +3,7 @@
 `torch.utils.tensorboard` writes the same records, but torch takes seconds to import and the process that tracks runs
 does without it; and its writer queues them for a thread, where a write here returns when the record is in the file.
 
-Files only grow. Each process begins a new one, and so does what follows a failed write: readers stop at a record that
-was cut off.
+Each process begins a new file: readers stop at a record that was cut off, as a kill may leave it.
 """
 
 import os
@@ -92,19 +91,22 @@ class EventFiles:
         if self._file is None:
             name = f"{NAME}{time.time():.6f}.{platform.node()}.{os.getpid()}"  # readers sort files by name
             self._file = (self._folder / name).open("xb", buffering=0)
+        if not self._file.tell():
             self._write(Event(wall_time=time.time(), file_version=VERSION))
         self._write(Event(wall_time=at, step=step, summary=Summary(value=values)))
 
     def _write(self, event: Event) -> None:
+        """Write an event whole or, on a full disk, not at all."""
         assert self._file is not None, "begun"
-        buffer = BytesIO()
+        buffer, begin = BytesIO(), self._file.tell()
         RecordWriter(buffer).write(event.SerializeToString())
         data = buffer.getvalue()
         try:
             while data:
                 data = data[self._file.write(data) :]
-        except BaseException:
-            self.close()
+        except OSError:
+            self._file.truncate(begin)
+            self._file.seek(begin)
             raise
 
 

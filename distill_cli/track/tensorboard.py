@@ -22,7 +22,7 @@ from distill_cli.track.base import Tracker
 if TYPE_CHECKING:
     from distill_cli.track.event_files import EventFiles
 
-COLUMNS = ("prompt_index", "prompt", "response", "reward")
+COLUMNS = ["prompt_index", "prompt", "response", "reward"]
 
 
 class TensorboardTracker(Tracker):

@@ -144,7 +144,7 @@ class WandbTracker(Tracker):
                 raise DistillError(error)
             return result
         except BaseException as failure:
-            status, self._connection = self._end(), None
+            status = self._end()
             if isinstance(failure, EOFError | OSError):
                 raise DistillError(f"W&B's process {describe_exit(status)}") from failure
             raise
@@ -155,7 +155,7 @@ class WandbTracker(Tracker):
         process, connection = self._process
         connection.close()
         process.kill()
-        self._process = None
+        self._process = self._connection = None
         return process.wait()
 
     @classmethod
