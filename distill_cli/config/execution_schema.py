@@ -153,8 +153,8 @@ class ClusterConfig:
 @section
 class MlflowConfig:
     enabled: bool = False
-    """Log runs to MLflow. `tracker=mlflow`, which is the default, turns it on; `tracker=[mlflow,wandb]` turns on two,
-    `tracker=none` none."""
+    """Log runs to MLflow. `tracker=mlflow`, which is the default, turns it on; `tracker=none` turns all trackers
+    off."""
     uri: str | None = key(None, credentials="MLFLOW_TRACKING_URI")
     """Address of a tracking server or a database; null is MLFLOW_TRACKING_URI of the environment, or else `mlflow.db`
     in run.root. Credentials in it are not written to files: they stay in the environment of started processes."""
@@ -170,7 +170,7 @@ class MlflowConfig:
 class WandbConfig:
     enabled: bool = False
     """Log runs to Weights & Biases. `tracker=wandb` turns it on."""
-    uri: str | None = key(None, credentials="WANDB_BASE_URL", only_with="tracker.wandb.enabled")
+    uri: str | None = key(None, only_with="tracker.wandb.enabled")
     """Address of a server of your own; null is WANDB_BASE_URL of the environment, the server of `wandb login`, or else
     https://api.wandb.ai."""
     project: str | None = key(None, only_with="tracker.wandb.enabled")

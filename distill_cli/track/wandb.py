@@ -56,10 +56,10 @@ class WandbTracker(Tracker):
 
     def __init__(self, settings: WandbConfig, config: Config, run: RunDir) -> None:
         self._settings, self._config, self._run = settings, config, run
-        self._uri, self._folder, self._sends = whole_uri(settings.uri), run.path / "wandb", is_online(settings)
-        self.place = without_credentials(self._uri) if self._sends else str(self._folder)
+        self._uri, self._folder, self._sends = base_uri(settings), run.path / "wandb", is_online(settings)
+        self.place = self._uri if self._sends else str(self._folder)
         sync = shlex.join(["distill", "track", "sync", str(run.path)])
-        self.page = recorded(run, self.name).get("url") or self.place if self._sends else f"offline; {sync} sends it"
+        self.page = recorded(run, self.name).get("url") or self.place if self._sends else f"{sync} (offline so far)"
         self.logs_model = settings.log_model
         self._process: tuple[subprocess.Popen[bytes], Connection] | None = None
         self._connection: str | None = None
@@ -70,8 +70,7 @@ class WandbTracker(Tracker):
         if self._connection is None:
             is_whole = self._sends and known.get("is_closed")
             self._connection = known.get("connection") if is_whole else uuid.uuid4().hex
-        project = self._settings.project or os.environ.get("WANDB_PROJECT") or "distill"
-        place = {"uri": without_credentials(self._uri), "project": project, "is_online": self._sends}
+        place = {"uri": self._uri, "project": project_of(self._settings), "is_online": self._sends}
         entity = self._settings.entity or os.environ.get("WANDB_ENTITY") or None
         run = {"run_id": known.get("run_id") or uuid.uuid4().hex[:12], "url": known.get("url")}
         return {**place, "entity": entity, **run, "connection": self._connection}
@@ -79,13 +78,13 @@ class WandbTracker(Tracker):
     def open(self, identity: dict[str, Any], *, running: bool) -> None:
         if self._process is not None:
             return
+        arguments, self._is_live = self._init_arguments(identity), self._is_live or running
         shutil.rmtree(self._folder, ignore_errors=True)  # what an earlier connection left: this one sends it again
-        self._is_live |= running
         environ = {**os.environ, **ENVIRONMENT, "WANDB_BASE_URL": self._uri}
         for name in REMOVED:
             environ.pop(f"WANDB_{name}", None)
         self._process = start_child("distill_cli.track.wandb_process", environ, output=subprocess.DEVNULL)
-        opened = self._call("open", self._init_arguments(identity), self._is_live, timeout_s=OPEN_S)
+        opened = self._call("open", arguments, self._is_live, timeout_s=OPEN_S)
         self._next_step, identity["url"] = opened["next_step"], opened["url"]
 
     def _init_arguments(self, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,27 +126,29 @@ class WandbTracker(Tracker):
         self._end()
 
     def _call(self, name: str, *arguments: Any, timeout_s: float) -> Any:
-        """Return the result of a call in W&B's process. After a failure the process is ended, and the next `open`
-        connects anew.
+        """Return the result of a call in W&B's process.
 
         Raises:
-            DistillError: it failed, or took too long.
+            DistillError: it failed; or the process died or did not answer in time. Then it is ended, and the next
+                `open` connects anew.
         """
         assert self._process is not None, "opened"
         _, connection = self._process
         try:
             connection.send((name, arguments))
             if not connection.poll(timeout_s):
-                raise DistillError(f"does not answer for {timeout_s:g} s ({name})")
+                raise DistillError(f"no answer for {timeout_s:g} s ({name})")
             error, result = connection.recv()
-            if error is not None:
-                raise DistillError(error)
-            return result
         except BaseException as failure:
             status = self._end()
             if isinstance(failure, EOFError | OSError):
                 raise DistillError(f"W&B's process {describe_exit(status)}") from failure
             raise
+        if error is not None:
+            if name in ("open", "close"):
+                self._end()
+            raise DistillError(error)
+        return result
 
     def _end(self) -> int:
         """End W&B's process; return its exit status, negative for a signal."""
@@ -161,19 +162,24 @@ class WandbTracker(Tracker):
     @classmethod
     def problems(cls, settings: WandbConfig) -> Iterator[str]:
         yield from missing_extra("wandb")
-        if settings.uri is not None and urlsplit(settings.uri).scheme not in ("http", "https"):
-            yield "uri: must be an address such as https://wandb.example.com"
+        uri, project = base_uri(settings), project_of(settings)
+        if urlsplit(uri).scheme not in ("http", "https") or without_credentials(uri) != uri:
+            yield "uri: must be an address such as https://wandb.example.com, without a password: W&B takes an API key"
+        if not 1 <= len(project) <= 128 or set(project) & set("/\\#?%:"):
+            yield f"project={project}: must have 1 to 128 characters, and none of / \\ # ? % :"
+        if any(not 1 <= len(tag) <= 64 for tag in settings.tags) or len(set(settings.tags)) < len(settings.tags):
+            yield "tags: each must be another one, of 1 to 64 characters"
         mode = os.environ.get("WANDB_MODE") or "online"
         if settings.mode is None and mode not in MODES:
             fix = "unset it, set tracker.wandb.mode=online or offline, or leave this tracker out"
             yield f"mode: WANDB_MODE={mode} in your environment turns W&B off or is unknown; {fix}"
-        elif is_online(settings) and not has_key(whole_uri(settings.uri)):
+        elif is_online(settings) and not has_key(uri):
             fix = "type `wandb login`, export WANDB_API_KEY, or set tracker.wandb.mode=offline"
-            yield f"mode: online needs an API key for {without_credentials(whole_uri(settings.uri))}; {fix}"
+            yield f"mode: online needs an API key for {without_credentials(uri)}; {fix}"
 
     @classmethod
     def doctor(cls) -> list[Finding]:
-        found, uri = [optional_package("wandb")], whole_uri(None)
+        found, uri = [optional_package("wandb")], base_uri(WandbConfig())
         if not list(missing_extra("wandb")) and has_key(uri):
             reason = unreachable(f"{uri.rstrip('/')}/healthz")
             fix = "runs go on without it; distill track sync RUN sends the rest"
@@ -192,12 +198,13 @@ def is_online(settings: WandbConfig) -> bool:
     return MODES.get(os.environ.get("WANDB_MODE") or "online", True)
 
 
-def whole_uri(uri: str | None) -> str:
-    """Return a recorded address with the credentials that the environment has for it; for None the one in use."""
-    inherited = os.environ.get("WANDB_BASE_URL")
-    if uri is None:
-        return inherited or own_settings().get("base_url") or DEFAULT_URI
-    return inherited if inherited and without_credentials(inherited) == uri else uri
+def base_uri(settings: WandbConfig) -> str:
+    """Return the address of the server, from the config, the environment, or what `wandb login` wrote."""
+    return settings.uri or os.environ.get("WANDB_BASE_URL") or own_settings().get("base_url") or DEFAULT_URI
+
+
+def project_of(settings: WandbConfig) -> str:
+    return settings.project or os.environ.get("WANDB_PROJECT") or "distill"
 
 
 def own_settings() -> Mapping[str, str]:

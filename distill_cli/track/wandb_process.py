@@ -9,12 +9,14 @@ without limit, sends SIGINT to the main thread if someone clicks on "stop", and 
 import glob
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distill_cli.machine.child_process import connect_to_parent
+from distill_cli.machine.processes import die_with_parent
 
 INIT_S = 15.0
 """How long the server may take to answer."""
@@ -34,6 +36,7 @@ class Session:
         command = Path(arguments["dir"], "command.txt")
         sys.argv = shlex.split(command.read_text()) if command.is_file() else ["distill"]  # W&B shows it
         settings = wandb.Settings(
+            program="distill",
             init_timeout=INIT_S,
             console="off",
             silent=True,
@@ -61,7 +64,8 @@ class Session:
 
     def save(self, file: str, base: str) -> None:
         """Upload a file. Its name at W&B is its path from the folder `base`."""
-        self.run.save(glob.escape(file), base_path=base, policy="now")
+        if not self.run.save(glob.escape(file), base_path=glob.escape(base), policy="now"):
+            raise RuntimeError(f"{file}: W&B did not take this file")
 
     def close(self, summary: Mapping[str, Any], exit_code: int) -> None:
         """Return when everything has arrived."""
@@ -72,9 +76,21 @@ class Session:
         wandb.teardown()
 
 
+class EndsWithParent(subprocess.Popen[Any]):
+    """Processes that the kernel kills when this one dies.
+
+    wandb-core watches for that too, but some versions (0.31.0 is one) stay for ever if it happens while they shut down
+    without a server. See whether this is still needed: kill this process in `wandb.teardown` with the server away.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "preexec_fn": die_with_parent})
+
+
 def main() -> None:
     """Answer the parent's calls until it is gone: (error or None, result)."""
     connection, session = connect_to_parent(), Session()
+    subprocess.Popen = EndsWithParent  # type: ignore[misc]  # W&B's library starts wandb-core
     while True:
         try:
             name, arguments = connection.recv()

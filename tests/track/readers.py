@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
@@ -20,6 +21,12 @@ def recorded_values(run: RunDir, *streams: str) -> Values:
     rows = [row for stream in streams if (run.path / stream).exists() for row in read_metrics(run.path / stream)]
     values = [(key, int(row["step"]), value) for row in rows for key, value in row.items() if value is not None]
     return sorted(value for value in values if value[0] not in ("step", "time"))
+
+
+def same(found: Values, wanted: Values) -> bool:
+    """Whether both hold the same; TensorBoard keeps seven digits of a value."""
+    names = [[value[:2] for value in values] for values in (found, wanted)]
+    return names[0] == names[1] and [value[2] for value in found] == pytest.approx([value[2] for value in wanted])
 
 
 def mlflow_values(run: RunDir) -> Values:

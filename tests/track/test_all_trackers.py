@@ -1,18 +1,23 @@
 """What every tracker must show of a run, read back with its own tools. A new one needs a reader here."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
+import distill_cli
 from distill_cli.folders.metrics_file import MetricsFile, cut_back
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.track.base import Tracker, tracker_names
 from distill_cli.track.run_tracking import following
 from distill_cli.track.shipper import ship
 from tests.track.conftest import write_rows
-from tests.track.readers import Values, mlflow_values, recorded_values, tensorboard_values, wandb_values
+from tests.track.readers import mlflow_values, recorded_values, same, tensorboard_values, wandb_values
 
 READERS = {"mlflow": mlflow_values, "wandb": wandb_values, "tensorboard": tensorboard_values}
 Trackers = dict[str, Callable[[], Tracker]]
@@ -21,11 +26,6 @@ Trackers = dict[str, Callable[[], Tracker]]
 def assert_all_there(run: RunDir, tracker: Tracker) -> None:
     """Every recorded value, once, and nothing besides. TensorBoard keeps seven digits."""
     assert same(READERS[tracker.name](run), recorded_values(run, *tracker.streams))
-
-
-def same(found: Values, wanted: Values) -> bool:
-    names = [[value[:2] for value in values] for values in (found, wanted)]
-    return names[0] == names[1] and [value[2] for value in found] == pytest.approx([value[2] for value in wanted])
 
 
 def test_every_tracker_has_a_reader(trackers: Trackers) -> None:
@@ -79,3 +79,20 @@ def test_three_trackers_at_once(run: RunDir, trackers: Trackers, caplog: pytest.
         assert_all_there(run, tracker)
     assert caplog.text == ""
     assert json.loads(run.trackers.read_text()).keys() == trackers.keys()
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_missing_package_is_refused(name: str, tmp_path: Path) -> None:
+    """In an environment that has every package but this one."""
+    installed, others = Path(pytest.__file__).parent.parent, tmp_path / "others"
+    others.mkdir()
+    for path in installed.iterdir():
+        if not path.name.startswith(name):
+            (others / path.name).symlink_to(path)
+    env = {**os.environ, "PYTHONPATH": f"{others}:{Path(distill_cli.__file__).parent.parent}"}
+    command = [sys.executable, "-S", "-m", "distill_cli", "plan", f"tracker=[mlflow,{name}]"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    fix = f'tracker.{name}.enabled: the package {name} is not installed; pip install "distill-cli[{name}]"'
+    assert done.returncode == 2, done
+    assert fix in done.stderr
+    assert "Traceback" not in done.stderr

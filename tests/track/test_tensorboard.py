@@ -20,8 +20,7 @@ from distill_cli.track.run_tracking import following
 from distill_cli.track.shipper import ship
 from distill_cli.types import Example, Prompt, Rollout, Sample
 from tests.track.conftest import tensorboard_tracker, write_rows
-from tests.track.readers import accumulated, recorded_values, tensorboard_texts, tensorboard_values
-from tests.track.test_all_trackers import same
+from tests.track.readers import accumulated, recorded_values, same, tensorboard_texts, tensorboard_values
 
 
 def event_files(run: RunDir) -> list[Path]:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from distill_cli.cli import run as run_command
-from distill_cli.config.checks import inert_overrides
+from distill_cli.config.checks import config_problems, inert_overrides
 from distill_cli.config.compose import compose
 from distill_cli.config.execution_schema import WandbConfig
 from distill_cli.config.variation import config_text
@@ -22,7 +22,7 @@ from distill_cli.folders.run_dir import Element, RunDir, SweepDir, create, read_
 from distill_cli.track.base import FILES, tracker_problems
 from distill_cli.track.run_tracking import track
 from distill_cli.track.shipper import ship
-from distill_cli.track.wandb import WandbTracker, has_key, whole_uri
+from distill_cli.track.wandb import WandbTracker, base_uri, has_key
 from tests.track.conftest import wandb_tracker, write_rows
 from tests.track.readers import recorded_values, wandb_records
 from tests.track.server import free_port, wait_until
@@ -91,6 +91,34 @@ def test_a_run_arrives_whole(server: WandbServer, run: RunDir) -> None:
     assert WandbTracker(WandbConfig(uri=server.url), compose([])[0].config, run).page == (
         f"{server.url}/me/test/runs/{read_json(run.path / 'wandb.json')['run_id']}"
     )
+    assert own_processes() == []
+
+
+def test_a_folder_may_have_any_name(server: WandbServer, tmp_path: Path, run: RunDir) -> None:
+    named = RunDir(run.path.rename(tmp_path / "runs" / "0_a=[1], *?ü"))
+    write_rows(named, range(2))
+    ship(named, wandb_tracker(named, server.url), end="finished")
+    assert_all_there(server, named)
+
+
+def test_a_refused_file_stops_nothing(server: WandbServer, run: RunDir) -> None:
+    write_rows(run, range(3))
+    ship(run, tracker := wandb_tracker(run, server.url), begin=True)
+    before = own_processes()
+    with pytest.raises(DistillError, match="gone: W&B did not take this file"):
+        tracker.artifact(run.path / "gone", "gone")
+    ship(run, tracker)
+    assert own_processes() == before
+    ship(run, tracker, end="finished")
+    assert_all_there(server, run)
+
+
+def test_a_damaged_folder_leaves_no_process(server: WandbServer, run: RunDir) -> None:
+    (run.path / "env.json").write_text("{")
+    tracker = wandb_tracker(run, server.url)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Expecting"):
+            ship(run, tracker, end="finished")
     assert own_processes() == []
 
 
@@ -230,8 +258,32 @@ def test_a_key_is_needed_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not has_key("https://api.wandb.ai")
     (tmp_path / "home").mkdir()
     (tmp_path / "home/settings").write_text("[default]\nbase_url = https://wandb.example.com\n")
-    assert whole_uri(None) == "https://wandb.example.com"
+    assert base_uri(WandbConfig()) == "https://wandb.example.com"
     assert problems_of() == []
+
+
+@pytest.mark.parametrize(
+    ("word", "problem"),
+    [
+        ("uri=wandb.example.com", "uri: must be an address"),
+        ("project=a/b", "project=a/b: must have 1 to 128 characters, and none of"),
+        ("tags=[a,a]", "tags: each must be another one"),
+        (f"tags=[{'a' * 65}]", "tags: each must be another one"),
+    ],
+)
+def test_wrong_settings_are_refused(word: str, problem: str) -> None:
+    (found,) = problems_of(f"tracker.wandb.{word}")
+    assert found.startswith(f"tracker.wandb.{problem}")
+
+
+def test_an_address_has_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    (job,) = compose(["tracker=wandb", "tracker.wandb.uri=http://me:pa55@host"])
+    for problem in (*config_problems(job.config), *tracker_problems(job.config)):
+        assert problem.startswith("tracker.wandb.uri: ")
+        assert "pa55" not in problem
+    monkeypatch.setenv("WANDB_BASE_URL", "http://me:pa55@host")
+    (problem,) = problems_of()
+    assert "pa55" not in problem
 
 
 @pytest.mark.parametrize(("mode", "is_wrong"), [("disabled", True), ("onlin", True), ("dryrun", False), ("run", False)])

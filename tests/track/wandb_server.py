@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote, unquote
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         body = self._body()
         _, run, name = self.path.lstrip("/").split("/", 2)
-        self.server.runs[run].files[name] = body
+        self.server.runs[run].files[unquote(name)] = body
         self._answer({})
 
     def do_POST(self) -> None:
@@ -152,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
         return {"upsertBucket": {"bucket": bucket, "inserted": is_new}}
 
     def CreateRunFiles(self, run: str, files: list[str], **_: Any) -> dict[str, Any]:
-        urls = [{"name": name, "uploadUrl": f"{self.server.url}/upload/{run}/{name}"} for name in files]
+        urls = [{"name": name, "uploadUrl": f"{self.server.url}/upload/{run}/{quote(name)}"} for name in files]
         return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": urls}}
 
     def _body(self) -> bytes:
