@@ -119,8 +119,7 @@ class WandbTracker(Tracker):
     def close(self, status: str) -> None:
         if self._process is None:
             return
-        outcome = {"outcome": read_json(self._run.outcome)} if self._run.outcome.exists() else {}
-        summary = {key: value for key, value in outcome.items() if key != "attempts"}
+        summary = {"outcome": read_json(self._run.outcome)} if self._run.outcome.exists() else {}
         timeout_s = CLOSE_MODEL_S if self.logs_model else CLOSE_S
         self._call("close", summary, EXIT_CODES.get(status, 1), timeout_s=timeout_s)
         self._end()
