@@ -1,9 +1,10 @@
 """Weights & Biases: its service, a server of your own, or a folder (offline). A sweep is a group of its runs.
 
-W&B's library runs in a process of its own (`wandb_process`), which this one ends if it does not answer in time. That
-library takes rows into a queue: what it has sent when a process is killed is not known. So each connection has a name,
-which is part of the run's identity: unless the last one was closed, the next one asks the server how far it came, and
-sends the rest. Offline there is nobody to ask, and each connection writes the run again, from its beginning.
+W&B's library runs in a process of its own (`wandb_process`), which this one ends if it does not answer in time.
+
+The library queues rows: how many have arrived when a process is killed is unknown. So each connection has a name, which
+is part of the run's identity. Unless the last one was closed, the next one queries the last step that the server has,
+and sends the rest. Offline there is no server to query, and each connection writes the run again, from its beginning.
 """
 
 import configparser
@@ -108,7 +109,8 @@ class WandbTracker(Tracker):
     def logged(self) -> set[tuple[str, int]]:
         """Return all up to the last step that the server has: W&B's rows are in order, and each is whole."""
         rows = (row for row in read_metrics(self._run.metrics) if row["step"] < self._next_step)
-        return {(key, int(row["step"])) for row in rows for key in row} | {("_step", self._next_step - 1)}
+        found = {(key, int(row["step"])) for row in rows for key in row if key not in ("step", "time")}
+        return found | {("_step", self._next_step - 1)}  # a run that went back has fewer rows than the server
 
     def log(self, rows: Sequence[Mapping[str, float]]) -> None:
         self._call("log", [dict(row) for row in rows], timeout_s=CALL_S)
@@ -208,10 +210,10 @@ def project_of(settings: WandbConfig) -> str:
 
 def own_settings() -> Mapping[str, str]:
     """Return what W&B's own settings files say, which `wandb login` and `wandb init` write."""
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    folder = os.path.expanduser(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
     parser = configparser.ConfigParser(interpolation=None)
     with suppress(configparser.Error, UnicodeDecodeError):
-        parser.read([folder / "settings", Path("wandb/settings")])
+        parser.read([f"{folder}/settings", "wandb/settings"])
     return dict(parser["default"]) if "default" in parser else {}
 
 
@@ -222,7 +224,7 @@ def has_key(uri: str) -> bool:
     if not {"api_key", "identity_token_file"}.isdisjoint(own_settings()):
         return True
     files = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
-    for file in (Path(name).expanduser() for name in files if name):
+    for file in (os.path.expanduser(name) for name in files if name):
         with suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
             if urlsplit(uri).hostname in netrc.netrc(file).hosts:
                 return True

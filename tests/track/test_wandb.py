@@ -166,8 +166,10 @@ def test_a_checkpoint_identifies_the_run(server: WandbServer, run: RunDir) -> No
     ship(run, first := wandb_tracker(run, server.url), end="failed")
     write_json(run.trackers, {"wandb": first.identity(read_json(run.path / "wandb.json"))})
     (run.path / "wandb.json").unlink()
+    assert ship(run, wandb_tracker(run, server.url), end="failed") == (0, 3)
+    (run.path / "wandb.json").unlink()
     write_rows(run, range(3, 5))
-    ship(run, wandb_tracker(run, server.url), end="finished")
+    assert ship(run, wandb_tracker(run, server.url), end="finished") == (4, 3)
     assert_all_there(server, run)
     assert len(server.runs) == 1
 
