@@ -16,9 +16,9 @@ PAGE = Path(__file__).parent.parent / "docs/metrics.md"
 INTRODUCTION = """\
 # Metrics
 
-The metrics in a line of a run's `metrics.jsonl`, in addition to `step` and `time` (seconds since 1970). MLflow gets all
-of them. `python scripts/make_metrics_doc.py` writes this page from `distill_cli/metrics.py`; a test
-checks that it is current.
+The metrics in a line of a run's `metrics.jsonl`, in addition to `step` and `time` (seconds since 1970). Trackers get
+all. `python scripts/make_metrics_doc.py` writes this page from `distill_cli/metrics.py`; a test checks that it is
+current.
 
 `checkpoint.metric` may be any train/, rollout/ or val/ metric that is measured during training. If the metric has no
 better direction of its own, `checkpoint.higher_is_better` must be set.

@@ -4,6 +4,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+SEVERAL = ("tracker",)
+"""Groups of which several files may be chosen: tracker=[mlflow,wandb]."""
+
 
 def conf_dir() -> Path:
     """Return the folder conf/: inside the package in a wheel, next to the package in a checkout."""

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from distill_cli.config import variation
-from distill_cli.config.choices import conf_dir
+from distill_cli.config.choices import SEVERAL, conf_dir
 from distill_cli.config.credentials import without_credentials
 from distill_cli.config.flags import conf_dirs
 from distill_cli.config.schema import Config
@@ -83,8 +83,9 @@ def check_overrides(overrides: Sequence[str], flags: Sequence[str] = ()) -> None
 
 def refuse_sweep(overrides: Sequence[str]) -> None:
     """Raise ConfigError if overrides, which are right in themselves, give several values without -m."""
-    rule = "several values are a sweep: add -m, or quote a value with commas"
-    refuse(f"{key}: {rule}" for key in sorted(variation.sweep_keys(overrides)))
+    rule, fix = "several values are a sweep: add -m, or", "quote a value with commas"
+    several = {group: f"write a list, as in {group}=[mlflow,wandb]" for group in SEVERAL}
+    refuse(f"{key}: {rule} {several.get(key, fix)}" for key in sorted(variation.sweep_keys(overrides)))
 
 
 def run_hydra(overrides: Sequence[str], flags: Sequence[str], task: Callable[[DictConfig], Any]) -> None:

@@ -7,6 +7,7 @@ from distill_cli.config.fields import key, section
 from distill_cli.metrics import find
 
 Roles = Enum("Roles", {"shared": "shared", "split": "split"})
+WandbMode = Enum("WandbMode", {"online": "online", "offline": "offline"})
 SearchSampler = Enum("SearchSampler", {"tpe": "tpe", "random": "random"})
 
 
@@ -166,10 +167,48 @@ class MlflowConfig:
 
 
 @section
+class WandbConfig:
+    enabled: bool = False
+    """Log runs to Weights & Biases. `tracker=wandb` turns it on."""
+    uri: str | None = key(None, only_with="tracker.wandb.enabled")
+    """Address of a server of your own; null is WANDB_BASE_URL of the environment, the server of `wandb login`, or else
+    https://api.wandb.ai."""
+    project: str | None = key(None, only_with="tracker.wandb.enabled")
+    """Project of the run; null is WANDB_PROJECT of the environment, or else `distill`."""
+    entity: str | None = key(None, only_with="tracker.wandb.enabled")
+    """User or team that owns the project; null is WANDB_ENTITY of the environment, or else your account's default."""
+    group: str | None = key(None, only_with="tracker.wandb.enabled")
+    """Group of the run; null is the folder's name of the sweep that the run is part of, or else WANDB_RUN_GROUP of the
+    environment."""
+    run_name: str | None = key(None, only_with="tracker.wandb.enabled")
+    """Name of the run in W&B; null is the run folder's name."""
+    tags: list[str] = key(factory=list, only_with="tracker.wandb.enabled")
+    """Tags of the run, such as [baseline, 4b]."""
+    notes: str | None = key(None, only_with="tracker.wandb.enabled")
+    """Description of the run."""
+    mode: WandbMode | None = key(None, only_with="tracker.wandb.enabled")
+    """online sends the run while it lasts; offline writes it to `wandb/` in the run's folder; null is WANDB_MODE of the
+    environment, or else online. The API key is taken from WANDB_API_KEY or `wandb login`, never from the config."""
+    log_model: bool = key(False, only_with="tracker.wandb.enabled")
+    """Upload the trained student's folder to the run's files at its end."""
+
+
+@section
+class TensorboardConfig:
+    enabled: bool = False
+    """Write TensorBoard's event files to `tensorboard/` in the run's folder. `tracker=tensorboard` turns it on."""
+    samples: int = key(4, at_least=0, only_with="tracker.tensorboard.enabled")
+    """Answers of each validation to show as text, of those that eval.record_samples records."""
+
+
+@section
 class TrackerConfig:
-    """Where runs are shown in addition to their folders; several may be on. Each is a module of `track/`."""
+    """Where runs are shown in addition to their folders; `tracker=[mlflow,wandb]` turns on several. Each is a module of
+    `track/`."""
 
     mlflow: MlflowConfig = key(factory=MlflowConfig)
+    wandb: WandbConfig = key(factory=WandbConfig)
+    tensorboard: TensorboardConfig = key(factory=TensorboardConfig)
 
 
 @section

@@ -22,7 +22,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from distill_cli.config.choices import conf_dir, group_choices, groups, nearest
+from distill_cli.config.choices import SEVERAL, conf_dir, group_choices, groups, nearest
 from distill_cli.config.credentials import credential_keys, without_credentials
 from distill_cli.config.execution_schema import SlurmConfig
 from distill_cli.config.fields import declared_as, declared_keys, flatten, has_property, is_within
@@ -102,7 +102,7 @@ def _with_value(section: Any, path: Sequence[str], value: Any) -> Any:
 def _choose(merged: DictConfig, *, group: str, choice: Any) -> None:
     """Replace in `merged` what the file `group`/`choice`.yaml sets, with the values that Hydra composes for it.
 
-    A group inside another sets keys of that; None, which no other has, unsets them.
+    A group inside another sets keys of that; None, which no other has, unsets them. A list chooses several files.
     """
     section, is_inner, _ = group.partition("/")
     if is_inner:
@@ -115,9 +115,10 @@ def _choose(merged: DictConfig, *, group: str, choice: Any) -> None:
         return
     ConfigStore.instance().store("base_config", Config)
     with hydra.initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        composed = hydra.compose("config", overrides=[f"{group}={choice}"])
+        typed = f"[{','.join(map(str, choice))}]" if isinstance(choice, list) else choice
+        composed = hydra.compose("config", overrides=[f"{group}={typed}"])
     file = conf_dir() / group / f"{choice}.yaml"
-    if not file.read_text().startswith(GLOBAL):
+    if isinstance(choice, list) or not file.read_text().startswith(GLOBAL):
         OmegaConf.update(merged, group, composed[group], merge=False)
         return
     content: Any = OmegaConf.to_container(OmegaConf.load(file))
@@ -259,6 +260,10 @@ def _problems_of(override: Override, text: str, schema: DictConfig, conf_dirs: S
     except HydraException:
         return []  # a glob, which Hydra expands
     group = key.split("@")[0]
+    if group in SEVERAL:
+        if override.is_add():
+            return [f"{text}: a choice takes no +; several are chosen by a list: {group}=[a,b]"]
+        values = [_plain(one) for value in values for one in (value if isinstance(value, list) else [value])]
     if group in groups(conf_dirs) and all(isinstance(value, str | None) for value in values):
         choices = group_choices(group, conf_dirs)
         wrong, has = [one for one in values if one not in choices], f"({key} has: {', '.join(choices)})"

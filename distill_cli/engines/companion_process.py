@@ -4,8 +4,6 @@ python -m distill_cli.engines.companion_process SOCKET PARENT
 """
 
 import os
-import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,7 +11,8 @@ from multiprocessing.connection import Connection
 
 from distill_cli.engines.process_setup import import_transformers, prepare_process
 from distill_cli.errors import DistillError, Killed
-from distill_cli.machine.processes import describe_exit, die_with_parent
+from distill_cli.machine.child_process import connect_to_parent, start_child
+from distill_cli.machine.processes import describe_exit
 from distill_cli.terminal.step_printer import log_to
 
 EXIT_S = 10.0
@@ -24,17 +23,13 @@ STORE_FILE = "DISTILL_COMPANION_STORE"
 
 def main() -> None:
     """Serve the process with id PARENT over the inherited socket SOCKET until it is gone."""
-    die_with_parent(parent=int(sys.argv[2]))
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(signum, signal.SIG_IGN)  # the parent handles them: it may finish a step and save first
-    descriptor = int(sys.argv[1])
-    os.set_inheritable(descriptor, False)  # else a child would hold the socket open after this process died
+    connection = connect_to_parent()
     log_to(sys.stderr)
     prepare_process()  # before torch
     import_transformers()
     from distill_cli.engines.companion import serve
 
-    serve(Connection(descriptor))
+    serve(connection)
 
 
 def start_process(variables: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], Connection]:
@@ -42,15 +37,7 @@ def start_process(variables: Mapping[str, str]) -> tuple[subprocess.Popen[bytes]
 
     Its output goes where this process's goes. It ends with the thread that calls this.
     """
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "distill_cli.engines.companion_process", str(theirs.fileno()), str(os.getpid())],
-            env={**os.environ, **variables},
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-    return process, Connection(ours.detach())
+    return start_child("distill_cli.engines.companion_process", {**os.environ, **variables})
 
 
 def death_of(process: subprocess.Popen[bytes], who: str) -> DistillError:

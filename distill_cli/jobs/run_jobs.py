@@ -43,7 +43,7 @@ from distill_cli.report.comparison import print_comparison
 from distill_cli.report.read import read_sweep
 from distill_cli.resolved import ResolvedRun
 from distill_cli.terminal.console import Console
-from distill_cli.track.base import tracker_names
+from distill_cli.track.base import trackers_with
 
 
 def new_console() -> Console:
@@ -85,7 +85,7 @@ def replay_job(run: RunDir, overrides: Sequence[str], swept: Sequence[str] = ())
             "train.max_steps": Recording.of(str(run.path)).num_steps,
             **{f"eval.{key}": False for key in ("at_start", "at_end", "teacher")},
             **{"eval.period": 0, "eval.record_samples": 0, "run.name": None},
-            **{f"tracker.{name}.run_name": None for name in tracker_names()},
+            **{f"tracker.{name}.run_name": None for name in trackers_with("run_name")},
         },
     )
     config = override(config, overrides, typed=run.typed_overrides())

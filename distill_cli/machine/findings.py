@@ -2,6 +2,7 @@
 
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distill_cli.config.credentials import without_credentials
@@ -27,6 +28,18 @@ def find_package(name: str, package: str, *, fix: str) -> Finding:
     """Return the finding of a distribution's installed version."""
     version = installed_version(package)
     return Finding(name, version is not None, version or "not installed", "" if version else fix)
+
+
+def optional_package(extra: str) -> Finding:
+    """Return the finding of the package that an extra of the same name installs."""
+    version = installed_version(extra)
+    return Finding(extra, True, version or f"not installed, and not needed but for tracker={extra}", needed=False)
+
+
+def missing_extra(extra: str) -> Iterator[str]:
+    """Yield what to do if the package is missing that an extra of the same name installs."""
+    if installed_version(extra) is None:
+        yield f'enabled: the package {extra} is not installed; pip install "distill-cli[{extra}]"'
 
 
 def unreachable(address: str) -> str | None:

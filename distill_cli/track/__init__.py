@@ -1,1 +1,1 @@
-"""Trackers such as MLflow: they follow what a run's folder records."""
+"""Trackers (MLflow, W&B, TensorBoard): they follow what a run's folder records."""

@@ -29,9 +29,6 @@ log = logging.getLogger(__name__)
 
 BATCH = 900
 """Metrics per call of `Tracker.log`, at most, unless one step has more."""
-STREAMS = ("metrics.jsonl", "system.jsonl")
-ARTIFACTS = ("config.yaml", "command.txt", "env.json", "outcome.json", "report.html", "rollouts/*.parquet")
-"""Files of a run that trackers get a copy of."""
 MODEL = "student/**/*"
 """Files of the trained student, which become `model/...`."""
 AWAY_S = 3.0
@@ -55,6 +52,8 @@ class State:
     """Size and modification time of each file that was sent."""
     end: str | None = None
     """The status that the run was closed with, or will be."""
+    is_closed: bool = False
+    """Whether it was: all of the run has arrived."""
 
     @classmethod
     def of(cls, run: RunDir, tracker: Tracker) -> State:
@@ -72,7 +71,7 @@ class State:
             write_json(self.file, content)
 
 
-PROGRESS = ("step", "is_sure", "artifacts", "end")
+PROGRESS = ("step", "is_sure", "artifacts", "end", "is_closed")
 
 
 def recorded(run: RunDir, name: str) -> dict[str, Any]:
@@ -96,20 +95,23 @@ def ship(run: RunDir, tracker: Tracker, *, begin: bool = False, end: str | None 
     with hold(run.path / f".{tracker.name}.lock", wait_s=math.inf):
         state = State.of(run, tracker)
         if begin or end is not None:
-            state.end = end
+            state.end, state.is_closed = end, False
         state.save()  # if this process is killed in `open`, the next one finds the new run by its identity
         tracker.open(state.identity, running=begin and end is None)
         state.save()
         seen = set() if state.is_sure else tracker.logged()
-        streams = [file for file in map(run.path.joinpath, STREAMS) if file.exists()]
+        streams = [file for file in map(run.path.joinpath, tracker.streams) if file.exists()]
         num_metrics = sum(_send_metrics(tracker, file, state, seen) for file in streams)
         state.is_sure = True
         state.save()
         try:
-            return num_metrics, _send_artifacts(tracker, run, state)
+            num_files = _send_artifacts(tracker, run, state)
         finally:
             if end is not None:
                 tracker.close(end)
+        state.is_closed = end is not None
+        state.save()
+        return num_metrics, num_files
 
 
 def _send_metrics(tracker: Tracker, file: Path, state: State, seen: Seen) -> int:
@@ -143,7 +145,7 @@ def _batches(rows: Iterable[Mapping[str, Any]], seen: Seen) -> Iterator[list[dic
 
 def _send_artifacts(tracker: Tracker, run: RunDir, state: State) -> int:
     """Send files that are new, or have changed since they were sent; return their number."""
-    patterns, sent = (*ARTIFACTS, *([MODEL] if tracker.logs_model and run.outcome.exists() else [])), 0
+    patterns, sent = (*tracker.files, *([MODEL] if tracker.logs_model and run.outcome.exists() else [])), 0
     for file in (file for pattern in patterns for file in sorted(run.path.glob(pattern)) if file.is_file()):
         name, stat = str(file.relative_to(run.path)), file.stat()
         mark = [stat.st_size, stat.st_mtime_ns]

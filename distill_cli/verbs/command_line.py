@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from distill_cli.config.choices import conf_dir, groups, nearest
+from distill_cli.config.choices import SEVERAL, conf_dir, group_choices, groups, nearest
 from distill_cli.errors import ConfigError, refuse
 
 Arguments = argparse.Namespace
@@ -197,7 +197,16 @@ def offered(before: Sequence[str], word: str) -> tuple[list[str], list[str] | No
     needs_value = open_flag is not None and open_flag.nargs != "?" and typed[-1].startswith("-")
     if needs_value or place is None or place.dest != "overrides":
         return offers, None
-    return [*starting(word, () if before else VERBS), *offers], [one for one in words if is_override(one)]
+    offers = [*starting(word, () if before else VERBS), *offers, *in_list(word)]
+    return offers, [one for one in words if is_override(one)]
+
+
+def in_list(word: str) -> list[str]:
+    """Return what is offered inside a list of choices, such as `tracker=[mlflow,w`."""
+    group, _, typed = word.partition("=[")
+    *chosen, last = typed.split(",")
+    choices = group_choices(group, [conf_dir()]) if group in SEVERAL and f"{group}=[" in word else []
+    return [f"{group}=[{','.join([*chosen, one])}" for one in starting(last, choices) if one not in chosen]
 
 
 def starting(word: str, offers: Iterable[str]) -> list[str]:

@@ -12,6 +12,7 @@ from distill_cli.config.fields import LIMITS, declared_keys
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import RENAMED, load_config, override, save_config
 from distill_cli.errors import ConfigError
+from distill_cli.track.base import enabled
 from distill_cli.verbs.ls import first_comment
 
 JSONL_PATHS = ["data.train.path=a.jsonl", "data.validation.path=b.jsonl"]
@@ -97,10 +98,34 @@ def test_composing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         ("data=jsonl", "data.train.path: a value is needed"),
         ("loss=null", "loss=None: no such choice"),
         ("experiment=null", "experiment=None: no such choice"),
+        ("tracker=wanb", "tracker=wanb: no such choice; did you mean wandb?"),
+        ("tracker=[mlflow,wanb]", "tracker=wanb: no such choice; did you mean wandb?"),
+        ("tracker=[[mlflow]]", "tracker=['mlflow']: "),
+        ("+tracker=wandb", "several are chosen by a list"),
+        ("tracker=mlflow,wandb", "write a list, as in tracker=[mlflow,wandb]"),
+        ("loss=[mixed,reverse]", "loss=['mixed', 'reverse']: "),
     ],
 )
 def test_mistake_is_named(override: str, problem: str) -> None:
     assert any(problem in line for line in problems_of(override))
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ([], ["mlflow"]),
+        (["tracker=wandb"], ["wandb"]),
+        (["tracker=none"], []),
+        (["tracker=[]"], []),
+        (["tracker=[wandb,mlflow]"], ["mlflow", "wandb"]),
+        (["tracker=['tensorboard']", "tracker.wandb.enabled=true"], ["wandb", "tensorboard"]),
+        (["tracker=[mlflow,wandb,tensorboard]", "tracker.mlflow.enabled=false"], ["wandb", "tensorboard"]),
+    ],
+)
+def test_several_trackers_are_a_list(words: list[str], names: list[str]) -> None:
+    (job,) = compose(words)
+    assert list(enabled(job.config)) == names
+    assert list(enabled(override(compose(["tracker=tensorboard"])[0].config, ["tracker=mlflow", *words]))) == names
 
 
 def test_nothing_is_set_below_null() -> None:

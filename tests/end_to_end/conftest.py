@@ -91,6 +91,7 @@ SECRETS = {
     "HF_TOKEN": "hf_" + "Planted" * 5,
     "MLFLOW_TRACKING_PASSWORD": "planted-pass-1",
     "MY_API_KEY": "planted-key-2",
+    "WANDB_API_KEY": "planted-wandb-3" * 3,
 }
 """What a user's shell may hold, and nothing that is written may."""
 
@@ -104,9 +105,10 @@ def files_with(secrets: Iterable[str], folder: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """It keeps its scores, which changes nothing else."""
+    """It keeps its scores and has every tracker, which changes nothing else."""
     kept = ("eval.period=2", "eval.max_samples=40", "rollout.save_scores=true")
-    return distill(tmp_path_factory.mktemp("one"), *SHORT, *kept, **SECRETS)
+    tracked = ("tracker=[mlflow,wandb,tensorboard]", "tracker.wandb.mode=offline")
+    return distill(tmp_path_factory.mktemp("one"), *SHORT, *kept, *tracked, **SECRETS)
 
 
 @pytest.fixture(scope="session")

@@ -137,6 +137,8 @@ def test_doctor_names_fixes(tmp_path: Path) -> None:
         "ports",
         "hub cache",
         "mlflow",
+        "wandb",
+        "tensorboard",
         "tiny pair",
     ):
         assert findings[name]["ok"], findings[name]

@@ -11,8 +11,10 @@ from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill_cli.metrics import find
+from distill_cli.track.base import STREAMS
 from tests.end_to_end.conftest import SECRETS, SHORT, Finished, distill, files_with
 from tests.end_to_end.naive import check_numbers
+from tests.track.readers import mlflow_values, recorded_values, same, tensorboard_values, wandb_values
 
 pytestmark = pytest.mark.slow
 
@@ -33,8 +35,10 @@ VALIDATION = {"val/accuracy", "val/mean_length", "val/truncated_rate", "time/eva
 def test_the_default_run_prints_its_result(one_rank: Finished) -> None:
     assert one_rank.status == 0, one_rank.stderr
     assert one_rank.stderr == ""
-    for word in ("student", "teacher", "accuracy", "verdict", "time", "metrics", "MLflow", "next", "step 3/3 loss="):
+    for word in ("student", "teacher", "accuracy", "verdict", "time", "metrics", "next", "step 3/3 loss="):
         assert word in one_rank.stdout
+    for tracker in ("MLflow", "W&B", "TensorBoard"):
+        assert tracker in one_rank.stdout
     outcome = json.loads(one_rank.run.outcome.read_text())
     assert outcome["state"] == "finished"
     assert outcome["teacher"]["accuracy"] > 0.9 > outcome["before"]["accuracy"]
@@ -192,14 +196,14 @@ def test_every_key_is_a_declared_metric(one_rank: Finished, two_ranks: Finished)
     assert {key for key in keys if find(key) is None} == set()
 
 
-def test_mlflow_has_what_the_file_has(one_rank: Finished) -> None:
+def test_trackers_have_what_the_file_has(one_rank: Finished) -> None:
+    run, stored = one_rank.run, recorded_values(one_rank.run, *STREAMS)
+    assert mlflow_values(run) == stored
+    assert wandb_values(run) == recorded_values(run, "metrics.jsonl")
+    assert same(tensorboard_values(run), stored)
     client = MlflowClient(tracking_uri=f"sqlite:///{one_rank.folder}/runs/mlflow.db")
-    run_id = json.loads((one_rank.run.path / "mlflow.json").read_text())["run_id"]
-    for key in ("train/loss", "val/accuracy", "rollout/engine_mismatch", "time/sample_s"):
-        stored = sorted((m.step, m.value) for m in client.get_metric_history(run_id, key))
-        assert stored == [(row["step"], row[key]) for row in one_rank.metrics if key in row]
-    assert client.get_run(run_id).data.params["loss.topk"] == "16"
-    assert client.get_run(run_id).info.status == "FINISHED"
+    found = client.get_run(json.loads((run.path / "mlflow.json").read_text())["run_id"])
+    assert (found.data.params["loss.topk"], found.info.status) == ("16", "FINISHED")
 
 
 def test_sweep_runs_have_own_folders(tmp_path) -> None:

@@ -1,6 +1,8 @@
 """A run's folder and an MLflow database of its own."""
 
 import shutil
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +10,15 @@ import pytest
 from mlflow import MlflowClient
 
 from distill_cli.config.compose import compose
+from distill_cli.config.execution_schema import TensorboardConfig, WandbConfig, WandbMode
 from distill_cli.config.schema import Config
 from distill_cli.config.variation import load_config, save_config
+from distill_cli.folders.metrics_file import MetricsFile
 from distill_cli.folders.run_dir import RunDir, create, read_json
+from distill_cli.track.base import Tracker
 from distill_cli.track.mlflow import MlflowTracker
+from distill_cli.track.tensorboard import TensorboardTracker
+from distill_cli.track.wandb import WandbTracker
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +55,34 @@ def tracker(run: RunDir, uri: str, **settings) -> MlflowTracker:
     config = load_config(run.config)
     mine = replace(config.tracker.mlflow, uri=uri, experiment="test", run_name="a", **settings)
     return MlflowTracker(mine, replace(config, run=replace(config.run, root=str(run.path.parent))), run)
+
+
+def wandb_tracker(run: RunDir, uri: str | None = None, **settings) -> WandbTracker:
+    """Build the tracker as a new process does: offline without an address."""
+    mode = WandbMode.online if uri else WandbMode.offline
+    mine = WandbConfig(enabled=True, uri=uri, mode=mode, project="test", **settings)
+    return WandbTracker(mine, load_config(run.config), run)
+
+
+def tensorboard_tracker(run: RunDir) -> TensorboardTracker:
+    return TensorboardTracker(TensorboardConfig(enabled=True), load_config(run.config), run)
+
+
+@pytest.fixture
+def trackers(run: RunDir, uri: str) -> dict[str, Callable[[], Tracker]]:
+    """For each tracker, what builds it as a new process does."""
+    return {
+        "mlflow": lambda: tracker(run, uri),
+        "wandb": lambda: wandb_tracker(run),
+        "tensorboard": lambda: tensorboard_tracker(run),
+    }
+
+
+def write_rows(run: RunDir, steps: Iterable[int]) -> None:
+    """Append rows with two metrics, one of them not finite."""
+    with closing(MetricsFile(run.metrics)) as metrics:
+        for step in steps:
+            metrics.write(step, {"train/loss": 1 / (step + 3), "val/accuracy": step / 8, "none": float("nan")})
 
 
 def state_of(run: RunDir) -> dict:

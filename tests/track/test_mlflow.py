@@ -25,11 +25,11 @@ from distill_cli.folders.metrics_file import MetricsFile, cut_back, read_metrics
 from distill_cli.folders.run_dir import Element, RunDir, SweepDir, create, element_name, write_json
 from distill_cli.jobs.preflight import preflight
 from distill_cli.report.read import read_config
-from distill_cli.track.base import tracker_problems
+from distill_cli.track.base import FILES, STREAMS, tracker_problems
 from distill_cli.track.facts import models, run_tags
 from distill_cli.track.mlflow import mlflow_tags, whole_uri
 from distill_cli.track.run_tracking import track, tracking
-from distill_cli.track.shipper import ARTIFACTS, STREAMS, Shipper, ship
+from distill_cli.track.shipper import Shipper, ship
 from distill_cli.track.system import SystemSampler
 from tests.track.conftest import history, state_of, tracker
 from tests.track.server import free_port, start_server, stop, wait_until
@@ -180,7 +180,7 @@ def assert_all_there(uri: str, run: RunDir, *, logs_model: bool = False) -> None
     assert stored.data.params == {key: str(value)[:6000] for key, value in read_config(run).items()}
     assert stored.data.tags.items() >= mlflow_tags(run_tags(config, run)).items()
     assert stored.info.status == "FINISHED"
-    files = [file for pattern in ARTIFACTS for file in run.path.glob(pattern)]
+    files = [file for pattern in FILES for file in run.path.glob(pattern)]
     names = [str(file.relative_to(run.path)) for file in files]
     if logs_model:
         files += run.student.iterdir()

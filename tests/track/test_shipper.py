@@ -9,6 +9,7 @@ from distill_cli.checkpoint import store
 from distill_cli.errors import Stopped
 from distill_cli.folders.metrics_file import MetricsFile
 from distill_cli.folders.run_dir import RunDir, read_json, write_json
+from distill_cli.track.base import FILES, STREAMS
 from distill_cli.track.run_tracking import following
 from distill_cli.track.shipper import ship
 from tests.track.conftest import history, tracker
@@ -18,11 +19,12 @@ class Memory:
     """A tracker that keeps what it gets. `breaks` is the method that raises: `log` does after it has kept the rows."""
 
     name, label, place, page, logs_model = "memory", "Memory", "here", "nowhere", False
+    streams, files, has_one_sender = STREAMS, FILES, False
 
     def __init__(self, *, breaks: str = "") -> None:
         self.breaks, self.runs, self.queries = breaks, 0, 0
         self.metrics: list[tuple[str, int]] = []
-        self.files: list[str] = []
+        self.received: list[str] = []
         self.status = ""
 
     def _break(self, method: str) -> None:
@@ -48,7 +50,7 @@ class Memory:
 
     def artifact(self, file, name):
         self._break("artifact")
-        self.files.append(name)
+        self.received.append(name)
 
     def close(self, status):
         self.status = status
@@ -76,7 +78,7 @@ def test_each_tracker_fails_by_itself(run: RunDir, uri: str, breaks: str, caplog
     assert read_json(run.trackers)["memory"] == {"token": "mine", "run_id": None}
     if not breaks:
         assert (losses(double), double.status, double.runs) == ([0, 1, 2], "finished", 1)
-        assert {"config.yaml", "outcome.json"} <= set(double.files)
+        assert {"config.yaml", "outcome.json"} <= set(double.received)
         assert caplog.text == ""
         return
     assert "Memory at here: http://host is broken; the run goes on" in caplog.text

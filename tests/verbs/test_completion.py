@@ -41,6 +41,10 @@ def test_flags_of_train_need_no_verb() -> None:
         ("plan -m a=1,2 --cfg|", ["job", "hydra", "all"], None),
         ("--info|p", ["plugins"], []),
         ("-m a=1,2|", [], ["a=1,2"]),
+        ("|tracker=[ml", ["tracker=[mlflow"], []),
+        ("resume runs/x|tracker=[mlflow,w", ["tracker=[mlflow,wandb"], []),
+        ("|tracker=[wandb,mlflow,", [f"tracker=[wandb,mlflow,{name}" for name in ("none", "tensorboard")], []),
+        ("|loss=[m", [], []),
     ],
 )
 def test_what_is_offered(line: str, offers: list[str], overrides: list[str] | None) -> None:

@@ -16,6 +16,7 @@ from distill_cli.folders.run_dir import Element, RunDir, SweepDir
 from distill_cli.jobs.new_runs import prepare, resolve_jobs
 from distill_cli.jobs.run_jobs import reopen, replay_job, replay_jobs, resolve_resumed
 from distill_cli.terminal.console import Console
+from distill_cli.track.base import enabled
 
 
 @pytest.fixture
@@ -52,6 +53,12 @@ def test_a_choice_changes_a_resumed_run(run: RunDir) -> None:
     default = compose(["eval=default"])[0].config.eval
     assert resolved.config.eval == default != before.eval
     assert resolved.config.train == before.train
+
+
+def test_a_list_changes_resumed_trackers(run: RunDir) -> None:
+    words = ["tracker=[wandb,tensorboard]", "tracker.wandb.mode=offline"]
+    resolved, _ = resolve_resumed(run, words, console=Console())
+    assert list(enabled(resolved.config)) == ["wandb", "tensorboard"]
 
 
 def test_a_choice_changes_a_resumed_sweep(run: RunDir) -> None:
