@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from typing import IO
 
 from distill_cli.engines.process_setup import import_transformers, prepare_process
 from distill_cli.errors import DistillError, Killed
@@ -37,10 +38,15 @@ def main() -> None:
     serve(Connection(descriptor))
 
 
-def start_process(variables: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], Connection]:
+def start_process(
+    variables: Mapping[str, str], *, output: IO[bytes] | None = None
+) -> tuple[subprocess.Popen[bytes], Connection]:
     """Start a companion with these environment variables added; return it and this end of the socket to it.
 
-    Its output goes where this process's goes. It ends with the thread that calls this.
+    It ends with the thread that calls this.
+
+    Args:
+        output: a file for what it prints; None is where this process prints.
     """
     ours, theirs = socket.socketpair()
     with theirs:
@@ -49,6 +55,8 @@ def start_process(variables: Mapping[str, str]) -> tuple[subprocess.Popen[bytes]
             env={**os.environ, **variables},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
         )
     return process, Connection(ours.detach())
 
