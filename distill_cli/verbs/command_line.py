@@ -24,8 +24,8 @@ from distill_cli.errors import ConfigError, refuse
 
 Arguments = argparse.Namespace
 VERBS = (
-    *("train", "plan", "check", "resume", "replay", "watch", "eval", "export", "serve", "report", "track", "ls"),
-    "doctor",
+    *("train", "plan", "check", "resume", "replay", "watch", "eval", "chat", "export", "serve", "report", "track"),
+    *("ls", "doctor"),
 )
 
 
