@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distill_cli.chat.setup import Pair
-from distill_cli.config.loss_schema import LossConfig, Support
+from distill_cli.config.loss_schema import Alignment, LossConfig, Support
 from distill_cli.terminal.printable import printable
 from distill_cli.types import TokenViews
 
@@ -24,6 +24,8 @@ NUM_HIGHEST, NUM_LIKELIEST = 5, 3
 """Tokens of the table, and likeliest tokens of each model there."""
 LEAST = 1e-4
 """Probability below which only the likeliest token is shown."""
+LEAST_SCALE = 0.1
+"""Of the fullest colour, in nats: the tokens of one answer may all agree."""
 FAINT = 0.1
 """Shares of the colour scale below this have no colour."""
 
@@ -33,6 +35,8 @@ def describe(pair: Pair) -> list[str]:
     config, vocabulary = pair.alone.config, pair.resolved.vocabulary
     loss, teacher = config.loss, config.model.teacher
     remarks = []
+    if teacher.is_student:
+        remarks.append("the teacher is the student itself")
     if teacher.has_own_tokenizer:
         remarks.append(f"the teacher reads its own tokens (loss.alignment={loss.alignment.value})")
     if vocabulary.merged_eos_ids:
@@ -45,6 +49,8 @@ def describe(pair: Pair) -> list[str]:
 
 def classes(loss: LossConfig) -> str:
     """Return what the models are compared on."""
+    if loss.alignment is Alignment.rank:
+        return f"both models' {loss.topk} likeliest tokens by rank, whatever they are, and the rest as one more class"
     if loss.support is Support.full:
         return "the whole vocabulary"
     whose = {"teacher": "the teacher's", "student": "the student's", "union": "both models'"}[loss.support.value]
@@ -71,21 +77,20 @@ def described_loss(loss: LossConfig) -> str:
     return text + ("; without the part of rewards and penalties" if loss.has_advantages else "")
 
 
-def coloured(found: AnswerKl) -> Text:
-    """Return an answer with each token on a ground that is the redder the higher its KL."""
-    shown, scale = Text(), colour_scale(found.views)
+def coloured(found: AnswerKl, scale: float) -> Text:
+    """Return an answer with each token on a ground that is the redder the higher its KL, up to `scale`."""
+    shown = Text()
     for text, kl in zip(found.texts, found.views.kl_forward, strict=True):
-        visible = printable(text).replace("\n", "↵\n")
-        first, *rest = visible.split("\n")
+        first, *rest = printable(text).replace("\n", "↵\n").split("\n")
         shown.append(first, style=heat(kl, scale))
         shown.append("".join(f"\n{one}" for one in rest))
     return shown
 
 
-def colour_scale(views: TokenViews) -> float:
-    """Return the KL of the fullest colour, as the report has it: the 99th percentile."""
-    known = sorted(finite(views.kl_forward))
-    return max(1e-3, known[int(0.99 * (len(known) - 1))] if known else 0.0)
+def colour_scale(answers: Sequence[AnswerKl]) -> float:
+    """Return the KL of the fullest colour: the highest 99th percentile of an answer, as in the report."""
+    known = [sorted(finite(one.views.kl_forward)) for one in answers]
+    return max([LEAST_SCALE, *(kls[int(0.99 * (len(kls) - 1))] for kls in known if kls)])
 
 
 def heat(kl: float | None, scale: float) -> Style:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TextIO
 
 from rich.text import Text
 
@@ -22,9 +22,13 @@ from distill_cli.engines.process_setup import import_transformers
 from distill_cli.errors import ConfigError, DistillError, refuse
 from distill_cli.launch.local import stop_signals
 from distill_cli.terminal.console import Console
+from distill_cli.terminal.printable import printable
 
 if TYPE_CHECKING:
     from distill_cli.chat.answers import Speaker
+
+WIDTH = 160
+"""Columns of a table that is not printed on a terminal."""
 
 
 def chat(
@@ -49,12 +53,18 @@ def chat(
         DistillError: an engine could not be started, or is gone.
     """
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
-    console, errors = Console(highlight=False, soft_wrap=not at_terminal), Console(highlight=False, stderr=True)
+    console, errors = console_of(sys.stdout), console_of(sys.stderr)
     with stop_signals():
         setup = prepare(subject, overrides, against=against, step=step, teacher=teacher, console=errors)
         plans = plan_models(setup)
         refuse(problems(setup, plans, shows_kl=shows_kl))
         return talk(setup, plans, console, errors, at_terminal=at_terminal, shows_kl=shows_kl, as_json=as_json)
+
+
+def console_of(stream: TextIO) -> Console:
+    """Return a console that leaves the wrapping of lines to the reader, unless that is a terminal."""
+    width = None if stream.isatty() else WIDTH
+    return Console(file=stream, highlight=False, width=width, soft_wrap=width is not None)
 
 
 def problems(setup: Setup, plans: Sequence[EnginePlan], *, shows_kl: bool) -> list[str]:
@@ -97,7 +107,7 @@ def talk(
         stack.callback(meter.close)
         status.stop()
         for line in banner(setup, speakers, at_terminal=at_terminal):
-            errors.print(Text(line, style="dim"))
+            errors.print(Text(printable(line), style="dim"))
         interrupts: Interrupts = noted_interrupts if at_terminal else lambda: nullcontext(lambda: False)
         rounds = Rounds(runner, speakers, meter, console, errors, setup.config.train.seed, interrupts)
         if at_terminal:

@@ -101,20 +101,22 @@ class Rounds:
 
     def show_kl(self) -> None:
         """Show the last answer of each model that can be compared with the teacher."""
+        found = []
         for speaker in self.speakers:
             if (turns := speaker.conversation.turns) and speaker.model.role == "student":
-                self._show_kl(speaker, turns[-1])
-
-    def _show_kl(self, speaker: Speaker, turn: Turn) -> None:
-        if (found := self.measure(speaker, turn)) is None:
-            return
-        if len(self.speakers) > 1:
-            self.console.print(Text(speaker.name, style="bold"))
-        self.console.print(kl_view.coloured(found))
-        self.console.print(kl_view.highest(found))
-        self.console.print(Text(kl_view.summary(found.views)))
-        for line in kl_view.describe(self.meter.pair(speaker)):
-            self.console.print(Text(line, style="dim"))
+                measured = self.measure(speaker, turns[-1])
+                found += [] if measured is None else [(speaker, measured)]
+        scale = kl_view.colour_scale([measured for _, measured in found])
+        for speaker, measured in found:
+            if len(self.speakers) > 1:
+                self.console.print(Text(speaker.name, style="bold"))
+            self.console.print(kl_view.coloured(measured, scale))
+            self.console.print(kl_view.highest(measured))
+            self.console.print(Text(kl_view.summary(measured.views)))
+        if found:
+            of = kl_view.describe(self.meter.pair(found[0][0]))
+            for line in (*of, f"the fullest colour is {scale:.2g} nats and more"):
+                self.console.print(Text(line, style="dim"))
 
     @contextmanager
     def going_on(self, *speakers: Speaker) -> Iterator[None]:

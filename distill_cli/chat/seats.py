@@ -27,7 +27,8 @@ def seats(sizes: Sequence[int], *, num_gpus: int) -> list[Seat]:
     loads, taken = [0] * num_gpus, list[range]()
     for size in (min(one, num_gpus) for one in sizes):
         windows = [range(first, first + size) for first in range(num_gpus - size + 1)]
-        taken.append(min(windows, key=lambda window: (max(loads[gpu] for gpu in window), window.start)))
+        by_load = [(max(found := [loads[gpu] for gpu in window]), sum(found), window.start) for window in windows]
+        taken.append(windows[by_load.index(min(by_load))])
         for gpu in taken[-1]:
             loads[gpu] += 1
     return [Seat(window.start, max(loads[gpu] for gpu in window)) for window in taken]

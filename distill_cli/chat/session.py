@@ -15,6 +15,7 @@ from distill_cli.chat.conversation import Conversation, save
 from distill_cli.chat.rounds import Rounds
 from distill_cli.errors import ConfigError
 from distill_cli.terminal.console import Console
+from distill_cli.terminal.printable import printable
 
 BOLD_PROMPT = "\001\033[1m\002> \001\033[0m\002"
 """What stands between \\001 and \\002 takes no room on the line."""
@@ -99,7 +100,7 @@ class Session:
 
     def say(self, text: str) -> None:
         """Print what no model says."""
-        self.console.print(Text(text, style="dim"))
+        self.console.print(Text(printable(text), style="dim"))
 
     @property
     def _conversations(self) -> list[Conversation]:

@@ -117,9 +117,8 @@ def prepare(
     config = composed(subject, overrides, run)
     require_here(config, "distill chat")
     chosen = chosen_teacher(config, teacher)
-    own = (BEFORE, *(teacher_names(config) if has_teacher(config) else ()))
-    if against is not None and run is None and against == BEFORE:
-        raise ConfigError(f"--against before: is a run's student before training, and {subject} is no run")
+    own = (BEFORE, *teacher_names(config))
+    refuse(against_problems(against, subject, config, run))
     words = [subject] if against is None else [subject, against]
     contenders = [find(word, config, step=step, console=console) for word in words]
     if len(contenders) > 1 and contenders[0].name == contenders[1].name:
@@ -129,6 +128,14 @@ def prepare(
     pairs = zip(contenders, vocabularies, strict=True)
     models = collect(partial(chat_model, one, vocabulary=vocabulary) for one, vocabulary in pairs)
     return Setup(tuple(models), run, chosen, typed_keys(overrides))
+
+
+def against_problems(against: str | None, subject: str, config: Config, run: RunDir | None) -> Iterator[str]:
+    """Yield why a name of --against stands for no model."""
+    if against == BEFORE and run is None:
+        yield f"--against before: is a run's student before training, and {subject} is no run; give a run"
+    elif against is not None and against in teacher_names(config) and not has_teacher(config):
+        yield f"--against {against}: no teacher is known; give a run, or set model.teacher.path"
 
 
 def composed(subject: str, overrides: Sequence[str], run: RunDir | None) -> Config:

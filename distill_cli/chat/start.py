@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -67,6 +68,7 @@ def speaker_of(model: ChatModel, engine: ChatEngine) -> Speaker:
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:  # of transformers, for damaged files
         what = f"{resolved.tokenizer.path}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})"
         raise ConfigError(f"{what}; give a folder with another, or set model.tokenizer") from error
+    tokenizer.model_max_length = sys.maxsize  # else it warns of a full context, which `Conversation` refuses
     kwargs, prompt = config.model.chat_template_kwargs, config.data.prompt_template
     settings = PromptSettings(model.context, prompt, template_kwargs=kwargs, teachers=())
     maker = PromptMaker(tokenizer, settings)

@@ -11,7 +11,7 @@ from distill_cli.losses.head import Head
 from distill_cli.losses.linear_divergence import HeadOutput, linear_divergence
 from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.losses.teacher_chunk import TeacherHidden, TopK
-from distill_cli.train.token_report import token_values, compared
+from distill_cli.train.token_report import compared, token_values
 from tests.losses.reference import HeadLoss
 
 TEACHER = torch.tensor([[0.4, 0.3, 0.1, 0.08, 0.07, 0.05]])
