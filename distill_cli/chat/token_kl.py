@@ -171,7 +171,7 @@ class KlMeter:
         """Return a model with its teacher. Raises ConfigError if they cannot be compared."""
         if speaker.name not in self._pairs:
             pair = pair_of(self.setup, speaker.model)
-            if any(one.alone.vocabulary != pair.alone.vocabulary for one in self._pairs.values()):
+            if any(one.alone.vocabulary.limit != pair.alone.vocabulary.limit for one in self._pairs.values()):
                 raise ConfigError(
                     f"KL: {speaker.name} shares other tokens with the teacher, whose engine is cut to them"
                 )

@@ -143,7 +143,7 @@ def test_a_conversation_at_a_terminal(one_rank: Finished, endless: Path, marked:
     assert "␛[31m" in seen
     assert not re.search("\x1b\\[31m|\x9b|\x1b]0;", seen)
     rows = [json.loads(line) for line in saved.read_text().splitlines()]
-    assert [row["question"] for row in rows] == [QUESTIONS[0], QUESTIONS[1]] * 2
+    assert [row["question"] for row in rows] == [*QUESTIONS, QUESTIONS[0]]
     assert all(row["messages"][0] == {"role": "system", "content": "Be brief."} for row in rows)
     assert ESCAPES in rows[2]["answer"]
 
