@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, TextIO
 
 from rich.text import Text
@@ -124,23 +123,20 @@ def import_libraries() -> None:
 
 @contextmanager
 def engine_log() -> Iterator[IO[bytes] | None]:
-    """Yield a file for what engines print; kept, and named in the error, if one fails. None with DISTILL_DEBUG."""
+    """Yield a file for what engines print; a copy is kept, and named in the error, if one fails. None for debugging."""
     if os.environ.get("DISTILL_DEBUG"):
         yield None
         return
-    descriptor, path = tempfile.mkstemp(prefix="distill-chat-", suffix=".log")
-    is_kept = False
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    with tempfile.TemporaryFile(prefix="distill-chat-") as file:
+        try:
             yield file
-    except DistillError as error:
-        is_kept = not isinstance(error, ConfigError) and Path(path).stat().st_size > 0
-        if is_kept:
-            raise DistillError(f"{error}; log: {path}") from error
-        raise
-    finally:
-        if not is_kept:
-            Path(path).unlink(missing_ok=True)
+        except DistillError as error:
+            file.seek(0)
+            if isinstance(error, ConfigError) or not (content := file.read()):
+                raise
+            with tempfile.NamedTemporaryFile(prefix="distill-chat-", suffix=".log", delete=False) as kept:
+                kept.write(content)
+            raise DistillError(f"{error}; log: {kept.name}") from error
 
 
 def banner(setup: Setup, speakers: Sequence[Speaker], *, at_terminal: bool) -> list[str]:
@@ -154,8 +150,8 @@ def banner(setup: Setup, speakers: Sequence[Speaker], *, at_terminal: bool) -> l
 def facts(speaker: Speaker, *, with_name: bool) -> list[str]:
     """Return what there is to know of a model of the chat: its folder, context, sampling and prompts."""
     sampling, model, data = speaker.sampling, speaker.model, speaker.model.resolved.config.data
-    name = f"{speaker.name}: " if with_name else ""
-    settings = [f"temperature {sampling.temperature:g}", f"at most {sampling.max_new_tokens} tokens an answer"]
+    name, longest = f"{speaker.name}: " if with_name else "", min(sampling.max_new_tokens, model.context)
+    settings = [f"temperature {sampling.temperature:g}", f"at most {longest} tokens an answer"]
     settings += [f"top_p {sampling.top_p:g}"] * (sampling.top_p != 1) + [f"top_k {sampling.top_k}"] * bool(
         sampling.top_k
     )

@@ -34,10 +34,12 @@ class Session:
 
     def run(self) -> int:
         """Return 0 when the user leaves."""
+        prompt = "> "
         with suppress(ImportError):  # some builds of Python lack it: then lines cannot be edited
             import readline  # noqa: F401, `input` uses it from then on
+
+            prompt = BOLD_PROMPT if self.console.color_system and not self.console.no_color else prompt
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        prompt = BOLD_PROMPT if self.console.is_terminal and not self.console.no_color else "> "
         while True:
             try:
                 line = parse(input(prompt))

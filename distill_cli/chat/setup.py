@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from distill_cli.config.choices import nearest
 from distill_cli.config.compose import check_overrides, compose
@@ -17,7 +18,7 @@ from distill_cli.config.variation import override
 from distill_cli.errors import ConfigError, collect, refuse
 from distill_cli.folders.run_dir import RunDir
 from distill_cli.jobs.chat_checks import preflight_chat, preflight_teacher
-from distill_cli.jobs.named_models import BEFORE, Contender, config_here, find, run_around
+from distill_cli.jobs.named_models import BEFORE, Contender, config_here, find, is_run, run_around
 from distill_cli.jobs.new_runs import require_here
 from distill_cli.resolved import ResolvedRun, SharedVocabulary, recorded_vocabulary
 from distill_cli.terminal.console import Console
@@ -28,10 +29,21 @@ shorter: models have up to a million positions, whose KV cache fits no device.""
 UNREAD = ("data.train", "data.validation")
 """Dictionaries that a chat does not read."""
 READ = (
-    *("model", "experiment", "loss", "engine", "data.prompt_template", "data.system_prompt", "train.seed"),
+    *("model", "experiment", "loss", "data.prompt_template", "data.system_prompt", "train.seed"),
+    *("engine.student.max_model_len", "engine.teacher.max_model_len"),
     *(f"rollout.{name}" for name in ("temperature", "top_p", "top_k", "stop", "stop_token_ids", "max_new_tokens")),
 )
-"""Groups and keys that are read, with those of `cluster` that an evaluation reads."""
+"""Groups and keys that are read, with those of `engine` and `cluster` that an evaluation reads."""
+NOT_READ = ("model.student.lora", "model.teacher.nodes", "loss.reward", "loss.penalty", "loss.penalty_share")
+"""Keys in these groups that are not."""
+HERE = ("cluster.gpus_per_node=null", "cluster.ranks_per_node=null")
+"""What differs from a run's config unless it is typed: this machine may be another."""
+
+NO_LENGTHS = {
+    **{"rollout.max_new_tokens": 1, "rollout.max_sequence_length": 2, "eval.max_new_tokens": None},
+    **{"data.max_prompt_tokens": None, "data.max_teacher_prompt_tokens": None},
+}
+"""Lengths that every model has: a conversation is as long as it gets."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +130,10 @@ def prepare(
     require_here(config, "distill chat")
     chosen = chosen_teacher(config, teacher)
     own = (BEFORE, *teacher_names(config))
-    refuse(against_problems(against, subject, config, run))
+    refuse(name_problems(subject, against, config, run))
     words = [subject] if against is None else [subject, against]
+    if step is not None and not any(is_run(word) for word in words):
+        raise ConfigError(f"--step {step}: is a checkpoint of a run, and {subject} is a model; leave it out")
     contenders = [find(word, config, step=step, console=console) for word in words]
     if len(contenders) > 1 and contenders[0].name == contenders[1].name:
         contenders[1] = replace(contenders[1], name=f"{contenders[1].name} (2)")
@@ -130,18 +144,21 @@ def prepare(
     return Setup(tuple(models), run, chosen, typed_keys(overrides))
 
 
-def against_problems(against: str | None, subject: str, config: Config, run: RunDir | None) -> Iterator[str]:
-    """Yield why a name of --against stands for no model."""
+def name_problems(subject: str, against: str | None, config: Config, run: RunDir | None) -> Iterator[str]:
+    """Yield why a name stands for no model."""
+    names = teacher_names(config)
+    if subject in (BEFORE, *names) and not Path(subject).exists():
+        yield f"{subject}: is a model of a run; give the run, and --against {subject}"
     if against == BEFORE and run is None:
         yield f"--against before: is a run's student before training, and {subject} is no run; give a run"
-    elif against is not None and against in teacher_names(config) and not has_teacher(config):
+    elif against is not None and against in names and not has_teacher(config):
         yield f"--against {against}: no teacher is known; give a run, or set model.teacher.path"
 
 
 def composed(subject: str, overrides: Sequence[str], run: RunDir | None) -> Config:
     """Return the config of the first model's run, or a composed one; the model is not looked for yet."""
     if run is not None:
-        return config_here(run, overrides, unread=UNREAD)
+        return config_here(run, [*HERE, *overrides], unread=UNREAD)
     chosen = list[str]()
     if not subject.startswith("package://") and not typed_keys(overrides) & {"model", "experiment"}:
         chosen = ["model=custom", f"model.student.path={json.dumps(subject)}"]
@@ -160,8 +177,11 @@ def unread_problems(overrides: Sequence[str]) -> Iterator[str]:
     """Yield one line for each override of a key that a chat does not read."""
     for word in overrides:
         (key,) = typed_keys([word])
-        is_read = any(is_within(key, name) for name in READ)
-        if not is_read and not (is_within(key, "cluster") and has_property(Config, key, "evaluation")):
+        is_read = any(is_within(key, name) for name in READ) and not any(is_within(key, name) for name in NOT_READ)
+        is_setting = any(is_within(key, name) for name in ("cluster", "engine")) and has_property(
+            Config, key, "evaluation"
+        )
+        if not is_read and not is_setting:
             own = f"rollout.{key.rpartition('.')[2]}"
             yield f"{word}: a chat does not read it; " + (f"set {own}" if own in READ else "leave it out")
 
@@ -215,7 +235,7 @@ def pair_of(setup: Setup, model: ChatModel) -> Pair:
         raise ConfigError(f"KL: from which teacher? {why}")
     if model.role == "teacher":
         raise ConfigError(f"KL: {model.name} is a teacher itself")
-    resolved = preflight_teacher(model.resolved.config)
+    resolved = preflight_teacher(override(model.resolved.config, NO_LENGTHS))
     alone = resolved.by_teacher()[setup.teacher]
     teacher, files = alone.config.model.teacher, alone.teachers.get("teacher")
     if teacher.moves_apart:

@@ -82,9 +82,14 @@ def find(word: str, config: Config, *, step: str | None, console: Console) -> Co
         raise ConfigError(f"{word}: is a sweep; give one of its runs, such as {Path(word, sweep[0].folder)}")
     name, path = Path(word).resolve().name if exists else word.removeprefix("package://"), word
     name = re.sub(r"[^\w.,=+-]+", "_", name).strip("_.")[-80:] or "model"
-    if RunDir(Path(word)).config.is_file() and not Path(word, "config.json").is_file():
+    if is_run(word):
         path = str(trained_student(open_run(Path(word)), step=step, console=console))
     return Contender(name, override(config, {"model.student.path": path, "model.student.revision": None}), "student")
+
+
+def is_run(word: str) -> bool:
+    """Return whether a word is the folder of a run, not of a model in it."""
+    return RunDir(Path(word)).config.is_file() and not Path(word, "config.json").is_file()
 
 
 def teacher_contender(name: str, config: Config) -> Contender:
