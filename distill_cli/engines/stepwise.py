@@ -27,6 +27,7 @@ class StepwiseTeacher(VllmTeacher):
     Ranks that share the engine are called in the same order, so that they stop after the same token.
     """
 
+    shown_as = "the engine"
     _num_read = 0
 
     def begin(self, prompt: list[int], *, seed: int, sampling: SamplingSettings) -> None:
