@@ -7,7 +7,7 @@ and each reads its own answers. If standard input is no terminal, each of its li
 examples
   distill chat runs/latest
   distill chat runs/latest --against before --kl
-  distill chat runs/latest --json --kl < questions.txt
+  distill chat runs/latest --against runs/other --temperature 0
 """
 
 from distill_cli.verbs.command_line import Arguments, Parser, complete_with, given
