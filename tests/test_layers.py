@@ -37,7 +37,7 @@ NO_TORCH = [
     *(f"distill_cli.jobs.{name}" for name in ("doctor_checks", "evaluation", "plan_tables", "prepared_run")),
     *(f"distill_cli.jobs.{name}" for name in ("run_jobs", "served_teachers", "serving")),
     *(f"distill_cli.jobs.{name}" for name in ("submit", "vllm_teachers")),
-    *(f"distill_cli.chat.{name}" for name in ("main", "setup", "engine_settings", "kl_view", "commands")),
+    *(f"distill_cli.chat.{name}" for name in ("main", "setup", "engine", "kl_view", "commands")),
     *(f"distill_cli.engines.{name}" for name in ("companion_process", "from_config", "server_info", "wire")),
     "distill_cli.launch.slurm",
     *(f"distill_cli.verbs.{verb}" for verb in VERBS),

@@ -38,7 +38,7 @@ class Answer:
     """An answer as it is written, one of several at a time."""
 
     speaker: Speaker
-    question: str
+    message: str
     seed: int
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
@@ -48,9 +48,9 @@ class Answer:
 
     def __post_init__(self) -> None:
         """Begin it. Raises ConfigError if the context is full."""
-        self.asked = self.speaker.conversation.ask(self.question)
+        self.question = self.speaker.conversation.render(self.message)
         self._stream = TextStream(self.speaker.decode)
-        self.speaker.engine.begin(self.asked.prompt_ids, seed=self.seed, sampling=self.speaker.sampling)
+        self.speaker.engine.begin(self.question.prompt_ids, seed=self.seed, sampling=self.speaker.sampling)
 
     def add(self, piece: Piece) -> str:
         """Take what the engine wrote; return the text that it completes."""
@@ -69,7 +69,7 @@ class Answer:
     def keep(self) -> Turn:
         """Make it a turn of the conversation, and return the turn."""
         reason = "stop" if self.ended == "stop" else "length"
-        turn = Turn(self.asked, Sample(self.ids, self.logp, reason), self.speaker.decode(self.ids))
+        turn = Turn(self.question, Sample(self.ids, self.logp, reason), self.speaker.decode(self.ids))
         self.speaker.conversation.turns.append(turn)
         return turn
 

@@ -1,4 +1,4 @@
-"""One model's conversation: what it reads for the next message, and what was said."""
+"""One model's conversation: what it reads for the next message, and its answers."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A message with what the model reads before it."""
+class Question:
+    """A message as the model reads it."""
 
     example: Example
-    """The message as it was typed, and the whole conversation as the template renders it."""
+    """The message as it was typed, at the end of the conversation's messages."""
     prompt_ids: list[int]
+    """The whole conversation as the template renders it."""
 
 
 @dataclass(frozen=True)
 class Turn:
     """A message and its answer."""
 
-    asked: Asked
+    question: Question
     sample: Sample
     answer: str
     """The text of `sample`, without special tokens."""
@@ -52,16 +53,16 @@ class Conversation:
         """Whether there is a chat template; without one each message is a text to complete, on its own."""
         return self.make.tokenizer.chat_template is not None
 
-    def ask(self, question: str) -> Asked:
-        """Return what the model reads before it answers.
+    def render(self, text: str) -> Question:
+        """Return what the model reads before it answers the next message.
 
         Raises:
             ConfigError: the template fails, or the context is full.
         """
-        messages = [*self._messages(), {"role": "user", "content": question}]
-        example = Example(question, messages=tuple(messages))
+        messages = [*self._messages(), {"role": "user", "content": text}]
+        example = Example(text, messages=tuple(messages))
         try:
-            ids = self.make.student_ids(example, len(question))
+            ids = self.make.student_ids(example, len(text))
         except Exception as error:  # a template is the user's code and may raise anything
             what = f"the chat template fails: {type(error).__name__}: {error}"
             raise ConfigError(f"{what}; begin anew with /reset, or without a system prompt (/system)") from error
@@ -69,24 +70,24 @@ class Conversation:
             full = f"the conversation has {len(ids)} tokens with this message, and the context {self.context}"
             fix = "begin a new one with /reset" if self.turns else "shorten it"
             raise ConfigError(f"{full}: nothing was cut, and nothing is answered; {fix}, or {self.raise_context}")
-        return Asked(example, ids)
+        return Question(example, ids)
 
     def _messages(self) -> list[Message]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        said = [message for turn in self.turns for message in self._said(turn)] if self.has_template else []
-        return [*system, *said]
+        earlier = [message for turn in self.turns for message in self._messages_of(turn)] if self.has_template else []
+        return [*system, *earlier]
 
-    def _said(self, turn: Turn) -> list[Message]:
-        user = self.make.settings.prompt_template.replace("{question}", turn.asked.example.question)
+    def _messages_of(self, turn: Turn) -> list[Message]:
+        user = self.make.settings.prompt_template.replace("{question}", turn.question.example.question)
         return [{"role": "user", "content": user}, {"role": "assistant", "content": turn.answer}]
 
     def rows(self, model: str) -> list[dict[str, Any]]:
         """Return each turn as a row of data: `question` and `answer`, and the conversation as `messages`."""
         return [
             {
-                "question": turn.asked.example.question,
+                "question": turn.question.example.question,
                 "answer": turn.answer,
-                "messages": [*turn.asked.example.messages, {"role": "assistant", "content": turn.answer}],
+                "messages": [*turn.question.example.messages, {"role": "assistant", "content": turn.answer}],
                 "model": model,
             }
             for turn in self.turns

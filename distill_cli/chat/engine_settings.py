@@ -38,43 +38,55 @@ class EnginePlan:
 
 def plan_models(setup: Setup) -> list[EnginePlan]:
     """Return the plans of the engines of the models that answer."""
-    places = places_of(setup)[: len(setup.models)]
     return [
         plan(
             setup,
-            *(model.name, model.engine_key, model.resolved.config, model.role, model.resolved.student, seat),
+            name=model.name,
+            key=model.engine_key,
+            config=model.resolved.config,
+            role=model.role,
+            files=model.resolved.student,
+            seat=seat,
             length=model.context,
             limit=model.resolved.vocabulary.limit,
         )
-        for model, seat in zip(setup.models, places, strict=True)
+        for model, seat in zip(setup.models, places_of(setup), strict=False)
     ]
 
 
 def plan_teacher(setup: Setup, pair: Pair) -> EnginePlan:
     """Return the plan of the engine of a teacher that has one of its own."""
     assert setup.teacher is not None
-    alone, key, seat = pair.alone, engine_key(setup.teacher), places_of(setup)[-1]
-    files, limit = alone.model("teacher"), alone.vocabulary.limit
     return plan(
-        setup, setup.teacher, key, alone.config, "teacher", files, seat, length=pair.teacher_length, limit=limit
+        setup,
+        name=setup.teacher,
+        key=engine_key(setup.teacher),
+        config=pair.alone.config,
+        role="teacher",
+        files=pair.alone.model("teacher"),
+        seat=places_of(setup)[-1],
+        length=pair.teacher_length,
+        limit=pair.alone.vocabulary.limit,
     )
 
 
 def plan(
     setup: Setup,
+    *,
     name: str,
     key: str,
     config: Config,
     role: str,
     files: ModelFiles,
     seat: Seat,
-    *,
     length: int,
     limit: int | None,
 ) -> EnginePlan:
-    """Return the plan of an engine of `model.<role>`, which is in `files`, for sequences of `length` tokens.
+    """Return the plan of an engine with the settings of `model.<role>` and `engine.<role>`.
 
     Args:
+        key: the section where these settings were typed.
+        length: tokens of the longest sequence.
         limit: see `EngineSettings.vocab_size`.
     """
     settings = settings_of(config, role, folder=files.folder, max_model_len=length, vocab_size=limit, sleep_mode=False)
@@ -94,11 +106,9 @@ def plan(
 def places_of(setup: Setup) -> list[Seat]:
     """Return the seats of the models' engines and, if the teacher may get an engine of its own, its seat."""
     engines = [getattr(one.resolved.config.engine, one.role) for one in setup.models]
-    if setup.teacher is not None and not any(
-        one.role == "teacher" and one.name == setup.teacher for one in setup.models
-    ):
-        alone = teacher_configs(setup.config)[setup.teacher]
-        engines += [alone.engine.teacher] if alone.model.teacher.has_files else []
+    if setup.has_teacher_engine:
+        assert setup.teacher is not None
+        engines.append(teacher_configs(setup.config)[setup.teacher].engine.teacher)
     ranks = setup.models[0].resolved.ranks
     return seats([engine.tensor_parallel for engine in engines], num_gpus=ranks.per_node if ranks.on_gpus else 0)
 

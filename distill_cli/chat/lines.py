@@ -32,7 +32,7 @@ def row_of(answer: Answer, rounds: Rounds, *, shows_kl: bool) -> dict[str, Any]:
     """Return an answer as a JSON object, with its KL if it is asked for: null if it cannot be compared."""
     speaker, (turn,) = answer.speaker, answer.speaker.conversation.turns
     row = {
-        "question": answer.question,
+        "question": answer.message,
         "answer": turn.answer,
         "tokens": len(turn.sample.token_ids),
         "token_ids": turn.sample.token_ids,

@@ -70,9 +70,8 @@ def problems(setup: Setup, plans: Sequence[EnginePlan], *, shows_kl: bool) -> li
     """Return why the engines do not fit. Raises ConfigError if there is no teacher to compare with, and must be."""
     needed = [*plans]
     if shows_kl:
-        pair = pair_of(setup, next((one for one in setup.models if one.role == "student"), setup.models[0]))
-        has_own = pair.alone.config.model.teacher.has_files and not any(one.role == "teacher" for one in setup.models)
-        needed += [plan_teacher(setup, pair)] if has_own else []
+        pair = pair_of(setup, setup.models[0])  # the second one may be a teacher
+        needed += [plan_teacher(setup, pair)] if setup.has_teacher_engine else []
     return list(memory_problems(needed, setup.models[0].resolved.ranks))
 
 
@@ -109,9 +108,10 @@ def talk(
             errors.print(Text(printable(line), style="dim"))
         interrupts: Interrupts = noted_interrupts if at_terminal else lambda: nullcontext(lambda: False)
         rounds = Rounds(runner, speakers, meter, console, errors, setup.config.train.seed, interrupts)
+        for stream in (sys.stdin, sys.stdout):  # whose encoding may lack what is typed or written
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # TextIOWrappers
         if at_terminal:
             return Session(rounds, console, shows_kl).run()
-        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper
         return answer_lines(sys.stdin, rounds, as_json=as_json, shows_kl=shows_kl)
 
 
@@ -140,7 +140,7 @@ def engine_log() -> Iterator[IO[bytes] | None]:
 
 
 def banner(setup: Setup, speakers: Sequence[Speaker], *, at_terminal: bool) -> list[str]:
-    """Return what is said before the first question."""
+    """Return the lines that are printed before the first question."""
     lines = [line for speaker in speakers for line in facts(speaker, with_name=len(speakers) > 1)]
     if setup.teacher is not None and at_terminal:
         lines.append(f"/kl compares the last answer with the teacher {setup.teacher}".removesuffix(" teacher"))
@@ -151,11 +151,13 @@ def facts(speaker: Speaker, *, with_name: bool) -> list[str]:
     """Return what there is to know of a model of the chat: its folder, context, sampling and prompts."""
     sampling, model, data = speaker.sampling, speaker.model, speaker.model.resolved.config.data
     name, longest = f"{speaker.name}: " if with_name else "", min(sampling.max_new_tokens, model.context)
+    optional = {
+        f"top_p {sampling.top_p:g}": sampling.top_p != 1,
+        f"top_k {sampling.top_k}": sampling.top_k > 0,
+        f"stop {list(sampling.stop)}": bool(sampling.stop),
+    }
     settings = [f"temperature {sampling.temperature:g}", f"at most {longest} tokens an answer"]
-    settings += [f"top_p {sampling.top_p:g}"] * (sampling.top_p != 1) + [f"top_k {sampling.top_k}"] * bool(
-        sampling.top_k
-    )
-    settings += [f"stop {list(sampling.stop)}"] * bool(sampling.stop)
+    settings += [text for text, is_set in optional.items() if is_set]
     lines = [f"{name}{model.resolved.student.path}, {model.context} tokens of context; {', '.join(settings)}"]
     if not speaker.conversation.has_template:
         lines.append(f"{name}no chat template: each message is a text to complete, by itself")

@@ -26,7 +26,7 @@ Interrupts = Callable[[], AbstractContextManager[Callable[[], bool]]]
 
 @dataclass
 class Rounds:
-    """Asks the models of a chat, and shows what they answer. What fails is said, and the chat goes on."""
+    """Lets the models of a chat answer, and shows it. What fails is printed, and the chat goes on."""
 
     runner: asyncio.Runner
     speakers: Sequence[Speaker]

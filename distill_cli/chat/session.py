@@ -77,7 +77,7 @@ class Session:
         if self._question is None:
             raise ConfigError("/retry: nothing was asked yet; ask something first")
         for one in self._conversations:
-            if one.turns and one.turns[-1].asked.example.question == self._question:
+            if one.turns and one.turns[-1].question.example.question == self._question:
                 one.turns.pop()
         self.ask(self._question)
 

@@ -13,7 +13,7 @@ from distill_cli.config.compose import check_overrides, compose
 from distill_cli.config.derived import OWN_LENGTH
 from distill_cli.config.fields import has_property, is_within
 from distill_cli.config.schema import Config, MeshConfig
-from distill_cli.config.teachers import engine_key, teacher_names
+from distill_cli.config.teachers import engine_key, teacher_configs, teacher_names
 from distill_cli.config.variation import override
 from distill_cli.errors import ConfigError, collect, refuse
 from distill_cli.folders.run_dir import RunDir
@@ -78,7 +78,6 @@ class Setup:
 
     models: tuple[ChatModel, ...]
     """One, or two side by side; the teachers of the first one's config are those to compare with."""
-    run: RunDir | None
     teacher: str | None
     """The name of the teacher to compare with; None if none is known, or several are."""
     typed: frozenset[str]
@@ -87,6 +86,13 @@ class Setup:
     @property
     def config(self) -> Config:
         return self.models[0].resolved.config
+
+    @property
+    def has_teacher_engine(self) -> bool:
+        """Whether the teacher gets an engine besides those of the models."""
+        if self.teacher is None or any(one.role == "teacher" and one.name == self.teacher for one in self.models):
+            return False
+        return teacher_configs(self.config)[self.teacher].model.teacher.has_files
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def prepare(
     vocabularies = [recorded if place == 0 or word in own else None for place, word in enumerate(words)]
     pairs = zip(contenders, vocabularies, strict=True)
     models = collect(partial(chat_model, one, vocabulary=vocabulary) for one, vocabulary in pairs)
-    return Setup(tuple(models), run, chosen, typed_keys(overrides))
+    return Setup(tuple(models), chosen, typed_keys(overrides))
 
 
 def name_problems(subject: str, against: str | None, config: Config, run: RunDir | None) -> Iterator[str]:

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from distill_cli.chat.answers import Speaker
-from distill_cli.chat.conversation import Asked, Turn
+from distill_cli.chat.conversation import Question, Turn
 from distill_cli.chat.setup import Pair, Setup, pair_of
 from distill_cli.chat.start import EngineTeacher
 from distill_cli.data.prompts import PromptMaker
@@ -88,8 +88,8 @@ class Comparison:
         sample = turn.sample
         if not sample.token_ids:
             raise ConfigError("KL: the answer has no tokens yet")
-        target = Target(token_ids=self._teacher_prompt(turn.asked))
-        rollout = Rollout(Prompt(0, turn.asked.prompt_ids, turn.asked.example, (target,)), sample)
+        target = Target(token_ids=self._teacher_prompt(turn.question))
+        rollout = Rollout(Prompt(0, turn.question.prompt_ids, turn.question.example, (target,)), sample)
         most = self._pair.teacher_length
         if self._translation is None and (length := len(rollout.ids_for(target))) > most:
             raise ConfigError(
@@ -105,7 +105,7 @@ class Comparison:
         (scores,) = wait()
         number = len(rollout.token_ids)
         batch = lay_out(RowPlan((0,), (number,), number), [rollout], {0: scores})
-        start = [len(turn.asked.prompt_ids)]
+        start = [len(turn.question.prompt_ids)]
         (own,) = self._student.score([rollout.token_ids], response_starts=start, hidden=True)
         output = self._compare(own.hidden[batch.origins[:, 1]].float(), batch)
         rows = [NO_LOSS] * len(sample.token_ids)  # where the teacher says nothing
@@ -137,13 +137,13 @@ class Comparison:
             merged_eos_ids=self._pair.resolved.vocabulary.merged_eos_ids,
         )
 
-    def _teacher_prompt(self, asked: Asked) -> list[int] | None:
+    def _teacher_prompt(self, question: Question) -> list[int] | None:
         """Return the conversation as the teacher reads it; None if it is the student's. Raises ConfigError."""
         (teacher,) = self._make.settings.teachers
         if not self._make.settings.has_own_prompt(teacher):
             return None
         try:
-            return self._make.teacher_ids(teacher, asked.example, len(asked.example.question))
+            return self._make.teacher_ids(teacher, question.example, len(question.example.question))
         except Exception as error:  # a template is the user's code and may raise anything
             raise ConfigError(f"KL: the teacher's chat template fails: {type(error).__name__}: {error}") from error
 

@@ -37,11 +37,12 @@ def preflight_teacher(config: Config) -> ResolvedRun:
 
 
 def has_tokenizer(tokenizer: ModelFiles) -> Iterator[str]:
-    """The prompts must be rendered by a tokenizer."""
+    """There must be a tokenizer for the prompts. Raises ConfigError if its file is damaged."""
     own_code = "auto_map" in model_files.read_object(tokenizer.folder / "tokenizer_config.json")
     if not own_code and not any(file for name in TOKENIZERS for file in tokenizer.folder.glob(name)):
         files = "no tokenizer.json and no file of another tokenizer"
         yield f"{tokenizer.path}: has no tokenizer ({files}); add it to the folder, or set model.tokenizer"
+    model_files.vocabulary(tokenizer.folder)
 
 
 COMMON_CHECKS: tuple[Check, ...] = (

@@ -28,9 +28,9 @@ def conversation(*, context: int = 512, template: str | None = "its own", prompt
 
 def say(talk: Conversation, question: str, answer: str) -> str:
     """Ask, answer, and return what the model read."""
-    asked = talk.ask(question)
-    talk.turns.append(Turn(asked, Sample([5], [0.0], "stop"), answer))
-    return talk.make.tokenizer.decode(asked.prompt_ids)
+    rendered = talk.render(question)
+    talk.turns.append(Turn(rendered, Sample([5], [0.0], "stop"), answer))
+    return talk.make.tokenizer.decode(rendered.prompt_ids)
 
 
 def test_a_turn_reads_those_before() -> None:
@@ -56,21 +56,21 @@ def test_a_full_context_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"has \d+ tokens with this message, and the context 40: nothing was cut.*/reset"
     ):
-        talk.ask("What is 123456 + 123456 - 123456 + 123456?")
+        talk.render("What is 123456 + 123456 - 123456 + 123456?")
     assert len(talk.turns) == 1
     talk.turns.clear()
     with pytest.raises(ConfigError, match="shorten it, or raise engine.student.max_model_len"):
-        talk.ask("1 + 2 + " * 30)
+        talk.render("1 + 2 + " * 30)
 
 
 def test_a_failing_template_says_why() -> None:
     talk = conversation(template=NO_SYSTEM)
-    assert talk.ask("3 + 4").prompt_ids
+    assert talk.render("3 + 4").prompt_ids
     talk.system = "Be brief."
     with pytest.raises(
         ConfigError, match="template fails: TemplateError: no system; begin anew .*without a system prompt"
     ):
-        talk.ask("3 + 4")
+        talk.render("3 + 4")
 
 
 def test_a_saved_conversation_is_data(tmp_path: Path) -> None:
