@@ -20,7 +20,7 @@ from distill_cli.config.schema import Config
 from distill_cli.config.teachers import ONLY, path_key, teacher_configs
 from distill_cli.config.variation import load_config
 from distill_cli.errors import ConfigError
-from distill_cli.folders.run_dir import RunDir, write_json
+from distill_cli.folders.run_dir import RunDir, read_json, write_json
 from distill_cli.models.model_files import ModelFiles
 
 
@@ -168,6 +168,15 @@ class ResolvedRun:
             found = resolved.teachers.items()
             moved["teachers"] = {name: files.on_this_machine(key=path_key(name)) for name, files in found}
         return dataclasses.replace(resolved, **moved)
+
+
+def recorded_vocabulary(run: RunDir) -> SharedVocabulary | None:
+    """Return what resolved.json says of the vocabulary, whatever became of the models; None if it cannot be read."""
+    try:
+        found: SharedVocabulary = _build(SharedVocabulary, read_json(run.resolved)["vocabulary"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found
 
 
 def scored_length(config: Config, teacher: ModelFiles | None) -> int:

@@ -139,6 +139,13 @@ def evaluation_problems(config: Config) -> list[str]:
     return [problem for problem in problems if problem.startswith(("data.", "eval.", "engine.", "cluster."))]
 
 
+def chat_problems(config: Config) -> list[str]:
+    """Return the problems of what a chat reads, as `config_problems` does those of a run."""
+    problems = _lines(config, _lengths) or _lines(config, _limits, _data, _engine_kwargs)
+    read = ("data.prompt_template", "rollout.", "engine.", "cluster.", "train.seed")
+    return [problem for problem in problems if problem.startswith(read)]
+
+
 def serving_problems(config: Config) -> list[str]:
     """Return the problems of what a scoring server reads, as `config_problems` does those of a run."""
     problems = _lines(config, _limits, _engine_kwargs)

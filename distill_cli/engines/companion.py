@@ -2,8 +2,8 @@
 
 The companions of all ranks form a process group of their own, so that a teacher is cut over them as it would be over
 the ranks. Requests and answers go over a socket: shared memory would outlive a process that is killed.
-`CompanionTeacher` is the rank's side of it, `serve` the companion's. The engines of a scoring server
-(`serving.engine_processes`) are companions too.
+`CompanionTeacher` is the rank's side of it, `serve` the companion's. The engines of a scoring server and of
+`distill chat` (`serving.engine_processes`) are companions too.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ from distill_cli.engines.asked_teacher import AskedTeacher, answer_of
 from distill_cli.engines.companion_process import STORE_FILE, death_of, start_process
 from distill_cli.engines.process_setup import prepare_process
 from distill_cli.engines.settings import EngineSettings
+from distill_cli.engines.stepwise import StepwiseTeacher
 from distill_cli.engines.teacher import VllmTeacher
 from distill_cli.engines.teacher_batches import BatchTeacher
 from distill_cli.errors import DistillError
 
-BUILDERS: dict[str, Callable[..., VllmTeacher]] = {"start": VllmTeacher, "start_batches": BatchTeacher}
+BUILDERS: dict[str, Callable[..., VllmTeacher]] = {
+    "start": VllmTeacher,
+    "start_batches": BatchTeacher,
+    "start_stepwise": StepwiseTeacher,
+}
 """What the first request builds, by its name."""
 
 

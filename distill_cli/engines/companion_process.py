@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from typing import IO
 
 from distill_cli.engines.process_setup import import_transformers, prepare_process
 from distill_cli.errors import DistillError, Killed
@@ -32,12 +33,18 @@ def main() -> None:
     serve(connection)
 
 
-def start_process(variables: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], Connection]:
+def start_process(
+    variables: Mapping[str, str], *, output: IO[bytes] | None = None
+) -> tuple[subprocess.Popen[bytes], Connection]:
     """Start a companion with these environment variables added; return it and this end of the socket to it.
 
-    Its output goes where this process's goes. It ends with the thread that calls this.
+    It ends with the thread that calls this.
+
+    Args:
+        output: a file for what it prints; None is where this process prints.
     """
-    return start_child("distill_cli.engines.companion_process", {**os.environ, **variables})
+    environ = {**os.environ, **variables}
+    return start_child("distill_cli.engines.companion_process", environ, output=output)
 
 
 def death_of(process: subprocess.Popen[bytes], who: str) -> DistillError:

@@ -16,6 +16,9 @@ class VllmTeacher(Scoring, Teacher):
         scores = teacher.score(sequences, response_starts=[len(prompt) for prompt in prompts])
     """
 
+    shown_as = "the teacher"
+    """Its name in messages."""
+
     def __init__(
         self,
         settings: EngineSettings,
@@ -33,7 +36,7 @@ class VllmTeacher(Scoring, Teacher):
             should_stop: see `VllmEngine`.
         """
         arguments = self.engine_arguments(settings, topk=topk)
-        super().__init__(settings, role="the teacher", should_stop=should_stop, **arguments)
+        super().__init__(settings, role=self.shown_as, should_stop=should_stop, **arguments)
         self.prepare_scoring(topk=topk, temperature=temperature)
 
     def sample(

@@ -237,6 +237,19 @@ def abort_requests(llm: Any) -> None:
     engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
 
+@reaches("vllm.v1.engine.output_processor", "RequestState.__init__", parameter="output_kind")
+def show_each_token(llm: Any) -> None:
+    """Let the outputs of each step have the tokens up to now of every pending request.
+
+    Symptom: requests of `LLM.enqueue` have an output when they have ended, and none before.
+    No longer needed when: `LLM.enqueue` leaves `SamplingParams.output_kind` as it is.
+    """
+    from vllm.sampling_params import RequestOutputKind
+
+    for state in llm.llm_engine.output_processor.request_states.values():
+        state.output_kind = RequestOutputKind.CUMULATIVE
+
+
 @reaches("vllm.v1.engine.core_client", "InprocClient.shutdown")
 def shut_down(llm: Any) -> None:
     """End an in-process engine; `release_memory` frees what it held, once nothing refers to it.

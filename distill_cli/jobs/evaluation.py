@@ -4,28 +4,24 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from rich.markup import escape
 
-from distill_cli.checkpoint import store
 from distill_cli.config.compose import check_overrides, compose
-from distill_cli.config.execution_schema import ClusterConfig
 from distill_cli.config.fields import has_property
-from distill_cli.config.schema import Config, MeshConfig, StudentModel
-from distill_cli.config.teachers import ONLY, teacher_configs, teacher_names
-from distill_cli.config.variation import load_config, override
+from distill_cli.config.schema import Config, MeshConfig
+from distill_cli.config.variation import override
 from distill_cli.data.registry import resolve_extract, resolve_verifier
-from distill_cli.errors import ConfigError, DistillError, collect, refuse
+from distill_cli.errors import ConfigError, collect, refuse
 from distill_cli.folders.answers_table import join_answers
-from distill_cli.folders.attempts import finished_steps
-from distill_cli.folders.run_dir import RunDir, free_name, open_run, write_json
+from distill_cli.folders.run_dir import RunDir, free_name, write_json
+from distill_cli.jobs.named_models import Contender, config_here, find, run_around
 from distill_cli.jobs.new_runs import make_bare_run, require_here
 from distill_cli.jobs.preflight import preflight_evaluation
 from distill_cli.jobs.run_panels import relative
@@ -42,18 +38,6 @@ ALONE = (
 time."""
 UNREAD = ("data.train",)
 """Dictionaries that an evaluation does not read."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A model to evaluate."""
-
-    name: str
-    """In tables; also its folder inside the evaluation's, with a number if another model has the same."""
-    config: Config
-    """With the model as `model.<role>`."""
-    role: str
-    """`student` or `teacher`: whose engine settings apply."""
 
 
 def evaluate(
@@ -108,12 +92,7 @@ def base_config(models: Sequence[str], overrides: Sequence[str]) -> tuple[Config
     check_is_read(overrides)
     subject, run = models[0], run_around(models[0])
     if run is not None:
-        config = load_config(run.config)
-        names = {field.name for field in fields(ClusterConfig)} - {"launcher"}
-        read = [name for name in names if has_property(Config, f"cluster.{name}", "evaluation")]
-        cluster = ClusterConfig(**{name: getattr(config.cluster, name) for name in read})
-        config = override(config, {"mesh": MeshConfig(), "rollout.replay": None, "cluster": cluster})
-        return override(config, [*ALONE, *overrides], typed=run.typed_overrides(), unread=UNREAD), run
+        return config_here(run, [*ALONE, *overrides], unread=UNREAD), run
     keys = {word.lstrip("+").split("=", 1)[0] for word in overrides}
     if subject.startswith("package://") or keys & {"model", "experiment"}:
         chosen = []
@@ -140,53 +119,6 @@ def check_is_read(overrides: Sequence[str]) -> None:
             fix = f"set {own}" if has_property(Config, own, "evaluation") else "leave it out"
             problems.append(f"{word}: an evaluation does not read it; {fix}")
     refuse(problems)
-
-
-def run_around(word: str) -> RunDir | None:
-    """Return the run that a folder is, or lies in: runs/latest, runs/latest/student, runs/latest/export/step_40."""
-    if not Path(word).is_dir():
-        return None
-    path = Path(word).resolve()
-    runs = map(RunDir, [path, *path.parents][:3])
-    return next((run for run in runs if run.command.is_file()), None)
-
-
-def find(word: str, config: Config, *, step: str | None, console: Console) -> Contender:
-    """Return the model that a word of the command line names. Raises ConfigError if there is none."""
-    if word == "before":
-        return Contender(word, config, "student")
-    names = teacher_names(config)
-    if word in names:
-        config = teacher_configs(config)[word]
-        teacher = config.model.teacher
-        if not teacher.has_files:
-            what = "the student itself; give before" if teacher.is_student else "on a server; give its model's path"
-            raise ConfigError(f"--against {word}: it is {what}")
-        as_student = StudentModel(path=str(teacher.path), revision=teacher.revision)
-        return Contender(word, override(config, {"model.student": as_student}), "teacher")
-    if word == ONLY:
-        raise ConfigError(f"--against teacher: the run has several; give one of {', '.join(names)}")
-    name, path = Path(word).resolve().name if Path(word).exists() else word.removeprefix("package://"), word
-    name = re.sub(r"[^\w.,=+-]+", "_", name).strip("_.")[-80:] or "model"
-    if RunDir(Path(word)).config.is_file() and not Path(word, "config.json").is_file():
-        path = str(trained_student(open_run(Path(word)), step=step, console=console))
-    return Contender(name, override(config, {"model.student.path": path, "model.student.revision": None}), "student")
-
-
-def trained_student(run: RunDir, *, step: str | None, console: Console) -> Path:
-    """Return a run's student as a Hugging Face folder: the finished one, or an export of a checkpoint."""
-    if step is None and finished_steps(run) >= 0 and (run.student / "config.json").is_file():
-        return run.student
-    settings = load_config(run.config).checkpoint
-    checkpoint = store.choose(run.checkpoints, step or "last", settings, warn=console.warn)
-    folder = run.path / "export" / checkpoint.path.name
-    if not folder.exists():
-        console.print(f"exporting the student of step {checkpoint.step}: {escape(relative(folder))}")
-        command = ["-m", "distill_cli", "export", str(run.path), str(folder), f"--step={checkpoint.step}"]
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise DistillError(done.stderr.strip().removeprefix("error: ") or f"{folder}: the export failed")
-    return folder
 
 
 def evaluation_folder(subject: str, run: RunDir | None) -> Path:

@@ -7,21 +7,18 @@ from collections.abc import Callable, Sequence
 
 from distill_cli.config.compose import check_overrides, compose
 from distill_cli.config.fields import has_property, is_within
-from distill_cli.config.schema import Config, Dtype
+from distill_cli.config.schema import Config
 from distill_cli.config.teachers import ONLY
 from distill_cli.engines.from_config import settings_of
 from distill_cli.engines.server_info import ServerInfo
-from distill_cli.engines.settings import CPU_KV_CACHE_BYTES, EngineSettings
+from distill_cli.engines.settings import EngineSettings
 from distill_cli.engines.wire import TOKEN
 from distill_cli.errors import ConfigError, refuse
+from distill_cli.jobs.engine_setup import cpu_kv_cache, engine_environment
 from distill_cli.jobs.new_runs import require_here
 from distill_cli.jobs.preflight import Facts, preflight_serving
-from distill_cli.launch.local import KEPT_MEMORY, SHORT_SPIN, bytecode_variables
-from distill_cli.launch.nodes import node_variables
 from distill_cli.machine.hardware import installed_version, threads_of_rank
-from distill_cli.memory import NoPrediction, read_shape
 from distill_cli.models import model_files, model_pair
-from distill_cli.models.model_files import CACHE_ONLY, ModelFiles
 from distill_cli.serving.engine_processes import EngineProcesses
 from distill_cli.serving.server import CPU_BUDGET, GPU_BUDGET, Listen, ScoringServer, check_listen
 
@@ -93,7 +90,7 @@ def serve_config(
         raise ConfigError(f"--max-topk {topk}: the vocabulary has {model.vocab_size} ids; lower it")
     settings = engine_settings(facts)
     info = describe(facts, settings, max_topk=topk, max_queued_tokens=max_queued_tokens)
-    env = engine_environment(facts)
+    env = engine_environment(facts.config.cluster, on_gpus=facts.ranks.on_gpus)
     processes = EngineProcesses(settings, num_ranks=facts.ranks.per_node, on_gpus=facts.ranks.on_gpus, env=env)
     print(f"loading   {info.name}", flush=True)
     server = ScoringServer(
@@ -154,27 +151,9 @@ def engine_settings(facts: Facts) -> EngineSettings:
         config, "teacher", folder=model.folder, max_model_len=length, vocab_size=None, sleep_mode=False
     )
     if settings.kv_cache_bytes is None and not facts.ranks.on_gpus:
-        settings = EngineSettings(**{**vars(settings), "kv_cache_bytes": cpu_kv_cache(config, model, length)})
+        kv_cache = cpu_kv_cache(model, dtype=config.model.teacher.dtype, length=length)
+        settings = EngineSettings(**{**vars(settings), "kv_cache_bytes": kv_cache})
     return settings
-
-
-def engine_environment(facts: Facts) -> dict[str, str]:
-    """Return what the engines' processes have besides this one's environment, as ranks have it."""
-    assert facts.ranks is not None
-    defaults = {**SHORT_SPIN, **({} if facts.ranks.on_gpus else KEPT_MEMORY), "TOKENIZERS_PARALLELISM": "false"}
-    unset = {name: value for name, value in defaults.items() if name not in os.environ}
-    device = {} if facts.ranks.on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    return {**unset, **bytecode_variables(), **node_variables(facts.config.cluster), CACHE_ONLY: "1", **device}
-
-
-def cpu_kv_cache(config: Config, model: ModelFiles, length: int) -> int:
-    """Return the bytes of an engine's KV cache on a CPU: the usual ones, or those of the longest sequence."""
-    try:
-        keys = sum(layer.key for layer in read_shape(model.folder).layers)
-    except NoPrediction:
-        return CPU_KV_CACHE_BYTES
-    token = 2 * keys * (4 if config.model.teacher.dtype is Dtype.float32 else 2)
-    return max(CPU_KV_CACHE_BYTES, token * (length + 256) * 5 // 4)  # whole blocks, and a few that vLLM keeps
 
 
 def describe(facts: Facts, settings: EngineSettings, *, max_topk: int, max_queued_tokens: int) -> ServerInfo:

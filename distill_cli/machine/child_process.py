@@ -7,12 +7,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from typing import IO
 
 from distill_cli.machine.processes import die_with_parent
 
 
 def start_child(
-    module: str, env: Mapping[str, str], *, output: int | None = None
+    module: str, env: Mapping[str, str], *, output: IO[bytes] | int | None = None
 ) -> tuple[subprocess.Popen[bytes], Connection]:
     """Start `python -m MODULE SOCKET PARENT`; return the process and this end of the socket to it.
 
@@ -20,7 +21,7 @@ def start_child(
 
     Args:
         env: the child's environment.
-        output: where its output goes, such as subprocess.DEVNULL; None is where this process's goes.
+        output: where its output goes, a file or such as subprocess.DEVNULL; None is where this process's goes.
     """
     ours, theirs = socket.socketpair()
     with theirs:

@@ -39,8 +39,18 @@ weights and its KV cache. Engines that stay awake add to the trainer's peak. A r
     weights + optimizer + all engines                 (sampling and scoring)
 """
 
-from distill_cli.memory.engine_bytes import engine_bytes, engine_problems
+from distill_cli.memory.engine_bytes import engine_bytes, engine_problems, engine_weights, gib
 from distill_cli.memory.shape import NoPrediction, read_shape
 from distill_cli.memory.verdict import Device, predict, problem
 
-__all__ = ["Device", "NoPrediction", "engine_bytes", "engine_problems", "predict", "problem", "read_shape"]
+__all__ = [
+    "Device",
+    "NoPrediction",
+    "engine_bytes",
+    "engine_problems",
+    "engine_weights",
+    "gib",
+    "predict",
+    "problem",
+    "read_shape",
+]

@@ -139,7 +139,9 @@ def teacher_prompt_settings(name: str, resolved: ResolvedRun) -> TeacherPromptSe
     if model.teacher.has_own_tokenizer and resolved.teachers:
         tokenizer = load_tokenizer(resolved.model("teacher").folder, trust_remote_code=model.trust_remote_code)
         template = None if template == OWN_TEMPLATE else template
-    if template == OWN_TEMPLATE:
+    if template == OWN_TEMPLATE and not resolved.teachers:
+        template = None  # an evaluation makes no prompt of the teacher's
+    elif template == OWN_TEMPLATE:
         template = load_template(resolved.model("teacher").folder, trust_remote_code=model.trust_remote_code)
     elif template is not None:
         template = read_template(template)

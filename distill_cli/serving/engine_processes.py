@@ -1,4 +1,5 @@
-"""The engines of a scoring server: companion processes, each behind a socket with a thread for either direction.
+"""The engines of a scoring server, or of a chat: companion processes, each behind a socket with a thread for either
+direction.
 
 `tensor_parallel` consecutive companions form one engine: they get the same calls in the same order, and the first one's
 answers count. Start them in the main thread: the kernel ends them with the thread that started them.
@@ -15,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from distill_cli.engines.companion_process import STORE_FILE, death_of, start_process
 from distill_cli.engines.settings import EngineSettings
@@ -28,15 +29,21 @@ OnDeath = Callable[[DistillError], object]
 class Companion:
     """One companion. Its methods and its futures belong to the event loop that runs when it is started."""
 
-    def __init__(self, variables: Mapping[str, str], *, name: str, on_death: OnDeath) -> None:
-        """Start the process; `on_death` is called with the reason if it ends before `kill`."""
+    def __init__(
+        self, variables: Mapping[str, str], *, name: str, on_death: OnDeath, output: IO[bytes] | None = None
+    ) -> None:
+        """Start the process; `on_death` is called with the reason if it ends before `kill`.
+
+        Args:
+            output: see `start_process`.
+        """
         self._loop = asyncio.get_running_loop()
         self._name, self._on_death = name, on_death
         self._calls = queue.SimpleQueue[Any]()
         self._waiting = deque[asyncio.Future[Any]]()
         self._is_killed = False
         self._death: DistillError | None = None
-        self.process, self._connection = start_process(variables)
+        self.process, self._connection = start_process(variables, output=output)
         for target in (self._send_all, self._receive_all):
             threading.Thread(target=target, daemon=True).start()
 
@@ -104,18 +111,32 @@ class Engine:
 
 
 class EngineProcesses:
-    """All engines of a server."""
+    """All engines of a server with one model."""
 
-    def __init__(self, settings: EngineSettings, *, num_ranks: int, on_gpus: bool, env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        *,
+        num_ranks: int,
+        on_gpus: bool,
+        env: Mapping[str, str],
+        first_gpu: int = 0,
+        num_sharing: int = 1,
+        output: IO[bytes] | None = None,
+    ) -> None:
         """Take the engines' settings; `start` starts them.
 
         Args:
             num_ranks: companions; a multiple of `settings.tensor_parallel`.
             on_gpus: each companion has a GPU of its own.
             env: further environment variables of the companions.
+            first_gpu: the first companion's among the visible ones.
+            num_sharing: models, each with as many companions, that share the CPUs.
+            output: see `start_process`.
         """
         self.settings = settings
         self._num_ranks, self._on_gpus, self._env = num_ranks, on_gpus, env
+        self._first_gpu, self._num_sharing, self._output = first_gpu, num_sharing, output
         self._companions: list[Companion] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.engines: list[Engine] = []
@@ -124,16 +145,21 @@ class EngineProcesses:
     def num_engines(self) -> int:
         return self._num_ranks // self.settings.tensor_parallel
 
-    async def start(self, *, max_topk: int, on_death: OnDeath) -> None:
-        """Start the processes and load the model in all of them. Raises DistillError if one cannot."""
+    async def start(self, *, max_topk: int, on_death: OnDeath, builder: str = "start_batches") -> None:
+        """Start the processes and load the model in all of them. Raises DistillError if one cannot.
+
+        Args:
+            builder: what they build, one of `companion.BUILDERS`.
+        """
         name, size = f"an engine's process ({self.settings.path})", self.settings.tensor_parallel
         if size > 1:
             self._folder = tempfile.TemporaryDirectory(prefix="distill-serve-")
         for rank in range(self._num_ranks):
-            self._companions.append(Companion(self._variables(rank), name=name, on_death=on_death))
+            variables = self._variables(rank)
+            self._companions.append(Companion(variables, name=name, on_death=on_death, output=self._output))
         cut = [self._companions[first : first + size] for first in range(0, self._num_ranks, size)]
         engines = [Engine(companions) for companions in cut]
-        loads = [engine.call("start_batches", settings=self.settings, topk=max_topk) for engine in engines]
+        loads = [engine.call(builder, settings=self.settings, topk=max_topk) for engine in engines]
         await asyncio.gather(*loads)
         self.engines = engines
 
@@ -147,10 +173,12 @@ class EngineProcesses:
             STORE_FILE: str(Path(self._folder.name, f"engine_{engine}")) if self._folder else "",
         }
         if self._on_gpus:
-            first, size = engine * self.settings.tensor_parallel, self.settings.tensor_parallel
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible_devices(self._num_ranks)[first : first + size])
+            size = self.settings.tensor_parallel
+            first = self._first_gpu + engine * size
+            devices = visible_devices(self._first_gpu + self._num_ranks)[first : first + size]
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         else:
-            variables["OMP_NUM_THREADS"] = str(threads_of_rank(self._num_ranks))
+            variables["OMP_NUM_THREADS"] = str(threads_of_rank(self._num_ranks * self._num_sharing))
         return {**self._env, **variables}
 
     def kill(self) -> None:

@@ -23,11 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from distill_cli.errors import ConfigError
-from distill_cli.losses.groups import RowGroups, TokenGroups
+from distill_cli.losses.groups import TokenGroups
 from distill_cli.losses.head import Head
 from distill_cli.losses.linear_divergence import HeadOutput, join, linear_divergence
 from distill_cli.losses.objective import BatchLoss, Facts, Objective, calls_of
-from distill_cli.losses.teacher_chunk import OwnTeacher, TeacherHidden, TopK
+from distill_cli.losses.scored_teacher import ScoredHead, scored_teacher
+from distill_cli.losses.teacher_chunk import TeacherHidden, TopK
 from distill_cli.machine.torch_versions import varlen_operator
 from distill_cli.models.known_families import HEADS
 from distill_cli.models.traits import Traits
@@ -42,7 +43,7 @@ from distill_cli.student.published import Published
 from distill_cli.student.router_loss import RouterLoss
 from distill_cli.student.teacher_head import TeacherHeads
 from distill_cli.student.weights import empty_parameters
-from distill_cli.types import OwnText, TeacherScores
+from distill_cli.types import TeacherScores
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -210,21 +211,12 @@ class Student(nn.Module):
         self, scores: TeacherScores, objective: Objective, teachers: int, heads: Mapping[int, Head]
     ) -> TopK | TeacherHidden:
         """Return what is known of the teacher of some tokens, one of `teachers`."""
-        index, groups = max(teachers.bit_length() - 1, 0), None  # 0 of no tokens
-        if index in self.groups:
-            splits = scores.topk_ids.new_empty(0, 3) if scores.text is None else scores.text.splits
-            groups = RowGroups.of(self.groups[index].to(splits.device), splits)
-        if scores.hidden.shape[1] == 0:
-            return TopK(scores.topk_ids, scores.topk_logp, scores.sampled_logp, groups, objective.by_rank)
-        assert self.heads is not None
-        head, own, text = heads[index], self.heads.own(index), scores.text
-        hidden = scores.hidden[:, : head.weight_VH.shape[1]].to(head.weight_VH.dtype)
-        if own is None:
-            hidden = hidden if text is None else hidden[text.places[:, 0].long()]
-            return TeacherHidden(hidden, head, self.heads.vocab_size, objective.support, objective.topk)
+        index, head = max(teachers.bit_length() - 1, 0), None  # 0 of no tokens
+        if scores.hidden.shape[1]:
+            assert self.heads is not None
+            head = ScoredHead(heads[index], self.heads.vocab_size, self.heads.own(index))
         size = self._head().weight_VH.shape[0] * (1 if self.tensor is None else self.tensor.size())
-        text = text or OwnText.plain(0)  # a micro-batch without loss
-        return TeacherHidden(hidden, head, size, objective.support, objective.topk, OwnTeacher(text, own), groups)
+        return scored_teacher(scores, objective, groups=self.groups.get(index), head=head, student_size=size)
 
     def _hidden_states(self, batch: MicroBatch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return the decoder's output for a micro-batch, its rows end to end, [1, T, H]; and its routers' logits."""

@@ -100,7 +100,7 @@ def token_views(
     mine: dict[tuple[int, int], TokenValues] = {}  # by place of the sequence, and of the token in its response
     if parallel.tensor.get_local_rank() == 0:  # tensor ranks hold equal copies
         for batch, output in zip(batches, outputs, strict=True):
-            mine |= dict(zip(map(tuple, batch.origins.tolist()), _token_values(output), strict=True))
+            mine |= dict(zip(map(tuple, batch.origins.tolist()), token_values(output), strict=True))
     parts = [mine] * parallel.size if parallel.is_main else None
     dist.gather_object(mine, parts, dst=0)
     values = {origin: value for part in parts or [] for origin, value in part.items()}
@@ -111,7 +111,7 @@ def token_views(
     return views
 
 
-def _token_values(output: HeadOutput) -> list[TokenValues]:
+def token_values(output: HeadOutput) -> list[TokenValues]:
     """Return the values of each response token of a micro-batch."""
     teacher_ids = [[i for i in ids if i != PADDING_ID] for ids in output.teacher_top_ids_NM[:, :NUM_TOP].tolist()]
     # Padding comes last.

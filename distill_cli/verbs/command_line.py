@@ -24,8 +24,8 @@ from distill_cli.errors import ConfigError, refuse
 
 Arguments = argparse.Namespace
 VERBS = (
-    *("init", "train", "plan", "check", "resume", "replay", "watch", "ui", "eval", "export", "prune", "serve"),
-    *("report", "track", "ls", "doctor"),
+    *("init", "train", "plan", "check", "resume", "replay", "watch", "ui", "eval", "chat", "export", "prune"),
+    *("serve", "report", "track", "ls", "doctor"),
 )
 
 

@@ -11,7 +11,7 @@ from distill_cli.losses.head import Head
 from distill_cli.losses.linear_divergence import HeadOutput, linear_divergence
 from distill_cli.losses.merged_eos import PADDING_ID
 from distill_cli.losses.teacher_chunk import TeacherHidden, TopK
-from distill_cli.train.token_report import _token_values, compared
+from distill_cli.train.token_report import compared, token_values
 from tests.losses.reference import HeadLoss
 
 TEACHER = torch.tensor([[0.4, 0.3, 0.1, 0.08, 0.07, 0.05]])
@@ -27,7 +27,7 @@ def test_padding_is_no_token() -> None:
         teacher_top_ids_NM=torch.tensor([[7, PADDING_ID]]), teacher_top_logp_NM=logp_12,
         top_ids_NM=torch.tensor([[7, 3]]), top_logp_NM=torch.tensor([[-0.2, -2.0]]),
     )  # fmt: skip
-    ((*_, teacher_ids, teacher_logp),) = _token_values(output)
+    ((*_, teacher_ids, teacher_logp),) = token_values(output)
     assert (teacher_ids, teacher_logp) == ([7], [logp_12[0, 0].item()])
 
 
@@ -72,7 +72,7 @@ def test_training_computes_no_teachability() -> None:
 
 
 def test_five_tokens_are_written() -> None:
-    ((*_, own_ids, own_logp, teacher_ids, teacher_logp),) = _token_values(head_output(of_topk(6), num_top=6))
+    ((*_, own_ids, own_logp, teacher_ids, teacher_logp),) = token_values(head_output(of_topk(6), num_top=6))
     assert own_ids == [0, 3, 5, 4, 2]
     assert teacher_ids == [0, 1, 2, 3, 4]
     assert len(own_logp) == len(teacher_logp) == 5
