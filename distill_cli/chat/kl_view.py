@@ -25,7 +25,7 @@ NUM_HIGHEST, NUM_LIKELIEST = 5, 3
 LEAST = 1e-4
 """Probability below which only the likeliest token is shown."""
 LEAST_SCALE = 0.1
-"""Of the fullest colour, in nats: the tokens of one answer may all agree."""
+"""Lower bound of the KL that has the fullest colour, in nats: the tokens of one answer may all agree."""
 FAINT = 0.1
 """Shares of the colour scale below this have no colour."""
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from distill_cli.chat.answers import Speaker
 from distill_cli.chat.conversation import Conversation
@@ -14,17 +15,16 @@ from distill_cli.chat.engine import ChatEngine, Engines
 from distill_cli.chat.setup import ChatModel, Pair
 from distill_cli.config.variation import override
 from distill_cli.data.prompts import PromptMaker, PromptSettings, load_tokenizer
-from distill_cli.engines.base import OnEnd, Teacher
-from distill_cli.engines.settings import SamplingSettings
+from distill_cli.engines.asked_teacher import CalledTeacher
+from distill_cli.engines.base import Teacher
 from distill_cli.errors import ConfigError
 from distill_cli.ranks.build_engines import build_teacher, train_sampling
-from distill_cli.types import ModelHead, Sample, TeacherScores
 
 PATIENCE_S = 20.0
 """Seconds without an answer of a teacher's servers after which a chat gives up: somebody waits for it."""
 
 
-class EngineTeacher(Teacher):
+class EngineTeacher(CalledTeacher):
     """An engine of the chat as a teacher, at a temperature."""
 
     num_ranks = 1
@@ -32,31 +32,9 @@ class EngineTeacher(Teacher):
     def __init__(self, engine: ChatEngine, *, temperature: float) -> None:
         self._engine, self._temperature = engine, temperature
 
-    def score(
-        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
-    ) -> list[TeacherScores]:
-        starts, temperature = list(response_starts), self._temperature
-        options = {"response_starts": starts, "temperature": temperature, "hidden": hidden}
-        scores: list[TeacherScores] = self._engine.call("score", sequences=list(sequences), **options)
-        return scores
-
-    def head(self, rows: tuple[int, int] | None = None) -> ModelHead:
-        head: ModelHead = self._engine.call("head", rows=rows)
-        return head
-
-    def sample(
-        self,
-        prompts: Sequence[list[int]],
-        *,
-        seeds: Sequence[int],
-        sampling: SamplingSettings,
-        on_end: OnEnd | None = None,
-    ) -> list[Sample]:
-        """See `VllmEngine.sample`; `on_end` is not called."""
-        assert on_end is None
-        options = {"seeds": list(seeds), "sampling": sampling}
-        samples: list[Sample] = self._engine.call("sample", prompts=list(prompts), **options)
-        return samples
+    def _call(self, method: str, **arguments: Any) -> Any:
+        options = {"temperature": self._temperature} if method == "score" else {}
+        return self._engine.call(method, **arguments, **options)
 
 
 def speaker_of(model: ChatModel, engine: ChatEngine) -> Speaker:

@@ -41,7 +41,7 @@ class AnswerKl:
     """An answer with both models' predictions at each token."""
 
     texts: list[str]
-    """Of each token, special ones too."""
+    """The text of each token, special ones too."""
     views: TokenViews
     likeliest: Callable[[int], str]
     """Returns the text of a token id."""

@@ -17,7 +17,38 @@ from distill_cli.errors import ConfigError, DistillError
 from distill_cli.types import ModelHead, Sample, TeacherScores
 
 
-class AskedTeacher(Teacher):
+class CalledTeacher(Teacher):
+    """Lets another process do what its methods do, by `_call`."""
+
+    @abstractmethod
+    def _call(self, method: str, **arguments: Any) -> Any:
+        """Return what a method of the engine returns. Raises DistillError if it fails, or the process is gone."""
+
+    def score(
+        self, sequences: Sequence[list[int]], *, response_starts: Sequence[int], hidden: bool = False
+    ) -> list[TeacherScores]:
+        return self._call("score", sequences=list(sequences), response_starts=list(response_starts), hidden=hidden)
+
+    def head(self, rows: tuple[int, int] | None = None) -> ModelHead:
+        return self._call("head", rows=rows)
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        seeds: Sequence[int],
+        sampling: SamplingSettings,
+        on_end: OnEnd | None = None,
+    ) -> list[Sample]:
+        """See `VllmEngine.sample`. `on_end` is called when all have ended."""
+        samples = self._call("sample", prompts=list(prompts), seeds=list(seeds), sampling=sampling)
+        if on_end is not None:
+            for index, sample in enumerate(samples):
+                on_end(index, sample)
+        return samples
+
+
+class AskedTeacher(CalledTeacher):
     """Sends each call to a process that answers it by `answer_of`. Several threads may call."""
 
     def __init__(self) -> None:
@@ -45,24 +76,6 @@ class AskedTeacher(Teacher):
         starts = list(response_starts)
         request = self._send("score", sequences=list(sequences), response_starts=starts, hidden=hidden)
         return lambda: self._answer(request)
-
-    def head(self, rows: tuple[int, int] | None = None) -> ModelHead:
-        return self._call("head", rows=rows)
-
-    def sample(
-        self,
-        prompts: Sequence[list[int]],
-        *,
-        seeds: Sequence[int],
-        sampling: SamplingSettings,
-        on_end: OnEnd | None = None,
-    ) -> list[Sample]:
-        """See `VllmEngine.sample`. `on_end` is called when all have ended."""
-        samples = self._call("sample", prompts=list(prompts), seeds=list(seeds), sampling=sampling)
-        if on_end is not None:
-            for index, sample in enumerate(samples):
-                on_end(index, sample)
-        return samples
 
     def _call(self, method: str, **arguments: Any) -> Any:
         self.wait_ready()

@@ -35,7 +35,7 @@ class Versions:
 
     page: str
     samples: str
-    """Of the recorded answers alone."""
+    """Changes with the recorded answers alone."""
 
 
 @dataclass(frozen=True)

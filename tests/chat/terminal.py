@@ -29,7 +29,7 @@ class Terminal:
         self._theirs = theirs
         self.seen = ""
         self._read = 0
-        """Of `seen`, what was waited for already."""
+        """Characters of `seen` that were waited for already."""
 
     def type(self, text: str) -> None:
         os.write(self._ours, text.encode())

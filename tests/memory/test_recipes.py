@@ -59,12 +59,12 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 @pytest.fixture
-def make(published: Callable[[str], Path]) -> Callable[[str], Recipe]:
-    def recipe(name: str) -> Recipe:
+def make(published: Callable[[str], Path]) -> Callable[..., Recipe]:
+    def recipe(name: str, *overrides: str, card: int | None = None) -> Recipe:
         match = CARD.search(first_comment(conf_dir() / "model" / f"{name}.yaml"))
         assert match, "the first line ends with the number and size of the cards"
-        num_gpus, gib = NUMBERS[match[1]], USABLE_GIB[int(match[2])]
-        config = composed(name, f"cluster.gpus_per_node={num_gpus}")
+        num_gpus, gib = (NUMBERS[match[1]], USABLE_GIB[int(match[2])]) if card is None else (1, USABLE_GIB[card])
+        config = composed(name, f"cluster.gpus_per_node={num_gpus}", *overrides)
         student, teacher = (
             ModelFiles.find(str(published(model.path)), key="model.path")
             for model in (config.model.student, config.model.teacher)
@@ -95,13 +95,22 @@ def test_parameters_are_those_published(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_passes_the_model_checks(name: str, make: Callable[[str], Recipe]) -> None:
+def test_recipe_passes_the_model_checks(name: str, make: Callable[..., Recipe]) -> None:
     assert list(model_problems(make(name).facts)) == []
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_fits_its_card(name: str, make: Callable[[str], Recipe]) -> None:
-    recipe = make(name)
+def test_recipe_fits_its_card(name: str, make: Callable[..., Recipe]) -> None:
+    check_fit(make(name))
+
+
+@pytest.mark.parametrize(("name", "card"), [("qwen3_1.7b_4b", 80), ("gemma3_1b_12b", 80), ("smollm2_135m_1.7b", 24)])
+def test_one_gpu_is_enough_for_its_size(name: str, card: int, make: Callable[..., Recipe]) -> None:
+    check_fit(make(name, "size=one_gpu", card=card))
+
+
+def check_fit(recipe: Recipe) -> None:
+    """Skip if the student's memory cannot be predicted."""
     assert list(memory.engine_problems(recipe.config, *recipe.folders, gpu_bytes=recipe.gpu_bytes)) == []
     list(model_checks.layout(**recipe.facts.named_by(model_checks.layout)) or ())
     try:

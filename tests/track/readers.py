@@ -37,7 +37,7 @@ def mlflow_values(run: RunDir) -> Values:
 
 
 def wandb_values(run: RunDir) -> Values:
-    """Of all offline folders in the run's folder, as `wandb sync` would send them."""
+    """Return what `wandb sync` would send of all offline folders in the run's folder."""
     found = []
     for record in wandb_records(run):
         row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
