@@ -46,6 +46,19 @@ class Terminal:
         shown, self._read = self.seen[self._read : at + len(text)], at + len(text)
         return shown
 
+    def interrupt_for(self, text: str) -> None:
+        """Press Ctrl-C at a prompt until a text appears.
+
+        readline shows its prompt before it listens: a signal in between is seen with the next key only.
+        """
+        until = time.monotonic() + PATIENCE_S
+        while text not in self.seen[self._read :]:
+            assert time.monotonic() < until, f"no {text!r} in {self.seen[self._read :]!r}"
+            self.type("\x03")
+            if select.select([self._ours], [], [], 1.0)[0]:
+                self.seen += os.read(self._ours, 65536).decode(errors="replace")
+        self.wait_for(text)
+
     def end(self) -> int:
         """Return the exit status, once the command has ended."""
         until = time.monotonic() + 60
