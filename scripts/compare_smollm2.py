@@ -34,8 +34,8 @@ KINDS = {
 }
 """Name -> label, colour, overrides."""
 SHARED = (
-    *("experiment=smollm2", "loss.support=full", "rollout.prompts_per_step=16", "train.global_batch_size=16"),
-    *("train.max_steps=24", "eval.at_start=false", "eval.at_end=false", "checkpoint.enabled=false", "tracker=none"),
+    *("experiment=smollm2", "train.max_steps=24", "eval.at_start=false", "eval.at_end=false"),
+    *("checkpoint.enabled=false", "tracker=none"),
 )
 MODELS = {"before": Path("smollm2/student"), "teacher": Path("smollm2/teacher")}
 SHARE, NATS, BITS = "{:.1%}", "{:.3f}", "{:.3f}"
@@ -128,7 +128,7 @@ def draw(columns: dict[str, list[dict[str, float]]], out: Path) -> None:
             value = columns[model][0][name]
             axes.axvline(value, color="#777777", linestyle=style, linewidth=1)
             axes.annotate(model, (value, 2.55), ha="center", color="#777777", fontsize=8, annotation_clip=False)
-        axes.set_xlabel(MEASURES[name][0], fontsize=9)
+        axes.set_xlabel(MEASURES[name][0], fontsize=8)
         axes.set_yticks(range(len(KINDS)), [label for label, *_ in KINDS.values()], fontsize=9)
         axes.set_ylim(-0.5, 2.5)
         axes.spines[["top", "right"]].set_visible(False)
