@@ -259,7 +259,8 @@ def read_data(facts: Facts, config: Config) -> Iterator[str]:
     facts.warnings += facts.data.warnings
     rows, prompts = facts.data.num_train, config.rollout.prompts_per_step
     if rows is not None and 0 < rows < prompts:
-        fix = "lower it (and train.global_batch_size), or give more"
+        sequences = rows * config.rollout.generations_per_prompt
+        fix = f"set rollout.prompts_per_step={rows} train.global_batch_size={sequences}, or give more"
         yield f"rollout.prompts_per_step={prompts}: the training data has only {rows} row{'s' * (rows > 1)}; {fix}"
 
 

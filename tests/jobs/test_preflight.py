@@ -131,7 +131,8 @@ def test_a_loss_that_does_not_exist() -> None:
 
 
 def test_too_few_prompts_for_a_step() -> None:
-    assert "the training data has only 10 rows" in problems_of("data.train.size=10")
+    problems = problems_of("data.train.size=10")
+    assert "the training data has only 10 rows; set rollout.prompts_per_step=10 train.global_batch_size=10" in problems
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
