@@ -218,8 +218,9 @@ def conclude(sweep: SweepDir, failed: int, *, console: Console) -> int:
     """Print a sweep's results as a table and write them as a page; return the exit status."""
     print_comparison(console, read_sweep(sweep))
     leave_report([sweep.path], sweep.report, console=console)
-    lines = {"report": sweep.report, "folder": sweep.path, "again": f"distill report {sweep.path}"}
-    print_lines(console, lines | ({"go on": f"distill resume {sweep.path}"} if failed else {}))
+    folder = relative(sweep.path)
+    lines = {"report": relative(sweep.report), "folder": folder, "again": f"distill report {folder}"}
+    print_lines(console, lines | ({"go on": f"distill resume {folder}"} if failed else {}))
     return 1 if failed else 0
 
 
