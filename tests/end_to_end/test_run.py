@@ -215,7 +215,7 @@ def test_sweep_runs_have_own_folders(tmp_path) -> None:
     assert all((folder / "outcome.json").is_file() for folder in sweep.glob("*_topk=*"))
     table = done.stdout[done.stdout.index("loss.topk  step") :]
     assert all(words in table for words in ("KL forward", "tokens", "best KL reverse"))
-    assert distill(tmp_path, "report", str(sweep)).stdout in done.stdout
+    assert distill(tmp_path, "report", str(sweep.relative_to(tmp_path))).stdout in done.stdout
 
 
 def test_failed_rank_prints_line_and_log(tmp_path) -> None:
