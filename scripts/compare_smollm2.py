@@ -76,7 +76,9 @@ def main() -> None:
                 values[name] = measures(MODELS[name]) if name in MODELS else trained(name, arguments.root, measures)
                 arguments.values.write_text(json.dumps(values, indent=1) + "\n")
     columns = {name: [values[name]] for name in MODELS}
-    columns |= {kind: [values[f"{kind}_{seed}"] for seed in arguments.seeds] for kind in KINDS}
+    for kind in KINDS:
+        names = [f"{kind}_{seed}" for seed in arguments.seeds]
+        columns[kind] = [values[name] for name in names if name in values]
     text = table(columns)
     print(text)
     if arguments.write:

@@ -22,13 +22,10 @@ LIMIT = 64
 """Tokens of an answer."""
 SUITE = Path(__file__).with_name("smollm2_suite")
 METRICS = {"web_text": "bits_per_byte,none", "last_word": "acc,none", "social_iqa": "acc,none"}
-TEXTS, QUESTIONS = (
-    f"evals/registry/data/{name}" for name in ("text_compression/samples.jsonl", "theory_of_mind/socialiqa/test.jsonl")
-)
-"""Of the package `evals`."""
+TEXTS = "evals/registry/data/text_compression/samples.jsonl"
+QUESTIONS = "evals/registry/data/theory_of_mind/socialiqa/test.jsonl"
 TYPES = ("wikipedia", "openwebtext", "c4")
-NUM_TEXTS, NUM_QUESTIONS = 25, 150
-"""Of each type, and in all."""
+TEXTS_PER_TYPE, NUM_QUESTIONS = 25, 150
 MAX_CHARACTERS = 500
 CHOICE = re.compile(r"^(?P<question>.*?) A: (?P<a>.*?); B: (?P<b>.*?); C: (?P<c>.*?)\.?$", re.DOTALL)
 
@@ -85,11 +82,11 @@ def write_suite(wheel: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
         texts, questions = ([json.loads(row) for row in archive.read(name).splitlines()] for name in (TEXTS, QUESTIONS))
-    of_types = [[row["text"] for row in texts if row["type"] == kind][:NUM_TEXTS] for kind in TYPES]
+    of_types = [[row["text"] for row in texts if row["type"] == kind][:TEXTS_PER_TYPE] for kind in TYPES]
     words = [text[:MAX_CHARACTERS].split()[:-1] for kind in of_types for text in kind]
-    write(folder / "web_text.jsonl", [{"text": " ".join(text)} for text in words])
-    write(folder / "last_word.jsonl", [last_word(text) for text in words])
-    write(folder / "social_iqa.jsonl", [choice(row) for row in questions[:NUM_QUESTIONS]])
+    write_rows(folder / "web_text.jsonl", [{"text": " ".join(text)} for text in words])
+    write_rows(folder / "last_word.jsonl", [last_word(text) for text in words])
+    write_rows(folder / "social_iqa.jsonl", [choice(row) for row in questions[:NUM_QUESTIONS]])
 
 
 def last_word(words: list[str]) -> dict[str, str]:
@@ -105,5 +102,5 @@ def choice(row: dict[str, Any]) -> dict[str, Any]:
     return {"question": parts["question"], "choices": choices, "label": "ABC".index(row["ideal"])}
 
 
-def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
