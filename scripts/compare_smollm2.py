@@ -6,8 +6,9 @@
 
 In the folder of the pair that `distill ls experiment=smollm2` says how to make: measure the teacher and the student
 before training, then run the command once per seed and kind and measure each student. Every measurement is kept in the
-file of values, and is not done again. The table has means and 95% intervals over the seeds. `--write` replaces the one
-between the markers of a document. Needs matplotlib and lm-eval (in the dev group).
+file of values, and is not done again. The tables have means and 95% intervals over the seeds, of each kind and of the
+differences between kinds, seed by seed. `--write` replaces those between the markers of a document. Needs matplotlib
+and lm-eval (in the dev group).
 """
 
 from __future__ import annotations
@@ -52,10 +53,15 @@ MEASURES = {
 }
 """Name -> title, format."""
 SUMS = {"tokens": "train/response_tokens", "seconds": "time/step_s"}
+PAIRS = (("on_policy", "off_policy"), ("off_policy", "supervised"))
+"""Kinds whose difference is a question of its own: who writes, and what the student is told."""
+COMPARED = ("own/kl_reverse", "own/agreement", "teacher/kl_forward", "teacher/agreement", "web_text")
 DRAWN = ("own/kl_reverse", "teacher/kl_forward", "own/agreement", "web_text")
 
 Values = dict[str, dict[str, float]]
 """Model, or kind and seed -> what was measured."""
+Columns = dict[str, dict[int, dict[str, float]]]
+"""Model or kind -> seed -> what was measured; of a model, seed 0."""
 
 
 def main() -> None:
@@ -75,14 +81,15 @@ def main() -> None:
             if name not in values:
                 values[name] = measures(MODELS[name]) if name in MODELS else trained(name, arguments.root, measures)
                 arguments.values.write_text(json.dumps(values, indent=1) + "\n")
-    columns = {name: [values[name]] for name in MODELS}
+    columns: Columns = {name: {0: values[name]} for name in MODELS}
     for kind in KINDS:
-        names = [f"{kind}_{seed}" for seed in arguments.seeds]
-        columns[kind] = [values[name] for name in names if name in values]
-    text = table(columns)
-    print(text)
+        names = {seed: f"{kind}_{seed}" for seed in arguments.seeds}
+        columns[kind] = {seed: values[name] for seed, name in names.items() if name in values}
+    texts = {"compare": table(columns), "differences": differences(columns)}
+    print("\n\n".join(texts.values()))
     if arguments.write:
-        write(arguments.write, "compare", text)
+        for name, text in texts.items():
+            write(arguments.write, name, text)
     if arguments.figure:
         draw(columns, arguments.figure)
 
@@ -98,12 +105,27 @@ def trained(name: str, root: Path, measures: Measures) -> dict[str, float]:
     return sums | measures(folder / "student")
 
 
-def table(columns: dict[str, list[dict[str, float]]]) -> str:
+def table(columns: Columns) -> str:
     """Return a row of each measure; a column has one set of values per seed."""
     titles = {"before": "before", **{kind: label for kind, (label, *_) in KINDS.items()}, "teacher": "the teacher"}
     lines = [f"|  | {' | '.join(titles.values())} |", "|" + "---|" * (len(titles) + 1)]
     for name, (title, shown) in MEASURES.items():
-        cells = (cell([one[name] for one in columns[column] if name in one], shown) for column in titles)
+        cells = (cell([one[name] for one in columns[column].values() if name in one], shown) for column in titles)
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def differences(columns: Columns) -> str:
+    """Return a row of each measure: the differences between kinds within a seed, which sees the same requests."""
+    titles = [
+        " minus ".join(KINDS[kind][0].removesuffix(" on the teacher's answers") for kind in pair) for pair in PAIRS
+    ]
+    lines = [f"|  | {' | '.join(titles)} |", "|" + "---|" * (len(titles) + 1)]
+    for name in COMPARED:
+        title, shown = MEASURES[name]
+        pairs = [(columns[kind], columns[other]) for kind, other in PAIRS]
+        found = ([one[seed][name] - other[seed][name] for seed in one if seed in other] for one, other in pairs)
+        cells = (cell(values, shown.replace(":", ":+")) for values in found)
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -112,17 +134,17 @@ def cell(values: list[float], shown: str) -> str:
     if not values:
         return ""
     mean = mean_of(values)
-    half = "" if mean.half is None else f" ± {shown.format(mean.half)}"
+    half = "" if mean.half is None else f" ± {shown.replace('+', '').format(mean.half)}"
     return f"{shown.format(mean.value)}{half}"
 
 
-def draw(columns: dict[str, list[dict[str, float]]], out: Path) -> None:
+def draw(columns: Columns, out: Path) -> None:
     """Draw a panel of each measure: seeds as small points, means as large ones, the two models as lines."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(2, 2, sharey=True)
     for axes, name in zip(panels.flat, DRAWN, strict=True):
         for place, (kind, (_, color, _)) in enumerate(KINDS.items()):
-            values = [one[name] for one in columns[kind]]
+            values = [one[name] for one in columns[kind].values()]
             mean = mean_of(values)
             axes.plot(values, [place] * len(values), "o", color=color, markersize=3, alpha=0.5)
             axes.errorbar(mean.value, place, xerr=mean.half, fmt="o", color=color, markersize=6, capsize=3)

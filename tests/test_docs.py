@@ -80,6 +80,13 @@ def test_contributing_lists_every_file() -> None:
     assert script["with_tree"](page) == page, "run scripts/make_file_tree.py"
 
 
+def test_readme_result_is_the_measured_one() -> None:
+    shown = re.findall(r"\d\.\d{3} ± \d\.\d{3}", (ROOT / "README.md").read_text())
+    measured = (ROOT / "docs/results.md").read_text().split("<!-- end -->")[0]
+    assert len(shown) == 9
+    assert [value for value in shown if f"| {value} |" not in measured] == []
+
+
 def test_readme_stays_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
