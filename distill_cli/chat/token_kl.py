@@ -29,7 +29,7 @@ from distill_cli.losses.objective import BatchLoss, Facts
 from distill_cli.losses.own_logits import OwnHead
 from distill_cli.losses.scored_teacher import ScoredHead, scored_teacher
 from distill_cli.ranks.build_source import build_translations, prompt_settings
-from distill_cli.ranks.build_trainer import build_objective
+from distill_cli.ranks.build_student import build_objective
 from distill_cli.rollout.early_scores import submit
 from distill_cli.rollout.pack import MicroBatch, RowPlan, lay_out
 from distill_cli.train.token_report import NO_LOSS, NUM_TOP, token_values

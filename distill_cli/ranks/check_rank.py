@@ -20,8 +20,9 @@ from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.machine.processes import StopFlag
 from distill_cli.models.model_files import read_config, tensors
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.ranks import build_trainer as parts
+from distill_cli.ranks import build_student as parts
 from distill_cli.ranks.build_engines import build_engines, build_teacher, leave
+from distill_cli.ranks.build_heads import build_heads
 from distill_cli.ranks.build_source import (
     Rank,
     build_order,
@@ -104,7 +105,7 @@ def check_rank(run: RunDir, console: IO[str]) -> None:
         trainable=trainable,
         saver=parts.build_saver(config, run, trainable),
         checkpoints=run.checkpoints,
-        heads=parts.build_heads(rank, student) if needs_hidden(config) else None,
+        heads=build_heads(rank, student) if needs_hidden(config) else None,
         **of_teacher(0),
     )
     others = (replace(check, **of_teacher(index)).run_other_teacher() for index in range(1, len(alone)))

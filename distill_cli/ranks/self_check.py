@@ -20,7 +20,7 @@ from distill_cli.engines import handshake
 from distill_cli.errors import DistillError
 from distill_cli.losses.linear_divergence import HeadOutput
 from distill_cli.parallel.mesh import Parallel
-from distill_cli.ranks.build_trainer import build_loss, build_objective
+from distill_cli.ranks.build_student import build_loss, build_objective
 from distill_cli.ranks.handshakes import head_error
 from distill_cli.rollout.pack import MicroBatch
 from distill_cli.rollout.workers import RolloutWorker, ScoringWorker
