@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from zlib import crc32
 
 # xdist workers share the cores: with more threads than cores a run takes several times as long. Set before torch is
 # imported; child processes inherit it.
@@ -20,14 +22,45 @@ import torch
 from safetensors.torch import save_file
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    shares = "K/N: run the K-th of N shares of the tests marked exhaustive too; all: run all of them"
+    parser.addoption("--exhaustive", metavar="SHARE", help=f"{shares}; by default those of the files that are named")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let xdist keep the order below: by default it starts files with many tests first, and long ones have few."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+    if config.option.exhaustive is None:  # xdist's workers get what is decided here
+        is_named = config.args_source is pytest.Config.ArgsSource.ARGS
+        config.option.exhaustive = "all" if is_named else "0/1"
+    if config.option.exhaustive != "all":
+        shares(config.option.exhaustive)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start long files first: Slurm's, which mostly wait, then all others with slow tests."""
+def shares(share: str) -> tuple[int, int]:
+    """Return K and N of K/N."""
+    if not re.fullmatch(r"\d+/[1-9]\d*", share):
+        raise pytest.UsageError(f"--exhaustive={share}: must be all or K/N, such as 2/8")
+    part, parts = share.split("/")
+    return int(part), int(parts)
+
+
+def runs(item: pytest.Item, share: str) -> bool:
+    """Whether a test is in this share of the exhaustive tests, or not one. A file marked as a whole stays together."""
+    if share == "all" or item.get_closest_marker("exhaustive") is None:
+        return True
+    is_alone = any(mark.name == "exhaustive" for mark in item.own_markers)
+    name = item.nodeid.partition("[" if is_alone else "::")[0]
+    part, parts = shares(share)
+    return crc32(name.encode()) % parts == part - 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave exhaustive tests out; start long files first: Slurm's, which mostly wait, then others with slow tests."""
+    left_out = [item for item in items if not runs(item, config.option.exhaustive)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name != "test_slurm.py", item.path not in slow))
     if not torch.cuda.is_available():

@@ -7,11 +7,13 @@ checks and collects, so that a sweep is checked as a whole before its first run.
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -101,11 +103,28 @@ def run_hydra(overrides: Sequence[str], flags: Sequence[str], task: Callable[[Di
         os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them
         sys.argv = ["distill", *(prefixed.get(text, text) for text in overrides), *flags]  # the order Hydra parses
         try:
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
+            with mode_of_flags(overrides):
+                hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             raise ConfigError(variation.one_line(error)) from error
         finally:
             sys.argv = argv
+
+
+@contextmanager
+def mode_of_flags(overrides: Sequence[str]) -> Iterator[None]:
+    """Let Hydra take from its flags whether it sweeps, unless an override says it.
+
+    Symptom: it composes each config twice, the first time for nothing but hydra.mode.
+    No longer needed when: `Hydra.get_mode` composes nothing.
+    """
+    composing = Hydra.get_mode
+    if not any("hydra.mode=" in text for text in overrides):
+        Hydra.get_mode = lambda self, config_name, overrides: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.get_mode = composing  # type: ignore[method-assign]
 
 
 def composed_job(config: DictConfig, overrides: Sequence[str]) -> Job:

@@ -116,6 +116,7 @@ def test_one_process_exports_four_ranks(outcomes: dict[str, Outcome], tmp_path: 
     assert (ours - theirs).abs().max() < 1e-5
 
 
+@pytest.mark.exhaustive
 def test_a_planted_pickle_is_ignored(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
     class Planted:
         def __reduce__(self):
@@ -132,6 +133,7 @@ def test_a_planted_pickle_is_ignored(outcomes: dict[str, Outcome], tmp_path: Pat
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.exhaustive
 def test_another_models_checkpoint_is_refused(outcomes: dict[str, Outcome]) -> None:
     (checkpoint,) = store.find(outcomes["folder"] / "checkpoints")
     with pytest.raises(AssertionError, match="is of another model: model.layers.0"):

@@ -37,6 +37,7 @@ def same_student(ours: Path, theirs: Path) -> bool:
     return all(ours[name].equal(theirs[name]) for name in ours)
 
 
+@pytest.mark.exhaustive
 def test_steps_have_their_budget(alone: Finished) -> None:
     rows = alone.metrics[1:]
     assert [row["train/response_tokens"] for row in rows] == [90] * 6
@@ -51,6 +52,7 @@ SPLIT = ("cluster.roles=split", "engine.teacher.ranks=1", "cluster.ranks_per_nod
 """Two ranks train, as in the shared run, one samples and one scores."""
 
 
+@pytest.mark.exhaustive
 def test_split_and_killed_runs_are_exact(alone: Finished, tmp_path: Path) -> None:
     """The rank that scores is killed; what was sampled ahead with earlier weights is not lost."""
     process = start(tmp_path, *CARRIED, *SPLIT, "run.name=r")
@@ -81,6 +83,7 @@ def test_split_and_killed_runs_are_exact(alone: Finished, tmp_path: Path) -> Non
 SHARED = ("cluster.roles=shared", "cluster.ranks_per_node=1")
 
 
+@pytest.mark.exhaustive
 def test_a_replay_of_parts_is_exact(alone: Finished, tmp_path: Path) -> None:
     done = distill(tmp_path, "replay", str(alone.run.path), "tracker=none", **no_engines(tmp_path))
     assert done.status == 0, done.stdout + done.stderr

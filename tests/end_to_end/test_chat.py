@@ -126,6 +126,7 @@ def test_lines_with_the_kl_of_each_token(one_rank: Finished, marked: str) -> Non
     assert by_model[name] < by_model["before"]
 
 
+@pytest.mark.exhaustive
 def test_a_conversation_at_a_terminal(one_rank: Finished, endless: Path, marked: str, tmp_path: Path) -> None:
     saved = tmp_path / "saved.jsonl"
     flags = ("--against", str(endless), "--max-new-tokens", "480")
@@ -177,6 +178,7 @@ def talk(terminal: Terminal, name: str, saved: Path) -> None:
     do(f"/save {saved}", "nothing was answered yet")
 
 
+@pytest.mark.exhaustive
 def test_a_dead_engine_ends_the_chat(one_rank: Finished, marked: str) -> None:
     with subprocess.Popen(
         [*COMMAND, "runs/latest", "--temperature", "0"],

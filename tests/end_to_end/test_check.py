@@ -28,6 +28,7 @@ def test_check_passes_on_two_ranks(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["tmp"]
 
 
+@pytest.mark.exhaustive
 def test_check_of_a_student_with_state(tmp_path: Path) -> None:
     """Its sequences are not packed, although train.packing is true."""
     for seed, role in enumerate(("student", "teacher")):

@@ -28,6 +28,7 @@ def make_base_like(folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_different_end_tokens_end_answers(tmp_path: Path) -> None:
     student = make_base_like(tmp_path / "base")
     argv = (f"model.student.path={student}", "train.max_steps=12", "rollout.prompts_per_step=32", "tracker=none")

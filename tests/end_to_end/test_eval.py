@@ -37,6 +37,7 @@ def test_before_after_and_teacher_at_once(one_rank: Finished) -> None:
     assert all(row["final_answer"] == row["reference"] for row in rows if row["reward"] == 1)
 
 
+@pytest.mark.exhaustive
 def test_greedy_eval_equals_validation(one_rank: Finished, tmp_path: Path) -> None:
     """The run validated its last step on 40 prompts."""
     unfinished = tmp_path / "unfinished"

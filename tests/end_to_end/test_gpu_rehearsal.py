@@ -11,6 +11,7 @@ SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "gpu_acceptance.py"
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_stage_can_be_rehearsed(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)

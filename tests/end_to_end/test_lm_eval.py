@@ -32,6 +32,7 @@ metric_list:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_accuracy_equals_the_run_s(one_rank: Finished, tmp_path: Path) -> None:
     """The run validated its last step greedily on these 40 problems."""
     problems = arithmetic.load(split="validation", size=40, seed=0)

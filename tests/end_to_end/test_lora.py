@@ -25,6 +25,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_sampler_has_the_adapter(two_ranks: Finished) -> None:
     assert two_ranks.status == 0, two_ranks.stderr
     steps = two_ranks.metrics[1:]
@@ -34,6 +35,7 @@ def test_the_sampler_has_the_adapter(two_ranks: Finished) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
+@pytest.mark.exhaustive
 def test_exports_are_the_student(two_ranks: Finished, tmp_path: Path) -> None:
     run = str(two_ranks.run.path)
     assert cli.run(["export", run, str(tmp_path / "merged")]) == 0
@@ -51,6 +53,7 @@ def test_exports_are_the_student(two_ranks: Finished, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_goes_on_elsewhere_and_merged(two_ranks: Finished) -> None:
     before, student = two_ranks.metrics, load_file(two_ranks.run.student / "model.safetensors")
     changes = ("cluster.ranks_per_node=1", "model.student.lora.sync=merged")

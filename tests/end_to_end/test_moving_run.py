@@ -28,6 +28,7 @@ def as_question(tokenizer, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_scores_are_the_running_means(finished: Finished, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -56,6 +57,7 @@ def test_scores_are_the_running_means(finished: Finished, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_resumed_run_is_the_same(finished: Finished) -> None:
     before = finished.metrics[-1]
     done = distill(finished.folder, "resume", "runs/latest", "--step=2")

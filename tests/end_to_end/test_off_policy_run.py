@@ -7,6 +7,7 @@ from tests.end_to_end.naive import check_numbers
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_teacher_and_dataset_sequences(tmp_path) -> None:
     off = ("data.validation=null", "tracker=none", "train.max_steps=2", "rollout.save_scores=true")
     mixed = ("rollout.on_policy_fraction=0.5", "rollout.off_policy=teacher")

@@ -18,6 +18,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     )
 
 
+@pytest.mark.exhaustive
 def test_the_student_learns_from_other_tokens(other: Finished) -> None:
     assert other.status == 0, other.stderr
     assert other.metrics[0]["val/teacher_accuracy"] > 0.95
@@ -27,6 +28,7 @@ def test_the_student_learns_from_other_tokens(other: Finished) -> None:
         assert 0 <= row["train/residual_mass"] < 0.2
 
 
+@pytest.mark.exhaustive
 def test_a_replay_equals_its_run(other: Finished) -> None:
     replay = distill(other.folder, "replay", str(other.run.path), "run.name=again", "tracker=none")
     assert replay.status == 0, replay.stderr
@@ -36,12 +38,14 @@ def test_a_replay_equals_its_run(other: Finished) -> None:
             assert replayed[recorded["step"]][key] == recorded[key]
 
 
+@pytest.mark.exhaustive
 def test_a_replay_keeps_its_alignment(other: Finished) -> None:
     refused = distill(other.folder, "replay", str(other.run.path), "run.name=gold", "tracker=none", "loss=gold")
     assert refused.status == 2
     assert "loss.alignment=spans: the tokens of model.teacher were aligned by bytes" in refused.stderr
 
 
+@pytest.mark.exhaustive
 def test_the_same_tokenizer_changes_nothing(tmp_path: Path) -> None:
     runs = [
         distill(

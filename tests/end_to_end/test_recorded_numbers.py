@@ -21,6 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPT["COMMANDS"])
+@pytest.mark.exhaustive
 def test_numbers_are_the_recorded_ones(folder: Path, name: str) -> None:
     found, recorded = SCRIPT["numbers"](folder, name), RECORDED["runs"][name]
     if SCRIPT["processor"]() == RECORDED["processor"]:

@@ -43,6 +43,7 @@ def test_replay_of_same_loss_is_exact(one_rank: Finished, tmp_path: Path) -> Non
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
+@pytest.mark.exhaustive
 def test_replay_stops_resumes_and_starts_over(one_rank: Finished, tmp_path: Path) -> None:
     env = no_engines(tmp_path)
     other = (

@@ -62,6 +62,7 @@ def test_every_step_has_every_metric(one_rank: Finished) -> None:
     assert [row.keys() >= PROBED for row in rows] == [True, False, True, True]
 
 
+@pytest.mark.exhaustive
 def test_numbers_are_the_same_if_answers_are_scored_as_they_end(tmp_path: Path) -> None:
     """The teacher has a process of its own, and scores travel between the ranks. Some answers are the dataset's."""
     off = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "tracker=none", "cluster.ranks_per_node=2")
@@ -106,6 +107,7 @@ def test_two_ranks_equal_one_rank(one_rank: Finished, two_ranks: Finished) -> No
     ],
     ids=["tensor", "context", "teacher"],
 )
+@pytest.mark.exhaustive
 def test_other_layouts_equal_one_rank(
     one_rank: Finished, two_ranks: Finished, tmp_path, layout: tuple[str, ...]
 ) -> None:
@@ -206,6 +208,7 @@ def test_trackers_have_what_the_file_has(one_rank: Finished) -> None:
     assert (found.data.params["loss.topk"], found.info.status) == ("16", "FINISHED")
 
 
+@pytest.mark.exhaustive
 def test_sweep_runs_have_own_folders(tmp_path) -> None:
     off = ("eval.period=0", "eval.max_samples=16", "train.max_steps=1", "tracker=none", "eval.teacher=false")
     done = distill(tmp_path, "-m", "loss.topk=4,8", *off)
@@ -218,6 +221,7 @@ def test_sweep_runs_have_own_folders(tmp_path) -> None:
     assert distill(tmp_path, "report", str(sweep.relative_to(tmp_path))).stdout in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_failed_rank_prints_line_and_log(tmp_path) -> None:
     (tmp_path / "broken.py").write_text("def kl(logp, logq):\n    raise ValueError('a loss of my own')\n")
     done = distill(tmp_path, "loss.kl_type=broken:kl", "eval.at_start=false", "tracker=none")

@@ -13,6 +13,7 @@ from tests.end_to_end.conftest import distill
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_search_is_judged_by_accuracy(tmp_path: Path) -> None:
     done = distill(
         tmp_path, "-m", "loss.kl_weight=interval(0.1,0.9)", "search.trials=2", "cluster.parallel_jobs=2", "run.name=s",

@@ -16,7 +16,7 @@ from distill_cli.engines.server_files import read_servers
 from distill_cli.engines.wire import TOKEN
 from distill_cli.folders.metrics_file import read_metrics
 from distill_cli.folders.run_dir import RunDir, SweepDir
-from tests.end_to_end.conftest import SECRETS, SHORT, Cluster, Finished, files_with
+from tests.end_to_end.conftest import SECRETS, SHORT, Cluster, Finished, files_with, refused
 from tests.track.server import free_port, start_server, stop
 
 pytestmark = pytest.mark.slurm
@@ -44,6 +44,7 @@ def test_two_nodes_equal_one_node(cluster: Cluster, two_ranks: Finished, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_each_role_may_have_its_node(cluster: Cluster, one_rank: Finished, tmp_path: Path) -> None:
     """One node trains, one samples and one scores: the numbers are those of one rank that does all."""
     roles = ("cluster.roles=split", "engine.teacher.ranks=1", "cluster.nodes=3")
@@ -84,6 +85,7 @@ def check_account(cluster: Cluster, job: str, fields: str, wanted: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_parameters_survive_every_end_of_jobs(cluster: Cluster, one_rank: Finished, tmp_path: Path) -> None:
     """Its time limit reached, preempted, its node lost, cancelled: each in a step of the same run."""
     (tmp_path / "slow.py").write_text(SLOW_VERIFIER)
@@ -154,6 +156,7 @@ OF_ITS_OWN = ("cluster=slurm", "model.teacher.nodes=1")
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_teacher_on_its_own_nodes(cluster: Cluster, one_rank: Finished, tmp_path: Path) -> None:
     secrets = {**SECRETS, TOKEN: "planted-token-4"}
     own = ("cluster=slurm", "model.teacher.nodes=2", "cluster.slurm.teacher.partition=urgent")
@@ -182,6 +185,7 @@ def check_losses(run: RunDir, other: Finished) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_outlives_its_teachers_job(cluster: Cluster, one_rank: Finished, tmp_path: Path) -> None:
     """The teacher's job is queued again, then killed; the run is cancelled and resumed."""
     (tmp_path / "slow.py").write_text(SLOW_VERIFIER)
@@ -225,6 +229,7 @@ def teacher_jobs(cluster: Cluster) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_servers_end_without_their_run(cluster: Cluster, tmp_path: Path) -> None:
     """The run's job is cancelled before it begins: nobody ends the teacher's job but itself."""
     later = ("+cluster.slurm.extra.begin=now+1hour", "+cluster.slurm.teacher.extra.begin=now", "run.name=r")
@@ -248,6 +253,7 @@ WHOLE_LOSS = "def kl(logp, logq):\n    return logp.exp() * (logp - logq)\n"
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_array_resumes_failed_runs(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(BROKEN_LOSS)
     done = cluster.distill(
@@ -281,6 +287,7 @@ ONE_STEP = (
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_grid_is_one_array(cluster: Cluster, tmp_path: Path) -> None:
     """With a real MLflow server that has a password."""
     address = f"127.0.0.1:{free_port()}"
@@ -314,6 +321,7 @@ def test_a_grid_is_one_array(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_each_search_batch_is_an_array(cluster: Cluster, tmp_path: Path) -> None:
     done = cluster.distill(
         tmp_path, "-m", "loss.kl_weight=interval(0.1,0.9)", "loss.topk=4,8", *ONE_STEP, "tracker=none", "run.name=s",
@@ -348,27 +356,43 @@ def elements(folder: Path, sweep: str = "s") -> list[str]:
         (["cluster.slurm.shared_folders=[/home]"], "run.root=runs: not in a folder that all nodes see"),
         (["cluster.slurm.time=1x"], "cluster.slurm.time=1x: must be minutes, HH:MM:SS or D-HH:MM:SS"),
         (["+cluster.slurm.extra.output=x"], "cluster.slurm.extra.output: is set by distill"),
-        (["cluster.slurm.constraint=no_such"], "Slurm refuses the job: Invalid feature specification"),
         (
             ["-m", "loss.topk=4,8", "search.trials=2", "cluster.slurm.partition=mian"],
             "cluster.slurm.partition=mian: no such",
         ),
-        (
-            ["-m", "loss.topk=4,8", "search.trials=2", "cluster.slurm.constraint=no_such"],
-            "Slurm refuses the job: Invalid",
-        ),
     ],
 )
-def test_impossible_jobs_are_refused(cluster: Cluster, tmp_path: Path, argv: list[str], message: str) -> None:
-    jobs_before = cluster.ask("sacct", "-X", "-n", "-P", "-S", "now-1day", "-o", "JobID")
-    done = cluster.distill(tmp_path, *argv, "cluster=slurm")
-    assert done.status == 2, done.stdout
-    assert message in done.stderr
+def test_impossible_jobs_are_refused(
+    cluster: Cluster,
+    tmp_path: Path,
+    argv: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", cluster.conf)
+    jobs_before = all_jobs(cluster)
+    assert message in "\n".join(refused(tmp_path, monkeypatch, capsys, *argv, "cluster=slurm"))
     assert not list(tmp_path.glob("runs/*"))
-    assert cluster.ask("sacct", "-X", "-n", "-P", "-S", "now-1day", "-o", "JobID") == jobs_before
+    assert all_jobs(cluster) == jobs_before
+
+
+@pytest.mark.parametrize("argv", [(), ("-m", "loss.topk=4,8", "search.trials=2")], ids=["run", "search"])
+def test_a_refused_submission_leaves_nothing(cluster: Cluster, tmp_path: Path, argv: tuple[str, ...]) -> None:
+    jobs_before = all_jobs(cluster)
+    done = cluster.distill(tmp_path, *argv, "cluster=slurm", "cluster.slurm.constraint=no_such")
+    assert done.status == 2, done.stdout
+    assert "Slurm refuses the job: Invalid feature specification" in done.stderr
+    assert not list(tmp_path.glob("runs/*"))
+    assert all_jobs(cluster) == jobs_before
+
+
+def all_jobs(cluster: Cluster) -> str:
+    return cluster.ask("sacct", "-X", "-n", "-P", "-S", "now-1day", "-o", "JobID")
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_watch_ends_with_a_cancelled_job(cluster: Cluster, tmp_path: Path) -> None:
     later = ("cluster=slurm", "+cluster.slurm.extra.begin=now+1hour", "run.name=r", "train.max_steps=1")
     done = cluster.distill(tmp_path, *SHORT[1:], *NO_EVAL, *later)

@@ -45,6 +45,7 @@ def test_every_term_matches_the_naive_implementation(recorded: Finished) -> None
     assert all(last[name] > 0 for name in both)
 
 
+@pytest.mark.exhaustive
 def test_replays_have_any_support(recorded: Finished, tmp_path: Path) -> None:
     """On two tensor-parallel ranks, which share both heads; full is the teacher's top-k of the whole vocabulary."""
     only = ("loss.policy_gradient=0", "loss.reward=0", "loss.penalty=0", "loss.token_clip=null", "tracker=none")
@@ -70,6 +71,7 @@ def test_replays_have_any_support(recorded: Finished, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.exhaustive
 def test_a_damaged_head_is_named(recorded: Finished, tmp_path: Path) -> None:
     (file,) = (recorded.run.scores / "heads").glob("*.safetensors")
     kept = file.read_bytes()

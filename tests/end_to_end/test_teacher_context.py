@@ -16,6 +16,7 @@ from tests.end_to_end.naive import check_numbers
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_context_changes_scores_not_prompts(one_rank: Finished, tmp_path: Path) -> None:
     off = ("eval.period=0", "eval.at_start=false", "eval.at_end=false", "eval.record_samples=0", "tracker=none")
     context = ("data.teacher_context=solution", "rollout.save_scores=true", "train.max_steps=2")

@@ -62,6 +62,7 @@ def test_replay_keeps_teachers(finished: Finished) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_resume_refuses_other_weights(tmp_path: Path) -> None:
     folder = tmp_path / "teacher"
     shutil.copytree(ASSETS / "tiny_pair/teacher", folder)

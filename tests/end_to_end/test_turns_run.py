@@ -12,6 +12,7 @@ GAME = (
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_turns_on_one_and_two_ranks(tmp_path) -> None:
     one = distill(tmp_path, *GAME, "rollout.save_scores=true")
     assert one.status == 0, one.stderr

@@ -21,6 +21,7 @@ from .reference import VOCAB_SIZE, random_sequences
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.exhaustive
 def test_a_companion_answers_until_it_dies(scorer, teacher_settings):
     left_before = shared_memory_left()
     companion = CompanionTeacher(teacher_settings, topk=16)
@@ -64,6 +65,7 @@ def test_a_companion_answers_until_it_dies(scorer, teacher_settings):
     assert shared_memory_left() <= left_before
 
 
+@pytest.mark.exhaustive
 def test_loading_fails_alike_in_a_companion(process_group, settings):
     absent = replace(settings, path="/nowhere/at/all")
     message = []

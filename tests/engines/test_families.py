@@ -51,6 +51,7 @@ def check_samples(engine, model):
         assert torch.tensor(sample.logp) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_engines_leave_transformers_classes_alone(process_group, settings, tmp_path):
     """vLLM runs olmo2 with transformers' own class, which it decorates."""
     config = Olmo2Config(**SIZES)

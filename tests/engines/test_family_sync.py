@@ -22,6 +22,7 @@ SAMPLING = SamplingSettings(max_new_tokens=12, ignore_eos=True)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "gemma3", "qwen3_5_text"])
+@pytest.mark.exhaustive
 def test_engine_follows_its_student(process_group, family: str, tmp_path: Path) -> None:
     reference = make_model(family)
     save_model(reference, tmp_path)

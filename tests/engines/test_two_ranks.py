@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["both over two ranks, tied", "sampler over two, untied"])
+@pytest.mark.exhaustive
 def test_two_ranks_answer_as_one(scorer, sampler, student_settings, tied, tmp_path):
     """Also a sync from FSDP's shards into a model that is cut otherwise; untied beside a companion of one rank."""
     path = student_settings.path

@@ -95,6 +95,7 @@ def node(tmp_path: Path, name: str, **env: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.exhaustive
 def test_one_process_of_a_node_downloads(tmp_path: Path, hub: tuple[str, Counter]) -> None:
     address, requests = hub
     done = node(tmp_path, "online", HF_ENDPOINT=address, HF_HUB_OFFLINE="0")

@@ -77,6 +77,7 @@ def test_ranks_share_the_agent_s_imports(
     assert "prepared with 1 1" in run.torchrun_log(0).read_text()
 
 
+@pytest.mark.exhaustive
 def test_killed_forked_rank_is_named(run: RunDir, two_ranks: ResolvedRun, program: Callable[[str], list[str]]) -> None:
     program("os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)")
     begin = time.monotonic()

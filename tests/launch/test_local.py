@@ -93,7 +93,9 @@ def test_bytecode_is_kept_if_packages_have_none(tmp_path: Path) -> None:
         assert found.stdout.strip() == str(expected)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.exhaustive), signal.SIGKILL]
+)
 def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals) -> None:
     """Even if a rank ignores SIGTERM, or the launcher itself is killed."""
     mark = tmp_path / "started"

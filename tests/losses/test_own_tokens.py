@@ -123,7 +123,7 @@ def tokens(request: pytest.FixtureRequest, tmp_path: Path) -> TokenMap:
 
 @pytest.mark.parametrize("support", ["teacher", "student", "union"])
 @pytest.mark.parametrize("kl_type", DIVERGENCES)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.exhaustive), 0.7])
 def test_loss_and_gradient_equal_dense(tokens: TokenMap, support: Support, kl_type: str, temperature: float) -> None:
     pair = Pair(tokens, temperature=temperature)
     expected, is_clear = pair.reference(support, kl_type, topk=1)

@@ -3,6 +3,7 @@
 from dataclasses import fields, replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -93,5 +94,6 @@ def compare_on_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.exhaustive
 def test_two_shards_equal_the_whole(tmp_path: Path) -> None:
     mp.spawn(compare_on_rank, args=(str(tmp_path),), nprocs=RANKS)

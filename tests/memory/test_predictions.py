@@ -48,6 +48,7 @@ def measured() -> dict[Case, dict[str, int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
+@pytest.mark.exhaustive
 def test_one_rank_by_part_and_peak(name: str, measured: dict[Case, dict[str, int]]) -> None:
     expected, predicted = measured[ALONE[name]], predict(ALONE[name])
     for part in expected:
@@ -56,6 +57,7 @@ def test_one_rank_by_part_and_peak(name: str, measured: dict[Case, dict[str, int
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.exhaustive
 def test_two_ranks(name: str, measured: dict[Case, dict[str, int]]) -> None:
     expected, predicted = measured[TOGETHER[name]], predict(TOGETHER[name])
     for part in ("weights and optimizer", "loss", "peak"):

@@ -59,6 +59,7 @@ def test_sequences_are_scored_by_the_batch_as_they_end() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.exhaustive
 def test_scores_go_to_the_ranks_that_train_on_them(ranks: int) -> None:
     """Place p is scored on rank p modulo the ranks, and trained on by the ranks that `needed` names it for."""
     needed = [[3, 0, 5], [4, 1], [4, 1, 2, 6, 7]][:ranks]  # two ranks may share sequences, and some are nobody's

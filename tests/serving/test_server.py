@@ -259,6 +259,7 @@ def test_a_wrong_token_is_named(server, monkeypatch):
     teacher.close()
 
 
+@pytest.mark.exhaustive
 def test_certificates_are_checked(small, certificate):
     stranger = ServedTeacher([small.address], topk=4)
     with pytest.raises(ConfigError, match="its certificate is not trusted"):

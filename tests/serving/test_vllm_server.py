@@ -24,7 +24,7 @@ from tests.engines.conftest import group_of_one  # noqa: E402
 from . import running  # noqa: E402
 from .test_server import random_sequences  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 VOCAB_SIZE, MAX_LEN, MAX_TOPK, TOPK = 512, 500, 48, 16
 RUN = (

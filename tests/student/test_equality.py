@@ -1,5 +1,7 @@
 """How the work is cut up changes neither loss, nor gradient norm, nor parameters."""
 
+from collections.abc import Collection, Mapping
+
 import pytest
 import torch
 
@@ -16,26 +18,42 @@ MORE = {
         ranks=2, lora=4, compile=True, activation_checkpointing="full"
     ),
 }
-BF16 = [Layout(ranks=2, precision="bf16"), Layout(ranks=2, tensor=2, precision="bf16")]
-BF16 += [Layout(ranks=2, tensor=2, lora=4, precision="bf16")]
+CORE = (
+    *("shard=2", "tensor=2, sequence parallel", "context=2", "packing off", "accumulation, shard=2"),
+    *("selective checkpointing, tensor=2", "cpu offload, shard=2", "untied, tensor=2"),
+    "LoRA, tensor=2, sequence parallel",
+)
+"""One layout of each kind; the others are exhaustive."""
+BF16 = {
+    "shard=2": Layout(ranks=2, precision="bf16"),
+    "tensor=2": Layout(ranks=2, tensor=2, precision="bf16"),
+    "LoRA, tensor=2": Layout(ranks=2, tensor=2, lora=4, precision="bf16"),
+}
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[Layout, Outcome]:
-    layouts = [*TABLE.values(), *MORE.values(), *BF16]
+def outcomes(request: pytest.FixtureRequest) -> dict[Layout, Outcome]:
+    """What the layouts of the collected tests come to, and their references."""
+    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    layouts = [item.callspec.params["layout"] for item in tests]
     return train([*layouts, *map(reference_of, layouts)])
 
 
+def kinds(layouts: Mapping[str, Layout], core: Collection[str]) -> list:
+    """Return the parameters of a test: the layouts by name, exhaustive but for the core."""
+    marks = {name: () if name in core else pytest.mark.exhaustive for name in layouts}
+    return [pytest.param(layout, id=name, marks=marks[name]) for name, layout in layouts.items()]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*TABLE, *MORE])
-def test_the_same_as_one_plain_rank(name: str, outcomes: dict[Layout, Outcome]) -> None:
-    layout = (TABLE | MORE)[name]
+@pytest.mark.parametrize("layout", kinds(TABLE | MORE, CORE))
+def test_the_same_as_one_plain_rank(layout: Layout, outcomes: dict[Layout, Outcome]) -> None:
     difference = outcomes[layout].difference(outcomes[reference_of(layout)])
     assert max(difference.values()) < limit_of(layout), difference
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", BF16, ids=["shard=2", "tensor=2", "LoRA, tensor=2"])
+@pytest.mark.parametrize("layout", kinds(BF16, ["tensor=2"]))
 def test_bf16_is_close_and_trains_float32(layout: Layout, outcomes: dict[Layout, Outcome]) -> None:
     outcome, reference = outcomes[layout], outcomes[reference_of(layout)]
     torch.testing.assert_close(torch.tensor(outcome.losses), torch.tensor(reference.losses), rtol=0.02, atol=0)

@@ -29,6 +29,7 @@ CASES = {
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_shared_heads_equal_whole_ones() -> None:
     for (name, case), found in zip(
         CASES.items(), run_cases("tests.student.head_rank", list(CASES.values())), strict=True

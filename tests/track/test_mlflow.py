@@ -134,6 +134,7 @@ def test_a_run_is_found_by_token(run: RunDir, uri: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_absent_server_misses_nothing(run: RunDir, tmp_path: Path) -> None:
     """Absent at the start, there, gone in the middle, there again at the end: everything of the folder arrives."""
     uri = f"http://127.0.0.1:{free_port()}"
@@ -222,6 +223,7 @@ def make_sweep(folder: Path, *, number: int) -> SweepDir:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_eight_runs_share_one_parent(tmp_path: Path) -> None:
     sweep, uri = make_sweep(tmp_path / "runs" / "sweep", number=8), f"sqlite:///{tmp_path}/runs/mlflow.db"
     commands = [

@@ -128,6 +128,7 @@ def test_its_end_has_a_status(status: str, code: int, server: WandbServer, run: 
     assert stored(server, run).exit_code == code
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_run_goes_on(server: WandbServer, run: RunDir) -> None:
     write_rows(run, range(5))
     ship(run, first := wandb_tracker(run, server.url), begin=True)
@@ -142,6 +143,7 @@ def test_a_resumed_run_goes_on(server: WandbServer, run: RunDir) -> None:
     assert len(server.runs) == 1
 
 
+@pytest.mark.exhaustive
 def test_a_kill_loses_no_step(server: WandbServer, run: RunDir) -> None:
     write_rows(run, range(3))
     ship(run, killed := wandb_tracker(run, server.url), begin=True)
@@ -327,7 +329,9 @@ def test_variables_make_no_other_run(server: WandbServer, run: RunDir, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["absent", "silent", "refusing"])
+@pytest.mark.parametrize(
+    "kind", ["absent", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("silent", "refusing"))]
+)
 def test_no_server_stops_a_run(kind: str, server: WandbServer, run: RunDir) -> None:
     """A run that is stopped while W&B does not answer: a warning, no process is left, and the rest can be sent."""
     uri = f"http://127.0.0.1:{free_port()}" if kind == "absent" else server.url
