@@ -28,9 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let xdist keep the order below: by default it starts files with many tests first, and long ones have few."""
-    if hasattr(config.option, "loadscopereorder"):
+    """Settle the order, the meaning of Ctrl-C, and which exhaustive tests run."""
+    if hasattr(config.option, "loadscopereorder"):  # xdist would start files with many tests first: long ones have few
         config.option.loadscopereorder = False
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background; what the tests start would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.exhaustive is None:  # xdist's workers get what is decided here
         is_named = config.args_source is pytest.Config.ArgsSource.ARGS
         config.option.exhaustive = "all" if is_named else "0/1"
@@ -119,8 +121,3 @@ def shared_memory_left() -> set[str]:
             mapped += maps.read_text()
     names = {name for name in os.listdir("/dev/shm") if f"/dev/shm/{name}" not in mapped}
     return {name for name in names if not name.startswith("sem.loky-")}  # scikit-learn's, which come with MLflow
-
-
-def restore_interrupts() -> None:
-    """For a child process: as in a terminal, also where the tests run in the background, which ignores SIGINT."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)

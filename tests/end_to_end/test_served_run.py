@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from distill_cli.folders.metrics_file import read_metrics
-from tests.conftest import restore_interrupts
 from tests.end_to_end.conftest import SHORT, Finished, distill, refused
 from tests.serving.running import TOKEN, Running, start
 
@@ -97,7 +96,7 @@ def test_a_stop_during_the_handshake_ends_the_run(server: Running, tmp_path: Pat
         threading.Thread(target=forward, args=(listener, server.port, held), daemon=True).start()
         url = f"model.teacher.url=http://127.0.0.1:{listener.getsockname()[1]}"
         command = [sys.executable, "-m", "distill_cli", *ARGV, url, "cluster.grace_s=600"]
-        run = subprocess.Popen(command, cwd=tmp_path, env=environment(), preexec_fn=restore_interrupts)
+        run = subprocess.Popen(command, cwd=tmp_path, env=environment())
         try:
             assert held.wait(SEEN_S)
             run.send_signal(signal.SIGTERM)

@@ -19,7 +19,6 @@ from distill_cli.config.variation import save_config
 from distill_cli.folders.run_dir import RunDir, write_json
 from distill_cli.jobs.submit import follow
 from distill_cli.terminal.step_printer import Screen, sparks
-from tests.conftest import restore_interrupts
 
 
 def row(step: int, **metrics: float) -> str:
@@ -111,7 +110,6 @@ def test_ctrl_c_leaves_the_run_alone(run: RunDir) -> None:
         process = subprocess.Popen(
             [sys.executable, "-m", "distill_cli", "watch", str(run.path)],
             stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
-            preexec_fn=restore_interrupts,
         )  # fmt: skip
         os.close(theirs)
         wanted = (

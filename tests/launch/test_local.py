@@ -23,7 +23,6 @@ from distill_cli.jobs.run_panels import cores_row
 from distill_cli.launch import local
 from distill_cli.machine import hardware
 from distill_cli.resolved import Ranks, ResolvedRun
-from tests.conftest import restore_interrupts
 
 
 @pytest.fixture
@@ -132,7 +131,6 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, signum: signal.Signals
     process = subprocess.Popen(
         [sys.executable, str(launcher)],
         cwd=Path(__file__).parent.parent.parent,
-        preexec_fn=restore_interrupts,
     )
     marks = [Path(f"{mark}{rank}") for rank in (0, 1)]
     deadline = time.monotonic() + 60
