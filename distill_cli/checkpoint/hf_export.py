@@ -19,7 +19,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distill_cli.checkpoint.saver import MOMENTS
 from distill_cli.checkpoint.store import Checkpoint
+from distill_cli.config.loss_schema import describe_loss
 from distill_cli.config.schema import Config
+from distill_cli.config.variation import plain
 from distill_cli.data.prompts import load_tokenizer
 from distill_cli.errors import DistillError
 from distill_cli.folders.atomic_dir import replacing
@@ -135,12 +137,12 @@ def write_adapter(adapters: Weights, config: Config, folder: Path, *, published:
 
 def model_card(checkpoint: Checkpoint, config: Config, *, as_adapter: bool = False) -> str:
     """Return the README.md that the hub shows: the recipe and the scores (model_card.md)."""
-    state, parameters = checkpoint.state, config.loss.parameters | config.loss.kwargs
+    state, terms = checkpoint.state, describe_loss(plain(config), config.loss.parameters | config.loss.kwargs)
     latest = state.get("latest") if state.get("latest_step") == checkpoint.step else None
     scores = {"student before": state.get("before"), "student at this step": latest, "teacher": state.get("teacher")}
     scores = {name: score for name, score in scores.items() if score}
     strict = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     return strict.from_string((resources.files(__package__) / "model_card.md").read_text()).render(
-        **{name: getattr(config, name) for name in ("model", "loss", "rollout", "train")}, as_adapter=as_adapter,
-        step=checkpoint.step, num_updates=state["num_updates"], parameters=parameters, scores=scores,
+        **{name: getattr(config, name) for name in ("model", "rollout", "train")}, as_adapter=as_adapter,
+        step=checkpoint.step, num_updates=state["num_updates"], terms=terms, scores=scores,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
 from distill_cli.config.fields import key, section
@@ -24,10 +25,20 @@ def with_parameters(cls: type) -> type:
     return cls
 
 
-def describe_loss(config: Mapping[str, Any]) -> str:
-    """Return the terms of a loss in a line, from a config's values by dotted key."""
+def describe_loss(config: Mapping[str, Any], parameters: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Return the terms of a loss in a line, from a config's values by dotted key.
+
+    Args:
+        parameters: those of the divergence that are to be named.
+    """
     loss = {key.removeprefix("loss."): value for key, value in config.items() if key.startswith("loss.")}
-    divergence = f"{loss.get('kl_type')}, top-{loss.get('topk')}, tail {loss.get('tail')}"
+    whose = {"student": "the student's ", "union": "both models' "}.get(loss.get("support", "teacher"), "")
+    tokens = f"{whose}top-{loss.get('topk')}, tail {loss.get('tail')}"
+    if loss.get("support") == "full":
+        tokens = "the whole vocabulary"
+    if loss.get("alignment") == "rank":
+        tokens = f"both models' top-{loss.get('topk')} by rank"
+    divergence = ", ".join([str(loss.get("kl_type")), *(f"{key} {value}" for key, value in parameters.items()), tokens])
     others = {
         "likelihood": "supervised", "policy_gradient": "policy gradient", "reward": "reward", "penalty": "penalty"
     }  # fmt: skip
