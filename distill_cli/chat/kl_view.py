@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distill_cli.chat.setup import Pair
-from distill_cli.config.loss_schema import Alignment, LossConfig, Support
+from distill_cli.config.loss_schema import Alignment, LossConfig, Support, compared_tokens
 from distill_cli.terminal.printable import printable
 from distill_cli.types import TokenViews
 
@@ -51,10 +51,8 @@ def classes(loss: LossConfig) -> str:
     """Return what the models are compared on."""
     if loss.alignment is Alignment.rank:
         return f"both models' {loss.topk} likeliest tokens by rank, whatever they are, and the rest as one more class"
-    if loss.support is Support.full:
-        return "the whole vocabulary"
-    whose = {"teacher": "the teacher's", "student": "the student's", "union": "both models'"}[loss.support.value]
-    return f"{whose} top-{loss.topk} and the rest as one more class"
+    tokens = compared_tokens(loss.support.value, loss.topk)
+    return tokens if loss.support is Support.full else f"{tokens} and the rest as one more class"
 
 
 def described_loss(loss: LossConfig) -> str:

@@ -25,6 +25,12 @@ def with_parameters(cls: type) -> type:
     return cls
 
 
+def compared_tokens(support: str, topk: Any) -> str:
+    """Return the tokens that a loss compares, in words."""
+    whose = {"teacher": "the teacher's", "student": "the student's", "union": "both models'"}
+    return f"{whose[support]} top-{topk}" if support in whose else "the whole vocabulary"
+
+
 def describe_loss(config: Mapping[str, Any], parameters: Mapping[str, Any] = MappingProxyType({})) -> str:
     """Return the terms of a loss in a line, from a config's values by dotted key.
 
@@ -32,12 +38,11 @@ def describe_loss(config: Mapping[str, Any], parameters: Mapping[str, Any] = Map
         parameters: those of the divergence that are to be named.
     """
     loss = {key.removeprefix("loss."): value for key, value in config.items() if key.startswith("loss.")}
-    whose = {"student": "the student's ", "union": "both models' "}.get(loss.get("support", "teacher"), "")
-    tokens = f"{whose}top-{loss.get('topk')}, tail {loss.get('tail')}"
-    if loss.get("support") == "full":
-        tokens = "the whole vocabulary"
+    tokens = compared_tokens(loss.get("support", "teacher"), loss.get("topk"))
     if loss.get("alignment") == "rank":
         tokens = f"both models' top-{loss.get('topk')} by rank"
+    elif loss.get("support") != "full":
+        tokens += f", tail {loss.get('tail')}"
     divergence = ", ".join([str(loss.get("kl_type")), *(f"{key} {value}" for key, value in parameters.items()), tokens])
     others = {
         "likelihood": "supervised", "policy_gradient": "policy gradient", "reward": "reward", "penalty": "penalty"

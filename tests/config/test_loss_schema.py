@@ -10,15 +10,15 @@ from distill_cli.config.variation import plain
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], "mixed, top-64, tail bucket"),
-        (["loss=reverse", "loss.topk=8", "loss.tail=zero"], "reverse, top-8, tail zero"),
+        ([], "mixed, the teacher's top-64, tail bucket"),
+        (["loss=reverse", "loss.topk=8", "loss.tail=zero"], "reverse, the teacher's top-8, tail zero"),
         (["loss.support=student"], "mixed, the student's top-64, tail bucket"),
         (["loss.support=union"], "mixed, both models' top-64, tail bucket"),
         (["loss.support=full"], "mixed, the whole vocabulary"),
         (["loss=uld", "model=tiny_other"], "l1, both models' top-64 by rank"),
         (["loss=sft", "rollout.on_policy_fraction=0", "rollout.off_policy=dataset"], "supervised"),
         (["loss=policy_gradient"], "policy gradient"),
-        (["loss.reward=0.1"], "mixed, top-64, tail bucket + reward"),
+        (["loss.reward=0.1"], "mixed, the teacher's top-64, tail bucket + reward"),
     ],
 )
 def test_a_line_names_what_is_compared(overrides: list[str], expected: str) -> None:

@@ -165,7 +165,7 @@ def test_an_export_is_the_trained_student(
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     card = (tmp_path / one_rank.folder.name / "README.md").read_text()
-    assert "| loss | mixed, kl_weight 0.3, top-16, tail bucket |" in card
+    assert "| loss | mixed, kl_weight 0.3, the teacher's top-16, tail bucket |" in card
     assert "student at this step" in card
     for argv, message in (
         (["runs/latest", str(tmp_path)], "exists already"),
